@@ -1,0 +1,149 @@
+"""Blocks of layers as modules. Every submodule is made from its layer and named after its role.
+
+Tensors are (B, C, H, W), in channels_last memory format where that is faster; the networks are
+fully convolutional, so a module serves every resolution.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qnas.layer import LayerSpec
+from qnas.lower import BlockSpec, Place, quadra_layers
+from qnas.quadratic import quadratic_conv2d
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalisation over channels, at each place of a map or of pooled features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) or (B, C); the shape stays."""
+        if x.ndim == 2:
+            return super().forward(x)
+        # in channels_last memory both permutations are views
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GlobalAveragePool(nn.Module):
+    """The mean over places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C)."""
+        return x.mean((2, 3))
+
+
+def _convolution(spec: LayerSpec) -> nn.Module:
+    groups = spec.c_in if spec.op == "dwconv" else 1
+    return nn.Conv2d(
+        spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, groups=groups, bias=spec.bias
+    )
+
+
+# Operators of layer.OPS that are modules; `add` and `mul` are written out in the blocks' forward.
+MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
+    "conv": _convolution,
+    "dwconv": _convolution,
+    "linear": lambda spec: nn.Linear(spec.c_in, spec.c_out, bias=spec.bias),
+    "layernorm": lambda spec: ChannelLayerNorm(spec.c_out, eps=1e-6),
+    "batchnorm": lambda spec: nn.BatchNorm2d(spec.c_out),
+    "gelu": lambda _: nn.GELU(),
+    "relu": lambda _: nn.ReLU(),
+    "relu6": lambda _: nn.ReLU6(),
+    "hswish": lambda _: nn.Hardswish(),
+    "gap": lambda _: GlobalAveragePool(),
+}
+
+
+class Chain(nn.Sequential):
+    """Layers one after another, with the input added at the end where the last layer is an add."""
+
+    def __init__(self, layers: tuple[LayerSpec, ...]) -> None:
+        self_adding = layers[-1].op == "add"
+        super().__init__()
+        for spec in layers[:-1] if self_adding else layers:
+            self.add_module(spec.role, MODULES[spec.op](spec))
+        self.is_residual = self_adding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the shape that the last layer says."""
+        y: Tensor = super().forward(x)
+        return x + y if self.is_residual else y
+
+
+class QuadraBlock(nn.Module):
+    """Quadratic depthwise mixer and pointwise expansion, each with a residual.
+
+    QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        expansion: int,
+        *,
+        norm: str = "layernorm",
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        place = Place(channels, channels, 1, 1, norm, activation)
+        for spec in quadra_layers(place, kernel_size, expansion):
+            if spec.op in MODULES:
+                self.add_module(spec.role, MODULES[spec.op](spec))
+        self.is_pre_norm = norm == "layernorm"
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Apply the quadratic convolution alone: (B, C, H, W) -> (B, C, H, W)."""
+        return quadratic_conv2d(
+            x, self.conv_a.weight, self.conv_b.weight, self.conv_c.weight, self.conv_c.bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if self.is_pre_norm:
+            x = x + self.mix(self.norm1(x))
+            return x + self.project(self.act(self.expand(self.norm2(x))))
+        x = x + self.norm1(self.mix(x))
+        return x + self.project(self.act(self.norm2(self.expand(x))))
+
+
+def _quadra(layers: tuple[LayerSpec, ...]) -> nn.Module:
+    by_role = {spec.role: spec for spec in layers}
+    conv, expand = by_role["conv_a"], by_role["expand"]
+    return QuadraBlock(
+        conv.c_in,
+        conv.kernel,
+        expand.c_out // expand.c_in,
+        norm=by_role["norm1"].op,
+        activation=by_role["act"].op,
+    )
+
+
+# Kinds of block that are not a plain chain of their layers.
+BLOCKS: dict[str, Callable[[tuple[LayerSpec, ...]], nn.Module]] = {
+    "quadra": _quadra,
+    "identity": lambda _: nn.Identity(),
+}
+
+
+def build_block(block: BlockSpec) -> nn.Module:
+    """Build the module of a block, with freshly drawn weights."""
+    module = BLOCKS.get(block.kind, Chain)(block.layers)
+    module.apply(_initialise)
+    return module
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the trained parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+__all__ = ["BLOCKS", "MODULES", "QuadraBlock", "build_block", "count_parameters"]

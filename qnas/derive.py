@@ -1,0 +1,128 @@
+"""The exact solve: the most probable network within the budget, and random networks of a latency.
+
+The choices are separable, so it is a multiple-choice knapsack (REFERENCE: maximise sum x log p under
+sum x t <= T - fixed), solved by the mixed-integer solver HiGHS through scipy. Whatever the solver's
+tolerance, a network is returned only if its latency, summed as the table sums it, is within budget.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from qnas.errors import InfeasibleBudgetError
+from qnas.latency.table import LatencyTable
+from qnas.units import format_ms
+
+MAX_CUTS = 50  # networks over the budget by less than the solver's tolerance, before giving up
+
+Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A network and what is proven of it."""
+
+    indices: tuple[int, ...]  # the candidate's number at each position
+    score: float  # sum of the chosen candidates' scores
+    latency_ms: float
+    budget_ms: float
+    bound: float  # no network within the budget has a higher score than this
+    solver: str
+
+
+def check_budget(table: LatencyTable, budget_ms: float) -> None:
+    """Raise InfeasibleBudgetError, with what is possible, if no network meets the budget."""
+    if table.fastest_ms > budget_ms:
+        raise InfeasibleBudgetError(
+            f"no network of {table.space} runs in {format_ms(budget_ms)} on {table.device}: "
+            f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}"
+        )
+
+
+def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
+    """Return the network with the highest total score whose latency is at most the budget.
+
+    Raises InfeasibleBudgetError when there is none.
+    """
+    check_budget(table, budget_ms)
+    sizes = [len(row) for row in table.ms]
+    assert sizes == [len(row) for row in scores]
+    gain = np.concatenate([np.asarray(row) for row in scores])
+    cost = np.concatenate([np.asarray(row) for row in table.ms])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    one_each = np.zeros((len(sizes), len(gain)))
+    for i in range(len(sizes)):
+        one_each[i, starts[i] : starts[i + 1]] = 1
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(cost[None], -np.inf, budget_ms - table.fixed_ms),
+    ]
+    for _ in range(MAX_CUTS):
+        result = milp(
+            -gain,
+            integrality=np.ones_like(gain),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            break
+        indices = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
+        latency_ms = table.latency_ms(indices)
+        score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+        if latency_ms <= budget_ms:
+            bound = max(score, -float(result.mip_dual_bound))
+            return Solution(indices, score, latency_ms, budget_ms, bound, "scipy.optimize.milp (HiGHS)")
+        # over by less than the solver's tolerance: forbid this very network and solve again
+        chosen = np.zeros_like(gain)
+        chosen[starts[:-1] + np.asarray(indices)] = 1
+        constraints.append(LinearConstraint(chosen[None], -np.inf, len(indices) - 1))
+    raise InfeasibleBudgetError(
+        f"the solver found no network of {table.space} within {format_ms(budget_ms)} on {table.device}; "
+        f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}: give a little more"
+    )
+
+
+def sample_near(
+    table: LatencyTable, low_ms: float, high_ms: float, n: int, rng: np.random.Generator, *, bins: int = 4000
+) -> list[tuple[int, ...]]:
+    """Draw networks whose latency lies in [low, high], all such networks about equally likely.
+
+    Counts the networks of every total by dynamic programming over latencies rounded to bins, then
+    draws backwards through the counts; what rounding put outside the window is drawn again. Returns
+    fewer than n, perhaps none, where such networks are rare.
+    """
+    room = high_ms - table.fixed_ms
+    if room <= 0:
+        return []
+    width = room / bins
+    steps = [np.rint(np.asarray(row) / width).astype(np.int64) for row in table.ms]
+    # ways[i][b]: share of the choices of positions i.. that take b bins together
+    ways: list[NDArray[np.float64]] = [np.zeros(bins + 1) for _ in range(len(steps) + 1)]
+    ways[-1][0] = 1.0
+    for i in range(len(steps) - 1, -1, -1):
+        for step in steps[i]:
+            if step <= bins:
+                ways[i][step:] += ways[i + 1][: bins + 1 - step] / len(steps[i])
+    first = max(0, math.floor((low_ms - table.fixed_ms) / width))
+    start = ways[0][first:]
+    if start.sum() <= 0:
+        return []
+    found: list[tuple[int, ...]] = []
+    for _ in range(20 * n):
+        left = first + int(rng.choice(len(start), p=start / start.sum()))
+        indices = []
+        for i, row in enumerate(steps):
+            after = np.where(row <= left, ways[i + 1][np.maximum(left - row, 0)], 0.0)
+            pick = int(rng.choice(len(row), p=after / after.sum()))
+            indices.append(pick)
+            left -= int(row[pick])
+        if low_ms <= table.latency_ms(tuple(indices)) <= high_ms:
+            found.append(tuple(indices))
+            if len(found) == n:
+                break
+    return found

@@ -1,0 +1,108 @@
+"""What a runtime runs: layers, and operators of other people's graphs, fused into kernels.
+
+A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
+result is still in registers, so the unit of latency is the fused kernel. Which operators fuse is a
+list of sequences for each sort of runtime, in FUSIONS; whatever is in none of them is a kernel of
+its own, under its own name, and never disappears.
+
+Fusion never crosses the border of a block: in our spaces no convolution stands at the end of one
+block with its norm in the next, so nothing is lost by it, and latency is a sum over positions.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from qnas.layer import LayerSpec
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that runs on square maps of one image; `resolution_px` is that of its input.
+
+    `kind` is a convolution's sort (`conv1x1`: a matrix product at every pixel; `patch`: kernel =
+    stride; `conv`: any other; `dwconv`), or the name of the operator.
+    """
+
+    kind: str
+    resolution_px: int
+    c_in: int
+    c_out: int
+    kernel: int = 1
+    stride: int = 1
+
+    @property
+    def out_px(self) -> int:
+        """Height and width of the output."""
+        if self.kind in ("gap", "linear"):
+            return 1
+        if self.kernel == self.stride:
+            return max(1, self.resolution_px // self.stride)
+        return -(-self.resolution_px // self.stride)
+
+
+# Names of operators that runtimes do not tell apart, or that other graphs name otherwise.
+SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}
+
+_FOLDS = {
+    ("conv", "batchnorm"): "conv",
+    ("dwconv", "batchnorm"): "dwconv",
+}
+_CONV_ACTIVATIONS = {
+    ("conv", "batchnorm", "relu"): "conv",
+    ("conv", "relu"): "conv",
+    ("dwconv", "batchnorm", "relu"): "dwconv",
+    ("dwconv", "relu"): "dwconv",
+}
+_CHAINS = {
+    ("add", "relu"): "addrelu",
+    ("mul", "relu"): "mul",
+    ("scale", "relu"): "scale",
+    ("batchnorm", "relu"): "batchnorm",
+    ("linear", "relu"): "linear",
+    ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
+    ("add_scalar", "relu", "mul_scalar"): "hsigmoid",
+    ("reshape", "transpose", "reshape"): "shuffle",
+}
+
+# Sort of runtime -> sequence of operators -> the kernel that stands for them, with the shape of the
+# first operator and the output channels of the last. The longest sequence that fits is taken.
+FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
+    "edge": {**_FOLDS, **_CONV_ACTIVATIONS, **_CHAINS},  # TFLite, OpenVINO
+    "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else
+}
+
+
+def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...]:
+    """Return the kernels that the layers of one block become, in order.
+
+    >>> px28 = {"resolution_px": 28, "c_in": 40, "c_out": 40}
+    >>> [k.kind for k in fuse([LayerSpec("a", "dwconv", kernel=5, **px28), LayerSpec("b", "relu", **px28)])]
+    ['dwconv']
+    """
+    return fuse_operators(
+        [Kernel(s.op, s.resolution_px, s.c_in, s.c_out, s.kernel, s.stride) for s in layers], fusion
+    )
+
+
+def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[Kernel, ...]:
+    """Return the kernels of a sequence of single operators, each given as a kernel of its own name."""
+    rules = FUSIONS[fusion]
+    longest = max(map(len, rules))
+    names = [SAME_AS.get(op.kind, op.kind) for op in operators]
+    kernels = []
+    i = 0
+    while i < len(names):
+        for length in range(min(longest, len(names) - i), 0, -1):
+            sequence = tuple(names[i : i + length])
+            kind = rules.get(sequence, names[i] if length == 1 else None)
+            if kind is not None:
+                kernels.append(_with_kind(operators[i], kind))
+                i += length
+                break
+    return tuple(kernels)
+
+
+def _with_kind(operator: Kernel, kind: str) -> Kernel:
+    if kind == "conv" and operator.kernel == operator.stride:
+        kind = "conv1x1" if operator.kernel == 1 else "patch"
+    return replace(operator, kind=kind)

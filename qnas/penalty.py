@@ -1,0 +1,66 @@
+"""How the expected latency enters the loss of an architecture step.
+
+Three forms. `multiplier` (the default) adds m (E/T - 1) and steers m so that E settles at the budget
+T. The other two are ProxylessNAS's with fixed strengths, in a form that is right at any scale:
+`add-linear` is CE + 0.1 (E/T - 1); `mul-log` is CE 0.2 (log(1 + E) / log(1 + T))^0.3 with E and T in
+microseconds, since the published log E / log T turns its sign below one unit and is undefined at it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
+LATENCY_LOSSES: tuple[LatencyLoss, ...] = ("multiplier", "add-linear", "mul-log")
+
+ADD_LINEAR_STRENGTH = 0.1  # lambda
+MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """The strength of the latency's pressure, steered by the violation of the budget.
+
+    The violation E/T - 1 is integrated, which holds E at T without a lasting error, and a
+    proportional part damps the swing. The value may be negative: below the budget the pressure is
+    towards slower networks, since latency that is paid for and not used buys nothing. It is bounded;
+    the integral stops at the bound, so that it can leave it at once.
+    """
+
+    integral: float = 0.0
+    value: float = 0.0
+    gain: float = 0.2  # of the integral, per step and unit of violation
+    damping: float = 10.0  # proportional part, per unit of violation
+    bound: float = 20.0
+
+    def after(self, expected_ms: float, budget_ms: float) -> "Multiplier":
+        """Return the multiplier after a step that had this expected latency."""
+        violation = expected_ms / budget_ms - 1
+        integral = self._clip(self.integral + self.gain * violation)
+        return replace(self, integral=integral, value=self._clip(integral + self.damping * violation))
+
+    def _clip(self, value: float) -> float:
+        return max(-self.bound, min(self.bound, value))
+
+    @property
+    def is_at_bound(self) -> bool:
+        """Whether the pressure is as strong as it may be."""
+        return abs(self.value) >= self.bound
+
+
+def penalised(
+    form: LatencyLoss, task_loss: Tensor, expected_ms: Tensor, budget_ms: float, strength: float
+) -> Tensor:
+    """Return the loss of an architecture step; `strength` is used by the multiplier form only.
+
+    task_loss: scalar, nats; expected_ms: scalar, milliseconds. Increases with expected_ms at every
+    scale (for a positive strength).
+    """
+    if form == "multiplier":
+        return task_loss + strength * (expected_ms / budget_ms - 1)
+    if form == "add-linear":
+        return task_loss + ADD_LINEAR_STRENGTH * (expected_ms / budget_ms - 1)
+    ratio = torch.log1p(1e3 * expected_ms) / torch.log1p(torch.as_tensor(1e3 * budget_ms))
+    return task_loss * MUL_LOG_SCALE * ratio**MUL_LOG_POWER

@@ -1,0 +1,498 @@
+"""The search: train the supernet's weights and its architecture in turn, then solve exactly.
+
+Warm-up trains weights only. After it, an architecture step on held-out images follows every few
+weight steps. The state between two steps is explicit, so that a run that was stopped goes on as if
+it had not been; batches depend only on the seed and their number.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qnas import run
+from qnas.arch import Arch, arch_document, arch_from_indices
+from qnas.data import ImageData, Split, batches, num_batches
+from qnas.derive import Solution, check_budget, sample_near, solve
+from qnas.errors import ArchError, CheckpointError, UsageError
+from qnas.files import atomic_path, write_json, write_text
+from qnas.latency.table import LatencyTable, write_table
+from qnas.lower import count_macs, count_params, lower
+from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
+from qnas.progress import Progress
+from qnas.space import SearchSpace
+from qnas.supernet import (
+    Supernet,
+    expected_latency,
+    expected_latency_of_pairs,
+    latency_tensor,
+    log_probabilities,
+    probabilities,
+    renormalise_pair,
+    sample_pairs,
+    sample_path,
+)
+from qnas.train import Score, evaluate, make_optimizer, make_schedule, recalibrate, weight_step
+from qnas.units import format_ms
+
+CHECKPOINT_STEPS = 500  # between two checkpoints of an undisturbed search
+CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
+RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How long and how strongly to search. A preset names a whole set."""
+
+    preset: str
+    resolution_px: int  # of training; the latency is always that of the space's own resolution
+    warmup_epochs: int
+    search_epochs: int
+    batch_size: int
+    learning_rate: float
+    arch_learning_rate: float
+    arch_every: int  # weight steps per architecture step
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.1  # in weight steps only
+    latency_loss: LatencyLoss = "multiplier"
+    random_networks: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("resolution_px", "search_epochs", "batch_size", "arch_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
+        if self.warmup_epochs < 0 or self.random_networks < 0:
+            raise UsageError("warm-up epochs and random networks: expected at least 0")
+        if self.latency_loss not in LATENCY_LOSSES:
+            raise UsageError(
+                f"unknown latency loss {self.latency_loss!r}, expected one of {', '.join(LATENCY_LOSSES)}"
+            )
+
+
+# By what is searched on; `preset_for` chooses. All three are for two CPU cores or one GPU.
+PRESETS: dict[str, SearchConfig] = {
+    # some 1,150 training images of 8 x 8, shown at 32: two minutes
+    "digits": SearchConfig(
+        "digits",
+        resolution_px=32,
+        warmup_epochs=10,
+        search_epochs=25,
+        batch_size=64,
+        learning_rate=2e-3,
+        arch_learning_rate=0.05,
+        arch_every=2,
+    ),
+    # Fashion-MNIST, CIFAR-10
+    "small": SearchConfig(
+        "small",
+        resolution_px=32,
+        warmup_epochs=4,
+        search_epochs=6,
+        batch_size=128,
+        learning_rate=2e-3,
+        arch_learning_rate=0.02,
+        arch_every=3,
+    ),
+    # folders of photographs
+    "photos": SearchConfig(
+        "photos",
+        resolution_px=128,
+        warmup_epochs=10,
+        search_epochs=30,
+        batch_size=64,
+        learning_rate=1e-3,
+        arch_learning_rate=0.02,
+        arch_every=3,
+    ),
+}
+
+PRESET_OF_DATA = {
+    "digits": "digits",
+    "fashion-mnist": "small",
+    "cifar10": "small",
+    "imagefolder": "photos",
+}
+
+
+@dataclass
+class SearchState:
+    """All that changes from step to step."""
+
+    supernet: Supernet
+    weight_optimizer: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    arch_optimizer: torch.optim.Adam
+    multiplier: Multiplier
+    generator: torch.Generator  # draws paths and pairs
+    step: int = 0  # weight steps taken
+    arch_step: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and tensors."""
+        return {
+            "supernet": self.supernet.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "multiplier": asdict(self.multiplier),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "arch_step": self.arch_step,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state. Raises CheckpointError when it is of another search."""
+        try:
+            self.supernet.load_state_dict(state["supernet"])
+            self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+            self.multiplier = Multiplier(**state["multiplier"])
+            self.generator.set_state(state["generator"])
+            self.step, self.arch_step = state["step"], state["arch_step"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this search: {error}".splitlines()[0]
+            ) from error
+
+
+@dataclass(frozen=True)
+class NetworkScore:
+    """A network of the supernet, and how well it does on the test images with inherited weights."""
+
+    arch: Arch
+    latency_ms: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a finished search found."""
+
+    folder: Path
+    solution: Solution
+    derived: NetworkScore
+    random: tuple[NetworkScore, ...]
+    expected_ms: float
+    binds: bool  # whether the budget excludes any network
+
+
+def stream(
+    data: ImageData, split: Split, batch_size: int, seed: int, start: int, *, augment: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches for ever, from number `start` of a sequence that depends on the seed only."""
+    epoch, skip = divmod(start, num_batches(split, batch_size, drop_last=True))
+    while True:
+        for images, labels in batches(
+            data, split, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=True
+        ):
+            if skip:
+                skip -= 1
+                continue
+            yield images, labels
+        epoch += 1
+
+
+class Searcher:
+    """One search, stepped from outside or run to its end."""
+
+    def __init__(
+        self, space: SearchSpace, table: LatencyTable, budget_ms: float, data: ImageData, config: SearchConfig
+    ) -> None:
+        check_searchable(space, table, budget_ms)
+        self.space, self.table, self.budget_ms = space, table, budget_ms
+        self.data, self.config = data, config
+        self.binds = budget_ms < table.slowest_ms
+        self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
+        self.steps_per_epoch = num_batches(data.train, self.batch_size, drop_last=True)
+        self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
+        self.total_steps = self.warmup_steps + config.search_epochs * self.steps_per_epoch
+        self.state = self._initial_state()
+        self.cells_ms = latency_tensor(table, self.state.supernet.mask)
+        self._weights = self.state.supernet.weights
+        self._weight_batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._arch_batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def _initial_state(self) -> SearchState:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            supernet = Supernet(self.space, len(self.data.classes), generator)
+        optimizer = make_optimizer(supernet.weights, self.config.learning_rate, self.config.weight_decay)
+        return SearchState(
+            supernet=supernet,
+            weight_optimizer=optimizer,
+            schedule=make_schedule(optimizer, self.total_steps, self.steps_per_epoch),
+            arch_optimizer=torch.optim.Adam(
+                [supernet.alpha], lr=self.config.arch_learning_rate, betas=(0.0, 0.999)
+            ),
+            multiplier=Multiplier(),
+            generator=generator,
+        )
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether only weights are trained so far."""
+        return self.state.step < self.warmup_steps
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.state.step >= self.total_steps
+
+    @property
+    def expected_ms(self) -> float:
+        """The latency expected of a network drawn from the architecture's probabilities."""
+        net = self.state.supernet
+        return float(expected_latency(net.alpha.detach(), net.mask, self.table.fixed_ms, self.cells_ms))
+
+    def step(self) -> dict[str, float]:
+        """Take a weight step, and an architecture step when it is due; return what to log."""
+        state, config = self.state, self.config
+        if self._weight_batches is None:
+            # started here so that a loaded state is respected
+            self._weight_batches = stream(
+                self.data, self.data.train, self.batch_size, config.seed, state.step, augment=True
+            )
+            self._arch_batches = stream(
+                self.data, self.data.heldout, self.batch_size, config.seed + 1, state.arch_step, augment=False
+            )
+        figures = {"loss": self._weight_step(*next(self._weight_batches))}
+        searching = not self.is_warming_up
+        state.step += 1
+        if searching and (state.step - self.warmup_steps) % config.arch_every == 0:
+            assert self._arch_batches is not None
+            figures["arch_loss"] = self._arch_step(*next(self._arch_batches))
+            state.arch_step += 1
+        return figures
+
+    def _weight_step(self, images: Tensor, labels: Tensor) -> float:
+        state = self.state
+        supernet = state.supernet.train()
+        paths = sample_path(supernet.alpha, supernet.mask, state.generator)
+        loss = weight_step(
+            lambda x: supernet(x, paths),
+            self._weights,
+            state.weight_optimizer,
+            images,
+            labels,
+            self.config.label_smoothing,
+        )
+        state.schedule.step()
+        return float(loss)
+
+    def _arch_step(self, images: Tensor, labels: Tensor) -> float:
+        state, supernet = self.state, self.state.supernet.train()
+        alpha, mask = supernet.alpha, supernet.mask
+        sample = sample_pairs(alpha, mask, state.generator)
+        for weight in self._weights:  # no gradients of weights: they are most of a backward pass
+            weight.requires_grad_(False)
+        task_loss = F.cross_entropy(supernet(images, sample.paths), labels)
+        expected_ms = expected_latency_of_pairs(alpha, mask, self.table.fixed_ms, self.cells_ms, sample)
+        strength = state.multiplier.value if self.binds else 0.0
+        loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.budget_ms, strength)
+        state.arch_optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        before = alpha.detach().clone()
+        state.arch_optimizer.step()
+        renormalise_pair(alpha, before, sample)
+        for weight in self._weights:
+            weight.requires_grad_(True)
+        state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms)
+        return float(task_loss.detach())
+
+    def describe_probabilities(self) -> dict[str, float]:
+        """Return the mean entropy a position (nats) and identity's mean share."""
+        net = self.state.supernet
+        log_p = log_probabilities(net.alpha.detach(), net.mask)
+        entropy = -(log_p.exp() * log_p.masked_fill(~net.mask, 0.0)).sum(1).mean()
+        p = probabilities(net.alpha.detach(), net.mask)
+        shares = [
+            float(p[i, position.names.index("identity")])
+            for i, position in enumerate(self.space.positions)
+            if "identity" in position.names
+        ]
+        return {
+            "entropy": float(entropy),
+            "identity_share": float(np.mean(shares)) if shares else 0.0,
+        }
+
+    def derive(self) -> Solution:
+        """Solve for the most probable network within the budget."""
+        net = self.state.supernet
+        log_p = log_probabilities(net.alpha.detach(), net.mask)
+        scores = tuple(
+            tuple(row[: len(position.candidates)].tolist())
+            for row, position in zip(log_p, self.space.positions, strict=True)
+        )
+        return solve(scores, self.table, self.budget_ms)
+
+    def score(self, arch: Arch) -> Score:
+        """Evaluate a network with the supernet's weights on the test images."""
+        network = self.state.supernet.subnet(arch, len(self.data.classes)).eval()
+        train = batches(self.data, self.data.train, 128, seed=0, epoch=0, augment=False)
+        recalibrate(network, network, (b for b, _ in zip(train, range(CALIBRATION_BATCHES), strict=False)))
+        return evaluate(network, batches(self.data, self.data.test, 256, seed=None, epoch=0, augment=False))
+
+
+def check_searchable(space: SearchSpace, table: LatencyTable, budget_ms: float) -> None:
+    """Raise, before anything is trained, where there is nothing to search or no way to succeed."""
+    if space.is_fixed:
+        raise ArchError(f"space {space.name} has one network only: there is nothing to search")
+    check_budget(table, budget_ms)
+
+
+def network_score(searcher: Searcher, indices: tuple[int, ...]) -> NetworkScore:
+    """Evaluate a network of the supernet given by its candidates' numbers."""
+    arch = arch_from_indices(searcher.space, indices)
+    return NetworkScore(arch, searcher.table.latency_ms(indices), searcher.score(arch).accuracy)
+
+
+def run_search(
+    searcher: Searcher,
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> SearchResult:
+    """Search to the end in a run folder, and write what was found.
+
+    `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
+    used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
+    """
+    request = {"search": asdict(searcher.config), **request}
+    saved = run.load_checkpoint(folder) if resume else None
+    run.open_folder(folder, request, resume=resume, force=force)
+    if resume and (folder / run.ARCH).is_file():
+        raise CheckpointError(f"{folder}: this search is complete, there is nothing to resume")
+    write_text(folder / run.SPACE, searcher.space.to_yaml())
+    write_table(searcher.table, folder / f"table-{searcher.table.device}.csv")
+    if saved is not None:
+        searcher.state.load(saved)
+    metrics = run.Metrics(folder / run.METRICS, keep_bytes=saved["metrics_bytes"] if saved else 0)
+    _train(searcher, folder, metrics, quiet=quiet)
+    return _finish(searcher, folder, request, quiet=quiet)
+
+
+def _train(searcher: Searcher, folder: Path, metrics: run.Metrics, *, quiet: bool) -> None:
+    state = searcher.state
+
+    def save() -> None:
+        run.save_checkpoint(folder, {**state.to_dict(), "metrics_bytes": metrics.size_bytes})
+
+    with (
+        run.interruptible() as signals,
+        Progress(searcher.total_steps, "warm-up", quiet=quiet) as progress,
+    ):
+        progress.skip(state.step)
+        while not searcher.is_done:
+            progress.phase("warm-up" if searcher.is_warming_up else "search")
+            figures = searcher.step()
+            log = {"step": state.step, **figures}
+            if "arch_loss" in figures:
+                log |= {
+                    "expected_ms": searcher.expected_ms,
+                    "multiplier": state.multiplier.value,
+                    **searcher.describe_probabilities(),
+                }
+            metrics.write(log)
+            progress.step(_figures_line(searcher, log))
+            if signals:
+                save()
+                raise run.Interrupted
+            if state.step % CHECKPOINT_STEPS == 0 and not searcher.is_done:
+                save()
+
+
+def _figures_line(searcher: Searcher, log: Mapping[str, float]) -> str:
+    if "expected_ms" not in log:
+        return f"loss {log['loss']:.3f}" if searcher.is_warming_up else ""
+    return (
+        f"loss {log['loss']:.3f}, expected {format_ms(log['expected_ms'])} of {format_ms(searcher.budget_ms)}"
+    )
+
+
+def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
+    config, table = searcher.config, searcher.table
+    solution = searcher.derive()
+    rng = np.random.default_rng(config.seed)
+    rivals = sample_near(
+        table, RANDOM_WINDOW * solution.latency_ms, solution.latency_ms, config.random_networks, rng
+    )
+    with Progress(1 + len(rivals), "evaluate", quiet=quiet) as progress:
+        derived = network_score(searcher, solution.indices)
+        progress.step()
+        random = []
+        for indices in rivals:
+            random.append(network_score(searcher, indices))
+            progress.step()
+    result = SearchResult(folder, solution, derived, tuple(random), searcher.expected_ms, searcher.binds)
+    write_json(folder / run.SEARCH, _search_document(result))
+    with atomic_path(folder / run.SUPERNET) as partial:
+        save_file({k: v.contiguous() for k, v in searcher.state.supernet.state_dict().items()}, partial)
+    # last, since its presence says that the run is complete
+    write_json(folder / run.ARCH, _arch_document(searcher, result, request))
+    (folder / run.CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+def _search_document(result: SearchResult) -> dict[str, Any]:
+    def entry(score: NetworkScore) -> dict[str, Any]:
+        return {
+            "choices": list(score.arch.choices),
+            "latency_ms": score.latency_ms,
+            "accuracy": score.accuracy,
+        }
+
+    return {
+        "schema": "qnas.search/1",
+        "expected_ms": result.expected_ms,
+        "budget_binds": result.binds,
+        "derived": entry(result.derived),
+        "random": [entry(score) for score in result.random],
+    }
+
+
+def _arch_document(searcher: Searcher, result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
+    table, solution = searcher.table, result.solution
+    blocks = lower(searcher.space, result.derived.arch)
+    return arch_document(
+        searcher.space,
+        result.derived.arch,
+        {
+            "device": table.device,
+            "table_digest": table.digest,
+            "budget_ms": searcher.budget_ms,
+            "latency_ms": solution.latency_ms,
+            "latency_coverage": table.coverage(solution.indices),
+            "macs": count_macs(blocks),
+            "params": count_params(blocks),
+            "certificate": {
+                "solver": solution.solver,
+                "score": solution.score,
+                "score_bound": solution.bound,
+                "fixed_ms": table.fixed_ms,
+                "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
+                "fastest_ms": table.fastest_ms,
+                "slowest_ms": table.slowest_ms,
+            },
+            "supernet_accuracy": result.derived.accuracy,
+            "seed": searcher.config.seed,
+            "versions": request.get("versions", {}),
+        },
+    )
+
+
+def preset_for(data_kind: str, **changes: Any) -> SearchConfig:
+    """Return the preset of a kind of data set, with the given fields changed; None changes nothing."""
+    config = PRESETS[PRESET_OF_DATA[data_kind]]
+    return replace(config, **{key: value for key, value in changes.items() if value is not None})

@@ -1,0 +1,46 @@
+"""Latencies and budgets as people write them: `30ms`, `800us`, `0.03s`."""
+
+import math
+import re
+
+from qnas.errors import UsageError
+
+MS_PER_UNIT = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_FORM = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ]*)\s*")
+
+
+def parse_latency(text: str) -> float:
+    """Return the milliseconds of a latency with a unit.
+
+    Raises UsageError, with the fix, when the unit is missing or unknown or the value not positive.
+
+    >>> parse_latency("800us")
+    0.8
+    """
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise UsageError(f"budget {text!r}: expected a number with a unit, such as 30ms, 800us or 0.03s")
+    number, unit = match.groups()
+    if not unit:
+        raise UsageError(f"budget {text!r} has no unit: write {number}ms, {number}us or {number}s")
+    unit = unit.replace("µ", "u").replace("μ", "u")
+    if unit not in MS_PER_UNIT:
+        raise UsageError(f"budget {text!r}: unknown unit {unit!r}, expected us, ms or s")
+    latency_ms = float(number) * MS_PER_UNIT[unit]
+    if not math.isfinite(latency_ms) or latency_ms <= 0:
+        raise UsageError(f"budget {text!r}: expected a latency above zero")
+    return latency_ms
+
+
+def format_ms(latency_ms: float, *, round_up: bool = False) -> str:
+    """Write milliseconds with four digits; with `round_up` never less than the value.
+
+    >>> format_ms(29.98765), format_ms(0.8)
+    ('29.99 ms', '0.8000 ms')
+    """
+    if latency_ms == 0 or not math.isfinite(latency_ms):
+        return f"{latency_ms:g} ms"
+    digits = max(0, 3 - math.floor(math.log10(abs(latency_ms))))
+    scale = 10.0**digits
+    shown = math.ceil(latency_ms * scale - 1e-9) / scale if round_up else latency_ms
+    return f"{shown:.{digits}f} ms"
