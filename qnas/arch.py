@@ -13,9 +13,12 @@ import numpy as np
 
 from qnas.errors import ArchError, nearest
 from qnas.files import read_json
-from qnas.space import SearchSpace
+from qnas.space import SearchSpace, load_space
 
 SCHEMA = "qnas.arch/1"
+
+ARCH_FILE = "arch.json"
+SPACE_FILE = "space.yaml"  # a copy of the space, beside the arch.json of a run
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,8 @@ def sample_arch(space: SearchSpace, rng: np.random.Generator) -> Arch:
 
 
 def only_arch(space: SearchSpace) -> Arch:
-    """Return the one network of a fixed space. Raises ArchError if there are several."""
-    if not space.is_fixed:
-        raise ArchError(f"space {space.name} has many networks: give the arch.json of one")
+    """Return the one network of a fixed space."""
+    assert space.is_fixed, space.name
     return arch_from_indices(space, (0,) * len(space.positions))
 
 
@@ -100,3 +102,28 @@ def read_arch_document(path: Path) -> dict[str, Any]:
     if problems:
         raise ArchError(f"{path}: missing or of the wrong type: {', '.join(problems)}")
     return content
+
+
+@dataclass(frozen=True)
+class FoundArch:
+    """An architecture read from a file, with its space."""
+
+    space: SearchSpace
+    arch: Arch
+    document: Mapping[str, Any]
+    folder: Path  # that holds the file
+
+
+def find_arch(path: Path, space: str | None = None) -> FoundArch:
+    """Read the architecture of a run's folder or of an arch.json.
+
+    Its space is, in this order: the one named (by name or path), the copy beside it, the shipped one
+    of its name. Raises ArchError or SpaceError.
+    """
+    file = path / ARCH_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ArchError(f"{path}: no {ARCH_FILE} in this folder: not a run, or its search is not complete")
+    document = read_arch_document(file)
+    beside = file.parent / SPACE_FILE
+    found = load_space(space or (beside if beside.is_file() else document["space"]))
+    return FoundArch(found, read_arch(file, found), document, file.parent)

@@ -6,7 +6,6 @@ fully convolutional, so a module serves every resolution.
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnas.layer import LayerSpec
@@ -67,7 +66,7 @@ class Chain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the shape that the last layer says."""
-        y: Tensor = super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return x + y if self.is_residual else y
 
 
@@ -76,6 +75,15 @@ class QuadraBlock(nn.Module):
 
     QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand.
     """
+
+    conv_a: nn.Conv2d
+    conv_b: nn.Conv2d
+    conv_c: nn.Conv2d
+    norm1: nn.Module
+    norm2: nn.Module
+    expand: nn.Module
+    act: nn.Module
+    project: nn.Module
 
     def __init__(
         self,
@@ -103,9 +111,12 @@ class QuadraBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.is_pre_norm:
             x = x + self.mix(self.norm1(x))
-            return x + self.project(self.act(self.expand(self.norm2(x))))
-        x = x + self.norm1(self.mix(x))
-        return x + self.project(self.act(self.norm2(self.expand(x))))
+            hidden = self.expand(self.norm2(x))
+        else:
+            x = x + self.norm1(self.mix(x))
+            hidden = self.norm2(self.expand(x))
+        y: Tensor = x + self.project(self.act(hidden))
+        return y
 
 
 def _quadra(layers: tuple[LayerSpec, ...]) -> nn.Module:

@@ -44,6 +44,10 @@ class ExportError(QnasError):
     """An exported file does not compute what the network computes."""
 
 
+class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
+    """The user asked to stop, and the state was saved."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which names are known, the nearest first.
 

@@ -23,31 +23,31 @@ MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
 class Multiplier:
     """The strength of the latency's pressure, steered by the violation of the budget.
 
-    The violation E/T - 1 is integrated, which holds E at T without a lasting error, and a
-    proportional part damps the swing. The value may be negative: below the budget the pressure is
-    towards slower networks, since latency that is paid for and not used buys nothing. It is bounded;
-    the integral stops at the bound, so that it can leave it at once.
+    Proportional to the violation E/T - 1, plus its integral, which takes over what the task's own
+    pull on the latency needs and so holds E at T. The integral grows only near the budget, where it
+    measures that pull and not the way still to go. The value may be negative: below the budget the
+    pressure is towards slower networks, since latency that is allowed and not used buys nothing.
+    Gains were tuned on simulated task gradients of unlike strength (tests/test_search.py).
     """
 
     integral: float = 0.0
     value: float = 0.0
-    gain: float = 0.2  # of the integral, per step and unit of violation
-    damping: float = 10.0  # proportional part, per unit of violation
-    bound: float = 20.0
+    proportional_gain: float = 50.0  # per unit of violation
+    integral_gain: float = 0.5  # per step and unit of violation
+    integral_band: float = 0.1  # violation up to which the integral grows
+    bound: float = 30.0
 
     def after(self, expected_ms: float, budget_ms: float) -> "Multiplier":
         """Return the multiplier after a step that had this expected latency."""
         violation = expected_ms / budget_ms - 1
-        integral = self._clip(self.integral + self.gain * violation)
-        return replace(self, integral=integral, value=self._clip(integral + self.damping * violation))
+        integral = self.integral
+        if abs(violation) < self.integral_band:
+            integral = self._clip(integral + self.integral_gain * violation)
+        value = self._clip(integral + self.proportional_gain * violation)
+        return replace(self, integral=integral, value=value)
 
     def _clip(self, value: float) -> float:
         return max(-self.bound, min(self.bound, value))
-
-    @property
-    def is_at_bound(self) -> bool:
-        """Whether the pressure is as strong as it may be."""
-        return abs(self.value) >= self.bound
 
 
 def penalised(

@@ -14,6 +14,7 @@
 Every file is written whole or not at all, and can be read without qnas.
 """
 
+import io
 import json
 import shutil
 import signal
@@ -24,25 +25,24 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
+from qnas.arch import ARCH_FILE, SPACE_FILE
 from qnas.errors import CheckpointError
-from qnas.files import atomic_path, read_json, write_json
+from qnas.files import read_json, write_bytes, write_json
 
 CONFIG = "config.json"
-SPACE = "space.yaml"
+ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUPERNET = "supernet.safetensors"
-ARCH = "arch.json"
 SEARCH = "search.json"
 SUBNET = "subnet"
 EXPORT = "export"
 
 DEFAULT_FOLDER = Path("runs")
-
-
-class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
-    """The user asked to stop, and the state was saved."""
 
 
 class Metrics:
@@ -150,8 +150,10 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the state of an unfinished run."""
-    with atomic_path(folder / CHECKPOINT) as partial:
-        torch.save(dict(state), partial)
+    # through memory: torch's own writer hides a full disk behind a message of its own
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_bytes(folder / CHECKPOINT, buffer.getvalue())
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -162,7 +164,27 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds on a damaged file
-        raise CheckpointError(f"{path}: damaged: {error}".splitlines()[0]) from error
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: damaged: expected a mapping")
     return state
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors."""
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises CheckpointError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

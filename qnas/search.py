@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qnas import run
 from qnas.arch import Arch, arch_document, arch_from_indices
-from qnas.data import ImageData, Split, batches, num_batches
+from qnas.data import ImageData, batch_count, batches
 from qnas.derive import Solution, check_budget, sample_near, solve
 from qnas.errors import ArchError, CheckpointError, UsageError
-from qnas.files import atomic_path, write_json, write_text
+from qnas.files import write_json, write_text
 from qnas.latency.table import LatencyTable, write_table
 from qnas.lower import count_macs, count_params, lower
 from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
@@ -38,10 +37,17 @@ from qnas.supernet import (
     sample_pairs,
     sample_path,
 )
-from qnas.train import Score, evaluate, make_optimizer, make_schedule, recalibrate, weight_step
-from qnas.units import format_ms
+from qnas.train import (
+    Score,
+    evaluate,
+    make_optimizer,
+    make_schedule,
+    recalibrate,
+    run_to_end,
+    stream,
+    weight_step,
+)
 
-CHECKPOINT_STEPS = 500  # between two checkpoints of an undisturbed search
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
 RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
 
@@ -134,34 +140,6 @@ class SearchState:
     step: int = 0  # weight steps taken
     arch_step: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state as plain values and tensors."""
-        return {
-            "supernet": self.supernet.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-            "multiplier": asdict(self.multiplier),
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "arch_step": self.arch_step,
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state. Raises CheckpointError when it is of another search."""
-        try:
-            self.supernet.load_state_dict(state["supernet"])
-            self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.arch_optimizer.load_state_dict(state["arch_optimizer"])
-            self.multiplier = Multiplier(**state["multiplier"])
-            self.generator.set_state(state["generator"])
-            self.step, self.arch_step = state["step"], state["arch_step"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit this search: {error}".splitlines()[0]
-            ) from error
-
 
 @dataclass(frozen=True)
 class NetworkScore:
@@ -176,28 +154,12 @@ class NetworkScore:
 class SearchResult:
     """What a finished search found."""
 
+    searcher: "Searcher"
     folder: Path
     solution: Solution
     derived: NetworkScore
     random: tuple[NetworkScore, ...]
     expected_ms: float
-    binds: bool  # whether the budget excludes any network
-
-
-def stream(
-    data: ImageData, split: Split, batch_size: int, seed: int, start: int, *, augment: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for ever, from number `start` of a sequence that depends on the seed only."""
-    epoch, skip = divmod(start, num_batches(split, batch_size, drop_last=True))
-    while True:
-        for images, labels in batches(
-            data, split, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=True
-        ):
-            if skip:
-                skip -= 1
-                continue
-            yield images, labels
-        epoch += 1
 
 
 class Searcher:
@@ -211,7 +173,7 @@ class Searcher:
         self.data, self.config = data, config
         self.binds = budget_ms < table.slowest_ms
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
-        self.steps_per_epoch = num_batches(data.train, self.batch_size, drop_last=True)
+        self.steps_per_epoch = batch_count(data.train, self.batch_size, drop_last=True)
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
         self.total_steps = self.warmup_steps + config.search_epochs * self.steps_per_epoch
         self.state = self._initial_state()
@@ -243,9 +205,44 @@ class Searcher:
         return self.state.step < self.warmup_steps
 
     @property
-    def is_done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.state.step >= self.total_steps
+    def steps_done(self) -> int:
+        """Weight steps taken so far."""
+        return self.state.step
+
+    @property
+    def phase(self) -> str:
+        """What the next step does."""
+        return "warm-up" if self.is_warming_up else "search"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that changes from step to step, as plain values and tensors."""
+        state = self.state
+        return {
+            "supernet": state.supernet.state_dict(),
+            "weight_optimizer": state.weight_optimizer.state_dict(),
+            "schedule": state.schedule.state_dict(),
+            "arch_optimizer": state.arch_optimizer.state_dict(),
+            "multiplier": asdict(state.multiplier),
+            "generator": state.generator.get_state(),
+            "step": state.step,
+            "arch_step": state.arch_step,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over a saved state. Raises CheckpointError when it is of another search."""
+        state = self.state
+        try:
+            state.supernet.load_state_dict(saved["supernet"])
+            state.weight_optimizer.load_state_dict(saved["weight_optimizer"])
+            state.schedule.load_state_dict(saved["schedule"])
+            state.arch_optimizer.load_state_dict(saved["arch_optimizer"])
+            state.multiplier = Multiplier(**saved["multiplier"])
+            state.generator.set_state(saved["generator"])
+            state.step, state.arch_step = saved["step"], saved["arch_step"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this search: {run.first_line(error)}"
+            ) from error
 
     @property
     def expected_ms(self) -> float:
@@ -259,10 +256,10 @@ class Searcher:
         if self._weight_batches is None:
             # started here so that a loaded state is respected
             self._weight_batches = stream(
-                self.data, self.data.train, self.batch_size, config.seed, state.step, augment=True
+                self.data.train, self.batch_size, config.seed, state.step, augment=True
             )
             self._arch_batches = stream(
-                self.data, self.data.heldout, self.batch_size, config.seed + 1, state.arch_step, augment=False
+                self.data.heldout, self.batch_size, config.seed + 1, state.arch_step, augment=False
             )
         figures = {"loss": self._weight_step(*next(self._weight_batches))}
         searching = not self.is_warming_up
@@ -271,7 +268,16 @@ class Searcher:
             assert self._arch_batches is not None
             figures["arch_loss"] = self._arch_step(*next(self._arch_batches))
             state.arch_step += 1
+            figures["expected_ms"] = self.expected_ms
+            figures["multiplier"] = state.multiplier.value
+            figures |= self.describe_probabilities()
         return figures
+
+    def summary(self, row: Mapping[str, float]) -> str:
+        """Put a step's figures into a few words."""
+        if "expected_ms" in row:
+            return f"loss {row['loss']:.3f}, expected {row['expected_ms']:.2f} of {self.budget_ms:.2f} ms"
+        return f"loss {row['loss']:.3f}" if self.is_warming_up else ""
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
         state = self.state
@@ -337,9 +343,9 @@ class Searcher:
     def score(self, arch: Arch) -> Score:
         """Evaluate a network with the supernet's weights on the test images."""
         network = self.state.supernet.subnet(arch, len(self.data.classes)).eval()
-        train = batches(self.data, self.data.train, 128, seed=0, epoch=0, augment=False)
+        train = batches(self.data.train, 128, seed=0)
         recalibrate(network, network, (b for b, _ in zip(train, range(CALIBRATION_BATCHES), strict=False)))
-        return evaluate(network, batches(self.data, self.data.test, 256, seed=None, epoch=0, augment=False))
+        return evaluate(network, batches(self.data.test, 256))
 
 
 def check_searchable(space: SearchSpace, table: LatencyTable, budget_ms: float) -> None:
@@ -370,55 +376,13 @@ def run_search(
     used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
     """
     request = {"search": asdict(searcher.config), **request}
-    saved = run.load_checkpoint(folder) if resume else None
     run.open_folder(folder, request, resume=resume, force=force)
     if resume and (folder / run.ARCH).is_file():
         raise CheckpointError(f"{folder}: this search is complete, there is nothing to resume")
     write_text(folder / run.SPACE, searcher.space.to_yaml())
-    write_table(searcher.table, folder / f"table-{searcher.table.device}.csv")
-    if saved is not None:
-        searcher.state.load(saved)
-    metrics = run.Metrics(folder / run.METRICS, keep_bytes=saved["metrics_bytes"] if saved else 0)
-    _train(searcher, folder, metrics, quiet=quiet)
+    write_table(searcher.table, searcher.space, folder / f"table-{searcher.table.device}.csv")
+    run_to_end(searcher, folder, resume=resume, quiet=quiet)
     return _finish(searcher, folder, request, quiet=quiet)
-
-
-def _train(searcher: Searcher, folder: Path, metrics: run.Metrics, *, quiet: bool) -> None:
-    state = searcher.state
-
-    def save() -> None:
-        run.save_checkpoint(folder, {**state.to_dict(), "metrics_bytes": metrics.size_bytes})
-
-    with (
-        run.interruptible() as signals,
-        Progress(searcher.total_steps, "warm-up", quiet=quiet) as progress,
-    ):
-        progress.skip(state.step)
-        while not searcher.is_done:
-            progress.phase("warm-up" if searcher.is_warming_up else "search")
-            figures = searcher.step()
-            log = {"step": state.step, **figures}
-            if "arch_loss" in figures:
-                log |= {
-                    "expected_ms": searcher.expected_ms,
-                    "multiplier": state.multiplier.value,
-                    **searcher.describe_probabilities(),
-                }
-            metrics.write(log)
-            progress.step(_figures_line(searcher, log))
-            if signals:
-                save()
-                raise run.Interrupted
-            if state.step % CHECKPOINT_STEPS == 0 and not searcher.is_done:
-                save()
-
-
-def _figures_line(searcher: Searcher, log: Mapping[str, float]) -> str:
-    if "expected_ms" not in log:
-        return f"loss {log['loss']:.3f}" if searcher.is_warming_up else ""
-    return (
-        f"loss {log['loss']:.3f}, expected {format_ms(log['expected_ms'])} of {format_ms(searcher.budget_ms)}"
-    )
 
 
 def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
@@ -435,10 +399,9 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
         for indices in rivals:
             random.append(network_score(searcher, indices))
             progress.step()
-    result = SearchResult(folder, solution, derived, tuple(random), searcher.expected_ms, searcher.binds)
+    result = SearchResult(searcher, folder, solution, derived, tuple(random), searcher.expected_ms)
     write_json(folder / run.SEARCH, _search_document(result))
-    with atomic_path(folder / run.SUPERNET) as partial:
-        save_file({k: v.contiguous() for k, v in searcher.state.supernet.state_dict().items()}, partial)
+    run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
     # last, since its presence says that the run is complete
     write_json(folder / run.ARCH, _arch_document(searcher, result, request))
     (folder / run.CHECKPOINT).unlink(missing_ok=True)
@@ -456,7 +419,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
     return {
         "schema": "qnas.search/1",
         "expected_ms": result.expected_ms,
-        "budget_binds": result.binds,
+        "budget_binds": result.searcher.binds,
         "derived": entry(result.derived),
         "random": [entry(score) for score in result.random],
     }

@@ -20,7 +20,7 @@ from qnas.blocks import build_block
 from qnas.latency.table import LatencyTable
 from qnas.lower import BlockSpec, fill, skeleton
 from qnas.space import SearchSpace
-from qnas.subnet import build_subnet, module_name
+from qnas.subnet import build_subnet, module_name, subnet_state
 
 ALPHA_STD = 1e-3  # of the initial architecture parameters, as in ProxylessNAS
 
@@ -102,14 +102,7 @@ class Supernet(nn.Module):
     def subnet(self, arch: Arch, classes: int) -> nn.Sequential:
         """Return the network of an architecture with a copy of this supernet's weights."""
         network = build_subnet(self.space, arch, classes)
-        chosen = dict(
-            zip((p.name.replace(".", "_") for p in self.space.positions), arch.choices, strict=True)
-        )
-        with torch.no_grad():
-            for name, module in network.named_children():
-                part = self.parts[name]
-                source = part[chosen[name]] if isinstance(part, Choice) else part
-                module.load_state_dict(source.state_dict())
+        network.load_state_dict(subnet_state(self.state_dict(), self.space, arch))
         return network
 
 

@@ -1,13 +1,24 @@
-"""Training of whatever has weights: optimiser, schedule, one step, evaluation. Knows no search."""
+"""Training of whatever has weights: optimiser, schedule, step, evaluation, and the loop around it.
 
-from collections.abc import Callable, Iterable
+Knows no search: the loop drives anything that is stepped, saves its state and takes it up again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from qnas import run
+from qnas.data import Split, batch_count, batches
+from qnas.errors import Interrupted
+from qnas.progress import Progress
+
+CHECKPOINT_STEPS = 500  # between two checkpoints of an undisturbed run
 GRADIENT_CLIP = 5.0  # of the total norm (QuadraNet's recipe)
 
 Forward = Callable[[Tensor], Tensor]
@@ -26,7 +37,8 @@ def make_optimizer(
     weights: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for weight in weights:
         (decayed if weight.ndim > 1 else plain).append(weight)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -97,3 +109,72 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def stream(
+    split: Split, batch_size: int, seed: int, start: int, *, augment: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches for ever, from number `start` of a sequence that depends on the seed only."""
+    epoch, skip = divmod(start, batch_count(split, batch_size, drop_last=True))
+    while True:
+        yield from batches(
+            split, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=True, start=skip
+        )
+        epoch, skip = epoch + 1, 0
+
+
+class Stepper(Protocol):
+    """What the loop drives: a search or the training of a network."""
+
+    total_steps: int
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken so far, those of former processes included."""
+
+    @property
+    def phase(self) -> str:
+        """What the next step does, for the progress bar."""
+
+    def step(self) -> dict[str, float]:
+        """Take a step; return what to log."""
+
+    def summary(self, row: Mapping[str, float]) -> str:
+        """Put the figures of a step into a few words; empty keeps those of the step before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that changes from step to step, as plain values and tensors."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over such a state."""
+
+
+def run_to_end(stepper: Stepper, folder: Path, *, resume: bool, quiet: bool) -> None:
+    """Take all steps in a run folder, with metrics, checkpoints and a progress bar.
+
+    Raises CheckpointError where a saved state is damaged, Interrupted once the state is saved after
+    Ctrl-C or SIGTERM.
+    """
+    saved = run.load_checkpoint(folder) if resume else None
+    if saved is not None:
+        stepper.load(saved)
+    metrics = run.Metrics(folder / run.METRICS, keep_bytes=saved["metrics_bytes"] if saved else 0)
+
+    def save() -> None:
+        run.save_checkpoint(folder, {**stepper.to_dict(), "metrics_bytes": metrics.size_bytes})
+
+    with (
+        run.interruptible() as signals,
+        Progress(stepper.total_steps, stepper.phase, quiet=quiet) as progress,
+    ):
+        progress.skip(stepper.steps_done)
+        while stepper.steps_done < stepper.total_steps:
+            progress.phase(stepper.phase)
+            row = stepper.step()
+            metrics.write({"step": stepper.steps_done, **row})
+            progress.step(stepper.summary(row))
+            if signals:
+                save()
+                raise Interrupted(f"the state is saved in {folder}: --resume goes on from it")
+            if stepper.steps_done % CHECKPOINT_STEPS == 0:
+                save()

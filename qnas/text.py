@@ -1,0 +1,192 @@
+"""What the commands print: plain text of at most 80 columns, and the same facts as JSON values."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qnas.arch import Arch, arch_from_indices
+from qnas.latency.table import LatencyTable
+from qnas.lower import BlockSpec, Slot, count_macs, count_params, fill, lower, skeleton
+from qnas.space import SearchSpace
+from qnas.units import format_ms
+
+
+def format_count(count: float) -> str:
+    """Write a number of parameters or MACs with three digits: `312M`.
+
+    >>> format_count(2899631104), format_count(16255912), format_count(999)
+    ('2.90G', '16.3M', '999')
+    """
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if count >= 0.9995 * scale:
+            value = count / scale
+            return f"{value:.{max(0, 2 - math.floor(math.log10(value) + 1e-9))}f}{suffix}"
+    return f"{count:.0f}"
+
+
+def short_name(candidate: str) -> str:
+    """Write a candidate's name as `k7 e4`; identity as a dash.
+
+    >>> short_name("quadra_k7_e4"), short_name("identity")
+    ('k7 e4', '-')
+    """
+    return "-" if candidate == "identity" else candidate.partition("_")[2].replace("_", " ")
+
+
+def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
+    """Draw the chosen candidates, a line a stage."""
+    resolution = {
+        part.position.stage: part.resolution_px
+        for part in reversed(skeleton(space))
+        if isinstance(part, Slot)
+    }
+    lines = []
+    for i, stage in enumerate(space.stages):
+        chosen = [c for p, c in zip(space.positions, arch.choices, strict=True) if p.stage == i]
+        blocks = "  ".join(f"{short_name(c):<5}" for c in chosen).rstrip()
+        lines.append(f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   {blocks}")
+    return "\n".join(lines)
+
+
+def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
+    """Draw a network as a tree of stages and blocks with MACs and parameters."""
+    lines = [
+        f"{space.name}: {format_count(count_macs(blocks))} MACs, "
+        f"{format_count(count_params(blocks))} parameters, {space.input.resolution_px} px"
+    ]
+    stage = ""
+    for block in (b for b in blocks if b.layers):
+        name, _, rest = block.name.partition(".")
+        if rest and name != stage:
+            channels = space.stages[int(name) - 1].channels
+            lines.append(f"  stage {name}: {channels} channels")
+        stage = name if rest else ""
+        first, last = block.layers[0], block.layers[-1]
+        title = f"{'    ' if rest else '  '}{block.name:<14}{_block_title(block)}"
+        shape = f"{first.resolution_px}>{last.out_px} px"
+        macs, params = format_count(count_macs([block])), format_count(count_params([block]))
+        lines.append(f"{title:<38}{shape:>12} {macs:>8} {params:>8}")
+    return "\n".join(lines)
+
+
+def _block_title(block: BlockSpec) -> str:
+    kernels = sorted({layer.kernel for layer in block.layers if layer.kernel > 1})
+    widths = [layer.c_out for layer in block.layers]
+    kernel = f" {'/'.join(f'{k}x{k}' for k in kernels)}" if kernels else ""
+    return f"{block.kind}{kernel}, widest {max(widths)}"
+
+
+def network_facts(space: SearchSpace, blocks: Sequence[BlockSpec]) -> dict[str, Any]:
+    """Return a network's counts, in all and by block."""
+    return {
+        "space": space.name,
+        "resolution_px": space.input.resolution_px,
+        "params": count_params(blocks),
+        "macs": count_macs(blocks),
+        "blocks": [
+            {
+                "name": block.name,
+                "kind": block.kind,
+                "params": count_params([block]),
+                "macs": count_macs([block]),
+                "layers": [
+                    {
+                        "role": layer.role,
+                        "op": layer.op,
+                        "resolution_px": layer.resolution_px,
+                        "out_px": layer.out_px,
+                        "c_in": layer.c_in,
+                        "c_out": layer.c_out,
+                        "kernel": layer.kernel,
+                        "stride": layer.stride,
+                        "params": layer.params,
+                        "macs": layer.macs,
+                    }
+                    for layer in block.layers
+                ],
+            }
+            for block in blocks
+        ],
+    }
+
+
+def smallest_and_largest(space: SearchSpace) -> tuple[Arch, Arch]:
+    """Return the networks with the fewest and the most MACs."""
+    slots = [part for part in skeleton(space) if isinstance(part, Slot)]
+    macs = [[count_macs([fill(space, slot, c)]) for c in slot.position.candidates] for slot in slots]
+    return (
+        arch_from_indices(space, tuple(row.index(min(row)) for row in macs)),
+        arch_from_indices(space, tuple(row.index(max(row)) for row in macs)),
+    )
+
+
+def space_facts(space: SearchSpace) -> dict[str, Any]:
+    """Return what a searchable space holds, with the range of its counts."""
+    small, large = (lower(space, arch) for arch in smallest_and_largest(space))
+    return {
+        "space": space.name,
+        "resolution_px": space.input.resolution_px,
+        "networks": math.prod(len(p.candidates) for p in space.positions),
+        "params": {"min": count_params(small), "max": count_params(large)},
+        "macs": {"min": count_macs(small), "max": count_macs(large)},
+        "stages": [
+            {
+                "channels": stage.channels,
+                "stride": stage.stride,
+                "positions": [list(p.names) for p in space.positions if p.stage == i],
+            }
+            for i, stage in enumerate(space.stages)
+        ],
+    }
+
+
+def describe_space(space: SearchSpace) -> str:
+    """Draw a searchable space: its stages, their candidates and the range of its counts."""
+    facts = space_facts(space)
+    params, macs = facts["params"], facts["macs"]
+    lines = [
+        f"{space.name}: {facts['networks']:.3g} networks of {len(space.positions)} positions, "
+        f"{space.input.resolution_px} px",
+        f"  MACs        {format_count(macs['min'])} to {format_count(macs['max'])}",
+        f"  parameters  {format_count(params['min'])} to {format_count(params['max'])}",
+        f"  stem: {space.stem.kernel}x{space.stem.kernel} stride {space.stem.stride}, "
+        f"{space.stem.channels} channels, {space.norm}, {space.activation}",
+    ]
+    for i, stage in enumerate(space.stages):
+        positions = [p for p in space.positions if p.stage == i]
+        lines.append(
+            f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
+        )
+        lists = dict.fromkeys(p.names for p in positions)
+        lines += [f"    {', '.join(short_name(n) for n in names)}" for names in lists]
+    head = f"{space.head.channels} channels, " if space.head.channels else ""
+    lines.append(f"  head: {head}{space.head.classes} classes")
+    return "\n".join(lines)
+
+
+def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Align columns: the first to the left, the others to the right."""
+    every = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in every) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in every
+    )
+
+
+def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) -> str:
+    """Say what a network takes, against the budget, and what share of it rests on measurements."""
+    latency_ms = table.latency_ms(indices)
+    return (
+        f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
+        f"({latency_ms / budget_ms:.1%}); {table.coverage(indices):.0%} from measurements"
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write accuracies as mean and standard deviation in percent."""
+    spread = f" +- {statistics.stdev(values):.1%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{spread}"

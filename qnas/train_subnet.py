@@ -1,0 +1,209 @@
+"""Training of one network on its own: from the supernet's weights or from scratch.
+
+It is trained on all training images. The test images are looked at after every epoch for the curve,
+but nothing is chosen by them: the weights kept are the last.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnas import run
+from qnas.arch import FoundArch
+from qnas.blocks import count_parameters
+from qnas.data import ImageData, batch_count, batches, sample_images
+from qnas.errors import CheckpointError, UsageError
+from qnas.files import write_json, write_text
+from qnas.subnet import build_subnet, subnet_state
+from qnas.train import Score, evaluate, make_optimizer, make_schedule, run_to_end, stream, weight_step
+
+WEIGHTS = "weights.safetensors"
+RESULT = "result.json"
+SAMPLE = "sample.safetensors"  # some test images, with which an export is checked
+SAMPLE_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a network."""
+
+    resolution_px: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("resolution_px", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
+
+
+# By what is trained on; for two CPU cores or one GPU.
+RECIPES: dict[str, TrainConfig] = {
+    "digits": TrainConfig(resolution_px=32, epochs=40, batch_size=64, learning_rate=2e-3, warmup_epochs=2),
+    "fashion-mnist": TrainConfig(resolution_px=32, epochs=6, batch_size=64, learning_rate=2e-3),
+    "cifar10": TrainConfig(resolution_px=32, epochs=20, batch_size=64, learning_rate=2e-3),
+    "imagefolder": TrainConfig(
+        resolution_px=128, epochs=60, batch_size=64, learning_rate=1e-3, warmup_epochs=3
+    ),
+}
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """Load a network's weights. Raises CheckpointError if they are another network's."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: not the weights of this network: {problem}") from error
+
+
+def has_supernet(source: FoundArch) -> bool:
+    """Whether the supernet's weights lie beside the architecture, in the folder of its search."""
+    return (source.folder / run.SUPERNET).is_file()
+
+
+def inherit(network: nn.Module, source: FoundArch) -> None:
+    """Load the supernet's weights of the chosen candidates. Raises CheckpointError."""
+    file = source.folder / run.SUPERNET
+    load_weights(network, subnet_state(run.load_tensors(file), source.space, source.arch), file)
+
+
+class SubnetTrainer:
+    """The training of one network, stepped by `train.run_to_end`."""
+
+    phase = "train"
+
+    def __init__(self, network: nn.Module, data: ImageData, config: TrainConfig) -> None:
+        self.network, self.data, self.config = network, data, config
+        self.split = data.train_and_heldout
+        self.batch_size = min(config.batch_size, len(self.split))
+        self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self._weights = list(network.parameters())
+        self.optimizer = make_optimizer(self._weights, config.learning_rate, config.weight_decay)
+        warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
+        self.schedule = make_schedule(self.optimizer, self.total_steps, warmup_steps)
+        self.steps_done = 0
+        self.accuracy = float("nan")
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def step(self) -> dict[str, float]:
+        """Take a weight step; at the end of an epoch look at the test images."""
+        config = self.config
+        if self._batches is None:
+            self._batches = stream(self.split, self.batch_size, config.seed, self.steps_done, augment=True)
+        images, labels = next(self._batches)
+        self.network.train()
+        loss = weight_step(
+            self.network, self._weights, self.optimizer, images, labels, config.label_smoothing
+        )
+        self.schedule.step()
+        self.steps_done += 1
+        row = {"loss": float(loss)}
+        if self.steps_done % self.steps_per_epoch == 0:
+            score = self.test()
+            self.accuracy = score.accuracy
+            row |= {
+                "epoch": self.steps_done // self.steps_per_epoch,
+                "test_accuracy": score.accuracy,
+                "test_loss": score.loss,
+            }
+        return row
+
+    def test(self) -> Score:
+        """Score the network on the test images."""
+        self.network.eval()
+        return evaluate(self.network, batches(self.data.test, 256))
+
+    def summary(self, row: Mapping[str, float]) -> str:
+        """Put a step's figures into a few words."""
+        return f"loss {row['loss']:.3f}, test accuracy {self.accuracy:.2%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that changes from step to step."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "steps_done": self.steps_done,
+            "accuracy": self.accuracy,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over a saved state. Raises CheckpointError when it is of another training."""
+        try:
+            self.network.load_state_dict(saved["network"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this training: {run.first_line(error)}"
+            ) from error
+
+
+def train_subnet(
+    source: FoundArch,
+    data: ImageData,
+    config: TrainConfig,
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    from_supernet: bool,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> Score:
+    """Train the network of an architecture in a folder; return its score on the test images.
+
+    Writes the weights as safetensors, with the architecture and its space beside them. Raises
+    CheckpointError where the folder or the supernet's weights cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_subnet(source.space, source.arch, len(data.classes))
+    if from_supernet:
+        inherit(network, source)
+    request = {"train": asdict(config), "from_supernet": from_supernet, **request}
+    run.open_folder(folder, request, resume=resume, force=force)
+    if resume and (folder / RESULT).is_file():
+        raise CheckpointError(f"{folder}: this training is complete, there is nothing to resume")
+    write_text(folder / run.SPACE, source.space.to_yaml())
+    write_json(folder / run.ARCH, source.document)
+    trainer = SubnetTrainer(network, data, config)
+    run_to_end(trainer, folder, resume=resume, quiet=quiet)
+    score = trainer.test()
+    run.save_tensors(folder / WEIGHTS, network.state_dict())
+    images, labels = sample_images(data.test, SAMPLE_IMAGES)
+    run.save_tensors(folder / SAMPLE, {"images": images, "labels": labels})
+    write_json(
+        folder / RESULT,
+        {
+            "schema": "qnas.subnet/1",
+            "test_accuracy": score.accuracy,
+            "test_loss": score.loss,
+            "test_images": score.images,
+            "params": count_parameters(network),
+            "resolution_px": config.resolution_px,
+            "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "data": request["data"],
+        },
+    )
+    (folder / run.CHECKPOINT).unlink(missing_ok=True)
+    return score
+
+
+def recipe_for(data_kind: str, **changes: Any) -> TrainConfig:
+    """Return the recipe of a kind of data set, with the given fields changed; None changes nothing."""
+    return replace(RECIPES[data_kind], **{key: value for key, value in changes.items() if value is not None})
