@@ -159,11 +159,13 @@ def _search(
 
     # torch takes seconds to import: what can be refused is refused before
     from qnas.data import load_data, parse_data_spec
+    from qnas.lower import check_resolution
     from qnas.search import Searcher, check_searchable, preset_for, run_search
 
     check_searchable(space, table, budget_ms)
     spec = parse_data_spec(asked["data"])
     config = preset_for(spec.kind, **changes)
+    check_resolution(space, config.resolution_px)
     data = load_data(spec, resolution_px=config.resolution_px, channels=space.input.channels, quiet=quiet)
     searcher = Searcher(space, table, budget_ms, data, config)
     folder = out or _free_folder(
@@ -289,6 +291,7 @@ def train_subnet(
     from qnas import run
     from qnas.arch import find_arch
     from qnas.data import load_data, parse_data_spec
+    from qnas.lower import check_resolution
     from qnas.train_subnet import has_supernet, recipe_for
     from qnas.train_subnet import train_subnet as train
 
@@ -309,6 +312,7 @@ def train_subnet(
         resolution_px=resolution,
         learning_rate=learning_rate,
     )
+    check_resolution(found.space, config.resolution_px)
     if out is None:
         out = found.folder / run.SUBNET if searched else _free_folder(found.space.name, "subnet")
     images = load_data(
@@ -369,23 +373,23 @@ def export(
     Example: qnas export runs/quadranet-mobile-vpu-30ms
     """
     from qnas import run
-    from qnas.export import export_trained
+    from qnas.deploy import export_trained
     from qnas.units import format_ms
 
     report = export_trained(source or run.latest_run(), out, resolution_px=resolution, force=force)
     if as_json:
         _print_json(report.facts())
         return
+    file, px = report.file, report.resolution_px
     lines = [
-        f"file        {report.path} ({report.size_bytes / 1e6:.1f} MB, opset {report.opset}, free batch size)",
-        f"input       (batch, {report.channels}, {report.resolution_px}, {report.resolution_px}), float32, "
-        "normalised as its metadata say",
-        f"check       onnxruntime differs from torch by at most {report.max_difference / report.scale:.1e} "
-        f"of the output's scale, on {report.inputs} inputs",
+        f"file        {file.path} ({file.size_bytes / 1e6:.1f} MB, opset {file.opset})",
+        f"input       images (batch, {report.channels}, {px}, {px}), float32, normalised as its metadata say",
+        f"check       onnxruntime differs from torch by at most {file.max_difference / file.scale:.1e} "
+        f"of the output's scale, on {file.inputs} inputs",
     ]
-    if report.latency_ms is not None:
+    if report.latency_ms is not None and report.budget_ms is not None:
         lines.append(
-            f"latency     {format_ms(report.latency_ms, round_up=True)} of {format_ms(report.budget_ms or 0)} "
+            f"latency     {format_ms(report.latency_ms, round_up=True)} of {format_ms(report.budget_ms)} "
             f"on {report.device} at {report.deployed_px} px, as searched"
         )
     typer.echo("\n".join(lines))
@@ -493,7 +497,7 @@ def devices(as_json: Json = False) -> None:
             f"  {device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
         ]
         lines += [
-            f"  {name}: {len(figures)} parts, {figures['all'].within_10:.1%} of {figures['all'].n} within 10%"
+            f"  {name}: {figures['all'].within_10_pct:.1f}% of {figures['all'].n} within 10%"
             for name, figures in device.accuracy.items()
             if "all" in figures
         ]

@@ -426,9 +426,8 @@ def _read_tree(path: Path, *, needs_test: bool) -> _Source:
         raise DataError(f"{path}: {len(classes)} class folders, expected at least 2")
     for part, found in parts.items():
         if set(found) != set(classes):
-            missing, extra = set(classes) - set(found), set(found) - set(classes)
-            listed = [f"{kind} {', '.join(sorted(names))}" for kind, names in
-                      (("lacks", missing), ("adds", extra)) if names]  # fmt: skip
+            differences = {"lacks": set(classes) - set(found), "adds": set(found) - set(classes)}
+            listed = [f"{verb} {', '.join(sorted(names))}" for verb, names in differences.items() if names]
             raise DataError(f"{path}: classes of {part} differ from those of train: {'; '.join(listed)}")
         for name, files in found.items():
             if not files:
@@ -505,11 +504,15 @@ def _list_tar(path: Path) -> _Tree:
     """
     tree: _Tree = {}
     try:
+        unzipped = BytesIO()
         with gzip.open(path) as file:
-            content = memoryview(file.read(MEMORY_LIMIT_BYTES + 1))
-        if len(content) > MEMORY_LIMIT_BYTES:
-            raise DataError(f"{path}: over {MEMORY_LIMIT_BYTES} bytes: unpack it, give the folder")
-        with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
+            while chunk := file.read(1 << 22):
+                unzipped.write(chunk)
+                if unzipped.tell() > MEMORY_LIMIT_BYTES:
+                    raise DataError(f"{path}: over {MEMORY_LIMIT_BYTES} bytes: unpack it, give the folder")
+        unzipped.seek(0)
+        content = unzipped.getbuffer()  # images are views of it
+        with tarfile.open(fileobj=unzipped, mode="r:") as tar:
             for member in tar:
                 at = PurePosixPath(member.name).parts
                 if any(_is_hidden(part) for part in at):

@@ -101,14 +101,17 @@ def sample_near(
         return []
     width = room / bins
     steps = [np.rint(np.asarray(row) / width).astype(np.int64) for row in table.ms]
+    # rounding moves a total by up to half a bin a position: networks at the window's ends too are met
+    slack = len(steps) // 2 + 1
+    last = bins + slack
     # ways[i][b]: share of the choices of positions i.. that take b bins together
-    ways: list[NDArray[np.float64]] = [np.zeros(bins + 1) for _ in range(len(steps) + 1)]
+    ways: list[NDArray[np.float64]] = [np.zeros(last + 1) for _ in range(len(steps) + 1)]
     ways[-1][0] = 1.0
     for i in range(len(steps) - 1, -1, -1):
         for step in steps[i]:
-            if step <= bins:
-                ways[i][step:] += ways[i + 1][: bins + 1 - step] / len(steps[i])
-    first = max(0, math.floor((low_ms - table.fixed_ms) / width))
+            if step <= last:
+                ways[i][step:] += ways[i + 1][: last + 1 - step] / len(steps[i])
+    first = max(0, math.floor((low_ms - table.fixed_ms) / width) - slack)
     start = ways[0][first:]
     if start.sum() <= 0:
         return []

@@ -40,7 +40,7 @@ class ExportReport:
     opset: int
     max_difference: float  # of the logits, in the batch that came closest to the tolerance
     scale: float  # the largest |logit| of that batch
-    images_checked: int
+    inputs: int  # images that were put through both
     size_bytes: int
 
 
@@ -55,8 +55,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write a network as ONNX: `images` (batch, channels, H, W) -> `logits` (batch, classes), float32.
 
-    images: (n, channels, H, W), normalised as in training, n >= 1; they and random ones are put
-    through the network and through the file. The network is left as it is, wherever it lies. Raises
+    images: (n, channels, H, W), normalised as in training, n >= 1; they are put through the network
+    and through the file, as they are and under noise. The network is left as it is. Raises
     ExportError, and leaves what stood at `path` before, where torch cannot export the network or the
     file computes something else.
     """
@@ -83,8 +83,6 @@ def fold_quadratic_norms(network: nn.Module) -> None:
         if not isinstance(block, QuadraBlock) or not isinstance(block.norm1, nn.BatchNorm2d):
             continue
         norm, conv_a, conv_c = block.norm1, block.conv_a, block.conv_c
-        assert isinstance(conv_a, nn.Conv2d)
-        assert isinstance(conv_c, nn.Conv2d)
         assert norm.running_mean is not None
         assert norm.running_var is not None
         with torch.no_grad():
@@ -151,6 +149,7 @@ def _compare(reference: nn.Module, written: Path, path: Path, images: Tensor) ->
     """Return the worst batch's difference and scale, and the number of images checked."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own kinds derive from Exception alone

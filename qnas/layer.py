@@ -14,8 +14,9 @@ from typing import NamedTuple
 class LayerSpec:
     """An operator at a place: `role` names it inside its block.
 
-    `resolution_px` is the height and width of the input. A convolution is padded so that an odd
-    kernel at stride 1 keeps the size; a kernel as large as its stride (a patch) is not padded.
+    `resolution_px` is the height and width of the input. A convolution with an odd kernel is padded so
+    that the output has resolution / stride pixels, rounded up; a kernel as large as its stride (a patch)
+    is not padded, and the output is rounded down.
     """
 
     role: str
@@ -30,12 +31,13 @@ class LayerSpec:
     def __post_init__(self) -> None:
         assert self.op in OPS, self.op
         assert min(self.resolution_px, self.c_in, self.c_out, self.kernel, self.stride) >= 1, self
+        assert self.kernel % 2 == 1 or self.kernel == self.stride, self
         assert OPS[self.op].changes_channels or self.c_in == self.c_out, self
 
     @property
     def padding(self) -> int:
         """Zeros added on each side."""
-        return (self.kernel - self.stride + 1) // 2
+        return 0 if self.kernel == self.stride else self.kernel // 2
 
     @property
     def out_px(self) -> int:

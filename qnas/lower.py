@@ -183,9 +183,7 @@ def skeleton(
     too small to pass all strides.
     """
     px = space.input.resolution_px if resolution_px is None else resolution_px
-    smallest = _total_stride(space)
-    if px < smallest:
-        raise SpaceError(f"resolution {px} px is too small for space {space.name}: at least {smallest} px")
+    check_resolution(space, px)
     blocks: list[BlockSpec | Slot] = []
 
     def add_fixed(name: str, kind: str, layers: tuple[LayerSpec, ...]) -> int:
@@ -208,11 +206,21 @@ def skeleton(
     return tuple(blocks)
 
 
-def _total_stride(space: SearchSpace) -> int:
+def smallest_resolution_px(space: SearchSpace) -> int:
+    """Return the smallest input that passes all strides of the space."""
     total = max(space.stem.stride, space.stem.kernel if space.stem.kernel == space.stem.stride else 1)
     for stage in space.stages:
         total *= stage.stride
     return total
+
+
+def check_resolution(space: SearchSpace, resolution_px: int) -> None:
+    """Raise SpaceError where an input is too small to pass all strides of the space."""
+    smallest = smallest_resolution_px(space)
+    if resolution_px < smallest:
+        raise SpaceError(
+            f"resolution {resolution_px} px is too small for space {space.name}: at least {smallest} px"
+        )
 
 
 def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:

@@ -23,28 +23,40 @@ MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
 class Multiplier:
     """The strength of the latency's pressure, steered by the violation of the budget.
 
-    Proportional to the violation E/T - 1, plus its integral, which takes over what the task's own
-    pull on the latency needs and so holds E at T. The integral grows only near the budget, where it
-    measures that pull and not the way still to go. The value may be negative: below the budget the
-    pressure is towards slower networks, since latency that is allowed and not used buys nothing.
-    Gains were tuned on simulated task gradients of unlike strength (tests/test_search.py).
+    `value` is in units of the task: at 1 the latency's gradient is as long as the task's usually is.
+    So the same gains serve every device, budget and data set, and the pressure never grows so strong
+    that the optimiser, which divides by the root of past squares, stops hearing the task.
+
+    The value is proportional to the violation E/T - 1, plus its integral, which takes over what the
+    task's own pull on the latency needs and so holds E at T. The integral grows only near the budget,
+    where it measures that pull and not the way still to go. The value may be negative: below the
+    budget the pressure is towards slower networks, since latency that is allowed and not used buys
+    nothing.
     """
 
     integral: float = 0.0
     value: float = 0.0
-    proportional_gain: float = 50.0  # per unit of violation
-    integral_gain: float = 0.5  # per step and unit of violation
+    task_norm: float | None = None  # moving average of the length of the task's gradient
+    proportional_gain: float = 5.0  # per unit of violation
+    integral_gain: float = 0.05  # per step and unit of violation
     integral_band: float = 0.1  # violation up to which the integral grows
-    bound: float = 30.0
+    bound: float = 3.0
+    memory: float = 0.95  # of task_norm, per step
 
-    def after(self, expected_ms: float, budget_ms: float) -> "Multiplier":
-        """Return the multiplier after a step that had this expected latency."""
+    def strength(self, latency_norm: float) -> float:
+        """Return m for a step in which the gradient of E/T has this length."""
+        return self.value * (self.task_norm or 0.0) / max(latency_norm, 1e-12)
+
+    def after(self, expected_ms: float, budget_ms: float, task_norm: float) -> "Multiplier":
+        """Return the multiplier after a step with this expected latency and task gradient."""
         violation = expected_ms / budget_ms - 1
         integral = self.integral
         if abs(violation) < self.integral_band:
             integral = self._clip(integral + self.integral_gain * violation)
         value = self._clip(integral + self.proportional_gain * violation)
-        return replace(self, integral=integral, value=value)
+        if self.task_norm is not None:
+            task_norm = self.memory * self.task_norm + (1 - self.memory) * task_norm
+        return replace(self, integral=integral, value=value, task_norm=task_norm)
 
     def _clip(self, value: float) -> float:
         return max(-self.bound, min(self.bound, value))

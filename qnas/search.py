@@ -32,7 +32,6 @@ from qnas.supernet import (
     expected_latency_of_pairs,
     latency_tensor,
     log_probabilities,
-    probabilities,
     renormalise_pair,
     sample_pairs,
     sample_path,
@@ -48,6 +47,8 @@ from qnas.train import (
     weight_step,
 )
 
+FINAL_TEMPERATURE = 0.2
+ANNEALED_SHARE = 0.85  # of the search, until the temperature is final; the rest lets the latency settle
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
 RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
 
@@ -88,11 +89,11 @@ PRESETS: dict[str, SearchConfig] = {
     "digits": SearchConfig(
         "digits",
         resolution_px=32,
-        warmup_epochs=10,
-        search_epochs=25,
+        warmup_epochs=15,
+        search_epochs=45,
         batch_size=64,
         learning_rate=2e-3,
-        arch_learning_rate=0.05,
+        arch_learning_rate=0.1,
         arch_every=2,
     ),
     # Fashion-MNIST, CIFAR-10
@@ -245,10 +246,26 @@ class Searcher:
             ) from error
 
     @property
+    def temperature(self) -> float:
+        """What the architecture parameters are divided by: from 1 down as the search goes on.
+
+        Probabilities that stay spread have their expected latency at the budget while the most
+        probable network, all identities, is far below it. Sharp ones have both at the budget.
+        """
+        searched = max(0, self.state.step - self.warmup_steps)
+        progress = searched / (ANNEALED_SHARE * (self.total_steps - self.warmup_steps))
+        return float(FINAL_TEMPERATURE ** min(1.0, progress))
+
+    @property
+    def logits(self) -> Tensor:
+        """The architecture parameters over the temperature, (positions, candidates), detached."""
+        return self.state.supernet.alpha.detach() / self.temperature
+
+    @property
     def expected_ms(self) -> float:
         """The latency expected of a network drawn from the architecture's probabilities."""
-        net = self.state.supernet
-        return float(expected_latency(net.alpha.detach(), net.mask, self.table.fixed_ms, self.cells_ms))
+        mask = self.state.supernet.mask
+        return float(expected_latency(self.logits, mask, self.table.fixed_ms, self.cells_ms))
 
     def step(self) -> dict[str, float]:
         """Take a weight step, and an architecture step when it is due; return what to log."""
@@ -282,7 +299,7 @@ class Searcher:
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
         state = self.state
         supernet = state.supernet.train()
-        paths = sample_path(supernet.alpha, supernet.mask, state.generator)
+        paths = sample_path(self.logits, supernet.mask, state.generator)
         loss = weight_step(
             lambda x: supernet(x, paths),
             self._weights,
@@ -296,30 +313,33 @@ class Searcher:
 
     def _arch_step(self, images: Tensor, labels: Tensor) -> float:
         state, supernet = self.state, self.state.supernet.train()
-        alpha, mask = supernet.alpha, supernet.mask
-        sample = sample_pairs(alpha, mask, state.generator)
+        alpha, mask, temperature = supernet.alpha, supernet.mask, self.temperature
+        sample = sample_pairs(alpha / temperature, mask, state.generator)
         for weight in self._weights:  # no gradients of weights: they are most of a backward pass
             weight.requires_grad_(False)
         task_loss = F.cross_entropy(supernet(images, sample.paths), labels)
-        expected_ms = expected_latency_of_pairs(alpha, mask, self.table.fixed_ms, self.cells_ms, sample)
-        strength = state.multiplier.value if self.binds else 0.0
+        expected_ms = expected_latency_of_pairs(
+            alpha / temperature, mask, self.table.fixed_ms, self.cells_ms, sample
+        )
+        (pull,) = torch.autograd.grad(expected_ms / self.budget_ms, alpha, retain_graph=True)
+        strength = state.multiplier.strength(float(pull.norm())) if self.binds else 0.0
         loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.budget_ms, strength)
-        state.arch_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        before = alpha.detach().clone()
+        (alpha.grad,) = torch.autograd.grad(loss, alpha)
+        task_norm = float((alpha.grad - strength * pull).norm())
+        before = alpha.detach() / temperature
         state.arch_optimizer.step()
-        renormalise_pair(alpha, before, sample)
+        renormalise_pair(alpha, before, sample, temperature)
         for weight in self._weights:
             weight.requires_grad_(True)
-        state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms)
+        state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms, task_norm)
         return float(task_loss.detach())
 
     def describe_probabilities(self) -> dict[str, float]:
         """Return the mean entropy a position (nats) and identity's mean share."""
-        net = self.state.supernet
-        log_p = log_probabilities(net.alpha.detach(), net.mask)
-        entropy = -(log_p.exp() * log_p.masked_fill(~net.mask, 0.0)).sum(1).mean()
-        p = probabilities(net.alpha.detach(), net.mask)
+        mask = self.state.supernet.mask
+        log_p = log_probabilities(self.logits, mask)
+        p = log_p.exp()
+        entropy = -(p * log_p.masked_fill(~mask, 0.0)).sum(1).mean()
         shares = [
             float(p[i, position.names.index("identity")])
             for i, position in enumerate(self.space.positions)
@@ -332,8 +352,7 @@ class Searcher:
 
     def derive(self) -> Solution:
         """Solve for the most probable network within the budget."""
-        net = self.state.supernet
-        log_p = log_probabilities(net.alpha.detach(), net.mask)
+        log_p = log_probabilities(self.logits, self.state.supernet.mask)
         scores = tuple(
             tuple(row[: len(position.candidates)].tolist())
             for row, position in zip(log_p, self.space.positions, strict=True)

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from qnas.errors import SpaceError, nearest
 from qnas.resources import stems
@@ -44,29 +52,37 @@ class _Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-OddKernel = Annotated[int, Field(ge=1, le=31, multiple_of=1)]
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("expected an odd number")
+    return kernel
+
+
+def _known_block(block: str) -> str:
+    if block not in BLOCK_KINDS:
+        raise ValueError(f"unknown block ({nearest(block, BLOCK_KINDS)})")
+    return block
+
+
+OddKernel = Annotated[int, Field(ge=1, le=31), AfterValidator(_odd)]
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
 
 class Candidate(_Node):
     """A block that a position may hold."""
 
-    block: str
+    block: Annotated[str, AfterValidator(_known_block)]
     kernel: OddKernel = 1
     expansion: Annotated[int, Field(ge=1, le=16)] = 1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.block not in BLOCK_KINDS:
-            raise ValueError(f"unknown block {self.block!r}: {nearest(self.block, BLOCK_KINDS)}")
         given = self.model_fields_set - {"block"}
         if self.block == "identity" and given:
             raise ValueError(f"identity takes no {' or '.join(sorted(given))}")
         if self.block != "identity" and given != {"kernel", "expansion"}:
             missing = sorted({"kernel", "expansion"} - given)
             raise ValueError(f"{self.block} needs {' and '.join(missing)}")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, got {self.kernel}")
         return self
 
     @property
@@ -177,12 +193,22 @@ class SearchSpace(_Node):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
+        if self.stem.kernel % 2 == 0 and self.stem.kernel != self.stem.stride:
+            problems.append(f"stem.kernel: expected an odd number or the stride, got {self.stem.kernel}")
+        if self.transition == "block":
+            # at larger strides a kernel may equal the stride, and the kernels' outputs differ in size
+            problems += [
+                f"stages[{i}].stride: expected at most 2 with transition: block, got {stage.stride}"
+                for i, stage in enumerate(self.stages)
+                if stage.stride > 2
+            ]
         for where, candidates in self._candidate_lists():
             names = [c.name for c in candidates]
             if len(set(names)) < len(names):
-                problems.append(f"{where}: a candidate is listed twice")
+                twice = sorted({name for name in names if names.count(name) > 1})
+                problems.append(f"{where}: listed twice: {', '.join(twice)}")
             problems += [
-                f"{where}: {c.block} needs norm: batchnorm"
+                f"{where}: {c.block} needs norm: batchnorm, got {self.norm}"
                 for c in candidates
                 if BLOCK_KINDS[c.block].needs_batchnorm and self.norm != "batchnorm"
             ]
@@ -244,7 +270,8 @@ class SearchSpace(_Node):
 def parse_space(text: str, where: str) -> SearchSpace:
     """Read a space from YAML text; `where` names it in messages.
 
-    Raises SpaceError with every problem of the file in one line.
+    Raises SpaceError with every problem of the file in one line; those between keys follow once each
+    key is right by itself.
     """
     try:
         content = yaml.safe_load(text)
@@ -254,30 +281,96 @@ def parse_space(text: str, where: str) -> SearchSpace:
         problem = getattr(error, "problem", None) or "cannot be read"
         raise SpaceError(f"{where}{line}: not YAML: {problem}") from error
     if not isinstance(content, dict):
-        raise SpaceError(f"{where}: expected a mapping with schema: {SCHEMA}, got {type(content).__name__}")
+        found = "an empty file" if content is None else _show(content)
+        raise SpaceError(f"{where}: expected a mapping with schema: {SCHEMA}, got {found}")
     try:
         return SearchSpace.model_validate(content)
     except ValidationError as error:
-        raise SpaceError(f"{where}: {describe_problems(error)}") from error
+        raise SpaceError(f"{where}: {describe_problems(error, SearchSpace)}") from error
 
 
-def describe_problems(error: ValidationError) -> str:
-    """Put all problems of a file into one line: key, what is wrong, the value found."""
+# pydantic's kind of a problem -> what we say of it; other kinds keep pydantic's own words
+EXPECTATIONS = {
+    "missing": "missing",
+    "extra_forbidden": "unknown key",
+    "literal_error": "expected {expected}",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text",
+    "string_pattern_mismatch": "expected the form {pattern}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than_equal": "expected at most {le}",
+    "too_short": "expected at least {min_length}, got {actual_length}",
+    "too_long": "expected at most {max_length}, got {actual_length}",
+    "model_type": "expected a mapping",
+    "dict_type": "expected a mapping",
+    "tuple_type": "expected a list",
+}
+
+
+def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Put all problems of a file into one line: key, what was expected, the value found.
+
+    With the model that was read an unknown key is followed by the nearest known ones.
+    """
     lines = []
     for problem in error.errors():
-        key = ""
-        for part in problem["loc"]:
-            key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-        message = problem["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        found = problem["input"]
-        shown = (
-            f", got {found!r}"
-            if isinstance(found, str | int | float) and problem["type"] != "missing"
-            else ""
-        )
-        lines.append(f"{key}: {message}{shown}" if key else message)
-    return "; ".join(lines)
+        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+        if kind in EXPECTATIONS:
+            message = EXPECTATIONS[kind].format(**problem.get("ctx", {}))
+        else:
+            message = message[:1].lower() + message[1:]
+        loc = problem["loc"]
+        if kind == "extra_forbidden" and model is not None:
+            known = _known_keys(model, loc[:-1])
+            message += f" ({nearest(str(loc[-1]), known)})" if known else ""
+        elif kind not in ("missing", "too_short", "too_long") and not isinstance(problem["input"], dict):
+            message += f", got {_show(problem['input'])}"
+        key = _key(loc)
+        lines.append(f"{key}: {message}" if key else message)
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """Write where a problem is: `stages[1].channels`."""
+    key = ""
+    for part in loc:
+        if isinstance(part, str):
+            key += f".{part}" if key else part
+        elif not key.endswith("candidates"):  # lists in them are written out: not the file's numbers
+            key += f"[{part}]"
+    return key
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the part of a model may have that lies at `loc`."""
+    for part in loc:
+        if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            parts = list(_models(fields[part].annotation)) if part in fields else []
+            if not parts:
+                return []
+            model = parts[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _show(found: Any) -> str:
+    """Write a value of a file shortly."""
+    if found is None:
+        return "nothing"
+    if isinstance(found, dict | list | tuple):
+        return "a mapping" if isinstance(found, dict) else "a list"
+    text = repr(found)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:

@@ -106,19 +106,19 @@ class Supernet(nn.Module):
         return network
 
 
-def log_probabilities(alpha: Tensor, mask: Tensor) -> Tensor:
-    """Return log softmax of each position's parameters; -inf beyond its candidates."""
-    return torch.log_softmax(alpha.masked_fill(~mask, -torch.inf), dim=1)
+def log_probabilities(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return log softmax of each position's logits, alpha over the temperature; -inf where masked."""
+    return torch.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=1)
 
 
-def probabilities(alpha: Tensor, mask: Tensor) -> Tensor:
+def probabilities(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the candidates' probabilities, (positions, candidates), rows summing to 1."""
-    return log_probabilities(alpha, mask).exp()
+    return log_probabilities(logits, mask).exp()
 
 
-def sample_path(alpha: Tensor, mask: Tensor, generator: Generator) -> list[Path]:
+def sample_path(logits: Tensor, mask: Tensor, generator: Generator) -> list[Path]:
     """Draw one candidate a position from its probabilities."""
-    p = probabilities(alpha.detach(), mask)
+    p = probabilities(logits.detach(), mask)
     return list(torch.multinomial(p, 1, generator=generator)[:, 0].tolist())
 
 
@@ -129,21 +129,21 @@ class PairSample:
     rows: Tensor  # (n,) the positions that have a choice
     pairs: Tensor  # (n, 2) candidates
     paths: list[Path]
-    conditional: Tensor  # (n, 2) softmax over the pair, with gradient to alpha
+    conditional: Tensor  # (n, 2) softmax over the pair, with gradient to the logits
 
 
-def sample_pairs(alpha: Tensor, mask: Tensor, generator: Generator) -> PairSample:
+def sample_pairs(logits: Tensor, mask: Tensor, generator: Generator) -> PairSample:
     """Draw two candidates a position without replacement, and which of the two is active.
 
     The gates are straight-through: their value is 0 or 1, their gradient that of the pair's softmax,
-    so dL/dalpha_i = sum_j dL/dg_j q_j (delta_ij - q_i) over the pair.
+    so dL/dlogit_i = sum_j dL/dg_j q_j (delta_ij - q_i) over the pair.
     """
     rows = torch.nonzero(mask.sum(1) > 1)[:, 0]
-    p = probabilities(alpha.detach(), mask)[rows]
+    p = probabilities(logits.detach(), mask)[rows]
     # a candidate whose probability underflowed must not make the draw of a second one impossible
     p = p.clamp_min(1e-30) * mask[rows]
     pairs = torch.multinomial(p, 2, generator=generator)
-    conditional = torch.softmax(alpha[rows].gather(1, pairs), dim=1)
+    conditional = torch.softmax(logits[rows].gather(1, pairs), dim=1)
     active = torch.multinomial(conditional.detach(), 1, generator=generator)
     hard = torch.zeros_like(conditional).scatter(1, active, 1.0)
     gates = (hard + conditional - conditional.detach()).to(torch.get_default_dtype())
@@ -155,15 +155,15 @@ def sample_pairs(alpha: Tensor, mask: Tensor, generator: Generator) -> PairSampl
 
 
 @torch.no_grad()
-def renormalise_pair(alpha: Tensor, before: Tensor, sample: PairSample) -> None:
+def renormalise_pair(alpha: Tensor, before: Tensor, sample: PairSample, temperature: float = 1.0) -> None:
     """Shift each pair, after an update, so that the other candidates keep their probabilities.
 
-    `before` is alpha as it was; only the pairs' entries may have changed. In place.
+    `before` holds alpha / temperature as it was; only the pairs' entries may have changed. In place.
     """
     rows = sample.rows[:, None]
-    old, new = before[rows, sample.pairs], alpha[rows, sample.pairs]
+    old, new = before[rows, sample.pairs], alpha[rows, sample.pairs] / temperature
     shift = torch.logsumexp(new, 1, keepdim=True) - torch.logsumexp(old, 1, keepdim=True)
-    alpha[rows, sample.pairs] = new - shift
+    alpha[rows, sample.pairs] = (new - shift) * temperature
 
 
 def latency_tensor(table: LatencyTable, mask: Tensor) -> Tensor:
@@ -174,17 +174,17 @@ def latency_tensor(table: LatencyTable, mask: Tensor) -> Tensor:
     return torch.from_numpy(cells)
 
 
-def expected_latency(alpha: Tensor, mask: Tensor, fixed_ms: float, cells_ms: Tensor) -> Tensor:
-    """Return E = fixed + sum over positions of sum_i p_i t_i in milliseconds, differentiable in alpha."""
-    return fixed_ms + (probabilities(alpha, mask) * cells_ms).sum()
+def expected_latency(logits: Tensor, mask: Tensor, fixed_ms: float, cells_ms: Tensor) -> Tensor:
+    """Return E = fixed + sum over positions of sum_i p_i t_i in milliseconds, differentiable."""
+    return fixed_ms + (probabilities(logits, mask) * cells_ms).sum()
 
 
 def expected_latency_of_pairs(
-    alpha: Tensor, mask: Tensor, fixed_ms: float, cells_ms: Tensor, sample: PairSample
+    logits: Tensor, mask: Tensor, fixed_ms: float, cells_ms: Tensor, sample: PairSample
 ) -> Tensor:
     """Return E as above, with the gradient of moving probability within the sampled pairs only."""
-    total = expected_latency(alpha.detach(), mask, fixed_ms, cells_ms)
+    total = expected_latency(logits.detach(), mask, fixed_ms, cells_ms)
     rows = sample.rows[:, None]
-    mass = probabilities(alpha.detach(), mask)[rows, sample.pairs].sum(1)
+    mass = probabilities(logits.detach(), mask)[rows, sample.pairs].sum(1)
     within = (mass[:, None] * sample.conditional * cells_ms[rows, sample.pairs]).sum()
     return total + within - within.detach()

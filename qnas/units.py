@@ -42,5 +42,7 @@ def format_ms(latency_ms: float, *, round_up: bool = False) -> str:
         return f"{latency_ms:g} ms"
     digits = max(0, 3 - math.floor(math.log10(abs(latency_ms))))
     scale = 10.0**digits
-    shown = math.ceil(latency_ms * scale - 1e-9) / scale if round_up else latency_ms
-    return f"{shown:.{digits}f} ms"
+    text = f"{latency_ms:.{digits}f}"
+    if round_up and float(text) < latency_ms:
+        text = f"{float(text) + 1 / scale:.{digits}f}"
+    return f"{text} ms"

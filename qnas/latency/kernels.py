@@ -3,7 +3,8 @@
 A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
 result is still in registers, so the unit of latency is the fused kernel. Which operators fuse is a
 list of sequences for each sort of runtime, in FUSIONS; whatever is in none of them is a kernel of
-its own, under its own name, and never disappears.
+its own, under its own name, and never disappears. Operators come in the order in which they run, in
+which the parts of a fused kernel follow one another.
 
 Fusion never crosses the border of a block: in our spaces no convolution stands at the end of one
 block with its norm in the next, so nothing is lost by it, and latency is a sum over positions.
@@ -17,7 +18,7 @@ from qnas.layer import LayerSpec
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that runs on square maps of one image; `resolution_px` is that of its input.
+    """A kernel that runs on square maps of `batch` images; `resolution_px` is that of its input.
 
     `kind` is a convolution's sort (`conv1x1`: a matrix product at every pixel; `patch`: kernel =
     stride; `conv`: any other; `dwconv`), or the name of the operator.
@@ -29,6 +30,7 @@ class Kernel:
     c_out: int
     kernel: int = 1
     stride: int = 1
+    batch: int = 1
 
     @property
     def out_px(self) -> int:
@@ -43,17 +45,17 @@ class Kernel:
 # Names of operators that runtimes do not tell apart, or that other graphs name otherwise.
 SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}
 
-_FOLDS = {
+_FOLDS: dict[tuple[str, ...], str] = {
     ("conv", "batchnorm"): "conv",
     ("dwconv", "batchnorm"): "dwconv",
 }
-_CONV_ACTIVATIONS = {
+_CONV_ACTIVATIONS: dict[tuple[str, ...], str] = {
     ("conv", "batchnorm", "relu"): "conv",
     ("conv", "relu"): "conv",
     ("dwconv", "batchnorm", "relu"): "dwconv",
     ("dwconv", "relu"): "dwconv",
 }
-_CHAINS = {
+_CHAINS: dict[tuple[str, ...], str] = {
     ("add", "relu"): "addrelu",
     ("mul", "relu"): "mul",
     ("scale", "relu"): "scale",
@@ -65,7 +67,7 @@ _CHAINS = {
 }
 
 # Sort of runtime -> sequence of operators -> the kernel that stands for them, with the shape of the
-# first operator and the output channels of the last. The longest sequence that fits is taken.
+# first operator. The longest sequence that fits is taken.
 FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     "edge": {**_FOLDS, **_CONV_ACTIVATIONS, **_CHAINS},  # TFLite, OpenVINO
     "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else

@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# VENV=DIR puts the environment elsewhere; PYTHON=... makes it with another Python (3.11 or newer).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DATA ?= ../shared/latency_data
+STAMP = $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint format tables clean
+
+help:
+	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
+	@echo "make test       set up, then the tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and strict mypy"
+	@echo "make tables     fit the device models again from DATA=$(DATA) and write latency_tables/"
+	@echo "make clean      remove the environment and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/qnas search --device vpu --budget 30ms
+	$(BIN)/qnas train-subnet
+	$(BIN)/qnas export
+
+# one process a core, one thread each: torch's threads would fight over the cores
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tables: install
+	$(BIN)/python latency_tables/make_tables.py --data $(DATA)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,0 +1,137 @@
+"""Features of a kernel that its latency is a weighted sum of.
+
+Every feature is at or above zero and never falls when channels, kernel size or resolution grow at
+equal stride; with weights at or above zero a prediction has the same properties by construction.
+Counts are in thousands or millions, so that the weights in a device file are readable numbers:
+milliseconds a thousand elements, milliseconds a million multiply-adds.
+
+`_c32` counts channels rounded up to tiles, whose unused part is computed too; `_above_256` begins
+where a tensor outgrows a cache or a launch; `_k5` counts for kernels of 5 and more only: a step, so
+that a fit can follow how an implementation treats its kernel sizes without ever falling with them.
+"""
+
+from collections.abc import Callable
+
+from qnas.latency.kernels import Kernel
+
+
+def _rows(k: Kernel) -> int:
+    """Output pixels."""
+    return k.batch * k.out_px**2
+
+
+def _up(value: int, tile: int) -> int:
+    return -(-value // tile) * tile
+
+
+def _channels_in(k: Kernel) -> int:
+    """Input channels that one output channel is a sum of."""
+    return 1 if k.kind == "dwconv" else k.c_in
+
+
+def _fan_in(k: Kernel, tile: int = 1) -> int:
+    """Inputs that one output is a sum of."""
+    return k.kernel**2 * _up(_channels_in(k), tile if k.kind != "dwconv" else 1)
+
+
+def _mmacs(k: Kernel, row_tile: int = 1, in_tile: int = 1, out_tile: int = 1) -> float:
+    return _up(_rows(k), row_tile) * _fan_in(k, in_tile) * _up(k.c_out, out_tile) / 1e6
+
+
+def _kin(k: Kernel) -> float:
+    return k.batch * k.resolution_px**2 * k.c_in / 1e3
+
+
+def _kout(k: Kernel) -> float:
+    return _rows(k) * k.c_out / 1e3
+
+
+def _klines(k: Kernel) -> float:
+    """Rows of all output channels: what a loop over the pixels of a row is entered for."""
+    return k.batch * k.out_px * k.c_out / 1e3
+
+
+def _kweights(k: Kernel) -> float:
+    return _fan_in(k) * k.c_out / 1e3
+
+
+def _kchannels(k: Kernel) -> float:
+    return k.c_out / 1e3
+
+
+def _above(count: float, threshold: float) -> float:
+    return max(0.0, count - threshold)
+
+
+def _beyond(k: Kernel, channels: int) -> float:
+    """Million multiply-adds of the output channels after so many."""
+    return _rows(k) * _fan_in(k) * max(0, k.c_out - channels) / 1e6
+
+
+Count = Callable[[Kernel], float]
+
+
+def _from_kernel(size: int, count: Count) -> Count:
+    return lambda k: count(k) if k.kernel >= size else 0.0
+
+
+def _strided(count: Count) -> Count:
+    """Count for strides above 1 only; models are compared at equal stride, so nothing falls."""
+    return lambda k: count(k) if k.stride > 1 else 0.0
+
+
+FEATURES: dict[str, Count] = {
+    "launch": lambda k: 1.0,
+    # arithmetic
+    "mmacs": _mmacs,
+    "mmacs_c8": lambda k: _mmacs(k, 1, 8, 8),
+    "mmacs_r4_c8": lambda k: _mmacs(k, 4, 1, 8),
+    "mmacs_c32": lambda k: _mmacs(k, 1, 1, 32),
+    "mmacs_c64": lambda k: _mmacs(k, 1, 64, 64),
+    "mmacs_r128_c128": lambda k: _mmacs(k, 128, 1, 128),
+    "mmacs_k5": _from_kernel(5, _mmacs),
+    "mmacs_k7": _from_kernel(7, _mmacs),
+    "mmacs_beyond_c64": lambda k: _beyond(k, 64),
+    "mmacs_beyond_c512": lambda k: _beyond(k, 512),
+    "mmacs_above_32": lambda k: _above(_mmacs(k), 32),
+    "mmacs_above_128": lambda k: _above(_mmacs(k), 128),
+    "mmacs_above_512": lambda k: _above(_mmacs(k), 512),
+    "mmacs_centre": lambda k: _rows(k) * _channels_in(k) * k.c_out / 1e6,
+    "mmacs_row": lambda k: _rows(k) * k.kernel * _channels_in(k) * k.c_out / 1e6,
+    # memory
+    "kelements_in": _kin,
+    "kelements_in_above_256": lambda k: _above(_kin(k), 256),
+    "kelements_in_above_1024": lambda k: _above(_kin(k), 1024),
+    "kelements_in_above_2048": lambda k: _above(_kin(k), 2048),
+    "kelements_in_above_4096": lambda k: _above(_kin(k), 4096),
+    "kelements_in_above_256_k5": _from_kernel(5, lambda k: _above(_kin(k), 256)),
+    "kelements_in_above_256_k7": _from_kernel(7, lambda k: _above(_kin(k), 256)),
+    "kelements_out": _kout,
+    "kelements_out_above_128": lambda k: _above(_kout(k), 128),
+    "kelements_out_above_1024": lambda k: _above(_kout(k), 1024),
+    "kelements_out_k3": _from_kernel(3, _kout),
+    "kelements_out_k5": _from_kernel(5, _kout),
+    "kelements_out_k7": _from_kernel(7, _kout),
+    "kelements_out_k9": _from_kernel(9, _kout),
+    "kweights": _kweights,
+    "kweights_above_64": lambda k: _above(_kweights(k), 64),
+    "kweights_above_1024": lambda k: _above(_kweights(k), 1024),
+    "kcolumns": lambda k: _rows(k) * _fan_in(k) / 1e3,  # the matrix of im2col
+    # loops
+    "kfan_in": lambda k: _fan_in(k) / 1e3,  # the length of one sum
+    "kpixels": lambda k: _rows(k) / 1e3,
+    "klines": _klines,
+    "klines_k3": _from_kernel(3, _klines),
+    "klines_k5": _from_kernel(5, _klines),
+    "klines_k7": _from_kernel(7, _klines),
+    "kchannels_in": lambda k: k.c_in / 1e3,
+    "kchannels_out": _kchannels,
+    "kchannels_out_k3": _from_kernel(3, _kchannels),
+    "kchannels_out_k5": _from_kernel(5, _kchannels),
+    # strides
+    "strided_kelements_in": _strided(_kin),
+    "strided_kelements_out_k3": _strided(_from_kernel(3, _kout)),
+    "strided_kelements_out_k5": _strided(_from_kernel(5, _kout)),
+    "strided_kchannels_out": _strided(_kchannels),
+    "strided_kchannels_out_k3": _strided(_from_kernel(3, _kchannels)),
+}

@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qnas.blocks import MODULES, ChannelLayerNorm, QuadraBlock, build_block
+from qnas.layer import OPS
+from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Give every weight and statistic a value of its own, so that none can be mixed up unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                drawn = torch.rand(tensor.shape, generator=generator) - 0.5
+                tensor.copy_(drawn + (1.0 if name.endswith(("running_var", "norm.weight")) else 0.0))
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer normalisation over channels by hand: (B, C, H, W) -> (B, C, H, W)."""
+    mean = x.mean(1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-6) * weight[:, None, None] + bias[:, None, None]
+
+
+@pytest.mark.parametrize(("kernel", "expansion"), [(3, 2), (5, 4), (7, 2)])
+def test_a_quadra_block_is_the_papers_formula(kernel: int, expansion: int) -> None:
+    channels, padding = 6, kernel // 2
+    block = QuadraBlock(channels, kernel, expansion)
+    randomise(block)
+    w = dict(block.named_parameters())
+
+    def depthwise(x: Tensor, name: str) -> Tensor:
+        return F.conv2d(x, w[f"{name}.weight"], padding=padding, groups=channels)
+
+    x = image(2, channels, 9, 8)
+    y = layer_norm(x, w["norm1.weight"], w["norm1.bias"])
+    x1 = x + depthwise(y, "conv_a") * depthwise(y, "conv_b") + depthwise(y, "conv_c")
+    y = layer_norm(x1, w["norm2.weight"], w["norm2.bias"])
+    hidden = F.gelu(F.conv2d(y, w["expand.weight"], w["expand.bias"]))
+    expected = x1 + F.conv2d(hidden, w["project.weight"], w["project.bias"])
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(w) == {
+        *(f"conv_{abc}.weight" for abc in "abc"),
+        *(
+            f"{layer}.{kind}"
+            for layer in ("norm1", "norm2", "expand", "project")
+            for kind in ("weight", "bias")
+        ),
+    }
+
+
+def test_a_block_with_batch_norm_folds_into_its_convolutions() -> None:
+    channels = 6
+    block = QuadraBlock(channels, 5, 2, norm="batchnorm").eval()
+    randomise(block)
+    w = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+
+    def scale_and_shift(norm: str) -> tuple[Tensor, Tensor]:
+        scale = w[f"{norm}.weight"] / torch.sqrt(w[f"{norm}.running_var"] + 1e-5)
+        return scale, w[f"{norm}.bias"] - scale * w[f"{norm}.running_mean"]
+
+    def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=2, groups=channels)
+
+    x = image(2, channels, 9, 8)
+    scale1, shift1 = scale_and_shift("norm1")
+    scale2, shift2 = scale_and_shift("norm2")
+    w_a = w["conv_a.weight"] * scale1[:, None, None, None]
+    w_c = w["conv_c.weight"] * scale1[:, None, None, None]
+    x1 = x + depthwise(x, w_a) * depthwise(x, w["conv_b.weight"]) + depthwise(x, w_c, shift1)
+    expand = w["expand.weight"] * scale2[:, None, None, None]
+    expected = x1 + F.conv2d(F.gelu(F.conv2d(x1, expand, shift2)), w["project.weight"], w["project.bias"])
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    # nothing but the last convolution has a bias that folding would have to add to
+    assert not any(name in w for name in ("conv_a.bias", "conv_b.bias", "conv_c.bias", "expand.bias"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("expansion", [1, 6])
+@pytest.mark.parametrize("c_out", [4, 8])
+def test_an_inverted_residual_adds_its_input_only_where_the_shape_stays(
+    stride: int, expansion: int, c_out: int
+) -> None:
+    layers = mbconv_layers(Place(4, c_out, stride, 9, "batchnorm", "relu6"), 3, expansion)
+    block = build_block(BlockSpec("1.1", "mbconv", layers)).eval()
+    randomise(block)
+    x = image(2, 4, 9, 9)
+    y = x
+    for module in block.children():
+        y = module(y)
+    expected = x + y if stride == 1 and c_out == 4 else y
+    torch.testing.assert_close(block(x), expected)
+    assert block(x).shape == (2, c_out, layers[-1].out_px, layers[-1].out_px)
+
+
+def test_channel_norm_normalises_over_channels_at_each_place() -> None:
+    norm = ChannelLayerNorm(5, eps=1e-6)
+    randomise(norm)
+    x = image(2, 5, 3, 4)
+    torch.testing.assert_close(norm(x), layer_norm(x, norm.weight, norm.bias), rtol=1e-4, atol=1e-5)
+    pooled = x[:, :, 0, 0]
+    torch.testing.assert_close(norm(pooled), norm(x)[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["quadra", "identity"])
+def test_a_block_keeps_what_it_keeps_in_channels_last_memory(kind: str) -> None:
+    place = Place(8, 8, 1, 9, "layernorm", "gelu")
+    layers = quadra_layers(place, 3, 2) if kind == "quadra" else ()
+    block = build_block(BlockSpec("1.1", kind, layers)).to(memory_format=torch.channels_last)
+    x = image(2, 8, 9, 9)
+    y = block(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-5)
+
+
+def test_every_submodule_is_named_after_the_layer_that_it_computes() -> None:
+    for norm in ("layernorm", "batchnorm"):
+        layers = quadra_layers(Place(8, 8, 1, 9, norm, "gelu"), 3, 2)
+        block = build_block(BlockSpec("1.1", "quadra", layers))
+        expected = [spec for spec in layers if spec.op in MODULES]
+        assert {name for name, _ in block.named_children()} == {spec.role for spec in expected}
+        for spec in expected:
+            assert sum(p.numel() for p in getattr(block, spec.role).parameters()) == spec.params
+
+
+def test_every_operator_has_a_module_or_is_written_out() -> None:
+    assert set(OPS) == set(MODULES) | {"add", "mul"}
+
+
+def test_fresh_weights_are_small_and_biases_zero() -> None:
+    block = QuadraBlock(32, 7, 4)
+    built = build_block(
+        BlockSpec("1.1", "quadra", quadra_layers(Place(32, 32, 1, 9, "layernorm", "gelu"), 7, 4))
+    )
+    assert [name for name, _ in built.named_parameters()] == [name for name, _ in block.named_parameters()]
+    for name, parameter in built.named_parameters():
+        if "norm" not in name and name.endswith("weight"):
+            assert 0.015 < float(parameter.detach().std()) < 0.025, name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
