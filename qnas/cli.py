@@ -47,6 +47,9 @@ Space = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random. One seed, one result.")]
 Epochs = Annotated[int | None, typer.Option(min=1, show_default=False)]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option(min=0, help="Of torch; 0 takes all cores.  [default: 1 for digits, else 0]")
+]
 Resolution = Annotated[
     int | None, typer.Option(min=1, help="Height and width in pixels while training.", show_default=False)
 ]
@@ -94,6 +97,7 @@ def search(
     random_networks: Annotated[
         int | None, typer.Option(min=0, help="Random networks of equal latency to compare with.")
     ] = None,
+    threads: Threads = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -112,6 +116,7 @@ def search(
         "resolution_px": resolution,
         "latency_loss": latency_loss,
         "random_networks": random_networks,
+        "threads": threads,
     }
     former = _former_request(out) if resume else {}
     for key, default in (("space", "quadranet-mobile"), ("data", "digits")):
@@ -161,11 +166,13 @@ def _search(
     from qnas.data import load_data, parse_data_spec
     from qnas.lower import check_resolution
     from qnas.search import Searcher, check_searchable, preset_for, run_search
+    from qnas.train import set_up_process
 
     check_searchable(space, table, budget_ms)
     spec = parse_data_spec(asked["data"])
     config = preset_for(spec.kind, **changes)
     check_resolution(space, config.resolution_px)
+    set_up_process(config.threads)
     data = load_data(spec, resolution_px=config.resolution_px, channels=space.input.channels, quiet=quiet)
     searcher = Searcher(space, table, budget_ms, data, config)
     folder = out or _free_folder(
@@ -279,6 +286,7 @@ def train_subnet(
     batch_size: BatchSize = None,
     resolution: Resolution = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
+    threads: Threads = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -292,6 +300,7 @@ def train_subnet(
     from qnas.arch import find_arch
     from qnas.data import load_data, parse_data_spec
     from qnas.lower import check_resolution
+    from qnas.train import set_up_process
     from qnas.train_subnet import has_supernet, recipe_for
     from qnas.train_subnet import train_subnet as train
 
@@ -311,8 +320,10 @@ def train_subnet(
         batch_size=batch_size,
         resolution_px=resolution,
         learning_rate=learning_rate,
+        threads=threads,
     )
     check_resolution(found.space, config.resolution_px)
+    set_up_process(config.threads)
     if out is None:
         out = found.folder / run.SUBNET if searched else _free_folder(found.space.name, "subnet")
     images = load_data(

@@ -69,14 +69,15 @@ class SearchConfig:
     label_smoothing: float = 0.1  # in weight steps only
     latency_loss: LatencyLoss = "multiplier"
     random_networks: int = 10
+    threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("resolution_px", "search_epochs", "batch_size", "arch_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
-        if self.warmup_epochs < 0 or self.random_networks < 0:
-            raise UsageError("warm-up epochs and random networks: expected at least 0")
+        if min(self.warmup_epochs, self.random_networks, self.threads) < 0:
+            raise UsageError("warm-up epochs, random networks and threads: expected at least 0")
         if self.latency_loss not in LATENCY_LOSSES:
             raise UsageError(
                 f"unknown latency loss {self.latency_loss!r}, expected one of {', '.join(LATENCY_LOSSES)}"
@@ -95,6 +96,7 @@ PRESETS: dict[str, SearchConfig] = {
         learning_rate=2e-3,
         arch_learning_rate=0.1,
         arch_every=2,
+        threads=1,  # on maps this small a second one gains little, and loses much on a busy machine
     ),
     # Fashion-MNIST, CIFAR-10
     "small": SearchConfig(
@@ -104,7 +106,7 @@ PRESETS: dict[str, SearchConfig] = {
         search_epochs=6,
         batch_size=128,
         learning_rate=2e-3,
-        arch_learning_rate=0.02,
+        arch_learning_rate=0.05,
         arch_every=3,
     ),
     # folders of photographs
@@ -115,7 +117,7 @@ PRESETS: dict[str, SearchConfig] = {
         search_epochs=30,
         batch_size=64,
         learning_rate=1e-3,
-        arch_learning_rate=0.02,
+        arch_learning_rate=0.05,
         arch_every=3,
     ),
 }

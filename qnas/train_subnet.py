@@ -4,6 +4,7 @@ It is trained on all training images. The test images are looked at after every 
 but nothing is chosen by them: the weights kept are the last.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +50,9 @@ class TrainConfig:
 
 # By what is trained on; for two CPU cores or one GPU.
 RECIPES: dict[str, TrainConfig] = {
-    "digits": TrainConfig(resolution_px=32, epochs=40, batch_size=64, learning_rate=2e-3, warmup_epochs=2),
+    "digits": TrainConfig(
+        resolution_px=32, epochs=40, batch_size=64, learning_rate=2e-3, warmup_epochs=2, threads=1
+    ),
     "fashion-mnist": TrainConfig(resolution_px=32, epochs=6, batch_size=64, learning_rate=2e-3),
     "cifar10": TrainConfig(resolution_px=32, epochs=20, batch_size=64, learning_rate=2e-3),
     "imagefolder": TrainConfig(
@@ -126,7 +130,8 @@ class SubnetTrainer:
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Put a step's figures into a few words."""
-        return f"loss {row['loss']:.3f}, test accuracy {self.accuracy:.2%}"
+        known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
+        return f"loss {row['loss']:.3f}{known}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that changes from step to step."""

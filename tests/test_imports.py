@@ -35,6 +35,7 @@ ORDER = [
     "search",
     "train_subnet",
     "export",
+    "deploy",
     "cli",
 ]
 

@@ -1,0 +1,288 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qnas.arch import sample_arch
+from qnas.latency.device import device_names, load_device
+from qnas.latency.table import compute_table
+from qnas.lower import smallest_resolution_px
+from qnas.resources import stems
+from qnas.space import SearchSpace, load_space
+from qnas.supernet import (
+    Choice,
+    GatedPair,
+    Supernet,
+    expected_latency,
+    expected_latency_of_pairs,
+    latency_tensor,
+    log_probabilities,
+    probabilities,
+    renormalise_pair,
+    sample_pairs,
+    sample_path,
+)
+from qnas.train import make_optimizer, weight_step
+
+SPACES = [name for name in stems("search_spaces", ".yaml") if not load_space(name).is_fixed]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_logits(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four positions of 5, 3, 1 and 4 candidates."""
+    mask = torch.arange(5) < torch.tensor([5, 3, 1, 4])[:, None]
+    return torch.randn(mask.shape, generator=generator(seed), dtype=torch.float64), mask
+
+
+def make_supernet(space: SearchSpace) -> Supernet:
+    torch.manual_seed(0)
+    return Supernet(space, 10, generator())
+
+
+class Scale(nn.Module):
+    """A toy candidate whose output is known."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def toy_choice(factors: tuple[float, ...]) -> Choice:
+    choice = Choice([])
+    for i, factor in enumerate(factors):
+        choice[str(i)] = Scale(factor)
+    return choice
+
+
+def test_gate_gradient_equals_the_closed_form() -> None:
+    factors = (0.5, -1.5, 2.0, 3.0, 0.1)
+    logits, mask = random_logits()
+    logits.requires_grad_()
+    x = torch.randn(6, 3, generator=generator(1), dtype=torch.float64)
+    target = torch.randn(6, 3, generator=generator(2), dtype=torch.float64)
+    for seed in range(5):
+        sample = sample_pairs(logits, mask, generator(seed))
+        path = sample.paths[0]
+        assert isinstance(path, GatedPair)
+        y = toy_choice(factors)(x, path)
+        (gradient,) = torch.autograd.grad(((y - target) ** 2).sum(), logits, retain_graph=True)
+        outer = 2 * (factors[path.pair[path.active]] * x - target)  # dL/dy: only the active one counts
+        gates = [float((factors[k] * x * outer).sum()) for k in path.pair]
+        exponentials = [math.exp(float(logits[0, k].detach())) for k in path.pair]
+        q = [e / sum(exponentials) for e in exponentials]
+        expected = torch.zeros_like(logits)
+        for i, j in itertools.product(range(2), range(2)):
+            expected[0, path.pair[i]] += gates[j] * q[j] * ((i == j) - q[i])
+        # the gates are single precision
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pairs_output_is_the_active_candidates() -> None:
+    logits, mask = random_logits()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    factors = (0.5, -1.5, 2.0, 3.0, 0.1)
+    seen = set()
+    for seed in range(20):
+        path = sample_pairs(logits, mask, generator(seed)).paths[0]
+        assert isinstance(path, GatedPair)
+        seen.add(path.active)
+        torch.testing.assert_close(toy_choice(factors)(x, path), factors[path.pair[path.active]] * x)
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_unsampled_candidates_keep_their_probabilities_exactly(temperature: float) -> None:
+    for seed in range(10):
+        alpha, mask = random_logits(seed)
+        before = probabilities(alpha / temperature, mask)
+        sample = sample_pairs(alpha / temperature, mask, generator(seed))
+        old = alpha / temperature
+        # an arbitrary large update of the pairs
+        rows = sample.rows[:, None]
+        alpha[rows, sample.pairs] += 3 * torch.randn(sample.pairs.shape, dtype=torch.float64)
+        renormalise_pair(alpha, old, sample, temperature)
+        after = probabilities(alpha / temperature, mask)
+        untouched = mask.clone()
+        untouched[rows, sample.pairs] = False
+        torch.testing.assert_close(after[untouched], before[untouched], rtol=1e-12, atol=0)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after.sum(1), torch.ones(4, dtype=torch.float64))
+
+
+def test_a_position_without_a_choice_is_never_paired() -> None:
+    logits, mask = random_logits()
+    sample = sample_pairs(logits, mask, generator())
+    assert sample.rows.tolist() == [0, 1, 3]
+    assert sample.paths[2] == 0
+
+
+def test_pairs_are_two_different_candidates_of_the_position() -> None:
+    logits, mask = random_logits()
+    logits[0] = torch.tensor([200.0, 0, 0, 0, 0])  # the others' probabilities underflow to zero
+    for seed in range(50):
+        sample = sample_pairs(logits, mask, generator(seed))
+        for row, (first, second) in zip(sample.rows.tolist(), sample.pairs.tolist(), strict=True):
+            assert first != second
+            assert mask[row, first]
+            assert mask[row, second]
+
+
+def test_paths_are_drawn_by_their_probabilities() -> None:
+    logits, mask = random_logits()
+    p = probabilities(logits, mask)
+    rng = generator()
+    counts = torch.zeros_like(p)
+    draws = 4000
+    for _ in range(draws):
+        for row, index in enumerate(sample_path(logits, mask, rng)):
+            assert isinstance(index, int)
+            counts[row, index] += 1
+    assert (counts / draws - p).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
+def test_expected_latency_is_the_mean_over_all_networks() -> None:
+    logits, mask = random_logits()
+    cells = torch.rand(mask.shape, generator=generator(3), dtype=torch.float64) * mask
+    p = probabilities(logits, mask)
+    mean = 0.0
+    for choice in itertools.product(*(range(int(n)) for n in mask.sum(1))):
+        weight = math.prod(float(p[row, i]) for row, i in enumerate(choice))
+        mean += weight * (0.7 + sum(float(cells[row, i]) for row, i in enumerate(choice)))
+    assert float(expected_latency(logits, mask, 0.7, cells)) == pytest.approx(mean, rel=1e-12)
+
+
+def test_latency_gradient_equals_finite_differences() -> None:
+    logits, mask = random_logits()
+    cells = torch.rand(mask.shape, generator=generator(3), dtype=torch.float64) * mask
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(expected_latency(logits, mask, 0.7, cells), logits)
+    step = 1e-6
+    for row, column in itertools.product(range(4), range(5)):
+        moved = logits.detach().clone()
+        moved[row, column] += step
+        up = float(expected_latency(moved, mask, 0.7, cells))
+        moved[row, column] -= 2 * step
+        down = float(expected_latency(moved, mask, 0.7, cells))
+        assert float(gradient[row, column]) == pytest.approx((up - down) / (2 * step), abs=1e-8)
+
+
+def test_pair_latency_has_the_full_value_and_the_gradient_of_moving_within_the_pair() -> None:
+    logits, mask = random_logits()
+    cells = torch.rand(mask.shape, generator=generator(3), dtype=torch.float64) * mask
+    logits.requires_grad_()
+    sample = sample_pairs(logits, mask, generator())
+    value = expected_latency_of_pairs(logits, mask, 0.7, cells, sample)
+    assert float(value) == pytest.approx(float(expected_latency(logits, mask, 0.7, cells)), rel=1e-12)
+    (gradient,) = torch.autograd.grad(value, logits)
+    step = 1e-5
+    for row, pair in zip(sample.rows.tolist(), sample.pairs.tolist(), strict=True):
+        others = [i for i in range(5) if i not in pair]
+        assert torch.count_nonzero(gradient[row, others]) == 0
+        for i in pair:
+            change = []
+            for sign in (1, -1):
+                moved = logits.detach().clone()
+                moved[row, i] += sign * step
+                renormalise_pair(moved, logits.detach(), sample)
+                change.append(float(expected_latency(moved, mask, 0.7, cells)))
+            assert float(gradient[row, i]) == pytest.approx((change[0] - change[1]) / (2 * step), abs=1e-8)
+
+
+@pytest.mark.parametrize("device", list(device_names()))
+def test_the_latency_gradient_reaches_identity(device: str, tiny_space: SearchSpace) -> None:
+    table = compute_table(load_device(device), tiny_space)
+    supernet = make_supernet(tiny_space)
+    cells = latency_tensor(table, supernet.mask)
+    total = expected_latency(supernet.alpha, supernet.mask, table.fixed_ms, cells)
+    (gradient,) = torch.autograd.grad(total, supernet.alpha)
+    for row, position in enumerate(tiny_space.positions):
+        # identity is free, so probability that moves to it makes the network faster
+        assert float(gradient[row, position.names.index("identity")]) < 0
+
+
+def count_calls(supernet: Supernet) -> list[str]:
+    calls: list[str] = []
+    for name, part in supernet.parts.items():
+        if isinstance(part, Choice):
+            for candidate, module in part.items():
+                module.register_forward_hook(lambda *_, key=f"{name}/{candidate}": calls.append(key))
+    return calls
+
+
+def test_a_weight_step_runs_and_changes_only_one_path(tiny_space: SearchSpace) -> None:
+    supernet = make_supernet(tiny_space)
+    calls = count_calls(supernet)
+    weights = supernet.weights
+    before = [w.detach().clone() for w in weights]
+    names = {id(p): name for name, p in supernet.named_parameters()}
+    optimizer = make_optimizer(weights, 1e-2, 0.1)
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    weight_step(lambda x: supernet(x, [1, 4, 0, 1]), weights, optimizer, images, labels, 0.1)
+    assert calls == ["1_1/quadra_k3_e4", "1_2/identity", "2_1/quadra_k3_e2", "2_2/identity"]
+    changed = {
+        names[id(w)] for w, old in zip(weights, before, strict=True) if not torch.equal(w.detach(), old)
+    }
+    candidates = {".".join(n.split(".")[1:3]) for n in changed if n.split(".")[2].startswith("quadra")}
+    assert candidates == {"1_1.quadra_k3_e4", "2_1.quadra_k3_e2"}
+    assert any(n.startswith("parts.stem") for n in changed)
+
+
+def test_an_architecture_pass_runs_two_candidates_a_position(tiny_space: SearchSpace) -> None:
+    supernet = make_supernet(tiny_space)
+    calls = count_calls(supernet)
+    sample = sample_pairs(supernet.alpha, supernet.mask, generator())
+    supernet(torch.randn(2, 3, 8, 8), sample.paths)
+    expected = {
+        f"{position.name.replace('.', '_')}/{position.names[i]}"
+        for position, pair in zip(tiny_space.positions, sample.pairs.tolist(), strict=True)
+        for i in pair
+    }
+    assert len(calls) == 8
+    assert set(calls) == expected
+
+
+def test_an_architecture_pass_gives_every_pair_a_gradient(tiny_space: SearchSpace) -> None:
+    supernet = make_supernet(tiny_space)
+    sample = sample_pairs(supernet.alpha, supernet.mask, generator())
+    loss = F.cross_entropy(supernet(torch.randn(8, 3, 8, 8), sample.paths), torch.arange(8))
+    (gradient,) = torch.autograd.grad(loss, supernet.alpha)
+    rows = sample.rows[:, None]
+    assert (gradient[rows, sample.pairs] != 0).all()
+    # within a pair what one gains the other loses
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_subnet_matches_supernet(name: str) -> None:
+    space = load_space(name)
+    supernet = make_supernet(space).eval()
+    rng = np.random.default_rng(0)
+    px = max(32, smallest_resolution_px(space))
+    x = torch.randn(2, 3, px, px)
+    for _ in range(2):
+        arch = sample_arch(space, rng)
+        with torch.no_grad():
+            expected = supernet(x, list(arch.indices(space)))
+            torch.testing.assert_close(supernet.subnet(arch, 10).eval()(x), expected)
+
+
+def test_masked_candidates_have_no_probability() -> None:
+    logits, mask = random_logits()
+    p = probabilities(logits, mask)
+    assert torch.count_nonzero(p[~mask]) == 0
+    assert torch.isneginf(log_probabilities(logits, mask)[~mask]).all()
+
+
+def test_too_many_paths_are_our_mistake(tiny_space: SearchSpace) -> None:
+    with pytest.raises(AssertionError, match="more paths than positions"):
+        make_supernet(tiny_space)(torch.randn(1, 3, 8, 8), [0, 0, 0, 0, 0])
