@@ -11,6 +11,17 @@ from qnas.errors import QnasError
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path into errors of writing that name no file, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path to write to; it takes the place of `path` when the block ends without an error.
 
@@ -19,10 +30,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qnas.arch import ARCH_FILE, SPACE_FILE
 from qnas.errors import CheckpointError
-from qnas.files import read_json, write_bytes, write_json
+from qnas.files import naming, read_json, write_bytes, write_json
 
 CONFIG = "config.json"
 ARCH, SPACE = ARCH_FILE, SPACE_FILE
@@ -57,7 +57,7 @@ class Metrics:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     @property

@@ -47,7 +47,10 @@ from qnas.train import (
     weight_step,
 )
 
-FINAL_TEMPERATURE = 0.2
+# Second: ProxylessNAS has 0.999 for searches of many thousand steps; a short one must forget sooner
+# how strong the pressure was on the way to the budget.
+ARCH_BETAS = (0.0, 0.99)
+FINAL_TEMPERATURE = 0.3
 ANNEALED_SHARE = 0.85  # of the search, until the temperature is final; the rest lets the latency settle
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
 RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
@@ -196,7 +199,7 @@ class Searcher:
             weight_optimizer=optimizer,
             schedule=make_schedule(optimizer, self.total_steps, self.steps_per_epoch),
             arch_optimizer=torch.optim.Adam(
-                [supernet.alpha], lr=self.config.arch_learning_rate, betas=(0.0, 0.999)
+                [supernet.alpha], lr=self.config.arch_learning_rate, betas=ARCH_BETAS
             ),
             multiplier=Multiplier(),
             generator=generator,

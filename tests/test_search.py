@@ -17,7 +17,16 @@ from qnas.errors import ArchError, CheckpointError, InfeasibleBudgetError, Inter
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
 from qnas.penalty import LATENCY_LOSSES, Multiplier, penalised
-from qnas.search import PRESETS, SearchConfig, Searcher, check_searchable, run_search
+from qnas.search import (
+    ANNEALED_SHARE,
+    ARCH_BETAS,
+    FINAL_TEMPERATURE,
+    PRESETS,
+    SearchConfig,
+    Searcher,
+    check_searchable,
+    run_search,
+)
 from qnas.space import SearchSpace, load_space
 from qnas.supernet import (
     expected_latency,
@@ -248,10 +257,10 @@ def test_the_expected_latency_settles_at_the_budget(device: str, space_name: str
     capacity = (cells / cells.max(1, keepdim=True).values) ** 0.5
     taste = -0.02 * capacity * (1 + torch.rand(len(counts), 1, generator=generator, dtype=torch.float64))
     alpha = torch.nn.Parameter(1e-3 * torch.randn(mask.shape, generator=generator, dtype=torch.float64))
-    optimizer = torch.optim.Adam([alpha], lr=0.1, betas=(0.0, 0.999))
+    optimizer = torch.optim.Adam([alpha], lr=0.1, betas=ARCH_BETAS)
     multiplier, steps, tail = Multiplier(), 380, []
     for step in range(steps):
-        temperature = 0.2 ** min(1.0, step / (0.85 * steps))
+        temperature = FINAL_TEMPERATURE ** min(1.0, step / (ANNEALED_SHARE * steps))
         sample = sample_pairs(alpha / temperature, mask, generator)
         gates = torch.stack([path.gates for path in sample.paths if not isinstance(path, int)])
         pull = taste[sample.rows].gather(1, sample.pairs) + 0.02 * torch.randn(
@@ -270,9 +279,9 @@ def test_the_expected_latency_settles_at_the_budget(device: str, space_name: str
         value = float(expected_latency(alpha.detach() / temperature, mask, table.fixed_ms, cells))
         multiplier = multiplier.after(value, budget_ms, task_norm)
         tail.append(value / budget_ms - 1)
-    # sharp probabilities have whole blocks: half a block is as near as some spaces come
-    half_a_block = max(max(row) for row in table.ms) / budget_ms / 2
-    assert abs(float(np.mean(tail[-20:]))) < max(0.05, half_a_block)
+    # sharp probabilities have whole blocks, and a block of the A100's is a seventh of the budget
+    one_block = max(max(row) for row in table.ms) / budget_ms
+    assert abs(float(np.mean(tail[-20:]))) < max(0.05, min(0.15, one_block))
     log_p = log_probabilities(alpha.detach() / temperature, mask)
     scores = tuple(tuple(row[:n].tolist()) for row, n in zip(log_p, counts, strict=True))
     solution = solve(scores, table, budget_ms)

@@ -1,0 +1,408 @@
+"""The command line as a person meets it: the whole way on the embedded data, and every bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from qnas import cli
+
+SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
+
+
+def qnas(*arguments: str | Path) -> int:
+    """Run a command in this process; return its exit code."""
+    before = sys.argv
+    sys.argv = ["qnas", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return 0 if stop.code is None else int(stop.code)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that must fail as the user's mistake; return the one line it says."""
+    capsys.readouterr()
+    code = qnas(*arguments)
+    said = capsys.readouterr()
+    assert code == 1, said.err
+    assert said.err.startswith("qnas: error: ")
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.err
+    return said.err
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def searched(tiny_yaml: Path, tmp_path: Path) -> Path:
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+def test_from_a_budget_to_a_file_that_runs(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched = tmp_path / "run"
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", searched) == 0
+    shown = capsys.readouterr().out
+    document = json.loads((searched / "arch.json").read_text())
+    assert document["latency_ms"] <= document["budget_ms"] == 1.0
+    for word in ("stage 1", "of 1.000 ms", "from measurements", "MACs", "parameters", "random networks"):
+        assert word in shown
+    assert f"next        qnas train-subnet {searched}" in shown
+
+    assert qnas("train-subnet", searched, "--epochs", "2", "--resolution", "8", "-q") == 0
+    shown = capsys.readouterr().out
+    assert "from the supernet's weights" in shown
+    assert f"next        qnas export {searched}" in shown
+    result = json.loads((searched / "subnet" / "result.json").read_text())
+    assert f"{result['test_accuracy']:.2%}" in shown
+    weights = load_file(searched / "subnet" / "weights.safetensors")
+    assert sum(w.size for w in weights.values()) == result["params"]
+
+    assert qnas("export", searched, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    model = onnx.load(facts["path"])
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(metadata["classes"]) == [str(i) for i in range(10)]
+    session = onnxruntime.InferenceSession(facts["path"])
+    (logits,) = session.run(None, {"images": np.zeros((7, 3, 8, 8), np.float32)})
+    assert logits.shape == (7, 10)
+    # what stands is not overwritten without being asked to
+    before = Path(facts["path"]).read_bytes()
+    assert "exists already: give --force" in complaint(capsys, "export", searched)
+    assert Path(facts["path"]).read_bytes() == before
+    assert qnas("export", searched, "--force", "--resolution", "16") == 0
+
+
+def test_the_latest_run_needs_no_name(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no finished run under runs/" in complaint(capsys, "train-subnet")
+    (tmp_path / "runs").mkdir()
+    searched.rename(tmp_path / "runs" / "mine")
+    assert "no trained network here: run qnas train-subnet" in complaint(capsys, "export")
+    assert qnas("train-subnet", "--epochs", "1", "--resolution", "8", "-q") == 0
+    assert qnas("export") == 0
+    assert (tmp_path / "runs" / "mine" / "export" / "model.onnx").is_file()
+
+
+def test_a_second_search_finds_a_folder_of_its_own(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("runs/tiny-vpu-1ms", "runs/tiny-vpu-1ms-2"):
+        assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms") == 0
+        assert (tmp_path / folder / "arch.json").is_file()
+
+
+def test_an_arch_json_trains_from_scratch_in_a_folder_of_its_own(
+    searched: Path, tmp_path: Path, tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lone = tmp_path / "elsewhere" / "arch.json"
+    lone.parent.mkdir()
+    lone.write_bytes((searched / "arch.json").read_bytes())
+    train = ("train-subnet", lone, "--epochs", "1", "--resolution", "8", "-q")
+    assert "unknown search space 'tiny'" in complaint(capsys, *train)
+    assert "no supernet" in complaint(capsys, *train, "--space", tiny_yaml, "--weights", "supernet")
+    assert qnas(*train, "--space", tiny_yaml) == 0
+    assert "from scratch" in capsys.readouterr().out
+    assert qnas("export", tmp_path / "runs" / "tiny-subnet") == 0
+
+
+def test_one_seed_gives_one_arch_json_in_separate_processes(tiny_yaml: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("a", "b"):
+        command = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--out", name, "--seed", "3"]
+        subprocess.run([sys.executable, "-m", "qnas.cli", *command], cwd=tmp_path, check=True)
+        results.append((tmp_path / name / "arch.json").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_a_stopped_search_exits_130_and_resumes_from_its_folder_alone(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qnas.search import Searcher
+
+    step = Searcher.step
+
+    def step_and_stop(self: Searcher) -> dict[str, float]:
+        row = step(self)
+        if self.steps_done == 10:
+            os.kill(os.getpid(), 2)
+        return row
+
+    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Searcher, "step", step_and_stop)
+        assert qnas(*command) == 130
+    assert "interrupted: the state is saved" in capsys.readouterr().err
+    assert "its search is not complete" in complaint(capsys, "train-subnet", tmp_path / "run")
+    assert qnas("search", "--resume", "--out", tmp_path / "run", "-q") == 0
+    assert qnas(*command[:-1], tmp_path / "whole") == 0
+    assert (tmp_path / "run" / "arch.json").read_bytes() == (tmp_path / "whole" / "arch.json").read_bytes()
+    assert "this search is complete" in complaint(
+        capsys, "search", "--resume", "--out", tmp_path / "run", "-q"
+    )
+
+
+def test_a_budget_that_does_not_bind_is_said(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "10s", "--out", tmp_path / "run") == 0
+    assert "does not bind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert qnas(option) == 0
+    assert "qnas" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["search", "--budget", "30ms"],
+        ["search", "--device", "vpu"],
+        ["search", "--device", "vpu", "--budget", "30ms", "--no-such-option"],
+        ["search", "--device", "vpu", "--budget", "30ms", "--epochs", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert qnas(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "vpo", "--budget", "30ms"], ["unknown device 'vpo'", "did you mean", "vpu"]),
+        (
+            ["--device", "vpu", "--budget", "30ms", "--space", "quadranet-mobil"],
+            ["unknown search space", "did you mean", "quadranet-mobile"],
+        ),
+        (["--device", "vpu", "--budget", "30"], ["'30' has no unit", "write 30ms"]),
+        (["--device", "vpu", "--budget", "-5ms"], ["above zero"]),
+        (["--device", "vpu", "--budget", "0ms"], ["above zero"]),
+        (["--device", "vpu", "--budget", "5 minutes"], ["unknown unit 'minutes'"]),
+        (["--device", "vpu", "--budget", "1ms"], ["no network of quadranet-mobile", "the fastest takes 3."]),
+        (["--device", "vpu", "--budget", "30ms", "--data", "imagenet:x"], ["imagenet", "imagefolder"]),
+        (["--device", "vpu", "--budget", "30ms", "--data", "cifar10"], ["cifar10:DIR"]),
+        (["--device", "vpu", "--budget", "30ms", "--data", "imagefolder:nowhere"], ["nowhere"]),
+        (["--device", "vpu", "--budget", "30ms", "--space", "quadranet36-t"], ["one network only"]),
+        (["--device", "vpu", "--budget", "30ms", "--resolution", "8"], ["too small", "at least 32 px"]),
+        (["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"], ["unknown latency loss 'x'"]),
+        (["--device", "vpu", "--budget", "30ms", "--resume", "--out", "nowhere"], ["nowhere"]),
+        (["--resume"], ["--resume needs --out"]),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = complaint(capsys, "search", *arguments)
+    for word in words:
+        assert word in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_space_reports_everything_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "schema: qnas.space/1\nname: mine\nnorm: layer\nactivation: gelu\ninput: {resolution_px: -1}\n"
+        "stem: {channels: 8, kernel: 2, stride: 2}\ntransition: conv\n"
+        "candidates: [{block: quadro, kernel: 3, expansion: 2}]\nstages: []\n"
+    )
+    said = complaint(capsys, "describe", path)
+    for key in ("mine.yaml", "norm", "resolution_px", "quadro", "stages", "head", "source"):
+        assert key in said
+
+
+def test_an_arch_of_another_space_or_schema_is_refused(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = searched / "arch.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "schema": "qnas.arch/0"}))
+    assert "expected schema 'qnas.arch/1', got 'qnas.arch/0'" in complaint(capsys, "describe", searched)
+    path.write_text(json.dumps(document))
+    said = complaint(capsys, "describe", path, "--space", "quadranet-mobile")
+    assert "belongs to space 'tiny'" in said
+    path.write_text("{")
+    assert "not JSON" in complaint(capsys, "train-subnet", searched)
+
+
+def own_device(tmp_path: Path, tiny_yaml: Path) -> Path:
+    """A device of one's own: a file, and a measured table beside it."""
+    device = tmp_path / "board.json"
+    device.write_text(
+        json.dumps(
+            {
+                "schema": "qnas.device/1",
+                "name": "board",
+                "title": "a board on my desk",
+                "runtime": "mine 1.0",
+                "precision": "float32",
+                "batch": 1,
+                "unit": "ms",
+                "kind": "measured",
+                "source": "measured by hand",
+                "date": "2026-11-21",
+            }
+        )
+    )
+    assert qnas("table", tiny_yaml, "--device", "cpu", "--out", tmp_path / "board" / "tiny.csv") == 0
+    return device
+
+
+def test_a_device_of_ones_own_is_searched_for(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = own_device(tmp_path, tiny_yaml)
+    command = [
+        "--resolution",
+        "8",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--json",
+        "-q",
+        "--budget",
+        "200us",
+    ]
+    assert qnas("search", "--device", device, "--space", tiny_yaml, *command) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["device"] == "board"
+    assert document["latency_ms"] <= 0.2
+    assert "no latency table for space quadranet-small" in complaint(
+        capsys, "search", "--device", device, "--budget", "30ms", "--space", "quadranet-small"
+    )
+
+
+def test_a_table_that_lacks_a_row_is_refused(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = own_device(tmp_path, tiny_yaml)
+    table = tmp_path / "board" / "tiny.csv"
+    rows = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(row for row in rows if not row.startswith("1.2,") or "k5_e4" not in row))
+    said = complaint(capsys, "search", "--device", device, "--budget", "1ms", "--space", tiny_yaml)
+    assert "tiny.csv" in said
+    assert "1.2" in said
+    assert "quadra_k5_e4" in said
+
+
+def test_bad_data_is_refused_before_training(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "photos"
+    data.mkdir()
+    search = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--data", f"imagefolder:{data}"]
+    assert str(data) in complaint(capsys, *search)
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (data / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / name / f"{i:02}.jpg")
+    assert qnas(*search, "--out", tmp_path / "good") == 0
+    victim = data / "dogs" / "07.jpg"
+    victim.write_bytes(victim.read_bytes()[:400])
+    assert "07.jpg" in complaint(capsys, *search, "--out", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    searched: Path, tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in searched.iterdir()}
+    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", searched]
+    assert "already holds a run" in complaint(capsys, *command)
+    assert {path.name: path.read_bytes() for path in searched.iterdir()} == before
+    assert qnas(*command, "--force", "--seed", "5") == 0
+    assert json.loads((searched / "arch.json").read_text())["seed"] == 5
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "file" / "run"]
+    assert "file" in complaint(capsys, *command)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+FULL_DISK = """
+import resource, signal, sys
+from qnas import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # of each file: the weights do not fit
+sys.argv = ["qnas", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny_yaml: Path, tmp_path: Path) -> None:
+    command = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "supernet.safetensors" in done.stderr
+    assert "File too large" in done.stderr
+    assert not (tmp_path / "run" / "arch.json").exists()
+    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("json_option", [[], ["--json"]])
+def test_describe_counts_the_family_and_a_space(
+    json_option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas("describe", "quadranet36-t", *json_option) == 0
+    shown = capsys.readouterr().out
+    if json_option:
+        facts = json.loads(shown)
+        assert facts["params"] == pytest.approx(23.6e6, rel=0.01)
+        assert facts["macs"] == pytest.approx(4.1e9, rel=0.01)
+        assert sum(block["macs"] for block in facts["blocks"]) == facts["macs"]
+    else:
+        assert "23.6M parameters" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+    assert qnas("describe", "quadranet-mobile", *json_option) == 0
+    shown = capsys.readouterr().out
+    if json_option:
+        macs = json.loads(shown)["macs"]
+        assert macs["min"] < 100e6
+        assert macs["max"] > 350e6
+
+
+def test_predict_and_devices_show_every_device(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    for command in (["predict", searched], ["devices"]):
+        assert qnas(*command) == 0
+        shown = capsys.readouterr().out
+        for device in ("cortex-a76", "myriad-vpu", "a100"):
+            assert device in shown
+    assert qnas("predict", searched, "--device", "vpu", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["latency_ms"] == json.loads((searched / "arch.json").read_text())["latency_ms"]
+    assert "has many networks" in complaint(capsys, "predict", "quadranet-mobile")
