@@ -163,8 +163,9 @@ def _search(
     table = load_table(device, space)
 
     # torch takes seconds to import: what can be refused is refused before
-    from qnas.data import load_data, parse_data_spec
+    from qnas.data import load_data
     from qnas.lower import check_resolution
+    from qnas.originals import parse_data_spec
     from qnas.search import Searcher, check_searchable, preset_for, run_search
     from qnas.train import set_up_process
 
@@ -298,8 +299,9 @@ def train_subnet(
     """
     from qnas import run
     from qnas.arch import find_arch
-    from qnas.data import load_data, parse_data_spec
+    from qnas.data import load_data
     from qnas.lower import check_resolution
+    from qnas.originals import parse_data_spec
     from qnas.train import set_up_process
     from qnas.train_subnet import has_supernet, recipe_for
     from qnas.train_subnet import train_subnet as train

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from qnas import data
+from qnas import data, originals
 from qnas.data import (
     ImageData,
     LazyImages,
@@ -23,12 +23,12 @@ from qnas.data import (
     batches,
     load_data,
     normalise,
-    parse_data_spec,
     sample_images,
     shift_and_flip,
     subset,
 )
 from qnas.errors import DataError, UsageError
+from qnas.originals import parse_data_spec
 
 PX = 16
 FASHION = os.environ.get("FASHION_MNIST_DIR", "")  # a folder of the four IDX files
@@ -649,7 +649,7 @@ def test_a_tar_too_large_for_memory_is_refused(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = pack(noise, tmp_path / "images.tar.gz")
-    monkeypatch.setattr(data, "MEMORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(originals, "UNPACKED_LIMIT_BYTES", 1000)
     with pytest.raises(DataError, match=f"{tar}: over 1000 bytes: unpack it, give the folder"):
         load(tar)
 

@@ -28,6 +28,7 @@ ORDER = [
     "subnet",
     "penalty",
     "supernet",
+    "originals",
     "data",
     "progress",
     "run",

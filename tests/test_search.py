@@ -11,11 +11,12 @@ import torch
 
 from qnas import run
 from qnas.arch import find_arch
-from qnas.data import ImageData, load_data, parse_data_spec
+from qnas.data import ImageData, load_data
 from qnas.derive import sample_near, solve
 from qnas.errors import ArchError, CheckpointError, InfeasibleBudgetError, Interrupted
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
+from qnas.originals import parse_data_spec
 from qnas.penalty import LATENCY_LOSSES, Multiplier, penalised
 from qnas.search import (
     ANNEALED_SHARE,
