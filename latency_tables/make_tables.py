@@ -93,6 +93,7 @@ def edge_model(terms: Terms) -> dict[str, KernelModel]:
     for kind, passes, why in (
         ("mul", 1, "a product of two maps, as add"),
         ("relu", 1, "by itself"),
+        ("clip", 1, "as relu"),
         ("gelu", PASSES["hswish"], "as the chain of operators of hswish"),
         ("layernorm", 3, "mean, variance, scale and shift"),
     ):
@@ -124,6 +125,7 @@ def gpu_model(terms: Terms) -> dict[str, KernelModel]:
         ("batchnorm", "not timed: as add; none is left where it folds into the convolution before it"),
     ):
         model[kind] = KernelModel(kind="estimated", note=note, terms=terms["add"])
+    model["clip"] = KernelModel(kind="estimated", note="not timed: as relu", terms=terms["relu"])
     return dict(sorted(model.items()))
 
 

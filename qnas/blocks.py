@@ -39,6 +39,8 @@ def _convolution(spec: LayerSpec) -> nn.Module:
     )
 
 
+CLIP_RANGE = (-6.0, 6.0)  # what a mixer with batch normalisation may add; `qnas.lower` says why
+
 # Operators of layer.OPS that are modules; `add` and `mul` are written out in the blocks' forward.
 MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "conv": _convolution,
@@ -50,6 +52,7 @@ MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "relu": lambda _: nn.ReLU(),
     "relu6": lambda _: nn.ReLU6(),
     "hswish": lambda _: nn.Hardswish(),
+    "clip": lambda _: nn.Hardtanh(*CLIP_RANGE),
     "gap": lambda _: GlobalAveragePool(),
 }
 
@@ -73,7 +76,8 @@ class Chain(nn.Sequential):
 class QuadraBlock(nn.Module):
     """Quadratic depthwise mixer and pointwise expansion, each with a residual.
 
-    QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand.
+    QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand, and why batch
+    normalisation needs a clip.
     """
 
     conv_a: nn.Conv2d
@@ -81,6 +85,7 @@ class QuadraBlock(nn.Module):
     conv_c: nn.Conv2d
     norm1: nn.Module
     norm2: nn.Module
+    clip: nn.Module  # with batch normalisation only
     expand: nn.Module
     act: nn.Module
     project: nn.Module
@@ -113,7 +118,7 @@ class QuadraBlock(nn.Module):
             x = x + self.mix(self.norm1(x))
             hidden = self.expand(self.norm2(x))
         else:
-            x = x + self.norm1(self.mix(x))
+            x = x + self.clip(self.norm1(self.mix(x)))
             hidden = self.norm2(self.expand(x))
         y: Tensor = x + self.project(self.act(hidden))
         return y
@@ -140,16 +145,8 @@ BLOCKS: dict[str, Callable[[tuple[LayerSpec, ...]], nn.Module]] = {
 
 def build_block(block: BlockSpec) -> nn.Module:
     """Build the module of a block, with freshly drawn weights."""
-    module = BLOCKS.get(block.kind, Chain)(block.layers)
-    module.apply(_initialise)
-    return module
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    # torch's own initialisation: the N(0, 0.02) of the large networks learns more slowly at these widths
+    return BLOCKS.get(block.kind, Chain)(block.layers)
 
 
 def count_parameters(module: nn.Module) -> int:

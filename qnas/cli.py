@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -505,15 +506,18 @@ def devices(as_json: Json = False) -> None:
         return
     blocks = []
     for device in known:
-        lines = [
-            f"{device.name} ({', '.join(device.aliases)}): {device.title}",
-            f"  {device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
+        facts = [
+            f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
+            f"source: {device.source}",
         ]
-        lines += [
-            f"  {name}: {figures['all'].within_10_pct:.1f}% of {figures['all'].n} within 10%"
-            for name, figures in device.accuracy.items()
-            if "all" in figures
-        ]
+        for held_out, figures in device.accuracy.items():
+            shares = [f"{group} {figure.within_10_pct:.1f}%" for group, figure in figures.items()]
+            if "all" in figures:
+                shares = [f"{figures['all'].within_10_pct:.1f}% of {figures['all'].n}"]
+            facts.append(f"{held_out} within 10%: {', '.join(shares)}")
+        lines = wrap(f"{device.name} ({', '.join(device.aliases)}): {device.title}", 80)
+        for fact in facts:
+            lines += wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
         blocks.append("\n".join(lines))
     typer.echo("\n\n".join(blocks))
 

@@ -78,6 +78,7 @@ def fold_quadratic_norms(network: nn.Module) -> None:
     """Fold each batch norm behind a quadratic sum into W_a, W_c and a bias, in place.
 
     BN(A . B + C) = (sA) . B + sC + t with s = weight / sqrt(var + eps) and t = bias - s mean.
+    The clip behind it stays.
     """
     for block in network.modules():
         if not isinstance(block, QuadraBlock) or not isinstance(block.norm1, nn.BatchNorm2d):
@@ -170,8 +171,8 @@ def _compare(reference: nn.Module, written: Path, path: Path, images: Tensor) ->
 def _noise(reference: nn.Module, real: Tensor, generator: torch.Generator) -> Tensor:
     """Return real images under noise, as much of it as leaves the logits of about their size.
 
-    A quadratic network is a polynomial of high degree: far from its training images its logits may
-    grow without bound, rounding errors with them, and a right file would be refused.
+    Far from its training images a quadratic network's logits may grow, and rounding errors more than
+    they do, since products multiply them: a right file would be refused.
     """
     noise = torch.randn(real.shape, generator=generator)
     limit = 10 * reference(real).abs().max()

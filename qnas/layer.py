@@ -110,6 +110,7 @@ OPS: dict[str, Op] = {
     "relu": Op(_none, _none),
     "relu6": Op(_none, _none),
     "hswish": Op(_none, _none),
+    "clip": Op(_none, _none),  # to blocks.CLIP_RANGE
     "mul": Op(_none, _none, operands=2),
     "add": Op(_none, _none, operands=2),
     "gap": Op(_none, _none),

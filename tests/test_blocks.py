@@ -3,9 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qnas.arch import Arch
 from qnas.blocks import MODULES, ChannelLayerNorm, QuadraBlock, build_block
 from qnas.layer import OPS
 from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
+from qnas.space import load_space
+from qnas.subnet import build_subnet
+from qnas.train import recalibrate
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -56,7 +60,7 @@ def test_a_quadra_block_is_the_papers_formula(kernel: int, expansion: int) -> No
     }
 
 
-def test_a_block_with_batch_norm_folds_into_its_convolutions() -> None:
+def test_a_block_with_batch_norm_folds_into_its_convolutions_and_clips_what_its_mixer_adds() -> None:
     channels = 6
     block = QuadraBlock(channels, 5, 2, norm="batchnorm").eval()
     randomise(block)
@@ -69,17 +73,47 @@ def test_a_block_with_batch_norm_folds_into_its_convolutions() -> None:
     def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=2, groups=channels)
 
-    x = image(2, channels, 9, 8)
+    x = 3 * image(2, channels, 9, 8)
     scale1, shift1 = scale_and_shift("norm1")
     scale2, shift2 = scale_and_shift("norm2")
     w_a = w["conv_a.weight"] * scale1[:, None, None, None]
     w_c = w["conv_c.weight"] * scale1[:, None, None, None]
-    x1 = x + depthwise(x, w_a) * depthwise(x, w["conv_b.weight"]) + depthwise(x, w_c, shift1)
+    mixed = depthwise(x, w_a) * depthwise(x, w["conv_b.weight"]) + depthwise(x, w_c, shift1)
+    assert 0.1 < float((mixed.abs() > 6).float().mean()) < 0.9  # the clip matters, and not it alone
+    x1 = x + mixed.clamp(-6, 6)
     expand = w["expand.weight"] * scale2[:, None, None, None]
     expected = x1 + F.conv2d(F.gelu(F.conv2d(x1, expand, shift2)), w["project.weight"], w["project.bias"])
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
     # nothing but the last convolution has a bias that folding would have to add to
     assert not any(name in w for name in ("conv_a.bias", "conv_b.bias", "conv_c.bias", "expand.bias"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(seed: int) -> None:
+    space = load_space("quadranet-mobile-bn")
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    arch = Arch(tuple(position.names[0] for position in space.positions))
+    network = build_subnet(space, arch, 5).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training: scales that have moved
+            nn.init.uniform_(module.weight, 1, 2, generator=generator)
+            nn.init.normal_(module.bias, std=0.1, generator=generator)
+    images = torch.randn(16, 3, 32, 32, generator=generator)
+    elsewhere = {
+        "twice the contrast": 2 * images,
+        "100 times the contrast": 100 * images,
+        "black": torch.zeros(1, 3, 32, 32),
+        "a constant of 100": torch.full((1, 3, 32, 32), 100.0),
+        "another resolution": torch.randn(2, 3, 96, 96, generator=generator),
+        "enlarged": F.interpolate(images[:2], size=(96, 96), mode="bilinear"),
+    }
+    with torch.no_grad():
+        recalibrate(network, network, [(images, torch.zeros(16))])
+        usual = float(network(images).abs().max())
+        largest = {name: float(network(x).abs().max()) for name, x in elsewhere.items()}
+    # a bound that NaN fails too: that of a linear network at 100 times the contrast
+    assert all(value <= 100 * usual for value in largest.values()), (usual, largest)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

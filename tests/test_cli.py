@@ -146,7 +146,7 @@ def test_a_stopped_search_exits_130_and_resumes_from_its_folder_alone(
             os.kill(os.getpid(), 2)
         return row
 
-    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "run"]
+    command: list[str | Path] = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
         patch.setattr(Searcher, "step", step_and_stop)
         assert qnas(*command) == 130
@@ -314,7 +314,15 @@ def test_bad_data_is_refused_before_training(
 ) -> None:
     data = tmp_path / "photos"
     data.mkdir()
-    search = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--data", f"imagefolder:{data}"]
+    search: list[str | Path] = [
+        *SEARCH,
+        "--space",
+        tiny_yaml,
+        "--budget",
+        "1ms",
+        "--data",
+        f"imagefolder:{data}",
+    ]
     assert str(data) in complaint(capsys, *search)
     rng = np.random.default_rng(0)
     for name in ("cats", "dogs"):
@@ -333,7 +341,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(
     searched: Path, tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in searched.iterdir()}
-    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", searched]
+    command: list[str | Path] = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", searched]
     assert "already holds a run" in complaint(capsys, *command)
     assert {path.name: path.read_bytes() for path in searched.iterdir()} == before
     assert qnas(*command, "--force", "--seed", "5") == 0
@@ -344,7 +352,15 @@ def test_a_folder_that_cannot_be_written_is_named(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    command = [*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", tmp_path / "file" / "run"]
+    command: list[str | Path] = [
+        *SEARCH,
+        "--space",
+        tiny_yaml,
+        "--budget",
+        "1ms",
+        "--out",
+        tmp_path / "file" / "run",
+    ]
     assert "file" in complaint(capsys, *command)
     assert (tmp_path / "file").read_text() == "not a folder"
 
@@ -397,7 +413,8 @@ def test_describe_counts_the_family_and_a_space(
 
 def test_predict_and_devices_show_every_device(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    for command in (["predict", searched], ["devices"]):
+    commands: list[list[str | Path]] = [["predict", searched], ["devices"]]
+    for command in commands:
         assert qnas(*command) == 0
         shown = capsys.readouterr().out
         for device in ("cortex-a76", "myriad-vpu", "a100"):

@@ -129,8 +129,10 @@ def test_the_file_is_one_graph_of_standard_operators_with_a_free_batch(tmp_path:
     assert (given.name, made.name) == ("images", "logits")
     assert shape[0].dim_param
     assert [dim.dim_value for dim in shape[1:]] == [3, PX, PX]
-    # batch normalisation is folded away, as the latency tables count
-    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    # batch normalisation is folded away and the clips are there, as the latency tables count
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("BatchNormalization") == 0
+    assert operators.count("Clip") == operators.count("Mul") > 0
 
 
 def test_the_file_says_what_the_network_needs_and_nothing_of_this_machine(tmp_path: Path) -> None:
@@ -162,6 +164,7 @@ def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_folding_a_norm_changes_no_output() -> None:
+    torch.manual_seed(0)
     block = QuadraBlock(6, 5, 2, norm="batchnorm").double().eval()
     assert isinstance(block.norm1, nn.BatchNorm2d)
     for tensor in (*block.parameters(), block.norm1.running_mean):
@@ -169,10 +172,14 @@ def test_folding_a_norm_changes_no_output() -> None:
     nn.init.uniform_(block.norm1.running_var, 0.5, 2.0)  # type: ignore[arg-type]  # as above
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     with torch.no_grad():
+        mixed = block.norm1(block.mix(x))
+        assert 0.1 < float((mixed.abs() > 6).float().mean()) < 0.9  # on both sides of the clip
         expected = block(x)
         fold_quadratic_norms(block)
+        torch.testing.assert_close(block.mix(x), mixed, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
     assert isinstance(block.norm1, nn.Identity)
+    assert isinstance(block.clip, nn.Hardtanh)
 
 
 Disturb = Callable[[onnx.ModelProto], None]

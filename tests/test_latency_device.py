@@ -101,6 +101,13 @@ def test_what_was_never_timed_is_marked_with_how_it_was_estimated(name: str) -> 
     assert load_device(name).model[unknown].kind == "estimated"
 
 
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_clip_is_estimated_as_one_pass_over_a_map(name: str) -> None:
+    model = load_device(name).model
+    assert model["clip"].kind == "estimated"
+    assert model["clip"].terms == model["relu"].terms
+
+
 def test_an_unknown_kind_of_kernel_is_an_error_not_zero() -> None:
     with pytest.raises(TableError, match=r"device cortex-a76 has no cost for 'convv' kernels: did you mean"):
         load_device("cpu").kernel_ms(Kernel("convv", 7, 8, 8))

@@ -6,7 +6,18 @@ import pytest
 from qnas.arch import Arch, only_arch, sample_arch
 from qnas.errors import SpaceError
 from qnas.layer import LayerSpec
-from qnas.lower import BlockSpec, Slot, count_macs, count_params, fill, layers_of, lower, skeleton
+from qnas.lower import (
+    BlockSpec,
+    Place,
+    Slot,
+    count_macs,
+    count_params,
+    fill,
+    layers_of,
+    lower,
+    quadra_layers,
+    skeleton,
+)
 from qnas.resources import stems
 from qnas.space import SearchSpace, load_space
 
@@ -148,3 +159,15 @@ def test_batch_norm_stands_where_it_can_be_folded() -> None:
             if spec.op == "batchnorm":
                 assert isinstance(before, LayerSpec)
                 assert before.op in ("conv", "dwconv")
+
+
+def test_what_a_batch_normed_mixer_adds_is_clipped_after_its_sum() -> None:
+    def roles(norm: str) -> list[str]:
+        return [spec.role for spec in quadra_layers(Place(8, 8, 1, 9, norm, "gelu"), 3, 2)]
+
+    batch, layer = roles("batchnorm"), roles("layernorm")
+    assert batch[: batch.index("expand")] == (
+        ["conv_a", "conv_b", "product", "conv_c", "norm1", "sum", "clip", "residual1"]
+    )
+    assert "clip" not in layer
+    assert sorted(batch) == sorted([*layer, "clip"])

@@ -1,0 +1,200 @@
+import itertools
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qnas import run
+from qnas.arch import FoundArch, arch_document, make_arch, sample_arch
+from qnas.data import ImageData, batch_count, load_data
+from qnas.errors import CheckpointError, Interrupted, UsageError
+from qnas.originals import KINDS, parse_data_spec
+from qnas.space import SearchSpace, load_space
+from qnas.train import (
+    GRADIENT_CLIP,
+    evaluate,
+    make_optimizer,
+    make_schedule,
+    recalibrate,
+    stream,
+    weight_step,
+)
+from qnas.train_subnet import RECIPES, RESULT, WEIGHTS, SubnetTrainer, TrainConfig, load_weights, train_subnet
+
+CONFIG = TrainConfig(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data(parse_data_spec("digits"), resolution_px=8, quiet=True)
+
+
+@pytest.fixture
+def source(tiny_space: SearchSpace, tmp_path: Path) -> FoundArch:
+    arch = make_arch(tiny_space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
+    return FoundArch(tiny_space, arch, arch_document(tiny_space, arch, {}), tmp_path)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(4), nn.Linear(4, 2))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    optimizer = make_optimizer(network.parameters(), 0.1, 0.5)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in network.parameters():
+        expected = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter, torch.full_like(parameter, expected))
+
+
+def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(optimizer, steps=110, warmup_steps=10)
+    rates = []
+    for _ in range(110):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx((1 + 0.01) / 2)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+    assert all(a <= b for a, b in itertools.pairwise(rates[:11]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_long_gradients_are_clipped() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    images, labels = 1e4 * torch.ones(1, 2), torch.tensor([0])
+    weight_step(lambda x: x @ weight, [weight], optimizer, images, labels, 0.0)
+    assert float(weight.detach().norm()) == pytest.approx(GRADIENT_CLIP, rel=1e-5)
+
+
+def test_label_smoothing_is_in_the_loss_of_a_step() -> None:
+    weight = nn.Parameter(torch.eye(3))
+    images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    expected = F.cross_entropy(images, labels, label_smoothing=0.3)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    loss = weight_step(lambda x: x @ weight, [weight], optimizer, images, labels, 0.3)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_the_score_counts_every_image_once() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    labels = torch.tensor([0, 0, 0])
+    score = evaluate(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    assert score.accuracy == pytest.approx(2 / 3)
+    assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)))
+    assert score.images == 3
+
+
+def test_recalibrated_statistics_are_those_of_the_batches() -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_mean.fill_(100.0)  # type: ignore[union-attr]  # tracked
+    batches = [torch.randn(4, 3, 5, 5) * 2 + 1 for _ in range(3)]
+    recalibrate(norm, norm, [(batch, torch.zeros(4)) for batch in batches])
+    mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    assert not norm.training
+    assert norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("start", [0, 3, 25])
+def test_a_stream_goes_on_from_any_batch(start: int, digits: ImageData) -> None:
+    per_epoch = batch_count(digits.train, 128, drop_last=True)
+    assert per_epoch < 25  # the last case starts in a later epoch
+    whole = list(itertools.islice(stream(digits.train, 128, 7, 0, augment=True), start + 2))
+    part = list(itertools.islice(stream(digits.train, 128, 7, start, augment=True), 2))
+    for (images, labels), (other, same) in zip(whole[start:], part, strict=True):
+        assert torch.equal(images, other)
+        assert torch.equal(labels, same)
+
+
+def train(source: FoundArch, data: ImageData, folder: Path, config: TrainConfig = CONFIG) -> Path:
+    train_subnet(source, data, config, folder, {"data": "digits"}, from_supernet=False, quiet=True)
+    return folder
+
+
+def test_training_learns_and_repeats(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
+    folders = [train(source, digits, tmp_path / name) for name in ("a", "b")]
+    for file in (WEIGHTS, RESULT, run.METRICS):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    result = json.loads((folders[0] / RESULT).read_text())
+    assert result["test_accuracy"] > 0.3  # a guess has 0.1
+    rows = [json.loads(line) for line in (folders[0] / run.METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
+    assert rows[-1]["test_accuracy"] == result["test_accuracy"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_stopped_training_goes_on_as_if_it_had_not_been(
+    source: FoundArch, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(source, digits, tmp_path / "whole")
+    step = SubnetTrainer.step
+
+    def step_and_stop(self: SubnetTrainer) -> dict[str, float]:
+        row = step(self)
+        if self.steps_done == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(SubnetTrainer, "step", step_and_stop)
+        with pytest.raises(Interrupted):
+            train(source, digits, folder)
+    train_subnet(
+        source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True, quiet=True
+    )
+    for file in (WEIGHTS, RESULT, run.METRICS):
+        assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
+    with pytest.raises(CheckpointError, match="this training is complete"):
+        train_subnet(
+            source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True, quiet=True
+        )
+
+
+def test_weights_of_another_network_are_refused(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
+    folder = train(source, digits, tmp_path / "run", replace(CONFIG, epochs=1))
+    weights = run.load_tensors(folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="not the weights of this network"):
+        load_weights(nn.Linear(2, 2), weights, folder / WEIGHTS)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.load_tensors(folder / WEIGHTS)
+
+
+def test_every_kind_of_data_has_a_recipe() -> None:
+    assert set(RECIPES) == set(KINDS)
+    with pytest.raises(UsageError, match="epochs: expected at least 1, got 0"):
+        replace(CONFIG, epochs=0)
+
+
+@pytest.mark.slow
+def test_a_network_reaches_97_percent_on_digits_from_scratch(tmp_path: Path) -> None:
+    """The demo's bar, without the supernet's help."""
+    space = load_space("quadranet-mobile")
+    arch = sample_arch(space, np.random.default_rng(0))
+    source = FoundArch(space, arch, arch_document(space, arch, {}), tmp_path)
+    data = load_data(parse_data_spec("digits"), resolution_px=32, quiet=True)
+    score = train_subnet(
+        source,
+        data,
+        RECIPES["digits"],
+        tmp_path / "run",
+        {"data": "digits"},
+        from_supernet=False,
+        quiet=True,
+    )
+    assert score.accuracy >= 0.97
