@@ -227,7 +227,14 @@ def versions() -> dict[str, str]:
 
 def _print_search(result: "SearchResult", *, as_json: bool) -> None:
     from qnas import run
-    from qnas.text import choices_by_stage, format_count, latency_line, mean_and_spread
+    from qnas.text import (
+        choices_by_stage,
+        field,
+        files_in,
+        format_count,
+        latency_line,
+        mean_and_spread,
+    )
     from qnas.units import format_ms
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
@@ -238,21 +245,31 @@ def _print_search(result: "SearchResult", *, as_json: bool) -> None:
         return
     indices = result.solution.indices
     lowest = format_ms(min((score.latency_ms for score in result.random), default=0.0))
+    expected = format_ms(result.expected_ms)
+    compared = (
+        f"{mean_and_spread(rivals)} for {len(rivals)} random networks of {lowest} or more, "
+        f"best {max(rivals):.1%}"
+        if rivals
+        else "no random networks to compare with"
+    )
     lines = [
         "",
         choices_by_stage(searcher.space, derived.arch),
         "",
-        f"latency     {latency_line(searcher.table, indices, searcher.budget_ms)}",
-        f"            expected of the architecture parameters: {format_ms(result.expected_ms)}",
-        f"size        {format_count(document['macs'])} MACs, {format_count(document['params'])} parameters, "
-        f"at {searcher.space.input.resolution_px} px",
-        f"accuracy    {derived.accuracy:.1%} on {len(searcher.data.test)} test images, with supernet weights",
-        f"            {mean_and_spread(rivals)} for {len(rivals)} random networks of {lowest} or more, "
-        f"best {max(rivals):.1%}"
-        if rivals
-        else "            no random networks to compare with",
-        f"files       {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}",
-        f"next        qnas train-subnet {folder}",
+        field("latency", latency_line(searcher.table, indices, searcher.budget_ms)),
+        field("", f"expected of the architecture parameters: {expected}"),
+        field(
+            "size",
+            f"{format_count(document['macs'])} MACs, {format_count(document['params'])} parameters, "
+            f"at {searcher.space.input.resolution_px} px",
+        ),
+        field(
+            "accuracy",
+            f"{derived.accuracy:.1%} on {len(searcher.data.test)} test images, with supernet weights",
+        ),
+        field("", compared),
+        field("files", files_in(folder)),
+        f"next        qnas train-subnet {folder}",  # not wrapped: to be copied
     ]
     typer.echo("\n".join(lines))
 
@@ -303,6 +320,7 @@ def train_subnet(
     from qnas.data import load_data
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
+    from qnas.text import field, files_in
     from qnas.train import set_up_process
     from qnas.train_subnet import has_supernet, recipe_for
     from qnas.train_subnet import train_subnet as train
@@ -355,11 +373,14 @@ def train_subnet(
         return
     start = "the supernet's weights" if from_supernet else "scratch"
     target = found.folder if out == found.folder / run.SUBNET else out
-    typer.echo(
-        f"\naccuracy    {score.accuracy:.2%} on {score.images} test images, after {config.epochs} epochs "
-        f"from {start}\nfiles       {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}\n"
-        f"next        qnas export {target}"
-    )
+    learned = f"{score.accuracy:.2%} on {score.images} test images, after {config.epochs} epochs from {start}"
+    lines = [
+        "",
+        field("accuracy", learned),
+        field("files", files_in(out)),
+        f"next        qnas export {target}",
+    ]
+    typer.echo("\n".join(lines))
 
 
 @app.command()
@@ -388,6 +409,7 @@ def export(
     """
     from qnas import run
     from qnas.deploy import export_trained
+    from qnas.text import field
     from qnas.units import format_ms
 
     report = export_trained(source or run.latest_run(), out, resolution_px=resolution, force=force)
@@ -395,17 +417,18 @@ def export(
         _print_json(report.facts())
         return
     file, px = report.file, report.resolution_px
+    difference = f"{file.max_difference / file.scale:.1e} of the output's scale"
     lines = [
-        f"file        {file.path} ({file.size_bytes / 1e6:.1f} MB, opset {file.opset})",
-        f"input       images (batch, {report.channels}, {px}, {px}), float32, normalised as its metadata say",
-        f"check       onnxruntime differs from torch by at most {file.max_difference / file.scale:.1e} "
-        f"of the output's scale, on {file.inputs} inputs",
+        field("file", f"{file.path} ({file.size_bytes / 1e6:.1f} MB, opset {file.opset})"),
+        field(
+            "input", f"images (batch, {report.channels}, {px}, {px}), float32, normalised as its metadata say"
+        ),
+        field("check", f"onnxruntime differs from torch by at most {difference}, on {file.inputs} inputs"),
     ]
     if report.latency_ms is not None and report.budget_ms is not None:
-        lines.append(
-            f"latency     {format_ms(report.latency_ms, round_up=True)} of {format_ms(report.budget_ms)} "
-            f"on {report.device} at {report.deployed_px} px, as searched"
-        )
+        took, budget = format_ms(report.latency_ms, round_up=True), format_ms(report.budget_ms)
+        searched = f"{took} of {budget} on {report.device} at {report.deployed_px} px, as searched"
+        lines.append(field("latency", searched))
     typer.echo("\n".join(lines))
 
 

@@ -3,6 +3,8 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from textwrap import fill as fill_text
 from typing import Any
 
 from qnas.arch import Arch, arch_from_indices
@@ -184,6 +186,23 @@ def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) 
         f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
         f"({latency_ms / budget_ms:.1%}); {table.coverage(indices):.0%} from measurements"
     )
+
+
+def field(name: str, text: str) -> str:
+    """Write a named line of a result, wrapped at 80 columns."""
+    return fill_text(
+        text,
+        80,
+        initial_indent=f"{name:<12}",
+        subsequent_indent=" " * 12,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def files_in(folder: Path) -> str:
+    """Say what lies in a folder."""
+    return f"{folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
