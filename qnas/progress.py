@@ -33,8 +33,9 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Name what is being done from here on."""
-        self._phase = name
-        self._bar.set_description(name)
+        if name != self._phase:
+            self._phase = name
+            self._bar.set_description(name)
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier process made."""

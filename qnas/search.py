@@ -327,7 +327,7 @@ class Searcher:
             alpha / temperature, mask, self.table.fixed_ms, self.cells_ms, sample
         )
         (pull,) = torch.autograd.grad(expected_ms / self.budget_ms, alpha, retain_graph=True)
-        strength = state.multiplier.strength(float(pull.norm())) if self.binds else 0.0
+        strength = state.multiplier.strength(float(pull.norm()))  # 0 where the budget does not bind
         loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.budget_ms, strength)
         (alpha.grad,) = torch.autograd.grad(loss, alpha)
         task_norm = float((alpha.grad - strength * pull).norm())
@@ -336,7 +336,8 @@ class Searcher:
         renormalise_pair(alpha, before, sample, temperature)
         for weight in self._weights:
             weight.requires_grad_(True)
-        state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms, task_norm)
+        if self.binds:
+            state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms, task_norm)
         return float(task_loss.detach())
 
     def describe_probabilities(self) -> dict[str, float]:

@@ -199,5 +199,6 @@ def run_to_end(stepper: Stepper, folder: Path, *, resume: bool, quiet: bool) -> 
             if signals:
                 save()
                 raise Interrupted(f"the state is saved in {folder}: --resume goes on from it")
-            if stepper.steps_done % CHECKPOINT_STEPS == 0:
+            # after the last step too: what follows may take minutes
+            if stepper.steps_done % CHECKPOINT_STEPS == 0 or stepper.steps_done == stepper.total_steps:
                 save()

@@ -200,15 +200,15 @@ def test_without_a_binding_budget_the_latency_does_not_press(
     searcher = Searcher(tiny_space, table, 2 * table.slowest_ms, digits, CONFIG)
     assert not searcher.binds
     assert Searcher(tiny_space, table, middle(table), digits, CONFIG).binds
-    # the multiplier would have to pull towards slower networks, which the task alone does not do
     for _ in range(searcher.warmup_steps + 1):
         searcher.step()
-    assert searcher.state.multiplier.value < 0
+    assert searcher.state.multiplier.value == 0
     before = searcher.state.supernet.alpha.detach().clone()
     twin = Searcher(tiny_space, table, 3 * table.slowest_ms, digits, CONFIG)
     twin.load(copy.deepcopy(searcher.to_dict()))
-    for each in (searcher, twin):
-        each.step()
+    for _ in range(3):  # a pressure would differ between the budgets
+        for each in (searcher, twin):
+            each.step()
     assert not torch.equal(before, searcher.state.supernet.alpha)
     torch.testing.assert_close(searcher.state.supernet.alpha, twin.state.supernet.alpha, rtol=0, atol=0)
 
