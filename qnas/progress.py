@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, a line now and then in a log, nothing when quiet."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -19,11 +20,14 @@ class Progress:
         self._phase = phase
         self._figures = ""
         self._last_line = time.monotonic()
+        # not tqdm's own measure, which shows nothing on a terminal that reports no size
+        size = shutil.get_terminal_size()
         self._bar = tqdm(
             total=total,
             desc=phase,
             unit="step",
-            dynamic_ncols=True,
+            ncols=size.columns,
+            nrows=size.lines,
             disable=quiet or not self._terminal,
             smoothing=0.05,
         )
