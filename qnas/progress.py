@@ -25,7 +25,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             desc=phase,
-            unit="step",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
             ncols=size.columns,
             nrows=size.lines,
             disable=quiet or not self._terminal,
