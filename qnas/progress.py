@@ -24,8 +24,8 @@ class Progress:
         size = shutil.get_terminal_size()
         self._bar = tqdm(
             total=total,
-            desc=phase,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+            desc=f"{phase}: ",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
             ncols=size.columns,
             nrows=size.lines,
             disable=quiet or not self._terminal,

@@ -23,7 +23,7 @@ def test_a_terminal_gets_a_bar_even_without_a_width() -> None:
     os.close(slave)
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
-    for word in ("warm-up:", "search:", "100%", "4/4", "loss 3.0"):
+    for word in ("warm-up: ", "search: ", "100%", "4/4", "loss 3.0"):
         assert word in shown
 
 
