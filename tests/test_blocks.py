@@ -168,14 +168,9 @@ def test_every_operator_has_a_module_or_is_written_out() -> None:
     assert set(OPS) == set(MODULES) | {"add", "mul"}
 
 
-def test_fresh_weights_are_small_and_biases_zero() -> None:
+def test_a_built_block_is_the_class_of_its_kind() -> None:
     block = QuadraBlock(32, 7, 4)
     built = build_block(
         BlockSpec("1.1", "quadra", quadra_layers(Place(32, 32, 1, 9, "layernorm", "gelu"), 7, 4))
     )
     assert [name for name, _ in built.named_parameters()] == [name for name, _ in block.named_parameters()]
-    for name, parameter in built.named_parameters():
-        if "norm" not in name and name.endswith("weight"):
-            assert 0.015 < float(parameter.detach().std()) < 0.025, name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
