@@ -35,7 +35,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "slow and not gpu"
 
 lint: install
 	$(BIN)/ruff check .

@@ -64,7 +64,8 @@ class Progress:
         self._last_line = now
         left = (now - self._start) / max(1, self._done) * (self._total - self._done)
         share = self._done / max(1, self._total)
-        print(f"{self._phase}: {share:4.0%}, {left:.0f} s left, {self._figures}", file=sys.stderr, flush=True)
+        parts = [f"{self._phase}: {share:4.0%}", f"{left:.0f} s left", self._figures]
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self
