@@ -207,7 +207,7 @@ def _search(
 def _free_folder(*parts: str) -> Path:
     from qnas.run import free_folder
 
-    return free_folder("-".join(Path(part).stem for part in parts))
+    return free_folder("-".join(part.replace(" ", "") for part in parts))
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from qnas.export import ExportReport, export_onnx
 from qnas.files import read_json
 from qnas.lower import check_resolution
 from qnas.subnet import build_subnet
-from qnas.train_subnet import RESULT, SAMPLE, WEIGHTS, load_weights
+from qnas.train_subnet import load_weights
 
 MODEL = "model.onnx"
 
@@ -60,10 +60,10 @@ def export_trained(
     Raises CheckpointError where nothing is trained or the file exists already, ExportError where
     the file does not compute what the network computes.
     """
-    trained = folder / run.SUBNET if (folder / run.SUBNET / RESULT).is_file() else folder
-    if not (trained / RESULT).is_file():
+    trained = folder / run.SUBNET if (folder / run.SUBNET / run.RESULT).is_file() else folder
+    if not (trained / run.RESULT).is_file():
         raise CheckpointError(f"{folder}: no trained network here: run qnas train-subnet {folder} first")
-    result = _read_result(trained / RESULT)
+    result = _read_result(trained / run.RESULT)
     out = out or folder / run.EXPORT / MODEL
     if out.exists() and not force:
         raise CheckpointError(f"{out}: exists already: give --force to replace it, or another --out")
@@ -71,7 +71,7 @@ def export_trained(
     px = resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
     network = build_subnet(found.space, found.arch, len(result["classes"]))
-    load_weights(network, run.load_tensors(trained / WEIGHTS), trained / WEIGHTS)
+    load_weights(network, run.load_tensors(trained / run.WEIGHTS), trained / run.WEIGHTS)
     report = export_onnx(
         network,
         out,
@@ -101,9 +101,9 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 def _check_images(trained: Path, result: Mapping[str, Any], px: int) -> Tensor:
     """Return the run's sample of test images, normalised and at this resolution."""
-    images = run.load_tensors(trained / SAMPLE).get("images")
+    images = run.load_tensors(trained / run.SAMPLE).get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4:
-        raise CheckpointError(f"{trained / SAMPLE}: expected uint8 images (n, C, H, W)")
+        raise CheckpointError(f"{trained / run.SAMPLE}: expected uint8 images (n, C, H, W)")
     normal = normalise(images, result["mean"], result["std"])
     if px == normal.shape[-1]:
         return normal

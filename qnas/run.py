@@ -42,6 +42,11 @@ SEARCH = "search.json"
 SUBNET = "subnet"
 EXPORT = "export"
 
+# in subnet/
+WEIGHTS = "weights.safetensors"
+RESULT = "result.json"
+SAMPLE = "sample.safetensors"  # some test images, with which an export is checked
+
 DEFAULT_FOLDER = Path("runs")
 
 
@@ -134,7 +139,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, force:
         fix = ": give --resume to go on, --force to replace it, or another --out" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (METRICS, CHECKPOINT, SUPERNET, ARCH, SEARCH):
+    for stale in (METRICS, CHECKPOINT, SUPERNET, ARCH, SEARCH, WEIGHTS, RESULT, SAMPLE):
         (folder / stale).unlink(missing_ok=True)
     for made_from_it in (SUBNET, EXPORT):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)

@@ -22,10 +22,7 @@ from qnas.files import write_json, write_text
 from qnas.subnet import build_subnet, subnet_state
 from qnas.train import Score, evaluate, make_optimizer, make_schedule, run_to_end, stream, weight_step
 
-WEIGHTS = "weights.safetensors"
-RESULT = "result.json"
-SAMPLE = "sample.safetensors"  # some test images, with which an export is checked
-SAMPLE_IMAGES = 16
+SAMPLE_IMAGES = 16  # of the test images, kept to check an export with
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,11 @@ def has_supernet(source: FoundArch) -> bool:
 def inherit(network: nn.Module, source: FoundArch) -> None:
     """Load the supernet's weights of the chosen candidates. Raises CheckpointError."""
     file = source.folder / run.SUPERNET
-    load_weights(network, subnet_state(run.load_tensors(file), source.space, source.arch), file)
+    state = subnet_state(run.load_tensors(file), source.space, source.arch)
+    try:
+        load_weights(network, state, file)
+    except CheckpointError as error:  # data with other classes than those searched on, most likely
+        raise CheckpointError(f"{error}; --weights scratch starts without them") from error
 
 
 class SubnetTrainer:
@@ -173,6 +174,8 @@ def train_subnet(
     Writes the weights as safetensors, with the architecture and its space beside them. Raises
     CheckpointError where the folder or the supernet's weights cannot be used.
     """
+    if folder.resolve() == source.folder.resolve():
+        raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_subnet(source.space, source.arch, len(data.classes))
@@ -180,18 +183,18 @@ def train_subnet(
         inherit(network, source)
     request = {"train": asdict(config), "from_supernet": from_supernet, **request}
     run.open_folder(folder, request, resume=resume, force=force)
-    if resume and (folder / RESULT).is_file():
+    if resume and (folder / run.RESULT).is_file():
         raise CheckpointError(f"{folder}: this training is complete, there is nothing to resume")
     write_text(folder / run.SPACE, source.space.to_yaml())
     write_json(folder / run.ARCH, source.document)
     trainer = SubnetTrainer(network, data, config)
     run_to_end(trainer, folder, resume=resume, quiet=quiet)
     score = trainer.test()
-    run.save_tensors(folder / WEIGHTS, network.state_dict())
+    run.save_tensors(folder / run.WEIGHTS, network.state_dict())
     images, labels = sample_images(data.test, SAMPLE_IMAGES)
-    run.save_tensors(folder / SAMPLE, {"images": images, "labels": labels})
+    run.save_tensors(folder / run.SAMPLE, {"images": images, "labels": labels})
     write_json(
-        folder / RESULT,
+        folder / run.RESULT,
         {
             "schema": "qnas.subnet/1",
             "test_accuracy": score.accuracy,

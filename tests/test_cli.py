@@ -105,8 +105,8 @@ def test_the_latest_run_needs_no_name(
 def test_a_second_search_finds_a_folder_of_its_own(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("runs/tiny-vpu-1ms", "runs/tiny-vpu-1ms-2"):
-        assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms") == 0
+    for folder in ("runs/tiny-vpu-1.5ms", "runs/tiny-vpu-1.5ms-2"):
+        assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1.5 ms") == 0
         assert (tmp_path / folder / "arch.json").is_file()
 
 

@@ -26,7 +26,7 @@ from qnas.train import (
     stream,
     weight_step,
 )
-from qnas.train_subnet import RECIPES, RESULT, WEIGHTS, SubnetTrainer, TrainConfig, load_weights, train_subnet
+from qnas.train_subnet import RECIPES, SubnetTrainer, TrainConfig, load_weights, train_subnet
 
 CONFIG = TrainConfig(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 
@@ -126,9 +126,9 @@ def train(source: FoundArch, data: ImageData, folder: Path, config: TrainConfig 
 
 def test_training_learns_and_repeats(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     folders = [train(source, digits, tmp_path / name) for name in ("a", "b")]
-    for file in (WEIGHTS, RESULT, run.METRICS):
+    for file in (run.WEIGHTS, run.RESULT, run.METRICS):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
-    result = json.loads((folders[0] / RESULT).read_text())
+    result = json.loads((folders[0] / run.RESULT).read_text())
     assert result["test_accuracy"] > 0.3  # a guess has 0.1
     rows = [json.loads(line) for line in (folders[0] / run.METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
@@ -156,7 +156,7 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(
     train_subnet(
         source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True, quiet=True
     )
-    for file in (WEIGHTS, RESULT, run.METRICS):
+    for file in (run.WEIGHTS, run.RESULT, run.METRICS):
         assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
     with pytest.raises(CheckpointError, match="this training is complete"):
         train_subnet(
@@ -166,13 +166,37 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(
 
 def test_weights_of_another_network_are_refused(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     folder = train(source, digits, tmp_path / "run", replace(CONFIG, epochs=1))
-    weights = run.load_tensors(folder / WEIGHTS)
+    weights = run.load_tensors(folder / run.WEIGHTS)
     with pytest.raises(CheckpointError, match="not the weights of this network"):
-        load_weights(nn.Linear(2, 2), weights, folder / WEIGHTS)
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:100])
+        load_weights(nn.Linear(2, 2), weights, folder / run.WEIGHTS)
+    content = (folder / run.WEIGHTS).read_bytes()
+    (folder / run.WEIGHTS).write_bytes(content[:100])
     with pytest.raises(CheckpointError, match="damaged"):
-        run.load_tensors(folder / WEIGHTS)
+        run.load_tensors(folder / run.WEIGHTS)
+
+
+def test_forced_training_leaves_nothing_of_the_former_network(
+    source: FoundArch, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(source, digits, tmp_path / "run", replace(CONFIG, epochs=1))
+
+    def fail(self: SubnetTrainer) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SubnetTrainer, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_subnet(
+            source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, force=True, quiet=True
+        )
+    for file in (run.WEIGHTS, run.RESULT, run.SAMPLE):
+        assert not (folder / file).exists(), file
+
+
+def test_a_search_is_not_trained_over(source: FoundArch, digits: ImageData) -> None:
+    with pytest.raises(CheckpointError, match="holds the architecture itself"):
+        train_subnet(
+            source, digits, CONFIG, source.folder, {"data": "digits"}, from_supernet=False, force=True
+        )
 
 
 def test_every_kind_of_data_has_a_recipe() -> None:
