@@ -37,6 +37,7 @@ ORDER = [
     "train_subnet",
     "export",
     "deploy",
+    "commands",
     "cli",
 ]
 
@@ -52,6 +53,7 @@ TORCH_FREE = [
     "lower",
     "derive",
     "text",
+    "commands",
     "cli",
 ]
 TORCH_IN_LATENCY = ["latency.measure"]
