@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import latency, search, subnet
+from qnas.commands import derive, latency, predictors, search, subnet
 from qnas.errors import Interrupted, QnasError
 
 app = typer.Typer(
@@ -39,13 +39,16 @@ def _root(
 
 # from a budget to a network file
 app.command()(search.search)
+app.command()(derive.derive)
 app.command("train-subnet")(subnet.train_subnet)
 app.command()(subnet.export)
 # what is known of networks and devices
 app.command()(latency.describe)
 app.command()(latency.predict)
 app.command()(latency.devices)
+app.command("eval-latency")(latency.eval_latency)
 app.command()(latency.table)
+app.add_typer(predictors.app)
 
 
 def _fail(message: str, code: int) -> NoReturn:

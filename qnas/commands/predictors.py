@@ -1,0 +1,106 @@
+"""nn-Meter's predictors on this machine: `predictors import`, `list`, `remove`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qnas.commands.options import Json, Quiet, print_json
+
+if TYPE_CHECKING:
+    from qnas.latency.predictors import Predictors
+
+app = typer.Typer(
+    name="predictors",
+    help="Import nn-Meter's published predictors, for --latency nn-meter.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_STEP_BYTES = 1 << 20  # of progress
+
+Device = Annotated[str, typer.Option(help="cpu, vpu, adreno-640 or adreno-630.")]
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="ZIP|FOLDER", help="The downloaded archive, or the folder of its files.")
+    ],
+    device: Device,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Read nn-Meter's predictors of a device, safely: nothing in the archive can run.
+
+    Example: qnas predictors import cortexA76cpu_tflite21.zip --device cpu
+    """
+    from contextlib import ExitStack
+
+    from qnas.latency.predictors import import_predictors
+    from qnas.progress import Progress
+
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+        shown = 0
+
+        def report(kernel: str, done: int, total: int) -> None:
+            nonlocal shown
+            if not bars:
+                bars.append(stack.enter_context(Progress(-(-total // _STEP_BYTES), "import", quiet=quiet)))
+            while shown < done // _STEP_BYTES or (done == total and shown * _STEP_BYTES < total):
+                shown += 1
+                bars[0].step(kernel)
+
+        found = import_predictors(source, device, report)
+    if as_json:
+        print_json(_facts(found))
+        return
+    typer.echo(_line(found))
+    if found.ignored:
+        typer.echo(f"not read: {', '.join(found.ignored)}")
+    typer.echo(f"use them:  qnas search --device {device} --latency nn-meter ...")
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the imported predictors.
+
+    Example: qnas predictors list
+    """
+    from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
+
+    known = list_predictors()
+    if as_json:
+        print_json([_facts(predictors) for predictors in known])
+        return
+    for predictors in known:
+        typer.echo(_line(predictors))
+    for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
+        typer.echo(f"{device}: none; {download_hint(device)}")
+
+
+@app.command()
+def remove(device: Device) -> None:
+    """Delete the imported predictors of a device.
+
+    Example: qnas predictors remove --device cpu
+    """
+    from qnas.latency.predictors import remove_predictors
+
+    typer.echo(f"removed {remove_predictors(device)}")
+
+
+def _line(found: "Predictors") -> str:
+    trees = sum(forest.trees for forest in found.forests.values())
+    nodes = sum(forest.nodes for forest in found.forests.values())
+    return (
+        f"{found.device}: {found.title}, {len(found.forests)} kernels, {trees} trees, "
+        f"{nodes / 1e6:.2f}M nodes, {found.size_bytes / 1e6:.1f} MB, "
+        f"imported {found.date} from {found.source}"
+    )
+
+
+def _facts(found: "Predictors") -> dict[str, Any]:
+    return {**asdict(found), "path": str(found.path)}
