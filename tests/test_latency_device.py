@@ -103,9 +103,11 @@ def test_what_was_never_timed_is_marked_with_how_it_was_estimated(name: str) -> 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_clip_is_estimated_as_one_pass_over_a_map(name: str) -> None:
-    model = load_device(name).model
-    assert model["clip"].kind == "estimated"
-    assert model["clip"].terms == model["relu"].terms
+    device = load_device(name)
+    assert device.model["clip"].kind == "estimated"
+    for px, channels in ((1, 8), (7, 320), (112, 96)):
+        clip, relu = (device.kernel_ms(Kernel(kind, px, channels, channels)) for kind in ("clip", "relu"))
+        assert clip == relu
 
 
 def test_an_unknown_kind_of_kernel_is_an_error_not_zero() -> None:
@@ -151,6 +153,84 @@ def test_a_negative_or_infinite_weight_is_refused() -> None:
         bad = {**OWN, "model": {"add": {"kind": "fitted", "terms": {"launch": 1.0, "mmacs": weight}}}}
         with pytest.raises(TableError, match=r"model\.add\.terms\.mmacs"):
             parse_device(json.dumps(bad), "mine")
+
+
+GRID = {"knots": {"rows": [1, 4], "channels": [1, 2, 8]}, "ms": [[1, 2, 3], [1, 2.5, 4]]}
+
+
+def with_model(**model: dict[str, Any]) -> str:
+    return json.dumps({**OWN, "model": model})
+
+
+def test_a_kind_like_another_costs_what_the_other_costs() -> None:
+    # two terms, so that a kernel's own kind and shape must reach the other kind's formula
+    add = {"kind": "fitted", "terms": {"launch": 0.5, "kelements_in": 2.0}}
+    device = parse_device(with_model(add=add, sub={"kind": "estimated", "like": "add"}), "mine")
+    assert device.kernel_ms(Kernel("sub", 10, 20, 20)) == 0.5 + 2.0 * 10 * 10 * 20 / 1e3
+    assert device.kernel_model(Kernel("sub", 10, 20, 20)).kind == "estimated"
+
+
+def test_a_kind_is_like_one_that_has_a_cost() -> None:
+    like = {name: {"kind": "estimated", "like": other} for name, other in (("sub", "mul"), ("mul", "sub"))}
+    add = {"kind": "fitted", "terms": {"launch": 1.0}}
+    with pytest.raises(TableError, match=r"model\.sub: no kind 'mul' with a cost of its own: known: add$"):
+        parse_device(with_model(add=add, **like), "mine")
+    with pytest.raises(TableError, match=r"no kind 'ad' with a cost of its own: did you mean add\?"):
+        parse_device(with_model(add=add, sub={"kind": "estimated", "like": "ad"}), "mine")
+
+
+def test_a_kind_has_exactly_one_form_of_cost() -> None:
+    for forms in ({}, {"terms": {"launch": 1.0}, "grid": GRID}, {"grid": GRID, "like": "add"}):
+        with pytest.raises(TableError, match=r"model\.add: expected one of terms, grid and like"):
+            parse_device(with_model(add={"kind": "fitted", **forms}), "mine")
+
+
+def test_a_grid_is_interpolated_from_the_file() -> None:
+    device = parse_device(with_model(add={"kind": "fitted", "grid": GRID}), "mine")
+    # rows 4 = 2 px squared, channels 4: half of the way from 2 to 8 in logs
+    assert device.kernel_ms(Kernel("add", 2, 4, 4)) == pytest.approx((2.5 * 4) ** 0.5)
+    again = parse_device(device.to_json(), "again")
+    assert again.model_dump() == device.model_dump()
+    assert "[1.0, 2.5, 4.0]" in device.to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knots": {"row": [1, 4], "channels": [1, 2, 8]}}, "unknown axis 'row': did you mean rows"),
+        ({"knots": {}}, "knots: expected one axis or more"),
+        (
+            {"knots": {"rows": [4, 1], "channels": [1, 2, 8]}},
+            r"knots\.rows: expected two or more, each above",
+        ),
+        ({"knots": {"rows": [1, 4], "channels": [1]}}, r"knots\.channels: expected two or more, each above"),
+        ({"knots": {"rows": [0, 4], "channels": [1, 2, 8]}}, r"\.knots\.rows\[0\]: "),
+        ({"ms": [[1, 2, 3]]}, "ms: expected 2 rows of 3 values, as there are knots, got 1 rows of 3"),
+        ({"ms": []}, "ms: expected 2 rows of 3 values, as there are knots, got 0 rows of none"),
+        ({"ms": [[1, 2, 3], [1, 2]]}, "ms: expected 2 rows of 3 values, .* got 2 rows of 2 and 3"),
+        ({"ms": [[1, 2, 1.5], [1, 2, 3]]}, r"ms: falls along channels, from 2 to 1\.5"),
+        ({"ms": [[1, 2, 3], [0.5, 2, 3]]}, r"ms: falls along rows, from 1 to 0\.5"),
+        ({"ms": [[0, 2, 3], [1, 2, 3]]}, r"\.ms\[0\]\[0\]: "),
+        ({"ms": 3}, r"\.ms: expected a list, got 3"),
+        (
+            {"beyond": {"rows*fan_in": 1}},
+            r"beyond: expected a product of axes as rows\*channels, got 'rows\*fan_in",
+        ),
+        (
+            {"beyond": {"rows*rows": 1}},
+            r"beyond: expected a product of axes as rows\*channels, got 'rows\*rows'",
+        ),
+        ({"beyond": {"rows": -1}}, r"\.beyond\.rows: expected at least 0.*, got -1"),
+    ],
+)
+def test_a_malformed_grid_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TableError, match=rf"^mine: model\.add\.grid.*{message}"):
+        parse_device(with_model(add={"kind": "fitted", "grid": {**GRID, **change}}), "mine")
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_file_is_at_most_a_megabyte(name: str) -> None:
+    assert len(load_device(name).to_json().encode()) <= 2**20
 
 
 def test_a_device_of_ones_own_needs_no_model(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """A device: where its latencies come from, how good they are, and what its kernels cost.
 
 A device file is JSON that a person can read. The model is additive: a network takes `fixed_ms` plus
-the sum over its kernels, and a kernel the sum of coefficients times features. All coefficients are
-positive and all features grow with the shape, so no kernel is free and none gets faster by growing.
+the sum over its kernels, and a kernel the sum of coefficients times features, or what a grid gives
+for its shape. All coefficients are positive, all features grow with the shape and no grid falls, so
+no kernel is free and none gets faster by growing.
 
 A device of one's own is a file of the same schema anywhere. It needs no model: its measured tables
 lie in a folder beside it that has the name of the file without its suffix.
@@ -10,6 +11,7 @@ lie in a folder beside it that has the name of the file without its suffix.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -27,6 +29,7 @@ from pydantic import (
 
 from qnas.errors import TableError, nearest
 from qnas.latency.features import FEATURES
+from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
 from qnas.resources import shipped, stems
 from qnas.space import describe_problems
@@ -44,20 +47,37 @@ class _Node(BaseModel):
 
 
 class KernelModel(_Node):
-    """What kernels of one kind cost: milliseconds for each unit of each feature."""
+    """What kernels of one kind cost: one of three forms.
+
+    `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
+    by themselves; `like`: as kernels of another kind of the same shape.
+    """
 
     kind: Source
     note: str = ""
-    terms: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    terms: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    grid: Grid | None = None
+    like: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if sum(form is not None for form in (self.terms, self.grid, self.like)) != 1:
+            raise ValueError("expected one of terms, grid and like")
+        if self.terms is None:
+            return self
         unknown = [name for name in self.terms if name not in FEATURES]
         if unknown:
             raise ValueError("; ".join(f"unknown feature {n!r}: {nearest(n, FEATURES)}" for n in unknown))
         if not self.terms.get("launch"):
             raise ValueError("launch must be above 0, so that no kernel is free")
         return self
+
+    def latency_ms(self, kernel: Kernel) -> float:
+        """Return what a kernel takes, in milliseconds; `like` is for the device to look up."""
+        if self.grid is not None:
+            return self.grid.latency_ms(kernel)
+        assert self.terms is not None
+        return math.fsum(weight * FEATURES[name](kernel) for name, weight in self.terms.items())
 
 
 class Figures(_Node):
@@ -68,7 +88,23 @@ class Figures(_Node):
     within_5_pct: float
     within_10_pct: float
     bias_pct: float  # mean relative error: above 0 where predictions are too high
-    spearman: float  # rank correlation
+    spearman: float | None = None  # rank correlation; None where there is none, of one network say
+
+
+class Calibration(_Node):
+    """Measured networks against the model: latency = scale * model + offset, and how far it is off.
+
+    The margin is the conformal quantile of measured / predicted - 1: of networks like those of the
+    calibration, a share `level` takes at most (1 + margin) times the prediction.
+    """
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    offset_ms: Annotated[float, Field(allow_inf_nan=False)]
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    level: Annotated[float, Field(gt=0, lt=1)]
+    n: Annotated[int, Field(ge=1)]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    source: str
 
 
 def _to_tuple(value: Any) -> Any:
@@ -94,6 +130,7 @@ class Device(_Node):
     fusion: str = "edge"
     fixed_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     model: dict[str, KernelModel] = {}
+    calibration: Calibration | None = None
 
     _tables: Traversable | None = PrivateAttr(default=None)
     _shipped: bool = PrivateAttr(default=False)
@@ -102,6 +139,13 @@ class Device(_Node):
     def _check(self) -> Self:
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}: {nearest(self.fusion, FUSIONS)}")
+        for kind, model in self.model.items():
+            priced = [name for name, other in self.model.items() if other.like is None]
+            if model.like is not None and model.like not in priced:
+                known = nearest(model.like, priced)
+                raise ValueError(f"model.{kind}: no kind {model.like!r} with a cost of its own: {known}")
+        if self.model and self.network_ms < 0:
+            raise ValueError("calibration: the offset puts a network without kernels below zero")
         return self
 
     @property
@@ -128,15 +172,34 @@ class Device(_Node):
             )
         return self.model[kernel.kind]
 
+    @property
+    def network_ms(self) -> float:
+        """What every network takes besides its kernels, calibrated."""
+        return self.calibrated(self.fixed_ms, offset=True)
+
+    @property
+    def margin(self) -> float:
+        """The share of a prediction that a measurement may lie above it; 0 where none was measured."""
+        return self.calibration.margin if self.calibration else 0.0
+
+    def calibrated(self, latency_ms: float, *, offset: bool = False) -> float:
+        """Return a latency of the model or of a table after calibration; the offset is a network's."""
+        if self.calibration is None:
+            return latency_ms
+        return self.calibration.scale * latency_ms + (self.calibration.offset_ms if offset else 0.0)
+
     def kernel_ms(self, kernel: Kernel) -> float:
         """Return what a kernel takes, in milliseconds. Raises TableError for an unknown kind."""
-        terms = self.kernel_model(kernel).terms
-        return math.fsum(weight * FEATURES[name](kernel) for name, weight in terms.items())
+        model = self.kernel_model(kernel)
+        cost = self.model[model.like] if model.like is not None else model
+        return self.calibrated(cost.latency_ms(kernel))
 
     def to_json(self) -> str:
         """Return the file's text, which `parse_device` reads back to an equal value."""
-        content = self.model_dump(mode="json", by_alias=True)
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        content = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        # a row of numbers on one line; no text in quotes holds a line break, so none is touched
+        return re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
 
 
 def parse_device(text: str, where: str) -> Device:

@@ -1,0 +1,160 @@
+"""A latency interpolated on a grid: what an operator timed by itself at many shapes costs.
+
+The axes are counts that never fall as a kernel grows. Between the knots the logarithm of the latency
+is linear in the logarithms of the axes, so a power law is met exactly and nothing jumps at a knot.
+Below the first knot of an axis the latency stays what it is there: the floor of a launch. Above the
+last one products of axes are added, work and bytes, each from where the grid ends:
+
+    latency(x) = grid(clip(x)) + sum over terms of ms * (product(max(x, first)) - product(clip(x)))
+
+The values never fall along an axis, and the difference of a product at a point and at its clipped
+point never falls as any factor grows: so the whole never falls, in the grid and outside of it.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise, product
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qnas.errors import nearest
+from qnas.latency.kernels import Kernel
+
+
+def _rows(k: Kernel) -> int:
+    """Output pixels of all images: the rows of the matrix product that a convolution is."""
+    return k.batch * k.out_px**2
+
+
+def _winograd_blocks(k: Kernel) -> int:
+    """Blocks of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full.
+
+    What a 3x3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) is cut into.
+    """
+    tiles = k.batch * math.ceil(k.out_px / 4) ** 2
+    return math.ceil(tiles / 128) * math.ceil(k.c_out / 128)
+
+
+AXES: dict[str, Callable[[Kernel], float]] = {
+    "rows": _rows,
+    "fan_in": lambda k: k.kernel**2 * k.c_in,  # inputs that one output is a sum of
+    "channels": lambda k: k.c_out,
+    "elements": lambda k: k.batch * k.resolution_px**2 * k.c_in,  # of one input map
+    "winograd_blocks": _winograd_blocks,
+}
+
+# of a millisecond: the way through logarithms and back must not make a flat part of a grid fall
+_DECIMALS = 12
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+class Grid(BaseModel):
+    """A checked grid; a device file holds it as it is.
+
+    `knots` has a list an axis of AXES, by which `ms` has its values: a row for every point of all
+    axes but the last, the last of them the fastest, and in the row a value for every knot of the last
+    axis. `beyond` gives milliseconds for each unit of a product of axes: `rows*fan_in*channels`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(_to_tuples)]]
+    ms: Annotated[tuple[tuple[_Positive, ...], ...], BeforeValidator(_to_tuples)]
+    beyond: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = [
+            f"unknown axis {axis!r}: {nearest(axis, AXES)}" for axis in self.knots if axis not in AXES
+        ]
+        problems += ["knots: expected one axis or more"] * (not self.knots)
+        for axis, knots in self.knots.items():
+            if len(knots) < 2 or any(b <= a for a, b in pairwise(knots)):
+                problems.append(f"knots.{axis}: expected two or more, each above the one before it")
+        for term in self.beyond:
+            factors = term.split("*")
+            if len(set(factors)) < len(factors) or not set(factors) <= set(self.knots):
+                problems.append(f"beyond: expected a product of axes as {'*'.join(self.knots)}, got {term!r}")
+        if not problems:
+            problems = self._problems_of_values()
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems_of_values(self) -> list[str]:
+        *outer, last = self.shape
+        if len(self.ms) != math.prod(outer) or any(len(row) != last for row in self.ms):
+            lengths = sorted({len(row) for row in self.ms})
+            return [
+                f"ms: expected {math.prod(outer)} rows of {last} values, as there are knots, "
+                f"got {len(self.ms)} rows of {' and '.join(map(str, lengths)) or 'none'}"
+            ]
+        values = [value for row in self.ms for value in row]
+        for axis, size, step in zip(self.knots, self.shape, self._steps, strict=True):
+            for i, value in enumerate(values):
+                if i // step % size < size - 1 and values[i + step] < value:
+                    return [f"ms: falls along {axis}, from {value:g} to {values[i + step]:g}; no latency may"]
+        return []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of knots of each axis."""
+        return tuple(map(len, self.knots.values()))
+
+    @cached_property
+    def _steps(self) -> tuple[int, ...]:
+        """How far apart two neighbours of each axis are in the flat list of values."""
+        return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+
+    @cached_property
+    def _log_ms(self) -> tuple[float, ...]:
+        return tuple(math.log(value) for row in self.ms for value in row)
+
+    @property
+    def floor_ms(self) -> float:
+        """The least that any kernel takes."""
+        return self.ms[0][0]
+
+    def latency_ms(self, kernel: Kernel) -> float:
+        """Return what a kernel takes, in milliseconds."""
+        return self.at({axis: AXES[axis](kernel) for axis in self.knots})
+
+    def at(self, point: Mapping[str, float]) -> float:
+        """Return the latency at values of all axes, in milliseconds."""
+        raised = {axis: max(point[axis], knots[0]) for axis, knots in self.knots.items()}
+        clipped = {axis: min(raised[axis], knots[-1]) for axis, knots in self.knots.items()}
+        cells = [locate(clipped[axis], knots) for axis, knots in self.knots.items()]
+        log_ms = 0.0
+        for corner in product((0, 1), repeat=len(cells)):
+            share, index = 1.0, 0
+            for (cell, fraction), upper, step in zip(cells, corner, self._steps, strict=True):
+                share *= fraction if upper else 1 - fraction
+                index += (cell + upper) * step
+            if share:
+                log_ms += share * self._log_ms[index]
+        latency = math.exp(log_ms)
+        for term, ms in self.beyond.items():
+            factors = term.split("*")
+            whole, inside = (math.prod(values[axis] for axis in factors) for values in (raised, clipped))
+            latency += ms * (whole - inside)
+        return round(latency, _DECIMALS)
+
+
+def locate(value: float, knots: Sequence[float]) -> tuple[int, float]:
+    """Return the cell of ascending knots that a value in their range is in, and how far, 0 to 1, in logs.
+
+    >>> locate(4.0, (1.0, 2.0, 8.0))
+    (1, 0.5)
+    """
+    cell = min(bisect_right(knots, value), len(knots) - 1) - 1
+    if value == knots[cell + 1]:  # exactly: a value of the grid is returned as it is
+        return cell, 1.0
+    return cell, math.log(value / knots[cell]) / math.log(knots[cell + 1] / knots[cell])
