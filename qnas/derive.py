@@ -6,17 +6,26 @@ tolerance, a network is returned only if its latency, summed as the table sums i
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from qnas.errors import InfeasibleBudgetError
+from qnas.arch import arch_document, arch_from_indices
+from qnas.errors import CheckpointError, InfeasibleBudgetError
+from qnas.files import read_json
 from qnas.latency.table import LatencyTable
+from qnas.lower import count_macs, count_params, lower
+from qnas.space import SearchSpace
 from qnas.units import format_ms
 
+SEARCH_FILE = "search.json"  # of a run: what the search ended with
+SOLVER = "scipy.optimize.milp (HiGHS)"
 MAX_CUTS = 50  # networks over the budget by less than the solver's tolerance, before giving up
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
@@ -30,25 +39,29 @@ class Solution:
     score: float  # sum of the chosen candidates' scores
     latency_ms: float
     budget_ms: float
+    limit_ms: float  # the budget less the device's margin: at least `latency_ms`
     bound: float  # no network within the budget has a higher score than this
     solver: str
 
 
 def check_budget(table: LatencyTable, budget_ms: float) -> None:
     """Raise InfeasibleBudgetError, with what is possible, if no network meets the budget."""
-    if table.fastest_ms > budget_ms:
+    if table.fastest_ms > table.limit_ms(budget_ms):
+        margin = f", and {table.margin:.1%} of margin" if table.margin else ""
         raise InfeasibleBudgetError(
             f"no network of {table.space} runs in {format_ms(budget_ms)} on {table.device}: "
-            f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}"
+            f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}{margin}"
         )
 
 
 def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
     """Return the network with the highest total score whose latency is at most the budget.
 
-    Raises InfeasibleBudgetError when there is none.
+    Of the budget the table's margin is kept: what is solved for is `table.limit_ms(budget)`. Raises
+    InfeasibleBudgetError when there is none.
     """
     check_budget(table, budget_ms)
+    limit_ms = table.limit_ms(budget_ms)
     sizes = [len(row) for row in table.ms]
     assert sizes == [len(row) for row in scores]
     gain = np.concatenate([np.asarray(row) for row in scores])
@@ -59,7 +72,7 @@ def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
         one_each[i, starts[i] : starts[i + 1]] = 1
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(cost[None], -np.inf, budget_ms - table.fixed_ms),
+        LinearConstraint(cost[None], -np.inf, limit_ms - table.fixed_ms),
     ]
     for _ in range(MAX_CUTS):
         result = milp(
@@ -74,9 +87,9 @@ def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
         indices = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
         latency_ms = table.latency_ms(indices)
         score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
-        if latency_ms <= budget_ms:
+        if latency_ms <= limit_ms:
             bound = max(score, -float(result.mip_dual_bound))
-            return Solution(indices, score, latency_ms, budget_ms, bound, "scipy.optimize.milp (HiGHS)")
+            return Solution(indices, score, latency_ms, budget_ms, limit_ms, bound, SOLVER)
         # over by less than the solver's tolerance: forbid this very network and solve again
         chosen = np.zeros_like(gain)
         chosen[starts[:-1] + np.asarray(indices)] = 1
@@ -84,6 +97,64 @@ def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
     raise InfeasibleBudgetError(
         f"the solver found no network of {table.space} within {format_ms(budget_ms)} on {table.device}; "
         f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}: give a little more"
+    )
+
+
+def read_scores(folder: Path, space: SearchSpace) -> Scores:
+    """Return the log probabilities that a finished search ended with.
+
+    Raises CheckpointError where the folder holds none for this space.
+    """
+    path = folder / SEARCH_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
+    rows = read_json(path, CheckpointError).get("log_probabilities")
+    sizes = [len(position.candidates) for position in space.positions]
+    if (
+        not isinstance(rows, list)
+        or [len(row) if isinstance(row, list) else -1 for row in rows] != sizes
+        or not all(isinstance(value, float | int) for row in rows for value in row)
+    ):
+        raise CheckpointError(
+            f"{path}: no log_probabilities for each candidate of space {space.name}: search again"
+        )
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+def solution_document(
+    space: SearchSpace, table: LatencyTable, solution: Solution, details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the arch.json of a solution, with the certificate that a reader can check.
+
+    The prediction is the certificate's `fixed_ms` and `position_ms` together; it is at most
+    `limit_ms`, the budget over 1 + margin.
+    """
+    arch = arch_from_indices(space, solution.indices)
+    blocks = lower(space, arch)
+    return arch_document(
+        space,
+        arch,
+        {
+            "device": table.device,
+            "table_digest": table.digest,
+            "budget_ms": solution.budget_ms,
+            "margin": table.margin,
+            "limit_ms": solution.limit_ms,
+            "latency_ms": solution.latency_ms,
+            "latency_coverage": table.coverage(solution.indices),
+            "macs": count_macs(blocks),
+            "params": count_params(blocks),
+            "certificate": {
+                "solver": solution.solver,
+                "score": solution.score,
+                "score_bound": solution.bound,
+                "fixed_ms": table.fixed_ms,
+                "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
+                "fastest_ms": table.fastest_ms,
+                "slowest_ms": table.slowest_ms,
+            },
+            **details,
+        },
     )
 
 

@@ -7,7 +7,8 @@
     checkpoint.pt         the state of an unfinished search
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
-    search.json           the derived network beside random ones
+    search.json           the final probabilities; the derived network beside random ones
+    derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
     export/               what export writes
 
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qnas.arch import ARCH_FILE, SPACE_FILE
+from qnas.derive import SEARCH_FILE
 from qnas.errors import CheckpointError
 from qnas.files import naming, read_json, write_bytes, write_json
 
@@ -38,7 +40,8 @@ ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 SUPERNET = "supernet.safetensors"
-SEARCH = "search.json"
+SEARCH = SEARCH_FILE
+DERIVED = "derived"
 SUBNET = "subnet"
 EXPORT = "export"
 
@@ -141,7 +144,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, force:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (METRICS, CHECKPOINT, SUPERNET, ARCH, SEARCH, WEIGHTS, RESULT, SAMPLE):
         (folder / stale).unlink(missing_ok=True)
-    for made_from_it in (SUBNET, EXPORT):
+    for made_from_it in (SUBNET, EXPORT, DERIVED):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
     write_json(folder / CONFIG, config)
     return False

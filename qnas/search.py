@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnas import run
-from qnas.arch import Arch, arch_document, arch_from_indices
+from qnas.arch import Arch, arch_from_indices
 from qnas.data import ImageData, batch_count, batches
-from qnas.derive import Solution, check_budget, sample_near, solve
+from qnas.derive import Scores, Solution, check_budget, sample_near, solution_document, solve
 from qnas.errors import ArchError, CheckpointError, UsageError
 from qnas.files import write_json, write_text
 from qnas.latency.table import LatencyTable, write_table
-from qnas.lower import count_macs, count_params, lower
 from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
 from qnas.progress import Progress
 from qnas.space import SearchSpace
@@ -177,7 +176,8 @@ class Searcher:
         check_searchable(space, table, budget_ms)
         self.space, self.table, self.budget_ms = space, table, budget_ms
         self.data, self.config = data, config
-        self.binds = budget_ms < table.slowest_ms
+        self.limit_ms = table.limit_ms(budget_ms)  # what a prediction may be
+        self.binds = self.limit_ms < table.slowest_ms
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
         self.steps_per_epoch = batch_count(data.train, self.batch_size, drop_last=True)
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
@@ -298,7 +298,7 @@ class Searcher:
     def summary(self, row: Mapping[str, float]) -> str:
         """Put a step's figures into a few words."""
         if "expected_ms" in row:
-            return f"loss {row['loss']:.3f}, expected {row['expected_ms']:.2f} of {self.budget_ms:.2f} ms"
+            return f"loss {row['loss']:.3f}, expected {row['expected_ms']:.2f} of {self.limit_ms:.2f} ms"
         return f"loss {row['loss']:.3f}" if self.is_warming_up else ""
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
@@ -326,9 +326,9 @@ class Searcher:
         expected_ms = expected_latency_of_pairs(
             alpha / temperature, mask, self.table.fixed_ms, self.cells_ms, sample
         )
-        (pull,) = torch.autograd.grad(expected_ms / self.budget_ms, alpha, retain_graph=True)
+        (pull,) = torch.autograd.grad(expected_ms / self.limit_ms, alpha, retain_graph=True)
         strength = state.multiplier.strength(float(pull.norm()))  # 0 where the budget does not bind
-        loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.budget_ms, strength)
+        loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.limit_ms, strength)
         (alpha.grad,) = torch.autograd.grad(loss, alpha)
         task_norm = float((alpha.grad - strength * pull).norm())
         before = alpha.detach() / temperature
@@ -337,7 +337,7 @@ class Searcher:
         for weight in self._weights:
             weight.requires_grad_(True)
         if self.binds:
-            state.multiplier = state.multiplier.after(self.expected_ms, self.budget_ms, task_norm)
+            state.multiplier = state.multiplier.after(self.expected_ms, self.limit_ms, task_norm)
         return float(task_loss.detach())
 
     def describe_probabilities(self) -> dict[str, float]:
@@ -356,14 +356,18 @@ class Searcher:
             "identity_share": float(np.mean(shares)) if shares else 0.0,
         }
 
-    def derive(self) -> Solution:
-        """Solve for the most probable network within the budget."""
+    @property
+    def log_probabilities(self) -> Scores:
+        """The logarithm of each candidate's probability, by position: what derivation maximises."""
         log_p = log_probabilities(self.logits, self.state.supernet.mask)
-        scores = tuple(
+        return tuple(
             tuple(row[: len(position.candidates)].tolist())
             for row, position in zip(log_p, self.space.positions, strict=True)
         )
-        return solve(scores, self.table, self.budget_ms)
+
+    def derive(self) -> Solution:
+        """Solve for the most probable network within the budget."""
+        return solve(self.log_probabilities, self.table, self.budget_ms)
 
     def score(self, arch: Arch) -> Score:
         """Evaluate a network with the supernet's weights on the test images."""
@@ -445,39 +449,20 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "schema": "qnas.search/1",
         "expected_ms": result.expected_ms,
         "budget_binds": result.searcher.binds,
+        "log_probabilities": result.searcher.log_probabilities,
         "derived": entry(result.derived),
         "random": [entry(score) for score in result.random],
     }
 
 
 def _arch_document(searcher: Searcher, result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
-    table, solution = searcher.table, result.solution
-    blocks = lower(searcher.space, result.derived.arch)
-    return arch_document(
-        searcher.space,
-        result.derived.arch,
-        {
-            "device": table.device,
-            "table_digest": table.digest,
-            "budget_ms": searcher.budget_ms,
-            "latency_ms": solution.latency_ms,
-            "latency_coverage": table.coverage(solution.indices),
-            "macs": count_macs(blocks),
-            "params": count_params(blocks),
-            "certificate": {
-                "solver": solution.solver,
-                "score": solution.score,
-                "score_bound": solution.bound,
-                "fixed_ms": table.fixed_ms,
-                "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
-                "fastest_ms": table.fastest_ms,
-                "slowest_ms": table.slowest_ms,
-            },
-            "supernet_accuracy": result.derived.accuracy,
-            "seed": searcher.config.seed,
-            "versions": request.get("versions", {}),
-        },
-    )
+    details = {
+        "latency_source": request.get("latency"),
+        "supernet_accuracy": result.derived.accuracy,
+        "seed": searcher.config.seed,
+        "versions": request.get("versions", {}),
+    }
+    return solution_document(searcher.space, searcher.table, result.solution, details)
 
 
 def preset_for(data_kind: str, **changes: Any) -> SearchConfig:

@@ -261,6 +261,11 @@ class SearchSpace(_Node):
         content = self.model_dump(mode="json", by_alias=True, exclude={"source"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
+        """Return the same space with another norm."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return SearchSpace.model_validate({**content, "norm": norm})
+
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
         content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)

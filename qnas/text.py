@@ -2,12 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill as fill_text
 from typing import Any
 
 from qnas.arch import Arch, arch_from_indices
+from qnas.latency.device import Figures
+from qnas.latency.prediction import Prediction
 from qnas.latency.table import LatencyTable
 from qnas.lower import BlockSpec, Slot, count_macs, count_params, fill, lower, skeleton
 from qnas.space import SearchSpace
@@ -179,12 +181,77 @@ def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
+    """Show latencies by device, then on each device the layers that are dearest."""
+    lines = [
+        table_rows(
+            ("device", "latency", "from measurements", "with batch norm"),
+            [
+                (
+                    p.device,
+                    format_ms(p.latency_ms),
+                    f"{p.coverage:.0%}",
+                    format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-",
+                )
+                for p in predictions
+            ],
+        )
+    ]
+    for p in predictions:
+        lines += ["", f"{p.device}: the dearest layers"]
+        for layer in p.layers[:dearest]:
+            share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
+            line = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x {layer.what}"
+            lines.append(f"{line}  ({layer.kind})")
+        if p.note:
+            lines.append(field("  note", p.note))
+    return "\n".join(lines)
+
+
+def figures_facts(figures: Figures) -> dict[str, float | int | None]:
+    """Return figures as JSON values: shares and errors as fractions of 1."""
+    return {
+        "n": figures.n,
+        "rmspe": _fraction(figures.rmspe_pct),
+        "within_5": _fraction(figures.within_5_pct),
+        "within_10": _fraction(figures.within_10_pct),
+        "bias": _fraction(figures.bias_pct),
+        "spearman": figures.spearman,
+    }
+
+
+def _fraction(percent: float) -> float:
+    return round(percent / 100, 6)  # what the division adds to a rounded percentage is no figure
+
+
+def describe_figures(by_group: Mapping[str, Figures]) -> str:
+    """Show how predictions compare with measurements, a line a group, all of them last."""
+    groups = [*(name for name in by_group if name != "all"), "all"]
+    return table_rows(
+        ("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"),
+        [
+            (
+                name,
+                str(f.n),
+                f"{f.rmspe_pct:.1f}%",
+                f"{f.within_5_pct:.1f}%",
+                f"{f.within_10_pct:.1f}%",
+                f"{f.bias_pct:+.1f}%",
+                "-" if f.spearman is None else f"{f.spearman:.3f}",
+            )
+            for name, f in ((name, by_group[name]) for name in groups)
+        ],
+    )
+
+
 def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) -> str:
     """Say what a network takes, against the budget, and what share of it rests on measurements."""
     latency_ms = table.latency_ms(indices)
     return (
         f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
-        f"({latency_ms / budget_ms:.1%}); {table.coverage(indices):.0%} from measurements"
+        f"({latency_ms / budget_ms:.1%}); "
+        + (f"{table.margin:.1%} of margin kept; " if table.margin else "")
+        + f"{table.coverage(indices):.0%} from measurements"
     )
 
 

@@ -68,13 +68,18 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -
 
 
 def has_supernet(source: FoundArch) -> bool:
-    """Whether the supernet's weights lie beside the architecture, in the folder of its search."""
-    return (source.folder / run.SUPERNET).is_file()
+    """Whether the weights of the supernet that the architecture is from are there."""
+    return supernet_file(source).is_file()
+
+
+def supernet_file(source: FoundArch) -> Path:
+    """Return where the supernet's weights lie: beside the architecture, or where it says they do."""
+    return source.folder / str(source.document.get("supernet", run.SUPERNET))
 
 
 def inherit(network: nn.Module, source: FoundArch) -> None:
     """Load the supernet's weights of the chosen candidates. Raises CheckpointError."""
-    file = source.folder / run.SUPERNET
+    file = supernet_file(source)
     state = subnet_state(run.load_tensors(file), source.space, source.arch)
     try:
         load_weights(network, state, file)

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from qnas import cli
+from qnas.latency.device import load_device
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
 
@@ -422,3 +423,66 @@ def test_predict_and_devices_show_every_device(searched: Path, capsys: pytest.Ca
     (row,) = json.loads(capsys.readouterr().out)
     assert row["latency_ms"] == json.loads((searched / "arch.json").read_text())["latency_ms"]
     assert "has many networks" in complaint(capsys, "predict", "quadranet-mobile")
+
+
+def test_a_search_is_solved_again_for_another_device_and_trained(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    arch = json.loads((searched / "arch.json").read_text())
+    # the same device and budget: the same network, from the written probabilities
+    command: list[str | Path] = ["derive", searched, "--device", "vpu", "--budget", "1ms", "--json"]
+    assert qnas(*command) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["choices"] == arch["choices"]
+    assert again["certificate"] == arch["certificate"]
+    assert "exists already" in complaint(capsys, *command)
+    assert qnas("derive", searched, "--device", "cpu", "--budget", "1ms") == 0
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines() if str(searched) not in line) <= 80
+    assert "on cortex-a76" in shown
+    folder = searched / "derived" / "cpu-1ms"
+    document = json.loads((folder / "arch.json").read_text())
+    assert document["latency_ms"] <= document["limit_ms"] == document["budget_ms"] == 1.0
+    assert qnas("train-subnet", folder, "--epochs", "1", "--resolution", "8", "-q") == 0
+    assert json.loads((folder / "subnet" / "config.json").read_text())["from_supernet"] is True
+    assert "the fastest takes" in complaint(
+        capsys, "derive", searched, "--device", "cpu", "--budget", "1us", "--force"
+    )
+    assert "not the folder of a finished search" in complaint(
+        capsys, "derive", folder, "--device", "cpu", "--budget", "1ms"
+    )
+    (searched / "search.json").write_text("{}")
+    assert "search again" in complaint(capsys, "derive", searched, "--device", "cpu", "--budget", "2ms")
+
+
+def test_a_calibrated_devices_margin_is_kept_and_recorded(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(load_device("vpu").to_json()) | {"name": "board", "aliases": []}
+    content["calibration"] = {
+        "scale": 1.1,
+        "offset_ms": 0.01,
+        "margin": 0.25,
+        "level": 0.9,
+        "n": 20,
+        "date": "2026-01-01",
+        "source": "test",
+    }
+    (tmp_path / "board.json").write_text(json.dumps(content))
+    command: list[str | Path] = [*SEARCH, "--space", tiny_yaml, "--budget", "1.2ms", "--out", "run"]
+    command[2] = "board.json"
+    assert qnas(*command) == 0
+    assert "a margin of 25.0% is kept" in capsys.readouterr().out
+    arch = json.loads(Path("run/arch.json").read_text())
+    assert arch["margin"] == 0.25
+    assert arch["limit_ms"] == pytest.approx(1.2 / 1.25)
+    assert arch["latency_ms"] <= arch["limit_ms"]
+    total = arch["certificate"]["fixed_ms"] + sum(arch["certificate"]["position_ms"])
+    assert total == pytest.approx(arch["latency_ms"])
+
+
+def test_an_unknown_source_of_latencies_is_refused(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "expected device or nn-meter" in complaint(capsys, "predict", searched, "--latency", "guess")

@@ -1,6 +1,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from qnas.errors import InfeasibleBudgetError
 from qnas.latency.table import Cell, LatencyTable
 
 
-def make_table(fixed_ms: float, ms: list[list[float]]) -> LatencyTable:
+def make_table(fixed_ms: float, ms: list[list[float]], margin: float = 0.0) -> LatencyTable:
     cells = tuple(tuple(Cell(value) for value in row) for row in ms)
-    return LatencyTable("vpu", "mine", "0" * 16, (("runtime", Cell(fixed_ms)),), cells)
+    return LatencyTable("vpu", "mine", "0" * 16, (("runtime", Cell(fixed_ms)),), cells, margin)
 
 
 def random_instance(seed: int) -> tuple[LatencyTable, Scores]:
@@ -159,3 +160,22 @@ def test_the_same_seed_draws_the_same_networks() -> None:
     table = make_table(0.0, [[1.0, 2.0, 3.0]] * 8)
     drawn = [sample_near(table, 14, 16, 20, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_margin_is_kept_from_the_budget(seed: int) -> None:
+    table, scores = random_instance(seed)
+    careful = replace(table, margin=0.25)
+    for budget_ms in np.linspace(careful.fastest_ms, careful.slowest_ms, 5) * 1.2500001:
+        solution = solve(scores, careful, float(budget_ms))
+        assert solution.latency_ms * 1.25 <= budget_ms * (1 + 1e-12)
+        assert solution.limit_ms == pytest.approx(budget_ms / 1.25)
+        assert solution.budget_ms == budget_ms
+        assert solution.score == pytest.approx(best_score(table, scores, solution.limit_ms), abs=2e-6)
+
+
+def test_a_budget_that_only_the_margin_rules_out_is_refused_with_the_margin() -> None:
+    table = make_table(1.0, [[1.0, 2.0]], margin=0.1)
+    with pytest.raises(InfeasibleBudgetError, match=r"fastest takes 2\.000 ms, and 10\.0% of margin"):
+        check_budget(table, 2.1)
+    check_budget(table, 2.2001)

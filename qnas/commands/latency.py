@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qnas.commands.options import Force, Json, Space, find_network, print_json
+from qnas.commands.options import Force, Json, Latency, Space, find_network, print_json
 from qnas.errors import CheckpointError
 
 
@@ -39,44 +39,54 @@ def describe(
         typer.echo(describe_network(found, blocks))
 
 
+DEAREST = 5  # parts of a network that predict shows
+
+
 def predict(
     target: Annotated[
-        str, typer.Argument(metavar="ARCH|SPACE", help="A run's folder, an arch.json or a fixed space.")
+        str,
+        typer.Argument(
+            metavar="ARCH|ONNX|SPACE", help="A run's folder, an arch.json, an ONNX file or a fixed space."
+        ),
     ],
-    device: Annotated[str, typer.Option(help="A device, or all.")] = "all",
+    device: Annotated[str, typer.Option(help="A device by name, alias or path, or all.")] = "all",
+    latency: Latency = "device",
     space: Space = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of an ONNX file whose input has none, in pixels.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a network's latency on the known devices.
+    """Predict a network's latency on the known devices, and say what of it is dearest.
 
     Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
     """
     from qnas.errors import ArchError
     from qnas.latency.device import device_names, load_device
-    from qnas.latency.table import load_table
-    from qnas.text import table_rows
-    from qnas.units import format_ms
+    from qnas.latency.onnx_graph import read_onnx
+    from qnas.latency.prediction import can_predict, check_source, predict_arch, predict_file
+    from qnas.text import describe_predictions
 
-    found, arch = find_network(target, space)
-    if arch is None:
-        raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")
-    indices = arch.indices(found)
-    rows = []
-    for name in device_names() if device == "all" else [device]:
-        table = load_table(load_device(name), found)
-        rows.append((table.device, table.latency_ms(indices), table.coverage(indices)))
+    chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
+    if device == "all":
+        check_source(latency)
+        chosen = [known for known in chosen if can_predict(latency, known)] or chosen[:1]
+    if Path(target).suffix == ".onnx":
+        network = read_onnx(Path(target), resolution_px=resolution)
+        title = f"{target} at {network.height_px} x {network.width_px} px"
+        predictions = [predict_file(latency, known, network) for known in chosen]
+    else:
+        found, arch = find_network(target, space)
+        if arch is None:
+            raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")
+        title = f"{found.name} at {found.input.resolution_px} px"
+        predictions = [predict_arch(latency, known, found, arch) for known in chosen]
     if as_json:
-        print_json(
-            [{"device": name, "latency_ms": latency, "coverage": share} for name, latency, share in rows]
-        )
+        print_json([prediction.facts(DEAREST) for prediction in predictions])
         return
-    typer.echo(f"{found.name} at {found.input.resolution_px} px, one image")
-    typer.echo(
-        table_rows(
-            ("device", "latency", "from measurements"),
-            [(name, format_ms(latency), f"{share:.0%}") for name, latency, share in rows],
-        )
-    )
+    typer.echo(f"{title}, one image")
+    typer.echo(describe_predictions(predictions, DEAREST))
 
 
 def devices(as_json: Json = False) -> None:
@@ -106,6 +116,31 @@ def devices(as_json: Json = False) -> None:
             lines += wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
         blocks.append("\n".join(lines))
     typer.echo("\n\n".join(blocks))
+
+
+def eval_latency(
+    file: Annotated[
+        Path, typer.Argument(help="Measured networks, in the format of edge_models.npz (README).")
+    ],
+    device: Annotated[str, typer.Option(help="A device by name, alias or path.")],
+    as_json: Json = False,
+) -> None:
+    """Compare a device's predictions with measured networks, by family and in all.
+
+    Example: qnas eval-latency measured.npz --device vpu
+    """
+    from qnas.latency.device import load_device
+    from qnas.latency.networks import evaluate_networks, read_networks
+    from qnas.text import describe_figures, figures_facts
+
+    known = load_device(device)
+    figures = evaluate_networks(known, read_networks(file))
+    if as_json:
+        families = {name: figures_facts(f) for name, f in figures.items() if name != "all"}
+        print_json({"device": known.name, "all": figures_facts(figures["all"]), "families": families})
+        return
+    typer.echo(f"{known.name}: predictions against {figures['all'].n} measured networks")
+    typer.echo(describe_figures(figures))
 
 
 def table(

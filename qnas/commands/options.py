@@ -40,6 +40,15 @@ Resolution = Annotated[
 ]
 
 
+Latency = Annotated[
+    str,
+    typer.Option(
+        "--latency",
+        help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.",
+    ),
+]
+
+
 def print_json(content: Any) -> None:
     """Print a value as JSON."""
     typer.echo(json.dumps(content, indent=2))

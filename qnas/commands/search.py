@@ -34,6 +34,13 @@ def search(
     budget: Annotated[
         str | None, typer.Option(help="The latency that the network may take, with its unit: 30ms, 800us.")
     ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.  "
+            "[default: device]"
+        ),
+    ] = None,
     space: Space = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one in runs/.")] = None,
@@ -62,7 +69,7 @@ def search(
 
     Example: qnas search --device vpu --budget 30ms
     """
-    asked = {"device": device, "budget": budget, "space": space, "data": data}
+    asked = {"device": device, "budget": budget, "space": space, "data": data, "latency": latency}
     config = {
         "seed": seed,
         "search_epochs": epochs,
@@ -74,7 +81,7 @@ def search(
         "threads": threads,
     }
     former = _former_request(out) if resume else {}
-    for key, default in (("space", "quadranet-mobile"), ("data", "digits")):
+    for key, default in (("space", "quadranet-mobile"), ("data", "digits"), ("latency", "device")):
         asked[key] = asked[key] or former.get(key, default)
     for key, example in (("device", "--device vpu"), ("budget", "--budget 30ms")):
         asked[key] = asked[key] or former.get(key)
@@ -108,14 +115,14 @@ def _search(
     announce: bool,
 ) -> "SearchResult":
     from qnas.latency.device import load_device
-    from qnas.latency.table import load_table
+    from qnas.latency.prediction import table_from
     from qnas.space import load_space
     from qnas.units import format_ms, parse_latency
 
     budget_ms = parse_latency(asked["budget"])
     space = load_space(asked["space"])
     device = load_device(asked["device"])
-    table = load_table(device, space)
+    table = table_from(asked["latency"], device, space)
 
     # torch takes seconds to import: what can be refused is refused before
     from qnas.data import load_data
@@ -143,9 +150,15 @@ def _search(
         typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
         if not searcher.binds:
             typer.echo("the budget does not bind: the slowest network of the space is within it")
+        if table.margin:
+            typer.echo(
+                f"a margin of {table.margin:.1%} is kept: predictions may be up to "
+                f"{format_ms(searcher.limit_ms)}"
+            )
     request = {
         "command": "search",
         "device": asked["device"],
+        "latency": asked["latency"],
         "budget": asked["budget"],
         "budget_ms": budget_ms,
         "space": asked["space"],

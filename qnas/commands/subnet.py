@@ -67,7 +67,7 @@ def train_subnet(
     from qnas.originals import parse_data_spec
     from qnas.text import field, files_in
     from qnas.train import set_up_process
-    from qnas.train_subnet import has_supernet, recipe_for
+    from qnas.train_subnet import has_supernet, recipe_for, supernet_file
     from qnas.train_subnet import train_subnet as train
 
     found = find_arch(source or run.latest_run(), space)
@@ -77,7 +77,7 @@ def train_subnet(
     if weights == "supernet" and not searched:
         raise UsageError(f"--weights supernet: no {run.SUPERNET} in {found.folder}, name a run's folder")
     from_supernet = searched and weights != "scratch"
-    former = run.read_config(found.folder) if searched else {}
+    former = run.read_config(supernet_file(found).parent) if searched else {}
     spec = parse_data_spec(data or former.get("data", "digits"))
     config = recipe_for(
         spec.kind,

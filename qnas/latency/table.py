@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -41,7 +41,7 @@ COLUMNS = (
     "layers",
 )
 RUNTIME = "runtime"  # the row of what every network takes besides its kernels
-_DECIMALS = 6  # of a millisecond: a nanosecond, so that a written table reads back to equal values
+DECIMALS = 6  # of a millisecond: a nanosecond, so that a written table reads back to equal values
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class LatencyTable:
     space_digest: str
     fixed: tuple[tuple[str, Cell], ...]  # the runtime and the fixed blocks, by name, in order
     cells: tuple[tuple[Cell, ...], ...]  # by position and candidate, in the space's order
+    margin: float = 0.0  # share of a prediction that a measurement may lie above it
 
     @cached_property
     def fixed_ms(self) -> float:
@@ -96,6 +97,10 @@ class LatencyTable:
         estimated = math.fsum([self.fixed_estimated_ms, *_chosen(self.estimated_ms, arch_indices)])
         return 1.0 - estimated / total if total > 0 else 1.0
 
+    def limit_ms(self, budget_ms: float) -> float:
+        """Return what a prediction may be so that a measurement within the margin meets the budget."""
+        return budget_ms / (1.0 + self.margin)
+
     @property
     def fastest_ms(self) -> float:
         """The latency of the fastest network of the space."""
@@ -110,7 +115,7 @@ class LatencyTable:
     def digest(self) -> str:
         """Identify the values of the table and what they are for."""
         fixed = [(name, cell.latency_ms, cell.estimated_ms) for name, cell in self.fixed]
-        content = [self.device, self.space_digest, fixed, self.ms, self.estimated_ms]
+        content = [self.device, self.space_digest, fixed, self.ms, self.estimated_ms, self.margin]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -131,7 +136,7 @@ class KernelRow:
 def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelRow, ...]:
     """Return what the kernels of these blocks take by the device's model, at whatever resolution.
 
-    A network takes the sum of them and `device.fixed_ms`. Raises TableError where the model lacks
+    A network takes the sum of them and `device.network_ms`. Raises TableError where the model lacks
     a kind of kernel, or the device a model.
     """
     return tuple(
@@ -146,7 +151,7 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
 
     Raises TableError where the model lacks a kind of kernel, or the device a model.
     """
-    fixed = [(RUNTIME, Cell(round(device.fixed_ms, _DECIMALS), 0.0, _runtime_source(device)))]
+    fixed = [(RUNTIME, Cell(round(device.network_ms, DECIMALS), 0.0, _runtime_source(device)))]
     cells = []
     known: dict[tuple[int, int, int, int, Candidate], Cell] = {}  # positions of a stage are alike
     for part in skeleton(space):
@@ -161,13 +166,15 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
                 known[key] = _cell(device, fill(space, part, candidate))
             row.append(known[key])
         cells.append(tuple(row))
-    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(cells))
+    return LatencyTable(
+        device.name, space.name, space.digest, tuple(fixed), tuple(cells), margin=device.margin
+    )
 
 
 def _cell(device: Device, block: BlockSpec) -> Cell:
     rows = predict_blocks(device, [block])
-    latency = round(math.fsum(row.latency_ms for row in rows), _DECIMALS)
-    estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), _DECIMALS)
+    latency = round(math.fsum(row.latency_ms for row in rows), DECIMALS)
+    estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), DECIMALS)
     return Cell(latency, min(estimated, latency), _source(rows))
 
 
@@ -263,8 +270,8 @@ def table_text(table: LatencyTable, space: SearchSpace) -> str:
         cell = by_key[row.key] if row.candidate else fixed[row.position]
         values = {
             **vars(row),
-            "latency_ms": f"{cell.latency_ms:.{_DECIMALS}f}",
-            "estimated_ms": f"{cell.estimated_ms:.{_DECIMALS}f}",
+            "latency_ms": f"{cell.latency_ms:.{DECIMALS}f}",
+            "estimated_ms": f"{cell.estimated_ms:.{DECIMALS}f}",
             "source": cell.source,
         }
         writer.writerow([values[column] for column in COLUMNS])
@@ -361,7 +368,7 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
     file = _table_file(device, space)
     if file is not None:
         text = file.read_text(encoding="utf-8")
-        return parse_table(text, space, where=str(file), device=device.name)
+        return _calibrated(parse_table(text, space, where=str(file), device=device.name), device)
     if not device.model:
         where = f" ({device.tables}/{space.name}.csv)" if device.tables is not None else ""
         raise TableError(
@@ -369,6 +376,28 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
             "compute one: measure the space on the device, or add a model to its file"
         )
     return compute_table(device, space)
+
+
+def _calibrated(table: LatencyTable, device: Device) -> LatencyTable:
+    """Apply the device's calibration to a table as it was measured."""
+    if device.calibration is None:
+        return table
+
+    def cell(raw: Cell, *, offset: bool = False) -> Cell:
+        latency_ms = device.calibrated(raw.latency_ms, offset=offset)
+        if latency_ms < 0:
+            raise TableError(
+                f"device {device.name}: calibration: the offset puts a network without kernels below zero"
+            )
+        estimated_ms = min(device.calibrated(raw.estimated_ms), latency_ms)
+        return Cell(latency_ms, estimated_ms, f"{raw.source}, calibrated".lstrip(", "))
+
+    return replace(
+        table,
+        fixed=tuple((name, cell(raw, offset=name == RUNTIME)) for name, raw in table.fixed),
+        cells=tuple(tuple(map(cell, row)) for row in table.cells),
+        margin=device.margin,
+    )
 
 
 def _table_file(device: Device, space: SearchSpace) -> Traversable | None:

@@ -1,0 +1,192 @@
+"""What one network takes on one device, and what of it is dearest: what `qnas predict` shows.
+
+Latencies come from the device's own table or model, or from nn-Meter's predictors once imported.
+The total of a network of a space is the latency table's, the number that search and derivation use;
+its parts are the device's kernels where it has a model of kernels, else the table's blocks.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qnas.arch import Arch
+from qnas.errors import UsageError
+from qnas.latency import nn_meter, predictors
+from qnas.latency.device import Device
+from qnas.latency.kernels import Kernel
+from qnas.latency.onnx_graph import OnnxNetwork, predict_onnx
+from qnas.latency.table import KernelRow, LatencyTable, load_table, predict_blocks
+from qnas.lower import lower
+from qnas.space import SearchSpace
+
+# Where latencies come from.
+DEVICE = "device"
+NN_METER = "nn-meter"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kernel or block of a network and what it takes."""
+
+    name: str  # of the block or node
+    what: str
+    latency_ms: float
+    kind: str  # measured, fitted, estimated; direct, stand-in, uncovered
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All kernels of a network that are alike."""
+
+    what: str
+    where: tuple[str, ...]  # the name of the block or node of each
+    latency_ms: float  # of all of them
+    kind: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's latency on a device with its parts, in running order."""
+
+    device: str
+    latency_ms: float
+    coverage: float  # share of the latency that rests on measurements
+    margin: float  # share that a measurement may lie above the prediction; 0 where none is known
+    parts: tuple[Part, ...]
+    batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
+    note: str = ""  # what the parts rest on, where that is more than their kinds
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The parts with those that are alike taken together, the dearest first."""
+        alike: dict[tuple[str, str], list[Part]] = {}
+        for part in self.parts:
+            alike.setdefault((part.what, part.kind), []).append(part)
+        layers = [
+            Layer(what, tuple(p.name for p in parts), math.fsum(p.latency_ms for p in parts), kind)
+            for (what, kind), parts in alike.items()
+        ]
+        return tuple(sorted(layers, key=lambda layer: -layer.latency_ms))
+
+    def facts(self, dearest: int) -> dict[str, Any]:
+        """Return the same as JSON values, with so many of the layers."""
+        return {
+            "device": self.device,
+            "latency_ms": self.latency_ms,
+            "coverage": self.coverage,
+            "margin": self.margin,
+            "batchnorm_ms": self.batchnorm_ms,
+            "note": self.note,
+            "dearest": [vars(layer) for layer in self.layers[:dearest]],
+        }
+
+
+def check_source(latency: str) -> None:
+    """Raise UsageError for an unknown source of latencies."""
+    if latency not in (DEVICE, NN_METER):
+        raise UsageError(f"--latency {latency!r}: expected {DEVICE} or {NN_METER}")
+
+
+def table_from(latency: str, device: Device, space: SearchSpace) -> LatencyTable:
+    """Return the table of a space on a device. Raises TableError where the source has none."""
+    check_source(latency)
+    return nn_meter.compute_table(device, space) if latency == NN_METER else load_table(device, space)
+
+
+def can_predict(latency: str, device: Device) -> bool:
+    """Whether the source knows this device."""
+    return latency != NN_METER or predictors.is_imported(device.name)
+
+
+def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -> Prediction:
+    """Predict a network of a space. Raises TableError as `table_from`."""
+    table = table_from(latency, device, space)
+    indices = arch.indices(space)
+    note = ""
+    if latency == NN_METER:
+        mapped = nn_meter.predict_rows(device, lower(space, arch))
+        parts, note = _mapped_parts(mapped), _describe(nn_meter.cover(mapped))
+    elif device.model:
+        parts = _kernel_parts(predict_blocks(device, lower(space, arch)))
+    else:
+        parts = _table_parts(table, space, arch)
+    return Prediction(
+        table.device,
+        table.latency_ms(indices),
+        table.coverage(indices),
+        table.margin,
+        tuple(parts),
+        _batchnorm_ms(latency, device, space, arch),
+        note,
+    )
+
+
+def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
+    """Return what the same choices take where norms fold away; None where nothing would change."""
+    if space.norm == "batchnorm" or not device.model:
+        return None
+    return table_from(latency, device, space.with_norm("batchnorm")).latency_ms(arch.indices(space))
+
+
+def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Prediction:
+    """Predict an ONNX file. Raises TableError where the device has no model of kernels."""
+    check_source(latency)
+    rows = predict_onnx(device, network)
+    parts = [Part(row.name, describe_kernel(row.kernel), row.latency_ms, row.kind) for row in rows]
+    runtime_ms, notes = device.network_ms, []
+    if latency == NN_METER:
+        # what qnas does not know, nn-Meter does not either: such a kernel keeps the device's pass
+        known = [row for row in rows if row.kind != "uncovered"]
+        mapped = nn_meter.map_kernels(device, [(row.name, row.kernel) for row in known])
+        parts = [part for part in parts if part.kind == "uncovered"] + _mapped_parts(mapped)
+        runtime_ms = 0.0
+        notes.append(_describe(nn_meter.cover(mapped)))
+    if network.uncovered:
+        named = ", ".join(f"{op} ({n})" for op, n in network.uncovered.items())
+        notes.append(f"uncovered, each priced as a pass over its map: {named}")
+    total = math.fsum([runtime_ms, *(part.latency_ms for part in parts)])
+    unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
+    return Prediction(
+        device.name, total, 1.0 - unknown / total, device.margin, tuple(parts), note="; ".join(notes)
+    )
+
+
+def _kernel_parts(rows: Iterable[KernelRow]) -> list[Part]:
+    return [Part(row.block, describe_kernel(row.kernel), row.latency_ms, row.kind) for row in rows]
+
+
+def _mapped_parts(rows: Iterable[nn_meter.MappedRow]) -> list[Part]:
+    return [Part(row.block, describe_kernel(row.kernel), row.latency_ms, row.mapped) for row in rows]
+
+
+def _describe(coverage: nn_meter.Coverage) -> str:
+    shares = ", ".join(f"{mapped} {share:.0%}" for mapped, share in coverage.shares.items())
+    if not coverage.outside:
+        return shares
+    return (
+        f"{shares}; {coverage.outside} of {coverage.kernels} kernels ({coverage.outside_share:.0%} of the "
+        "latency) of sizes that the forests were not trained on, and forests do not extrapolate"
+    )
+
+
+def _table_parts(table: LatencyTable, space: SearchSpace, arch: Arch) -> list[Part]:
+    chosen = zip(space.positions, arch.choices, table.cells, arch.indices(space), strict=True)
+    cells = [(name, "", cell) for name, cell in table.fixed]
+    cells += [(position.name, choice, row[i]) for position, choice, row, i in chosen]
+    return [
+        Part(name, what, cell.latency_ms, "estimated" if cell.estimated_ms else "measured")
+        for name, what, cell in cells
+    ]
+
+
+def describe_kernel(kernel: Kernel) -> str:
+    """Write a kernel in a few words.
+
+    >>> describe_kernel(Kernel("conv", 56, 24, 40, 3, 2)), describe_kernel(Kernel("add", 7, 96, 96))
+    ('conv 3x3 stride 2, 56 px, 24 > 40', 'add, 7 px, 96')
+    """
+    size = f" {kernel.kernel}x{kernel.kernel}" if kernel.kernel > 1 else ""
+    stride = f" stride {kernel.stride}" if kernel.stride > 1 else ""
+    channels = f"{kernel.c_in}" + (f" > {kernel.c_out}" if kernel.c_out != kernel.c_in else "")
+    return f"{kernel.kind}{size}{stride}, {kernel.resolution_px} px, {channels}"
