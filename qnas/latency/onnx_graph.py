@@ -1,15 +1,11 @@
 """Somebody's ONNX network as the operators that latency models know, and what they take on a device.
 
 An exporter writes what it was given: layout changes around a norm, a GELU as five operators, a bias
-as a sum. What runtimes make of those is decided here:
+as a sum. What runtimes make of those is decided in `onnx_tensors` (what is free), `onnx_compositions`
+(what several operators are together) and here:
 
-- Only layouts and shapes change in FREE nodes and in transpositions between (N, C, H, W) and
-  (N, H, W, C): TFLite and OpenVINO choose their own layout when they load a file, and PyTorch has
-  both as views. So a layer norm over channels between two of them is one `layernorm`. Any other
-  transposition that moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
-- A composition of elementwise operators (or of means) of one tensor is what it computes: it is put
-  through numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` where it
-  agrees with one. Its parts have no other readers.
+- A layer norm over channels between two changes of layout is one `layernorm`. A transposition that
+  moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
 - Sums and products with one constant a channel directly behind an operator that has a scale and a
   bias of its own go into those, as batch normalisation does.
 - An operator that none of the models knows is UNCOVERED: a pass over its largest tensor, of kind
@@ -28,20 +24,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from onnx import NodeProto
-
 from qnas.errors import TableError
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse_operators
-from qnas.latency.onnx_file import Array, Graph, Node, evaluate, read_graph
+from qnas.latency.onnx_compositions import Composition, compositions, splits
+from qnas.latency.onnx_file import Node, read_graph
+from qnas.latency.onnx_tensors import Reader
 
 # direct: an operator that the models know; stand-in: priced as another one with the same
 # multiply-adds; uncovered: none of both
 Status = Literal["direct", "stand-in", "uncovered"]
-
-# They rename or reshape a tensor and move no data.
-FREE = ("Identity", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 UNCOVERED = "elementwise"
 
@@ -112,7 +104,7 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     graph = read_graph(path, resolution_px=resolution_px)
     shape = graph.shapes[graph.input]
     height, width, channels = shape[1:] if graph.is_channels_last else (*shape[2:], shape[1])
-    return OnnxNetwork(path, channels, height, width, _chains(_Reader(graph)))
+    return OnnxNetwork(path, channels, height, width, _chains(Reader(graph)))
 
 
 def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[OnnxRow, ...]:
@@ -180,228 +172,6 @@ def _known(device: Device, kernel: Kernel) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Composition:
-    """Nodes, by position, that together are one operator of one tensor."""
-
-    kind: str
-    positions: tuple[int, ...]
-    source: str
-    view: str  # of the source, in the shape in which the nodes read it
-
-
-class _Reader:
-    """A graph with what is free taken out: who writes and who reads each tensor that is left."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.shapes = graph.shapes
-        self._same: dict[str, str] = {}  # output of a free node -> what it is another view of
-        # of maps: whether channels are the last dimension; other tensors of four dimensions are no maps
-        self._is_last: dict[str, bool] = {graph.input: graph.is_channels_last}
-        self.nodes: list[Node] = []
-        self.writer: dict[str, int] = {}  # tensor -> position of the node
-        self.readers: dict[str, set[int]] = {}
-        for node in graph.nodes:
-            sources = self.activations(node)
-            if self._is_free(node):
-                self._same[node.outputs[0]] = self.root(sources[0])
-            else:
-                for source in sources:
-                    self.readers.setdefault(self.root(source), set()).add(len(self.nodes))
-                for output in node.outputs:
-                    self.writer[output] = len(self.nodes)
-                self.nodes.append(node)
-            self._set_layout(node, sources)
-        self.outputs = {self.root(output) for output in graph.outputs}
-
-    def root(self, tensor: str) -> str:
-        """Return the tensor that was written, of which this one is a view."""
-        return self._same.get(tensor, tensor)
-
-    def activations(self, node: Node) -> list[str]:
-        """Return a node's inputs that are no constants."""
-        return [name for name in node.inputs if name and name not in self.graph.constants]
-
-    def constant(self, node: Node, place: int) -> Array | None:
-        """Return the value of a constant input, None where it is left out or not known."""
-        return self.graph.values.get(node.inputs[place]) if place < len(node.inputs) else None
-
-    def sources(self, nodes: Iterable[Node]) -> set[str]:
-        """Return the tensors that these nodes read."""
-        return {self.root(name) for node in nodes for name in self.activations(node)}
-
-    def is_last(self, tensor: str) -> bool:
-        """Whether channels are the last dimension, as in rows of tokens and maps (1, H, W, C)."""
-        return len(self.shapes[tensor]) < 4 or self._is_last.get(tensor, False)
-
-    def map_of(self, tensor: str) -> tuple[int, int]:
-        """Return pixels (or rows) and channels of a tensor."""
-        shape = self.shapes[tensor]
-        if not shape:
-            return 1, 1
-        if self.is_last(tensor):
-            return max(1, math.prod(shape[:-1])), max(1, shape[-1])
-        # what five dimensions mean is not known: the last two are a map, as in a channel shuffle
-        pixels = shape[0] * math.prod(shape[-2:])
-        return max(1, pixels), max(1, math.prod(shape[1:-2]))
-
-    def _is_free(self, node: Node) -> bool:
-        given = self.activations(node)
-        if not given:
-            return False
-        same_shape = self.shapes[given[0]] == self.shapes[node.outputs[0]]
-        if node.op == "Transpose":
-            shape = self.shapes[given[0]]
-            order = node.attribute("perm") or list(reversed(range(len(shape))))
-            moved = [i for i in order if shape[i] > 1]
-            layout = _LAYOUT_CHANGES.get(tuple(order))
-            return moved == sorted(moved) or (layout is not None and self._is_last.get(given[0]) is layout)
-        if node.op == "Cast":
-            return self.graph.types[given[0]] == self.graph.types[node.outputs[0]]
-        # parts of everything, and copies to the same size
-        if node.op in ("Slice", "Expand", "Pad", "Concat", "Split") and len(given) == 1:
-            return same_shape
-        return node.op in FREE
-
-    def _set_layout(self, node: Node, sources: Sequence[str]) -> None:
-        if not sources or any(len(self.shapes[output]) != 4 for output in node.outputs if output):
-            return
-        if node.op in _CHANNELS_FIRST:
-            is_last: bool | None = False
-        elif node.op == "Transpose":
-            was_last = self._is_last.get(sources[0])
-            is_free = node.outputs[0] in self._same
-            is_last = not was_last if is_free and was_last is not None else None
-        elif node.op == "Reshape":  # rows of tokens may become a map
-            same = self.shapes[node.outputs[0]][-1] == self.shapes[sources[0]][-1]
-            is_last = True if same and len(self.shapes[sources[0]]) == 3 else None
-        else:
-            known = [self._is_last[source] for source in sources if source in self._is_last]
-            is_last = any(known) if known else None
-        if is_last is not None:
-            self._is_last.update(dict.fromkeys(node.outputs, is_last))
-
-
-# Transpositions that change the layout of a map -> whether its channels were last before.
-_LAYOUT_CHANGES = {(0, 2, 3, 1): False, (0, 3, 1, 2): True}
-_CHANNELS_FIRST = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool")
-
-
-# --- compositions ---
-
-_COMPOSABLE = (
-    *("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Exp", "Min", "Max"),
-    *("Erf", "Tanh", "Sigmoid", "HardSigmoid", "Clip", "Relu", "ReduceMean"),
-)
-_LONGEST = 16  # nodes of a composition
-
-
-def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
-def _normal_cdf(x: Array) -> Array:
-    return np.asarray(np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x))
-
-
-def _normalised(x: Array, axis: int) -> Array:
-    return np.asarray((x - x.mean(axis, keepdims=True)) / x.std(axis, keepdims=True))
-
-
-_FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
-    ("gelu", lambda x: x * _normal_cdf(x)),  # its form with tanh agrees to 5e-4
-    ("hswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
-    ("hsigmoid", lambda x: np.clip(x / 6 + 0.5, 0, 1)),
-    ("swish", lambda x: x * _sigmoid(x)),
-    ("swish", lambda x: x * _sigmoid(1.702 * x)),  # some call it a quick GELU; it costs as much
-    ("sigmoid", _sigmoid),
-)
-_AGREEMENT = 2e-3  # of values in the order of one; the functions differ by more than ten times that
-
-
-def _compositions(reader: _Reader) -> dict[int, _Composition]:
-    """Return the compositions of a graph by the position of their last node, the largest first."""
-    found: dict[int, _Composition] = {}
-    taken: set[int] = set()
-    for end in reversed(range(len(reader.nodes))):
-        if end not in taken and _is_composable(reader, reader.nodes[end]):
-            composition = _largest(reader, end, taken)
-            if composition is not None:
-                found[end] = composition
-                taken |= set(composition.positions)
-    return found
-
-
-def _largest(reader: _Reader, end: int, taken: set[int]) -> _Composition | None:
-    """Return the largest composition that ends at a node, without those that are taken."""
-    inside = {end}
-    best = None
-    while len(inside) <= _LONGEST:
-        nodes = tuple(reader.nodes[i] for i in sorted(inside))
-        outside = {s for s in reader.sources(nodes) if reader.writer.get(s) not in inside}
-        if len(outside) == 1 and len(inside) > 1:
-            (source,) = outside
-            views = [n for node in nodes for n in reader.activations(node) if reader.root(n) == source]
-            same = {reader.shapes[view] for view in views}
-            kind = _kind(reader, nodes, views[0]) if len(same) == 1 else None
-            if kind is not None:
-                best = _Composition(kind, tuple(sorted(inside)), source, views[0])
-        # all else is computed from the source: what ran last is not it
-        latest = max(reader.writer.get(s, -1) for s in outside)
-        if latest < 0 or latest in taken or not _is_composable(reader, reader.nodes[latest]):
-            break
-        output = reader.nodes[latest].outputs[0]
-        if not reader.readers[output] <= inside or output in reader.outputs:
-            break
-        inside.add(latest)
-    return best
-
-
-def _is_composable(reader: _Reader, node: Node) -> bool:
-    """Whether a node applies arithmetic to tensors and scalars, or a mean."""
-    if node.op not in _COMPOSABLE:
-        return False
-    constants = [name for name in node.inputs if name in reader.graph.constants]
-    values = [reader.graph.values.get(name) for name in constants]
-    return all(v is not None and (v.size == 1 or node.op == "ReduceMean") for v in values)
-
-
-def _kind(reader: _Reader, nodes: Sequence[Node], view: str) -> str | None:
-    """Return what nodes compute of a tensor, by putting numbers through them."""
-    rank = len(reader.shapes[view])
-    shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
-    sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    feeds: dict[str, Array] = {reader.root(view): sample}
-    protos = []
-    for node in nodes:
-        proto = NodeProto()
-        proto.CopyFrom(node.proto)
-        for place, name in enumerate(node.inputs):
-            proto.input[place] = reader.root(name)
-            if name in reader.graph.values:
-                value = reader.graph.values[name]
-                feeds[name] = value.astype(np.float32) if value.dtype.kind == "f" else value
-        protos.append(proto)
-    result = evaluate(protos, feeds, nodes[-1].outputs[0], reader.graph.opset)
-    if result is None or result.shape != shape:
-        return None
-    if any(node.op == "ReduceMean" for node in nodes):
-        is_norm = np.allclose(result, _normalised(sample, _channel_axis(reader, view)), atol=_AGREEMENT)
-        return "layernorm" if is_norm else None
-    for kind, function in _FUNCTIONS:
-        if np.allclose(result, function(sample.astype(np.float64)), rtol=0, atol=_AGREEMENT):
-            return kind
-    return None
-
-
-def _channel_axis(reader: _Reader, tensor: str) -> int:
-    return -1 if reader.is_last(tensor) else 1
-
-
-# --- operators ---
-
-
 def _side(area: int) -> int:
     """Return the side of the smallest square that holds so many.
 
@@ -421,14 +191,14 @@ def _square_note(*areas: Sequence[int]) -> str:
     )
 
 
-def _whole(reader: _Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
+def _whole(reader: Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
     """Return an operator that passes over a tensor and keeps its size."""
     pixels, channels = reader.map_of(tensor)
     kernel = Kernel(kind, _side(pixels), channels, channels)
     return OnnxOperator(node.name, node.op, kernel, 0, status, _square_note([pixels]))
 
 
-def _uncovered(reader: _Reader, node: Node) -> OnnxOperator:
+def _uncovered(reader: Reader, node: Node) -> OnnxOperator:
     tensors = [*reader.activations(node), *filter(None, node.outputs)]
     largest = max(tensors, key=lambda name: math.prod(reader.shapes[name]))
     return _whole(reader, node, UNCOVERED, largest, "uncovered")
@@ -444,7 +214,7 @@ def _strides(node: Node, rank: int) -> int:
     return max(1, round(float(math.prod(strides) ** (1 / rank))))
 
 
-def _convolution(reader: _Reader, node: Node) -> OnnxOperator:
+def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a convolution; one in groups as one of as many input channels as a group has.
 
     Its multiply-adds and weights are those of the groups together, and it is launched once; that it
@@ -475,7 +245,7 @@ def _convolution(reader: _Reader, node: Node) -> OnnxOperator:
     )
 
 
-def _transposed_convolution(reader: _Reader, node: Node) -> OnnxOperator:
+def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposed convolution as a convolution with the same multiply-adds."""
     x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
     groups = node.attribute("group", 1)
@@ -485,7 +255,7 @@ def _transposed_convolution(reader: _Reader, node: Node) -> OnnxOperator:
     return OnnxOperator(node.name, node.op, kernel, macs, "stand-in", _square_note(x[2:], weight[2:]))
 
 
-def _product(reader: _Reader, node: Node) -> OnnxOperator:
+def _product(reader: Reader, node: Node) -> OnnxOperator:
     """Return a matrix product: `linear` for one row, a pointwise convolution for many.
 
     Without weights it is a `matmul`, with a row of the first matrix for a pixel.
@@ -504,8 +274,8 @@ def _product(reader: _Reader, node: Node) -> OnnxOperator:
     return OnnxOperator(node.name, node.op, kernel, macs, "stand-in", _square_note([rows]))
 
 
-def _pool(kind: str) -> Callable[[_Reader, Node], OnnxOperator]:
-    def read(reader: _Reader, node: Node) -> OnnxOperator:
+def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
+    def read(reader: Reader, node: Node) -> OnnxOperator:
         x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
         window = node.attribute("kernel_shape")
         if kind == "avgpool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
@@ -518,11 +288,11 @@ def _pool(kind: str) -> Callable[[_Reader, Node], OnnxOperator]:
     return read
 
 
-def _global_pool(reader: _Reader, node: Node) -> OnnxOperator:
+def _global_pool(reader: Reader, node: Node) -> OnnxOperator:
     return _whole(reader, node, "gap", node.inputs[0])
 
 
-def _mean(reader: _Reader, node: Node) -> OnnxOperator:
+def _mean(reader: Reader, node: Node) -> OnnxOperator:
     """Return a mean over all pixels; another one is uncovered."""
     tensor = node.inputs[0]
     shape = reader.shapes[tensor]
@@ -530,11 +300,11 @@ def _mean(reader: _Reader, node: Node) -> OnnxOperator:
     values = reader.constant(node, 1)
     axes = list(given) if given is not None else values.tolist() if values is not None else []
     reduced = {axis % len(shape) for axis in axes}
-    places = set(range(1, len(shape))) - {_channel_axis(reader, tensor) % len(shape)}
+    places = set(range(1, len(shape))) - {reader.channel_axis(tensor) % len(shape)}
     return _global_pool(reader, node) if len(shape) >= 3 and reduced == places else _uncovered(reader, node)
 
 
-def _layer_norm(reader: _Reader, node: Node) -> OnnxOperator:
+def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
     shape = reader.shapes[node.inputs[0]]
     axis = node.attribute("axis", -1) % len(shape)
     channels, rows = math.prod(shape[axis:]), math.prod(shape[:axis])
@@ -542,16 +312,16 @@ def _layer_norm(reader: _Reader, node: Node) -> OnnxOperator:
     return OnnxOperator(node.name, node.op, kernel, 0, "direct", _square_note([rows]))
 
 
-def _clip(reader: _Reader, node: Node) -> OnnxOperator:
+def _clip(reader: Reader, node: Node) -> OnnxOperator:
     given = reader.constant(node, 1)
     low = node.attribute("min") if given is None else float(given.reshape(-1)[0])
     return _whole(reader, node, "relu6" if low == 0 else "clip", node.inputs[0])
 
 
-def _sum_or_product(maps: str, scalar: str) -> Callable[[_Reader, Node], OnnxOperator]:
+def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOperator]:
     """Return the reader of an operator of two tensors, one of which may be one value, or one a channel."""
 
-    def read(reader: _Reader, node: Node) -> OnnxOperator:
+    def read(reader: Reader, node: Node) -> OnnxOperator:
         y = node.outputs[0]
         smaller = min(node.inputs[:2], key=lambda name: math.prod(reader.shapes[name]))
         size = math.prod(reader.shapes[smaller])
@@ -568,15 +338,15 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[_Reader, Node], OnnxOpe
     return read
 
 
-def _is_per_channel(reader: _Reader, tensor: str, of: str) -> bool:
+def _is_per_channel(reader: Reader, tensor: str, of: str) -> bool:
     """Whether a tensor has one value for each channel of another one."""
     whole, part = reader.shapes[of], reader.shapes[tensor]
     aligned = (1,) * (len(whole) - len(part)) + part
-    axis = _channel_axis(reader, of) % len(whole) if whole else 0
+    axis = reader.channel_axis(of) % len(whole) if whole else 0
     return bool(whole) and all(n == (whole[i] if i == axis else 1) for i, n in enumerate(aligned))
 
 
-def _transposition(reader: _Reader, node: Node) -> OnnxOperator:
+def _transposition(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposition; that of two groups of channels is a shuffle.
 
     As in the measured networks a shuffle's outputs are the channels of one group.
@@ -592,16 +362,16 @@ def _transposition(reader: _Reader, node: Node) -> OnnxOperator:
     return _whole(reader, node, "transpose", node.inputs[0])
 
 
-def _of_input(kind: str) -> Callable[[_Reader, Node], OnnxOperator]:
+def _of_input(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
     return lambda reader, node: _whole(reader, node, kind, reader.activations(node)[0])
 
 
-def _of_output(kind: str) -> Callable[[_Reader, Node], OnnxOperator]:
+def _of_output(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
     return lambda reader, node: _whole(reader, node, kind, node.outputs[0])
 
 
 # ONNX operator -> how it is read. Whatever is neither here nor free is uncovered.
-OPERATORS: dict[str, Callable[[_Reader, Node], OnnxOperator]] = {
+OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,
     "Gemm": _product,
@@ -642,9 +412,9 @@ class _Item:
     output: str
 
 
-def _chains(reader: _Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
+def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
     """Return the operators of a graph as chains."""
-    found = {**_compositions(reader), **_splits(reader)}
+    found = {**compositions(reader), **splits(reader)}
     inner = {i for at, composition in found.items() for i in composition.positions if i != at}
     chains: list[list[_Item]] = []
     tail: dict[str, list[_Item]] = {}  # the tensor that a chain's last operator hands on -> the chain
@@ -673,18 +443,18 @@ def _chains(reader: _Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
     return tuple(tuple(item.operator for item in chain) for chain in chains)
 
 
-def _read(reader: _Reader, node: Node) -> OnnxOperator:
+def _read(reader: Reader, node: Node) -> OnnxOperator:
     return OPERATORS.get(node.op, _uncovered)(reader, node)
 
 
-def _composed(reader: _Reader, composition: _Composition) -> OnnxOperator:
+def _composed(reader: Reader, composition: Composition) -> OnnxOperator:
     nodes = [reader.nodes[i] for i in composition.positions]
     operator = _whole(reader, nodes[-1], composition.kind, composition.view)
     return replace(operator, name="+".join(n.name for n in nodes), op="+".join(n.op for n in nodes))
 
 
 def _only_writer(
-    reader: _Reader, tail: dict[str, list[_Item]], sources: set[str], positions: set[int]
+    reader: Reader, tail: dict[str, list[_Item]], sources: set[str], positions: set[int]
 ) -> list[_Item] | None:
     """Return the chain whose last output is all that an operator reads, and read by it alone."""
     if len(sources) != 1:
@@ -694,7 +464,7 @@ def _only_writer(
     return tail.get(source) if is_only_reader else None
 
 
-def _is_absorbed(reader: _Reader, node: Node, before: OnnxOperator) -> bool:
+def _is_absorbed(reader: Reader, node: Node, before: OnnxOperator) -> bool:
     """Whether a node scales or shifts each channel by a constant, behind an operator that does so itself."""
     if node.op not in ("Add", "Sub", "Mul", "Div") or before.kernel.kind not in _AFFINE:
         return False
@@ -703,19 +473,3 @@ def _is_absorbed(reader: _Reader, node: Node, before: OnnxOperator) -> bool:
         return False
     size = math.prod(reader.shapes[constants[0]])
     return size == 1 or _is_per_channel(reader, constants[0], node.outputs[0])
-
-
-def _splits(reader: _Reader) -> dict[int, _Composition]:
-    """Return slices that together are all of a tensor, once: exporters write a split so."""
-    by_source: dict[str, list[int]] = {}
-    for position, node in enumerate(reader.nodes):
-        if node.op == "Slice":
-            by_source.setdefault(reader.root(node.inputs[0]), []).append(position)
-    found = {}
-    for source, positions in by_source.items():
-        view = reader.nodes[positions[0]].inputs[0]
-        parts = {reader.nodes[i].outputs[0] for i in positions}
-        sizes = sum(math.prod(reader.shapes[part]) for part in parts)
-        if len(positions) > 1 and sizes == math.prod(reader.shapes[source]):
-            found[positions[0]] = _Composition("split", tuple(positions), source, view)
-    return found
