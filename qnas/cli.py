@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import derive, latency, predictors, search, subnet
+from qnas.commands import derive, latency, own_device, predictors, profile, search, subnet
 from qnas.errors import Interrupted, QnasError
 
 app = typer.Typer(
@@ -49,6 +49,12 @@ app.command()(latency.devices)
 app.command("eval-latency")(latency.eval_latency)
 app.command()(latency.table)
 app.add_typer(predictors.app)
+# a device of one's own
+app.command()(profile.profile)
+app.command()(own_device.sample)
+app.command()(own_device.measure)
+app.command("fit-latency")(own_device.fit_latency)
+app.command()(own_device.calibrate)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -64,7 +64,7 @@ def export_onnx(
     assert len(images) > 0, "no images to check the file with"
     assert tuple(images.shape[1:]) == shape, f"images are {tuple(images.shape[1:])}, expected {shape}"
     reference = copy.deepcopy(network).cpu().eval()
-    model = _to_onnx(reference, shape, path)
+    model = trace_onnx(reference, shape, str(path))
     onnx.helper.set_model_props(model, dict(metadata))
     _check_form(model, path)
     with atomic_path(path) as partial:
@@ -94,7 +94,12 @@ def fold_quadratic_norms(network: nn.Module) -> None:
         block.norm1 = nn.Identity()
 
 
-def _to_onnx(reference: nn.Module, shape: tuple[int, ...], path: Path) -> onnx.ModelProto:
+def trace_onnx(reference: nn.Module, shape: tuple[int, ...], where: str) -> onnx.ModelProto:
+    """Return a module's graph, `images` (batch, *shape) -> `logits`, as it is deployed; not checked.
+
+    The module is left as it is; `where` names it in messages. Raises ExportError where torch cannot
+    export it.
+    """
     # contiguous weights: the exporter would write a transposition for each channels_last one
     network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
     fold_quadratic_norms(network)
@@ -112,7 +117,7 @@ def _to_onnx(reference: nn.Module, shape: tuple[int, ...], path: Path) -> onnx.M
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"{path}: torch cannot export this network: {_root_cause(error)}") from error
+        raise ExportError(f"{where}: torch cannot export this network: {_root_cause(error)}") from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _strip(model)

@@ -238,14 +238,14 @@ def test_a_wrong_file_is_refused_and_what_stood_there_stays(
     path = tmp_path / "model.onnx"
     if stood_before is not None:
         path.write_bytes(stood_before)
-    right = qnas.export._to_onnx
+    right = qnas.export.trace_onnx
 
     def wrong(*args: Any) -> onnx.ModelProto:
         model = right(*args)
         disturb(model)
         return model
 
-    monkeypatch.setattr(qnas.export, "_to_onnx", wrong)
+    monkeypatch.setattr(qnas.export, "trace_onnx", wrong)
     with pytest.raises(ExportError, match=message) as error:
         export(Small(), path)
     assert str(error.value).startswith(f"{path}: ")

@@ -1,0 +1,108 @@
+"""`qnas profile`: this machine as a device."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qnas.commands.options import Force, Json, Quiet, print_json
+
+if TYPE_CHECKING:
+    from qnas.profiling import Profile
+
+_SHOWN = 5  # names of what stayed noisy
+_BIASED = 0.05  # from here on sums of blocks are to be corrected
+
+
+def profile(
+    space: Annotated[str, typer.Option(help="A space by name or path.")] = "quadranet-mobile",
+    runtime: Annotated[str, typer.Option(help="torch, onnxruntime or openvino.")] = "onnxruntime",
+    device_name: Annotated[
+        str | None,
+        typer.Option(help="Of the device file.  [default: local-RUNTIME]", show_default=False),
+    ] = None,
+    target: Annotated[str, typer.Option(help="cpu, or cuda with runtime torch.")] = "cpu",
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Replay a CUDA graph instead of launching every kernel.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Runs of every block; noisy ones get up to 4 times as many.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the device file.")] = Path("devices"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted measurement.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure every distinct block of a space on this machine and write a device file.
+
+    Example: qnas profile --space quadranet-small --runtime onnxruntime
+    """
+    from qnas.space import load_space
+
+    searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
+    from qnas.profiling import REPEATS, profile_space
+    from qnas.runtimes import open_runtime
+
+    opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph)
+    suffix = "-cuda-graph" if cuda_graph else "-cuda" if target == "cuda" else ""
+    measured = profile_space(
+        searched,
+        opened,
+        name=device_name or f"local-{runtime}{suffix}",
+        folder=out,
+        repeats=repeats or REPEATS,
+        resume=resume,
+        force=force,
+        quiet=quiet,
+    )
+    if as_json:
+        print_json(
+            {
+                "device": measured.device.name,
+                "device_file": str(measured.device_file),
+                "table_file": str(measured.table_file),
+                "space": searched.name,
+                "parts": len(measured.parts),
+                "fastest_ms": measured.table.fastest_ms,
+                "slowest_ms": measured.table.slowest_ms,
+                "networks": [{"sum_ms": total, "measured_ms": whole} for total, whole in measured.networks],
+                "noisy": list(measured.noisy),
+                "outliers": list(measured.outliers),
+            }
+        )
+    else:
+        _print_profile(measured)
+
+
+def _print_profile(measured: "Profile") -> None:
+    from qnas.latency.timing import TOLERANCE
+    from qnas.text import field
+    from qnas.units import format_ms
+
+    table, device = measured.table, measured.device
+    errors = [abs(total / whole - 1) for total, whole in measured.networks]
+    noisy = ", ".join(measured.noisy[:_SHOWN])
+    more = f" and {len(measured.noisy) - _SHOWN} more" if len(measured.noisy) > _SHOWN else ""
+    hint = "; qnas calibrate corrects that" if abs(measured.bias) > _BIASED else ""
+    lines = [
+        field("device", f"{device.name}: {device.title}"),
+        field("", device.runtime),
+        field(
+            "measured",
+            f"{len(measured.parts)} blocks of {table.space}; its networks take "
+            f"{format_ms(table.fastest_ms)} to {format_ms(table.slowest_ms)}",
+        ),
+        field(
+            "check",
+            f"sums of blocks are {abs(measured.bias):.1%} {'above' if measured.bias > 0 else 'below'} "
+            f"{len(errors)} whole networks on average, at most {max(errors):.1%} off{hint}",
+        ),
+        field("noisy", f"spread above {TOLERANCE:.0%}: {noisy}{more}" if noisy else "nothing"),
+        *(field("outlier" if i == 0 else "", text) for i, text in enumerate(measured.outliers)),
+        field("files", f"{measured.device_file}, {measured.table_file}"),
+        # not wrapped: to be copied
+        f"next        qnas search --device {measured.device_file} --space {table.space} --budget ...",
+    ]
+    typer.echo("\n".join(lines))

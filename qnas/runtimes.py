@@ -1,0 +1,302 @@
+"""Modules and ONNX files as calls on a runtime of this machine, ready to be timed.
+
+A call computes one image that lies where the runtime wants it: copies from and to Python are no part
+of it, since a block inside a network makes none. All compute in float32. What is timed is what is
+deployed: batch normalisation is folded. ONNX files run with a free batch size, as they are exported.
+
+The settings are the runtimes' own for lowest latency, where they do not disturb what runs next to
+them; every one is written into `Runtime.settings`. torch runs in channels_last memory, as `subnet`
+builds networks. CUDA, eager and as a CUDA graph, is timed by events on the stream. It is written by
+torch's documentation and has not run on a GPU so far.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from qnas.errors import UsageError, nearest
+from qnas.export import fold_quadratic_norms, trace_onnx
+from qnas.latency.timing import Call, Stopwatch, host_stopwatch
+from qnas.run import first_line
+
+Shape = tuple[int, int, int]  # channels, height, width of one image
+
+TARGETS = ("cpu", "cuda")
+SEED = 0  # of the images
+_CAPTURE_WARM_UP = 3  # runs before a CUDA graph is captured, in which libraries choose their kernels
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that is ready: how it makes a module a call, and how its calls are timed."""
+
+    name: str
+    target: str
+    threads: int
+    version: str  # "onnxruntime 1.31.1"
+    settings: str  # whatever else a latency depends on
+    # a module to so many instances of it: where an instance lies in memory can cost it a few percent
+    compile: Callable[[nn.Module, Shape, int], list[Call]]
+    stopwatch: Stopwatch
+
+
+def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph: bool = False) -> Runtime:
+    """Return a runtime by name: `torch`, `onnxruntime` or `openvino`. Sets torch's threads.
+
+    With `cuda_graph` torch replays a graph instead of launching every kernel. Raises UsageError where
+    the runtime is unknown, not installed, or has no such target here.
+    """
+    if name not in RUNTIMES:
+        raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}: {nearest(target, TARGETS)}")
+    if threads < 1:
+        raise UsageError(f"{threads} threads: expected at least 1")
+    if cuda_graph and target != "cuda":
+        raise UsageError("a CUDA graph needs the target cuda")
+    if target == "cuda":
+        if name != "torch":
+            raise UsageError(f"runtime {name} runs on the target cpu only: take runtime torch for cuda")
+        if not torch.cuda.is_available():
+            raise UsageError(f"target cuda: torch {torch.__version__} finds no CUDA device on this machine")
+    torch.set_num_threads(threads)
+    if target == "cuda":
+        return _cuda(threads, cuda_graph)
+    return RUNTIMES[name](threads)
+
+
+def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
+    """Return a call of an ONNX file in onnxruntime, on a fixed random image.
+
+    The file, or its content, has one input of float32 with a free or fixed first dimension, which
+    becomes 1. Raises UsageError where it is missing, broken or of another form.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # errors
+    # threads that spin on after a run would take the cores of what is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        content = file if isinstance(file, bytes) else str(file)
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds derive from Exception alone
+        raise UsageError(f"{_where(file)}: onnxruntime cannot load it: {first_line(error)}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+        found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
+        raise UsageError(f"{_where(file)}: expected one input of float32, found {found or 'none'}")
+    image = _random_image(_fixed_shape(inputs[0].shape, _where(file)))
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(inputs[0].name, onnxruntime.OrtValue.ortvalue_from_numpy(image))
+    names = [output.name for output in session.get_outputs()]
+    for name, value in zip(names, session.run(names, {inputs[0].name: image}), strict=True):
+        binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+    return lambda: session.run_with_iobinding(binding)
+
+
+def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
+    """Return a call of an ONNX file in OpenVINO, on a fixed random image. The batch becomes 1.
+
+    Raises UsageError as `onnx_session` does, and where OpenVINO is not installed.
+    """
+    openvino = _openvino()
+    core = openvino.Core()
+    try:
+        model = core.read_model(file if isinstance(file, bytes) else str(file))
+        shape = _fixed_shape(
+            [d.get_length() if d.is_static else None for d in model.input(0).partial_shape], _where(file)
+        )
+        model.reshape(list(shape))
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            # the default on processors with bfloat16 is bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+    except RuntimeError as error:
+        raise UsageError(f"{_where(file)}: OpenVINO cannot load it: {first_line(error)}") from error
+    request.set_input_tensor(openvino.Tensor(_random_image(shape)))
+
+    # results stay where they are; start_async and wait would hand over to another thread and back
+    return lambda: request.infer(share_outputs=True)
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, in place; the module is in eval mode."""
+    fold_quadratic_norms(module)
+    for parent in module.modules():
+        before: tuple[str, nn.Module] | None = None
+        for name, child in list(parent.named_children()):
+            if before is not None and isinstance(child, nn.BatchNorm2d):
+                assert isinstance(before[1], nn.Conv2d), f"{name} follows {before[0]}, no convolution"
+                setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
+                setattr(parent, name, nn.Identity())
+            before = name, child
+
+
+def _torch_parts(module: nn.Module, shape: Shape, device: str) -> tuple[nn.Module, Tensor]:
+    """Return a copy of the module as it is deployed, and an image for it."""
+    network = copy.deepcopy(module).eval()
+    fold_norms(network)
+    network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    image = torch.from_numpy(_random_image((1, *shape)))
+    return network, image.to(device=device, memory_format=torch.channels_last)
+
+
+def _torch_call(module: nn.Module, shape: Shape, device: str) -> Call:
+    network, image = _torch_parts(module, shape, device)
+
+    @torch.inference_mode()
+    def call() -> object:
+        return network(image)
+
+    return call
+
+
+def _cuda_graph_call(module: nn.Module, shape: Shape, device: str) -> Call:
+    run = _torch_call(module, shape, device)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_CAPTURE_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def call() -> object:
+        graph.replay()
+        return output, run  # what the graph reads and writes lives as long as it
+
+    return call
+
+
+def event_stopwatch(cuda: Any = torch.cuda) -> Stopwatch:
+    """Return a stopwatch of events on the current stream. `cuda` is torch.cuda, or alike.
+
+    The time is that between two events on the device, so it has what the device waits for its
+    host to launch, but no wait of the host for the device.
+    """
+    start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+
+    def run(call: Call, loops: int) -> float:
+        cuda.synchronize()  # nothing of what ran before
+        start.record()
+        for _ in range(loops):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return run
+
+
+def _cuda(threads: int, cuda_graph: bool) -> Runtime:
+    make = _cuda_graph_call if cuda_graph else _torch_call
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN choose by measuring
+    tf32 = "TF32" if torch.backends.cudnn.allow_tf32 else "no TF32"
+    return Runtime(
+        "torch",
+        "cuda",
+        threads,
+        f"torch {torch.__version__}",
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
+        f"{'CUDA graph' if cuda_graph else 'eager'}, channels_last, {tf32} in convolutions, "
+        "cuDNN benchmarked, timed by events",
+        lambda module, shape, n: [make(module, shape, "cuda") for _ in range(n)],
+        event_stopwatch(),
+    )
+
+
+def _torch(threads: int) -> Runtime:
+    return Runtime(
+        "torch",
+        "cpu",
+        threads,
+        f"torch {torch.__version__}",
+        "eager, inference mode, channels_last",
+        lambda module, shape, n: [_torch_call(module, shape, "cpu") for _ in range(n)],
+        host_stopwatch(),
+    )
+
+
+def _onnxruntime(threads: int) -> Runtime:
+    def compile_(module: nn.Module, shape: Shape, n: int) -> list[Call]:
+        file = _to_onnx(module, shape)
+        return [onnx_session(file, threads) for _ in range(n)]
+
+    return Runtime(
+        "onnxruntime",
+        "cpu",
+        threads,
+        f"onnxruntime {onnxruntime.__version__}",
+        "CPU provider, all graph optimisations, sequential, no spinning between runs",
+        compile_,
+        host_stopwatch(),
+    )
+
+
+def _openvino_runtime(threads: int) -> Runtime:
+    def compile_(module: nn.Module, shape: Shape, n: int) -> list[Call]:
+        file = _to_onnx(module, shape)
+        return [openvino_session(file, threads) for _ in range(n)]
+
+    return Runtime(
+        "openvino",
+        "cpu",
+        threads,
+        f"OpenVINO {_openvino().__version__.partition('-')[0]}",
+        "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1",
+        compile_,
+        host_stopwatch(),
+    )
+
+
+RUNTIMES: dict[str, Callable[[int], Runtime]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino_runtime,
+}
+
+
+def _to_onnx(module: nn.Module, shape: Shape) -> bytes:
+    model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
+    return cast(bytes, model.SerializeToString())
+
+
+def _openvino() -> Any:
+    try:
+        return importlib.import_module("openvino")  # optional, and without stubs
+    except ImportError as error:
+        raise UsageError(f"runtime openvino is not installed ({error}): pip install openvino") from error
+
+
+def _random_image(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
+
+
+def _fixed_shape(found: list[Any], where: str) -> tuple[int, ...]:
+    """Return an input's shape at batch 1; names and None are free dimensions."""
+    if not found or not all(isinstance(size, int) for size in found[1:]):
+        raise UsageError(f"{where}: the input is {found}, expected only the batch to be free")
+    return (1, *found[1:])
+
+
+def _where(file: Path | bytes) -> str:
+    return "model" if isinstance(file, bytes) else str(file)
