@@ -5,13 +5,19 @@ equal stride; with weights at or above zero a prediction has the same properties
 Counts are in thousands or millions, so that the weights in a device file are readable numbers:
 milliseconds a thousand elements, milliseconds a million multiply-adds.
 
-`_c32` counts channels rounded up to tiles, whose unused part is computed too; `_above_256` begins
-where a tensor outgrows a cache or a launch; `_k5` counts for kernels of 5 and more only: a step, so
-that a fit can follow how an implementation treats its kernel sizes without ever falling with them.
+`_c32` counts channels rounded up to tiles, whose unused part is computed too, `_r4` output pixels,
+`_t16x8` the sides of the output; `_above_256` begins where a tensor outgrows a cache or a launch;
+`_k5` counts for kernels of 5 and more only: a step, so that a fit can follow how an implementation
+treats its kernel sizes without ever falling with them.
+
+The features `engine_` count what the convolution engines of a Myriad X do (qnas.latency.myriad). They
+grow with a convolution but for the steps that its tiling makes: a group of input channels more can
+make for wider tiles, whose borders are computed twice less often.
 """
 
 from collections.abc import Callable
 
+from qnas.latency import myriad
 from qnas.latency.kernels import Kernel
 
 
@@ -68,6 +74,42 @@ def _beyond(k: Kernel, channels: int) -> float:
     return _rows(k) * _fan_in(k) * max(0, k.c_out - channels) / 1e6
 
 
+def _mmacs_tiled(k: Kernel, width: int, height: int) -> float:
+    """Million multiply-adds of tiles of pixels, with channels in fours: what a GPU's groups compute."""
+    return k.batch * _up(k.out_px, width) * _up(k.out_px, height) * _fan_in(k, 4) * _up(k.c_out, 4) / 1e6
+
+
+def _tiling(k: Kernel) -> myriad.Tiling:
+    return myriad.tile(k.resolution_px, k.c_in, k.c_out, k.kernel, k.stride)
+
+
+def _engine_mcycles(k: Kernel) -> float:
+    tiling = _tiling(k)
+    return k.batch * tiling.groups * tiling.cycles * tiling.pixels / 1e6
+
+
+def _engine_ktiles(k: Kernel) -> float:
+    tiling = _tiling(k)
+    return k.batch * (tiling.groups * tiling.tiles - 1) / 1e3
+
+
+def _engine_ksums(k: Kernel) -> float:
+    """Thousand elements that pass through software: partial sums of groups, and the ReLU after them."""
+    groups = _tiling(k).groups
+    return (1.5 * (groups - 1) + 1) * _kout(k) if groups > 1 else 0.0
+
+
+def _engine_kborders(k: Kernel) -> float:
+    """Thousand elements that are copied out of tiles without their borders."""
+    tiling = _tiling(k)
+    return tiling.groups * _kout(k) if tiling.tiles > 1 else 0.0
+
+
+def _engine_kweights(k: Kernel) -> float:
+    """Thousand weights that are read, once for each tile of the map."""
+    return _tiling(k).tiles * _fan_in(k) * _up(k.c_out, 8) / 1e3
+
+
 Count = Callable[[Kernel], float]
 
 
@@ -88,31 +130,25 @@ FEATURES: dict[str, Count] = {
     "mmacs_r4_c8": lambda k: _mmacs(k, 4, 1, 8),
     "mmacs_c32": lambda k: _mmacs(k, 1, 1, 32),
     "mmacs_c64": lambda k: _mmacs(k, 1, 64, 64),
-    "mmacs_r128_c128": lambda k: _mmacs(k, 128, 1, 128),
+    "mmacs_i4_c4": lambda k: _mmacs(k, 1, 4, 4),
+    "mmacs_r4_i4_c4": lambda k: _mmacs(k, 4, 4, 4),
+    "mmacs_r4_i4_c8": lambda k: _mmacs(k, 4, 4, 8),
+    "mmacs_r8_i4_c16": lambda k: _mmacs(k, 8, 4, 16),
+    "mmacs_t16x8": lambda k: _mmacs_tiled(k, 16, 8),
     "mmacs_k5": _from_kernel(5, _mmacs),
     "mmacs_k7": _from_kernel(7, _mmacs),
-    "mmacs_beyond_c64": lambda k: _beyond(k, 64),
     "mmacs_beyond_c512": lambda k: _beyond(k, 512),
-    "mmacs_above_32": lambda k: _above(_mmacs(k), 32),
-    "mmacs_above_128": lambda k: _above(_mmacs(k), 128),
-    "mmacs_above_512": lambda k: _above(_mmacs(k), 512),
-    "mmacs_centre": lambda k: _rows(k) * _channels_in(k) * k.c_out / 1e6,
     "mmacs_row": lambda k: _rows(k) * k.kernel * _channels_in(k) * k.c_out / 1e6,
     # memory
     "kelements_in": _kin,
     "kelements_in_above_256": lambda k: _above(_kin(k), 256),
     "kelements_in_above_1024": lambda k: _above(_kin(k), 1024),
-    "kelements_in_above_2048": lambda k: _above(_kin(k), 2048),
-    "kelements_in_above_4096": lambda k: _above(_kin(k), 4096),
-    "kelements_in_above_256_k5": _from_kernel(5, lambda k: _above(_kin(k), 256)),
-    "kelements_in_above_256_k7": _from_kernel(7, lambda k: _above(_kin(k), 256)),
     "kelements_out": _kout,
     "kelements_out_above_128": lambda k: _above(_kout(k), 128),
     "kelements_out_above_1024": lambda k: _above(_kout(k), 1024),
     "kelements_out_k3": _from_kernel(3, _kout),
     "kelements_out_k5": _from_kernel(5, _kout),
     "kelements_out_k7": _from_kernel(7, _kout),
-    "kelements_out_k9": _from_kernel(9, _kout),
     "kweights": _kweights,
     "kweights_above_64": lambda k: _above(_kweights(k), 64),
     "kweights_above_1024": lambda k: _above(_kweights(k), 1024),
@@ -123,7 +159,6 @@ FEATURES: dict[str, Count] = {
     "klines": _klines,
     "klines_k3": _from_kernel(3, _klines),
     "klines_k5": _from_kernel(5, _klines),
-    "klines_k7": _from_kernel(7, _klines),
     "kchannels_in": lambda k: k.c_in / 1e3,
     "kchannels_out": _kchannels,
     "kchannels_out_k3": _from_kernel(3, _kchannels),
@@ -132,6 +167,14 @@ FEATURES: dict[str, Count] = {
     "strided_kelements_in": _strided(_kin),
     "strided_kelements_out_k3": _strided(_from_kernel(3, _kout)),
     "strided_kelements_out_k5": _strided(_from_kernel(5, _kout)),
-    "strided_kchannels_out": _strided(_kchannels),
     "strided_kchannels_out_k3": _strided(_from_kernel(3, _kchannels)),
+    # the engines of a Myriad X
+    "engine_mcycles": _engine_mcycles,
+    "engine_ktiles": _engine_ktiles,
+    "engine_ksums": _engine_ksums,
+    "engine_kborders": _engine_kborders,
+    "engine_kweights": _engine_kweights,
+    "engine_missed_mmacs": lambda k: 0.0 if _tiling(k).on_engine else _mmacs(k),
+    "engine_1x1_mcycles": lambda k: _rows(k) * myriad.engine_cycles(k.c_in, k.c_out, 1) / 1e6,
+    "engine_1x1_missed_mmacs": lambda k: 0.0 if myriad.on_engine_1x1(k.resolution_px, k.c_out) else _mmacs(k),
 }

@@ -1,0 +1,161 @@
+"""How a Myriad X VPU cuts a convolution into tiles for its convolution engines.
+
+A tile's input lies in 128 KiB of the engine's memory and its weights in 256 words a block, so many
+input channels or large kernels force groups of input channels whose partial sums are added in
+software, and its output must fit a buffer, so large maps are cut into bands whose borders are
+computed twice. These steps, not multiply-adds, explain the latencies of VGG-like networks.
+
+The limits, the engine's modes and the order in which cuts are preferred are facts of the compiler of
+OpenVINO 2019R2 (vpu/graph_transformer: hw/tiling, passes hwConvTiling; Apache-2.0). The size of the
+buffer is not written there; 9 slices of 128 KiB, half of them, fits the measured networks best.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+# A mode splits the input channels over so many blocks, and computes 256 / blocks outputs at once;
+# the extra cycles are what the compiler counts for each pass over a pixel.
+_MODES = {1: 0, 2: 5, 4: 11, 8: 19, 16: 31}
+_OUTPUTS = 256
+_WEIGHTS = 256  # a block's, for one output
+_INPUT_BYTES = 128 * 1024
+_OUTPUT_BYTES = 9 * 128 * 1024 // 2
+_MOST_GROUPS = 15
+_MOST_BANDS = 15
+_LEAST_WIDTH_PX = 64  # of a tile, where the width is cut
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A convolution in tiles: `groups` of input channels, times `tiles` of the map."""
+
+    groups: int
+    tiles: int
+    cycles: int  # the engine's, for a pixel and a group
+    pixels: int  # computed, borders that are computed twice included
+    on_engine: bool = True  # False: more bands than the compiler tries, so it runs in software
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One side of the map in tiles; the sizes of the longest, of which the last two are in pixels."""
+
+    tiles: int
+    computed_px: int
+    longest_out_px: int
+    longest_in_px: int
+
+
+@cache
+def tile(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling:
+    """Return the cut that the compiler prefers: the least groups, then the least passes over tiles."""
+    found = _best(px, c_in, c_out, kernel, stride)
+    if found is not None:
+        return found
+    # the compiler gives up and the convolution runs in software: counted as if one tile could do
+    return Tiling(1, 1, engine_cycles(c_in, c_out, kernel), (-(-px // stride)) ** 2, on_engine=False)
+
+
+def engine_cycles(c_in: int, c_out: int, kernel: int) -> int:
+    """Return the engine's cycles for a pixel of a convolution that needs no tiles."""
+    return min(_cycles(c_in, c_out, kernel, blocks) for blocks in _MODES)
+
+
+def on_engine_1x1(px: int, c_out: int) -> bool:
+    """Return whether the output of a 1x1 convolution fits the buffer in as many bands as are tried."""
+    return _line_bytes(px) * -(-px // _MOST_BANDS) * c_out <= _OUTPUT_BYTES
+
+
+def _best(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling | None:
+    out_px = -(-px // stride)
+    best, best_cost = None, 0
+    for groups in range(1, _MOST_GROUPS + 1):
+        channels = -(-c_in // groups)
+        for columns in range(1, 5):
+            if columns > 1 and -(-px // columns) < _LEAST_WIDTH_PX:
+                break
+            wide = _cut(px, -(-px // columns), kernel, stride, aligned=True)
+            if wide is None:
+                break
+            for rows in range(1, _MOST_BANDS + 1):
+                if rows > 1 and -(-px // rows) < kernel:
+                    break
+                high = _cut(px, -(-px // rows), kernel, stride, aligned=False)
+                if high is None:
+                    continue
+                cycles = _tile_cycles(wide.longest_in_px, high.longest_in_px, channels, c_out, kernel, stride)
+                if cycles is None:
+                    continue
+                if _line_bytes(wide.longest_out_px) * high.longest_out_px * c_out > _OUTPUT_BYTES:
+                    continue
+                tiles, pixels = wide.tiles * high.tiles, wide.computed_px * high.computed_px
+                # as the compiler counts: an element added in software as dear as a cycle of a tile
+                cost = tiles * cycles * groups + (groups - 1) * pixels * c_out
+                if best is None or cost < best_cost:
+                    best, best_cost = Tiling(groups, tiles, cycles, pixels), cost
+                break
+        if best is not None and groups * out_px**2 * c_out > best_cost:
+            break  # more groups cannot cost less
+    return best
+
+
+@cache
+def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) -> _Cut | None:
+    """Cut a side so that no tile reads more than about `window_px`; None where the borders eat it up."""
+    padding = 0 if kernel == stride else (kernel - 1) // 2
+    out_px = (px - kernel + 2 * padding) // stride + 1
+    most = min(out_px, (window_px - kernel + 2 * padding) // stride + 1)
+    if most >= out_px:
+        return _Cut(1, out_px, out_px, px)
+    tiles = computed = longest_out = longest_in = start = 0
+    while start < out_px:
+        before, first = 0, start * stride - padding  # what is computed for nothing before the tile
+        lead = 0
+        if first < 0:
+            before, first = start, 0
+        else:
+            lead = first % stride
+            if aligned:
+                lead = min(first, lead + (first - lead) % 8)
+            before = (lead + padding) // stride
+        end = min(out_px, start + most)
+        while end > start and before + end - start + _after(end, px, kernel, stride, padding) > most:
+            end -= 1
+        if end <= start:
+            return None
+        length = before + end - start + _after(end, px, kernel, stride, padding)
+        tiles += 1
+        computed += length
+        longest_out = max(longest_out, length)
+        longest_in = max(longest_in, min(px, (end - 1) * stride + kernel - padding) - first + lead)
+        start = end
+    return _Cut(tiles, computed, longest_out, longest_in)
+
+
+def _after(end: int, px: int, kernel: int, stride: int, padding: int) -> int:
+    """Return how many outputs the engine computes for nothing after a tile, as it always pads."""
+    used = max(0, (end - 1) * stride + kernel - padding - px)
+    return max(0, padding - used) // stride
+
+
+def _tile_cycles(width: int, height: int, c_in: int, c_out: int, kernel: int, stride: int) -> int | None:
+    """Return the cycles for a pixel of a tile in the best mode; None where the tile fits in no mode."""
+    lines = min(kernel + stride + 2 + (width <= 8), height)  # that must be there at once
+    costs = []
+    for blocks in _MODES:
+        channels = -(-c_in // blocks)
+        if channels * kernel**2 > _WEIGHTS:
+            continue
+        if _INPUT_BYTES // blocks // channels // _line_bytes(width) >= lines:
+            costs.append(_cycles(c_in, c_out, kernel, blocks))
+    return min(costs, default=None)
+
+
+def _cycles(c_in: int, c_out: int, kernel: int, blocks: int) -> int:
+    outputs = min(_OUTPUTS // blocks, -(-c_out // 8) * 8)
+    return -(-c_out // outputs) * (-(-c_in // blocks) * kernel**2 + _MODES[blocks])
+
+
+def _line_bytes(px: int) -> int:
+    """A line of float16 pixels, in words of 16 bytes."""
+    return -(-px // 8) * 16
