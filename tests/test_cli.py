@@ -10,11 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from pickled_forests import predictor_files, write_zip
 from PIL import Image
 from safetensors.numpy import load_file
 
 from qnas import cli
 from qnas.latency.device import load_device
+from qnas.latency.kernels import Kernel
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
 
@@ -486,3 +488,85 @@ def test_an_unknown_source_of_latencies_is_refused(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "expected device or nn-meter" in complaint(capsys, "predict", searched, "--latency", "guess")
+
+
+def test_nn_meters_predictors_answer_search_derive_and_predict(
+    tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QNAS_HOME", str(tmp_path / "home"))
+    command: list[str | Path] = [*SEARCH, "--space", tiny_yaml, "--latency", "nn-meter", "--out", "run"]
+    told = complaint(capsys, *command, "--budget", "1ms")
+    assert "myriadvpu_openvino2019r2.zip" in told
+    assert "qnas predictors import" in told
+    assert "own model says" in told
+    archive = write_zip(tmp_path / "a.zip", predictor_files("myriad-vpu"))
+    assert qnas("predictors", "import", archive, "--device", "vpu", "-q") == 0
+    capsys.readouterr()
+    assert qnas("predict", "quadranet25-xxs", "--latency", "nn-meter", "--json") == 0
+    (only,) = json.loads(capsys.readouterr().out)
+    assert only["device"] == "myriad-vpu"  # the one that was imported
+    assert {layer["kind"] for layer in only["dearest"]} <= {"direct", "stand-in", "uncovered"}
+    assert "stand-in" in only["note"]
+    assert qnas(*command, "--budget", "100s") == 0
+    assert "direct" in capsys.readouterr().out
+    arch = json.loads(Path("run/arch.json").read_text())
+    assert arch["latency_source"] == "nn-meter"
+    again = ["derive", "run", "--device", "vpu", "--budget", "100s", "--latency", "nn-meter"]
+    assert qnas(*again, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["certificate"] == arch["certificate"]
+
+
+def test_an_exported_file_is_predicted_as_its_architecture(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas("train-subnet", searched, "--epochs", "1", "-q") == 0
+    assert qnas("export", searched, "--resolution", "32") == 0
+    capsys.readouterr()
+    facts = []
+    for target in (searched, searched / "export" / "model.onnx"):
+        assert qnas("predict", target, "--device", "vpu", "--json") == 0
+        facts += json.loads(capsys.readouterr().out)
+    assert facts[0]["latency_ms"] == pytest.approx(facts[1]["latency_ms"], rel=1e-5)
+    assert len(facts[1]["dearest"]) == 5
+    assert qnas("predict", searched / "export" / "model.onnx") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+    (searched / "broken.onnx").write_bytes(b"no")
+    assert "broken.onnx" in complaint(capsys, "predict", searched / "broken.onnx")
+
+
+def test_predictions_are_compared_with_measured_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # networks of one operator, whose latency is the prediction times 1, 1.08 and 1.2
+    device = load_device("vpu")
+    kernel = Kernel("add", 28, 64, 64)
+    true = device.network_ms + device.kernel_ms(kernel)
+    np.savez(
+        tmp_path / "networks.npz",
+        devices=np.array(["myriad-vpu"]),
+        latency_ms=true / np.array([[1.0], [1.08], [1.2], [np.nan]]),
+        family=np.array(["a", "a", "b", "b"]),
+        op_names=np.array(["add"]),
+        ops=np.array([[0, 28, 64, 28, 64, 1, 1, 0]]),
+        indptr=np.arange(5),
+        indices=np.zeros(4, dtype=np.int64),
+    )
+    assert qnas("eval-latency", "networks.npz", "--device", "vpu", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "myriad-vpu"
+    assert set(found["families"]) == {"a", "b"}
+    every = found["all"]
+    assert every["n"] == 3
+    assert every["within_5"] == pytest.approx(1 / 3, abs=1e-3)
+    assert every["within_10"] == pytest.approx(2 / 3, abs=1e-3)
+    assert every["bias"] == pytest.approx(0.28 / 3, abs=1e-3)
+    assert every["rmspe"] == pytest.approx(((0.08**2 + 0.2**2) / 3) ** 0.5, abs=1e-3)
+    assert found["families"]["a"]["within_10"] == 1.0
+    assert set(every) == {"n", "rmspe", "within_5", "within_10", "bias", "spearman"}
+    assert qnas("eval-latency", "networks.npz", "--device", "vpu") == 0
+    shown = capsys.readouterr().out
+    assert "66.7%" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    (tmp_path / "broken.npz").write_bytes(b"no")
+    assert "broken.npz" in complaint(capsys, "eval-latency", "broken.npz", "--device", "vpu")
+    assert "myriad-vpu" in complaint(capsys, "eval-latency", "networks.npz", "--device", "cpu")

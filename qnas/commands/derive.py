@@ -41,7 +41,7 @@ def derive(
     from qnas.derive import read_scores, solution_document, solve
     from qnas.files import write_json, write_text
     from qnas.latency.device import load_device
-    from qnas.latency.prediction import table_from
+    from qnas.latency.prediction import source_note, table_from
     from qnas.latency.table import write_table
     from qnas.text import choices_by_stage, field, files_in, format_count, latency_line
     from qnas.units import format_ms, parse_latency
@@ -75,11 +75,14 @@ def derive(
     if as_json:
         print_json({"folder": str(folder), **document})
         return
+    arch = arch_from_indices(space, solution.indices)
+    note = source_note(latency, known, space, arch)
     of_search = f"{format_ms(searched.document['budget_ms'])} on {searched.document['device']}"
     lines = [
-        choices_by_stage(space, arch_from_indices(space, solution.indices)),
+        choices_by_stage(space, arch),
         "",
         field("latency", latency_line(table, solution.indices, budget_ms)),
+        *([field("", note)] if note else []),
         field(
             "size",
             f"{format_count(document['macs'])} MACs, {format_count(document['params'])} parameters, "

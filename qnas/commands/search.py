@@ -69,7 +69,16 @@ def search(
 
     Example: qnas search --device vpu --budget 30ms
     """
-    asked = {"device": device, "budget": budget, "space": space, "data": data, "latency": latency}
+    from qnas.latency.device import load_device
+    from qnas.latency.prediction import source_note
+
+    asked: dict[str, Any] = {
+        "device": device,
+        "budget": budget,
+        "space": space,
+        "data": data,
+        "latency": latency,
+    }
     config = {
         "seed": seed,
         "search_epochs": epochs,
@@ -90,7 +99,10 @@ def search(
     if former:
         config = {key: former["search"][key] if value is None else value for key, value in config.items()}
     result = _search(asked, config, out, resume=resume, force=force, quiet=quiet, announce=not as_json)
-    _print_search(result, as_json=as_json)
+    note = source_note(
+        asked["latency"], load_device(asked["device"]), result.searcher.space, result.derived.arch
+    )
+    _print_search(result, note, as_json=as_json)
 
 
 def _former_request(out: Path | None) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def _search(
     return run_search(searcher, folder, request, resume=resume, force=force, quiet=quiet)
 
 
-def _print_search(result: "SearchResult", *, as_json: bool) -> None:
+def _print_search(result: "SearchResult", note: str, *, as_json: bool) -> None:
     from qnas import run
     from qnas.text import (
         choices_by_stage,
@@ -203,6 +215,7 @@ def _print_search(result: "SearchResult", *, as_json: bool) -> None:
         choices_by_stage(searcher.space, derived.arch),
         "",
         field("latency", latency_line(searcher.table, indices, searcher.budget_ms)),
+        *([field("", note)] if note else []),
         field("", f"expected of the architecture parameters: {expected}"),
         field(
             "size",

@@ -103,10 +103,9 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     """Predict a network of a space. Raises TableError as `table_from`."""
     table = table_from(latency, device, space)
     indices = arch.indices(space)
-    note = ""
     if latency == NN_METER:
         mapped = nn_meter.predict_rows(device, lower(space, arch))
-        parts, note = _mapped_parts(mapped), _describe(nn_meter.cover(mapped))
+        parts = _mapped_parts(mapped)
     elif device.model:
         parts = _kernel_parts(predict_blocks(device, lower(space, arch)))
     else:
@@ -118,8 +117,15 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         table.margin,
         tuple(parts),
         _batchnorm_ms(latency, device, space, arch),
-        note,
+        source_note(latency, device, space, arch),
     )
+
+
+def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) -> str:
+    """Return what a prediction rests on where its source answers for other operators than ours."""
+    if latency != NN_METER:
+        return ""
+    return _describe(nn_meter.cover(nn_meter.predict_rows(device, lower(space, arch))))
 
 
 def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
