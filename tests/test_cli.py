@@ -476,6 +476,11 @@ def test_a_calibrated_devices_margin_is_kept_and_recorded(
     command[2] = "board.json"
     assert qnas(*command) == 0
     assert "a margin of 25.0% is kept" in capsys.readouterr().out
+    assert qnas("devices", "board.json") == 0
+    listed = capsys.readouterr().out
+    assert "board: Myriad" in listed
+    assert "calibrated on 20 networks, 2026-01-01: 1.100 times the model +0.01 ms" in listed
+    assert max(map(len, listed.splitlines())) <= 80
     arch = json.loads(Path("run/arch.json").read_text())
     assert arch["margin"] == 0.25
     assert arch["limit_ms"] == pytest.approx(1.2 / 1.25)

@@ -89,14 +89,20 @@ def predict(
     typer.echo(describe_predictions(predictions, DEAREST))
 
 
-def devices(as_json: Json = False) -> None:
+def devices(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Device files of your own, to list besides.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the devices whose latencies are known, and how well.
 
     Example: qnas devices
     """
     from qnas.latency.device import device_names, load_device
 
-    known = [load_device(name) for name in device_names()]
+    known = [load_device(name) for name in [*device_names(), *(files or [])]]
     if as_json:
         print_json([json.loads(device.to_json()) for device in known])
         return
@@ -111,7 +117,14 @@ def devices(as_json: Json = False) -> None:
             if "all" in figures:
                 shares = [f"{figures['all'].within_10_pct:.1f}% of {figures['all'].n}"]
             facts.append(f"{held_out} within 10%: {', '.join(shares)}")
-        lines = wrap(f"{device.name} ({', '.join(device.aliases)}): {device.title}", 80)
+        if device.calibration is not None:
+            c = device.calibration
+            facts.append(
+                f"calibrated on {c.n} networks, {c.date}: {c.scale:.3f} times the model "
+                f"{c.offset_ms:+.3g} ms, margin {c.margin:.1%} for {c.level:.0%} of networks"
+            )
+        aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
+        lines = wrap(f"{device.name}{aliases}: {device.title}", 80)
         for fact in facts:
             lines += wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
         blocks.append("\n".join(lines))
