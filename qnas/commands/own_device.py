@@ -1,0 +1,282 @@
+"""A device of one's own from whole networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, print_json
+from qnas.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from qnas.latency.device import Figures
+    from qnas.space import SearchSpace
+
+Times = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CSV",
+        help="The CSV that qnas sample wrote, with latencies, or its folder.",
+        show_default=False,
+    ),
+]
+DeviceName = Annotated[
+    str, typer.Option(help="What the device is called; its file is NAME.json.", show_default=False)
+]
+DeviceFile = Annotated[
+    Path | None, typer.Option(help="Default: NAME.json in this folder.", show_default=False)
+]
+FORMATS = ("onnx", "arch")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file
+
+
+def sample(
+    space: Annotated[str, typer.Option(help="A shipped space by name, or the path of your own YAML.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="How many networks.")] = 100,
+    device: Annotated[
+        str, typer.Option(help="A device, whose latencies say which networks are fast and slow.")
+    ] = "cpu",
+    file_format: Annotated[
+        str, typer.Option("--format", help="onnx: network files too. arch: the choices only.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder. Default: samples/SPACE.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write networks to time, spread over a space's latencies, and a CSV to fill in.
+
+    The networks have random weights, batch 1 and the space's resolution.
+
+    Example: qnas sample --space quadranet-small --n 100 --format onnx --out board
+    """
+    from qnas.latency.device import load_device
+    from qnas.latency.table import load_table
+    from qnas.sampling import choose_networks, write_sample
+    from qnas.space import load_space
+    from qnas.text import field
+    from qnas.units import format_ms
+
+    if file_format not in FORMATS:
+        raise UsageError(f"--format {file_format!r}: expected {' or '.join(FORMATS)}")
+    found = load_space(space)
+    table = load_table(load_device(device), found)
+    networks = choose_networks(found, table, n, seed)
+    folder = out or Path("samples") / found.name
+    onnx = file_format == "onnx"
+    path = write_sample(found, networks, folder, onnx=onnx, seed=seed, force=force, quiet=quiet)
+    times = [table.latency_ms(indices) for indices in networks]
+    if as_json:
+        print_json({"csv": str(path), "networks": n, "format": file_format, "seed": seed})
+        return
+    spread = f"{format_ms(min(times))} to {format_ms(max(times))} on {table.device}"
+    lines = [
+        field("networks", f"{n} of {found.name}, {spread}"),
+        field("files", f"{folder}/: NAME.json{', NAME.onnx' if onnx else ''}, {path.name}"),
+        field("fill in", f"latency_ms in {path}, each network by itself; on this machine: qnas measure"),
+        f"next        qnas fit-latency {path} --device-name NAME",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def measure(
+    csv: Annotated[
+        Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, or its folder.")
+    ],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
+    repeats: Annotated[int, typer.Option(min=2, help="Visits of a network; noisy ones get more.")] = 50,
+    space: Space = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what has a latency.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Time a sample's networks on this machine and fill in its CSV. Interrupted, it can go on.
+
+    Example: qnas measure board --runtime onnxruntime --threads 1
+    """
+    from qnas.measurement import measure_sample
+    from qnas.text import field
+
+    file, found = _open(csv, space)
+    done = measure_sample(
+        file, found, runtime=runtime, threads=threads, repeats=repeats, force=force, quiet=quiet
+    )
+    if as_json:
+        timings = {name: vars(timing) for name, timing in done.timings.items()}
+        print_json({"csv": str(file), "runtime": done.runtime, "noisy": list(done.noisy), "timings": timings})
+        return
+    kept = f", {done.kept} had been before" if done.kept else ""
+    lines = [field("measured", f"{len(done.timings)} networks{kept}; {done.runtime}")]
+    if done.noisy:
+        worst = done.timings[done.noisy[0]].spread
+        names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
+        lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
+    lines.append(f"next        qnas fit-latency {file} --device-name NAME")
+    typer.echo("\n".join(lines))
+
+
+def fit_latency(
+    csv: Times,
+    device_name: DeviceName,
+    space: Space = None,
+    out: DeviceFile = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a device of your own to the times of whole networks.
+
+    The file holds for this space and, less surely, for others with the same operators. It says how far
+    off networks were that a fit had not seen.
+
+    Example: qnas fit-latency board/latencies.csv --device-name board
+    """
+    from datetime import date
+
+    from qnas.files import write_text
+    from qnas.latency.measured import measured_only, one_runtime, read_measured
+    from qnas.latency.own_fit import fit_own, own_device
+    from qnas.text import field, figures_facts
+
+    file, found = _open(csv, space)
+    path = _free_file(device_name, out, force)
+    networks = measured_only(read_measured(file, found), file)
+    runtime = one_runtime(networks, file)
+    fit = fit_own(found, [n.arch for n in networks], [n.latency_ms or 0.0 for n in networks], str(file))
+    device = own_device(
+        fit, name=device_name, space=found, networks=len(networks), runtime=runtime, day=date.today()
+    )
+    write_text(path, device.to_json())
+    if as_json:
+        print_json(
+            {
+                "device": device.name,
+                "file": str(path),
+                "networks": len(networks),
+                **figures_facts(fit.accuracy),
+            }
+        )
+        return
+    lines = [
+        field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
+        field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
+        field("file", str(path)),
+        f"next        qnas search --device {path} --space {found.name} --budget ...",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def calibrate(
+    csv: Times,
+    device: Annotated[str, typer.Option(help="The device to correct, by name, alias or path.")],
+    device_name: DeviceName,
+    level: Annotated[
+        float, typer.Option(help="Share of networks that shall stay below prediction plus margin.")
+    ] = 0.9,
+    space: Space = None,
+    out: DeviceFile = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Correct a device by some 20 measured networks, and learn the margin that budgets need.
+
+    Writes a device of another name: the same model and tables with scale, offset and margin.
+
+    Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
+    """
+    from datetime import date
+
+    from qnas.latency.calibration import calibrate as fit
+    from qnas.latency.calibration import write_calibrated
+    from qnas.latency.device import load_device
+    from qnas.latency.measured import measured_only, one_runtime, read_measured
+    from qnas.latency.table import RUNTIME, load_table
+    from qnas.text import field, figures_facts
+    from qnas.units import format_ms
+
+    if not 0 < level < 1:
+        raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")
+    file, found = _open(csv, space)
+    path = _free_file(device_name, out, force)
+    raw = load_device(device).model_copy(update={"calibration": None})
+    networks = measured_only(read_measured(file, found), file)
+    one_runtime(networks, file)
+    table = load_table(raw, found)
+    done = fit(
+        [table.latency_ms(n.arch.indices(found)) for n in networks],
+        [n.latency_ms or 0.0 for n in networks],
+        level,
+        fixed_ms=dict(table.fixed)[RUNTIME].latency_ms,
+        source=f"{len(networks)} networks of {found.name}",
+        where=str(file),
+        day=date.today(),
+    )
+    write_calibrated(raw, done, path, name=device_name, force=force)
+    calibration = done.calibration
+    if as_json:
+        print_json(
+            {
+                "device": device_name,
+                "file": str(path),
+                **calibration.model_dump(),
+                "before": figures_facts(done.before),
+                "after": figures_facts(done.after),
+            }
+        )
+        return
+    offset = ("-" if calibration.offset_ms < 0 else "+") + f" {format_ms(abs(calibration.offset_ms))}"
+    lines = [
+        field("device", f"{device_name}: {raw.name} times {calibration.scale:.4g} {offset}"),
+        field(
+            "margin",
+            f"{calibration.margin:.1%}: {level:.0%} of such networks stay within it (n = {calibration.n})",
+        ),
+        field("before", f"{_say(done.before)} of {done.before.n} networks not fitted to"),
+        field("after", _say(done.after)),
+        field("file", str(path)),
+        f"next        qnas search --device {path} --space {found.name} --budget ...",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
+    """Return a sample's CSV and its space: the one named, else the copy beside the CSV."""
+    from qnas.arch import SPACE_FILE
+    from qnas.sampling import CSV_FILE
+    from qnas.space import load_space
+
+    file = csv / CSV_FILE if csv.is_dir() else csv
+    beside = file.parent / SPACE_FILE
+    if space is None and not beside.is_file():
+        raise UsageError(
+            f"{file}: no {SPACE_FILE} beside it: say with --space of which space the networks are"
+        )
+    return file, load_space(space or beside)
+
+
+def _free_file(name: str, out: Path | None, force: bool) -> Path:
+    """Return where a device's file goes; before anything is computed, whether it may."""
+    from qnas.latency.device import device_names
+
+    if not re.fullmatch(NAME, name):
+        raise UsageError(
+            f"--device-name {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone"
+        )
+    taken = {known for device, aliases in device_names().items() for known in (device, *aliases)}
+    if name in taken:
+        raise UsageError(f"--device-name {name}: a device that ships has this name: choose another")
+    path = out or Path(f"{name}.json")
+    if path.exists() and not force:
+        raise CheckpointError(f"{path}: exists already: give --force to replace it, or another --out")
+    return path
+
+
+def _say(figures: "Figures") -> str:
+    return (
+        f"{figures.within_5_pct:.1f}% within 5%, {figures.within_10_pct:.1f}% within 10%, "
+        f"off by {figures.rmspe_pct:.1f}% (root mean square), bias {figures.bias_pct:+.1f}%"
+    )
