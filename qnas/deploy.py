@@ -1,8 +1,10 @@
 """A trained network of a run as a file to ship, with what is known of it in the file's metadata."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnas import run
+from qnas import host, run
 from qnas.arch import FoundArch, find_arch
 from qnas.data import normalise
 from qnas.errors import CheckpointError
 from qnas.export import ExportReport, export_onnx
-from qnas.files import read_json
+from qnas.files import read_json, write_json
+from qnas.latency.onnx_graph import read_onnx
 from qnas.lower import check_resolution
+from qnas.measurement import time_files
+from qnas.runtimes import open_runtime
 from qnas.subnet import build_subnet
 from qnas.train_subnet import load_weights
 
@@ -89,6 +94,41 @@ def export_trained(
         found.document.get("budget_ms"),
         found.document.get("latency_ms"),
     )
+
+
+def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) -> dict[str, Any]:
+    """Time a run's exported file on this machine, and record it in the run's arch.json; return that.
+
+    What was predicted is a latency at the space's resolution: a file of another one is refused.
+    Raises CheckpointError where nothing is exported.
+    """
+    found = find_arch(folder)
+    file = folder / run.EXPORT / MODEL
+    px = found.space.input.resolution_px
+    fix = f"qnas export {folder} --resolution {px}"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file: run {fix} first")
+    network = read_onnx(file)
+    if (network.height_px, network.width_px) != (px, px):
+        raise CheckpointError(
+            f"{file}: its input has {network.height_px} px, the prediction is for {px} px: run {fix} --force"
+        )
+    opened = open_runtime(runtime, threads=threads)
+    (timing,) = time_files({MODEL: file}, runtime=runtime, threads=threads, repeats=repeats).values()
+    measured = {
+        "p50_ms": timing.median_ms,
+        "p95_ms": timing.p95_ms,
+        "runs": timing.repeats,
+        "runtime": opened.version,
+        "threads": threads,
+        "machine": host.cpu_name(),
+        "date": date.today().isoformat(),
+        "file": f"{run.EXPORT}/{MODEL}",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    document = {**found.document, "measured": measured}
+    write_json(folder / run.ARCH, document)
+    return document
 
 
 def _read_result(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line as a person meets it: the whole way on the embedded data, and every bad input."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -521,7 +522,7 @@ def test_nn_meters_predictors_answer_search_derive_and_predict(
     assert json.loads(capsys.readouterr().out)["certificate"] == arch["certificate"]
 
 
-def test_an_exported_file_is_predicted_as_its_architecture(
+def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert qnas("train-subnet", searched, "--epochs", "1", "-q") == 0
@@ -535,6 +536,21 @@ def test_an_exported_file_is_predicted_as_its_architecture(
     assert len(facts[1]["dearest"]) == 5
     assert qnas("predict", searched / "export" / "model.onnx") == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+    before = json.loads((searched / "arch.json").read_text())
+    assert qnas("measure", searched, "--repeats", "5") == 0
+    shown = capsys.readouterr().out
+    assert "for myriad-vpu: the measurement is" in shown
+    after = json.loads((searched / "arch.json").read_text())
+    measured = after.pop("measured")
+    assert after == before
+    assert 0 < measured["p50_ms"] <= measured["p95_ms"]
+    assert measured["runtime"].startswith("onnxruntime")
+    file = searched / measured["file"]
+    assert measured["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert qnas("export", searched, "--resolution", "8", "--force") == 0
+    assert "--resolution 32 --force" in complaint(capsys, "measure", searched)
+    file.unlink()
+    assert "run qnas export" in complaint(capsys, "measure", searched)
     (searched / "broken.onnx").write_bytes(b"no")
     assert "broken.onnx" in complaint(capsys, "predict", searched / "broken.onnx")
 

@@ -102,7 +102,7 @@ def devices(
     """
     from qnas.latency.device import device_names, load_device
 
-    known = [load_device(name) for name in [*device_names(), *(files or [])]]
+    known = [load_device(name) for name in (*device_names(), *map(str, files or ()))]
     if as_json:
         print_json([json.loads(device.to_json()) for device in known])
         return

@@ -84,8 +84,12 @@ def sample(
 
 
 def measure(
-    csv: Annotated[
-        Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, or its folder.")
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CSV|RUN",
+            help="The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
+        ),
     ],
     runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
@@ -95,14 +99,20 @@ def measure(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Time a sample's networks on this machine and fill in its CSV. Interrupted, it can go on.
+    """Time networks on this machine: a sample's, into its CSV, or an exported one, into its arch.json.
+
+    A sample's measurement that was interrupted goes on where it was.
 
     Example: qnas measure board --runtime onnxruntime --threads 1
     """
+    from qnas.arch import ARCH_FILE
     from qnas.measurement import measure_sample
     from qnas.text import field
 
-    file, found = _open(csv, space)
+    if (target / ARCH_FILE).is_file():
+        _measure_exported(target, runtime, threads, repeats, as_json=as_json)
+        return
+    file, found = _open(target, space)
     done = measure_sample(
         file, found, runtime=runtime, threads=threads, repeats=repeats, force=force, quiet=quiet
     )
@@ -117,6 +127,27 @@ def measure(
         names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
         lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
     lines.append(f"next        qnas fit-latency {file} --device-name NAME")
+    typer.echo("\n".join(lines))
+
+
+def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
+    from qnas.deploy import measure_exported
+    from qnas.text import field
+    from qnas.units import format_ms
+
+    document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
+    measured = document["measured"]
+    if as_json:
+        print_json(measured)
+        return
+    p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
+    lines = [field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {measured['machine']}")]
+    if document.get("latency_ms"):
+        ratio = measured["p50_ms"] / document["latency_ms"] - 1.0
+        predicted = f"{format_ms(document['latency_ms'])} for {document['device']}"
+        lines.append(field("predicted", f"{predicted}: the measurement is {ratio:+.1%} from it"))
+        lines.append(field("budget", f"{format_ms(document['budget_ms'])}, margin {document['margin']:.1%}"))
+    lines.append(field("file", f"recorded in {folder / 'arch.json'}"))
     typer.echo("\n".join(lines))
 
 
