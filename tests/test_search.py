@@ -280,13 +280,15 @@ def test_the_expected_latency_settles_at_the_budget(device: str, space_name: str
         value = float(expected_latency(alpha.detach() / temperature, mask, table.fixed_ms, cells))
         multiplier = multiplier.after(value, budget_ms, task_norm)
         tail.append(value / budget_ms - 1)
-    # sharp probabilities have whole blocks, and a block of the A100's is a seventh of the budget
+    # sharp probabilities have whole blocks, and one of a GPU's, which is mostly launches, may be a
+    # seventh of the budget and more
     one_block = max(max(row) for row in table.ms) / budget_ms
     assert abs(float(np.mean(tail[-20:]))) < max(0.05, min(0.15, one_block))
     log_p = log_probabilities(alpha.detach() / temperature, mask)
     scores = tuple(tuple(row[:n].tolist()) for row, n in zip(log_p, counts, strict=True))
     solution = solve(scores, table, budget_ms)
-    assert solution.latency_ms > 0.85 * budget_ms  # the latency that was allowed is used
+    # the latency that was allowed is used, but for less than a block
+    assert solution.latency_ms > (1 - max(0.15, one_block)) * budget_ms
     # and used well: better by the task's taste than random networks of the same latency
     rivals = sample_near(table, 0.97 * solution.latency_ms, solution.latency_ms, 20, np.random.default_rng(0))
 
