@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from qnas.files import write_text
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
 from qnas.latency.networks import figures
 from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
-from qnas.latency.timing import TOLERANCE, Call, Timing, noisy
+from qnas.latency.timing import TOLERANCE, Maker, Timing, noisy
 from qnas.lower import BlockSpec, Slot, fill, lower, skeleton
 from qnas.rounds import time_all
 from qnas.runtimes import Runtime, Shape
@@ -43,8 +43,8 @@ from qnas.space import Candidate, SearchSpace
 from qnas.subnet import build_network
 
 COPIES = 4  # blocks of a chain
-INSTANCES = 3  # of each chain, in memory of their own
-REPEATS = 150  # of all instances together
+LOADS = 3  # of each chain
+REPEATS = 150  # in all loads together
 NETWORKS = 8  # whole ones
 _JITTER = 0.1  # of norms and biases
 _OUTLIER = 3.0  # standard errors by which a larger block is faster
@@ -145,10 +145,12 @@ def profile_space(
             f"{state_file}: an interrupted measurement: give --resume to go on, --force to start anew"
         )
     parts, networks = distinct_parts(space), _some_networks(space)
-    makers: dict[str, Callable[[], list[Call]]] = {
-        RUNTIME: partial(runtime.compile, nn.Identity(), (1, 1, 1), INSTANCES),
-        **{part.name: partial(_compile_part, runtime, part) for part in parts.values()},
-        **{title: partial(_compile_network, runtime, space, i) for title, i in networks.items()},
+    px = space.input.resolution_px
+    image = (space.input.channels, px, px)
+    makers = {
+        RUNTIME: _maker(runtime, nn.Identity, (1, 1, 1)),
+        **{part.name: _maker(runtime, part.build, part.shape) for part in parts.values()},
+        **{title: _maker(runtime, partial(_build, space, i), image) for title, i in networks.items()},
     }
     request = {
         "space_digest": space.digest,
@@ -156,13 +158,13 @@ def profile_space(
         "machine": device.title,
         "runtime": device.runtime,
         "copies": COPIES,
-        "instances": INSTANCES,
     }
     timings = time_all(
         makers,
-        stopwatch=runtime.stopwatch,
+        loads=LOADS,
         repeats=repeats,
         tolerance=tolerance,
+        stopwatch=runtime.stopwatch,
         state_file=state_file,
         request=request,
         resume=resume,
@@ -201,18 +203,20 @@ def _some_networks(space: SearchSpace) -> dict[str, Indices]:
     return {f"network {i + 1}": indices for i, indices in enumerate(found)}
 
 
-def _compile_part(runtime: Runtime, part: Part) -> list[Call]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return runtime.compile(part.build(), part.shape, INSTANCES)
+def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Maker:
+    """Return what makes instances of a module, which is built and compiled when the first is made."""
+
+    @cache
+    def compiled() -> Maker:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return runtime.compile(build(), shape)
+
+    return lambda: compiled()()
 
 
-def _compile_network(runtime: Runtime, space: SearchSpace, indices: Indices) -> list[Call]:
-    px = space.input.resolution_px
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = _drawn(build_network(lower(space, arch_from_indices(space, indices))))
-        return runtime.compile(network, (space.input.channels, px, px), INSTANCES)
+def _build(space: SearchSpace, indices: Indices) -> nn.Module:
+    return _drawn(build_network(lower(space, arch_from_indices(space, indices))))
 
 
 def _drawn(module: nn.Module) -> nn.Module:
@@ -239,7 +243,7 @@ def _device(runtime: Runtime, name: str, repeats: int) -> Device:
         "batch": 1,
         "unit": "ms",
         "kind": "measured",
-        "source": f"qnas profile {__version__}: chains of {COPIES} blocks, {INSTANCES} instances, medians "
+        "source": f"qnas profile {__version__}: chains of {COPIES} blocks, {LOADS} loads, medians "
         f"of {repeats} or more interleaved runs; {host.load()}, {clock}",
         "date": date.today().isoformat(),
     }

@@ -1,112 +1,122 @@
-"""Timing many things in one sitting: with progress, saved samples, and Ctrl-C.
+"""Timing many things in one sitting: with progress, saved samples, Ctrl-C, and going on.
 
-Everything is visited in rounds (`qnas.latency.timing`). A thing may come in several instances of
-equal work: where an instance lies in memory can cost it several percent for as long as it lives,
-which no repeating shows. Its latency is the median of the samples of all of them.
+Everything is visited in rounds (`qnas.latency.timing`), and made several times: an instance is one or
+two percent faster or slower for as long as it lives, by where in memory it came to lie, which no
+repeating shows. So instances of all things are made, visited and dropped, one load after another, no
+more than one of each at a time; a latency is the median of the samples of all loads. What is noisy
+after that gets further loads: where instances disagree, visits of the same ones would not help.
 """
 
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qnas.errors import CheckpointError, Interrupted
 from qnas.files import read_json, write_json
-from qnas.latency.timing import MOST_REPEATS, Call, Stopwatch, Timing, noisy, sample_rounds, summarise
+from qnas.latency.timing import Maker, Stopwatch, Timing, noisy, sample_rounds, spread, summarise
 from qnas.progress import Progress
 from qnas.run import changed_keys, interruptible
 
 SCHEMA = "qnas.samples/1"
+MOST_REPEATS = 4  # times `repeats`: the bound for what stays noisy
 _SAVE_SECONDS = 10.0  # between two savings
 
-Samples = dict[str, list[Sequence[float]]]  # name -> instance -> milliseconds of each call
+Samples = dict[str, list[Sequence[float]]]  # name -> load -> milliseconds of each call
 
 
 def time_all(
-    makers: Mapping[str, Callable[[], Sequence[Call]]],
+    makers: Mapping[str, Maker],
     *,
-    stopwatch: Stopwatch,
+    loads: int,
     repeats: int,
     tolerance: float,
-    state_file: Path,
-    request: Mapping[str, Any],
-    resume: bool,
-    quiet: bool,
+    stopwatch: Stopwatch,
+    state_file: Path | None = None,
+    request: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    go_on: str = "--resume",
+    quiet: bool = False,
 ) -> dict[str, Timing]:
-    """Return what each of these takes; a maker makes the instances that are timed.
+    """Return what each of these takes, as `pool` says.
 
-    Each is visited `repeats` times, the noisy ones up to MOST_REPEATS times as often. `request` is all
-    that the samples depend on; with `resume` those in `state_file` count too, and the file is removed
-    at the end. Raises Interrupted, having saved the samples, after Ctrl-C or SIGTERM; CheckpointError
-    where the samples to be resumed are missing, damaged, or of another request.
+    Each is visited `repeats` times, in equal shares rounded up, in so many loads; what is noisy then in
+    up to MOST_REPEATS times as many. `request` is all that samples depend on; with `resume` those in
+    `state_file` count too, and the file is removed at the end. Raises Interrupted after Ctrl-C or
+    SIGTERM, having saved the samples and saying what goes on from them; CheckpointError where the
+    samples to be resumed are missing, damaged, or of another request.
     """
-    samples = _read(state_file, request) if resume else {}
-
-    def stop_if_asked() -> None:
-        if signals:
-            _write(state_file, request, samples)
-            raise Interrupted(f"the samples are saved in {state_file}: --resume goes on from them")
-
-    def visit(names: Sequence[str], wanted: int, phase: str) -> None:
-        """Visit these until each has so many samples."""
-        saved = time.monotonic()
-        each = math.ceil(wanted / max(len(instances[name]) for name in names))
-        calls = {f"{name} {i}": call for name in names for i, call in enumerate(instances[name])}
-        earlier = {f"{name} {i}": values for name in names for i, values in enumerate(samples[name])}
-        with Progress(each, phase, quiet=quiet) as progress:
-            progress.skip(min(each, *map(len, earlier.values())))
-            for newer, _ in sample_rounds(
-                calls, repeats=each, tolerance=math.inf, stopwatch=stopwatch, earlier=earlier
-            ):
-                for name in names:
-                    samples[name] = [newer[f"{name} {i}"] for i in range(len(instances[name]))]
-                progress.step()
-                stop_if_asked()
-                if time.monotonic() - saved > _SAVE_SECONDS:
-                    _write(state_file, request, samples)
-                    saved = time.monotonic()
-
-    instances: dict[str, Sequence[Call]] = {}
+    request = {**(request or {}), "loads": loads}
+    samples: Samples = {name: [] for name in makers}
+    if resume:
+        assert state_file is not None
+        samples |= _read(state_file, request)
+    saved = time.monotonic()
     with interruptible() as signals:
-        with Progress(len(makers), "prepare", quiet=quiet) as progress:
-            for name, make in makers.items():
-                instances[name] = make()
-                progress.step(name)
-                stop_if_asked()
-        for name, calls in instances.items():
-            known = samples.get(name, [])
-            samples[name] = [known[i] if i < len(known) else () for i in range(len(calls))]
-        visit(list(makers), repeats, "measure")
-        for times in range(2, MOST_REPEATS + 1):
-            unsure = noisy(_timings(samples, makers), tolerance)
-            if unsure:
-                visit(unsure, times * repeats, f"repeat {len(unsure)} noisy")
-    state_file.unlink(missing_ok=True)
+        for _ in _visit_all(makers, samples, loads, math.ceil(repeats / loads), tolerance, stopwatch, quiet):
+            if state_file is not None and (signals or time.monotonic() - saved > _SAVE_SECONDS):
+                write_json(state_file, {"schema": SCHEMA, "request": request, "samples": samples})
+                saved = time.monotonic()
+            if signals:
+                where = f"the samples are saved in {state_file}: {go_on} goes on from them"
+                raise Interrupted(where if state_file else "nothing is saved")
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
     return _timings(samples, makers)
 
 
-def pool(instances: Sequence[Sequence[float]]) -> Timing:
-    """Summarise the samples of several instances.
+def pool(loads: Sequence[Sequence[float]]) -> Timing:
+    """Summarise the samples of several loads.
 
-    The spread has both parts: that of the samples, and the standard error of the instances' mean.
+    The spread has both parts: that of the samples, and that of the loads' medians, of which each alike
+    ignores a slow spell of the machine.
     """
-    together = summarise([value for values in instances for value in values])
-    medians = [statistics.median(values) for values in instances]
-    if len(medians) < 2 or together.median_ms <= 0:
-        return together
-    between = statistics.stdev(medians) / math.sqrt(len(medians)) / together.median_ms
+    together = summarise([value for values in loads for value in values])
+    between = spread([statistics.median(values) for values in loads])
     return replace(together, spread=math.hypot(together.spread, between))
+
+
+def _visit_all(
+    makers: Mapping[str, Maker],
+    samples: Samples,
+    loads: int,
+    visits: int,
+    tolerance: float,
+    stopwatch: Stopwatch,
+    quiet: bool,
+) -> Iterator[None]:
+    """Bring the samples up to so many visits in each load; yield after each instance and round."""
+    prepared = False  # in the first load things may have to be compiled: only that takes long
+    for load in range(MOST_REPEATS * loads):
+        names = makers if load < loads else noisy(_timings(samples, makers), tolerance)
+        earlier = {name: samples[name][load] if load < len(samples[name]) else () for name in names}
+        due = [name for name in names if len(earlier[name]) < visits]
+        if not due:
+            continue
+        phase = f"load {load + 1} of {loads}" if load < loads else f"repeat {len(due)} noisy"
+        calls = {}
+        # in another order each time, or all would come to lie where they lay before
+        with Progress(len(due), "prepare", quiet=quiet or prepared) as progress:
+            for name in random.Random(load).sample(due, len(due)):
+                calls[name] = makers[name]()
+                progress.step(name)
+                yield
+        prepared = True
+        with Progress(visits, phase, quiet=quiet) as progress:
+            progress.skip(min(len(earlier[name]) for name in due))
+            for newer in sample_rounds(calls, visits, stopwatch, seed=load, earlier=earlier):
+                for name, values in newer.items():
+                    samples[name][load : load + 1] = [values]
+                progress.step()
+                yield
 
 
 def _timings(samples: Samples, names: Mapping[str, object]) -> dict[str, Timing]:
     return {name: pool(samples[name]) for name in names}
-
-
-def _write(path: Path, request: Mapping[str, Any], samples: Samples) -> None:
-    write_json(path, {"schema": SCHEMA, "request": dict(request), "samples": samples})
 
 
 def _read(path: Path, request: Mapping[str, Any]) -> Samples:
@@ -123,11 +133,16 @@ def _read(path: Path, request: Mapping[str, Any]) -> Samples:
         raise CheckpointError(f"{path}: damaged: expected samples of the schema {SCHEMA}: give --force")
     changed = changed_keys(state["request"], request)
     if changed:
-        raise CheckpointError(f"{path}: cannot resume, changed since it started: {'; '.join(changed)}")
+        raise CheckpointError(
+            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: "
+            "give --force to start anew"
+        )
     return samples
 
 
 def _are_latencies(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and 0 <= value < math.inf for value in values
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(value, int | float) and 0 <= value < math.inf for value in values)
     )

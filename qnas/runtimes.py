@@ -14,6 +14,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +22,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qnas.errors import UsageError, nearest
 from qnas.export import fold_quadratic_norms, trace_onnx
-from qnas.latency.timing import Call, Stopwatch, host_stopwatch
+from qnas.latency.timing import Call, Maker, Stopwatch, host_stopwatch
 from qnas.run import first_line
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
@@ -45,8 +46,7 @@ class Runtime:
     threads: int
     version: str  # "onnxruntime 1.31.1"
     settings: str  # whatever else a latency depends on
-    # a module to so many instances of it: where an instance lies in memory can cost it a few percent
-    compile: Callable[[nn.Module, Shape, int], list[Call]]
+    compile: Callable[[nn.Module, Shape], Maker]
     stopwatch: Stopwatch
 
 
@@ -149,27 +149,32 @@ def fold_norms(module: nn.Module) -> None:
             before = name, child
 
 
-def _torch_parts(module: nn.Module, shape: Shape, device: str) -> tuple[nn.Module, Tensor]:
-    """Return a copy of the module as it is deployed, and an image for it."""
-    network = copy.deepcopy(module).eval()
-    fold_norms(network)
-    network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    image = torch.from_numpy(_random_image((1, *shape)))
-    return network, image.to(device=device, memory_format=torch.channels_last)
+def _torch_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
+    deployed = copy.deepcopy(module).eval()
+    fold_norms(deployed)
+
+    def make() -> Call:
+        network: nn.Module = copy.deepcopy(deployed)
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        image = torch.from_numpy(_random_image((1, *shape)))
+        image = image.to(device=device, memory_format=torch.channels_last)
+
+        @torch.inference_mode()
+        def call() -> object:
+            return network(image)
+
+        return call
+
+    return make
 
 
-def _torch_call(module: nn.Module, shape: Shape, device: str) -> Call:
-    network, image = _torch_parts(module, shape, device)
-
-    @torch.inference_mode()
-    def call() -> object:
-        return network(image)
-
-    return call
+def _cuda_graph_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
+    make = _torch_maker(module, shape, device)
+    return lambda: _captured(make())
 
 
-def _cuda_graph_call(module: nn.Module, shape: Shape, device: str) -> Call:
-    run = _torch_call(module, shape, device)
+def _captured(run: Call) -> Call:
+    """Return what replays a call as a CUDA graph."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -208,7 +213,7 @@ def event_stopwatch(cuda: Any = torch.cuda) -> Stopwatch:
 
 
 def _cuda(threads: int, cuda_graph: bool) -> Runtime:
-    make = _cuda_graph_call if cuda_graph else _torch_call
+    compile_ = _cuda_graph_maker if cuda_graph else _torch_maker
     torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN choose by measuring
     tf32 = "TF32" if torch.backends.cudnn.allow_tf32 else "no TF32"
     return Runtime(
@@ -219,7 +224,7 @@ def _cuda(threads: int, cuda_graph: bool) -> Runtime:
         f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
         f"{'CUDA graph' if cuda_graph else 'eager'}, channels_last, {tf32} in convolutions, "
         "cuDNN benchmarked, timed by events",
-        lambda module, shape, n: [make(module, shape, "cuda") for _ in range(n)],
+        partial(compile_, device="cuda"),
         event_stopwatch(),
     )
 
@@ -231,39 +236,31 @@ def _torch(threads: int) -> Runtime:
         threads,
         f"torch {torch.__version__}",
         "eager, inference mode, channels_last",
-        lambda module, shape, n: [_torch_call(module, shape, "cpu") for _ in range(n)],
+        partial(_torch_maker, device="cpu"),
         host_stopwatch(),
     )
 
 
 def _onnxruntime(threads: int) -> Runtime:
-    def compile_(module: nn.Module, shape: Shape, n: int) -> list[Call]:
-        file = _to_onnx(module, shape)
-        return [onnx_session(file, threads) for _ in range(n)]
-
     return Runtime(
         "onnxruntime",
         "cpu",
         threads,
         f"onnxruntime {onnxruntime.__version__}",
         "CPU provider, all graph optimisations, sequential, no spinning between runs",
-        compile_,
+        lambda module, shape: partial(onnx_session, _to_onnx(module, shape), threads),
         host_stopwatch(),
     )
 
 
 def _openvino_runtime(threads: int) -> Runtime:
-    def compile_(module: nn.Module, shape: Shape, n: int) -> list[Call]:
-        file = _to_onnx(module, shape)
-        return [openvino_session(file, threads) for _ in range(n)]
-
     return Runtime(
         "openvino",
         "cpu",
         threads,
         f"OpenVINO {_openvino().__version__.partition('-')[0]}",
         "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1",
-        compile_,
+        lambda module, shape: partial(openvino_session, _to_onnx(module, shape), threads),
         host_stopwatch(),
     )
 

@@ -1,23 +1,20 @@
 """Timing in rounds, on a clock that only the calls move."""
 
-import itertools
-import math
-import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qnas.latency.timing import (
-    MOST_REPEATS,
     Call,
     Stopwatch,
+    Timing,
     host_stopwatch,
     noisy,
     sample_rounds,
     spread,
     summarise,
-    time_interleaved,
 )
 
 
@@ -39,10 +36,15 @@ class Clock:
         return run
 
 
+def timings_of(calls: dict[str, Call], repeats: int, clock: Clock, **options: Any) -> dict[str, Timing]:
+    *_, samples = sample_rounds(calls, repeats, clock.stopwatch(), **options)
+    return {name: summarise(values) for name, values in samples.items()}
+
+
 def test_a_call_takes_what_its_clock_says() -> None:
     clock = Clock()
     calls = {"a": clock.call("a", lambda: 2.0), "b": clock.call("b", lambda: 0.5)}
-    timings = time_interleaved(calls, repeats=5, stopwatch=clock.stopwatch())
+    timings = timings_of(calls, 5, clock)
     assert {name: t.median_ms for name, t in timings.items()} == {"a": 2.0, "b": 0.5}
     assert all(t.p95_ms == t.median_ms and t.spread == 0 and t.repeats == 5 for t in timings.values())
 
@@ -50,7 +52,7 @@ def test_a_call_takes_what_its_clock_says() -> None:
 def test_a_short_call_is_timed_in_loops_and_costs_a_share_of_them() -> None:
     clock = Clock()
     calls = {"short": clock.call("short", lambda: 0.001)}
-    timings = time_interleaved(calls, repeats=3, warm_up=2, min_sample_ms=0.1, stopwatch=clock.stopwatch())
+    timings = timings_of(calls, 3, clock, warm_up=2, min_sample_ms=0.1)
     assert timings["short"].median_ms == pytest.approx(0.001)
     assert len(clock.log) == 2 + 3 * (1 + 100)  # warm-up, then a call without timing before each loop
 
@@ -59,7 +61,7 @@ def test_every_round_visits_all_calls_once_and_orders_differ() -> None:
     clock = Clock()
     names = "abcdef"
     calls = {name: clock.call(name, lambda: 1.0) for name in names}
-    time_interleaved(calls, repeats=6, warm_up=1, stopwatch=clock.stopwatch())
+    timings_of(calls, 6, clock, warm_up=1)
     visits = clock.log[len(names) :: 2]  # each visit is an untimed call and a timed one
     rounds = [visits[i : i + len(names)] for i in range(0, len(visits), len(names))]
     assert len(rounds) == 6
@@ -75,7 +77,7 @@ def test_a_slow_spell_hits_all_calls_alike() -> None:
         return lambda: milliseconds * (3 if start < clock.now_ns < 10 * start else 1)
 
     calls = {"a": clock.call("a", slowed(1.0)), "b": clock.call("b", slowed(2.0))}
-    timings = time_interleaved(calls, repeats=40, tolerance=math.inf, stopwatch=clock.stopwatch())
+    timings = timings_of(calls, 40, clock)
     assert timings["b"].median_ms == pytest.approx(2 * timings["a"].median_ms)
     assert timings["a"].p95_ms == 3.0  # the spell was there
 
@@ -93,28 +95,13 @@ def test_the_first_call_of_a_visit_does_not_count() -> None:
         return cost
 
     calls = {name: clock.call(name, cold(name)) for name in "ab"}
-    timings = time_interleaved(calls, repeats=4, stopwatch=clock.stopwatch())
+    timings = timings_of(calls, 4, clock)
     assert [timings[name].median_ms for name in "ab"] == [1.0, 1.0]
 
 
-def test_only_noisy_calls_are_repeated_and_up_to_the_bound() -> None:
-    clock, rng = Clock(), random.Random(0)
-    calls = {
-        "quiet": clock.call("quiet", lambda: 1.0),
-        "noisy": clock.call("noisy", lambda: rng.choice([1.0, 3.0])),
-    }
-    timings = time_interleaved(calls, repeats=10, tolerance=0.01, stopwatch=clock.stopwatch())
-    assert timings["quiet"].repeats == 10
-    assert timings["noisy"].repeats == MOST_REPEATS * 10
-    assert noisy(timings, 0.01) == ("noisy",)
-
-
-def test_a_noisy_call_is_repeated_until_it_is_quiet() -> None:
-    clock, rng = Clock(), random.Random(0)
-    calls = {"a": clock.call("a", lambda: rng.gauss(1.0, 0.03))}
-    timing = time_interleaved(calls, repeats=10, tolerance=0.008, stopwatch=clock.stopwatch())["a"]
-    assert 10 < timing.repeats < MOST_REPEATS * 10
-    assert timing.spread <= 0.008
+def test_noisy_calls_are_named_the_noisiest_first() -> None:
+    timings = {name: Timing(1.0, 1.0, spread, 5) for name, spread in (("a", 0.02), ("b", 0.01), ("c", 0.03))}
+    assert noisy(timings, 0.01) == ("c", "a")
 
 
 def test_spread_is_the_standard_error_of_a_normal_median() -> None:
@@ -131,31 +118,25 @@ def test_spread_ignores_a_few_interruptions() -> None:
 
 def test_earlier_samples_count() -> None:
     clock = Clock()
-    calls = {"a": clock.call("a", lambda: 1.0)}
-    earlier = {"a": [7.0, 7.0, 7.0]}
-    rounds = list(
-        sample_rounds(calls, repeats=5, tolerance=math.inf, stopwatch=clock.stopwatch(), earlier=earlier)
-    )
-    assert [samples["a"] for samples, _ in rounds] == [(7.0, 7.0, 7.0, 1.0), (7.0, 7.0, 7.0, 1.0, 1.0)]
-    assert [left for _, left in rounds] == [1, 0]
-    assert summarise(rounds[-1][0]["a"]).median_ms == 7.0
-    assert earlier == {"a": [7.0, 7.0, 7.0]}
-    assert not list(sample_rounds(calls, repeats=5, stopwatch=clock.stopwatch(), earlier={"a": [1.0] * 5}))
+    calls = {"a": clock.call("a", lambda: 1.0), "b": clock.call("b", lambda: 1.0)}
+    earlier = {"a": [7.0, 7.0, 7.0], "b": [8.0] * 5}
+    rounds = list(sample_rounds(calls, 5, clock.stopwatch(), earlier=earlier))
+    assert [samples["a"] for samples in rounds] == [(7.0, 7.0, 7.0, 1.0), (7.0, 7.0, 7.0, 1.0, 1.0)]
+    assert [samples["b"] for samples in rounds] == [(8.0,) * 5] * 2
+    assert "b" not in clock.log
+    assert earlier["a"] == [7.0, 7.0, 7.0]
+    assert not list(sample_rounds(calls, 3, clock.stopwatch(), earlier=earlier))
 
 
-def test_progress_never_falls_and_ends_with_all_done() -> None:
-    clock, rng = Clock(), random.Random(1)
-    calls = {name: clock.call(name, lambda: rng.choice([1.0, 1.5])) for name in "ab"}
-    told: list[tuple[int, int]] = []
-    time_interleaved(
-        calls,
-        repeats=5,
-        stopwatch=clock.stopwatch(),
-        on_progress=lambda done, total: told.append((done, total)),
-    )
-    assert all(a[0] < b[0] for a, b in itertools.pairwise(told))
-    assert told[-1][0] == told[-1][1]
+def test_another_seed_is_another_order() -> None:
+    logs = []
+    for seed in (0, 0, 1):
+        clock = Clock()
+        calls = {name: clock.call(name, lambda: 1.0) for name in "abcdef"}
+        timings_of(calls, 3, clock, seed=seed)
+        logs.append(clock.log)
+    assert logs[0] == logs[1] != logs[2]
 
 
 def test_no_calls_take_nothing() -> None:
-    assert time_interleaved({}) == {}
+    assert not list(sample_rounds({}, 5, Clock().stopwatch()))

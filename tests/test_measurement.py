@@ -1,3 +1,5 @@
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -9,20 +11,29 @@ from qnas.errors import CheckpointError, Interrupted, UsageError
 from qnas.files import read_json
 from qnas.latency.measured import Measured, read_measured, write_measured
 from qnas.latency.timing import Call
-from qnas.measurement import LOADS, measure_sample, time_files, warm
+from qnas.measurement import LOADS, measure_sample, time_files
 from qnas.space import SearchSpace
 
 ARCH = Arch(("quadra_k3_e2", "identity", "quadra_k3_e2", "identity"))
+OTHER_ARCH = Arch(("quadra_k3_e2", "identity", "identity", "identity"))
 TIMES_MS = {"a": 0.3, "b": 1.2}
 
 
+class Opened(list[str]):
+    """The names of the files that were opened; optionally a Ctrl-C when so many were."""
+
+    interrupt_at = -1
+
+
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace onnxruntime by calls that wait; the names of the files that were opened."""
-    names: list[str] = []
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """Replace onnxruntime by calls that wait."""
+    names = Opened()
 
     def session(path: Path, threads: int) -> Call:
         names.append(path.stem)
+        if len(names) == names.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
 
         def call() -> None:
             end = time.perf_counter() + TIMES_MS[path.stem] / 1e3
@@ -46,14 +57,12 @@ def file(tmp_path: Path) -> Path:
 
 def measure(file: Path, space: SearchSpace, *, threads: int = 1, force: bool = False) -> int:
     done = measure_sample(
-        file, space, runtime="onnxruntime", threads=threads, repeats=5, tolerance=1.0, force=force, quiet=True
+        file, space, runtime="onnxruntime", threads=threads, repeats=5, tolerance=1e3, force=force, quiet=True
     )
     return len(done.timings)
 
 
-def test_the_times_of_all_networks_are_filled_in(
-    file: Path, tiny_space: SearchSpace, opened: list[str]
-) -> None:
+def test_the_times_of_all_networks_are_filled_in(file: Path, tiny_space: SearchSpace, opened: Opened) -> None:
     assert measure(file, tiny_space) == 2
     for row in read_measured(file, tiny_space):
         assert row.latency_ms is not None
@@ -65,9 +74,7 @@ def test_the_times_of_all_networks_are_filled_in(
     assert {path.suffix for path in file.parent.iterdir()} == {".csv", ".onnx"}
 
 
-def test_what_is_measured_is_not_measured_again(
-    file: Path, tiny_space: SearchSpace, opened: list[str]
-) -> None:
+def test_what_is_measured_is_not_measured_again(file: Path, tiny_space: SearchSpace, opened: Opened) -> None:
     measure(file, tiny_space)
     before = file.read_text(encoding="utf-8")
     opened.clear()
@@ -75,20 +82,22 @@ def test_what_is_measured_is_not_measured_again(
     assert opened == []
     assert file.read_text(encoding="utf-8") == before
     assert measure(file, tiny_space, force=True) == 2
-    assert opened == ["a", "b"] * LOADS
+    assert sorted(opened) == ["a"] * LOADS + ["b"] * LOADS
 
 
-def test_every_load_has_its_share_of_the_visits(file: Path, opened: list[str]) -> None:
+def test_files_are_timed_as_those_of_a_sample(file: Path, opened: Opened) -> None:
     files = {name: file.parent / f"{name}.onnx" for name in TIMES_MS}
     timings = time_files(files, repeats=10)
-    assert opened[: 2 * LOADS] == ["a", "b"] * LOADS
+    assert all(opened.count(name) >= LOADS for name in TIMES_MS)
     for name, timing in timings.items():
         assert timing.repeats >= 10
         assert TIMES_MS[name] <= timing.median_ms < 2 * TIMES_MS[name]
+    with pytest.raises(UsageError, match=r"unknown runtime 'torch'.*known: onnxruntime, openvino"):
+        time_files(files, runtime="torch")
 
 
 def test_times_of_another_runtime_are_not_mixed_in(
-    file: Path, tiny_space: SearchSpace, opened: list[str]
+    file: Path, tiny_space: SearchSpace, opened: Opened
 ) -> None:
     write_measured(file, [Measured("a", ARCH, 1.0, runtime="a board"), Measured("b", ARCH)])
     before = file.read_text(encoding="utf-8")
@@ -98,44 +107,37 @@ def test_times_of_another_runtime_are_not_mixed_in(
 
 
 def test_an_interrupted_measurement_goes_on_from_its_samples(
-    file: Path, tiny_space: SearchSpace, opened: list[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, tiny_space: SearchSpace, opened: Opened
 ) -> None:
-    class Stopping:
-        def __init__(self) -> None:
-            self.asked = 0
-
-        def __bool__(self) -> bool:
-            self.asked += 1
-            return self.asked > 6  # two files loaded, a round, and the same once more
-
-    class Signals:
-        def __enter__(self) -> Stopping:
-            return Stopping()
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
     before = file.read_text(encoding="utf-8")
-    with monkeypatch.context() as patch:
-        patch.setattr(qnas.measurement, "interruptible", Signals)
-        with pytest.raises(Interrupted, match="the same command goes on from them"):
-            measure(file, tiny_space)
+    opened.interrupt_at = 5  # in the third load
+    with pytest.raises(Interrupted, match="the same command goes on from them"):
+        measure(file, tiny_space)
     assert file.read_text(encoding="utf-8") == before
     state = file.with_suffix(".samples.json")
     earlier = read_json(state, CheckpointError)["samples"]
-    assert {name: len(samples) for name, samples in earlier.items()} == {"a": 2, "b": 2}
-    # earlier samples count: with times of their own they show in the median
-    state.write_text(state.read_text().replace(str(earlier["a"][0]), "77.0"), encoding="utf-8")
+    assert {name: len(loads) for name, loads in earlier.items()} == {"a": 2, "b": 2}
+    # earlier samples count: with times of their own they show in the 95th percentile
+    state.write_text(state.read_text().replace(str(earlier["a"][0][0]), "77.0"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"cannot resume, .*runtime was .*1 thread.*: give --force"):
+        measure(file, tiny_space, threads=2)
     measure(file, tiny_space)
     assert not state.exists()
     p95_ms = next(row.p95_ms for row in read_measured(file, tiny_space) if row.name == "a")
     assert p95_ms is not None
     assert p95_ms > 10
-    measure(file, tiny_space)
-    state.write_text('{"schema": "qnas.samples/1", "runtime": "another", "samples": {}}', encoding="utf-8")
-    write_measured(file, [Measured(name, ARCH) for name in TIMES_MS])
-    with pytest.raises(CheckpointError, match="samples of 'another'"):
+
+
+def test_samples_of_a_sample_that_was_replaced_are_refused(
+    file: Path, tiny_space: SearchSpace, opened: Opened
+) -> None:
+    opened.interrupt_at = 3
+    with pytest.raises(Interrupted):
         measure(file, tiny_space)
+    write_measured(file, [Measured("a", ARCH), Measured("b", OTHER_ARCH)])
+    with pytest.raises(CheckpointError, match=r"networks was .*: give --force"):
+        measure(file, tiny_space)
+    assert measure(file, tiny_space, force=True) == 2
 
 
 def test_a_missing_file_and_an_unknown_runtime_are_refused(file: Path, tiny_space: SearchSpace) -> None:
@@ -144,17 +146,3 @@ def test_a_missing_file_and_an_unknown_runtime_are_refused(file: Path, tiny_spac
         measure(file, tiny_space)
     with pytest.raises(UsageError, match="unknown runtime 'onnx': did you mean onnxruntime"):
         measure_sample(file, tiny_space, runtime="onnx", threads=1)
-
-
-def test_a_warm_stopwatch_does_not_time_the_first_run() -> None:
-    runs: list[str] = []
-
-    def stopwatch(call: Call, loops: int) -> float:
-        runs.append("start")
-        for _ in range(loops):
-            call()
-        runs.append("stop")
-        return 1.0
-
-    assert warm(stopwatch)(lambda: runs.append("run"), 2) == 1.0
-    assert runs == ["run", "start", "run", "run", "stop"]

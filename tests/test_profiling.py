@@ -18,7 +18,7 @@ from qnas.commands.profile import profile
 from qnas.errors import CheckpointError, Interrupted, TableError
 from qnas.latency.device import load_device
 from qnas.latency.table import RUNTIME, load_table
-from qnas.latency.timing import Call, host_stopwatch
+from qnas.latency.timing import Maker, host_stopwatch
 from qnas.lower import Slot, count_params, fill, lower, skeleton
 from qnas.profiling import COPIES, NETWORKS, Profile, distinct_parts, profile_space
 from qnas.runtimes import Runtime, Shape
@@ -34,6 +34,7 @@ class Machine:
     def __init__(self, threads: int = 1, interrupt_at: int = -1, cheap_kernel: int = 0) -> None:
         self.now_ns = 0
         self.calls = 0
+        self.compiled = 0
         self._interrupt_at = interrupt_at
         self._cheap_kernel = cheap_kernel
         self.runtime = Runtime(
@@ -46,7 +47,8 @@ class Machine:
             host_stopwatch(lambda: self.now_ns),
         )
 
-    def _compile(self, module: nn.Module, shape: Shape, instances: int) -> list[Call]:
+    def _compile(self, module: nn.Module, shape: Shape) -> Maker:
+        self.compiled += 1
         weights = count_parameters(module)
         if any(isinstance(m, nn.Conv2d) and m.kernel_size[0] == self._cheap_kernel for m in module.modules()):
             weights //= 2
@@ -58,7 +60,7 @@ class Machine:
             if self.calls == self._interrupt_at:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return [call] * instances
+        return lambda: call
 
     def profile(
         self,
@@ -127,6 +129,12 @@ def test_cells_are_what_blocks_cost_without_what_a_call_adds(tiny_space: SearchS
             assert fixed[part.name].latency_ms == pytest.approx(
                 MS_PER_WEIGHT * count_params([part]), abs=2e-6
             )
+
+
+def test_every_part_and_network_is_compiled_once(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    machine = Machine()
+    done = machine.profile(tiny_space, tmp_path)
+    assert machine.compiled == 1 + len(done.parts) + NETWORKS  # and the empty graph
 
 
 def test_where_costs_add_up_sums_are_whole_networks(tiny_space: SearchSpace, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from qnas.blocks import build_block
 from qnas.errors import UsageError
-from qnas.latency.timing import Call, time_interleaved
+from qnas.latency.timing import Call, sample_rounds
 from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
 from qnas.runtimes import (
     RUNTIMES,
@@ -64,24 +65,31 @@ def test_a_runtime_makes_instances_that_can_be_timed(name: str) -> None:
     runtime = open_runtime(name, threads=1)
     module = _trained("quadra")
     before = copy.deepcopy(module.state_dict())
-    calls = runtime.compile(module, (4, 8, 8), 2)
-    timings = time_interleaved(
-        {str(i): call for i, call in enumerate(calls)}, repeats=2, warm_up=1, stopwatch=runtime.stopwatch
-    )
-    assert len(timings) == 2
-    assert all(timing.median_ms > 0 for timing in timings.values())
+    make = runtime.compile(module, (4, 8, 8))
+    calls = {"a": make(), "b": make()}
+    *_, samples = sample_rounds(calls, 2, runtime.stopwatch, warm_up=1)
+    assert samples.keys() == calls.keys()
+    assert all(ms > 0 for values in samples.values() for ms in values)
     assert torch.get_num_threads() == runtime.threads == 1
     after = module.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_torch_runs_the_folded_module_on_one_image() -> None:
-    (call,) = open_runtime("torch").compile(_trained("mbconv"), (4, 8, 8), 1)
-    y = call()
+    y = open_runtime("torch").compile(_trained("mbconv"), (4, 8, 8))()()
     assert isinstance(y, torch.Tensor)
     assert y.shape == (1, 4, 8, 8)
     assert y.is_inference()
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_instances_on_torch_are_folded_and_have_weights_of_their_own() -> None:
+    make = open_runtime("torch").compile(_trained("mbconv"), (4, 8, 8))
+    networks = [inspect.getclosurevars(inspect.unwrap(make())).nonlocals["network"] for _ in range(2)]
+    assert not any(isinstance(m, nn.BatchNorm2d) for network in networks for m in network.modules())
+    places = [{p.data_ptr() for p in network.parameters()} for network in networks]
+    assert places[0]
+    assert not places[0] & places[1]
 
 
 def _model(shape: list[int | str | None], inputs: int = 1, kind: int = onnx.TensorProto.FLOAT) -> bytes:
@@ -214,9 +222,9 @@ def test_events_stand_around_the_calls_and_are_waited_for() -> None:
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_cuda_runs_what_the_cpu_runs(cuda_graph: bool) -> None:
     module = _trained("layernorm")
-    (expected,) = open_runtime("torch").compile(module, (4, 8, 8), 1)
+    expected = open_runtime("torch").compile(module, (4, 8, 8))()
     runtime = open_runtime("torch", target="cuda", cuda_graph=cuda_graph)
-    (call,) = runtime.compile(module, (4, 8, 8), 1)
+    call = runtime.compile(module, (4, 8, 8))()
     assert runtime.stopwatch(call, 3) > 0
     y = call()
     if isinstance(y, tuple):  # a graph's output and what keeps it alive
