@@ -150,14 +150,14 @@ def test_a_device_file_is_small(name: str) -> None:
 
 
 def test_a_table_takes_well_under_half_a_second_and_no_torch() -> None:
-    # three times half a second: a busy machine must not fail the test
+    # processor time, a tenth of which is needed: a busy machine must not fail the test
     code = (
         "import sys, time; from qnas.latency.device import load_device; "
         "from qnas.latency.table import compute_table; from qnas.space import load_space\n"
         "for name in ('cortex-a76', 'myriad-vpu', 'adreno-640', 'adreno-630'):\n"
-        "    device, space, start = load_device(name), load_space('quadranet-mobile'), time.perf_counter()\n"
+        "    device, space, start = load_device(name), load_space('quadranet-mobile'), time.process_time()\n"
         "    compute_table(device, space)\n"
-        "    assert time.perf_counter() - start < 1.5, name\n"
+        "    assert time.process_time() - start < 0.5, name\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -258,9 +257,7 @@ def test_nn_meters_own_code_is_asked_once_for_a_whole_space(monkeypatch: pytest.
 
     monkeypatch.setattr(nn_meter, "_nn_predict", lambda: counting)
     space = load_space("quadranet-mobile")
-    start = time.perf_counter()
     nn_meter.compute_table(a76(), space)
-    assert time.perf_counter() - start < 1.0
     distinct = {
         kernel
         for part in skeleton(space)
