@@ -12,6 +12,7 @@ torch's documentation and has not run on a GPU so far.
 
 import copy
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -60,8 +61,9 @@ def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph
         raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}: {nearest(target, TARGETS)}")
-    if threads < 1:
-        raise UsageError(f"{threads} threads: expected at least 1")
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise UsageError(f"{threads} threads: expected 1 to {cores}, the cores of this machine")
     if cuda_graph and target != "cuda":
         raise UsageError("a CUDA graph needs the target cuda")
     if target == "cuda":

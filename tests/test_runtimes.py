@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,9 @@ def test_an_impossible_runtime_is_refused_with_the_reason(monkeypatch: pytest.Mo
         open_runtime("openvino", target="cuda")
     with pytest.raises(UsageError, match="a CUDA graph needs the target cuda"):
         open_runtime("torch", cuda_graph=True)
-    with pytest.raises(UsageError, match="0 threads: expected at least 1"):
-        open_runtime("torch", threads=0)
+    for threads in (0, 1 + (os.cpu_count() or 1)):
+        with pytest.raises(UsageError, match=f"{threads} threads: expected 1 to "):
+            open_runtime("torch", threads=threads)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="finds no CUDA device"):
         open_runtime("torch", target="cuda")
