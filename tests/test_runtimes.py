@@ -4,6 +4,8 @@ import copy
 import importlib.util
 import inspect
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,20 @@ def test_folding_norms_changes_no_output(kind: str) -> None:
         torch.testing.assert_close(folded(x), module(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [r for r in RUNTIMES if r != "openvino" or HAS_OPENVINO])
+@pytest.mark.parametrize("name", [r for r in RUNTIMES if r != "openvino"])
 def test_a_runtime_makes_instances_that_can_be_timed(name: str) -> None:
+    _time_instances(name)
+
+
+@pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed")
+def test_openvino_makes_instances_that_can_be_timed() -> None:
+    # in a process of its own: a test process that OpenVINO has run in dies from the next signal that
+    # a test sends itself (qnas itself does not: an interrupted profile saves its samples and ends in 130)
+    code = "from test_runtimes import _time_instances; _time_instances('openvino')"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+def _time_instances(name: str) -> None:
     runtime = open_runtime(name, threads=1)
     module = _trained("quadra")
     before = copy.deepcopy(module.state_dict())
