@@ -591,3 +591,11 @@ def test_predictions_are_compared_with_measured_networks(
     (tmp_path / "broken.npz").write_bytes(b"no")
     assert "broken.npz" in complaint(capsys, "eval-latency", "broken.npz", "--device", "vpu")
     assert "myriad-vpu" in complaint(capsys, "eval-latency", "networks.npz", "--device", "cpu")
+
+
+def test_a_profile_of_a_shipped_devices_name_is_refused_before_anything_is_measured(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = complaint(capsys, "profile", "--space", tiny_yaml, "--device-name", "cpu")
+    assert "a device that ships has this name" in told
+    assert not Path("devices").exists()

@@ -13,6 +13,7 @@ from qnas.latency.calibration import (
     LEAST_FITTED,
     Calibrated,
     calibrate,
+    check_margin,
     conformal_margin,
     margin_networks,
     write_calibrated,
@@ -151,3 +152,12 @@ def test_measured_tables_go_with_the_copy(tiny_space: SearchSpace, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"new/tiny\.csv: exists already"):
         write_calibrated(load_device(board), done, tmp_path / "new.json", name="new")
     write_calibrated(load_device(board), done, tmp_path / "new.json", name="new", force=True)
+
+
+def test_times_that_have_nothing_to_do_with_the_predictions_are_refused() -> None:
+    predicted = np.linspace(1, 10, 40)
+    right = calibrated(predicted.tolist(), (1.2 * predicted).tolist()).calibration
+    check_margin(right, "t.csv")
+    wild = right.model_copy(update={"margin": 6.26})
+    with pytest.raises(TableError, match=r"t\.csv: measured latencies are up to 626% above"):
+        check_margin(wild, "t.csv")

@@ -128,6 +128,7 @@ def test_a_tree_by_hand() -> None:
         ({"right": np.array([3, -1, -1])}, "child that is missing"),
         ({"right": np.array([-2, -1, -1])}, "child that is missing"),
         ({"right": np.array([-1, -1, -1])}, "one child"),
+        ({"right": np.array([1, -1, -1])}, "not the child of one other"),  # and node 2 of none
         ({"feature": np.array([2, -2, -2])}, "feature beyond"),
         ({"feature": np.array([-1, -2, -2])}, "feature beyond"),
         ({"threshold": np.array([np.nan, 0, 0])}, "not finite"),

@@ -186,6 +186,10 @@ def integer(value: int) -> bytes:
     return b"\x8a\x09" + content
 
 
+# a struct of two members of one name
+TWO_NAMES = text("a") * 2 + b"\x86}" + text("a") + dtype() + b"K\x00\x86s"
+
+
 def test_the_parts_by_hand_are_what_the_refusals_below_change() -> None:
     right = b"\x80\x04" + array(b"K\x02\x85", small(bytes(16))) + b"."
     assert "no RandomForestRegressor" in refused(right)
@@ -210,6 +214,7 @@ def test_the_parts_by_hand_are_what_the_refusals_below_change() -> None:
         (array(b"K\x02\x85", small(bytes(16)), dtype("f8", "?")), "dtype of an unknown form"),
         (array(b"K\x02\x85", small(bytes(16)), dtype("f8", subtype=b"K\x01")), "dtype of an unknown form"),
         (array(b"K\x02\x85", small(bytes(16)), dtype("V8", "|")), "struct"),
+        (array(b"K\x01\x85", small(bytes(8)), dtype("V8", "|", names=TWO_NAMES)), "names are no names"),
         (array(b"K\x02\x85", small(bytes(16)), b"cnumpy\ndtype\n" + text("f8") + b"\x89\x88\x87R"), "before"),
         (array(b"K\x02\x85", small(bytes(16)), b"N"), "unknown dtype"),
         (array(b"K\x02\x85", small(bytes(16)), subclass=b"cnumpy\ndtype\n"), "another class"),
@@ -375,8 +380,8 @@ def test_arrays_that_are_held_are_bounded_and_those_of_trees_let_go() -> None:
 
 def test_the_bytes_of_an_array_are_used_once() -> None:
     forest, _ = train_forest(trees=2, rows=200)
-    forest.estimators_[1].tree_ = forest.estimators_[0].tree_  # shared: kept and got, which is fine
-    assert len(read(pickle.dumps(forest)).roots) == 2
+    forest.estimators_[1].tree_ = forest.estimators_[0].tree_  # a small file, and as large as one likes
+    assert "a tree that occurs twice" in refused(pickle.dumps(forest))
 
     class Twice(pickle._Pickler):
         nodes: Any = None

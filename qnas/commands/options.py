@@ -2,12 +2,14 @@
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qnas import __version__
+from qnas.errors import UsageError
 
 if TYPE_CHECKING:
     from qnas.arch import Arch
@@ -47,6 +49,22 @@ Latency = Annotated[
         help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.",
     ),
 ]
+
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file
+
+
+def check_device_name(name: str) -> None:
+    """Raise UsageError where a device of one's own cannot have this name."""
+    from qnas.latency.device import device_names
+
+    if not re.fullmatch(NAME, name):
+        raise UsageError(
+            f"--device-name {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone"
+        )
+    taken = {known for device, aliases in device_names().items() for known in (device, *aliases)}
+    if name in taken:
+        raise UsageError(f"--device-name {name}: a device that ships has this name: choose another")
 
 
 def print_json(content: Any) -> None:

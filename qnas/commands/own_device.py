@@ -1,12 +1,11 @@
 """A device of one's own from whole networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, print_json
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, check_device_name, print_json
 from qnas.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ DeviceFile = Annotated[
     Path | None, typer.Option(help="Default: NAME.json in this folder.", show_default=False)
 ]
 FORMATS = ("onnx", "arch")
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file
 
 
 def sample(
@@ -222,7 +220,7 @@ def calibrate(
     from datetime import date
 
     from qnas.latency.calibration import calibrate as fit
-    from qnas.latency.calibration import write_calibrated
+    from qnas.latency.calibration import check_margin, write_calibrated
     from qnas.latency.device import load_device
     from qnas.latency.measured import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME, load_table
@@ -246,8 +244,9 @@ def calibrate(
         where=str(file),
         day=date.today(),
     )
-    write_calibrated(raw, done, path, name=device_name, force=force)
     calibration = done.calibration
+    check_margin(calibration, str(file))
+    write_calibrated(raw, done, path, name=device_name, force=force)
     if as_json:
         print_json(
             {
@@ -261,7 +260,7 @@ def calibrate(
         return
     offset = ("-" if calibration.offset_ms < 0 else "+") + f" {format_ms(abs(calibration.offset_ms))}"
     lines = [
-        field("device", f"{device_name}: {raw.name} times {calibration.scale:.4g} {offset}"),
+        field("device", f"{device_name}: the model of {raw.name} times {calibration.scale:.4g} {offset}"),
         field(
             "margin",
             f"{calibration.margin:.1%}: {level:.0%} of such networks stay within it (n = {calibration.n})",
@@ -291,15 +290,7 @@ def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
 
 def _free_file(name: str, out: Path | None, force: bool) -> Path:
     """Return where a device's file goes; before anything is computed, whether it may."""
-    from qnas.latency.device import device_names
-
-    if not re.fullmatch(NAME, name):
-        raise UsageError(
-            f"--device-name {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone"
-        )
-    taken = {known for device, aliases in device_names().items() for known in (device, *aliases)}
-    if name in taken:
-        raise UsageError(f"--device-name {name}: a device that ships has this name: choose another")
+    check_device_name(name)
     path = out or Path(f"{name}.json")
     if path.exists() and not force:
         raise CheckpointError(f"{path}: exists already: give --force to replace it, or another --out")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnas.commands.options import Force, Json, Quiet, print_json
+from qnas.commands.options import Force, Json, Quiet, check_device_name, print_json
 
 if TYPE_CHECKING:
     from qnas.profiling import Profile
@@ -41,6 +41,8 @@ def profile(
     """
     from qnas.space import load_space
 
+    if device_name is not None:
+        check_device_name(device_name)
     searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
     from qnas.profiling import REPEATS, profile_space
     from qnas.runtimes import open_runtime

@@ -30,6 +30,7 @@ CALIBRATED = "calibrated"  # the entry of a device's accuracy
 
 LEAST_FITTED = 8  # networks for scale and offset
 SEED = 0
+MOST_MARGIN = 1.0  # beyond it a budget would be halved: no correction of a device, but another device
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ def calibrate(
     return Calibrated(
         calibration, figures(predicted[last], measured[last]), figures(corrected, measured[last])
     )
+
+
+def check_margin(calibration: Calibration, where: str) -> None:
+    """Raise TableError where the margin is so large that the times are not of what was predicted."""
+    if calibration.margin > MOST_MARGIN:
+        raise TableError(
+            f"{where}: measured latencies are up to {calibration.margin:.0%} above the corrected "
+            "predictions, so they are not of what was predicted: check that each time stands in its "
+            "network's row, in milliseconds"
+        )
 
 
 def write_calibrated(

@@ -63,6 +63,10 @@ def flatten_tree(
     for child in (left[inner], right[inner]):
         if not np.all((child > here) & (child < n)):
             raise ValueError("a child that is missing or does not come after its parent")
+    # nodes that no walk meets would make a small file a large forest
+    parents = np.bincount(np.concatenate([left[inner], right[inner]]).astype(np.int64), minlength=n)
+    if np.any(parents[1:] != 1):
+        raise ValueError("a node that is not the child of one other")
     if not np.all((feature[inner] >= 0) & (feature[inner] < n_features)):
         raise ValueError(f"a feature beyond the {n_features} that the tree has")
     if not np.all(np.isfinite(threshold[inner])) or not np.all(np.isfinite(value[leaf])):

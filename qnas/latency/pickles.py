@@ -127,6 +127,7 @@ def _struct_dtype(names: object, members: object, size: int) -> "np.dtype[Any]":
     assert isinstance(names, tuple)
     assert isinstance(members, dict)
     _refuse_unless(all(isinstance(name, str) and name in members for name in names), "a struct without names")
+    _refuse_unless(len(set(names)) == len(names) and all(names), "a struct whose names are no names")
     formats, offsets = [], []
     for name in names:
         member = members[name]
@@ -310,6 +311,8 @@ def _forest(root: object) -> Forest:
             raise _RefusedError("a forest of something else than fitted regression trees")
         trees.append(pickled.tree)
         counts.add(pickled.n_features)
+    # a memoised tree named a thousand times would make a small file a large forest
+    _refuse_unless(len({id(tree) for tree in trees}) == len(trees), "a tree that occurs twice")
     _refuse_unless(len(counts) == 1, "trees with unequal numbers of features")
     try:
         return Forest.of(trees, counts.pop())
