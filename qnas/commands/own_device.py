@@ -213,7 +213,9 @@ def calibrate(
 ) -> None:
     """Correct a device by some 20 measured networks, and learn the margin that budgets need.
 
-    Writes a device of another name: the same model and tables with scale, offset and margin.
+    Writes a device of another name: the same model and tables with scale, offset and margin. The
+    networks must not be those that the device was fitted to: of these it knows the times already, and
+    the margin would promise too much.
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
