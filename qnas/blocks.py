@@ -5,9 +5,13 @@ fully convolutional, so a module serves every resolution.
 """
 
 from collections.abc import Callable
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from qnas.kernels.block import can_run, mixer_half
+from qnas.kernels.pointwise import channel_half
 from qnas.layer import LayerSpec
 from qnas.lower import BlockSpec, Place, quadra_layers
 from qnas.quadratic import quadratic_conv2d
@@ -77,7 +81,9 @@ class QuadraBlock(nn.Module):
     """Quadratic depthwise mixer and pointwise expansion, each with a residual.
 
     QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand, and why batch
-    normalisation needs a clip.
+    normalisation needs a clip. While training, and wherever gradients are taken, a block with layer
+    normalisation and GELU keeps its input and the map between its halves, and computes the rest again in
+    the backward pass (`qnas.kernels`); with `recompute` off it keeps the expanded activation too.
     """
 
     conv_a: nn.Conv2d
@@ -98,6 +104,7 @@ class QuadraBlock(nn.Module):
         *,
         norm: str = "layernorm",
         activation: str = "gelu",
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         place = Place(channels, channels, 1, 1, norm, activation)
@@ -105,6 +112,8 @@ class QuadraBlock(nn.Module):
             if spec.op in MODULES:
                 self.add_module(spec.role, MODULES[spec.op](spec))
         self.is_pre_norm = norm == "layernorm"
+        self.has_kernels = self.is_pre_norm and activation == "gelu"
+        self.recompute = recompute
 
     def mix(self, x: Tensor) -> Tensor:
         """Apply the quadratic convolution alone: (B, C, H, W) -> (B, C, H, W)."""
@@ -114,6 +123,8 @@ class QuadraBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        if self.has_kernels and (self.training or torch.is_grad_enabled()) and can_run(x):
+            return self._run_halves(x)
         if self.is_pre_norm:
             x = x + self.mix(self.norm1(x))
             hidden = self.expand(self.norm2(x))
@@ -122,6 +133,16 @@ class QuadraBlock(nn.Module):
             hidden = self.norm2(self.expand(x))
         y: Tensor = x + self.project(self.act(hidden))
         return y
+
+    def _run_halves(self, x: Tensor) -> Tensor:
+        norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
+        expand, project = cast(nn.Conv2d, self.expand), cast(nn.Conv2d, self.project)
+        assert expand.bias is not None
+        assert project.bias is not None
+        depthwise = (conv.weight for conv in (self.conv_a, self.conv_b, self.conv_c))
+        x = mixer_half(x, norm1.weight, norm1.bias, *depthwise, eps=norm1.eps)
+        pointwise = (expand.weight, expand.bias, project.weight, project.bias)
+        return channel_half(x, norm2.weight, norm2.bias, *pointwise, eps=norm2.eps, recompute=self.recompute)
 
 
 def _quadra(layers: tuple[LayerSpec, ...]) -> nn.Module:

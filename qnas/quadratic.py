@@ -2,105 +2,233 @@
 
 `*` is a depthwise convolution and `.` the elementwise product (QuadraNet, arXiv 2311.17956, eq. 6
 and 7). `quadratic_conv2d_reference` is three convolutions under torch's own autograd: what is
-exported and what faster forms are compared with. `quadratic_conv2d` has a backward pass of its own,
-since torch's depthwise weight gradient on a CPU takes many times the forward pass for kernels of 5
-and more (benchmarks/quadratic.py).
+exported and what faster forms are compared with. `quadratic_conv2d` takes the fastest form that can
+be had (`choose_form`), with a backward pass that needs x alone.
+
+In eager mode that is an autograd.Function; only what traces a program sees the operators
+`qnas::quadratic_conv2d` and `qnas::quadratic_conv2d_backward`, since torch.library takes 25 us more a
+training step (65 against 40 us for empty kernels), a tenth of a native step on a map of 2 x 2.
+Compilers keep the operators whole; exporters may decompose them (`decompositions`), and that to ONNX does.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-# Below these the stock weight gradient is the faster one (benchmarks/quadratic.py).
-FAST_KERNEL = 5
-FAST_MAP = 4  # height and width
-CHUNK_ELEMENTS = 1 << 20  # of the folded input; larger ones fall out of the cache
+from qnas.kernels import lean_quadratic, mixer, native, triton_quadratic
+
+Form = Literal["native", "triton", "lean", "reference"]
+
+FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "native": mixer.quadratic_forward,
+    "triton": triton_quadratic.quadratic_forward,
+}
+
+# Up to this many elements of x the lean form keeps the factors too: to compute them anew costs a fifth
+# of a training step of small maps, and would save a megabyte or two.
+KEPT_ELEMENTS = 1 << 18
 
 
 def quadratic_conv2d(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply the quadratic depthwise convolution at stride 1, padded to keep the size.
 
     x: (B, C, H, W); weights: (C, 1, k, k) with k odd; bias: (C,), added at the end. Returns (B, C, H, W).
-    The gradient itself is not differentiable.
+    Under autocast it runs in autocast's type, as a convolution does.
     """
     channels, kernel = w_a.shape[0], w_a.shape[-1]
     assert w_a.shape == w_b.shape == w_c.shape == (channels, 1, kernel, kernel), (
         "weights must be (C, 1, k, k)"
     )
     assert kernel % 2 == 1, f"kernel must be odd, got {kernel}"
-    # compilers and exporters see the convolutions; so does whatever needs no gradient
-    if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reach = 2 * max(x.shape[2:]) - 1  # what lies beyond meets nothing but padding
-        cut = max(0, (kernel - reach) // 2)
-        if cut:
-            w_a, w_b, w_c = (w[..., cut:-cut, cut:-cut] for w in (w_a, w_b, w_c))
-        y: Tensor = _QuadraticConv2d.apply(x, w_a, w_b, w_c)
+    if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_a, w_b, w_c = (t.to(dtype) for t in (x, w_a, w_b, w_c))
+        bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        whole: Tensor = torch.ops.qnas.quadratic_conv2d.default(x, w_a, w_b, w_c, bias)
+        return whole
+    form = choose_form(x, w_a, w_b, w_c)
+    if form == "reference":
+        return quadratic_conv2d_reference(x, w_a, w_b, w_c, bias)
+    if torch.is_grad_enabled():
+        y: Tensor = _Quadratic.apply(form, x, w_a, w_b, w_c)
         return y if bias is None else y + bias[:, None, None]
-    return quadratic_conv2d_reference(x, w_a, w_b, w_c, bias)
+    return _forward(form, x, w_a, w_b, w_c, bias)
 
 
 def quadratic_conv2d_reference(
     x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Compute the same as `quadratic_conv2d` by its definition, under torch's own autograd."""
-    return _depthwise(x, w_a) * _depthwise(x, w_b) + _depthwise(x, w_c, bias)
+    a, b, c = (
+        F.conv2d(x, w, b, padding=w.shape[-1] // 2, groups=w.shape[0])
+        for w, b in ((w_a, None), (w_b, None), (w_c, bias))
+    )
+    return a * b + c
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+def choose_form(x: Tensor, *weights: Tensor) -> Form:
+    """Return the form that serves these tensors; the first that holds:
+
+    - reference: something watches torch's operators (torch.func, a dispatch mode, torch.jit.trace, a
+      subclass of Tensor) and would not see what a kernel does, or would keep its result as a constant
+    - native: on a CPU, all float32, a kernel that the C++ kernels serve, and they can be had (not with
+      QNAS_KERNELS=0)
+    - lean: on a CPU
+    - triton: on a GPU, all of one of its types, Triton is installed and QNAS_KERNELS is not 0
+    - reference: anywhere else
+    """
+    tensors = (x, *weights)
+    if _is_watched() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        return "reference"
+    if x.is_cpu:
+        is_float = all(t.dtype == torch.float32 for t in weights)
+        return "native" if is_float and mixer.is_supported(x, weights[0].shape[-1]) else "lean"
+    served = x.dtype in triton_quadratic.DTYPES and all(t.dtype == x.dtype for t in tensors)
+    if x.is_cuda and served and native.is_enabled() and triton_quadratic.available():
+        return "triton"
+    return "reference"
 
 
-class _QuadraticConv2d(torch.autograd.Function):
-    """Three convolutions forward; backward the faster of two weight gradients."""
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return torch.export's default decompositions and the operator's, into three convolutions.
+
+    `torch.export.export(network, inputs).run_decompositions(decompositions())` is a program that runs
+    without qnas.
+    """
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table[torch.ops.qnas.quadratic_conv2d.default] = quadratic_conv2d_reference
+    return table
+
+
+def _is_watched() -> bool:
+    # torch has no public names for these
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
+
+
+def _forward(form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    if form in FORWARD:
+        y = FORWARD[form](x, w_a, w_b, w_c)
+        return y if bias is None else y.add_(bias[:, None, None])
+    return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+
+
+def _backward(
+    form: Form,
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    needed: Sequence[bool],
+    factors: lean_quadratic.Factors | None = None,
+) -> lean_quadratic.Gradients:
+    if torch.is_autocast_enabled(x.device.type):
+        # types were settled in the forward pass; torch's operators would settle them anew
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(form, grad, x, w_a, w_b, w_c, needed, factors)
+    if form == "native":
+        return mixer.quadratic_backward(
+            grad, x, w_a, w_b, w_c, needs_x=needed[0], needs_weights=any(needed[1:])
+        )
+    if form == "triton":
+        return triton_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c)
+    return lean_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c, needed, factors)
+
+
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    inputs = (x, w_a, w_b, w_c)
+    wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    y = quadratic_conv2d_reference(*inputs)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return (next(found) if is_needed else None for is_needed in needed)
+
+
+class _Quadratic(torch.autograd.Function):
+    """The operator in eager mode; keeps x and the weights, and of a small map the factors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
-        a, b = _depthwise(x, w_a), _depthwise(x, w_b)
-        ctx.save_for_backward(x, w_a, w_b, w_c, a, b)
-        return torch.addcmul(_depthwise(x, w_c), a, b)
+    def forward(ctx: Any, form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
+        ctx.form = form
+        if form == "lean" and x.numel() <= KEPT_ELEMENTS:
+            y, factors = lean_quadratic.quadratic_forward(x, w_a, w_b, w_c)
+            ctx.save_for_backward(x, w_a, w_b, w_c, *factors)
+            return y
+        ctx.save_for_backward(x, w_a, w_b, w_c)
+        return _forward(form, x, w_a, w_b, w_c, None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_a, w_b, w_c, a, b = ctx.saved_tensors
-        outer = (grad * b, grad * a, grad)  # gradients of the three convolutions' outputs
-        grad_x: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            # the transpose of a padded stride-1 convolution is the convolution with the flipped kernel
-            parts = [_depthwise(g, w.flip(2, 3)) for g, w in zip(outer, (w_a, w_b, w_c), strict=True)]
-            grad_x = parts[0].add_(parts[1]).add_(parts[2])
-        grads_w = (
-            _weight_gradient(x, g, w) if needed else None
-            for g, w, needed in zip(outer, (w_a, w_b, w_c), ctx.needs_input_grad[1:], strict=True)
-        )
-        return (grad_x, *grads_w)
+        x, w_a, w_b, w_c, *factors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
+            return (None, *_differentiable_backward(grad, x, w_a, w_b, w_c, needed))
+        kept = (factors[0], factors[1]) if factors else None
+        return (None, *_backward(ctx.form, grad, x, w_a, w_b, w_c, needed, kept))
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of a depthwise weight (C, 1, k, k) from x and grad, (B, C, H, W) both."""
-    batch, channels, height, width = x.shape
-    kernel = weight.shape[-1]
-    if kernel < FAST_KERNEL or min(height, width) < FAST_MAP or batch == 0:
-        padding, mask = [kernel // 2] * 2, [False, True, False]
-        stock = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], channels, mask
-        )
-        result: Tensor = stock[1]
-        return result
-    # As a forward convolution: every channel of every image is a channel, its gradient the kernel.
-    images = max(1, CHUNK_ELEMENTS // (channels * height * width))
-    total = x.new_zeros(channels, 1, kernel, kernel)
-    for start in range(0, batch, images):
-        part, part_grad = (t[start : start + images].contiguous() for t in (x, grad))
-        folded = len(part) * channels
-        sums = F.conv2d(
-            part.view(1, folded, height, width),
-            part_grad.view(folded, 1, height, width),
-            padding=kernel // 2,
-            groups=folded,
-        )  # (1, B C, k, k) for odd k
-        total += sums.view(-1, channels, 1, kernel, kernel).sum(0)
-    return total
+# What traces a program sees these two. Their results are in x's layout, dense, whatever the form gives.
+
+
+@torch.library.custom_op("qnas::quadratic_conv2d", mutates_args=())
+def _operator(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # in the types that it is given
+        y = _forward(choose_form(x, w_a, w_b, w_c), x, w_a, w_b, w_c, bias)
+    return y.contiguous(memory_format=_layout(x))
+
+
+@torch.library.custom_op("qnas::quadratic_conv2d_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of x, w_a, w_b and w_c, empty where not needed: operators cannot return None."""
+    found = _backward(choose_form(x, w_a, w_b, w_c), grad, x, w_a, w_b, w_c, needed)
+    layouts = (_layout(x), *[torch.contiguous_format] * 3)
+    return [
+        g.contiguous(memory_format=layout) if wanted and g is not None else x.new_empty(0)
+        for g, wanted, layout in zip(found, needed, layouts, strict=True)
+    ]
+
+
+@_operator.register_fake
+def _(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]) -> list[Tensor]:
+    layouts = (_layout(x), *[torch.contiguous_format] * 3)
+    return [
+        torch.empty_like(t, memory_format=layout) if wanted else x.new_empty(0)
+        for t, layout, wanted in zip((x, w_a, w_b, w_c), layouts, needed, strict=True)
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    found = _backward_operator(grad, *ctx.saved_tensors, needed[:4])
+    bias = grad.sum((0, 2, 3)) if needed[4] else None
+    return (*(g if wanted else None for g, wanted in zip(found, needed[:4], strict=True)), bias)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
+# where torch's exporter to ONNX looks for decompositions; others are given `decompositions`
+torch._decomp.decomposition_table[torch.ops.qnas.quadratic_conv2d.default] = quadratic_conv2d_reference

@@ -1,0 +1,296 @@
+"""The QuadraBlock against its plain form and against the blocks of ConvNeXt and HorNet, interleaved.
+
+    python benchmarks/block.py [--threads 1] [--rounds 15] [--json FILE]
+
+Forms of one width C, kernel 7 and expansion 4, on channels_last maps in float32 on the CPU: naive (three
+F.conv2d and torch's modules under autograd), lean (qnas with QNAS_KERNELS=0), native (qnas with its C++
+kernels), keeping (native with recompute off), convnext and hornet (their papers' blocks). All take turns
+in every round, and a time is given as the median over rounds of its ratio to the naive one of the same
+round; with one thread it is the time on the processor, which other programs on the machine disturb less.
+Prints a table and PASS or MISS for every bar; the exit status is 1 where one is missed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qnas.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.files import atomic_path
+from qnas.host import cpu_name
+from qnas.kernels import native
+from qnas.quadratic import quadratic_conv2d_reference
+
+KERNEL, EXPANSION = 7, 4
+SHAPES = [(64, 32, 16), (32, 64, 32), (8, 64, 56), (8, 256, 14)]  # batch, channels, height and width
+
+# Most of: the naive form's time, multiples of x, the other block's value. In the order of SHAPES.
+BARS = {
+    "native step / naive": (0.48, 0.48, 0.52, 0.80),
+    "native forward / naive": (0.80, 0.70, 0.80, 1.05),
+    "native saved, x": (2.3, 2.3, 2.3, 2.3),
+    "native step / convnext": (1.0, 1.0, 1.0, 1.0),
+    "native step / hornet": (0.6, 0.6, 0.6, 0.6),
+    "native saved / hornet": (0.15, 0.15, 0.15, 0.15),
+    "lean step / naive": (0.85, 0.85, 0.85, 1.15),
+    "lean saved, x": (2.3, 2.3, 2.3, 2.3),
+}
+
+
+class NaiveBlock(QuadraBlock):
+    """Three convolutions and torch's modules, under torch's own autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (conv.weight for conv in (self.conv_a, self.conv_b, self.conv_c))
+        x = x + quadratic_conv2d_reference(self.norm1(x), *weights)
+        y: Tensor = x + self.project(self.act(self.expand(self.norm2(x))))
+        return y
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + scale . PW2(GELU(PW1(LN(DW_7(x))))), arXiv 2201.03545, figure 4."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.expand = nn.Linear(channels, EXPANSION * channels)
+        self.project = nn.Linear(EXPANSION * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.norm(self.depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C), a view
+        rows = self.scale * self.project(nn.functional.gelu(self.expand(rows)))
+        return x + rows.permute(0, 3, 1, 2)
+
+
+class RecursiveGatedConvolution(nn.Module):
+    """gnconv of order 3, arXiv 2207.14284, eq. 3.3 to 3.5: p_{k+1} = f_k(q_k) . g_k(p_k) / alpha."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.widths = [channels // 4, channels // 2, channels]
+        self.enter = nn.Conv2d(channels, 2 * channels, 1)  # p_0 and all q_k
+        total = sum(self.widths)
+        self.depthwise = nn.Conv2d(total, total, KERNEL, padding=KERNEL // 2, groups=total)
+        steps = zip(self.widths[:-1], self.widths[1:], strict=True)
+        self.grow = nn.ModuleList(nn.Conv2d(narrow, wide, 1) for narrow, wide in steps)
+        self.leave = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.enter(x).split([self.widths[0], sum(self.widths)], dim=1)
+        first, *others = self.depthwise(q).split(self.widths, dim=1)  # alpha is 1
+        p = p * first
+        for grow, gate in zip(self.grow, others, strict=True):
+            p = grow(p) * gate
+        y: Tensor = self.leave(p)
+        return y
+
+
+class HorNetBlock(nn.Module):
+    """x + scale . gnconv(LN(x)), then x + scale . PW2(GELU(PW1(LN(x)))), arXiv 2207.14284, figure 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelLayerNorm(channels, eps=1e-6)
+        self.mixer = RecursiveGatedConvolution(channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.expand = nn.Linear(channels, EXPANSION * channels)
+        self.project = nn.Linear(EXPANSION * channels, channels)
+        self.scale1 = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
+        self.scale2 = nn.Parameter(torch.full((channels,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.mixer(self.norm1(x))
+        x = x + self.scale1 * mixed
+        rows: Tensor = self.norm2(x.permute(0, 2, 3, 1))
+        rows = self.scale2 * self.project(nn.functional.gelu(self.expand(rows)))
+        return x + rows.permute(0, 3, 1, 2)
+
+
+FORMS: dict[str, Callable[[int], nn.Module]] = {
+    "naive": lambda channels: NaiveBlock(channels, KERNEL, EXPANSION),
+    "lean": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
+    "native": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
+    "keeping": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=False),
+    "convnext": ConvNeXtBlock,
+    "hornet": HorNetBlock,
+}
+NATIVE = ("native", "keeping")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    names = [name for name in FORMS if name not in NATIVE or native.library() is not None]
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    peak = {"GFLOP/s": measure_gflops(clock), "GB/s": measure_bandwidth(clock)}
+    print(f"{cpu_name()}, threads {options.threads}; in this run a product of matrices reaches")
+    print(f"{peak['GFLOP/s']:.0f} GFLOP/s and a copy {peak['GB/s']:.1f} GB/s")
+    header = f"{'shape':>13} {'form':>9} {'fwd ms':>7} {'step ms':>8} {'fwd':>6} {'step':>6}"
+    print(f"{header} {'saved':>6} {'GFLOP/s':>8} {'of peak':>8} {'GB/s':>6} {'of peak':>8}")
+    rows, verdicts = [], []
+    for i, shape in enumerate(SHAPES):
+        measured = measure(shape, names, options.rounds, clock)
+        for name, row in measured.items():
+            if name not in ("convnext", "hornet"):
+                row |= roofline(shape, row["step_ms"])
+            print(line(shape, name, row, peak))
+            rows.append({"shape": shape, "form": name, **row})
+        verdicts += [verdict(shape, bar, most[i], measured) for bar, most in BARS.items()]
+    print()
+    for found in verdicts:
+        print("{passed:4}  {shape!s:>13}  {bar:24} {value:6} at most {most}".format(**found))
+    if options.json:
+        result = {"cpu": cpu_name(), "torch": torch.__version__, "threads": options.threads}
+        result |= {"peak": peak, "rows": rows, "bars": verdicts}
+        with atomic_path(options.json) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.exit(any(found["passed"] == "MISS" for found in verdicts))
+
+
+def measure(
+    shape: tuple[int, int, int], names: list[str], rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """Return medians by form: milliseconds, ratios to the naive form, and saved multiples of x."""
+    batch, channels, size = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    grad = torch.randn_like(x)
+    blocks = {name: FORMS[name](channels).to(memory_format=torch.channels_last) for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(1 + rounds):  # the first warms up
+        for name in names if turn % 2 else reversed(names):
+            block = blocks[name]
+            block.zero_grad()
+            x.grad = None
+            with kernels(name):
+                start = clock()
+                y = block(x)
+                middle = clock()
+                y.backward(grad)
+                end = clock()
+            del y
+            if turn:
+                times[name].append((middle - start, end - start))
+    results = {}
+    for name in names:
+        with kernels(name):
+            saved = saved_multiples(blocks[name], x)
+        forward, step = (statistics.median(t[i] for t in times[name]) for i in (0, 1))
+        pairs = list(zip(times[name], times["naive"], strict=True))
+        results[name] = {
+            "forward_ms": 1e3 * forward,
+            "step_ms": 1e3 * step,
+            "forward": statistics.median(own[0] / naive[0] for own, naive in pairs),
+            "step": statistics.median(own[1] / naive[1] for own, naive in pairs),
+            "saved": saved,
+        }
+    return results
+
+
+@contextmanager
+def kernels(form: str) -> Iterator[None]:
+    """Let qnas use its C++ kernels in the native forms alone."""
+    before = os.environ.pop("QNAS_KERNELS", None)
+    if form not in NATIVE:
+        os.environ["QNAS_KERNELS"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("QNAS_KERNELS", None)
+        if before is not None:
+            os.environ["QNAS_KERNELS"] = before
+
+
+def saved_multiples(block: nn.Module, x: Tensor) -> float:
+    """Return what autograd keeps for the backward pass, parameters aside, as multiples of x."""
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x)  # bound: what is kept must live until all is counted
+    del y
+    return sum(kept.values()) / x.untyped_storage().nbytes()
+
+
+def roofline(shape: tuple[int, int, int], step_ms: float) -> dict[str, float]:
+    """Return the least work of a QuadraBlock's training step over its time, recomputing not counted.
+
+    Operations: those of all convolutions, three times (forward, both gradients). Bytes: each half reads
+    its input and writes its output, then reads input and gradient and writes a gradient.
+    """
+    batch, channels, size = shape
+    places = batch * size * size
+    macs = places * channels * (3 * KERNEL**2 + 2 * EXPANSION * channels)
+    moved = 2 * 5 * 4 * places * channels
+    return {"gflops": 3 * 2 * macs / step_ms / 1e6, "gbytes": moved / step_ms / 1e6}
+
+
+def measure_gflops(clock: Callable[[], float], size: int = 1024, repeats: int = 9) -> float:
+    """Return GFLOP/s of a float32 product of square matrices, the best of a few."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2e-9 * size**3 / _best(lambda: torch.mm(a, b), clock, repeats)
+
+
+def measure_bandwidth(clock: Callable[[], float], megabytes: int = 256, repeats: int = 9) -> float:
+    """Return GB/s of a copy beyond every cache, bytes read and written, the best of a few."""
+    source = torch.ones(megabytes << 18)
+    target = torch.empty_like(source)
+    return 2e-9 * 4 * source.numel() / _best(lambda: target.copy_(source), clock, repeats)
+
+
+def _best(run: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        run()
+        seconds.append(clock() - start)
+    return min(seconds)
+
+
+def line(shape: tuple[int, int, int], name: str, row: dict[str, float], peak: dict[str, float]) -> str:
+    text = f"{shape!s:>13} {name:>9} {row['forward_ms']:7.2f} {row['step_ms']:8.2f}"
+    text += f" {row['forward']:6.2f} {row['step']:6.2f} {row['saved']:6.2f}"
+    if "gflops" in row:
+        text += f" {row['gflops']:8.1f} {row['gflops'] / peak['GFLOP/s']:8.0%}"
+        text += f" {row['gbytes']:6.2f} {row['gbytes'] / peak['GB/s']:8.0%}"
+    return text
+
+
+def verdict(
+    shape: tuple[int, int, int], bar: str, most: float, measured: dict[str, dict[str, float]]
+) -> dict[str, object]:
+    """Compare one bar, `form figure / other` or `form figure, x`, with what was measured."""
+    form, figure = bar.split()[0], bar.split()[1].rstrip(",")
+    if form not in measured:
+        return {"passed": "NONE", "shape": shape, "bar": bar, "value": None, "most": most}
+    value = measured[form][figure]
+    other = bar.rpartition(" / ")[2] if " / " in bar else "naive"
+    if other != "naive":
+        value /= measured[other][figure]
+    passed = "PASS" if value <= most else "MISS"
+    return {"passed": passed, "shape": shape, "bar": bar, "value": round(value, 3), "most": most}
+
+
+if __name__ == "__main__":
+    main()

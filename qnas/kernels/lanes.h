@@ -1,0 +1,89 @@
+// Vectors over channels: one vector holds V channels of one place.
+
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define QNAS_MASKED 1
+#endif
+
+namespace qnas {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxTile = 16;   // output columns whose sums are in registers at once
+constexpr int kFields = 3;     // gradient fields that a weight gradient reads at once
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+constexpr int kMaxTile = 8;    // half as many registers
+constexpr int kFields = 1;
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxTile = 8;
+constexpr int kFields = 1;
+#endif
+
+template <int V>
+struct Lanes {
+    typedef float Float __attribute__((vector_size(4 * V)));
+    typedef int Int __attribute__((vector_size(4 * V)));
+};
+template <int V>
+using Vec = typename Lanes<V>::Float;
+
+// The first n of V floats; the others are zero and their memory is not touched.
+template <int V>
+inline Vec<V> load(const float* from, int n) {
+    Vec<V> v;
+    if (__builtin_expect(n == V, 1)) {
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+#ifdef QNAS_MASKED
+    if constexpr (V == 16) return (Vec<V>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from);
+    if constexpr (V == 8) return (Vec<V>)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), from);
+#endif
+    v = Vec<V>{};
+    for (int i = 0; i < n; ++i) v[i] = from[i];
+    return v;
+}
+
+template <int V>
+inline void store(float* to, Vec<V> v, int n) {
+    if (__builtin_expect(n == V, 1)) {
+        std::memcpy(to, &v, sizeof v);
+        return;
+    }
+#ifdef QNAS_MASKED
+    if constexpr (V == 16) return _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)v);
+    if constexpr (V == 8) return _mm256_mask_storeu_ps(to, __mmask8((1u << n) - 1), (__m256)v);
+#endif
+    for (int i = 0; i < n; ++i) to[i] = v[i];
+}
+
+// v where the lane is one of the first n, else zero.
+template <int V>
+inline Vec<V> keep(Vec<V> v, int n) {
+    if (n == V) return v;
+    typename Lanes<V>::Int lane;
+    for (int i = 0; i < V; ++i) lane[i] = i;
+    return lane < n ? v : Vec<V>{};
+}
+
+// The sum over lanes, in halves: the same order on every machine of one width.
+template <int V>
+inline float sum(Vec<V> v) {
+    if constexpr (V == 1) {
+        return v[0];
+    } else {
+        Vec<V / 2> low, high;
+        std::memcpy(&low, &v, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return sum<V / 2>(low + high);
+    }
+}
+
+}  // namespace qnas

@@ -1,0 +1,188 @@
+"""The quadratic operator in torch's own operators, without a compiler: little memory, fast gradients.
+
+The backward pass needs x and the weights only and computes both factors anew. What is slow in torch
+is the weight gradient of a depthwise convolution on a CPU: oneDNN has a kernel of its own for it where
+the weights are at most COLUMNS wide and no taller than the map, and for all others falls back to one
+that is up to 20 times slower. So each form below serves the shapes that it is the fastest for
+(benchmarks/quadratic.py; figures are milliseconds of three gradients, of stock and of the form):
+
+- columns: the weights a few columns at a time; k 5 and 7 ((64,32,16): 10.7 -> 1.8 and 19.7 -> 3.7)
+- gram: all places with all places as one matrix product a channel; maps of few places
+  ((64,40,4): 1.0 -> 0.3 and 2.3 -> 0.3; (64,80,2), k 3: 0.65 -> 0.30)
+- folded: a forward convolution with the gradient as its kernel; maps little larger than the weights
+  ((64,24,8), k 7: 3.9 -> 0.9)
+- stock: k 3
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COLUMNS = 3  # of a weight that oneDNN's depthwise kernel takes
+TINY_PLACES = 4  # H x W up to which the matrix product wins for every k
+FEW_PLACES = 16  # likewise of small inputs where k is larger than COLUMNS
+SMALL_ELEMENTS = 1 << 16  # of x: what a form costs for each call counts
+FOLDED_ELEMENTS = 1 << 20  # of the folded input; larger ones fall out of the cache
+
+Factors = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def quadratic_forward(
+    x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Factors]:
+    """Return y = (w_a * x) . (w_b * x) + w_c * x + bias, and both factors of the product.
+
+    x: (B, C, H, W); weights: (C, 1, k, k), k odd; bias: (C,). Results and factors are as x.
+    """
+    w_a, w_b, w_c = _within_reach(x, w_a, w_b, w_c)
+    a, b = depthwise(x, w_a), depthwise(x, w_b)
+    return depthwise(x, w_c, bias).addcmul_(a, b), (a, b)
+
+
+def quadratic_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    needed: Sequence[bool] = (True, True, True, True),
+    factors: Factors | None = None,
+) -> Gradients:
+    """Return the gradients of x, w_a, w_b and w_c, None where not `needed`.
+
+    grad: (B, C, H, W), of the result; factors: as `quadratic_forward` returned them, else they are
+    computed anew.
+    """
+    kernel = w_a.shape[-1]
+    w_a, w_b, w_c = _within_reach(x, w_a, w_b, w_c)
+    outer = [grad, grad, grad]  # gradients of the three convolutions' results
+    if any(needed[:3]):
+        a, b = factors or (depthwise(x, w_a), depthwise(x, w_b))
+        # in place where they are ours: fresh memory costs as much as the multiplication
+        outer[:2] = (grad * b, grad * a) if factors else (b.mul_(grad), a.mul_(grad))
+    grad_x: Tensor | None = None
+    if needed[0]:
+        # the transpose of a padded convolution of stride 1 is the convolution with the flipped weights
+        grad_x = depthwise(outer[0], w_a.flip(2, 3))
+        grad_x += depthwise(outer[1], w_b.flip(2, 3))
+        grad_x += depthwise(outer[2], w_c.flip(2, 3))
+    found: list[Tensor | None] = [None, None, None]
+    wanted = [i for i in range(3) if needed[1 + i]]
+    if wanted:
+        cut = (kernel - w_a.shape[-1]) // 2
+        form = weight_gradient_form(x, w_a.shape[-1])
+        for i, part in zip(wanted, form(x, [outer[i] for i in wanted], w_a.shape[-1]), strict=True):
+            found[i] = F.pad(part, (cut, cut, cut, cut)) if cut else part
+    return grad_x, found[0], found[1], found[2]
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve each channel with its own weights at stride 1, padded to keep the size."""
+    if weight.shape[-1] == 1:
+        y = x * weight.reshape(-1, 1, 1)  # a tenth of a convolution's time on maps of one place
+        return y if bias is None else y.add_(bias[:, None, None])
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def weight_gradient_form(x: Tensor, kernel: int) -> Callable[[Tensor, Sequence[Tensor], int], list[Tensor]]:
+    """Return the fastest of the forms below for this shape.
+
+    Each takes x (B, C, H, W), gradients of the same shape and k, and returns (C, 1, k, k) a gradient.
+    """
+    height, width = x.shape[2:]
+    places = height * width
+    if x.numel() == 0 or not x.is_cpu:  # the others were measured on CPUs
+        return stock_gradients
+    is_small = x.numel() < SMALL_ELEMENTS
+    if places <= TINY_PLACES or (places <= FEW_PLACES and kernel > COLUMNS and is_small):
+        return gram_gradients
+    if kernel <= COLUMNS:
+        return stock_gradients
+    # on a narrower map most of what the columns multiply is padding
+    is_wide = min(height, width) >= 2 * kernel - 5
+    return columns_gradients if is_wide and not is_small else folded_gradients
+
+
+def stock_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
+    """Return torch's own."""
+    return [_convolution_gradient(x, grad, kernel, kernel, kernel // 2) for grad in grads]
+
+
+def columns_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
+    """Return torch's own of a few columns of the weights at a time, put side by side."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads]
+    results = [x.new_empty(x.shape[1], 1, kernel, kernel) for _ in grads]
+    for tile in torch.arange(kernel).tensor_split(-(-kernel // COLUMNS)):
+        first, last = int(tile[0]), int(tile[-1])
+        # these columns' inputs: as wide as the map and what they reach beyond, so no padding in x
+        reached = F.pad(x, (kernel // 2 - first, last - kernel // 2))
+        for grad, result in zip(grads, results, strict=True):
+            result[..., first : last + 1] = _convolution_gradient(reached, grad, kernel, len(tile), 0)
+    return results
+
+
+def gram_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
+    """Return them from every place's x times every place's gradient, summed over the batch."""
+    batch, channels, height, width = x.shape
+    places = height * width
+    at_places = x.permute(1, 2, 3, 0).reshape(channels, places, batch)
+    stacked = torch.stack(tuple(grads)).permute(2, 1, 0, 3, 4).reshape(channels, batch, len(grads) * places)
+    pairs = torch.bmm(at_places, stacked).view(channels, places, len(grads), places)
+    taps = _taps_of_pairs(height, width, kernel, x.dtype, x.device)
+    rows = pairs.permute(2, 0, 1, 3).reshape(len(grads) * channels, places * places)
+    # copies: an operator's results may not share memory
+    return [g.clone() for g in (rows @ taps).view(len(grads), channels, 1, kernel, kernel)]
+
+
+def folded_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
+    """Return them as forward convolutions of x with the gradients: each channel of each image apart."""
+    batch, channels, height, width = x.shape
+    images = max(1, FOLDED_ELEMENTS // (channels * height * width))
+    totals = [x.new_zeros(channels, 1, kernel, kernel) for _ in grads]
+    for start in range(0, batch, images):
+        part = x[start : start + images].contiguous()
+        folded = len(part) * channels
+        for grad, total in zip(grads, totals, strict=True):
+            weight = grad[start : start + images].contiguous().view(folded, 1, height, width)
+            y = F.conv2d(part.view(1, folded, height, width), weight, padding=kernel // 2, groups=folded)
+            total += y.view(-1, channels, 1, kernel, kernel).sum(0)
+    return totals
+
+
+def _convolution_gradient(x: Tensor, grad: Tensor, height: int, width: int, pad_columns: int) -> Tensor:
+    """Return the gradient of depthwise weights (C, 1, height, width); rows are padded to keep the size."""
+    channels, padding = x.shape[1], [height // 2, pad_columns]
+    weight = x.new_empty(channels, 1, height, width)  # for its shape alone
+    mask = [False, True, False]
+    # all but the mask: no bias, stride 1, padding, dilation 1, not transposed, its padding, groups
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], channels, mask
+    )
+    result: Tensor = found[1]
+    return result
+
+
+def _within_reach(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights without those that meet nothing but padding, wherever they stand."""
+    cut = (w_a.shape[-1] - (2 * max(x.shape[2:]) - 1)) // 2
+    if cut <= 0:
+        return w_a, w_b, w_c
+    inner = (..., slice(cut, -cut), slice(cut, -cut))
+    return w_a[inner], w_b[inner], w_c[inner]
+
+
+@lru_cache(maxsize=64)
+def _taps_of_pairs(height: int, width: int, kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return 1 where a pair of places (x's, gradient's) is a tap's: (H W H W, k k)."""
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = (
+            (torch.arange(n)[:, None] - torch.arange(n) + kernel // 2)[..., None] == torch.arange(kernel)
+            for n in (height, width)
+        )  # (n of x, n of the gradient, k): is this tap the one between the two
+        taps = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+        return taps.reshape((height * width) ** 2, kernel**2).to(device=device, dtype=dtype)

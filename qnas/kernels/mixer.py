@@ -1,0 +1,250 @@
+"""The quadratic operator and the mixers made of it, by the C++ kernels: plain functions of tensors.
+
+With a = W_a * x, b = W_b * x, c = W_c * x (depthwise, stride 1, padded to keep the size):
+
+- quadratic: y = a b + c;
+- mixer: y = x + q(LN(x)), q the quadratic operator with a bias of c, LN over channels;
+- nested: y = x + sum_k p_k q_k(LN(x)) over the kernels k = 3, 5, .. whose weights are the centres of
+  one largest kernel. Its cost is near that of the largest alone: smaller kernels are partial sums.
+
+The backward passes take x alone and compute everything else anew. Tensors are float32 on the CPU, (B, C,
+H, W); others than channels_last ones are copied into that format, which results have. Results are
+the same bit for bit for any number of threads (`torch.get_num_threads`). No autograd here.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnas.kernels.native import Signature, library
+
+MAX_KERNEL = 9
+MAX_NESTED = 7
+_SIZES = ctypes.c_int64 * 6
+_POINTER = ctypes.c_void_p
+_FORWARD = (_POINTER,) * 8 + (ctypes.c_float,) + (_POINTER,) * 2
+_BACKWARD = (_POINTER,) * 9 + (ctypes.c_float,) + (_POINTER,) * 9
+
+
+class Norm(NamedTuple):
+    """A layer normalisation over channels: weight and bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-6
+
+
+class MixerGradients(NamedTuple):
+    """Gradients of a mixer's inputs, each of its input's shape."""
+
+    x: Tensor
+    w_a: Tensor
+    w_b: Tensor
+    w_c: Tensor
+    bias: Tensor | None  # None where there was no bias
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def is_supported(x: Tensor, kernel: int) -> bool:
+    """Say whether the kernels can be had, and take this input and kernel size."""
+    reach = 2 * max(x.shape[2:], default=0) - 1  # what lies beyond meets nothing but padding
+    fits = x.is_cpu and x.dtype == torch.float32 and x.ndim == 4 and min(kernel, reach) <= MAX_KERNEL
+    return fits and library() is not None
+
+
+def quadratic_forward(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
+    """Return a b + c, (B, C, H, W), for weights (C, 1, k, k) with k odd."""
+    return _forward(x, (w_a, w_b, w_c), None, None, None)
+
+
+def quadratic_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    *,
+    needs_x: bool = True,
+    needs_weights: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x and of the three weights; None for those that are not needed."""
+    got = _backward(grad, x, (w_a, w_b, w_c), None, None, None, needs_x, needs_weights)
+    return got.x, got.w_a, got.w_b, got.w_c
+
+
+def mixer_forward(
+    x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None, norm: Norm
+) -> Tensor:
+    """Return x + q(LN(x)), (B, C, H, W); bias (C,) is that of c."""
+    return _forward(x, (w_a, w_b, w_c), bias, norm, None)
+
+
+def mixer_backward(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None, norm: Norm
+) -> MixerGradients:
+    """Return the gradients of `mixer_forward`'s inputs."""
+    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, None, True, True)
+    return _mixer_gradients(got)
+
+
+def nested_forward(
+    x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None, norm: Norm, shares: Tensor
+) -> Tensor:
+    """Return x + sum_k p_k q_k(LN(x)), (B, C, H, W).
+
+    shares: p, a number for each of the kernels 3, 5, .., up to that of the weights, which is at most
+    7; q_k takes the k x k centres of the weights, and all of the bias.
+    """
+    return _forward(x, (w_a, w_b, w_c), bias, norm, shares)
+
+
+def nested_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    shares: Tensor,
+) -> tuple[MixerGradients, Tensor]:
+    """Return the gradients of `nested_forward`'s inputs, the last one that of the shares."""
+    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, shares, True, True)
+    assert got.shares is not None
+    return _mixer_gradients(got), got.shares
+
+
+class _Gradients(NamedTuple):
+    x: Tensor | None
+    w_a: Tensor | None
+    w_b: Tensor | None
+    w_c: Tensor | None
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    shares: Tensor | None
+
+
+def _mixer_gradients(got: _Gradients) -> MixerGradients:
+    x, w_a, w_b, w_c, bias, norm_weight, norm_bias, _ = got
+    assert x is not None  # for the type checker: all of these were asked for
+    assert w_a is not None
+    assert w_b is not None
+    assert w_c is not None
+    assert norm_weight is not None
+    assert norm_bias is not None
+    return MixerGradients(x, w_a, w_b, w_c, bias, norm_weight, norm_bias)
+
+
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+def _forward(
+    x: Tensor, weights: Weights, bias: Tensor | None, norm: Norm | None, shares: Tensor | None
+) -> Tensor:
+    x, inputs = _dense(x), _inputs(x, weights, bias, norm, shares)
+    y = torch.empty_like(x)
+    if y.numel():
+        eps = 0.0 if norm is None else norm.eps
+        _functions()[0](_sizes(x, weights), _at(x), *map(_at, inputs[:-1]), eps, _at(inputs[-1]), _at(y))
+    return y
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Weights,
+    bias: Tensor | None,
+    norm: Norm | None,
+    shares: Tensor | None,
+    needs_x: bool,
+    needs_weights: bool,
+) -> _Gradients:
+    assert grad.shape == x.shape, f"grad must be {tuple(x.shape)}, got {tuple(grad.shape)}"
+    grad, x, inputs = _dense(grad), _dense(x), _inputs(x, weights, bias, norm, shares)
+    got = _Gradients(
+        torch.empty_like(x) if needs_x else None,
+        # written as a whole, so that weights in channels_last memory are no matter
+        *(
+            torch.empty_like(w, memory_format=torch.contiguous_format) if needs_weights else None
+            for w in weights
+        ),
+        *(None if t is None else torch.empty_like(t) for t in inputs[3:]),
+    )
+    if x.numel() == 0:
+        return _Gradients(*(None if t is None else t.zero_() for t in got))
+    eps = 0.0 if norm is None else norm.eps
+    arguments = (_sizes(x, weights), _at(grad), _at(x), *map(_at, inputs[:-1]), eps, _at(inputs[-1]))
+    _functions()[1](*arguments, *map(_at, got))
+    return got
+
+
+def _inputs(
+    x: Tensor, weights: Weights, bias: Tensor | None, norm: Norm | None, shares: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Check shapes and return all inputs but x, dense: weights, bias, norm's weight and bias, shares."""
+    channels, kernel = x.shape[1], weights[0].shape[-1]
+    for weight in weights:
+        expected = (channels, 1, kernel, kernel)
+        assert weight.shape == expected, f"weights must be {expected}, got {tuple(weight.shape)}"
+    assert kernel % 2 == 1, f"the kernel must be odd, got {kernel}"
+    assert is_supported(x, kernel), f"no kernel of size {kernel} for {x.dtype} on {x.device}"
+    vectors = (bias, None if norm is None else norm.weight, None if norm is None else norm.bias)
+    for vector in vectors:
+        assert vector is None or vector.shape == (channels,), f"vectors must be ({channels},)"
+    if shares is not None:
+        assert 3 <= kernel <= MAX_NESTED, f"nested kernels are 3 to {MAX_NESTED}, got {kernel}"
+        assert shares.shape == (kernel // 2,), f"shares must be ({kernel // 2},), got {tuple(shares.shape)}"
+    everything = (*weights, *vectors, shares)
+    for tensor in everything:
+        assert tensor is None or (tensor.dtype == x.dtype and tensor.is_cpu), (
+            "inputs must be float32 on the CPU"
+        )
+    return tuple(None if t is None else t.contiguous() for t in everything)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x with its channels side by side and places in order, the memory of channels_last.
+
+    A map of one place or one channel is contiguous both ways, and torch leaves its strides ambiguous.
+    """
+    _, channels, height, width = x.shape
+    if x.stride() == (height * width * channels, 1, width * channels, channels):
+        return x
+    return x.detach().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _sizes(x: Tensor, weights: Weights) -> ctypes.Array[ctypes.c_int64]:
+    batch, channels, height, width = x.shape
+    return _SIZES(batch, height, width, channels, weights[0].shape[-1], torch.get_num_threads())
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=1)
+def _functions() -> tuple[Signature, Signature]:
+    native = library()
+    assert native is not None, "ask is_supported first"
+    return (
+        native.function("qnas_quadratic_forward", *_FORWARD),
+        native.function("qnas_quadratic_backward", *_BACKWARD),
+    )
+
+
+__all__ = [
+    "MixerGradients",
+    "Norm",
+    "is_supported",
+    "mixer_backward",
+    "mixer_forward",
+    "nested_backward",
+    "nested_forward",
+    "quadratic_backward",
+    "quadratic_forward",
+]

@@ -1,0 +1,688 @@
+// The quadratic depthwise convolution y = a b + c, a = W_a * x, b = W_b * x, c = W_c * x, forward and
+// backward; alone, as the mixer x + q(LN(x)), and as the mixture x + sum_k p_k q_k(LN(x)) of nested
+// kernels 3, 5, .. whose weights are the centres of one another.
+//
+// All three are one engine. A kernel is a set of rings: level j adds the taps between kernel j - 1
+// and kernel j to what a and b were at level j - 1; a plain operator has one level that is all of it,
+// at share 1. Since c is linear, its mixture is a convolution by W_c times, at each tap, the shares
+// of all kernels that hold the tap.
+//
+// A task is one image and one group of channels (a vector's lanes). It streams rows: x (normalised
+// on the way) is copied into a ring buffer of dense padded rows, so that all products and their
+// gradients stay in cache whatever the stride between places. The backward pass keeps only x and
+// recomputes a and b. Images are divided into slices that do not depend on the number of threads;
+// every slice sums its weight gradients for itself, and the slices are added in order: results are
+// the same bit for bit for any number of threads.
+//
+// Memory: x, y and their gradients are (B, H, W, C) dense; weights (C, 1, k, k) dense.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "sweeps.h"
+
+namespace qnas {
+namespace {
+
+constexpr int kMaxLevels = 4;
+constexpr int kMaxKernel = 9;
+constexpr int kMaxSlices = 32;
+constexpr int kBlockColumns = 64;         // that a weight gradient sums over before it goes to memory
+constexpr double kThreadWork = 1 << 18;   // multiply-adds below which a second thread costs more
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer zeros(size_t floats) {
+    const size_t bytes = (floats * sizeof(float) + 127) / 64 * 64;
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) std::abort();  // as any allocation of this size that fails
+    std::memset(p, 0, bytes);
+    return Buffer(static_cast<float*>(p));
+}
+
+struct Level {
+    int width;  // taps across
+    int inner;  // taps across of the level before, which this one adds to; 0 for the first
+};
+
+struct Group {
+    int first;    // channel
+    int count;    // channels, at most kLanes
+    bool narrow;  // in vectors of half the lanes
+};
+
+struct Problem {
+    int batch, height, width, channels;
+    int kernel;       // of the weights
+    int taps;         // across, of what can meet the map: beyond is only padding
+    bool mixed;       // by shares
+    int levels;
+    Level level[kMaxLevels];
+    float share[kMaxLevels];   // of the kernel of each level
+    float beyond[kMaxLevels];  // shares of the kernels that hold a level's taps, together
+    const float* x;
+    const float* bias;         // of c; may be null
+    const float* norm_weight;  // null: no normalisation and no residual
+    const float* norm_bias;
+    float epsilon;
+    int threads;
+
+    Buffer packed;  // a group after another: (direction, branch, tap) vectors
+    Buffer mean, rstd;
+
+    int groups() const { return (channels + kLanes - 1) / kLanes; }
+    int radius() const { return taps / 2; }
+    int area() const { return taps * taps; }
+    size_t places() const { return size_t(height) * width; }
+    Group group(int index) const {
+        const int first = index * kLanes, count = std::min(kLanes, channels - first);
+        return {first, count, kLanes == 16 && count <= 8};
+    }
+    template <int V>
+    const Vec<V>* weights(int group, bool flipped) const {
+        const size_t at = (size_t(group) * 2 + flipped) * 3 * area() * kLanes;
+        return reinterpret_cast<const Vec<V>*>(packed.get() + at);
+    }
+    // The level that a tap belongs to: how far it is from the centre decides.
+    int level_of(int ky, int kx) const {
+        const int reach = std::max(std::abs(ky - radius()), std::abs(kx - radius()));
+        int j = 0;
+        while (level[j].width / 2 < reach) ++j;
+        return j;
+    }
+};
+
+void pack(Problem& q, const float* const weights[3]) {
+    const int area = q.area(), cut = (q.kernel - q.taps) / 2;
+    q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
+    for (int index = 0; index < q.groups(); ++index) {
+        const Group group = q.group(index);
+        const int lanes = group.narrow ? 8 : kLanes;
+        float* to = q.packed.get() + size_t(index) * 6 * area * kLanes;
+        for (int f = 0; f < 3; ++f) {
+            for (int ky = 0; ky < q.taps; ++ky) {
+                for (int kx = 0; kx < q.taps; ++kx) {
+                    const float scale = f == 2 ? q.beyond[q.level_of(ky, kx)] : 1.0f;
+                    const size_t stride = size_t(q.kernel) * q.kernel;
+                    const float* from =
+                        weights[f] + group.first * stride + (ky + cut) * q.kernel + kx + cut;
+                    const int tap = ky * q.taps + kx;
+                    float* forward = to + (f * area + tap) * lanes;
+                    float* flipped = to + 3 * area * kLanes + (f * area + area - 1 - tap) * lanes;
+                    for (int i = 0; i < group.count; ++i) {
+                        forward[i] = flipped[i] = scale * from[i * stride];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Mean and 1 / standard deviation over channels of the places [begin, end).
+void measure_places(const Problem& q, size_t begin, size_t end) {
+    constexpr int V = kLanes;
+    for (size_t place = begin; place < end; ++place) {
+        const float* x = q.x + place * q.channels;
+        Vec<V> total{};
+        for (int c = 0; c < q.channels; c += V) total += load<V>(x + c, std::min(V, q.channels - c));
+        const float mean = sum<V>(total) / q.channels;
+        Vec<V> squares{};
+        for (int c = 0; c < q.channels; c += V) {
+            const int n = std::min(V, q.channels - c);
+            const Vec<V> off = keep<V>(load<V>(x + c, n) - mean, n);
+            squares += off * off;
+        }
+        q.mean[place] = mean;
+        q.rstd[place] = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
+    }
+}
+
+// Rows of one group in a ring: row r of the map is in slot r mod slots, with zeros at both ends.
+template <int V>
+struct Rows {
+    Vec<V>* start;
+    int slots, pitch;
+    Vec<V>* operator[](int r) const { return start + size_t(r % slots) * pitch; }
+};
+
+// A task's buffers: rings with room for `slots` rows each, and single rows.
+struct Scratch {
+    int pitch, wide, tile;
+    size_t ring_floats, row_floats, half;
+    int slots;
+    Buffer memory;
+
+    Scratch(const Problem& q, int rings, int slots, int rows) : slots(slots) {
+        tile = tile_columns(q.width);
+        wide = std::max(q.width, tile);
+        pitch = wide + 2 * q.radius();
+        ring_floats = size_t(slots) * pitch * kLanes;
+        row_floats = size_t(wide) * kLanes;
+        half = rings * ring_floats + rows * row_floats;
+        // narrow groups have their own, since the zeros at the ends must lie where they lie
+        const bool narrow = q.group(q.groups() - 1).narrow;
+        memory = zeros(narrow ? half + half / 2 : half);
+        this->rings = rings;
+    }
+    template <int V>
+    Rows<V> ring(int index) const {
+        float* base = memory.get() + (V == kLanes ? 0 : half);
+        const size_t floats = ring_floats / kLanes * V;
+        return {reinterpret_cast<Vec<V>*>(base + index * floats), slots, pitch};
+    }
+    template <int V>
+    Vec<V>* row(int index) const {
+        float* base = memory.get() + (V == kLanes ? 0 : half);
+        const size_t at = (rings * ring_floats + index * row_floats) / kLanes * V;
+        return reinterpret_cast<Vec<V>*>(base + at);
+    }
+
+  private:
+    int rings;
+};
+
+// One task: a group of channels of one image.
+template <int V>
+struct Task {
+    const Problem& q;
+    const Scratch& scratch;
+    int index;  // of the group
+    Group group;
+    int image;
+    Convolve<V> full[kMaxLevels], ends[kMaxLevels] = {};
+
+    Task(const Problem& q, const Scratch& scratch, int index, int image)
+        : q(q), scratch(scratch), index(index), group(q.group(index)), image(image) {
+        for (int j = 0; j < q.levels; ++j) {
+            const Level level = q.level[j];
+            full[j] = sweep(level.width, 1);
+            if (level.inner) ends[j] = sweep(2, level.width - 1);
+        }
+    }
+
+    Convolve<V> sweep(int taps, int step) const {
+        return choose_convolve<V>(taps, step, scratch.tile, scratch.wide == scratch.tile);
+    }
+
+    size_t offset(int row) const {
+        return ((size_t(image) * q.height + row) * q.width) * q.channels + group.first;
+    }
+
+    // Two rows on, in floats: what is fetched ahead, since a group's places lie apart in memory.
+    size_t ahead() const { return size_t(2) * q.width * q.channels; }
+
+    void read(const Rows<V>& to, int row) const {
+        Vec<V>* out = to[row] + q.radius();
+        const float* x = q.x + offset(row);
+        if (q.norm_weight == nullptr) {
+            for (int c = 0; c < q.width; ++c) {
+                __builtin_prefetch(x + size_t(c) * q.channels + ahead());
+                out[c] = load<V>(x + size_t(c) * q.channels, group.count);
+            }
+            return;
+        }
+        const Vec<V> weight = load<V>(q.norm_weight + group.first, group.count);
+        const Vec<V> bias = load<V>(q.norm_bias + group.first, group.count);
+        const size_t place = (size_t(image) * q.height + row) * q.width;
+        for (int c = 0; c < q.width; ++c) {
+            __builtin_prefetch(x + size_t(c) * q.channels + ahead());
+            const Vec<V> v = load<V>(x + size_t(c) * q.channels, group.count);
+            out[c] = (v - q.mean[place + c]) * q.rstd[place + c] * weight + bias;
+        }
+    }
+
+    // Whether a level's row of taps is all of it or, beside the level before, its two ends.
+    bool is_full(int j, int ky) const {
+        return q.level[j].inner == 0 || std::abs(ky - q.radius()) > q.level[j].inner / 2;
+    }
+
+    // The taps of level j (its full rows, or its ends) at output row `row` of the map.
+    int collect(int j, bool fulls, const Rows<V>& from, const Vec<V>* weights, int row, Taps<V>* to) const {
+        const int margin = (q.taps - q.level[j].width) / 2;
+        const int low = std::max(margin, q.radius() - row);
+        const int high = std::min(q.taps - margin, q.height - row + q.radius());
+        int count = 0;
+        for (int ky = low; ky < high; ++ky) {
+            if (is_full(j, ky) != fulls) continue;
+            to[count++] = {from[row + ky - q.radius()] + margin, weights + ky * q.taps + margin};
+        }
+        return count;
+    }
+
+    // a or b at each level, into rows `out` of their own, from x.
+    void branch(const Rows<V>& x, const Vec<V>* weights, int row, Vec<V>* const* out) const {
+        Taps<V> taps[kMaxKernel];
+        for (int j = 0; j < q.levels; ++j) {
+            int count = collect(j, true, x, weights, row, taps);
+            full[j](taps, count, j ? out[j - 1] : nullptr, out[j], scratch.wide);
+            if (q.level[j].inner == 0) continue;
+            count = collect(j, false, x, weights, row, taps);
+            if (count) ends[j](taps, count, out[j], out[j], scratch.wide);
+        }
+    }
+
+    // y of the rows [begin, end)
+    void forward(float* y, int begin, int end) const {
+        const int radius = q.radius(), area = q.area(), levels = q.levels;
+        const Rows<V> x = scratch.ring<V>(0);
+        Vec<V>*a[kMaxLevels], *b[kMaxLevels];
+        for (int j = 0; j < levels; ++j) {
+            a[j] = scratch.row<V>(2 * j);
+            b[j] = scratch.row<V>(2 * j + 1);
+        }
+        Vec<V>* c = scratch.row<V>(2 * levels);
+        const Vec<V>* weights = q.weights<V>(index, false);
+        Vec<V> bias{};
+        if (q.bias != nullptr) {
+            bias = load<V>(q.bias + group.first, group.count) * q.beyond[0];
+        }
+        const Convolve<V> outermost = sweep(q.taps, 1);
+        Taps<V> taps[kMaxKernel];
+        int next = std::max(0, begin - radius);  // row of x to be read
+        for (int row = begin; row < end; ++row) {
+            for (; next < std::min(row + radius + 1, q.height); ++next) read(x, next);
+            branch(x, weights, row, a);
+            branch(x, weights + area, row, b);
+            int count = 0;
+            for (int ky = std::max(0, radius - row); ky < std::min(q.taps, q.height - row + radius); ++ky)
+                taps[count++] = {x[row + ky - radius], weights + 2 * area + ky * q.taps};
+            outermost(taps, count, nullptr, c, scratch.wide);
+            float* out = y + offset(row);
+            const float* in = q.x + offset(row);
+            for (int column = 0; column < q.width; ++column) {
+                Vec<V> v = c[column] + bias;
+                if (!q.mixed) {
+                    v += a[0][column] * b[0][column];
+                } else {
+                    for (int j = 0; j < levels; ++j) v += q.share[j] * a[j][column] * b[j][column];
+                }
+                const size_t at = size_t(column) * q.channels;
+                __builtin_prefetch(out + at + ahead(), 1);
+                if (q.norm_weight != nullptr) v += load<V>(in + at, group.count);
+                store<V>(out + at, v, group.count);
+            }
+        }
+    }
+
+    // What the operator's input gets, into `dx` (with a norm: what the norm's output gets); adds to
+    // `sums`: the three weights' gradients as packed, the output gradient's sum, and that of a b at
+    // each level. The gradient of c's weights is without the shares.
+    void backward(const float* grad, float* dx, Vec<V>* sums, int block) const {
+        const int radius = q.radius(), area = q.area(), levels = q.levels;
+        const Rows<V> x = scratch.ring<V>(0), g = scratch.ring<V>(1);
+        Rows<V> ga[kMaxLevels], gb[kMaxLevels];
+        Vec<V>*a[kMaxLevels], *b[kMaxLevels];
+        Correlate<V> all[kMaxLevels] = {}, two[kMaxLevels] = {};
+        for (int j = 0; j < levels; ++j) {
+            ga[j] = scratch.ring<V>(2 + 2 * j);
+            gb[j] = scratch.ring<V>(3 + 2 * j);
+            a[j] = scratch.row<V>(2 * j);
+            b[j] = scratch.row<V>(2 * j + 1);
+            all[j] = choose_correlate<V>(q.level[j].width, 1);
+            if (q.level[j].inner) two[j] = choose_correlate<V>(2, q.level[j].width - 1);
+        }
+        Vec<V>* to_x = scratch.row<V>(2 * levels);
+        const Vec<V>* weights = q.weights<V>(index, false);
+        int next = 0, next_dx = 0;
+        for (int begin = 0; begin < q.height; begin += block) {
+            const int end = std::min(begin + block, q.height);
+            for (; next < std::min(end + radius, q.height); ++next) read(x, next);
+            for (int row = begin; row < end; ++row) {
+                branch(x, weights, row, a);
+                branch(x, weights + area, row, b);
+                spread(grad + offset(row), a, b, g[row] + radius, ga, gb, row, sums + 3 * area);
+            }
+            for (int j = 0; j < levels; ++j)
+                correlate_level(j, x, g, ga[j], gb[j], begin, end, all[j], two[j], sums);
+            const int ready = end == q.height ? end : end - radius;
+            for (; next_dx < ready; ++next_dx) {
+                if (dx != nullptr) gather(g, ga, gb, next_dx, to_x, dx + offset(next_dx));
+            }
+        }
+    }
+
+    // The gradients of c, and of a and b at each level, along one row.
+    void spread(const float* grad, Vec<V>* const* a, Vec<V>* const* b, Vec<V>* g, const Rows<V>* ga,
+                const Rows<V>* gb, int row, Vec<V>* sums) const {
+        const int levels = q.levels;
+        Vec<V> total = sums[0];
+        if (!q.mixed) {
+            Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
+            for (int c = 0; c < q.width; ++c) {
+                __builtin_prefetch(grad + size_t(c) * q.channels + ahead());
+                const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+                g[c] = v;
+                total += v;
+                to_a[c] = v * b[0][c];
+                to_b[c] = v * a[0][c];
+            }
+            sums[0] = total;
+            return;
+        }
+        Vec<V>*to_a[kMaxLevels], *to_b[kMaxLevels];
+        Vec<V> products[kMaxLevels];
+        for (int j = 0; j < levels; ++j) {
+            to_a[j] = ga[j][row] + q.radius();
+            to_b[j] = gb[j][row] + q.radius();
+            products[j] = sums[1 + j];
+        }
+        for (int c = 0; c < q.width; ++c) {
+            const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+            g[c] = v;
+            total += v;
+            Vec<V> for_a{}, for_b{};
+            for (int j = levels - 1; j >= 0; --j) {  // a ring's taps are in all kernels from its own on
+                const Vec<V> va = v * a[j][c], vb = v * b[j][c];
+                products[j] += va * b[j][c];
+                for_a += q.share[j] * vb;
+                for_b += q.share[j] * va;
+                to_a[j][c] = for_a;
+                to_b[j][c] = for_b;
+            }
+        }
+        sums[0] = total;
+        for (int j = 0; j < levels; ++j) sums[1 + j] = products[j];
+    }
+
+    void correlate_level(int j, const Rows<V>& x, const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb,
+                         int begin, int end, Correlate<V> all, Correlate<V> two, Vec<V>* sums) const {
+        const int radius = q.radius(), margin = (q.taps - q.level[j].width) / 2;
+        Pairing<V> pairs[kBlockColumns];
+        for (int ky = margin; ky < q.taps - margin; ++ky) {
+            int count = 0;
+            const int low = std::max(begin, radius - ky), high = std::min(end, q.height + radius - ky);
+            for (int row = low; row < high; ++row) {
+                pairs[count++] = {x[row + ky - radius] + margin,
+                                  {ga[row] + radius, gb[row] + radius, g[row] + radius}};
+            }
+            if (count == 0) continue;
+            Vec<V>* const first = sums + ky * q.taps + margin;
+            Vec<V>* const to[3] = {first, first + q.area(), first + 2 * q.area()};
+            (is_full(j, ky) ? all : two)(pairs, count, q.width, to);
+        }
+    }
+
+    // One row of the input's gradient: the transpose, that is the flipped kernels over the fields.
+    void gather(const Rows<V>& g, const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* line, float* dx) const {
+        const int area = q.area(), top = q.levels - 1;
+        const Vec<V>* weights = q.weights<V>(index, true);
+        Taps<V> taps[3 * kMaxKernel];
+        int count = 0;
+        for (int ky = std::max(0, q.radius() - row); ky < std::min(q.taps, q.height - row + q.radius()); ++ky)
+            taps[count++] = {g[row + ky - q.radius()], weights + 2 * area + ky * q.taps};
+        count += collect(top, true, ga[top], weights, row, taps + count);
+        count += collect(top, true, gb[top], weights + area, row, taps + count);
+        full[top](taps, count, nullptr, line, scratch.wide);
+        for (int j = top; j >= 0; --j) {
+            if (j != top) {
+                count = collect(j, true, ga[j], weights, row, taps);
+                count += collect(j, true, gb[j], weights + area, row, taps + count);
+                if (count) full[j](taps, count, line, line, scratch.wide);
+            }
+            if (q.level[j].inner == 0) continue;
+            count = collect(j, false, ga[j], weights, row, taps);
+            count += collect(j, false, gb[j], weights + area, row, taps + count);
+            if (count) ends[j](taps, count, line, line, scratch.wide);
+        }
+        for (int c = 0; c < q.width; ++c) {
+            __builtin_prefetch(dx + size_t(c) * q.channels + ahead(), 1);
+            store<V>(dx + size_t(c) * q.channels, line[c], group.count);
+        }
+    }
+};
+
+// The norm's backward over one image: `dx` holds what its output gets, and then what x gets, the
+// residual included; adds to the gradients of weight and bias.
+void finish_norm(const Problem& q, int image, const float* grad, float* dx, float* to_weight, float* to_bias) {
+    constexpr int V = kLanes;
+    const int channels = q.channels;
+    for (size_t place = image * q.places(); place < (image + 1) * q.places(); ++place) {
+        const float* x = q.x + place * channels;
+        const float* g = grad + place * channels;
+        float* d = dx + place * channels;
+        const float mean = q.mean[place], rstd = q.rstd[place];
+        Vec<V> sums{}, products{};
+        for (int c = 0; c < channels; c += V) {
+            const int n = std::min(V, channels - c);
+            const Vec<V> out = load<V>(d + c, n);
+            const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;  // where out is zero: any value
+            const Vec<V> scaled = out * load<V>(q.norm_weight + c, n);
+            sums += scaled;
+            products += scaled * unit;
+            store<V>(to_weight + c, load<V>(to_weight + c, n) + out * unit, n);
+            store<V>(to_bias + c, load<V>(to_bias + c, n) + out, n);
+        }
+        const float by_one = sum<V>(sums) / channels, by_unit = sum<V>(products) / channels;
+        for (int c = 0; c < channels; c += V) {
+            const int n = std::min(V, channels - c);
+            const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;
+            const Vec<V> scaled = load<V>(d + c, n) * load<V>(q.norm_weight + c, n);
+            store<V>(d + c, load<V>(g + c, n) + rstd * (scaled - by_one - unit * by_unit), n);
+        }
+    }
+}
+
+template <class Do>
+void with_lanes(const Group& group, Do&& run) {
+    if constexpr (kLanes == 16) {
+        if (group.narrow) return run(std::integral_constant<int, 8>());
+    }
+    run(std::integral_constant<int, kLanes>());
+}
+
+int useful_threads(const Problem& q, int branches) {
+    const double work = double(q.batch) * q.places() * q.channels * q.area() * branches;
+    return std::max(1, std::min(q.threads, int(work / kThreadWork)));
+}
+
+void set_up(Problem& q, const float* const weights[3], const float* shares) {
+    const int reach = 2 * std::max(q.height, q.width) - 1;
+    q.taps = std::max(1, std::min(q.kernel, reach));
+    q.mixed = shares != nullptr;
+    q.levels = 1;
+    q.level[0] = {q.taps, 0};
+    q.share[0] = q.beyond[0] = 1.0f;
+    if (q.mixed) {
+        // kernels beyond the map's reach are the largest one within it: their shares add up
+        q.levels = 0;
+        for (int kernel = 3; kernel <= q.kernel; kernel += 2) {
+            const float share = shares[(kernel - 3) / 2];
+            const int width = std::min(kernel, q.taps);
+            if (q.levels && q.level[q.levels - 1].width == width) {
+                q.share[q.levels - 1] += share;
+                continue;
+            }
+            const int inner = q.levels ? q.level[q.levels - 1].width : 0;
+            q.level[q.levels] = {width, inner};
+            q.share[q.levels++] = share;
+        }
+        float total = 0.0f;
+        for (int j = q.levels - 1; j >= 0; --j) q.beyond[j] = total += q.share[j];
+    }
+    pack(q, weights);
+    if (q.norm_weight != nullptr) {
+        q.mean = zeros(q.batch * q.places());
+        q.rstd = zeros(q.batch * q.places());
+    }
+}
+
+void run_forward(Problem& q, float* y) {
+    const int threads = useful_threads(q, 3);
+    const int tasks = q.batch * q.groups();
+    // bands of rows, where there are fewer images than threads
+    const int wanted = tasks < 4 * threads && threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
+    const int bands = std::max(1, std::min(wanted, q.height / q.taps));
+    const int step = threads == 1 ? 1 : q.batch;  // images whose places are measured together
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch scratch(q, 1, q.taps, 2 * q.levels + 1);
+        for (int first = 0; first < q.batch; first += step) {
+            if (q.norm_weight != nullptr) {
+#pragma omp for schedule(static)
+                for (int line = first * q.height; line < (first + step) * q.height; ++line)
+                    measure_places(q, size_t(line) * q.width, size_t(line + 1) * q.width);
+            }
+#pragma omp for schedule(dynamic)
+            for (int task = first * q.groups() * bands; task < (first + step) * q.groups() * bands; ++task) {
+                const int band = task % bands, group = task / bands % q.groups();
+                const int image = task / bands / q.groups();
+                with_lanes(q.group(group), [&](auto lanes) {
+                    const Task<decltype(lanes)::value> run(q, scratch, group, image);
+                    run.forward(y, q.height * band / bands, q.height * (band + 1) / bands);
+                });
+            }
+        }
+    }
+}
+
+struct Gradients {
+    float* x;           // may be null where there is no norm
+    float* weights[3];  // (C, 1, k, k)
+    float* norm_weight;
+    float* norm_bias;
+    float* bias;    // may be null
+    float* shares;  // of all kernels from 3 on; null without
+};
+
+void run_backward(Problem& q, const float* const weights[3], const float* grad, const Gradients& to) {
+    const int threads = useful_threads(q, 8), groups = q.groups(), area = q.area();
+    const int slices = std::min(q.batch, kMaxSlices);
+    const int per_group = 3 * area + 1 + q.levels;  // vectors
+    const size_t padded = size_t(groups) * kLanes;
+    const size_t per_slice = padded * (per_group + 2);
+    const Buffer sums = zeros(slices * per_slice);
+    const bool normed = q.norm_weight != nullptr;
+    const int block =
+        std::max(1, std::min(q.height, (kBlockColumns + q.width - 1) / std::max(1, q.width)));
+    // a norm needs all channels of an image before its own backward
+    const int parts = normed ? 1 : groups;
+#pragma omp parallel num_threads(threads)
+    {
+        const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 2 * q.levels + 1);
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < slices * parts; ++task) {
+            const int slice = task / parts, part = task % parts;
+            float* own = sums.get() + slice * per_slice;
+            float* for_norm = own + padded * per_group;
+            const int begin = int64_t(q.batch) * slice / slices;
+            const int end = int64_t(q.batch) * (slice + 1) / slices;
+            for (int image = begin; image < end; ++image) {
+                if (normed) measure_places(q, image * q.places(), (image + 1) * q.places());
+                for (int group = normed ? 0 : part; group < (normed ? groups : part + 1); ++group) {
+                    with_lanes(q.group(group), [&](auto lanes) {
+                        constexpr int V = decltype(lanes)::value;
+                        auto* mine = reinterpret_cast<Vec<V>*>(own + size_t(group) * per_group * kLanes);
+                        Task<V>(q, scratch, group, image).backward(grad, to.x, mine, block);
+                    });
+                }
+                if (normed) finish_norm(q, image, grad, to.x, for_norm, for_norm + padded);
+            }
+        }
+    }
+    // slices are added in order, whoever computed them
+    const int cut = (q.kernel - q.taps) / 2;
+    const size_t stride = size_t(q.kernel) * q.kernel;
+    for (int f = 0; f < 3; ++f) {
+        if (to.weights[f] != nullptr) std::memset(to.weights[f], 0, q.channels * stride * sizeof(float));
+    }
+    double products[kMaxLevels] = {}, linear[kMaxLevels] = {}, offsets = 0.0;
+    std::unique_ptr<float[]> total(new float[size_t(per_group) * kLanes]);
+    for (int index = 0; index < groups; ++index) {
+        const Group group = q.group(index);
+        const int lanes = group.narrow ? 8 : kLanes, count = per_group * lanes;
+        std::memset(total.get(), 0, count * sizeof(float));
+        for (int slice = 0; slice < slices; ++slice) {
+            const float* own = sums.get() + slice * per_slice + size_t(index) * per_group * kLanes;
+            for (int i = 0; i < count; ++i) total[i] += own[i];
+        }
+        for (int f = 0; f < 3; ++f) {
+            if (to.weights[f] == nullptr) continue;
+            for (int ky = 0; ky < q.taps; ++ky) {
+                for (int kx = 0; kx < q.taps; ++kx) {
+                    const int j = q.level_of(ky, kx);
+                    const size_t at = group.first * stride + (ky + cut) * q.kernel + kx + cut;
+                    const float* from = total.get() + (f * area + ky * q.taps + kx) * lanes;
+                    for (int i = 0; i < group.count; ++i) {
+                        to.weights[f][at + i * stride] = f == 2 ? from[i] * q.beyond[j] : from[i];
+                        if (f == 2 && q.mixed)
+                            linear[j] += double(from[i]) * weights[2][at + i * stride];
+                    }
+                }
+            }
+        }
+        const float* outputs = total.get() + 3 * area * lanes;
+        for (int i = 0; i < group.count; ++i) {
+            if (to.bias != nullptr) to.bias[group.first + i] = outputs[i] * q.beyond[0];
+            if (q.bias != nullptr) offsets += double(outputs[i]) * q.bias[group.first + i];
+            for (int j = 0; j < q.levels; ++j) products[j] += outputs[(1 + j) * lanes + i];
+        }
+    }
+    if (to.shares != nullptr) {
+        // q_k = a_k b_k + c_k + bias, and c_k sums the linear terms of all levels within k
+        double within = offsets;
+        int j = 0;
+        for (int kernel = 3; kernel <= q.kernel; kernel += 2) {
+            if (kernel == 3) within += linear[0];
+            else if (j + 1 < q.levels && q.level[j + 1].width == kernel) within += linear[++j];
+            to.shares[(kernel - 3) / 2] = float(products[j] + within);
+        }
+    }
+    if (normed) {
+        for (int c = 0; c < q.channels; ++c) {
+            float weight = 0.0f, bias = 0.0f;
+            for (int slice = 0; slice < slices; ++slice) {
+                const float* own = sums.get() + slice * per_slice + padded * per_group;
+                weight += own[c];
+                bias += own[padded + c];
+            }
+            to.norm_weight[c] = weight;
+            to.norm_bias[c] = bias;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qnas
+
+extern "C" {
+
+int qnas_lanes() { return qnas::kLanes; }
+
+// `sizes`: batch, height, width, channels, kernel, threads. Without a norm (null) there is no
+// residual; `shares` null is the plain operator, else one share for each of the kernels 3, 5, .., k.
+void qnas_quadratic_forward(const int64_t* sizes, const float* x, const float* w_a, const float* w_b,
+                            const float* w_c, const float* bias, const float* norm_weight,
+                            const float* norm_bias, float epsilon, const float* shares, float* y) {
+    qnas::Problem q{};
+    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
+    q.kernel = sizes[4], q.threads = sizes[5];
+    q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
+    const float* const weights[3] = {w_a, w_b, w_c};
+    qnas::set_up(q, weights, shares);
+    qnas::run_forward(q, y);
+}
+
+// Gradients of what the forward pass got, in its order; a null one is not written.
+void qnas_quadratic_backward(const int64_t* sizes, const float* grad, const float* x, const float* w_a,
+                             const float* w_b, const float* w_c, const float* bias,
+                             const float* norm_weight, const float* norm_bias, float epsilon,
+                             const float* shares, float* to_x, float* to_a, float* to_b, float* to_c,
+                             float* to_bias, float* to_norm_weight, float* to_norm_bias,
+                             float* to_shares) {
+    qnas::Problem q{};
+    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
+    q.kernel = sizes[4], q.threads = sizes[5];
+    q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
+    const float* const weights[3] = {w_a, w_b, w_c};
+    qnas::set_up(q, weights, shares);
+    qnas::run_backward(q, weights, grad,
+                       {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_bias, to_shares});
+}
+
+}  // extern "C"

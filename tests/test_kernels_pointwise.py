@@ -1,0 +1,200 @@
+"""The channel half against the modules that it stands for, in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnas.kernels import native
+from qnas.kernels.pointwise import NativeElementwise, TorchElementwise, _elementwise, channel_half
+
+NAMES = ("x", "norm weight", "norm bias", "expand", "expand bias", "project", "project bias")
+# batch, channels, height, width, hidden: odd sizes, one image, one place, several chunks, widths that fill
+# no vector
+SHAPES = [(2, 16, 5, 7, 64), (1, 24, 3, 3, 48), (3, 5, 4, 1, 13), (1, 1, 1, 1, 4), (6, 40, 29, 31, 160)]
+
+
+@pytest.fixture(params=["torch", "C++"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setenv("QNAS_KERNELS", "0")
+    elif native.library() is None:
+        pytest.skip("no C++ kernels here")
+    return str(request.param)
+
+
+def draw(batch: int, channels: int, height: int, width: int, hidden: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(channels)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x = (2 * normal(batch, channels, height, width) + 1).contiguous(memory_format=torch.channels_last)
+    weights = (normal(hidden, channels, 1, 1) / channels**0.5, normal(channels, hidden, 1, 1) / hidden**0.5)
+    norm = (1 + normal(channels) / 2, normal(channels))
+    return [x, *norm, weights[0], normal(hidden), weights[1], normal(channels)]
+
+
+def plain(x: Tensor, *parameters: Tensor, eps: float = 1e-6) -> Tensor:
+    """The definition, by torch's functions one after another."""
+    norm_weight, norm_bias, expand, expand_bias, project, project_bias = parameters
+    rows = x.permute(0, 2, 3, 1)
+    normed = F.layer_norm(rows, rows.shape[3:], norm_weight, norm_bias, eps)
+    hidden = F.gelu(F.linear(normed, expand.flatten(1), expand_bias))
+    return x + F.linear(hidden, project.flatten(1), project_bias).permute(0, 3, 1, 2)
+
+
+def run(inputs: list[Tensor], **options: bool) -> list[Tensor]:
+    """Return the result and the gradients of all inputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = channel_half(*leaves, **options)  # type: ignore[arg-type]  # mypy takes the list for the options
+    return [y, *torch.autograd.grad(y, leaves, weigh(y))]
+
+
+def weigh(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
+
+
+def close(ours: Tensor, exact: Tensor, name: str) -> None:
+    scale = float(exact.detach().abs().max())
+    error = float((ours.detach().double() - exact.detach()).abs().max())
+    assert error <= 3e-6 * scale, f"{name}: {error:.1e} of {scale:.1e}"
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_the_definitions(
+    shape: tuple[int, int, int, int, int], recompute: bool, form: str
+) -> None:
+    inputs = draw(*shape)
+    exact = [t.double().requires_grad_() for t in inputs]
+    y = plain(*exact)
+    wanted = [y, *torch.autograd.grad(y, exact, weigh(y))]
+    got = run(inputs, recompute=recompute)
+    if shape[1] == 1:  # normalised, one channel is nothing: its gradients are rounding errors
+        wanted, got = [*wanted[:1], *wanted[3:]], [*got[:1], *got[3:]]
+        names: tuple[str, ...] = ("y", *NAMES[2:])
+    else:
+        names = ("y", *NAMES)
+    for name, ours, reference in zip(names, got, wanted, strict=True):
+        assert ours.shape == reference.shape
+        close(ours, reference, name)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    inputs = [t.double().requires_grad_() for t in draw(2, 3, 2, 3, 5)]
+    for recompute in (True, False):
+        assert torch.autograd.gradcheck(lambda *t, r=recompute: channel_half(*t, recompute=r), inputs)
+
+
+def test_each_chunk_adds_its_part(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(2, 16, 5, 7, 64)
+    whole = run(inputs)
+    monkeypatch.setattr("qnas.kernels.pointwise.CHUNK_ROWS", 1)
+    monkeypatch.setattr("qnas.kernels.pointwise.CHUNK_ACTIVATIONS", 9 * 64)
+    for name, ours, reference in zip(("y", *NAMES), run(inputs), whole, strict=True):
+        close(ours, reference.double(), name)
+
+
+def test_no_images_have_no_result_and_no_gradients(form: str) -> None:
+    y, grad_x, *gradients = run(draw(0, 6, 4, 4, 8))
+    assert y.shape == grad_x.shape == (0, 6, 4, 4)
+    assert not any(g.any() for g in gradients)
+
+
+def test_the_layout_of_the_input_changes_nothing(form: str) -> None:
+    x, *parameters = draw(2, 12, 5, 7, 24)
+    wanted = run([x, *parameters])
+    strided = torch.stack([x, -x], -1)[..., 0]
+    for other in (x.contiguous(), x.transpose(2, 3).contiguous().transpose(2, 3), strided):
+        for ours, reference in zip(run([other, *parameters]), wanted, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+    assert wanted[0].is_contiguous(memory_format=torch.channels_last)
+    assert wanted[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_gradients_the_result_is_the_same_and_keeps_nothing(form: str) -> None:
+    inputs = draw(2, 16, 5, 7, 64)
+    with torch.no_grad():
+        y = channel_half(*(t.requires_grad_() for t in inputs))
+    assert y.grad_fn is None
+    assert torch.equal(y, run(inputs)[0])
+
+
+def test_frozen_parameters_get_no_gradients_and_the_inputs_stays_the_same(form: str) -> None:
+    inputs = draw(2, 16, 5, 7, 64)
+    x = inputs[0].detach().requires_grad_()
+    parameters = [t.detach() for t in inputs[1:]]
+    y = channel_half(x, *parameters)
+    y.backward(weigh(y))  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.equal(x.grad, run(inputs)[1])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    leaves = [t.requires_grad_() for t in draw(1, 4, 2, 2, 8)]
+    y = channel_half(*leaves)
+    (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_results_are_the_same_on_every_run(form: str) -> None:
+    inputs = draw(6, 40, 29, 31, 160)
+    for first, second in zip(run(inputs), run(inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+def parts() -> NativeElementwise:
+    found = _elementwise(torch.zeros(1), 1e-6)
+    if not isinstance(found, NativeElementwise):
+        pytest.skip("no C++ kernels here")
+    return found
+
+
+def test_what_lies_between_the_products_is_the_same_for_any_number_of_threads() -> None:
+    one, x = parts(), torch.randn(37, 43)
+    results = []
+    for threads in (1, 2, 3, 7):
+        many = NativeElementwise(one.eps, one.functions, threads)
+        normed, rstd = many.normalise(x)
+        activated, slope, grad_x = x.clone(), x.flip(0).clone(), torch.empty_like(x)
+        many.gelu(x, activated)
+        sums = many.gelu_backward(x, torch.empty_like(x), slope)
+        many.normalise_backward(x, slope, normed, rstd, grad_x)
+        results.append((normed, rstd, activated, slope, sums, grad_x))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gelu_and_its_slope_are_exact_to_float32() -> None:
+    h = torch.cat([torch.linspace(-40, 40, 200_003), torch.tensor([0.0, -5.42, 5.42, -1e6, 1e6])])[None]
+    exact = h.double().requires_grad_()
+    wanted = F.gelu(exact)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    wanted = wanted.detach()
+    activated, grad = torch.empty_like(h), torch.ones_like(h)
+    parts().gelu_backward(h, activated, grad)
+    size = h.double().abs().clamp_min(1)
+    assert float(((activated.double() - wanted) / size).abs().max()) < 3e-7
+    assert float((grad.double() - slope).abs().max()) < 1e-6
+    assert not activated[h < -6].any()  # no rounding of the distribution function times a large h
+    again = torch.empty_like(h)
+    parts().gelu(h, again)
+    assert torch.equal(again, activated)
+
+
+def test_gelu_passes_on_what_is_not_a_number() -> None:
+    h = torch.full((1, 20), torch.nan)
+    activated, grad = torch.empty_like(h), torch.ones_like(h)
+    parts().gelu_backward(h, activated, grad)
+    assert activated.isnan().all()
+    assert grad.isnan().all()
+
+
+def test_a_constant_row_is_normalised_to_zeros(form: str) -> None:
+    x = torch.full((3, 21), 5.0)
+    for elementwise in (TorchElementwise(1e-6), _elementwise(x, 1e-6)):
+        normed, rstd = elementwise.normalise(x)
+        torch.testing.assert_close(normed, torch.zeros_like(x))
+        torch.testing.assert_close(rstd, torch.full((3, 1), 1e3))
