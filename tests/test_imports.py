@@ -24,6 +24,7 @@ ORDER = [
     "latency",
     "derive",
     "text",
+    "kernels",
     "quadratic",
     "blocks",
     "subnet",
