@@ -20,9 +20,9 @@ from qnas.arch import arch_document, arch_from_indices
 from qnas.errors import CheckpointError, InfeasibleBudgetError
 from qnas.files import read_json
 from qnas.latency.table import LatencyTable
+from qnas.limits import Limits, check_limits
 from qnas.lower import count_macs, count_params, lower
 from qnas.space import SearchSpace
-from qnas.units import format_ms
 
 SEARCH_FILE = "search.json"  # of a run: what the search ended with
 SOLVER = "scipy.optimize.milp (HiGHS)"
@@ -37,42 +37,34 @@ class Solution:
 
     indices: tuple[int, ...]  # the candidate's number at each position
     score: float  # sum of the chosen candidates' scores
-    latency_ms: float
-    budget_ms: float
-    limit_ms: float  # the budget less the device's margin: at least `latency_ms`
+    limits: Limits  # that it is within
     bound: float  # no network within the budget has a higher score than this
     solver: str
 
-
-def check_budget(table: LatencyTable, budget_ms: float) -> None:
-    """Raise InfeasibleBudgetError, with what is possible, if no network meets the budget."""
-    if table.fastest_ms > table.limit_ms(budget_ms):
-        margin = f", and {table.margin:.1%} of margin" if table.margin else ""
-        raise InfeasibleBudgetError(
-            f"no network of {table.space} runs in {format_ms(budget_ms)} on {table.device}: "
-            f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}{margin}"
-        )
+    @property
+    def latency_ms(self) -> float:
+        """Return the latency on the first device."""
+        return self.limits[0].amount(self.indices)
 
 
-def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
-    """Return the network with the highest total score whose latency is at most the budget.
+def solve(scores: Scores, limits: Limits) -> Solution:
+    """Return the network with the highest total score that is within all limits.
 
-    Of the budget the table's margin is kept: what is solved for is `table.limit_ms(budget)`. Raises
-    InfeasibleBudgetError when there is none.
+    Raises InfeasibleBudgetError when there is none.
     """
-    check_budget(table, budget_ms)
-    limit_ms = table.limit_ms(budget_ms)
-    sizes = [len(row) for row in table.ms]
-    assert sizes == [len(row) for row in scores]
+    check_limits(limits)
+    sizes = [len(row) for row in scores]
     gain = np.concatenate([np.asarray(row) for row in scores])
-    cost = np.concatenate([np.asarray(row) for row in table.ms])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     one_each = np.zeros((len(sizes), len(gain)))
     for i in range(len(sizes)):
         one_each[i, starts[i] : starts[i + 1]] = 1
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(cost[None], -np.inf, limit_ms - table.fixed_ms),
+        *(
+            LinearConstraint(np.concatenate(limit.cells)[None], -np.inf, limit.limit - limit.fixed)
+            for limit in limits
+        ),
     ]
     for _ in range(MAX_CUTS):
         result = milp(
@@ -85,19 +77,16 @@ def solve(scores: Scores, table: LatencyTable, budget_ms: float) -> Solution:
         if result.x is None:
             break
         indices = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
-        latency_ms = table.latency_ms(indices)
         score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
-        if latency_ms <= limit_ms:
+        if all(limit.amount(indices) <= limit.limit for limit in limits):
             bound = max(score, -float(result.mip_dual_bound))
-            return Solution(indices, score, latency_ms, budget_ms, limit_ms, bound, SOLVER)
+            return Solution(indices, score, limits, bound, SOLVER)
         # over by less than the solver's tolerance: forbid this very network and solve again
         chosen = np.zeros_like(gain)
         chosen[starts[:-1] + np.asarray(indices)] = 1
         constraints.append(LinearConstraint(chosen[None], -np.inf, len(indices) - 1))
-    raise InfeasibleBudgetError(
-        f"the solver found no network of {table.space} within {format_ms(budget_ms)} on {table.device}; "
-        f"the fastest takes {format_ms(table.fastest_ms, round_up=True)}: give a little more"
-    )
+    wanted = ", ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
+    raise InfeasibleBudgetError(f"the solver found no network within {wanted}: give a little more")
 
 
 def read_scores(folder: Path, space: SearchSpace) -> Scores:
@@ -121,9 +110,7 @@ def read_scores(folder: Path, space: SearchSpace) -> Scores:
     return tuple(tuple(map(float, row)) for row in rows)
 
 
-def solution_document(
-    space: SearchSpace, table: LatencyTable, solution: Solution, details: Mapping[str, Any]
-) -> dict[str, Any]:
+def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of the arch.json of a solution, with the certificate that a reader can check.
 
     The prediction is the certificate's `fixed_ms` and `position_ms` together; it is at most
@@ -131,15 +118,17 @@ def solution_document(
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)
+    limit, table = solution.limits[0], solution.limits[0].table
+    assert table is not None, "the first limit is a device's"
     return arch_document(
         space,
         arch,
         {
             "device": table.device,
             "table_digest": table.digest,
-            "budget_ms": solution.budget_ms,
+            "budget_ms": limit.budget,
             "margin": table.margin,
-            "limit_ms": solution.limit_ms,
+            "limit_ms": limit.limit,
             "latency_ms": solution.latency_ms,
             "latency_coverage": table.coverage(solution.indices),
             "macs": count_macs(blocks),

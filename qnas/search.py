@@ -7,7 +7,6 @@ it had not been; batches depend only on the seed and their number.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnas import run
-from qnas.arch import Arch, arch_from_indices
+from qnas.arch import Arch
 from qnas.data import ImageData, batch_count, batches
-from qnas.derive import Scores, Solution, check_budget, sample_near, solution_document, solve
+from qnas.derive import Scores, Solution, solve
 from qnas.errors import ArchError, CheckpointError, UsageError
-from qnas.files import write_json, write_text
-from qnas.latency.table import LatencyTable, write_table
+from qnas.limits import Limits, check_limits
 from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
-from qnas.progress import Progress
 from qnas.space import SearchSpace
 from qnas.supernet import (
     Supernet,
@@ -41,7 +38,6 @@ from qnas.train import (
     make_optimizer,
     make_schedule,
     recalibrate,
-    run_to_end,
     stream,
     weight_step,
 )
@@ -52,7 +48,6 @@ ARCH_BETAS = (0.0, 0.99)
 FINAL_TEMPERATURE = 0.3
 ANNEALED_SHARE = 0.85  # of the search, until the temperature is final; the rest lets the latency settle
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
-RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
 
 
 @dataclass(frozen=True)
@@ -146,38 +141,17 @@ class SearchState:
     arch_step: int = 0
 
 
-@dataclass(frozen=True)
-class NetworkScore:
-    """A network of the supernet, and how well it does on the test images with inherited weights."""
-
-    arch: Arch
-    latency_ms: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a finished search found."""
-
-    searcher: "Searcher"
-    folder: Path
-    solution: Solution
-    derived: NetworkScore
-    random: tuple[NetworkScore, ...]
-    expected_ms: float
-
-
 class Searcher:
     """One search, stepped from outside or run to its end."""
 
-    def __init__(
-        self, space: SearchSpace, table: LatencyTable, budget_ms: float, data: ImageData, config: SearchConfig
-    ) -> None:
-        check_searchable(space, table, budget_ms)
-        self.space, self.table, self.budget_ms = space, table, budget_ms
+    def __init__(self, space: SearchSpace, limits: Limits, data: ImageData, config: SearchConfig) -> None:
+        check_searchable(space, limits)
+        self.space, self.limits = space, limits
         self.data, self.config = data, config
-        self.limit_ms = table.limit_ms(budget_ms)  # what a prediction may be
-        self.binds = self.limit_ms < table.slowest_ms
+        table = limits[0].table
+        assert table is not None, "the first limit is a device's"
+        self.table, self.limit_ms = table, limits[0].limit
+        self.binds = any(limit.binds for limit in limits)
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
         self.steps_per_epoch = batch_count(data.train, self.batch_size, drop_last=True)
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
@@ -367,7 +341,7 @@ class Searcher:
 
     def derive(self) -> Solution:
         """Solve for the most probable network within the budget."""
-        return solve(self.log_probabilities, self.table, self.budget_ms)
+        return solve(self.log_probabilities, self.limits)
 
     def score(self, arch: Arch) -> Score:
         """Evaluate a network with the supernet's weights on the test images."""
@@ -377,92 +351,11 @@ class Searcher:
         return evaluate(network, batches(self.data.test, 256))
 
 
-def check_searchable(space: SearchSpace, table: LatencyTable, budget_ms: float) -> None:
+def check_searchable(space: SearchSpace, limits: Limits) -> None:
     """Raise, before anything is trained, where there is nothing to search or no way to succeed."""
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
-    check_budget(table, budget_ms)
-
-
-def network_score(searcher: Searcher, indices: tuple[int, ...]) -> NetworkScore:
-    """Evaluate a network of the supernet given by its candidates' numbers."""
-    arch = arch_from_indices(searcher.space, indices)
-    return NetworkScore(arch, searcher.table.latency_ms(indices), searcher.score(arch).accuracy)
-
-
-def run_search(
-    searcher: Searcher,
-    folder: Path,
-    request: Mapping[str, Any],
-    *,
-    resume: bool = False,
-    force: bool = False,
-    quiet: bool = False,
-) -> SearchResult:
-    """Search to the end in a run folder, and write what was found.
-
-    `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
-    used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
-    """
-    request = {"search": asdict(searcher.config), **request}
-    run.open_folder(folder, request, resume=resume, force=force)
-    if resume and (folder / run.ARCH).is_file():
-        raise CheckpointError(f"{folder}: this search is complete, there is nothing to resume")
-    write_text(folder / run.SPACE, searcher.space.to_yaml())
-    write_table(searcher.table, searcher.space, folder / f"table-{searcher.table.device}.csv")
-    run_to_end(searcher, folder, resume=resume, quiet=quiet)
-    return _finish(searcher, folder, request, quiet=quiet)
-
-
-def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
-    config, table = searcher.config, searcher.table
-    solution = searcher.derive()
-    rng = np.random.default_rng(config.seed)
-    rivals = sample_near(
-        table, RANDOM_WINDOW * solution.latency_ms, solution.latency_ms, config.random_networks, rng
-    )
-    with Progress(1 + len(rivals), "evaluate", quiet=quiet) as progress:
-        derived = network_score(searcher, solution.indices)
-        progress.step()
-        random = []
-        for indices in rivals:
-            random.append(network_score(searcher, indices))
-            progress.step()
-    result = SearchResult(searcher, folder, solution, derived, tuple(random), searcher.expected_ms)
-    write_json(folder / run.SEARCH, _search_document(result))
-    run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
-    # last, since its presence says that the run is complete
-    write_json(folder / run.ARCH, _arch_document(searcher, result, request))
-    (folder / run.CHECKPOINT).unlink(missing_ok=True)
-    return result
-
-
-def _search_document(result: SearchResult) -> dict[str, Any]:
-    def entry(score: NetworkScore) -> dict[str, Any]:
-        return {
-            "choices": list(score.arch.choices),
-            "latency_ms": score.latency_ms,
-            "accuracy": score.accuracy,
-        }
-
-    return {
-        "schema": "qnas.search/1",
-        "expected_ms": result.expected_ms,
-        "budget_binds": result.searcher.binds,
-        "log_probabilities": result.searcher.log_probabilities,
-        "derived": entry(result.derived),
-        "random": [entry(score) for score in result.random],
-    }
-
-
-def _arch_document(searcher: Searcher, result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
-    details = {
-        "latency_source": request.get("latency"),
-        "supernet_accuracy": result.derived.accuracy,
-        "seed": searcher.config.seed,
-        "versions": request.get("versions", {}),
-    }
-    return solution_document(searcher.space, searcher.table, result.solution, details)
+    check_limits(limits)
 
 
 def preset_for(data_kind: str, **changes: Any) -> SearchConfig:

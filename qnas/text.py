@@ -13,20 +13,7 @@ from qnas.latency.prediction import Prediction
 from qnas.latency.table import LatencyTable
 from qnas.lower import BlockSpec, Slot, count_macs, count_params, fill, lower, skeleton
 from qnas.space import SearchSpace
-from qnas.units import format_ms
-
-
-def format_count(count: float) -> str:
-    """Write a number of parameters or MACs with three digits: `312M`.
-
-    >>> format_count(2899631104), format_count(16255912), format_count(999)
-    ('2.90G', '16.3M', '999')
-    """
-    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if count >= 0.9995 * scale:
-            value = count / scale
-            return f"{value:.{max(0, 2 - math.floor(math.log10(value) + 1e-9))}f}{suffix}"
-    return f"{count:.0f}"
+from qnas.units import format_count, format_ms
 
 
 def short_name(candidate: str) -> str:

@@ -1,4 +1,4 @@
-"""Latencies and budgets as people write them: `30ms`, `800us`, `0.03s`."""
+"""Latencies, budgets and counts as people write them: `30ms`, `800us`, `312M`."""
 
 import math
 import re
@@ -46,3 +46,16 @@ def format_ms(latency_ms: float, *, round_up: bool = False) -> str:
     if round_up and float(text) < latency_ms:
         text = f"{float(text) + 1 / scale:.{digits}f}"
     return f"{text} ms"
+
+
+def format_count(count: float) -> str:
+    """Write a number of parameters or MACs with three digits: `312M`.
+
+    >>> format_count(2899631104), format_count(16255912), format_count(999)
+    ('2.90G', '16.3M', '999')
+    """
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if count >= 0.9995 * scale:
+            value = count / scale
+            return f"{value:.{max(0, 2 - math.floor(math.log10(value) + 1e-9))}f}{suffix}"
+    return f"{count:.0f}"

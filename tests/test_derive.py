@@ -6,9 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qnas.derive import Scores, Solution, check_budget, sample_near, solve
+from qnas.derive import Scores, Solution, sample_near, solve
 from qnas.errors import InfeasibleBudgetError
 from qnas.latency.table import Cell, LatencyTable
+from qnas.limits import Limits, check_limits, latency_limit
+
+
+def within(table: LatencyTable, budget_ms: float) -> Limits:
+    return (latency_limit(table, budget_ms),)
 
 
 def make_table(fixed_ms: float, ms: list[list[float]], margin: float = 0.0) -> LatencyTable:
@@ -46,7 +51,7 @@ def best_score(table: LatencyTable, scores: Scores, budget_ms: float) -> float:
 
 
 def check(solution: Solution, table: LatencyTable, scores: Scores, budget_ms: float) -> None:
-    assert solution.latency_ms == table.latency_ms(solution.indices) <= budget_ms == solution.budget_ms
+    assert solution.latency_ms == table.latency_ms(solution.indices) <= budget_ms == solution.limits[0].budget
     assert solution.score == pytest.approx(
         sum(row[i] for row, i in zip(scores, solution.indices, strict=True)), abs=1e-12
     )
@@ -68,9 +73,9 @@ def test_the_solution_is_the_best_of_all_networks_within_any_budget(seed: int) -
         for budget_ms in (latency_ms * 1.01, latency_ms, latency_ms - 1e-9, np.nextafter(latency_ms, 0)):
             if budget_ms < latencies[0]:
                 with pytest.raises(InfeasibleBudgetError):
-                    solve(scores, table, float(budget_ms))
+                    solve(scores, within(table, float(budget_ms)))
             else:
-                check(solve(scores, table, float(budget_ms)), table, scores, float(budget_ms))
+                check(solve(scores, within(table, float(budget_ms))), table, scores, float(budget_ms))
 
 
 def test_a_budget_just_below_what_many_alike_networks_take_is_kept() -> None:
@@ -79,7 +84,7 @@ def test_a_budget_just_below_what_many_alike_networks_take_is_kept() -> None:
     row = np.round(rng.uniform(0.1, 2.0, 4), 6).tolist()
     table = make_table(1.0, [row] * 10)
     scores = tuple(tuple(np.log(rng.dirichlet(np.ones(4))).tolist()) for _ in range(10))
-    latency_ms = solve(scores, table, 0.5 * table.slowest_ms).latency_ms
+    latency_ms = solve(scores, within(table, 0.5 * table.slowest_ms)).latency_ms
     by_counts = [  # the distinct latencies
         table.latency_ms([0] * a + [1] * b + [2] * c + [3] * (10 - a - b - c))
         for a in range(11)
@@ -87,21 +92,24 @@ def test_a_budget_just_below_what_many_alike_networks_take_is_kept() -> None:
         for c in range(11 - a - b)
     ]
     for below in (1e-12, 1e-9, 1e-7, 1e-6):
-        solution = solve(scores, table, latency_ms - below)
+        solution = solve(scores, within(table, latency_ms - below))
         assert solution.latency_ms <= latency_ms - below
         assert min(abs(solution.latency_ms - t) for t in by_counts) < 1e-12
 
 
 def test_with_room_for_all_every_position_takes_its_best() -> None:
     table, scores = random_instance(4)
-    solution = solve(scores, table, 2 * table.slowest_ms)
+    solution = solve(scores, within(table, 2 * table.slowest_ms))
     assert solution.indices == tuple(int(np.argmax(row)) for row in scores)
 
 
 def test_a_budget_that_no_network_meets_is_answered_with_the_fastest() -> None:
     table = make_table(1.0, [[0.5, 2.0], [1.25, 0.75]])
-    check_budget(table, 2.25)
-    for refuse in (lambda: check_budget(table, 2.2499), lambda: solve(((0.0, 0.0),) * 2, table, 2.2499)):
+    check_limits(within(table, 2.25))
+    for refuse in (
+        lambda: check_limits(within(table, 2.2499)),
+        lambda: solve(((0.0, 0.0),) * 2, within(table, 2.2499)),
+    ):
         with pytest.raises(InfeasibleBudgetError) as error:
             refuse()
         assert str(error.value) == "no network of mine runs in 2.250 ms on vpu: the fastest takes 2.250 ms"
@@ -111,9 +119,9 @@ def test_the_fastest_networks_latency_as_printed_is_a_budget_that_works() -> Non
     for seed in range(20):
         table, scores = random_instance(seed)
         with pytest.raises(InfeasibleBudgetError) as error:
-            check_budget(table, 0.5 * table.fastest_ms)
+            check_limits(within(table, 0.5 * table.fastest_ms))
         printed_ms = float(str(error.value).split("the fastest takes ")[1].removesuffix(" ms"))
-        assert solve(scores, table, printed_ms).latency_ms <= printed_ms
+        assert solve(scores, within(table, printed_ms)).latency_ms <= printed_ms
 
 
 def test_samples_lie_in_the_window_and_are_about_equally_frequent() -> None:
@@ -167,15 +175,15 @@ def test_a_margin_is_kept_from_the_budget(seed: int) -> None:
     table, scores = random_instance(seed)
     careful = replace(table, margin=0.25)
     for budget_ms in np.linspace(careful.fastest_ms, careful.slowest_ms, 5) * 1.2500001:
-        solution = solve(scores, careful, float(budget_ms))
+        solution = solve(scores, within(careful, float(budget_ms)))
         assert solution.latency_ms * 1.25 <= budget_ms * (1 + 1e-12)
-        assert solution.limit_ms == pytest.approx(budget_ms / 1.25)
-        assert solution.budget_ms == budget_ms
-        assert solution.score == pytest.approx(best_score(table, scores, solution.limit_ms), abs=2e-6)
+        assert solution.limits[0].limit == pytest.approx(budget_ms / 1.25)
+        assert solution.limits[0].budget == budget_ms
+        assert solution.score == pytest.approx(best_score(table, scores, solution.limits[0].limit), abs=2e-6)
 
 
 def test_a_budget_that_only_the_margin_rules_out_is_refused_with_the_margin() -> None:
     table = make_table(1.0, [[1.0, 2.0]], margin=0.1)
     with pytest.raises(InfeasibleBudgetError, match=r"fastest takes 2\.000 ms, and 10\.0% of margin"):
-        check_budget(table, 2.1)
-    check_budget(table, 2.2001)
+        check_limits(within(table, 2.1))
+    check_limits(within(table, 2.2001))

@@ -17,6 +17,7 @@ from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import CHOICES, cover, describe_mapping, estimate, in_range, predict_rows
 from qnas.latency.predictors import FEATURE_COUNTS, PUBLISHED, import_predictors
 from qnas.layer import LayerSpec
+from qnas.limits import latency_limit
 from qnas.lower import BlockSpec, fill, skeleton
 from qnas.resources import stems
 from qnas.space import SearchSpace, load_space
@@ -276,7 +277,7 @@ def test_the_solver_takes_the_table(tiny_space: SearchSpace) -> None:
     found = nn_meter.compute_table(a76(), tiny_space)
     budget = (found.fastest_ms + found.slowest_ms) / 2
     scores = tuple((math.log(1 / len(row)),) * len(row) for row in found.cells)
-    solution = solve(scores, found, budget)
+    solution = solve(scores, (latency_limit(found, budget),))
     assert found.latency_ms(solution.indices) <= budget
 
 

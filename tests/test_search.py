@@ -16,7 +16,9 @@ from qnas.derive import sample_near, solve
 from qnas.errors import ArchError, CheckpointError, InfeasibleBudgetError, Interrupted
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
+from qnas.limits import Limits, latency_limit
 from qnas.originals import parse_data_spec
+from qnas.outcome import run_search
 from qnas.penalty import LATENCY_LOSSES, Multiplier, penalised
 from qnas.search import (
     ANNEALED_SHARE,
@@ -26,7 +28,6 @@ from qnas.search import (
     SearchConfig,
     Searcher,
     check_searchable,
-    run_search,
 )
 from qnas.space import SearchSpace, load_space
 from qnas.supernet import (
@@ -61,6 +62,10 @@ def table(tiny_space: SearchSpace) -> LatencyTable:
     return compute_table(load_device("vpu"), tiny_space)
 
 
+def within(table: LatencyTable, budget_ms: float) -> Limits:
+    return (latency_limit(table, budget_ms),)
+
+
 def middle(table: LatencyTable) -> float:
     return (table.fastest_ms + table.slowest_ms) / 2
 
@@ -68,7 +73,7 @@ def middle(table: LatencyTable) -> float:
 def search(
     space: SearchSpace, table: LatencyTable, data: ImageData, folder: Path, config: SearchConfig = CONFIG
 ) -> Path:
-    searcher = Searcher(space, table, middle(table), data, config)
+    searcher = Searcher(space, within(table, middle(table)), data, config)
     run_search(searcher, folder, {"data": "digits"}, quiet=True)
     return folder
 
@@ -111,7 +116,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
 ) -> None:
     whole = search(tiny_space, table, digits, tmp_path / "whole")
     folder = tmp_path / "stopped"
-    searcher = Searcher(tiny_space, table, middle(table), digits, CONFIG)
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     step = searcher.step
 
     def step_and_stop() -> dict[str, float]:
@@ -127,7 +132,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     # what came after the checkpoint does not count
     with (folder / run.METRICS).open("a") as file:
         file.write('{"step": 1000}\n')
-    fresh = Searcher(tiny_space, table, middle(table), digits, CONFIG)
+    fresh = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     run_search(fresh, folder, {"data": "digits"}, resume=True, quiet=True)
     for file_name in (run.ARCH, run.METRICS, run.SUPERNET, run.SEARCH):
         assert (whole / file_name).read_bytes() == (folder / file_name).read_bytes(), file_name
@@ -138,10 +143,10 @@ def test_resuming_something_else_is_refused(
 ) -> None:
     folder = search(tiny_space, table, digits, tmp_path / "run")
     before = (folder / run.ARCH).read_bytes()
-    searcher = Searcher(tiny_space, table, middle(table), digits, replace(CONFIG, batch_size=64))
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, replace(CONFIG, batch_size=64))
     with pytest.raises(CheckpointError, match=r"changed since it started: search was .*128.*, is .*64"):
         run_search(searcher, folder, {"data": "digits"}, resume=True, quiet=True)
-    same = Searcher(tiny_space, table, middle(table), digits, CONFIG)
+    same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     with pytest.raises(CheckpointError, match="is complete, there is nothing to resume"):
         run_search(same, folder, {"data": "digits"}, resume=True, quiet=True)
     with pytest.raises(CheckpointError, match="already holds a run: give --resume"):
@@ -156,7 +161,7 @@ def test_a_damaged_checkpoint_is_refused(
 ) -> None:
     folder = search(tiny_space, table, digits, tmp_path / "run")
     (folder / run.ARCH).unlink()
-    same = Searcher(tiny_space, table, middle(table), digits, CONFIG)
+    same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     run.save_checkpoint(folder, {**same.to_dict(), "metrics_bytes": 0})
     content = (folder / run.CHECKPOINT).read_bytes()
     (folder / run.CHECKPOINT).write_bytes(content[: len(content) // 2])
@@ -171,7 +176,7 @@ def test_force_leaves_nothing_of_the_former_run(
     (folder / run.SUBNET).mkdir()
     (folder / run.SUBNET / "weights.safetensors").write_bytes(b"of another network")
     run_search(
-        Searcher(tiny_space, table, middle(table), digits, CONFIG),
+        Searcher(tiny_space, within(table, middle(table)), digits, CONFIG),
         folder,
         {"data": "digits"},
         force=True,
@@ -184,27 +189,27 @@ def test_an_impossible_budget_is_refused_before_anything_is_trained(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
 ) -> None:
     with pytest.raises(InfeasibleBudgetError, match=r"the fastest takes \d"):
-        Searcher(tiny_space, table, 0.9 * table.fastest_ms, digits, CONFIG)
-    check_searchable(tiny_space, table, table.fastest_ms)
+        Searcher(tiny_space, within(table, 0.9 * table.fastest_ms), digits, CONFIG)
+    check_searchable(tiny_space, within(table, table.fastest_ms))
 
 
 def test_a_fixed_space_is_not_searched(digits: ImageData) -> None:
     space = load_space("quadranet25-xxs")
     with pytest.raises(ArchError, match="one network only"):
-        check_searchable(space, compute_table(load_device("vpu"), space), 1e6)
+        check_searchable(space, within(compute_table(load_device("vpu"), space), 1e6))
 
 
 def test_without_a_binding_budget_the_latency_does_not_press(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
 ) -> None:
-    searcher = Searcher(tiny_space, table, 2 * table.slowest_ms, digits, CONFIG)
+    searcher = Searcher(tiny_space, within(table, 2 * table.slowest_ms), digits, CONFIG)
     assert not searcher.binds
-    assert Searcher(tiny_space, table, middle(table), digits, CONFIG).binds
+    assert Searcher(tiny_space, within(table, middle(table)), digits, CONFIG).binds
     for _ in range(searcher.warmup_steps + 1):
         searcher.step()
     assert searcher.state.multiplier.value == 0
     before = searcher.state.supernet.alpha.detach().clone()
-    twin = Searcher(tiny_space, table, 3 * table.slowest_ms, digits, CONFIG)
+    twin = Searcher(tiny_space, within(table, 3 * table.slowest_ms), digits, CONFIG)
     twin.load(copy.deepcopy(searcher.to_dict()))
     for _ in range(3):  # a pressure would differ between the budgets
         for each in (searcher, twin):
@@ -228,7 +233,7 @@ def test_a_space_with_batch_norm_searches(digits: ImageData, tmp_path: Path) -> 
     data = load_data(parse_data_spec("digits"), resolution_px=32, quiet=True)
     table = load_table(load_device("cpu"), space)
     config = replace(CONFIG, resolution_px=32, warmup_epochs=0, search_epochs=1, random_networks=1)
-    searcher = Searcher(space, table, 60.0, data, replace(config, batch_size=512))
+    searcher = Searcher(space, within(table, 60.0), data, replace(config, batch_size=512))
     result = run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
     assert result.solution.latency_ms <= 60.0
 
@@ -286,7 +291,7 @@ def test_the_expected_latency_settles_at_the_budget(device: str, space_name: str
     assert abs(float(np.mean(tail[-20:]))) < max(0.05, min(0.15, one_block))
     log_p = log_probabilities(alpha.detach() / temperature, mask)
     scores = tuple(tuple(row[:n].tolist()) for row, n in zip(log_p, counts, strict=True))
-    solution = solve(scores, table, budget_ms)
+    solution = solve(scores, within(table, budget_ms))
     # the latency that was allowed is used, but for less than a block
     assert solution.latency_ms > (1 - max(0.15, one_block)) * budget_ms
     # and used well: better by the task's taste than random networks of the same latency

@@ -43,8 +43,9 @@ def derive(
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note, table_from
     from qnas.latency.table import write_table
-    from qnas.text import choices_by_stage, field, files_in, format_count, latency_line
-    from qnas.units import format_ms, parse_latency
+    from qnas.limits import latency_limit
+    from qnas.text import choices_by_stage, field, files_in, latency_line
+    from qnas.units import format_count, format_ms, parse_latency
 
     if source is None:
         from qnas.run import latest_run  # imports torch, which the solve does without
@@ -56,7 +57,7 @@ def derive(
     scores = read_scores(searched.folder, space)
     known = load_device(device)
     table = table_from(latency, known, space)
-    solution = solve(scores, table, budget_ms)
+    solution = solve(scores, (latency_limit(table, budget_ms),))
     label = f"{known.aliases[0] if known.aliases else known.name}-{budget.replace(' ', '')}"
     folder = out or searched.folder / "derived" / label
     if (folder / ARCH_FILE).exists() and not force:
@@ -68,7 +69,7 @@ def derive(
         "seed": searched.document.get("seed"),
         "versions": searched.document.get("versions", {}),
     }
-    document = solution_document(space, table, solution, details)
+    document = solution_document(space, solution, details)
     write_text(folder / SPACE_FILE, space.to_yaml())
     write_table(table, space, folder / f"table-{table.device}.csv")
     write_json(folder / ARCH_FILE, document)

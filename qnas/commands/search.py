@@ -23,7 +23,7 @@ from qnas.commands.options import (
 from qnas.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from qnas.search import SearchResult
+    from qnas.outcome import SearchResult
 
 
 def search(
@@ -128,6 +128,7 @@ def _search(
 ) -> "SearchResult":
     from qnas.latency.device import load_device
     from qnas.latency.prediction import table_from
+    from qnas.limits import latency_limit
     from qnas.space import load_space
     from qnas.units import format_ms, parse_latency
 
@@ -135,21 +136,23 @@ def _search(
     space = load_space(asked["space"])
     device = load_device(asked["device"])
     table = table_from(asked["latency"], device, space)
+    limits = (latency_limit(table, budget_ms),)
 
     # torch takes seconds to import: what can be refused is refused before
     from qnas.data import load_data
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
-    from qnas.search import Searcher, check_searchable, preset_for, run_search
+    from qnas.outcome import run_search
+    from qnas.search import Searcher, check_searchable, preset_for
     from qnas.train import set_up_process
 
-    check_searchable(space, table, budget_ms)
+    check_searchable(space, limits)
     spec = parse_data_spec(asked["data"])
     config = preset_for(spec.kind, **changes)
     check_resolution(space, config.resolution_px)
     set_up_process(config.threads)
     data = load_data(spec, resolution_px=config.resolution_px, channels=space.input.channels, quiet=quiet)
-    searcher = Searcher(space, table, budget_ms, data, config)
+    searcher = Searcher(space, limits, data, config)
     folder = out or free_folder(
         space.name, device.aliases[0] if device.aliases else device.name, asked["budget"]
     )
@@ -189,11 +192,10 @@ def _print_search(result: "SearchResult", note: str, *, as_json: bool) -> None:
         choices_by_stage,
         field,
         files_in,
-        format_count,
         latency_line,
         mean_and_spread,
     )
-    from qnas.units import format_ms
+    from qnas.units import format_count, format_ms
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
     document = json.loads((folder / run.ARCH).read_text(encoding="utf-8"))
@@ -214,7 +216,7 @@ def _print_search(result: "SearchResult", note: str, *, as_json: bool) -> None:
         "",
         choices_by_stage(searcher.space, derived.arch),
         "",
-        field("latency", latency_line(searcher.table, indices, searcher.budget_ms)),
+        field("latency", latency_line(searcher.table, indices, searcher.limits[0].budget)),
         *([field("", note)] if note else []),
         field("", f"expected of the architecture parameters: {expected}"),
         field(
