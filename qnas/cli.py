@@ -4,13 +4,14 @@ Exit codes: 0 done, 1 what the user can mend (one line on stderr), 2 usage, 130 
 state saved.
 """
 
+import signal
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from qnas import __version__
-from qnas.commands import derive, latency, own_device, predictors, profile, search, subnet
+from qnas.commands import derive, doctor, latency, own_device, predictors, profile, search, subnet
 from qnas.errors import Interrupted, QnasError
 
 app = typer.Typer(
@@ -55,6 +56,8 @@ app.command()(own_device.sample)
 app.command()(own_device.measure)
 app.command("fit-latency")(own_device.fit_latency)
 app.command()(own_device.calibrate)
+# this machine
+app.command()(doctor.doctor)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -64,6 +67,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line; what the user can mend becomes one line and exit code 1."""
+    # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except QnasError as error:

@@ -1,0 +1,182 @@
+"""`qnas doctor`: what this machine has, what of it works, and what to do about what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import typer
+
+from qnas.commands.options import Json, print_json, versions
+
+State = Literal["ok", "off", "missing", "broken"]
+# what a command needs that a plain install may lack
+_RUNTIMES = {
+    "onnxruntime": "checking and timing of ONNX files",
+    "openvino": "qnas profile --runtime openvino",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    state: State
+    found: str
+    advice: str = ""  # what to do, where there is something to do
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, which devices and predictors are there, and whether GPU and compiler work.
+
+    Builds the C++ kernels if they never were, which takes half a minute. Exits with 1 if something is
+    broken.
+
+    Example: qnas doctor
+    """
+    findings = list(examine())
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        width = 8 + max(len(finding.topic) for finding in findings) + 2
+        for finding in findings:
+            typer.echo(_wrap(finding.found, f"{finding.state:8}{finding.topic}".ljust(width)))
+            if finding.advice:
+                typer.echo(_wrap(f"-> {finding.advice}", " " * width))
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _wrap(text: str, first: str) -> str:
+    # paths and addresses stay whole, so that they can be copied
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def examine() -> Iterator[Finding]:
+    """Yield what there is to say, in the order in which it is printed."""
+    yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    yield from _machine()
+    yield _cpu_kernels()
+    yield _gpu()
+    yield from _runtimes()
+    yield from _latency_sources()
+
+
+def _machine() -> Iterator[Finding]:
+    import torch
+
+    from qnas.host import cpu_name, load
+
+    yield Finding("cpu", "ok", f"{cpu_name()}, {platform.system()}, {load()}")
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    reason = f", since OMP_NUM_THREADS={asked} is set" if asked and threads < cores else ""
+    yield Finding("threads", "ok", f"torch uses {threads} of {cores} cores{reason}")
+
+
+def _cpu_kernels() -> Finding:
+    from qnas.kernels import native
+
+    topic = "C++ kernels"
+    if not native.is_enabled():
+        return Finding(
+            topic, "off", "QNAS_KERNELS=0: torch's operators are used", "unset it for faster training"
+        )
+    compiler = native.find_compiler()
+    if compiler is None:
+        wanted = ", ".join(native.COMPILERS)
+        return Finding(
+            topic,
+            "missing",
+            "no C++ compiler: torch's operators are used",
+            f"install one of {wanted}, or set CXX",
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        library = native.library()
+    if library is None:
+        reason = str(caught[0].message) if caught else "tried before in this process"
+        return Finding(topic, "broken", reason, f"see what {compiler} lacks, or set QNAS_KERNELS=0")
+    worst = _largest_difference()
+    found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
+    if worst > 1e-4:
+        advice = "set QNAS_KERNELS=0 and report this, with the compiler's version"
+        return Finding(topic, "broken", f"{found}; off by {worst:.1e} from torch's result", advice)
+    return Finding(topic, "ok", f"{found}; within {worst:.0e} of torch's result")
+
+
+def _largest_difference() -> float:
+    """Return how far the operator and its gradient by the kernels are from those by torch, of 1."""
+    import torch
+
+    from qnas.quadratic import quadratic_conv2d, quadratic_conv2d_reference
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 24, 9, 9), *[(24, 1, 7, 7)] * 3]
+    results = []
+    for form in (quadratic_conv2d, quadratic_conv2d_reference):
+        tensors = [torch.randn(shape, generator=generator.manual_seed(i)) for i, shape in enumerate(shapes)]
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        y = form(*tensors)
+        results.append([y, *torch.autograd.grad(y.square().mean(), tensors)])
+    return max(
+        float((got - right).detach().abs().max() / right.detach().abs().max())
+        for got, right in zip(*results, strict=True)
+    )
+
+
+def _gpu() -> Finding:
+    import torch
+
+    from qnas.kernels import triton_quadratic
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        advice = "" if built else "for a GPU install a torch that is built for it"
+        return Finding(
+            "GPU", "missing", f"none that torch can use (torch is built for {built or 'CPUs'})", advice
+        )
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    if not triton_quadratic.available():
+        return Finding("GPU", "ok", f"{names}, without Triton kernels", "pip install triton")
+    return Finding("GPU", "ok", f"{names}, with Triton kernels")
+
+
+def _runtimes() -> Iterator[Finding]:
+    for name, use in _RUNTIMES.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "missing", f"not installed: no {use}", f"pip install {name}")
+        else:
+            yield Finding(name, "ok", version)
+
+
+def _latency_sources() -> Iterator[Finding]:
+    from qnas.latency.device import device_names
+    from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
+
+    names = [" = ".join((name, *aliases)) for name, aliases in device_names().items()]
+    yield Finding("devices", "ok", ", ".join(names))
+    imported = [predictors.device for predictors in list_predictors()]
+    missing = sorted(PUBLISHED.keys() - set(imported))
+    yield Finding(
+        "nn-Meter",
+        "ok" if imported else "missing",
+        f"predictors of {', '.join(imported)}"
+        if imported
+        else "no predictors imported (only --latency nn-meter needs them)",
+        "" if imported else download_hint(missing[0]),
+    )
