@@ -1,13 +1,16 @@
 """The QuadraBlock against its plain form and against the blocks of ConvNeXt and HorNet, interleaved.
 
-    python benchmarks/block.py [--threads 1] [--rounds 15] [--json FILE]
+    python benchmarks/block.py [--threads 1] [--rounds 15] [--fresh] [--json FILE]
 
 Forms of one width C, kernel 7 and expansion 4, on channels_last maps in float32 on the CPU: naive (three
 F.conv2d and torch's modules under autograd), lean (qnas with QNAS_KERNELS=0), native (qnas with its C++
-kernels), keeping (native with recompute off), convnext and hornet (their papers' blocks). All take turns
-in every round, and a time is given as the median over rounds of its ratio to the naive one of the same
-round; with one thread it is the time on the processor, which other programs on the machine disturb less.
-Prints a table and PASS or MISS for every bar; the exit status is 1 where one is missed.
+kernels), keeping and recomputing (native, with recompute off and on instead of chosen by width), nested
+(the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet (their papers' blocks). All
+take turns in every round, and a time is given as the median over rounds of its ratio to the naive one of
+the same round; with one thread it is the time on the processor, which other programs on the machine disturb
+less. Memory is as in a training run (`qnas.train.set_up_process`): what tensors freed is kept; --fresh is
+the state of any other process, where the pages of each large tensor are cleared first, which costs the
+naive form most. Prints a table and PASS or MISS for every bar; the exit status is 1 where one is missed.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,9 @@ from qnas.blocks import ChannelLayerNorm, QuadraBlock
 from qnas.files import atomic_path
 from qnas.host import cpu_name
 from qnas.kernels import native
+from qnas.kernels.nested import nested_channel_half, nested_mixer_half
 from qnas.quadratic import quadratic_conv2d_reference
+from qnas.train import set_up_process
 
 KERNEL, EXPANSION = 7, 4
 SHAPES = [(64, 32, 16), (32, 64, 32), (8, 64, 56), (8, 256, 14)]  # batch, channels, height and width
@@ -40,6 +46,8 @@ BARS = {
     "native step / convnext": (1.0, 1.0, 1.0, 1.0),
     "native step / hornet": (0.6, 0.6, 0.6, 0.6),
     "native saved / hornet": (0.15, 0.15, 0.15, 0.15),
+    "nested step / native": (1.25, 1.25, 1.25, 1.25),
+    "nested saved, x": (3.0, 3.0, 3.0, 3.0),
     "lean step / naive": (0.85, 0.85, 0.85, 1.15),
     "lean saved, x": (2.3, 2.3, 2.3, 2.3),
 }
@@ -53,6 +61,28 @@ class NaiveBlock(QuadraBlock):
         x = x + quadratic_conv2d_reference(self.norm1(x), *weights)
         y: Tensor = x + self.project(self.act(self.expand(self.norm2(x))))
         return y
+
+
+class NestedBlock(QuadraBlock):
+    """The largest block's weights under shares of all kernels and expansions, each with its gradient."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, KERNEL, EXPANSION)
+        self.shares = nn.Parameter(torch.full((3,), 1 / 3))
+        self.expansions = nn.Parameter(torch.full((2,), 1 / 2))  # 2 and 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm1, norm2 = (cast(nn.LayerNorm, norm) for norm in (self.norm1, self.norm2))
+        expand, project = (cast(nn.Conv2d, conv) for conv in (self.expand, self.project))
+        assert expand.bias is not None
+        assert project.bias is not None
+        depthwise = (conv.weight for conv in (self.conv_a, self.conv_b, self.conv_c))
+        x = nested_mixer_half(x, norm1.weight, norm1.bias, *depthwise, self.shares, (3, 5, 7), eps=norm1.eps)
+        half = len(expand.bias) // 2
+        gates = torch.cat([torch.ones(half), self.expansions[1].expand(half)])
+        pointwise = (expand.weight, expand.bias, project.weight, project.bias)
+        share = self.expansions.sum()
+        return nested_channel_half(x, norm2.weight, norm2.bias, *pointwise, gates, share, eps=norm2.eps)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -121,25 +151,31 @@ FORMS: dict[str, Callable[[int], nn.Module]] = {
     "lean": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "native": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "keeping": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=False),
+    "recomputing": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=True),
+    "nested": NestedBlock,
     "convnext": ConvNeXtBlock,
     "hornet": HorNetBlock,
 }
-NATIVE = ("native", "keeping")
+NATIVE = ("native", "keeping", "recomputing", "nested")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--fresh", action="store_true", help="memory as in a process that just started")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if options.fresh:
+        torch.set_num_threads(options.threads)
+    else:
+        set_up_process(options.threads)
     names = [name for name in FORMS if name not in NATIVE or native.library() is not None]
     clock = time.process_time if options.threads == 1 else time.perf_counter
     peak = {"GFLOP/s": measure_gflops(clock), "GB/s": measure_bandwidth(clock)}
     print(f"{cpu_name()}, threads {options.threads}; in this run a product of matrices reaches")
     print(f"{peak['GFLOP/s']:.0f} GFLOP/s and a copy {peak['GB/s']:.1f} GB/s")
-    header = f"{'shape':>13} {'form':>9} {'fwd ms':>7} {'step ms':>8} {'fwd':>6} {'step':>6}"
+    header = f"{'shape':>13} {'form':>11} {'fwd ms':>7} {'step ms':>8} {'fwd':>6} {'step':>6}"
     print(f"{header} {'saved':>6} {'GFLOP/s':>8} {'of peak':>8} {'GB/s':>6} {'of peak':>8}")
     rows, verdicts = [], []
     for i, shape in enumerate(SHAPES):
@@ -155,6 +191,7 @@ def main() -> None:
         print("{passed:4}  {shape!s:>13}  {bar:24} {value:6} at most {most}".format(**found))
     if options.json:
         result = {"cpu": cpu_name(), "torch": torch.__version__, "threads": options.threads}
+        result |= {"memory": "fresh" if options.fresh else "kept"}
         result |= {"peak": peak, "rows": rows, "bars": verdicts}
         with atomic_path(options.json) as path:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -269,7 +306,7 @@ def _best(run: Callable[[], object], clock: Callable[[], float], repeats: int) -
 
 
 def line(shape: tuple[int, int, int], name: str, row: dict[str, float], peak: dict[str, float]) -> str:
-    text = f"{shape!s:>13} {name:>9} {row['forward_ms']:7.2f} {row['step_ms']:8.2f}"
+    text = f"{shape!s:>13} {name:>11} {row['forward_ms']:7.2f} {row['step_ms']:8.2f}"
     text += f" {row['forward']:6.2f} {row['step']:6.2f} {row['saved']:6.2f}"
     if "gflops" in row:
         text += f" {row['gflops']:8.1f} {row['gflops'] / peak['GFLOP/s']:8.0%}"

@@ -8,6 +8,11 @@ in multiples of x, and GFLOP/s and GB/s as shares of what this machine reaches i
 large matrix product and a large copy. PASS and MISS say whether a form is within its bar. --small
 measures the maps of the search spaces at 32 px instead, which have no bars.
 
+Memory is as in a training run (`qnas.train.set_up_process`): what tensors freed is kept. As glibc comes,
+it returns large tensors to the system and clears the pages of each new one, which makes the reference,
+who allocates most, up to three times slower; --fresh shows that state. The bars are for the other,
+where the reference is at its best.
+
 A GFLOP is counted as by three convolutions (a step: three forward, two again for the factors, three
 for x and three for the weights), a byte as by a perfect kernel (forward reads x and writes y; backward
 reads x and the gradient and writes that of x), whatever a form really does.
@@ -29,6 +34,7 @@ from torch import Tensor
 from qnas.host import cpu_name
 from qnas.kernels import native
 from qnas.quadratic import choose_form, quadratic_conv2d, quadratic_conv2d_reference
+from qnas.train import set_up_process
 
 Shape = tuple[int, int, int]  # batch, channels, height = width
 
@@ -85,9 +91,10 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="memory as in a process that just started")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not options.fresh:
-        settle_allocator()
+    if options.fresh:
+        torch.set_num_threads(options.threads)
+    else:
+        set_up_process(options.threads)
     has_native = native.library() is not None
     forms = [form for form in FORMS if form != "native" or has_native]
     ceiling = measure_ceiling()
@@ -115,24 +122,13 @@ def main() -> None:
             "schema": "qnas.benchmark.quadratic/1",
             "cpu": cpu_name(),
             "threads": options.threads,
-            "memory": "fresh" if options.fresh else "settled",
+            "memory": "fresh" if options.fresh else "kept",
             "torch": torch.__version__,
             "ceiling": asdict(ceiling),
             "rows": [asdict(row) for row in rows],
             "verdicts": verdicts,
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def settle_allocator() -> None:
-    """Let the C library keep freed memory, so that the forms' own work is compared.
-
-    glibc returns large tensors to the system, which clears the pages of each new one, until one of
-    nearly 32 MiB was freed. The reference allocates most and is up to three times slower before that;
-    a training run lies between the two, by how much memory it frees at once. --fresh shows the other.
-    """
-    for _ in range(2):
-        torch.zeros(31 << 18)
 
 
 def measure_ceiling() -> Ceiling:

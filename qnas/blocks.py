@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qnas.distributed import BatchNorm2d
 from qnas.kernels.block import can_run, mixer_half
 from qnas.kernels.pointwise import channel_half
 from qnas.layer import LayerSpec
@@ -51,7 +52,7 @@ MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "dwconv": _convolution,
     "linear": lambda spec: nn.Linear(spec.c_in, spec.c_out, bias=spec.bias),
     "layernorm": lambda spec: ChannelLayerNorm(spec.c_out, eps=1e-6),
-    "batchnorm": lambda spec: nn.BatchNorm2d(spec.c_out),
+    "batchnorm": lambda spec: BatchNorm2d(spec.c_out),
     "gelu": lambda _: nn.GELU(),
     "relu": lambda _: nn.ReLU(),
     "relu6": lambda _: nn.ReLU6(),
@@ -83,7 +84,8 @@ class QuadraBlock(nn.Module):
     QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand, and why batch
     normalisation needs a clip. While training, and wherever gradients are taken, a block with layer
     normalisation and GELU keeps its input and the map between its halves, and computes the rest again in
-    the backward pass (`qnas.kernels`); with `recompute` off it keeps the expanded activation too.
+    the backward pass (`qnas.kernels`); with `recompute` off it keeps the expanded activation too, and
+    None chooses by width and size.
     """
 
     conv_a: nn.Conv2d
@@ -104,7 +106,7 @@ class QuadraBlock(nn.Module):
         *,
         norm: str = "layernorm",
         activation: str = "gelu",
-        recompute: bool = True,
+        recompute: bool | None = None,
     ) -> None:
         super().__init__()
         place = Place(channels, channels, 1, 1, norm, activation)

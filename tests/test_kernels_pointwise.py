@@ -61,7 +61,7 @@ def close(ours: Tensor, exact: Tensor, name: str) -> None:
     assert error <= 3e-6 * scale, f"{name}: {error:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", [True, False, None])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_the_definitions(
     shape: tuple[int, int, int, int, int], recompute: bool, form: str
@@ -129,6 +129,20 @@ def test_frozen_parameters_get_no_gradients_and_the_inputs_stays_the_same(form: 
     y.backward(weigh(y))  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert torch.equal(x.grad, run(inputs)[1])
+
+
+@pytest.mark.parametrize("trained", [range(1, 5), range(5, 7)], ids=["norm and expand", "project"])
+def test_part_of_the_parameters_may_be_frozen(trained: range, form: str) -> None:
+    inputs = draw(2, 16, 5, 7, 64)
+    leaves = [t.detach().requires_grad_(i == 0 or i in trained) for i, t in enumerate(inputs)]
+    y = channel_half(*leaves)
+    y.backward(weigh(y))  # type: ignore[no-untyped-call]
+    for i, (leaf, expected) in enumerate(zip(leaves, run(inputs)[1:], strict=True)):
+        if i == 0 or i in trained:
+            assert leaf.grad is not None
+            assert torch.equal(leaf.grad, expected)
+        else:
+            assert leaf.grad is None
 
 
 def test_a_second_derivative_is_refused() -> None:

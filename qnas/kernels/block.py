@@ -88,7 +88,17 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x and of the five parameters, None where not `needed`."""
     if mixer.is_supported(x, w_a.shape[-1]):
-        got = mixer.mixer_backward(grad, x, w_a, w_b, w_c, None, mixer.Norm(norm_weight, norm_bias, eps))
+        got = mixer.mixer_backward(
+            grad,
+            x,
+            w_a,
+            w_b,
+            w_c,
+            None,
+            mixer.Norm(norm_weight, norm_bias, eps),
+            needs_x=needed[0],
+            needs_weights=any(needed[1:]),
+        )
         return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c)
     grad = grad.contiguous(memory_format=torch.channels_last)
     normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)

@@ -38,15 +38,15 @@ class Norm(NamedTuple):
 
 
 class MixerGradients(NamedTuple):
-    """Gradients of a mixer's inputs, each of its input's shape."""
+    """Gradients of a mixer's inputs, each of its input's shape; None where not needed or no input."""
 
-    x: Tensor
-    w_a: Tensor
-    w_b: Tensor
-    w_c: Tensor
-    bias: Tensor | None  # None where there was no bias
-    norm_weight: Tensor
-    norm_bias: Tensor
+    x: Tensor | None
+    w_a: Tensor | None
+    w_b: Tensor | None
+    w_c: Tensor | None
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
 
 
 def is_supported(x: Tensor, kernel: int) -> bool:
@@ -84,11 +84,20 @@ def mixer_forward(
 
 
 def mixer_backward(
-    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None, norm: Norm
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    *,
+    needs_x: bool = True,
+    needs_weights: bool = True,
 ) -> MixerGradients:
-    """Return the gradients of `mixer_forward`'s inputs."""
-    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, None, True, True)
-    return _mixer_gradients(got)
+    """Return the gradients of `mixer_forward`'s inputs; `needs_weights` is for all of them but x."""
+    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, None, needs_x, needs_weights)
+    return MixerGradients(*got[:-1])
 
 
 def nested_forward(
@@ -111,11 +120,17 @@ def nested_backward(
     bias: Tensor | None,
     norm: Norm,
     shares: Tensor,
+    *,
+    needs_x: bool = True,
+    needs_weights: bool = True,
 ) -> tuple[MixerGradients, Tensor]:
-    """Return the gradients of `nested_forward`'s inputs, the last one that of the shares."""
-    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, shares, True, True)
+    """Return the gradients of `nested_forward`'s inputs, the last one that of the shares.
+
+    The shares' is always computed; `needs_weights` is for all others but x's.
+    """
+    got = _backward(grad, x, (w_a, w_b, w_c), bias, norm, shares, needs_x, needs_weights)
     assert got.shares is not None
-    return _mixer_gradients(got), got.shares
+    return MixerGradients(*got[:-1]), got.shares
 
 
 class _Gradients(NamedTuple):
@@ -127,17 +142,6 @@ class _Gradients(NamedTuple):
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     shares: Tensor | None
-
-
-def _mixer_gradients(got: _Gradients) -> MixerGradients:
-    x, w_a, w_b, w_c, bias, norm_weight, norm_bias, _ = got
-    assert x is not None  # for the type checker: all of these were asked for
-    assert w_a is not None
-    assert w_b is not None
-    assert w_c is not None
-    assert norm_weight is not None
-    assert norm_bias is not None
-    return MixerGradients(x, w_a, w_b, w_c, bias, norm_weight, norm_bias)
 
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -166,21 +170,22 @@ def _backward(
 ) -> _Gradients:
     assert grad.shape == x.shape, f"grad must be {tuple(x.shape)}, got {tuple(grad.shape)}"
     grad, x, inputs = _dense(grad), _dense(x), _inputs(x, weights, bias, norm, shares)
-    got = _Gradients(
-        torch.empty_like(x) if needs_x else None,
-        # written as a whole, so that weights in channels_last memory are no matter
-        *(
-            torch.empty_like(w, memory_format=torch.contiguous_format) if needs_weights else None
-            for w in weights
-        ),
-        *(None if t is None else torch.empty_like(t) for t in inputs[3:]),
-    )
+    # the norm's own gradients come from that of its output, which lies where x's will
+    through_x = needs_x or (needs_weights and norm is not None)
+    # contiguous: weights in channels_last memory are no matter
+    parameters = [torch.empty_like(t) if needs_weights and t is not None else None for t in inputs[:-1]]
+    to_x = torch.empty_like(x) if through_x else None
+    to_shares = None if shares is None else torch.empty_like(shares)
+    got = _Gradients(*[to_x, *parameters, to_shares])
     if x.numel() == 0:
-        return _Gradients(*(None if t is None else t.zero_() for t in got))
+        for tensor in got:
+            if tensor is not None:
+                tensor.zero_()
+        return got if needs_x else got._replace(x=None)
     eps = 0.0 if norm is None else norm.eps
     arguments = (_sizes(x, weights), _at(grad), _at(x), *map(_at, inputs[:-1]), eps, _at(inputs[-1]))
     _functions()[1](*arguments, *map(_at, got))
-    return got
+    return got if needs_x else got._replace(x=None)
 
 
 def _inputs(

@@ -3,7 +3,7 @@
 A channels_last map is a matrix of pixels by channels, and both pointwise convolutions are products with
 it. They run over chunks of rows whose expanded activation stays in cache. Autograd keeps x alone:
 normalisation and expanded activation are computed again in the backward pass, one product of six more, in
-exchange for ten times less memory.
+exchange for ten times less memory; wide maps may keep the activation (`is_worth_recomputing`).
 
 The scale and shift of the normalisation enter PW1's weights, PW1(LN(x)) = (W1 diag(s)) n + (W1 t + b1)
 with n the normalised rows, which spares a pass forward and both of its reductions over pixels backward.
@@ -28,6 +28,11 @@ from qnas.kernels import native
 CHUNK_ACTIVATIONS = 200_000
 CHUNK_ROWS = 512
 
+# Where the products are nearly all of the time, one more of them is a seventh of it: from this width on
+# the C++ form keeps the expanded activation up to this size, unless it is told otherwise.
+WIDE_CHANNELS = 256
+KEPT_BYTES = 64 << 20
+
 
 def channel_half(
     x: Tensor,
@@ -39,14 +44,15 @@ def channel_half(
     project_bias: Tensor,
     *,
     eps: float = 1e-6,
-    recompute: bool = True,
+    recompute: bool | None = True,
 ) -> Tensor:
     """Return x + PW2(GELU(PW1(LN(x)))), with LN over channels and the GELU of `nn.GELU()`.
 
     x: (B, C, H, W), brought to channels_last memory if it is not; norm weight and bias, project bias: (C,);
     expand weight: (E, C, 1, 1), its bias (E,); project weight: (C, E, 1, 1). All of one floating dtype.
     Returns (B, C, H, W) in channels_last memory. With recompute off the expanded activation, (B, E, H, W),
-    is kept for the backward pass. The gradient itself is not differentiable.
+    is kept for the backward pass; None chooses (`is_worth_recomputing`), and results are the same bits
+    either way. The gradient itself is not differentiable.
     """
     arguments = (x, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias)
     channels, hidden = x.shape[1], expand_weight.shape[0]
@@ -55,8 +61,16 @@ def channel_half(
     assert len({t.dtype for t in arguments}) == 1, "all arguments must have one dtype"
     if not torch.is_grad_enabled():
         return _forward(*arguments, eps=eps)
+    if recompute is None:
+        recompute = is_worth_recomputing(x, hidden)
     y: Tensor = _ChannelHalf.apply(*arguments, eps, recompute)
     return y
+
+
+def is_worth_recomputing(x: Tensor, hidden: int) -> bool:
+    """Say whether the expanded activation of x, (B, C, H, W), with so many channels is better not kept."""
+    is_small = x.shape[1] >= WIDE_CHANNELS and x.numel() // x.shape[1] * hidden * 4 <= KEPT_BYTES
+    return not (is_small and _kernels(x) is not None)
 
 
 class Elementwise(Protocol):
@@ -170,8 +184,12 @@ def _functions(library: native.Native) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _kernels(x: Tensor) -> native.Native | None:
+    return native.library() if x.is_cpu and x.dtype == torch.float32 else None
+
+
 def _elementwise(x: Tensor, eps: float) -> Elementwise:
-    library = native.library() if x.is_cpu and x.dtype == torch.float32 else None
+    library = _kernels(x)
     if library is None:
         return TorchElementwise(eps)
     return NativeElementwise(eps, _functions(library), torch.get_num_threads())
@@ -254,8 +272,16 @@ class _ChannelHalf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, kept = ctx.saved_tensors
-        weights_too = any(ctx.needs_input_grad[1:7])
-        return (*_backward(grad, *saved, eps=ctx.eps, kept=kept, weights_too=weights_too), None, None)
+        needed = ctx.needs_input_grad
+        found = _backward(
+            grad,
+            *saved,
+            eps=ctx.eps,
+            kept=kept,
+            expand_too=any(needed[1:5]),
+            project_too=any(needed[5:7]),
+        )
+        return (*found, None, None)
 
 
 def _backward(
@@ -270,9 +296,14 @@ def _backward(
     *,
     eps: float,
     kept: Tensor | None,
-    weights_too: bool,
+    expand_too: bool,
+    project_too: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x and of the six parameters, in their order and shapes."""
+    """Return the gradients of x and of the six parameters, in their order and shapes.
+
+    Those of the norm and of PW1 only with `expand_too`, those of PW2 only with `project_too`: the
+    architecture's step of a search needs neither, or with nested weights the second alone.
+    """
     parts = _elementwise(x, eps)
     rows, grad_y = _rows(x), _rows(grad)
     expand, shift = _fold_norm(norm_weight, norm_bias, expand_weight, expand_bias)
@@ -293,13 +324,15 @@ def _backward(
             h = kept[i * size : i * size + len(part)]
         torch.mm(part_y, project, out=slope)  # the gradient of GELU's output
         sums = parts.gelu_backward(h, activated, slope)  # from here on that of its input
-        if weights_too:
-            grad_shift += sums
+        if project_too:
             grad_project.addmm_(part_y.t(), activated)
+        if expand_too:
+            grad_shift += sums
             grad_expand.addmm_(normed.t(), slope)
         parts.normalise_backward(part_y, torch.mm(slope, expand), normed, rstd, part_x)
-    if not weights_too:  # the architecture's step of a search
-        return (_map(grad_x, x), *[None] * 6)
+    of_project = (grad_project.view_as(project_weight), grad_y.sum(0)) if project_too else (None, None)
+    if not expand_too:
+        return (_map(grad_x, x), *[None] * 4, *of_project)
     folded = grad_expand.t().contiguous()  # of W1 diag(s), (E, C)
     matrix = expand_weight.flatten(1)
     grad_norm_weight, grad_norm_bias = (matrix * folded).sum(0), torch.mv(matrix.t(), grad_shift)
@@ -309,9 +342,8 @@ def _backward(
         grad_norm_bias,
         folded.mul_(norm_weight).addr_(grad_shift, norm_bias).view_as(expand_weight),
         grad_shift,
-        grad_project.view_as(project_weight),
-        grad_y.sum(0),
+        *of_project,
     )
 
 
-__all__ = ["channel_half"]
+__all__ = ["channel_half", "is_worth_recomputing"]

@@ -9,7 +9,9 @@
 //
 // A task is one image and one group of channels (a vector's lanes). It streams rows: x (normalised
 // on the way) is copied into a ring buffer of dense padded rows, so that all products and their
-// gradients stay in cache whatever the stride between places. The backward pass keeps only x and
+// gradients stay in cache whatever the stride between places. Three taps across are summed for all
+// kernels at once, in registers; the forward pass of five and seven is minimal filtering (winograd.h),
+// since direct sums run at the machine's peak as it is. The backward pass keeps only x and
 // recomputes a and b. Images are divided into slices that do not depend on the number of threads;
 // every slice sums its weight gradients for itself, and the slices are added in order: results are
 // the same bit for bit for any number of threads.
@@ -23,6 +25,7 @@
 #include <memory>
 
 #include "sweeps.h"
+#include "winograd.h"
 
 namespace qnas {
 namespace {
@@ -31,6 +34,7 @@ constexpr int kMaxLevels = 4;
 constexpr int kMaxKernel = 9;
 constexpr int kMaxSlices = 32;
 constexpr int kBlockColumns = 64;         // that a weight gradient sums over before it goes to memory
+constexpr int kTiledWidth = 12;           // of maps from which minimal filtering is faster
 constexpr double kThreadWork = 1 << 18;   // multiply-adds below which a second thread costs more
 
 struct Free {
@@ -73,7 +77,8 @@ struct Problem {
     float epsilon;
     int threads;
 
-    Buffer packed;  // a group after another: (direction, branch, tap) vectors
+    Buffer packed;   // a group after another: (direction, branch, tap) vectors
+    Buffer factors;  // of minimal filtering, a group after another: (row, point, block, branch) vectors
     Buffer mean, rstd;
 
     int groups() const { return (channels + kLanes - 1) / kLanes; }
@@ -89,6 +94,11 @@ struct Problem {
         const size_t at = (size_t(group) * 2 + flipped) * 3 * area() * kLanes;
         return reinterpret_cast<const Vec<V>*>(packed.get() + at);
     }
+    template <int V, int K>
+    Vec<V>* factors_of(int group) const {
+        const size_t vectors = size_t(K) * Winograd<K>::kPoints * Winograd<K>::kBlocks * 3;
+        return reinterpret_cast<Vec<V>*>(factors.get() + group * vectors * kLanes);
+    }
     // The level that a tap belongs to: how far it is from the centre decides.
     int level_of(int ky, int kx) const {
         const int reach = std::max(std::abs(ky - radius()), std::abs(kx - radius()));
@@ -98,7 +108,8 @@ struct Problem {
     }
 };
 
-void pack(Problem& q, const float* const weights[3]) {
+// `plain`: the forward direction of c without the shares.
+void pack(Problem& q, const float* const weights[3], bool plain) {
     const int area = q.area(), cut = (q.kernel - q.taps) / 2;
     q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
     for (int index = 0; index < q.groups(); ++index) {
@@ -116,11 +127,35 @@ void pack(Problem& q, const float* const weights[3]) {
                     float* forward = to + (f * area + tap) * lanes;
                     float* flipped = to + 3 * area * kLanes + (f * area + area - 1 - tap) * lanes;
                     for (int i = 0; i < group.count; ++i) {
-                        forward[i] = flipped[i] = scale * from[i * stride];
+                        flipped[i] = scale * from[i * stride];
+                        forward[i] = plain ? from[i * stride] : flipped[i];
                     }
                 }
             }
         }
+    }
+}
+
+template <class Do>
+void with_lanes(const Group& group, Do&& run) {
+    if constexpr (kLanes == 16) {
+        if (group.narrow) return run(std::integral_constant<int, 8>());
+    }
+    run(std::integral_constant<int, kLanes>());
+}
+
+template <int K>
+void make_factors(Problem& q) {
+    using W = Winograd<K>;
+    constexpr int kRow = W::kPoints * W::kBlocks * 3;
+    q.factors = zeros(size_t(q.groups()) * K * kRow * kLanes);
+    for (int index = 0; index < q.groups(); ++index) {
+        with_lanes(q.group(index), [&](auto lanes) {
+            constexpr int V = decltype(lanes)::value;
+            const Vec<V>* weights = q.weights<V>(index, false);
+            for (int ky = 0; ky < K; ++ky)
+                transform_weights<V, K>(weights + ky * K, q.area(), q.factors_of<V, K>(index) + ky * kRow);
+        });
     }
 }
 
@@ -187,6 +222,38 @@ struct Scratch {
     int rings;
 };
 
+// What minimal filtering needs: a padded row of x, a ring of transformed rows, products of one chunk.
+struct TileScratch {
+    int tiles = 0, chunk = 0;
+    size_t line_vectors = 0, ring_vectors = 0, half = 0;
+    Buffer memory;
+
+    TileScratch(const Problem& q, bool is_needed) {
+        if (!is_needed) return;
+        tiles = (q.width + kTile - 1) / kTile;
+        const int chunks = (tiles + kChunk - 1) / kChunk;
+        chunk = (tiles + chunks - 1) / chunks;
+        // of both forms the larger: 8 points, 2 blocks
+        line_vectors = size_t(kTile) * tiles + 8;
+        ring_vectors = size_t(q.taps) * 8 * (tiles + 1);
+        half = (line_vectors + ring_vectors + 3 * 8 * chunk) * kLanes;
+        const bool narrow = q.group(q.groups() - 1).narrow;
+        memory = zeros(narrow ? half + half / 2 : half);
+    }
+    template <int V>
+    Vec<V>* line() const {
+        return reinterpret_cast<Vec<V>*>(memory.get() + (V == kLanes ? 0 : half));
+    }
+    template <int V>
+    Vec<V>* ring() const {
+        return line<V>() + line_vectors;
+    }
+    template <int V>
+    Vec<V>* products() const {
+        return ring<V>() + ring_vectors;
+    }
+};
+
 // One task: a group of channels of one image.
 template <int V>
 struct Task {
@@ -195,10 +262,19 @@ struct Task {
     int index;  // of the group
     Group group;
     int image;
+    size_t following;  // where the first row of the task that comes next lies
+    int distance;      // rows that are fetched ahead
     Convolve<V> full[kMaxLevels], ends[kMaxLevels] = {};
 
-    Task(const Problem& q, const Scratch& scratch, int index, int image)
-        : q(q), scratch(scratch), index(index), group(q.group(index)), image(image) {
+    Task(const Problem& q, const Scratch& scratch, int index, int image, int next_index, int next_image,
+         int distance)
+        : q(q),
+          scratch(scratch),
+          index(index),
+          group(q.group(index)),
+          image(image),
+          following(next_image * q.places() * q.channels + next_index * kLanes),
+          distance(distance) {
         for (int j = 0; j < q.levels; ++j) {
             const Level level = q.level[j];
             full[j] = sweep(level.width, 1);
@@ -214,15 +290,21 @@ struct Task {
         return ((size_t(image) * q.height + row) * q.width) * q.channels + group.first;
     }
 
-    // Two rows on, in floats: what is fetched ahead, since a group's places lie apart in memory.
-    size_t ahead() const { return size_t(2) * q.width * q.channels; }
+    // What is fetched ahead when `row` is at hand, since a group's places lie apart in memory: a row
+    // some rows on, or where this map ends one of the next task.
+    size_t soon(int row) const {
+        const int target = row + distance;
+        return target < q.height ? offset(target)
+                                 : following + size_t(target - q.height) * q.width * q.channels;
+    }
 
-    void read(const Rows<V>& to, int row) const {
-        Vec<V>* out = to[row] + q.radius();
+    // A row of x, normalised, to `out`.
+    void read(Vec<V>* out, int row) const {
         const float* x = q.x + offset(row);
+        const float* soon = q.x + this->soon(row);
         if (q.norm_weight == nullptr) {
             for (int c = 0; c < q.width; ++c) {
-                __builtin_prefetch(x + size_t(c) * q.channels + ahead());
+                __builtin_prefetch(soon + size_t(c) * q.channels);
                 out[c] = load<V>(x + size_t(c) * q.channels, group.count);
             }
             return;
@@ -231,7 +313,7 @@ struct Task {
         const Vec<V> bias = load<V>(q.norm_bias + group.first, group.count);
         const size_t place = (size_t(image) * q.height + row) * q.width;
         for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(x + size_t(c) * q.channels + ahead());
+            __builtin_prefetch(soon + size_t(c) * q.channels);
             const Vec<V> v = load<V>(x + size_t(c) * q.channels, group.count);
             out[c] = (v - q.mean[place + c]) * q.rstd[place + c] * weight + bias;
         }
@@ -267,6 +349,40 @@ struct Task {
         }
     }
 
+    // y of the rows [begin, end) for three taps across
+    void forward_together(float* y, int begin, int end) const {
+        const Rows<V> x = scratch.ring<V>(0);
+        const Vec<V>* weights = q.weights<V>(index, false);
+        Vec<V> bias{};
+        if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
+        int next = std::max(0, begin - 1);
+        with_columns(q.width, [&](auto tile) {
+            constexpr int T = decltype(tile)::value;
+            for (int row = begin; row < end; ++row) {
+                for (; next < std::min(row + 2, q.height); ++next) read(x[next] + 1, next);
+                const Vec<V>*rows[3], *of_row[3];
+                const int count = collect_three(x, weights, row, rows, of_row);
+                const float* in = q.x + offset(row);
+                float* out = y + offset(row);
+            const float* soon = y + this->soon(row);
+                convolve_together<V, 3, 3, T>(
+                    rows, of_row, count, q.area(), std::max(T, q.width), [&](int column, const Vec<V>* sums) {
+                        if (column >= q.width) return;
+                        const size_t at = size_t(column) * q.channels;
+                        __builtin_prefetch(soon + at, 1);
+                        write(sums[0], sums[1], sums[2] + bias, in + at, out + at);
+                    });
+            }
+        });
+    }
+
+    // One place of y from a, b and c
+    void write(Vec<V> a, Vec<V> b, Vec<V> c, const float* x, float* y) const {
+        Vec<V> v = a * b + c;
+        if (q.norm_weight != nullptr) v += load<V>(x, group.count);
+        store<V>(y, v, group.count);
+    }
+
     // y of the rows [begin, end)
     void forward(float* y, int begin, int end) const {
         const int radius = q.radius(), area = q.area(), levels = q.levels;
@@ -286,7 +402,7 @@ struct Task {
         Taps<V> taps[kMaxKernel];
         int next = std::max(0, begin - radius);  // row of x to be read
         for (int row = begin; row < end; ++row) {
-            for (; next < std::min(row + radius + 1, q.height); ++next) read(x, next);
+            for (; next < std::min(row + radius + 1, q.height); ++next) read(x[next] + radius, next);
             branch(x, weights, row, a);
             branch(x, weights + area, row, b);
             int count = 0;
@@ -294,6 +410,7 @@ struct Task {
                 taps[count++] = {x[row + ky - radius], weights + 2 * area + ky * q.taps};
             outermost(taps, count, nullptr, c, scratch.wide);
             float* out = y + offset(row);
+            const float* soon = y + this->soon(row);
             const float* in = q.x + offset(row);
             for (int column = 0; column < q.width; ++column) {
                 Vec<V> v = c[column] + bias;
@@ -303,27 +420,84 @@ struct Task {
                     for (int j = 0; j < levels; ++j) v += q.share[j] * a[j][column] * b[j][column];
                 }
                 const size_t at = size_t(column) * q.channels;
-                __builtin_prefetch(out + at + ahead(), 1);
+                __builtin_prefetch(soon + at, 1);
                 if (q.norm_weight != nullptr) v += load<V>(in + at, group.count);
                 store<V>(out + at, v, group.count);
             }
         }
     }
 
-    // What the operator's input gets, into `dx` (with a norm: what the norm's output gets); adds to
-    // `sums`: the three weights' gradients as packed, the output gradient's sum, and that of a b at
-    // each level. The gradient of c's weights is without the shares.
-    void backward(const float* grad, float* dx, Vec<V>* sums, int block) const {
+    // The same by minimal filtering, for K taps across.
+    template <int K>
+    void forward_tiled(const TileScratch& tiled, float* y, int begin, int end) const {
+        using W = Winograd<K>;
+        const int radius = K / 2, tiles = tiled.tiles, pitch = tiles + W::kBlocks - 1, chunk = tiled.chunk;
+        const int in_row = W::kPoints * pitch;  // vectors
+        Vec<V>* const line = tiled.line<V>();
+        Vec<V>* const ring = tiled.ring<V>();
+        Vec<V>* const products = tiled.products<V>();
+        const Vec<V>* const factors = q.factors_of<V, K>(index);
+        const MultiplyPoint<V> multiply = choose_multiply<V, W::kBlocks>(chunk);
+        Vec<V> bias{};
+        if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
+        int next = std::max(0, begin - radius);
+        for (int row = begin; row < end; ++row) {
+            for (; next < std::min(row + radius + 1, q.height); ++next) {
+                read(line + radius, next);
+                Vec<V>* const to = ring + size_t(next % K) * in_row;
+                for (int t = 0; t < pitch; ++t) W::input(line + kTile * t, to + t, pitch);
+            }
+            const Vec<V>*rows[K], *of_row[K];
+            int count = 0;
+            for (int ky = std::max(0, radius - row); ky < std::min(K, q.height - row + radius); ++ky) {
+                rows[count] = ring + size_t((row + ky - radius) % K) * in_row;
+                of_row[count++] = factors + ky * W::kPoints * W::kBlocks * 3;
+            }
+            const float* in = q.x + offset(row);
+            float* out = y + offset(row);
+            const float* soon = y + this->soon(row);
+            for (int start = 0;;) {
+                for (int p = 0; p < W::kPoints; ++p) {
+                    multiply(rows, of_row, count, p * pitch + start, p * W::kBlocks * 3,
+                             products + p * chunk, W::kPoints * chunk);
+                }
+                for (int t = 0; t < chunk; ++t) {
+                    Vec<V> a[kTile], b[kTile], c[kTile];
+                    W::output(products + t, chunk, a);
+                    W::output(products + W::kPoints * chunk + t, chunk, b);
+                    W::output(products + 2 * W::kPoints * chunk + t, chunk, c);
+                    const int first = kTile * (start + t);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kTile; ++i) {
+                        if (first + i == q.width) break;
+                        const size_t at = size_t(first + i) * q.channels;
+                        __builtin_prefetch(soon + at, 1);
+                        write(a[i], b[i], c[i] + bias, in + at, out + at);
+                    }
+                }
+                if (start + chunk == tiles) break;
+                start = std::min(start + chunk, tiles - chunk);
+            }
+        }
+    }
+
+    // What the operator's input gets, into `dx` (with a norm: what the norm's output gets; null: no one
+    // needs it); adds to `sums`: the three weights' gradients as packed, the output gradient's sum, and
+    // that of a b at each level. The gradient of c's weights is without the shares. Without
+    // `to_weights` there are none of the weights, and what a level's shares get is a b + c.
+    void backward(const float* grad, float* dx, Vec<V>* sums, int block, bool to_weights) const {
         const int radius = q.radius(), area = q.area(), levels = q.levels;
         const Rows<V> x = scratch.ring<V>(0), g = scratch.ring<V>(1);
         Rows<V> ga[kMaxLevels], gb[kMaxLevels];
-        Vec<V>*a[kMaxLevels], *b[kMaxLevels];
+        Vec<V>*a[kMaxLevels], *b[kMaxLevels], *c[kMaxLevels];
+        const bool linear = q.mixed && !to_weights, together = !q.mixed && q.taps == 3;
         Correlate<V> all[kMaxLevels] = {}, two[kMaxLevels] = {};
         for (int j = 0; j < levels; ++j) {
             ga[j] = scratch.ring<V>(2 + 2 * j);
             gb[j] = scratch.ring<V>(3 + 2 * j);
             a[j] = scratch.row<V>(2 * j);
             b[j] = scratch.row<V>(2 * j + 1);
+            c[j] = scratch.row<V>(2 * levels + 1 + j);
             all[j] = choose_correlate<V>(q.level[j].width, 1);
             if (q.level[j].inner) two[j] = choose_correlate<V>(2, q.level[j].width - 1);
         }
@@ -332,30 +506,96 @@ struct Task {
         int next = 0, next_dx = 0;
         for (int begin = 0; begin < q.height; begin += block) {
             const int end = std::min(begin + block, q.height);
-            for (; next < std::min(end + radius, q.height); ++next) read(x, next);
+            for (; next < std::min(end + radius, q.height); ++next) read(x[next] + radius, next);
             for (int row = begin; row < end; ++row) {
+                if (together) {
+                    spread_together(x, grad, row, g[row] + 1, ga[0][row] + 1, gb[0][row] + 1, sums[3 * area]);
+                    continue;
+                }
                 branch(x, weights, row, a);
                 branch(x, weights + area, row, b);
-                spread(grad + offset(row), a, b, g[row] + radius, ga, gb, row, sums + 3 * area);
+                if (linear) branch(x, weights + 2 * area, row, c);
+                const float* soon = grad + this->soon(row);
+                spread(grad + offset(row), soon, a, b, linear ? c : nullptr, g[row] + radius, ga, gb, row,
+                       sums + 3 * area);
             }
-            for (int j = 0; j < levels; ++j)
+            for (int j = 0; j < levels && to_weights; ++j)
                 correlate_level(j, x, g, ga[j], gb[j], begin, end, all[j], two[j], sums);
             const int ready = end == q.height ? end : end - radius;
             for (; next_dx < ready; ++next_dx) {
-                if (dx != nullptr) gather(g, ga, gb, next_dx, to_x, dx + offset(next_dx));
+                if (dx == nullptr) continue;
+                if (together) gather_together(g, ga[0], gb[0], next_dx, dx + offset(next_dx));
+                else gather(g, ga, gb, next_dx, to_x, dx + offset(next_dx));
             }
         }
     }
 
-    // The gradients of c, and of a and b at each level, along one row.
-    void spread(const float* grad, Vec<V>* const* a, Vec<V>* const* b, Vec<V>* g, const Rows<V>* ga,
-                const Rows<V>* gb, int row, Vec<V>* sums) const {
+    // The rows of one map that three rows of taps meet, and these, at output row `row`.
+    int collect_three(const Rows<V>& from, const Vec<V>* weights, int row, const Vec<V>** rows,
+                      const Vec<V>** of_row) const {
+        int count = 0;
+        for (int ky = std::max(0, 1 - row); ky < std::min(3, q.height - row + 1); ++ky) {
+            rows[count] = from[row + ky - 1];
+            of_row[count++] = weights + 3 * ky;
+        }
+        return count;
+    }
+
+    // The gradients of c, a and b along one row, for three taps across.
+    void spread_together(const Rows<V>& x, const float* grad, int row, Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b,
+                         Vec<V>& sum) const {
+        const Vec<V>*rows[3], *of_row[3];
+        const int count = collect_three(x, q.weights<V>(index, false), row, rows, of_row);
+        const float* soon = grad + this->soon(row);
+        const float* from = grad + offset(row);
+        for (int c = 0; c < q.width; ++c) {
+            __builtin_prefetch(soon + size_t(c) * q.channels);
+            const Vec<V> v = load<V>(from + size_t(c) * q.channels, group.count);
+            g[c] = v;
+            sum += v;
+        }
+        with_columns(q.width, [&](auto tile) {
+            constexpr int T = decltype(tile)::value;
+            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, q.width),
+                                          [&](int column, const Vec<V>* sums) {
+                                              if (column >= q.width) return;
+                                              to_a[column] = g[column] * sums[1];
+                                              to_b[column] = g[column] * sums[0];
+                                          });
+        });
+    }
+
+    // One row of the input's gradient, for three taps across.
+    void gather_together(const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb, int row, float* dx) const {
+        const Vec<V>*rows[9], *of_row[9];
+        const Vec<V>* weights = q.weights<V>(index, true);
+        int count = collect_three(ga, weights, row, rows, of_row);
+        count += collect_three(gb, weights + 9, row, rows + count, of_row + count);
+        count += collect_three(g, weights + 18, row, rows + count, of_row + count);
+        const float* soon = dx + size_t(2) * q.width * q.channels;
+        with_columns(q.width, [&](auto tile) {
+            constexpr int T = decltype(tile)::value;
+            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, q.width),
+                                          [&](int column, const Vec<V>* sums) {
+                                              if (column >= q.width) return;
+                                              const size_t at = size_t(column) * q.channels;
+                                              __builtin_prefetch(soon + at, 1);
+                                              store<V>(dx + at, sums[0], group.count);
+                                          });
+        });
+    }
+
+    // The gradients of c, and of a and b at each level, along one row; `linear` is c at each level where
+    // its part in the shares' gradient is wanted, else null.
+    void spread(const float* grad, const float* soon, Vec<V>* const* a, Vec<V>* const* b,
+                Vec<V>* const* linear, Vec<V>* g, const Rows<V>* ga, const Rows<V>* gb, int row,
+                Vec<V>* sums) const {
         const int levels = q.levels;
         Vec<V> total = sums[0];
         if (!q.mixed) {
             Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
             for (int c = 0; c < q.width; ++c) {
-                __builtin_prefetch(grad + size_t(c) * q.channels + ahead());
+                __builtin_prefetch(soon + size_t(c) * q.channels);
                 const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
                 g[c] = v;
                 total += v;
@@ -373,6 +613,7 @@ struct Task {
             products[j] = sums[1 + j];
         }
         for (int c = 0; c < q.width; ++c) {
+            __builtin_prefetch(soon + size_t(c) * q.channels);
             const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
             g[c] = v;
             total += v;
@@ -380,6 +621,7 @@ struct Task {
             for (int j = levels - 1; j >= 0; --j) {  // a ring's taps are in all kernels from its own on
                 const Vec<V> va = v * a[j][c], vb = v * b[j][c];
                 products[j] += va * b[j][c];
+                if (linear != nullptr) products[j] += v * linear[j][c];
                 for_a += q.share[j] * vb;
                 for_b += q.share[j] * va;
                 to_a[j][c] = for_a;
@@ -409,7 +651,8 @@ struct Task {
     }
 
     // One row of the input's gradient: the transpose, that is the flipped kernels over the fields.
-    void gather(const Rows<V>& g, const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* line, float* dx) const {
+    void gather(const Rows<V>& g, const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* line,
+                float* dx) const {
         const int area = q.area(), top = q.levels - 1;
         const Vec<V>* weights = q.weights<V>(index, true);
         Taps<V> taps[3 * kMaxKernel];
@@ -430,8 +673,9 @@ struct Task {
             count += collect(j, false, gb[j], weights + area, row, taps + count);
             if (count) ends[j](taps, count, line, line, scratch.wide);
         }
+        const float* soon = dx + size_t(2) * q.width * q.channels;
         for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(dx + size_t(c) * q.channels + ahead(), 1);
+            __builtin_prefetch(soon + size_t(c) * q.channels, 1);
             store<V>(dx + size_t(c) * q.channels, line[c], group.count);
         }
     }
@@ -439,7 +683,8 @@ struct Task {
 
 // The norm's backward over one image: `dx` holds what its output gets, and then what x gets, the
 // residual included; adds to the gradients of weight and bias.
-void finish_norm(const Problem& q, int image, const float* grad, float* dx, float* to_weight, float* to_bias) {
+void finish_norm(const Problem& q, int image, const float* grad, float* dx, float* to_weight,
+                 float* to_bias) {
     constexpr int V = kLanes;
     const int channels = q.channels;
     for (size_t place = image * q.places(); place < (image + 1) * q.places(); ++place) {
@@ -468,20 +713,12 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
     }
 }
 
-template <class Do>
-void with_lanes(const Group& group, Do&& run) {
-    if constexpr (kLanes == 16) {
-        if (group.narrow) return run(std::integral_constant<int, 8>());
-    }
-    run(std::integral_constant<int, kLanes>());
-}
-
 int useful_threads(const Problem& q, int branches) {
     const double work = double(q.batch) * q.places() * q.channels * q.area() * branches;
     return std::max(1, std::min(q.threads, int(work / kThreadWork)));
 }
 
-void set_up(Problem& q, const float* const weights[3], const float* shares) {
+void set_up(Problem& q, const float* const weights[3], const float* shares, bool backward) {
     const int reach = 2 * std::max(q.height, q.width) - 1;
     q.taps = std::max(1, std::min(q.kernel, reach));
     q.mixed = shares != nullptr;
@@ -505,14 +742,22 @@ void set_up(Problem& q, const float* const weights[3], const float* shares) {
         float total = 0.0f;
         for (int j = q.levels - 1; j >= 0; --j) q.beyond[j] = total += q.share[j];
     }
-    pack(q, weights);
+    pack(q, weights, backward);
     if (q.norm_weight != nullptr) {
         q.mean = zeros(q.batch * q.places());
         q.rstd = zeros(q.batch * q.places());
     }
 }
 
+// Whether minimal filtering takes less time than the direct sums: not for three taps, whose transforms
+// cost as much as they save, nor on narrow maps, where the direct sums leave out what is padding.
+bool is_tiled(const Problem& q) {
+    return !q.mixed && (q.taps == 5 || q.taps == 7) && q.width >= kTiledWidth;
+}
+
 void run_forward(Problem& q, float* y) {
+    const bool tiled = is_tiled(q);
+    if (tiled) q.taps == 5 ? make_factors<5>(q) : make_factors<7>(q);
     const int threads = useful_threads(q, 3);
     const int tasks = q.batch * q.groups();
     // bands of rows, where there are fewer images than threads
@@ -522,6 +767,7 @@ void run_forward(Problem& q, float* y) {
 #pragma omp parallel num_threads(threads)
     {
         const Scratch scratch(q, 1, q.taps, 2 * q.levels + 1);
+        const TileScratch tile_scratch(q, tiled);
         for (int first = 0; first < q.batch; first += step) {
             if (q.norm_weight != nullptr) {
 #pragma omp for schedule(static)
@@ -533,8 +779,14 @@ void run_forward(Problem& q, float* y) {
                 const int band = task % bands, group = task / bands % q.groups();
                 const int image = task / bands / q.groups();
                 with_lanes(q.group(group), [&](auto lanes) {
-                    const Task<decltype(lanes)::value> run(q, scratch, group, image);
-                    run.forward(y, q.height * band / bands, q.height * (band + 1) / bands);
+                    const int after = group + 1 < q.groups() ? group + 1 : 0;
+                    const Task<decltype(lanes)::value> run(q, scratch, group, image, after,
+                                                           after ? image : image + 1, 2);
+                    const int begin = q.height * band / bands, end = q.height * (band + 1) / bands;
+                    if (!tiled && q.taps == 3 && !q.mixed) run.forward_together(y, begin, end);
+                    else if (!tiled) run.forward(y, begin, end);
+                    else if (q.taps == 5) run.template forward_tiled<5>(tile_scratch, y, begin, end);
+                    else run.template forward_tiled<7>(tile_scratch, y, begin, end);
                 });
             }
         }
@@ -542,12 +794,12 @@ void run_forward(Problem& q, float* y) {
 }
 
 struct Gradients {
-    float* x;           // may be null where there is no norm
-    float* weights[3];  // (C, 1, k, k)
-    float* norm_weight;
+    float* x;            // may be null unless those of the norm are wanted
+    float* weights[3];   // (C, 1, k, k); all null or none
+    float* norm_weight;  // null, with its bias, where not wanted
     float* norm_bias;
-    float* bias;    // may be null
-    float* shares;  // of all kernels from 3 on; null without
+    float* bias;         // may be null
+    float* shares;       // of all kernels from 3 on; null without
 };
 
 void run_backward(Problem& q, const float* const weights[3], const float* grad, const Gradients& to) {
@@ -558,13 +810,14 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
     const size_t per_slice = padded * (per_group + 2);
     const Buffer sums = zeros(slices * per_slice);
     const bool normed = q.norm_weight != nullptr;
+    const bool to_weights = to.weights[0] != nullptr;
     const int block =
         std::max(1, std::min(q.height, (kBlockColumns + q.width - 1) / std::max(1, q.width)));
     // a norm needs all channels of an image before its own backward
     const int parts = normed ? 1 : groups;
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 2 * q.levels + 1);
+        const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 3 * q.levels + 1);
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < slices * parts; ++task) {
             const int slice = task / parts, part = task % parts;
@@ -578,10 +831,13 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
                     with_lanes(q.group(group), [&](auto lanes) {
                         constexpr int V = decltype(lanes)::value;
                         auto* mine = reinterpret_cast<Vec<V>*>(own + size_t(group) * per_group * kLanes);
-                        Task<V>(q, scratch, group, image).backward(grad, to.x, mine, block);
+                        const int after = !normed ? group : group + 1 < groups ? group + 1 : 0;
+                        const int follower = normed && after ? image : image + 1;
+                        Task<V>(q, scratch, group, image, after, follower, block)
+                            .backward(grad, to.x, mine, block, to_weights);
                     });
                 }
-                if (normed) finish_norm(q, image, grad, to.x, for_norm, for_norm + padded);
+                if (normed && to.x != nullptr) finish_norm(q, image, grad, to.x, for_norm, for_norm + padded);
             }
         }
     }
@@ -633,7 +889,7 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
             to.shares[(kernel - 3) / 2] = float(products[j] + within);
         }
     }
-    if (normed) {
+    if (to.norm_weight != nullptr) {
         for (int c = 0; c < q.channels; ++c) {
             float weight = 0.0f, bias = 0.0f;
             for (int slice = 0; slice < slices; ++slice) {
@@ -664,7 +920,7 @@ void qnas_quadratic_forward(const int64_t* sizes, const float* x, const float* w
     q.kernel = sizes[4], q.threads = sizes[5];
     q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
     const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::set_up(q, weights, shares);
+    qnas::set_up(q, weights, shares, false);
     qnas::run_forward(q, y);
 }
 
@@ -680,7 +936,7 @@ void qnas_quadratic_backward(const int64_t* sizes, const float* grad, const floa
     q.kernel = sizes[4], q.threads = sizes[5];
     q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
     const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::set_up(q, weights, shares);
+    qnas::set_up(q, weights, shares, true);
     qnas::run_backward(q, weights, grad,
                        {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_bias, to_shares});
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -45,7 +46,7 @@ void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* 
             for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
 #pragma GCC unroll 64
             for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
-                const Vec<V> v = row[j];
+                const Vec<V> v = in_register(row[j]);
 #pragma GCC unroll 16
                 for (int n = 0; n < N; ++n) {
                     const int t = j - n * Step;
@@ -90,6 +91,61 @@ Convolve<V> convolve_for(int tile) {
     __builtin_unreachable();
 }
 
+// Convolutions of the same rows by the first F of three kernels, N taps across and `area` vectors apart,
+// T columns at a time: the sums do not leave the registers before done(column, sums) has them. Fills
+// the registers for N = 3 and T = 7 or 8. `rows` point to what the first tap of column 0 meets, `weights`
+// to the first kernel's row of taps; columns is at least T.
+template <int V, int N, int F, int T, class Done>
+void convolve_together(const Vec<V>* const* rows, const Vec<V>* const* weights, int count, int area,
+                       int columns, Done&& done) {
+    const int end = columns - T;
+    for (int start = 0;;) {
+        Vec<V> sums[T][F];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 3
+            for (int f = 0; f < F; ++f) sums[t][f] = Vec<V>{};
+        for (int i = 0; i < count; ++i) {
+            const Vec<V>* row = rows[i] + start;
+            Vec<V> weight[F][N];
+#pragma GCC unroll 3
+            for (int f = 0; f < F; ++f)
+#pragma GCC unroll 3
+                for (int n = 0; n < N; ++n) weight[f][n] = weights[i][f * area + n];
+#pragma GCC unroll 16
+            for (int j = 0; j < T + N - 1; ++j) {
+                const Vec<V> v = in_register(row[j]);
+#pragma GCC unroll 3
+                for (int n = 0; n < N; ++n) {
+                    const int t = j - n;
+                    if (t >= 0 && t < T) {
+#pragma GCC unroll 3
+                        for (int f = 0; f < F; ++f) sums[t][f] += v * weight[f][n];
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) done(start + t, sums[t]);
+        if (start == end) return;
+        start = start + T < end ? start + T : end;
+    }
+}
+
+// Calls run(T) with T, a constant, columns of a tile as above: as even a division as the compiled ones allow.
+template <class Run>
+void with_columns(int columns, Run&& run) {
+    constexpr int most = kLanes == 16 ? 8 : 4;
+    const int tiles = (columns + most - 1) / most, even = (columns + tiles - 1) / tiles;
+    if constexpr (most == 8) {
+        if (even == 8) return run(std::integral_constant<int, 8>());
+        if (even > 4) return run(std::integral_constant<int, 7>());
+    }
+    if (even > 2) return run(std::integral_constant<int, 4>());
+    if (even == 2) return run(std::integral_constant<int, 2>());
+    run(std::integral_constant<int, 1>());
+}
+
 // The rows that a weight gradient multiplies: one of the input, and three of gradients.
 template <int V>
 struct Pairing {
@@ -118,7 +174,7 @@ void correlate(const Pairing<V>* pairings, int count, int columns, Vec<V>* const
                 for (int f = 0; f < F; ++f) g[f] = fields[f][c];
 #pragma GCC unroll 16
                 for (int n = 0; n < N; ++n) {
-                    const Vec<V> v = row[c + n * Step];
+                    const Vec<V> v = in_register(row[c + n * Step]);
 #pragma GCC unroll 4
                     for (int f = 0; f < F; ++f) sums[f][n] += v * g[f];
                 }
