@@ -35,8 +35,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
             partial.replace(path)
+            _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power, as fsync has it for a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -52,7 +62,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, all of it or nothing."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Return a JSON file's text."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def read_json(path: Path, error: Callable[[str], QnasError]) -> dict[str, Any]:

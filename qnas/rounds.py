@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qnas.changes import describe_changes
 from qnas.errors import CheckpointError, Interrupted
 from qnas.files import read_json, write_json
 from qnas.latency.timing import Maker, Stopwatch, Timing, noisy, sample_rounds, spread, summarise
 from qnas.progress import Progress
-from qnas.run import changed_keys, interruptible
+from qnas.run import interruptible
 
 SCHEMA = "qnas.samples/1"
 MOST_REPEATS = 4  # times `repeats`: the bound for what stays noisy
@@ -131,7 +132,7 @@ def _read(path: Path, request: Mapping[str, Any]) -> Samples:
         or not all(isinstance(one, list) and all(map(_are_latencies, one)) for one in samples.values())
     ):
         raise CheckpointError(f"{path}: damaged: expected samples of the schema {SCHEMA}: give --force")
-    changed = changed_keys(state["request"], request)
+    changed = describe_changes(state["request"], request)
     if changed:
         raise CheckpointError(
             f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: "

@@ -4,10 +4,11 @@
     space.yaml            a copy of the search space
     table-DEVICE.csv      a copy of the latency table
     metrics.jsonl         a line a logged step
-    checkpoint.pt         the state of an unfinished search
+    checkpoint.pt         the state of an unfinished run (and checkpoint-before.pt)
+    run.lock              there while a process is at work here
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
-    search.json           the final probabilities; the derived network beside random ones
+    search.json           the final probabilities; the k best networks ranked; the rivals
     derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
     export/               what export writes
@@ -15,8 +16,9 @@
 Every file is written whole or not at all, and can be read without qnas.
 """
 
-import io
+import fcntl
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -25,20 +27,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qnas.arch import ARCH_FILE, SPACE_FILE
+from qnas.changes import describe_changes
+from qnas.checkpoint import Checkpoints
 from qnas.derive import SEARCH_FILE
-from qnas.errors import CheckpointError
-from qnas.files import naming, read_json, write_bytes, write_json
+from qnas.errors import CheckpointError, Interrupted
+from qnas.files import naming, read_json, write_bytes, write_json, write_text
 
 CONFIG = "config.json"
 ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
-CHECKPOINT = "checkpoint.pt"
+LOCK = "run.lock"
 SUPERNET = "supernet.safetensors"
 SEARCH = SEARCH_FILE
 DERIVED = "derived"
@@ -58,7 +61,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
         self._path = path
-        if path.exists() and path.stat().st_size < keep_bytes:
+        if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
             raise CheckpointError(f"{path}: shorter than when the checkpoint was written")
         with path.open("ab") as file:
             file.truncate(keep_bytes)
@@ -68,10 +71,11 @@ class Metrics:
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    @property
-    def size_bytes(self) -> int:
-        """Where the file ends now."""
-        return self._path.stat().st_size
+    def sync(self) -> int:
+        """Have all lines on the disk; return where the file ends, in bytes."""
+        with naming(self._path), self._path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
 
 @contextmanager
@@ -120,62 +124,114 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG, CheckpointError)
 
 
-def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool, force: bool) -> bool:
-    """Make a run folder, or enter one; return whether there is a run to resume.
+@contextmanager
+def opened(
+    folder: Path,
+    request: Mapping[str, Any],
+    copies: Mapping[str, str],
+    *,
+    result: str,
+    resume: bool,
+    force: bool,
+) -> Iterator[None]:
+    """Make a run folder or enter one, and keep others out of it while the block runs.
 
-    A folder that holds anything is refused without `resume` or `force`; `force` removes the
-    former run's files, and what was made from them. To resume, the former run must have been asked
-    the same. Raises CheckpointError.
+    `request` is what was asked, for config.json; `copies` are the texts of the files it rests on, by
+    name, which the run keeps; `result` is the file that is written last, whose presence says that the
+    run is complete. A folder that holds anything is refused without `resume` or `force`; `force`
+    removes the former run's files, and what was made from them. To resume, the former run must have
+    been asked the same. Raises CheckpointError, and Interrupted in place of KeyboardInterrupt.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder, found a file")
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: nothing to resume (no {CONFIG})")
+    with _locked(folder):
+        if resume:
+            _check_resumable(folder, request, copies, result)
+        else:
+            _check_free(folder, force=force)
+            _clear(folder)
+            write_json(folder / CONFIG, request)
+        for partial in _partials(folder):
+            partial.unlink()
+        for name, text in copies.items():
+            write_text(folder / name, text)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise interrupted(folder) from None
+
+
+def interrupted(folder: Path) -> Interrupted:
+    """Return what to raise when a run in a folder was asked to stop and can go on from it."""
+    return Interrupted(f"the state is saved in {folder}: --resume goes on from it")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the system releases when the process ends, however it does."""
+    path = folder / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(f"{folder}: process {file.read() or '?'} is at work in it") from None
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it as we opened it
+            raise CheckpointError(f"{folder}: another process was at work in it just now: try again")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _check_resumable(
+    folder: Path, request: Mapping[str, Any], copies: Mapping[str, str], result: str
+) -> None:
+    """Raise CheckpointError where a run is complete, or was asked something else."""
+    if (folder / result).is_file():
+        Checkpoints(folder).remove()  # left where it was killed right after its result
+        what = "training" if result == RESULT else "search"
+        raise CheckpointError(f"{folder}: this {what} is complete, there is nothing to resume")
+    there = [folder / name for name in copies if (folder / name).is_file()]
+    kept = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in there}
+    changed = describe_changes(read_config(folder), request, kept, copies)
+    if changed:
+        raise CheckpointError(f"{folder}: cannot resume, changed since it started: {'; '.join(changed)}")
+
+
+def _check_free(folder: Path, *, force: bool) -> None:
+    """Raise CheckpointError where a folder holds anything that is not to be replaced, or is at work."""
     holds_run = (folder / CONFIG).is_file()
-    if resume:
-        if not holds_run:
-            raise CheckpointError(f"{folder}: nothing to resume (no {CONFIG})")
-        changed = changed_keys(read_config(folder), config)
-        if changed:
-            raise CheckpointError(f"{folder}: cannot resume, changed since it started: {'; '.join(changed)}")
-        return True
-    if folder.is_dir() and any(folder.iterdir()) and not (force and holds_run):
+    ours = {folder / LOCK, *_partials(folder)}
+    if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
         found = "already holds a run" if holds_run else "is not empty and holds no run"
         fix = ": give --resume to go on, --force to replace it, or another --out" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in (METRICS, CHECKPOINT, SUPERNET, ARCH, SEARCH, WEIGHTS, RESULT, SAMPLE):
+    for lock in [*folder.glob(f"*/**/{LOCK}")]:
+        with _locked(lock.parent):  # such as subnet/, while a network is trained in it
+            pass
+
+
+def _partials(folder: Path) -> list[Path]:
+    """Return what a process left that was killed as it wrote (`files.atomic_path`)."""
+    return [*folder.glob(".*.*.partial")]
+
+
+def _clear(folder: Path) -> None:
+    """Remove a former run's files, and what was made from them."""
+    # first what says that the run is complete: a kill in between must not leave that alone
+    for stale in (ARCH, RESULT, METRICS, SUPERNET, SEARCH, WEIGHTS, SAMPLE):
         (folder / stale).unlink(missing_ok=True)
+    Checkpoints(folder).remove()
     for made_from_it in (SUBNET, EXPORT, DERIVED):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
-    write_json(folder / CONFIG, config)
-    return False
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say which entries differ, with both values; versions may differ."""
-    keys = sorted((set(before) | set(now)) - {"versions"})
-    return [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
-
-
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of an unfinished run."""
-    # through memory: torch's own writer hides a full disk behind a message of its own
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    write_bytes(folder / CHECKPOINT, buffer.getvalue())
-
-
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the state of an unfinished run, or None if none was saved. Raises CheckpointError."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds on a damaged file
-        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: damaged: expected a mapping")
-    return state
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,140 @@
+"""What differs between what a run was asked and what is asked now, in words."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+_SHOWN = 5  # changes that are named; of more the number is said
+_DIGEST_SHOWN = 8  # characters
+
+Path = tuple[str | int, ...]
+Texts = Mapping[str, str]  # of the files that a run keeps a copy of, by name
+
+
+def describe_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], kept: Texts | None = None, given: Texts | None = None
+) -> list[str]:
+    """Say which entries of two requests differ, and how; versions may differ.
+
+    `kept` and `given` are the run's copies of its space and latency tables (space.yaml,
+    table-DEVICE.csv) and what they are now: where a digest differs they say what changed in them.
+    """
+    kept, given = kept or {}, given or {}
+    # what follows from other entries is said only where they are the same
+    follows = {"budget_ms", "limit"}
+    if before.get("space_digest") != now.get("space_digest"):
+        follows.add("table_digest")  # a table is of one space
+    if "limits" in before and "limits" in now:
+        follows |= {"device", "budget"}  # at the top: the first device's
+    found: dict[str, None] = {}  # in order, each once: a digest may stand in several places
+    following: dict[str, None] = {}
+    for path, old, new in _differences(before, now):
+        is_inner = len(path) > 1 and path[-1] in ("device", "budget")
+        words = _change(path, old, new, kept, given)
+        (following if path[-1] in follows and not is_inner else found).update(dict.fromkeys(words))
+    return list(found or following)
+
+
+def _change(path: Path, old: Any, new: Any, kept: Texts, given: Texts) -> list[str]:
+    """Put one change into words, or several where a table is of several devices."""
+    key = str(path[-1])
+    digests = f"digest {str(old)[:_DIGEST_SHOWN]} -> {str(new)[:_DIGEST_SHOWN]}"
+    if path[0] == "versions":
+        return []
+    if key == "table_digest":
+        return _tables(kept, given) or [f"the latency table changed ({digests})"]
+    if key == "space_digest":
+        details = _space(kept.get("space.yaml"), given.get("space.yaml"))
+        return [f"the space changed ({digests}){': ' if details else ''}{details}"]
+    if key.endswith("_digest"):
+        return [f"the {key.removesuffix('_digest')} changed ({digests})"]
+    return [_option(path, old, new)]
+
+
+def _differences(before: Any, now: Any, path: Path = ()) -> Iterator[tuple[Path, Any, Any]]:
+    """Yield where two nested values differ, and what is there in each; None where nothing is."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _differences(before.get(key), now.get(key), (*path, key))
+    elif _are_tables(before, now):
+        for i, (old, new) in enumerate(zip(before, now, strict=True)):
+            same_name = "name" in old and old["name"] == new.get("name")
+            yield from _differences(old, new, (*path, i, *([old["name"]] if same_name else [])))
+    elif before != now:
+        yield path, before, now
+
+
+def _are_tables(before: Any, now: Any) -> bool:
+    """Whether both are lists of as many mappings, which are compared one by one."""
+    return (
+        isinstance(before, list)
+        and isinstance(now, list)
+        and len(before) == len(now)
+        and all(isinstance(item, Mapping) for item in (*before, *now))
+    )
+
+
+def _option(path: Path, old: Any, new: Any) -> str:
+    """Put a changed option into words: `batch size was 64, is 128`."""
+    name = str(path[-1]).replace("_px", " in pixels").replace("_", " ")
+    if len(path) > 2 and isinstance(path[1], int):  # of an item of a list, which may have a name
+        name += f" of {path[2]}" if len(path) > 3 else f" of {path[0]} {path[1] + 1}"
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{name}: there were {len(old)}, there are {len(new)}"
+        if len(old) > _SHOWN:
+            return f"{name}: {sum(a != b for a, b in zip(old, new, strict=True))} of {len(old)} changed"
+    return f"{name} was {old!r}, is {new!r}"
+
+
+def _space(before: str | None, now: str | None) -> str:
+    """Say what changed in a space; nothing where the run's copy of it is not there."""
+    if before is None or now is None:
+        return ""
+    try:
+        old, new = yaml.safe_load(before), yaml.safe_load(now)
+    except yaml.YAMLError:  # a copy that somebody edited
+        return ""
+    if not isinstance(old, dict) or old.get("name") != new.get("name"):
+        return f"it was {old.get('name')}, is {new.get('name')}" if isinstance(old, dict) else ""
+    return _abbreviate(
+        [_in_space(path, a, b) for path, a, b in _differences(old, new) if path != ("source",)]
+    )
+
+
+def _in_space(path: Path, old: Any, new: Any) -> str:
+    """Put a change into words: `channels 32 -> 48 in stage 1`."""
+    stage = f" in stage {int(path[1]) + 1}" if path[0] == "stages" and len(path) > 1 else ""
+    name = ".".join(str(part) for part in path[2 if stage else 0 :] if isinstance(part, str))
+    if isinstance(old, list) or isinstance(new, list):  # of other lengths, or they were compared one by one
+        was, is_now = (len(value) if isinstance(value, list) else 0 for value in (old, new))
+        return f"{was} -> {is_now} {name}{stage}"
+    return f"{name} {old} -> {new}{stage}"
+
+
+def _tables(kept: Texts, given: Texts) -> list[str]:
+    """Say which devices' tables changed, and where."""
+    found = []
+    for name in sorted(name for name in given if name.startswith("table-")):
+        device = name.removeprefix("table-").removesuffix(".csv")
+        if kept.get(name, given[name]) != given[name]:
+            old, new = _latencies(kept[name]), _latencies(given[name])
+            both = [row for row in new if row in old]  # rows differ only where the space does
+            changed = _abbreviate([f"{row} {old[row]} -> {new[row]}" for row in both if old[row] != new[row]])
+            found.append(f"the latency table of {device} changed{f': {changed} (ms)' if changed else ''}")
+    return found
+
+
+def _latencies(text: str) -> dict[str, str]:
+    """Return the milliseconds of a table's rows, by position and candidate."""
+    rows = csv.DictReader(io.StringIO(text))
+    shown = ((row.get("position"), row.get("candidate"), row.get("latency_ms")) for row in rows)
+    return {f"{position} {candidate}".strip(): str(ms) for position, candidate, ms in shown}
+
+
+def _abbreviate(items: list[str]) -> str:
+    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return ", ".join([*items[:_SHOWN], *more])
