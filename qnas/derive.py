@@ -1,32 +1,39 @@
-"""The exact solve: the most probable network within the budget, and random networks of a latency.
+"""The exact solve: the most probable networks within all limits, and random networks of a latency.
 
 The choices are separable, so it is a multiple-choice knapsack (REFERENCE: maximise sum x log p under
-sum x t <= T - fixed), solved by the mixed-integer solver HiGHS through scipy. Whatever the solver's
-tolerance, a network is returned only if its latency, summed as the table sums it, is within budget.
+sum x t <= T - fixed), which `knapsack` solves with proof. Where identities sit in a stage does not
+change a network: block X in the second position and identity in the third is the network that has them
+the other way round. `solve_best` counts such placements once, as the one that scores highest: its
+positions are those that the search trained and trusted most.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qnas.arch import arch_document, arch_from_indices
 from qnas.errors import CheckpointError, InfeasibleBudgetError
 from qnas.files import read_json
+from qnas.knapsack import k_best
 from qnas.latency.table import LatencyTable
-from qnas.limits import Limits, check_limits
-from qnas.lower import count_macs, count_params, lower
+from qnas.limits import Limit, Limits, check_limits, count_limit
+from qnas.lower import BlockSpec, count_macs, count_params, fill, lower, skeleton
 from qnas.space import SearchSpace
 
 SEARCH_FILE = "search.json"  # of a run: what the search ended with
-SOLVER = "scipy.optimize.milp (HiGHS)"
-MAX_CUTS = 50  # networks over the budget by less than the solver's tolerance, before giving up
+SOLVER = "qnas.knapsack"
+K_BEST = 20  # networks that are solved for, and told apart by how they do on held-out images
+# An expected amount further than this from its limit is far from what was searched for. A search ends
+# within 3% of its budget, and exchanging one block moves a network in the middle of a shipped space by at
+# most 7 to 25%, by space and device: beyond that several blocks have to be other than what the
+# probabilities favour, which were never learned apart at such a budget.
+FAR = 0.25
+BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would choose
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
 
@@ -38,8 +45,10 @@ class Solution:
     indices: tuple[int, ...]  # the candidate's number at each position
     score: float  # sum of the chosen candidates' scores
     limits: Limits  # that it is within
-    bound: float  # no network within the budget has a higher score than this
+    bound: float  # no network within the limits has a higher score than this
     solver: str
+    rank: int = 1  # by score, from 1
+    solved: int = 1  # networks that were solved for, of which it is one
 
     @property
     def latency_ms(self) -> float:
@@ -50,54 +59,158 @@ class Solution:
 def solve(scores: Scores, limits: Limits) -> Solution:
     """Return the network with the highest total score that is within all limits.
 
-    Raises InfeasibleBudgetError when there is none.
+    Its amounts, summed as `Limit.amount` sums them, are within every limit; its score is within 1e-9 of
+    the scores' range of the best. Raises InfeasibleBudgetError when there is none.
     """
+    every = tuple(tuple(range(1, 1 + len(row))) for row in scores)
+    return _solutions(scores, limits, 1, every)[0]
+
+
+def check_feasible(limits: Limits) -> None:
+    """Raise InfeasibleBudgetError, with what is possible, if no network meets all the limits at once."""
+    # the network that presses least on all limits together is looked for
+    pressure = sum(np.concatenate([np.asarray(row) for row in limit.cells]) / limit.limit for limit in limits)
+    ends = np.cumsum([len(row) for row in limits[0].cells])[:-1]
+    solve(tuple(tuple((-part).tolist()) for part in np.split(np.asarray(pressure), ends)), limits)
+
+
+def solve_best(space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST) -> tuple[Solution, ...]:
+    """Return the k best networks within all limits, best first; fewer where there are fewer.
+
+    Each is another network: placements of identities that make the same one count once, with the score
+    of the best. Raises InfeasibleBudgetError when there is none.
+    """
+    return _solutions(scores, limits, k, block_labels(space))
+
+
+def _solutions(
+    scores: Scores, limits: Limits, k: int, labels: tuple[tuple[int, ...], ...]
+) -> tuple[Solution, ...]:
     check_limits(limits)
-    sizes = [len(row) for row in scores]
-    gain = np.concatenate([np.asarray(row) for row in scores])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    one_each = np.zeros((len(sizes), len(gain)))
-    for i in range(len(sizes)):
-        one_each[i, starts[i] : starts[i + 1]] = 1
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        *(
-            LinearConstraint(np.concatenate(limit.cells)[None], -np.inf, limit.limit - limit.fixed)
-            for limit in limits
-        ),
-    ]
-    for _ in range(MAX_CUTS):
-        result = milp(
-            -gain,
-            integrality=np.ones_like(gain),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
+    found = k_best(scores, limits, k, labels)
+    if not found.networks:
+        wanted = " and ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
+        raise InfeasibleBudgetError(
+            f"found no network within {wanted} at once, though each is possible by itself: give more of one"
         )
-        if result.x is None:
-            break
-        indices = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
-        score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
-        if all(limit.amount(indices) <= limit.limit for limit in limits):
-            bound = max(score, -float(result.mip_dual_bound))
-            return Solution(indices, score, limits, bound, SOLVER)
-        # over by less than the solver's tolerance: forbid this very network and solve again
-        chosen = np.zeros_like(gain)
-        chosen[starts[:-1] + np.asarray(indices)] = 1
-        constraints.append(LinearConstraint(chosen[None], -np.inf, len(indices) - 1))
-    wanted = ", ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
-    raise InfeasibleBudgetError(f"the solver found no network within {wanted}: give a little more")
+    bound = max(found.scores[0], found.left_out)
+    return tuple(
+        Solution(network, score, limits, bound, SOLVER, rank, len(found.networks))
+        for rank, (network, score) in enumerate(zip(found.networks, found.scores, strict=True), 1)
+    )
 
 
-def read_scores(folder: Path, space: SearchSpace) -> Scores:
-    """Return the log probabilities that a finished search ended with.
+def block_labels(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
+    """Return a number for each candidate of each position by which equal networks are recognised.
+
+    0 is a candidate without layers. Positions that follow each other in one shape give one block one
+    number, so that two networks are the same if and only if their labels without zeros are.
+    """
+    numbers: dict[Any, int] = {}
+    labels = []
+    run, before = 0, None
+    for part in skeleton(space):
+        if isinstance(part, BlockSpec):
+            before = None
+            continue
+        position = part.position
+        shape = (position.c_out, part.resolution_px) if position.keeps_shape else None
+        if shape is None or shape != before:
+            run += 1
+        before = shape
+        labels.append(
+            tuple(
+                numbers.setdefault((run, candidate), len(numbers) + 1)
+                if fill(space, part, candidate).layers
+                else 0
+                for candidate in position.candidates
+            )
+        )
+    return tuple(labels)
+
+
+def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str | None:
+    """Say whether limits are far from those that the probabilities were searched for.
+
+    The amounts expected by the probabilities, whose logarithms the scores are, are compared with the
+    limits; the one that is exceeded most, or reached most nearly, counts, as it is the one that a search
+    holds at its limit. More than FAR above is far, and below where the search was `pressed` by a budget.
+    """
+    p = [np.exp(row) for row in scores]
+    expected = [
+        limit.fixed
+        + sum(float(share @ cells) for share, cells in zip(p, map(np.asarray, limit.cells), strict=True))
+        for limit in limits
+    ]
+    over = [amount / min(limit.limit, limit.most) - 1 for amount, limit in zip(expected, limits, strict=True)]
+    at = int(np.argmax(over))
+    if not (over[at] > FAR or (pressed and over[at] < -FAR)):
+        return None
+    limit = limits[at]
+    on = f" on {limit.name}" if limit.table is not None else ""
+    off = f"{abs(over[at]):.0%} {'above' if over[at] > 0 else 'below'} what is allowed"
+    return (
+        f"this is far from what was searched for: its probabilities expect "
+        f"{limit.describe(expected[at])}{on}, {off}; a search of its own would probably find a better network"
+    )
+
+
+def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:
+    """Return what would be derived within these limits by somebody who knows MACs and no latency.
+
+    The scores are solved under a limit on MACs in place of the devices'; of such limits the largest is
+    taken, by bisection to a 4096th of the range, whose solution is within the devices' limits too.
+    Where MACs order networks as the devices do, that is the derived network itself. The solution's
+    limits and bound are those of the solve under MACs. None where no such limit leads to a network.
+    """
+    devices = [limit for limit in limits if limit.table is not None]
+    asked = [limit for limit in limits if limit.table is None]
+    macs = count_limit(space, "macs", math.inf)
+
+    def solve_under(most: float) -> Solution | None:
+        try:
+            solution = solve(scores, (replace(macs, budget=most, limit=most), *asked))
+        except InfeasibleBudgetError:
+            return None
+        return solution if all(d.amount(solution.indices) <= d.limit for d in devices) else None
+
+    low, high = macs.least, macs.most
+    best = solve_under(high)
+    if best is not None:
+        return best
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = solve_under(middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return best or solve_under(macs.least)
+
+
+def largest(space: SearchSpace, limits: Limits) -> Solution:
+    """Return the network of the most MACs within all limits; its score is their number."""
+    return solve(count_limit(space, "macs", math.inf).cells, limits)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a finished search knows of the networks of its space."""
+
+    scores: Scores  # log probabilities
+    pressed: bool  # whether its budget bound
+
+
+def read_searched(folder: Path, space: SearchSpace) -> Searched:
+    """Read what a finished search ended with.
 
     Raises CheckpointError where the folder holds none for this space.
     """
     path = folder / SEARCH_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
-    rows = read_json(path, CheckpointError).get("log_probabilities")
+    content = read_json(path, CheckpointError)
+    rows = content.get("log_probabilities")
     sizes = [len(position.candidates) for position in space.positions]
     if (
         not isinstance(rows, list)
@@ -107,14 +220,16 @@ def read_scores(folder: Path, space: SearchSpace) -> Scores:
         raise CheckpointError(
             f"{path}: no log_probabilities for each candidate of space {space.name}: search again"
         )
-    return tuple(tuple(map(float, row)) for row in rows)
+    scores = tuple(tuple(map(float, row)) for row in rows)
+    return Searched(scores, pressed=content.get("budget_binds") is not False)
 
 
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of the arch.json of a solution, with the certificate that a reader can check.
 
     The prediction is the certificate's `fixed_ms` and `position_ms` together; it is at most
-    `limit_ms`, the budget over 1 + margin.
+    `limit_ms`, the budget over 1 + margin. These and `budget_ms` are of the first device; `limits` has
+    the same of each: `amount`, which is `fixed` and `positions` together, is at most `limit`.
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)
@@ -133,10 +248,13 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
             "latency_coverage": table.coverage(solution.indices),
             "macs": count_macs(blocks),
             "params": count_params(blocks),
+            "limits": [_limit_entry(each, solution.indices) for each in solution.limits],
             "certificate": {
                 "solver": solution.solver,
                 "score": solution.score,
                 "score_bound": solution.bound,
+                "rank": solution.rank,
+                "solved": solution.solved,
                 "fixed_ms": table.fixed_ms,
                 "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
                 "fastest_ms": table.fastest_ms,
@@ -147,14 +265,39 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
     )
 
 
+def _limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
+    table = limit.table
+    of_device = {} if table is None else {"table_digest": table.digest, "coverage": table.coverage(indices)}
+    return {
+        "name": limit.name,
+        "unit": limit.unit,
+        "budget": limit.budget,
+        "limit": limit.limit,
+        "amount": limit.amount(indices),
+        "fixed": limit.fixed,
+        "positions": [row[i] for row, i in zip(limit.cells, indices, strict=True)],
+        "least": limit.least,
+        "most": limit.most,
+        **of_device,
+    }
+
+
 def sample_near(
-    table: LatencyTable, low_ms: float, high_ms: float, n: int, rng: np.random.Generator, *, bins: int = 4000
+    table: LatencyTable,
+    low_ms: float,
+    high_ms: float,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    within: Limits = (),
+    bins: int = 4000,
 ) -> list[tuple[int, ...]]:
     """Draw networks whose latency lies in [low, high], all such networks about equally likely.
 
     Counts the networks of every total by dynamic programming over latencies rounded to bins, then
-    draws backwards through the counts; what rounding put outside the window is drawn again. Returns
-    fewer than n, perhaps none, where such networks are rare.
+    draws backwards through the counts; what rounding put outside the window, and what is over one of
+    the limits `within`, is drawn again. Returns fewer than n, perhaps none, where such networks are
+    rare.
     """
     room = high_ms - table.fixed_ms
     if room <= 0:
@@ -176,7 +319,7 @@ def sample_near(
     if start.sum() <= 0:
         return []
     found: list[tuple[int, ...]] = []
-    for _ in range(20 * n):
+    for _ in range((200 if within else 20) * n):
         left = first + int(rng.choice(len(start), p=start / start.sum()))
         indices = []
         for i, row in enumerate(steps):
@@ -184,7 +327,9 @@ def sample_near(
             pick = int(rng.choice(len(row), p=after / after.sum()))
             indices.append(pick)
             left -= int(row[pick])
-        if low_ms <= table.latency_ms(tuple(indices)) <= high_ms:
+        if low_ms <= table.latency_ms(indices) <= high_ms and all(
+            limit.amount(indices) <= limit.limit for limit in within
+        ):
             found.append(tuple(indices))
             if len(found) == n:
                 break

@@ -48,6 +48,11 @@ class Limit:
         return math.fsum([self.fixed, *map(max, self.cells)])
 
     @property
+    def unit(self) -> str:
+        """What amounts are counted in."""
+        return "ms" if self.table is not None else LABEL[self.name]
+
+    @property
     def binds(self) -> bool:
         """Whether some network of the space is over the limit."""
         return self.limit < self.most
@@ -59,7 +64,7 @@ class Limit:
         return f"{format_count(amount)} {LABEL[self.name]}"
 
 
-Limits = tuple[Limit, ...]  # at least one, the first that of a device
+Limits = tuple[Limit, ...]  # at least one; of a search the first is a device's
 
 
 def latency_limit(table: LatencyTable, budget_ms: float) -> Limit:

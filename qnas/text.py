@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill as fill_text
 from typing import Any
@@ -11,6 +11,7 @@ from qnas.arch import Arch, arch_from_indices
 from qnas.latency.device import Figures
 from qnas.latency.prediction import Prediction
 from qnas.latency.table import LatencyTable
+from qnas.limits import Limit, Limits
 from qnas.lower import BlockSpec, Slot, count_macs, count_params, fill, lower, skeleton
 from qnas.space import SearchSpace
 from qnas.units import format_count, format_ms
@@ -240,6 +241,72 @@ def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) 
         + (f"{table.margin:.1%} of margin kept; " if table.margin else "")
         + f"{table.coverage(indices):.0%} from measurements"
     )
+
+
+def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
+    """Say what a network takes on each device, each followed by its note where it has one."""
+    devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
+        yield field("" if i else "latency", latency_line(table, indices, budget_ms))
+        if note:
+            yield field("", note)
+
+
+def size_line(space: SearchSpace, limits: Limits, macs: int, params: int) -> str:
+    """Say how large a network is, against what it may be where that is limited."""
+    most = {limit.name: f" of {format_count(limit.budget)}" for limit in limits if limit.table is None}
+    return (
+        f"{format_count(macs)}{most.get('macs', '')} MACs, "
+        f"{format_count(params)}{most.get('params', '')} parameters, at {space.input.resolution_px} px"
+    )
+
+
+def describe_limits(space: SearchSpace, limits: Limits) -> str:
+    """Say what networks of a space may take and what they do take, and which budgets mean little."""
+    lines = []
+    for limit in limits:
+        least, most = limit.describe(limit.least), limit.describe(limit.most)
+        where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
+        lines.append(
+            f"{space.name} {where}within {limit.describe(limit.budget)}: networks {verb} {least} to {most}"
+        )
+        if not limit.binds:
+            lines.append(_does_not_bind(limit))
+        if limit.table and limit.table.margin:
+            lines.append(
+                f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to "
+                f"{limit.describe(limit.limit)}"
+            )
+    return "\n".join(lines)
+
+
+def choice_line(heldout_accuracy: float, rank: int, solved: int) -> str:
+    """Say how a network was chosen from those that were solved for; `rank` is its number by score."""
+    if solved == 1:
+        return f"the only network within the budget; {heldout_accuracy:.1%} on held-out images"
+    return (
+        f"by held-out images ({heldout_accuracy:.1%}) from the {solved} most probable within the budget: "
+        f"number {rank} of them"
+    )
+
+
+def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Say what a network was searched for, from the `limits` of its arch.json.
+
+    >>> describe_budgets([{"name": "vpu", "unit": "ms", "budget": 30}])
+    '30.00 ms on vpu'
+    """
+    return " and ".join(
+        f"{format_ms(entry['budget'])} on {entry['name']}"
+        if entry["unit"] == "ms"
+        else f"{format_count(entry['budget'])} {entry['unit']}"
+        for entry in entries
+    )
+
+
+def _does_not_bind(limit: Limit) -> str:
+    what = "slowest network" if limit.table else "largest network"
+    return f"the budget does not bind: the {what} of the space is within it"
 
 
 def field(name: str, text: str) -> str:

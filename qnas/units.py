@@ -5,6 +5,7 @@ import re
 
 from qnas.errors import UsageError
 
+COUNT_OF_SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 MS_PER_UNIT = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _FORM = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ]*)\s*")
 
@@ -30,6 +31,24 @@ def parse_latency(text: str) -> float:
     if not math.isfinite(latency_ms) or latency_ms <= 0:
         raise UsageError(f"budget {text!r}: expected a latency above zero")
     return latency_ms
+
+
+def parse_count(text: str, name: str) -> float:
+    """Return the number that a count of parameters or MACs stands for; `name` says where it was given.
+
+    Raises UsageError, with the fix, when it is no number above zero with K, M, G or nothing.
+
+    >>> parse_count("2.5M", "--max-params")
+    2500000.0
+    """
+    match = _FORM.fullmatch(text)
+    number, suffix = match.groups() if match else ("", "?")
+    if suffix.upper() not in COUNT_OF_SUFFIX:
+        raise UsageError(f"{name} {text!r}: expected a number, such as 2.5M, 300M or 1.2G")
+    count = float(number) * COUNT_OF_SUFFIX[suffix.upper()]
+    if not math.isfinite(count) or count <= 0:
+        raise UsageError(f"{name} {text!r}: expected a count above zero")
+    return count
 
 
 def format_ms(latency_ms: float, *, round_up: bool = False) -> str:

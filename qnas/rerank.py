@@ -1,0 +1,119 @@
+"""Which of the best networks is the best on images that no weight was trained on.
+
+The search's probabilities order networks only roughly: they sum what each position prefers by itself.
+So the k best networks within the limits are solved for, each is evaluated on the held-out images with
+the supernet's weights, and the one of the highest accuracy is taken, the more probable one where two are
+equal. It is proven within the limits like the others; its rank among them stays with it.
+
+Held-out accuracies of such a winner are high by luck too: the figure to report is that on test images.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qnas import run
+from qnas.acceleration import choose_acceleration
+from qnas.arch import Arch, arch_from_indices
+from qnas.data import ImageData, Split, batches, load_data
+from qnas.derive import Solution
+from qnas.errors import DataError
+from qnas.originals import parse_data_spec
+from qnas.space import SearchSpace
+from qnas.subnet import build_subnet, subnet_state
+from qnas.train import Score, evaluate, recalibrate
+from qnas.train_subnet import load_weights
+
+CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
+Scorer = Callable[[Arch, Split], Score]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One of the networks that were solved for, and how well it does on the held-out images."""
+
+    solution: Solution
+    arch: Arch
+    heldout: Score
+
+
+def score_subnet(network: nn.Module, data: ImageData, split: Split, device: torch.device) -> Score:
+    """Evaluate a network with a supernet's weights, its batch norms first measured on training images.
+
+    The network is moved to the device and put into evaluation mode.
+    """
+    network = network.to(device).eval()
+    train = batches(data.train, 128, seed=0, device=device)
+    first = (batch for batch, _ in zip(train, range(CALIBRATION_BATCHES), strict=False))
+    recalibrate(network, network, first)
+    return evaluate(network, batches(split, 256, device=device))
+
+
+def rerank(
+    space: SearchSpace,
+    solutions: Sequence[Solution],
+    data: ImageData,
+    score: Scorer,
+    on_scored: Callable[[], None] = lambda: None,
+) -> tuple[Ranked, ...]:
+    """Return the networks by falling held-out accuracy; where it is equal, by their score.
+
+    `on_scored` is called after each network.
+    """
+    ranked = []
+    for solution in solutions:
+        arch = arch_from_indices(space, solution.indices)
+        ranked.append(Ranked(solution, arch, score(arch, data.heldout)))
+        on_scored()
+    return tuple(sorted(ranked, key=lambda r: (-r.heldout.accuracy, r.solution.rank)))
+
+
+def ranking_document(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
+    """Return a ranking as JSON values, the winner first."""
+    return [
+        {
+            "choices": list(r.arch.choices),
+            "rank": r.solution.rank,
+            "score": r.solution.score,
+            "heldout_accuracy": r.heldout.accuracy,
+            "amounts": [limit.amount(r.solution.indices) for limit in r.solution.limits],
+        }
+        for r in ranked
+    ]
+
+
+def rerank_saved(
+    folder: Path,
+    config: Mapping[str, Any],
+    space: SearchSpace,
+    solutions: Sequence[Solution],
+    on_scored: Callable[[], None] = lambda: None,
+) -> tuple[Ranked, ...]:
+    """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
+
+    `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or
+    damaged, DataError where the data are, or are others than they were.
+    """
+    path = folder / run.SUPERNET
+    tensors = run.load_tensors(path)
+    searched = config["search"]
+    data = load_data(
+        parse_data_spec(config["data"]),
+        resolution_px=searched["resolution_px"],
+        channels=space.input.channels,
+        quiet=True,
+    )
+    if data.digest != config["data_digest"]:
+        raise DataError(f"{config['data']}: not the images that {folder} was searched on")
+    device = choose_acceleration("auto", "auto").device
+
+    def score(arch: Arch, split: Split) -> Score:
+        network = build_subnet(space, arch, len(data.classes))
+        load_weights(network, subnet_state(tensors, space, arch), path)
+        return score_subnet(network, data, split, device)
+
+    return rerank(space, solutions, data, score, on_scored)
