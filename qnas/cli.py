@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 what the user can mend (one line on stderr), 2 usage, 130 
 state saved.
 """
 
+import os
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -61,7 +62,9 @@ app.command()(doctor.doctor)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"qnas: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of a process that torchrun started
+    who = "qnas" if rank == "0" else f"qnas, process {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

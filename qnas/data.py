@@ -500,20 +500,25 @@ def batches(
     start: int = 0,
     channels_last: bool = True,
     device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised float32 images (B, C, H, W) and int64 labels (B,) on the device.
 
     With a seed (0 or more) the order is shuffled; without, it is the split's. Order and augmentation
     depend on seed and epoch only, and an image's augmentation not on the batch size; torch's and
     numpy's own random numbers are not touched. `start` is the first batch to give: a resumed epoch goes
-    on as it would have. `augment` shifts each image by up to an eighth, and mirrors half of them where
-    the split allows it.
+    on as it would have. `part` is (which, of how many): only this part of every batch, the others are left
+    to other processes; the batch size must be a multiple. `augment` shifts each image by up to an eighth,
+    and mirrors half of them where the split allows it.
 
     Raises DataError at once where there is no whole batch, and for a damaged file when it is met.
     """
     assert batch_size >= 1, batch_size
     assert start >= 0, start
     assert seed is not None or not augment, "augmentation needs a seed"
+    which, parts = part
+    assert 0 <= which < parts, part
+    assert parts == 1 or (drop_last and batch_size % parts == 0), "parts of a batch must be equal"
     count = batch_count(split, batch_size, drop_last=drop_last)
     if count == 0:
         raise DataError(f"{split.name}: {len(split)} images are fewer than one batch of {batch_size}")
@@ -528,7 +533,9 @@ def batches(
             shifts = torch.randint(0, 2 * border + 1, (len(split), 2), generator=rng)
             flips = torch.rand(len(split), generator=rng) < (0.5 if split.flip else 0.0)
             draws = shifts, flips
-    places = [slice(i * batch_size, min((i + 1) * batch_size, len(split))) for i in range(start, count)]
+    share = batch_size // parts
+    firsts = (i * batch_size + which * share for i in range(start, count))
+    places = [slice(first, min(first + share, len(split))) for first in firsts]
     return _batches(split, order, draws, places, channels_last, torch.device(device))
 
 

@@ -44,6 +44,14 @@ class ExportError(QnasError):
     """An exported file does not compute what the network computes."""
 
 
+class TrainingError(QnasError):
+    """A training came to a state that nothing can be made of."""
+
+
+class ProcessError(QnasError):
+    """Another process of a run is gone, or holds something else than this one."""
+
+
 class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
     """The user asked to stop, and the state was saved."""
 

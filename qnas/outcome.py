@@ -1,5 +1,13 @@
-"""A search from its run folder to what it ends with: the network, its certificate, and its rivals."""
+"""What a search ends with: the network, its certificate, and an honest comparison.
 
+The k best networks within the limits are ranked by their accuracy on the held-out images, and the first
+is the derived network. It is compared, on the test images and with the same supernet's weights, with
+what one could have had for less: random networks of its latency, the network that MACs alone would
+choose, and the largest within the budget; and with the same search under other seeds where such runs lie
+beside this one. None of these figures chooses anything.
+"""
+
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +17,14 @@ import numpy as np
 
 from qnas import run
 from qnas.arch import Arch, arch_from_indices
-from qnas.derive import Solution, sample_near, solution_document
+from qnas.checkpoint import Checkpoints
+from qnas.derive import Solution, largest, macs_guided, sample_near, solution_document
 from qnas.errors import CheckpointError
-from qnas.files import write_json, write_text
-from qnas.latency.table import write_table
+from qnas.files import read_json, write_json
+from qnas.latency.table import table_text
+from qnas.lower import count_macs, lower
 from qnas.progress import Progress
+from qnas.rerank import Ranked, ranking_document, rerank
 from qnas.search import Searcher
 from qnas.train import run_to_end
 
@@ -25,8 +36,23 @@ class NetworkScore:
     """A network of the supernet, and how well it does on the test images with inherited weights."""
 
     arch: Arch
-    latency_ms: float
+    amounts: tuple[float, ...]  # by limit; the first is the latency on the first device
+    macs: int
     accuracy: float
+
+    @property
+    def latency_ms(self) -> float:
+        """Return the latency on the first device."""
+        return self.amounts[0]
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What the derived network is compared with, all within the same limits."""
+
+    random: tuple[NetworkScore, ...]  # of nearly its latency
+    macs_guided: NetworkScore | None  # chosen by the same probabilities under a limit on MACs; None: none is
+    largest: NetworkScore  # of the most MACs
 
 
 @dataclass(frozen=True)
@@ -35,16 +61,16 @@ class SearchResult:
 
     searcher: Searcher
     folder: Path
-    solution: Solution
-    derived: NetworkScore
-    random: tuple[NetworkScore, ...]
+    ranking: tuple[Ranked, ...]  # the k best networks by held-out accuracy
+    derived: NetworkScore  # the first of them
+    rivals: Rivals
+    by_seed: Mapping[int, float]  # test accuracy of what this search derived, and its likes with other seeds
     expected_ms: float
 
-
-def network_score(searcher: Searcher, indices: tuple[int, ...]) -> NetworkScore:
-    """Evaluate a network of the supernet given by its candidates' numbers."""
-    arch = arch_from_indices(searcher.space, indices)
-    return NetworkScore(arch, searcher.table.latency_ms(indices), searcher.score(arch).accuracy)
+    @property
+    def solution(self) -> Solution:
+        """Return the derived network's certificate."""
+        return self.ranking[0].solution
 
 
 def run_search(
@@ -62,36 +88,108 @@ def run_search(
     used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
     """
     request = {"search": asdict(searcher.config), **request}
-    run.open_folder(folder, request, resume=resume, force=force)
-    if resume and (folder / run.ARCH).is_file():
-        raise CheckpointError(f"{folder}: this search is complete, there is nothing to resume")
-    write_text(folder / run.SPACE, searcher.space.to_yaml())
-    write_table(searcher.table, searcher.space, folder / f"table-{searcher.table.device}.csv")
-    run_to_end(searcher, folder, resume=resume, quiet=quiet)
-    return _finish(searcher, folder, request, quiet=quiet)
+    copies = {
+        run.SPACE: searcher.space.to_yaml(),
+        **{
+            f"table-{limit.name}.csv": table_text(limit.table, searcher.space)
+            for limit in searcher.limits
+            if limit.table is not None
+        },
+    }
+    with run.opened(folder, request, copies, result=run.ARCH, resume=resume, force=force):
+        run_to_end(
+            searcher,
+            folder,
+            seed=searcher.config.seed,
+            resume=resume,
+            quiet=quiet,
+            world=searcher.world,
+        )
+        return _finish(searcher, folder, request, quiet=quiet)
 
 
 def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
-    config, table = searcher.config, searcher.table
-    solution = searcher.derive()
-    rng = np.random.default_rng(config.seed)
-    rivals = sample_near(
-        table, RANDOM_WINDOW * solution.latency_ms, solution.latency_ms, config.random_networks, rng
-    )
-    with Progress(1 + len(rivals), "evaluate", quiet=quiet) as progress:
-        derived = network_score(searcher, solution.indices)
-        progress.step()
-        random = []
-        for indices in rivals:
-            random.append(network_score(searcher, indices))
-            progress.step()
-    result = SearchResult(searcher, folder, solution, derived, tuple(random), searcher.expected_ms)
+    solutions = searcher.derive_best()
+    with Progress(len(solutions), "rank", quiet=quiet) as progress:
+        ranking = rerank(searcher.space, solutions, searcher.data, searcher.score, progress.step)
+    derived, rivals = _compare(searcher, ranking[0].solution, quiet=quiet)
+    by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}
+    result = SearchResult(searcher, folder, ranking, derived, rivals, by_seed, searcher.expected_ms)
     write_json(folder / run.SEARCH, _search_document(result))
     run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
     # last, since its presence says that the run is complete
-    write_json(folder / run.ARCH, _arch_document(searcher, result, request))
-    (folder / run.CHECKPOINT).unlink(missing_ok=True)
+    write_json(folder / run.ARCH, _arch_document(result, request))
+    Checkpoints(folder).remove()
     return result
+
+
+def _compare(searcher: Searcher, solution: Solution, *, quiet: bool) -> tuple[NetworkScore, Rivals]:
+    """Evaluate the derived network and its rivals on the test images."""
+    space, limits, latency_ms = searcher.space, searcher.limits, solution.latency_ms
+    rng = np.random.default_rng(searcher.config.seed)
+    random = sample_near(
+        searcher.table,
+        RANDOM_WINDOW * latency_ms,
+        latency_ms,
+        searcher.config.random_networks,
+        rng,
+        within=limits[1:],
+    )
+    guided = macs_guided(space, searcher.log_probabilities, limits)
+    most = largest(space, limits)
+    networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
+    scores: dict[tuple[int, ...], NetworkScore] = {}
+    with Progress(len(set(networks)), "compare", quiet=quiet) as progress:
+        for indices in networks:
+            if indices not in scores:
+                scores[indices] = network_score(searcher, indices)
+                progress.step()
+    return scores[solution.indices], Rivals(
+        random=tuple(scores[indices] for indices in random),
+        macs_guided=scores[guided.indices] if guided else None,
+        largest=scores[most.indices],
+    )
+
+
+def network_score(searcher: Searcher, indices: tuple[int, ...]) -> NetworkScore:
+    """Evaluate a network of the supernet, given by its candidates' numbers, on the test images."""
+    arch = arch_from_indices(searcher.space, indices)
+    return NetworkScore(
+        arch,
+        tuple(limit.amount(indices) for limit in searcher.limits),
+        count_macs(lower(searcher.space, arch)),
+        searcher.score(arch).accuracy,
+    )
+
+
+def seeds_beside(folder: Path) -> dict[int, float]:
+    """Return the derived networks' test accuracies of finished runs beside this one, by seed.
+
+    Only of those that were asked the same in all but the seed; versions may differ.
+    """
+    asked = _without_seed(run.read_config(folder))
+    found: dict[int, float] = {}
+    for path in sorted(folder.resolve().parent.glob(f"*/{run.CONFIG}")):
+        if path.parent == folder.resolve() or not (path.parent / run.ARCH).is_file():
+            continue
+        try:
+            config = read_json(path, CheckpointError)
+            if _without_seed(config) == asked:
+                document = read_json(path.parent / run.SEARCH, CheckpointError)
+                found[int(config["search"]["seed"])] = float(document["derived"]["accuracy"])
+        except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+            continue  # not a whole run of ours, which is nothing to stop for
+    return found
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    search = config.get("search")
+    rest = {key: value for key, value in config.items() if key not in ("versions", "search")}
+    return rest | {
+        "search": {key: value for key, value in search.items() if key != "seed"}
+        if isinstance(search, dict)
+        else search
+    }
 
 
 def _search_document(result: SearchResult) -> dict[str, Any]:
@@ -99,24 +197,37 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         return {
             "choices": list(score.arch.choices),
             "latency_ms": score.latency_ms,
+            "amounts": list(score.amounts),
+            "macs": score.macs,
             "accuracy": score.accuracy,
         }
 
+    rivals, accuracies = result.rivals, list(result.by_seed.values())
     return {
         "schema": "qnas.search/1",
         "expected_ms": result.expected_ms,
+        "expected": [float(amount) for amount in result.searcher.expected],
         "budget_binds": result.searcher.binds,
         "log_probabilities": result.searcher.log_probabilities,
-        "derived": entry(result.derived),
-        "random": [entry(score) for score in result.random],
+        "ranking": ranking_document(result.ranking),
+        "derived": entry(result.derived) | {"heldout_accuracy": result.ranking[0].heldout.accuracy},
+        "random": [entry(score) for score in rivals.random],
+        "macs_guided": entry(rivals.macs_guided) if rivals.macs_guided else None,
+        "largest": entry(rivals.largest),
+        "seeds": {
+            "accuracies": {str(seed): result.by_seed[seed] for seed in sorted(result.by_seed)},
+            "mean": statistics.mean(accuracies),
+            "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        },
     }
 
 
-def _arch_document(searcher: Searcher, result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
+def _arch_document(result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
     details = {
         "latency_source": request.get("latency"),
         "supernet_accuracy": result.derived.accuracy,
-        "seed": searcher.config.seed,
+        "heldout_accuracy": result.ranking[0].heldout.accuracy,
+        "seed": result.searcher.config.seed,
         "versions": request.get("versions", {}),
     }
-    return solution_document(searcher.space, result.solution, details)
+    return solution_document(result.searcher.space, result.solution, details)

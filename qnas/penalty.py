@@ -4,8 +4,14 @@ Three forms. `multiplier` (the default) adds m (E/T - 1) and steers m so that E 
 T. The other two are ProxylessNAS's with fixed strengths, in a form that is right at any scale:
 `add-linear` is CE + 0.1 (E/T - 1); `mul-log` is CE 0.2 (log(1 + E) / log(1 + T))^0.3 with E and T in
 microseconds, since the published log E / log T turns its sign below one unit and is undefined at it.
+
+Once probabilities are sharp a pressure on single candidates moves the latency in whole blocks, if at all,
+and an optimiser that remembers larger gradients takes long to answer. So in the last part of a search
+with `multiplier` every architecture step ends with `settle`, which takes what is left of the violation
+away along the latency's own gradient: that is nonzero only where a position is still undecided.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +23,11 @@ LATENCY_LOSSES: tuple[LatencyLoss, ...] = ("multiplier", "add-linear", "mul-log"
 
 ADD_LINEAR_STRENGTH = 0.1  # lambda
 MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
+
+SETTLED = 0.002  # of the limit: a violation this small is left
+SETTLING_STEPS = 30  # at most, a call
+FLAT = 1e-12  # a gradient of E/T that is all rounding
+DRAWN_TOGETHER = 0.9
 
 
 @dataclass(frozen=True)
@@ -76,3 +87,28 @@ def penalised(
         return task_loss + ADD_LINEAR_STRENGTH * (expected_ms / budget_ms - 1)
     ratio = torch.log1p(1e3 * expected_ms) / torch.log1p(torch.as_tensor(1e3 * budget_ms))
     return task_loss * MUL_LOG_SCALE * ratio**MUL_LOG_POWER
+
+
+def settle(alpha: Tensor, ratio: Callable[[], Tensor], longest: float) -> None:
+    """Move the parameters, in place, until the expected amount is the limit to within SETTLED.
+
+    ratio: returns E/T, a scalar that depends on alpha differentiably; longest: by how much a step may
+    change a parameter. Each step is Newton's for E = T with the smallest change of alpha, so what the
+    search has decided stays, and the positions that are in between two candidates give way. Where all is
+    decided beyond what a gradient can tell, the parameters are drawn together first, which keeps their
+    order. A limit that is too far off for one call is approached.
+    """
+    for _ in range(SETTLING_STEPS):
+        with torch.enable_grad():
+            value = ratio()
+            (gradient,) = torch.autograd.grad(value, alpha)
+        violation, steepest = float(value.detach()) - 1, float(gradient.abs().max())
+        if abs(violation) < SETTLED:
+            return
+        with torch.no_grad():
+            if steepest < FLAT:
+                alpha *= DRAWN_TOGETHER
+                continue
+            direction = gradient / steepest  # first: the square of a small gradient may be none
+            size = violation / steepest / float((direction**2).sum())
+            alpha -= max(-longest, min(longest, size)) * direction

@@ -57,6 +57,10 @@ class Progress:
         if not self._terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
 
+    def warn(self, text: str) -> None:
+        """Say something that must not be missed, above the bar, when quiet too."""
+        self._bar.write(f"qnas: warning: {text}", file=sys.stderr)
+
     def _line(self) -> None:
         if self._quiet:
             return

@@ -7,47 +7,61 @@ it had not been; batches depend only on the seed and their number.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from qnas import run
+from qnas.acceleration import (
+    Precision,
+    TorchDevice,
+    check_acceleration,
+    choose_acceleration,
+    compile_blocks,
+)
 from qnas.arch import Arch
-from qnas.data import ImageData, batch_count, batches
-from qnas.derive import Scores, Solution, solve
+from qnas.choices import WEIGHTS_MODES, WeightsMode
+from qnas.data import ImageData, Split, batch_count
+from qnas.derive import K_BEST, Scores, Solution, check_feasible, solve, solve_best
+from qnas.distributed import ALONE, World
 from qnas.errors import ArchError, CheckpointError, UsageError
-from qnas.limits import Limits, check_limits
-from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
+from qnas.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
+from qnas.limits import Limits
+from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised, settle
+from qnas.rerank import score_subnet
 from qnas.space import SearchSpace
 from qnas.supernet import (
     Supernet,
     expected_latency,
-    expected_latency_of_pairs,
-    latency_tensor,
+    largest_ratio,
+    limit_tensors,
     log_probabilities,
-    renormalise_pair,
-    sample_pairs,
     sample_path,
 )
 from qnas.train import (
+    PathAdamW,
     Score,
-    evaluate,
     make_optimizer,
     make_schedule,
-    recalibrate,
     stream,
     weight_step,
 )
+from qnas.watch import Sight, Watch, check_finite, make_watch
 
 # Second: ProxylessNAS has 0.999 for searches of many thousand steps; a short one must forget sooner
 # how strong the pressure was on the way to the budget.
 ARCH_BETAS = (0.0, 0.99)
 FINAL_TEMPERATURE = 0.3
-ANNEALED_SHARE = 0.85  # of the search, until the temperature is final; the rest lets the latency settle
-CALIBRATION_BATCHES = 8  # for batch norms, before a network of the supernet is evaluated
+# Of the search, until the temperature is final. In the rest the expected latency is kept at the budget
+# (`penalty.settle`) and the rate of the architecture falls linearly to its last share: what is undecided
+# by then hangs on noise.
+ANNEALED_SHARE = 0.85
+FINAL_RATE = 0.3
+SETTLING_LOGIT = 0.5  # that a step of settling changes a logit by, at most
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,20 @@ class SearchConfig:
     weight_decay: float = 0.01
     label_smoothing: float = 0.1  # in weight steps only
     latency_loss: LatencyLoss = "multiplier"
+    weights: WeightsMode = "independent"  # of the candidates, `qnas.choices`
+    gradient: GradientForm | None = None  # of the architecture; None is the default of the weights
+    # with nested weights: what a weight step runs, the whole mixture or one drawn path
+    nested_weight_steps: Literal["mixture", "sampled"] = "sampled"
+    torch_device: TorchDevice = "auto"
+    precision: Precision = "auto"
+    compile: bool = False  # slower on CPUs
+    k_best: int = K_BEST  # networks that are solved for at the end, to be ranked on held-out images
     random_networks: int = 10
     threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("resolution_px", "search_epochs", "batch_size", "arch_every"):
+        for name in ("resolution_px", "search_epochs", "batch_size", "arch_every", "k_best"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
         if min(self.warmup_epochs, self.random_networks, self.threads) < 0:
@@ -79,6 +101,18 @@ class SearchConfig:
             raise UsageError(
                 f"unknown latency loss {self.latency_loss!r}, expected one of {', '.join(LATENCY_LOSSES)}"
             )
+        if self.weights not in WEIGHTS_MODES:
+            raise UsageError(f"unknown weights {self.weights!r}, expected one of {', '.join(WEIGHTS_MODES)}")
+        if self.gradient not in (None, *GRADIENT_FORMS):
+            raise UsageError(
+                f"unknown gradient {self.gradient!r}, expected one of {', '.join(GRADIENT_FORMS)}"
+            )
+        if self.nested_weight_steps not in ("mixture", "sampled"):
+            raise UsageError(
+                f"nested weight steps: expected mixture or sampled, got {self.nested_weight_steps!r}"
+            )
+        gradient_for(self.weights, self.gradient)
+        check_acceleration(self.torch_device, self.precision)
 
 
 # By what is searched on; `preset_for` chooses. All three are for two CPU cores or one GPU.
@@ -132,11 +166,13 @@ class SearchState:
     """All that changes from step to step."""
 
     supernet: Supernet
-    weight_optimizer: torch.optim.AdamW
+    weight_optimizer: PathAdamW
+    scaler: GradScaler  # of the weights' loss; does nothing but in float16
     schedule: torch.optim.lr_scheduler.LRScheduler
     arch_optimizer: torch.optim.Adam
     multiplier: Multiplier
     generator: torch.Generator  # draws paths and pairs
+    watch: Watch
     step: int = 0  # weight steps taken
     arch_step: int = 0
 
@@ -144,20 +180,29 @@ class SearchState:
 class Searcher:
     """One search, stepped from outside or run to its end."""
 
-    def __init__(self, space: SearchSpace, limits: Limits, data: ImageData, config: SearchConfig) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        limits: Limits,
+        data: ImageData,
+        config: SearchConfig,
+        world: World = ALONE,
+    ) -> None:
         check_searchable(space, limits)
         self.space, self.limits = space, limits
-        self.data, self.config = data, config
+        self.data, self.config, self.world = data, config, world
+        self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
         table = limits[0].table
         assert table is not None, "the first limit is a device's"
         self.table, self.limit_ms = table, limits[0].limit
         self.binds = any(limit.binds for limit in limits)
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
+        world.check_batch(self.batch_size)
         self.steps_per_epoch = batch_count(data.train, self.batch_size, drop_last=True)
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
         self.total_steps = self.warmup_steps + config.search_epochs * self.steps_per_epoch
         self.state = self._initial_state()
-        self.cells_ms = latency_tensor(table, self.state.supernet.mask)
+        self.limit_tensors = limit_tensors(limits, self.state.supernet.mask)
         self._weights = self.state.supernet.weights
         self._weight_batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._arch_batches: Iterator[tuple[Tensor, Tensor]] | None = None
@@ -166,17 +211,29 @@ class Searcher:
         generator = torch.Generator().manual_seed(self.config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            supernet = Supernet(self.space, len(self.data.classes), generator)
+            supernet = Supernet(self.space, len(self.data.classes), generator, self.config.weights)
+        supernet.parts.to(self.acceleration.device)  # the architecture parameters stay on the CPU
+        if self.config.compile:
+            compile_blocks(supernet)
         optimizer = make_optimizer(supernet.weights, self.config.learning_rate, self.config.weight_decay)
         return SearchState(
             supernet=supernet,
             weight_optimizer=optimizer,
+            scaler=self.acceleration.scaler(),
             schedule=make_schedule(optimizer, self.total_steps, self.steps_per_epoch),
             arch_optimizer=torch.optim.Adam(
                 [supernet.alpha], lr=self.config.arch_learning_rate, betas=ARCH_BETAS
             ),
             multiplier=Multiplier(),
             generator=generator,
+            watch=make_watch(
+                self.space,
+                self.limits,
+                weight_steps=self.total_steps,
+                arch_steps=(self.total_steps - self.warmup_steps) // self.config.arch_every,
+                classes=len(self.data.classes),
+                multiplier_bound=Multiplier().bound,
+            ),
         )
 
     @property
@@ -200,9 +257,11 @@ class Searcher:
         return {
             "supernet": state.supernet.state_dict(),
             "weight_optimizer": state.weight_optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
             "schedule": state.schedule.state_dict(),
             "arch_optimizer": state.arch_optimizer.state_dict(),
             "multiplier": asdict(state.multiplier),
+            "watch": state.watch.to_dict(),
             "generator": state.generator.get_state(),
             "step": state.step,
             "arch_step": state.arch_step,
@@ -214,9 +273,11 @@ class Searcher:
         try:
             state.supernet.load_state_dict(saved["supernet"])
             state.weight_optimizer.load_state_dict(saved["weight_optimizer"])
+            state.scaler.load_state_dict(saved["scaler"])
             state.schedule.load_state_dict(saved["schedule"])
             state.arch_optimizer.load_state_dict(saved["arch_optimizer"])
             state.multiplier = Multiplier(**saved["multiplier"])
+            state.watch.load(saved["watch"])
             state.generator.set_state(saved["generator"])
             state.step, state.arch_step = saved["step"], saved["arch_step"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -225,49 +286,92 @@ class Searcher:
             ) from error
 
     @property
+    def progress(self) -> float:
+        """How far the search is, from 0 during the warm-up to 1 at its end."""
+        return max(0, self.state.step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether the search is in its last part, in which the expected latency is kept at the budget."""
+        return self.progress >= ANNEALED_SHARE
+
+    @property
+    def arch_learning_rate(self) -> float:
+        """The rate of the architecture's optimiser now."""
+        settled = max(0.0, self.progress - ANNEALED_SHARE) / (1 - ANNEALED_SHARE)
+        return self.config.arch_learning_rate * (1 - (1 - FINAL_RATE) * settled)
+
+    @property
     def temperature(self) -> float:
         """What the architecture parameters are divided by: from 1 down as the search goes on.
 
         Probabilities that stay spread have their expected latency at the budget while the most
         probable network, all identities, is far below it. Sharp ones have both at the budget.
         """
-        searched = max(0, self.state.step - self.warmup_steps)
-        progress = searched / (ANNEALED_SHARE * (self.total_steps - self.warmup_steps))
-        return float(FINAL_TEMPERATURE ** min(1.0, progress))
+        return float(FINAL_TEMPERATURE ** min(1.0, self.progress / ANNEALED_SHARE))
 
     @property
     def logits(self) -> Tensor:
-        """The architecture parameters over the temperature, (positions, candidates), detached."""
-        return self.state.supernet.alpha.detach() / self.temperature
+        """What the probabilities are the softmax of, (positions, candidates), detached."""
+        return self.state.supernet.logits(self.temperature).detach()
+
+    @property
+    def expected(self) -> Tensor:
+        """What is expected of a network drawn from the architecture's probabilities, an amount a limit."""
+        fixed, cells, _ = self.limit_tensors
+        return expected_latency(self.logits, self.state.supernet.mask, fixed, cells)
 
     @property
     def expected_ms(self) -> float:
-        """The latency expected of a network drawn from the architecture's probabilities."""
-        mask = self.state.supernet.mask
-        return float(expected_latency(self.logits, mask, self.table.fixed_ms, self.cells_ms))
+        """The latency that is expected on the first device."""
+        return float(self.expected[0])
 
-    def step(self) -> dict[str, float]:
-        """Take a weight step, and an architecture step when it is due; return what to log."""
+    @property
+    def expected_ratio(self) -> float:
+        """The expected amount over its limit, of the limit where this is largest."""
+        return float(largest_ratio(self.expected, self.limit_tensors.limit))
+
+    def step(self) -> dict[str, Any]:
+        """Take a weight step, and an architecture step when it is due; return what to log.
+
+        That is figures, and as `warnings` what goes wrong. Raises TrainingError where a loss is no number.
+        """
         state, config = self.state, self.config
         if self._weight_batches is None:
             # started here so that a loaded state is respected
-            self._weight_batches = stream(
-                self.data.train, self.batch_size, config.seed, state.step, augment=True
+            ours = partial(
+                stream, batch_size=self.batch_size, device=self.acceleration.device, part=self.world.part
             )
-            self._arch_batches = stream(
-                self.data.heldout, self.batch_size, config.seed + 1, state.arch_step, augment=False
+            self._weight_batches = ours(self.data.train, seed=config.seed, start=state.step, augment=True)
+            self._arch_batches = ours(
+                self.data.heldout, seed=config.seed + 1, start=state.arch_step, augment=False
             )
-        figures = {"loss": self._weight_step(*next(self._weight_batches))}
+        loss = self._weight_step(*next(self._weight_batches))
+        check_finite(loss, state.step + 1)
+        figures: dict[str, Any] = {"loss": loss}
+        warnings = state.watch.after_weight_step(loss)
         searching = not self.is_warming_up
         state.step += 1
         if searching and (state.step - self.warmup_steps) % config.arch_every == 0:
             assert self._arch_batches is not None
             figures["arch_loss"] = self._arch_step(*next(self._arch_batches))
+            check_finite(figures["arch_loss"], state.step)
             state.arch_step += 1
-            figures["expected_ms"] = self.expected_ms
-            figures["multiplier"] = state.multiplier.value
-            figures |= self.describe_probabilities()
-        return figures
+            figures |= self.describe_budget() | self.describe_probabilities()
+            warnings += state.watch.after_arch_step(self._sight(figures))
+        return figures | ({"warnings": warnings} if warnings else {})
+
+    def _sight(self, figures: Mapping[str, float]) -> Sight:
+        choices = sum(len(position.names) > 1 for position in self.space.positions)
+        return Sight(
+            progress=self.progress,
+            settling=self.is_settling,
+            ratio=self.expected_ratio,
+            multiplier=figures["multiplier"],
+            entropy=figures["entropy"],
+            identity_share=figures["identity_share"],
+            shares={name: sum(found) / choices for name, found in self._shares().items()},
+        )
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Put a step's figures into a few words."""
@@ -278,57 +382,97 @@ class Searcher:
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
         state = self.state
         supernet = state.supernet.train()
-        paths = sample_path(self.logits, supernet.mask, state.generator)
+        if self.config.weights == "nested" and self.config.nested_weight_steps == "mixture":
+            with torch.no_grad():
+                routes = supernet.mixture(self.temperature)
+        else:
+            routes = sample_path(self.logits, supernet.mask, state.generator)
         loss = weight_step(
-            lambda x: supernet(x, paths),
-            self._weights,
+            lambda x: supernet(x, routes),
             state.weight_optimizer,
             images,
             labels,
             self.config.label_smoothing,
+            acceleration=self.acceleration,
+            scaler=state.scaler,
+            world=self.world,
         )
         state.schedule.step()
         return float(loss)
 
     def _arch_step(self, images: Tensor, labels: Tensor) -> float:
-        state, supernet = self.state, self.state.supernet.train()
-        alpha, mask, temperature = supernet.alpha, supernet.mask, self.temperature
-        sample = sample_pairs(alpha / temperature, mask, state.generator)
+        state, supernet, config = self.state, self.state.supernet.train(), self.config
+        draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
+        step = draw(supernet, self.temperature, state.generator)
         for weight in self._weights:  # no gradients of weights: they are most of a backward pass
             weight.requires_grad_(False)
-        task_loss = F.cross_entropy(supernet(images, sample.paths), labels)
-        expected_ms = expected_latency_of_pairs(
-            alpha / temperature, mask, self.table.fixed_ms, self.cells_ms, sample
-        )
-        (pull,) = torch.autograd.grad(expected_ms / self.limit_ms, alpha, retain_graph=True)
+        with self.acceleration.autocast_unscaled():
+            task_loss = F.cross_entropy(supernet(images, step.routes), labels)
+        # of several limits the one that is furthest exceeded presses, as if it were the device's
+        ratio = largest_ratio(step.expected(self.limit_tensors), self.limit_tensors.limit)
+        (pull,) = torch.autograd.grad(ratio, supernet.alpha, retain_graph=True)
         strength = state.multiplier.strength(float(pull.norm()))  # 0 where the budget does not bind
-        loss = penalised(self.config.latency_loss, task_loss, expected_ms, self.limit_ms, strength)
-        (alpha.grad,) = torch.autograd.grad(loss, alpha)
-        task_norm = float((alpha.grad - strength * pull).norm())
-        before = alpha.detach() / temperature
+        loss = penalised(config.latency_loss, task_loss, ratio * self.limit_ms, self.limit_ms, strength)
+        (supernet.alpha.grad,) = torch.autograd.grad(loss, supernet.alpha)
+        self.world.average([supernet.alpha.grad])  # the latency's part is the same in all processes
+        task_loss = task_loss.detach()
+        self.world.average([task_loss])
+        task_norm = float((supernet.alpha.grad - strength * pull).norm())
+        state.arch_optimizer.param_groups[0]["lr"] = self.arch_learning_rate
         state.arch_optimizer.step()
-        renormalise_pair(alpha, before, sample, temperature)
+        step.after_update(supernet)
         for weight in self._weights:
             weight.requires_grad_(True)
         if self.binds:
-            state.multiplier = state.multiplier.after(self.expected_ms, self.limit_ms, task_norm)
-        return float(task_loss.detach())
+            state.multiplier = state.multiplier.after(
+                self.expected_ratio * self.limit_ms, self.limit_ms, task_norm
+            )
+            if self.is_settling and config.latency_loss == "multiplier":
+                self._settle()
+        return float(task_loss)
+
+    def _settle(self) -> None:
+        supernet, temperature = self.state.supernet, self.temperature
+        fixed, cells, limit = self.limit_tensors
+
+        def ratio() -> Tensor:
+            expected = expected_latency(supernet.logits(temperature), supernet.mask, fixed, cells)
+            return largest_ratio(expected, limit)
+
+        settle(supernet.alpha, ratio, SETTLING_LOGIT * temperature)
+
+    def describe_budget(self) -> dict[str, float]:
+        """Return what is expected, in all limits, and what presses on it."""
+        expected = self.expected
+        ratios = (expected / self.limit_tensors.limit).tolist()
+        return {
+            "expected_ms": float(expected[0]),
+            "limit_ms": self.limit_ms,
+            **{f"of_limit_{limit.name}": ratio for limit, ratio in zip(self.limits, ratios, strict=True)},
+            "multiplier": self.state.multiplier.value,
+            "temperature": self.temperature,
+        }
 
     def describe_probabilities(self) -> dict[str, float]:
-        """Return the mean entropy a position (nats) and identity's mean share."""
+        """Return the mean entropy a position (nats), and identity's mean share where there is one."""
         mask = self.state.supernet.mask
         log_p = log_probabilities(self.logits, mask)
-        p = log_p.exp()
-        entropy = -(p * log_p.masked_fill(~mask, 0.0)).sum(1).mean()
-        shares = [
-            float(p[i, position.names.index("identity")])
-            for i, position in enumerate(self.space.positions)
-            if "identity" in position.names
-        ]
+        entropy = -(log_p.exp() * log_p.masked_fill(~mask, 0.0)).sum(1).mean()
+        identities = self._shares().get("identity", [])
         return {
             "entropy": float(entropy),
-            "identity_share": float(np.mean(shares)) if shares else 0.0,
+            "identity_share": sum(identities) / len(identities) if identities else 0.0,
         }
+
+    def _shares(self) -> dict[str, list[float]]:
+        """Return each candidate's probability at every position where it is one of several, by name."""
+        p = log_probabilities(self.logits, self.state.supernet.mask).exp().tolist()
+        found: dict[str, list[float]] = {}
+        for row, position in zip(p, self.space.positions, strict=True):
+            if len(position.names) > 1:
+                for name, share in zip(position.names, row, strict=False):
+                    found.setdefault(name, []).append(share)
+        return found
 
     @property
     def log_probabilities(self) -> Scores:
@@ -343,19 +487,21 @@ class Searcher:
         """Solve for the most probable network within the budget."""
         return solve(self.log_probabilities, self.limits)
 
-    def score(self, arch: Arch) -> Score:
-        """Evaluate a network with the supernet's weights on the test images."""
-        network = self.state.supernet.subnet(arch, len(self.data.classes)).eval()
-        train = batches(self.data.train, 128, seed=0)
-        recalibrate(network, network, (b for b, _ in zip(train, range(CALIBRATION_BATCHES), strict=False)))
-        return evaluate(network, batches(self.data.test, 256))
+    def derive_best(self) -> tuple[Solution, ...]:
+        """Solve for the most probable networks within the budget, best first."""
+        return solve_best(self.space, self.log_probabilities, self.limits, self.config.k_best)
+
+    def score(self, arch: Arch, split: Split | None = None) -> Score:
+        """Evaluate a network with the supernet's weights, on the test images unless told otherwise."""
+        network = self.state.supernet.subnet(arch, len(self.data.classes))
+        return score_subnet(network, self.data, split or self.data.test, self.acceleration.device)
 
 
 def check_searchable(space: SearchSpace, limits: Limits) -> None:
     """Raise, before anything is trained, where there is nothing to search or no way to succeed."""
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
-    check_limits(limits)
+    check_feasible(limits)
 
 
 def preset_for(data_kind: str, **changes: Any) -> SearchConfig:

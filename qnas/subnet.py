@@ -1,6 +1,6 @@
-"""A network of one architecture as a module."""
+"""A network of one architecture as a module, and its weights out of a supernet's."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,52 @@ def build_subnet(space: SearchSpace, arch: Arch, classes: int) -> nn.Sequential:
 
 
 def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch: Arch) -> dict[str, Tensor]:
-    """Pick one network's weights out of a supernet's state, under the names that the network has."""
-    chosen = {p.name.replace(".", "_"): c for p, c in zip(space.positions, arch.choices, strict=True)}
+    """Pick one network's weights out of a supernet's state, under the names that the network has.
+
+    The names say how the supernet keeps them: `parts.POSITION.CANDIDATE.` each candidate its own,
+    `parts.POSITION.shared.KIND.` slices of one module a kind of block. Slices are views.
+    """
+    blocks = {block.name: block for block in lower(space, arch)}
+    chosen = {
+        module_name(blocks[position.name]): (f"{candidate}.", blocks[position.name])
+        for position, candidate in zip(space.positions, arch.choices, strict=True)
+    }
+    shapes = {
+        prefix: state_shapes(block)
+        for prefix, (_, block) in chosen.items()
+        if any(key.startswith(f"parts.{prefix}.shared.{block.kind}.") for key in supernet_state)
+    }
     state = {}
     for key, tensor in supernet_state.items():
         prefix, _, rest = key.removeprefix("parts.").partition(".")
         if not key.startswith("parts."):
             continue
-        if prefix in chosen:
-            candidate, _, rest = rest.partition(".")
-            if candidate != chosen[prefix]:
+        if prefix in shapes:
+            rest = rest.removeprefix(f"shared.{chosen[prefix][1].kind}.")
+            if rest not in shapes[prefix]:  # of another kind of block, or of larger candidates only
                 continue
+            tensor = take_slice(tensor, shapes[prefix][rest])
+        elif prefix in chosen:
+            if not rest.startswith(chosen[prefix][0]):
+                continue
+            rest = rest.removeprefix(chosen[prefix][0])
         state[f"{prefix}.{rest}"] = tensor
     return state
+
+
+def state_shapes(block: BlockSpec) -> dict[str, torch.Size]:
+    """Return the shapes of a block's parameters and buffers by name; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build_block(block).state_dict().items()}
+
+
+def take_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the part of a larger candidate's tensor that a smaller one of this shape uses, a view.
+
+    Channels, the first two dimensions, are the leading ones; the kernel, the last two, is the centre:
+    (C, 1, 7, 7) -> (C, 1, 3, 3), (4C, C, 1, 1) -> (2C, C, 1, 1).
+    """
+    for dim, (whole, part) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if whole != part:
+            tensor = tensor.narrow(dim, (whole - part) // 2 if dim >= 2 else 0, part)
+    return tensor

@@ -5,22 +5,27 @@ Knows no search: the loop drives anything that is stepped, saves its state and t
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from qnas import run
+from qnas.acceleration import PLAIN, UNSCALED, Acceleration
+from qnas.checkpoint import Checkpoints
 from qnas.data import Split, batch_count, batches
-from qnas.errors import Interrupted
+from qnas.distributed import ALONE, World, joined
 from qnas.progress import Progress
 
-CHECKPOINT_STEPS = 500  # between two checkpoints of an undisturbed run
 GRADIENT_CLIP = 5.0  # of the total norm (QuadraNet's recipe)
 
 Forward = Callable[[Tensor], Tensor]
@@ -56,17 +61,59 @@ def _keep_freed_memory() -> None:
         mallopt(m_top_pad, 64 << 20)
 
 
-def make_optimizer(
-    weights: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
+class PathAdamW(torch.optim.AdamW):
+    """AdamW that looks at the weights which the last backward pass reached, not at all there are.
+
+    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; to ask every other one
+    for its gradient, three times a step, takes longer the more candidates there are.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float) -> None:
+        # fused: one call for all tensors, a third of the time for a supernet's hundreds
+        super().__init__([dict(group) for group in groups], lr=learning_rate, fused=True)
+        self._reached: dict[int, nn.Parameter] = {}
+        self._group_of: list[int] = []
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                place = len(self._group_of)
+                self._group_of.append(number)
+                weight.register_post_accumulate_grad_hook(partial(self._reached.__setitem__, place))
+
+    @property
+    def used(self) -> list[nn.Parameter]:
+        """The weights that have a gradient, in the order of the groups, whatever the backward pass's."""
+        return [self._reached[place] for place in sorted(self._reached)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; in place they cannot be set to zero."""
+        assert set_to_none, "a weight without a gradient is left as it is, one of gradient 0 decays"
+        for weight in self._reached.values():
+            weight.grad = None
+        self._reached.clear()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would walk twice
+        """Update the weights that have a gradient."""
+        whole = [group["params"] for group in self.param_groups]
+        reached: list[list[nn.Parameter]] = [[] for _ in whole]
+        for place in sorted(self._reached):
+            reached[self._group_of[place]].append(self._reached[place])
+        try:
+            for group, weights in zip(self.param_groups, reached, strict=True):
+                group["params"] = weights
+            super().step()
+        finally:
+            for group, weights in zip(self.param_groups, whole, strict=True):
+                group["params"] = weights
+
+
+def make_optimizer(weights: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> PathAdamW:
     """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for weight in weights:
         (decayed if weight.ndim > 1 else plain).append(weight)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # fused: one call for all tensors, a third of the time for a supernet's hundreds
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return PathAdamW(groups, learning_rate)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LRScheduler:
@@ -80,23 +127,32 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: in
 
 def weight_step(
     forward: Forward,
-    weights: Iterable[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: PathAdamW,
     images: Tensor,
     labels: Tensor,
     label_smoothing: float,
+    *,
+    acceleration: Acceleration = PLAIN,
+    scaler: GradScaler = UNSCALED,
+    world: World = ALONE,
 ) -> Tensor:
     """Take one optimiser step on a batch; return the mean loss, detached.
 
-    images: (B, channels, H, W); labels: (B,). Weights that `forward` did not use are left as they are.
+    images: (B, channels, H, W); labels: (B,); on the acceleration's device, and of several processes this
+    one's part. Weights that `forward` did not use are left as they are, and are not looked at.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(forward(images), labels, label_smoothing=label_smoothing)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    used = [w for w in weights if w.grad is not None]
+    optimizer.zero_grad()
+    with acceleration.autocast():
+        loss = F.cross_entropy(forward(images), labels, label_smoothing=label_smoothing)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    loss, used = loss.detach(), optimizer.used
+    world.average([loss, *(w.grad for w in used if w.grad is not None)])
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(used, GRADIENT_CLIP)
-    optimizer.step()
-    return loss.detach()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss
 
 
 @torch.no_grad()
@@ -135,13 +191,31 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
 
 
 def stream(
-    split: Split, batch_size: int, seed: int, start: int, *, augment: bool
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start: int,
+    *,
+    augment: bool,
+    device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for ever, from number `start` of a sequence that depends on the seed only."""
+    """Yield batches for ever, from number `start` of a sequence that depends on the seed only.
+
+    `device` and `part` as in `data.batches`.
+    """
     epoch, skip = divmod(start, batch_count(split, batch_size, drop_last=True))
     while True:
         yield from batches(
-            split, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=True, start=skip
+            split,
+            batch_size,
+            seed=seed,
+            epoch=epoch,
+            augment=augment,
+            drop_last=True,
+            start=skip,
+            device=device,
+            part=part,
         )
         epoch, skip = epoch + 1, 0
 
@@ -159,8 +233,8 @@ class Stepper(Protocol):
     def phase(self) -> str:
         """What the next step does, for the progress bar."""
 
-    def step(self) -> dict[str, float]:
-        """Take a step; return what to log."""
+    def step(self) -> Mapping[str, Any]:
+        """Take a step; return what to log: figures, and `warnings` where there are any."""
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Put the figures of a step into a few words; empty keeps those of the step before."""
@@ -172,33 +246,90 @@ class Stepper(Protocol):
         """Take over such a state."""
 
 
-def run_to_end(stepper: Stepper, folder: Path, *, resume: bool, quiet: bool) -> None:
+@dataclass(frozen=True)
+class Interval:
+    """When an undisturbed run saves its state: after so many steps or seconds, whichever is first."""
+
+    steps: int = 500
+    seconds: float = 60.0
+
+
+def run_to_end(
+    stepper: Stepper,
+    folder: Path,
+    *,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    interval: Interval = Interval(),
+    world: World = ALONE,
+) -> None:
     """Take all steps in a run folder, with metrics, checkpoints and a progress bar.
 
-    Raises CheckpointError where a saved state is damaged, Interrupted once the state is saved after
-    Ctrl-C or SIGTERM.
+    Of several processes only the main one reads and writes there; all stop after the same step.
+    What is drawn from torch's own random numbers, by a module of one's own for instance, depends on
+    the seed and the steps alone. Raises CheckpointError where no saved state is whole, Interrupted
+    once the state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
     """
-    saved = run.load_checkpoint(folder) if resume else None
-    if saved is not None:
-        stepper.load(saved)
-    metrics = run.Metrics(folder / run.METRICS, keep_bytes=saved["metrics_bytes"] if saved else 0)
-
-    def save() -> None:
-        run.save_checkpoint(folder, {**stepper.to_dict(), "metrics_bytes": metrics.size_bytes})
-
+    checkpoints = Checkpoints(folder)
     with (
+        joined(world),
+        _own_random_numbers(seed),
         run.interruptible() as signals,
-        Progress(stepper.total_steps, stepper.phase, quiet=quiet) as progress,
+        Progress(stepper.total_steps, stepper.phase, quiet=quiet or not world.is_main) as progress,
+        world.watched(),
     ):
+        saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
+        if saved is not None:
+            stepper.load(saved["stepper"])
+            _set_random_state(saved["random"])
+        if checkpoints.damage:
+            went_back = f"went back to the one before it, of step {stepper.steps_done}"
+            print(f"qnas: warning: {checkpoints.damage}: {went_back}", file=sys.stderr)
+        metrics = None
+        if world.is_main:
+            metrics = run.Metrics(folder / run.METRICS, keep_bytes=saved["metrics_bytes"] if saved else 0)
         progress.skip(stepper.steps_done)
+        saved_step, saved_at = stepper.steps_done, time.monotonic()
         while stepper.steps_done < stepper.total_steps:
             progress.phase(stepper.phase)
             row = stepper.step()
-            metrics.write({"step": stepper.steps_done, **row})
+            if metrics is not None:
+                metrics.write({"step": stepper.steps_done, **row})
+                for warning in row.get("warnings", []):
+                    progress.warn(warning)
             progress.step(stepper.summary(row))
-            if signals:
-                save()
-                raise Interrupted(f"the state is saved in {folder}: --resume goes on from it")
-            # after the last step too: what follows may take minutes
-            if stepper.steps_done % CHECKPOINT_STEPS == 0 or stepper.steps_done == stepper.total_steps:
-                save()
+            stops = world.any(bool(signals))
+            if metrics is not None and (
+                stops
+                or stepper.steps_done == stepper.total_steps  # what follows may take minutes
+                or stepper.steps_done - saved_step >= interval.steps
+                or time.monotonic() - saved_at >= interval.seconds
+            ):
+                # the lines first: a checkpoint must not know of more of them than there are
+                state = {"metrics_bytes": metrics.sync(), "random": _random_state()}
+                checkpoints.save({"stepper": stepper.to_dict(), **state})
+                saved_step, saved_at = stepper.steps_done, time.monotonic()
+            if stops:
+                raise run.interrupted(folder)
+        if world.any(bool(signals)):  # came as the last state was saved
+            raise run.interrupted(folder)
+        world.check_same(stepper.to_dict())
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Seed torch's own random numbers, and give the caller's back at the end."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of torch's own random numbers; no step draws from numpy's or Python's."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

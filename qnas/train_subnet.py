@@ -7,6 +7,7 @@ but nothing is chosen by them: the weights kept are the last.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from qnas import run
+from qnas.acceleration import (
+    Precision,
+    TorchDevice,
+    check_acceleration,
+    choose_acceleration,
+    compile_blocks,
+)
 from qnas.arch import FoundArch
 from qnas.blocks import count_parameters
+from qnas.checkpoint import Checkpoints
 from qnas.data import ImageData, batch_count, batches, sample_images
+from qnas.distributed import ALONE, World
 from qnas.errors import CheckpointError, UsageError
-from qnas.files import write_json, write_text
+from qnas.files import json_text, write_json
 from qnas.subnet import build_subnet, subnet_state
 from qnas.train import Score, evaluate, make_optimizer, make_schedule, run_to_end, stream, weight_step
 
@@ -36,6 +46,9 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    torch_device: TorchDevice = "auto"
+    precision: Precision = "auto"
+    compile: bool = False  # slower on CPUs
     threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
     seed: int = 0
 
@@ -43,6 +56,7 @@ class TrainConfig:
         for name in ("resolution_px", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
+        check_acceleration(self.torch_device, self.precision)
 
 
 # By what is trained on; for two CPU cores or one GPU.
@@ -92,30 +106,55 @@ class SubnetTrainer:
 
     phase = "train"
 
-    def __init__(self, network: nn.Module, data: ImageData, config: TrainConfig) -> None:
-        self.network, self.data, self.config = network, data, config
+    def __init__(
+        self, network: nn.Module, data: ImageData, config: TrainConfig, world: World = ALONE
+    ) -> None:
+        self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
+        self.network = network.to(self.acceleration.device)
+        if config.compile:
+            compile_blocks(network)
+        self.data, self.config, self.world = data, config, world
         self.split = data.train_and_heldout
         self.batch_size = min(config.batch_size, len(self.split))
+        world.check_batch(self.batch_size)
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = config.epochs * self.steps_per_epoch
-        self._weights = list(network.parameters())
-        self.optimizer = make_optimizer(self._weights, config.learning_rate, config.weight_decay)
+        self.optimizer = make_optimizer(network.parameters(), config.learning_rate, config.weight_decay)
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.schedule = make_schedule(self.optimizer, self.total_steps, warmup_steps)
+        self.scaler = self.acceleration.scaler()
         self.steps_done = 0
         self.accuracy = float("nan")
+        # both made at the first step: of a loaded state, and with the processes joined
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._forward: nn.Module = network
 
     def step(self) -> dict[str, float]:
         """Take a weight step; at the end of an epoch look at the test images."""
         config = self.config
         if self._batches is None:
-            self._batches = stream(self.split, self.batch_size, config.seed, self.steps_done, augment=True)
+            self._batches = stream(
+                self.split,
+                self.batch_size,
+                config.seed,
+                self.steps_done,
+                augment=True,
+                device=self.acceleration.device,
+                part=self.world.part,
+            )
+            self._forward = self.world.parallel(self.network)
         images, labels = next(self._batches)
-        self.network.train()
+        self._forward.train()
         loss = weight_step(
-            self.network, self._weights, self.optimizer, images, labels, config.label_smoothing
+            self._forward,
+            self.optimizer,
+            images,
+            labels,
+            config.label_smoothing,
+            acceleration=self.acceleration,
+            scaler=self.scaler,
         )
+        self.world.average([loss])  # the gradients are averaged already
         self.schedule.step()
         self.steps_done += 1
         row = {"loss": float(loss)}
@@ -132,7 +171,7 @@ class SubnetTrainer:
     def test(self) -> Score:
         """Score the network on the test images."""
         self.network.eval()
-        return evaluate(self.network, batches(self.data.test, 256))
+        return evaluate(self.network, batches(self.data.test, 256, device=self.acceleration.device))
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Put a step's figures into a few words."""
@@ -144,6 +183,7 @@ class SubnetTrainer:
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "steps_done": self.steps_done,
             "accuracy": self.accuracy,
@@ -154,6 +194,7 @@ class SubnetTrainer:
         try:
             self.network.load_state_dict(saved["network"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
             self.schedule.load_state_dict(saved["schedule"])
             self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -173,11 +214,13 @@ def train_subnet(
     resume: bool = False,
     force: bool = False,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> Score:
     """Train the network of an architecture in a folder; return its score on the test images.
 
-    Writes the weights as safetensors, with the architecture and its space beside them. Raises
-    CheckpointError where the folder or the supernet's weights cannot be used.
+    Of several processes only the main one reads and writes there. Writes the weights as safetensors,
+    with the architecture and its space beside them. Raises CheckpointError where the folder or the
+    supernet's weights cannot be used.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
@@ -187,17 +230,23 @@ def train_subnet(
     if from_supernet:
         inherit(network, source)
     request = {"train": asdict(config), "from_supernet": from_supernet, **request}
-    run.open_folder(folder, request, resume=resume, force=force)
-    if resume and (folder / run.RESULT).is_file():
-        raise CheckpointError(f"{folder}: this training is complete, there is nothing to resume")
-    write_text(folder / run.SPACE, source.space.to_yaml())
-    write_json(folder / run.ARCH, source.document)
-    trainer = SubnetTrainer(network, data, config)
-    run_to_end(trainer, folder, resume=resume, quiet=quiet)
-    score = trainer.test()
+    copies = {run.SPACE: source.space.to_yaml(), run.ARCH: json_text(source.document)}
+    trainer = SubnetTrainer(network, data, config, world)
+    train = partial(run_to_end, trainer, folder, seed=config.seed, resume=resume, quiet=quiet, world=world)
+    if not world.is_main:
+        train()
+        return trainer.test()
+    with run.opened(folder, request, copies, result=run.RESULT, resume=resume, force=force):
+        train()
+        return _finish(trainer, folder, request)
+
+
+def _finish(trainer: SubnetTrainer, folder: Path, request: Mapping[str, Any]) -> Score:
+    network, data, score = trainer.network, trainer.data, trainer.test()
     run.save_tensors(folder / run.WEIGHTS, network.state_dict())
     images, labels = sample_images(data.test, SAMPLE_IMAGES)
     run.save_tensors(folder / run.SAMPLE, {"images": images, "labels": labels})
+    # last, since its presence says that the run is complete
     write_json(
         folder / run.RESULT,
         {
@@ -206,14 +255,14 @@ def train_subnet(
             "test_loss": score.loss,
             "test_images": score.images,
             "params": count_parameters(network),
-            "resolution_px": config.resolution_px,
+            "resolution_px": trainer.config.resolution_px,
             "classes": list(data.classes),
             "mean": list(data.mean),
             "std": list(data.std),
             "data": request["data"],
         },
     )
-    (folder / run.CHECKPOINT).unlink(missing_ok=True)
+    Checkpoints(folder).remove()
     return score
 
 

@@ -380,6 +380,17 @@ def test_a_resumed_epoch_goes_on_as_it_would_have(noise: Path) -> None:
         assert torch.equal(y, resumed_y)
 
 
+def test_the_parts_of_a_batch_are_the_batch(noise: Path) -> None:
+    train = load(noise).train
+    options: dict[str, Any] = {"seed": 5, "epoch": 2, "augment": True, "drop_last": True, "start": 1}
+    whole = list(batches(train, 6, **options))
+    parts = [list(batches(train, 6, part=(which, 3), **options)) for which in range(3)]
+    assert len(whole) > 1
+    for i, (images, labels) in enumerate(whole):
+        assert torch.equal(images, torch.cat([part[i][0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[i][1] for part in parts]))
+
+
 def test_augmentation_does_not_depend_on_the_batch_size(noise: Path) -> None:
     train = load(noise).train
     options: dict[str, Any] = {"seed": 0, "augment": True}

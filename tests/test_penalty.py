@@ -5,7 +5,7 @@ from math import isfinite
 import pytest
 import torch
 
-from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised
+from qnas.penalty import LATENCY_LOSSES, SETTLED, LatencyLoss, Multiplier, penalised, settle
 
 SCALES_MS = [10.0**exponent for exponent in range(-3, 5)]
 
@@ -136,3 +136,64 @@ def test_a_multiplier_is_a_value() -> None:
     before = Multiplier()
     after(before, 1.3)
     assert before == Multiplier()
+
+
+def choices(sharpness: float, positions: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return architecture parameters, all but the first position's decided this much, and latencies."""
+    generator = torch.Generator().manual_seed(seed)
+    alpha = torch.randn(positions, 4, generator=generator, dtype=torch.float64)
+    alpha[1:] *= sharpness
+    return alpha.requires_grad_(), torch.rand(positions, 4, generator=generator, dtype=torch.float64)
+
+
+def expected(alpha: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    return 0.5 + (alpha.softmax(1) * cells).sum()
+
+
+def off(alpha: torch.Tensor, cells: torch.Tensor, budget: float) -> float:
+    """Return by what share the expected amount misses the budget."""
+    return abs(float(expected(alpha.detach(), cells)) / budget - 1)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_settled_parameters_keep_the_budget(sharpness: float, share: float) -> None:
+    alpha, cells = choices(sharpness)
+    low, high = cells.min(1).values.sum(), cells.max(1).values.sum()
+    budget = float(0.5 + low + share * (high - low))
+    for _ in range(40):  # a call that ends early is followed by one at the next step of a search
+        settle(alpha, lambda: expected(alpha, cells) / budget, longest=0.5)
+    assert off(alpha, cells, budget) < SETTLED
+    # and settled ones are left alone
+    before = alpha.detach().clone()
+    settle(alpha, lambda: expected(alpha, cells) / budget, longest=0.5)
+    assert torch.equal(alpha, before)
+
+
+def test_to_settle_a_little_the_undecided_position_gives_way() -> None:
+    alpha, cells = choices(sharpness=20.0)
+    before = alpha.detach().softmax(1)
+    budget = float(expected(alpha.detach(), cells)) * 0.98
+    settle(alpha, lambda: expected(alpha, cells) / budget, longest=0.5)
+    moved = (alpha.detach().softmax(1) - before).abs().sum(1)
+    assert off(alpha, cells, budget) < SETTLED
+    assert float(moved[0]) > 10 * float(moved[1:].max())
+
+
+def test_of_two_amounts_the_one_further_over_its_limit_settles() -> None:
+    alpha, cells = choices(sharpness=1.0)
+    _, others = choices(sharpness=1.0, seed=1)
+
+    def ratios() -> torch.Tensor:
+        return torch.stack([expected(alpha, cells) / 3.0, expected(alpha, others) / 3.2])
+
+    settle(alpha, lambda: ratios().max(), longest=0.5)
+    assert abs(float(ratios().max().detach()) - 1) < SETTLED
+
+
+def test_a_budget_out_of_reach_is_approached_in_bounded_steps() -> None:
+    alpha, cells = choices(sharpness=1.0)
+    fastest = float(0.5 + cells.min(1).values.sum())
+    settle(alpha, lambda: expected(alpha, cells) / (0.9 * fastest), longest=0.5)
+    assert fastest <= float(expected(alpha.detach(), cells)) < 1.1 * fastest
+    assert torch.isfinite(alpha).all()

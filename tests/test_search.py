@@ -1,9 +1,13 @@
 import copy
+import itertools
 import json
 import os
+import pickle
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +15,26 @@ import torch
 
 from qnas import run
 from qnas.arch import find_arch
+from qnas.checkpoint import Checkpoints
+from qnas.choices import Gated, Route
 from qnas.data import ImageData, load_data
-from qnas.derive import sample_near, solve
-from qnas.errors import ArchError, CheckpointError, InfeasibleBudgetError, Interrupted
+from qnas.derive import sample_near
+from qnas.errors import (
+    ArchError,
+    CheckpointError,
+    InfeasibleBudgetError,
+    Interrupted,
+    TrainingError,
+    UsageError,
+)
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
-from qnas.limits import Limits, latency_limit
+from qnas.limits import Limit, Limits, count_limit, latency_limit
 from qnas.originals import parse_data_spec
 from qnas.outcome import run_search
-from qnas.penalty import LATENCY_LOSSES, Multiplier, penalised
+from qnas.penalty import LATENCY_LOSSES
+from qnas.resources import stems
 from qnas.search import (
-    ANNEALED_SHARE,
-    ARCH_BETAS,
     FINAL_TEMPERATURE,
     PRESETS,
     SearchConfig,
@@ -30,14 +42,10 @@ from qnas.search import (
     check_searchable,
 )
 from qnas.space import SearchSpace, load_space
-from qnas.supernet import (
-    expected_latency,
-    expected_latency_of_pairs,
-    latency_tensor,
-    log_probabilities,
-    renormalise_pair,
-    sample_pairs,
-)
+from qnas.subnet import build_subnet
+from qnas.supernet import limit_tensors, log_probabilities
+from qnas.train import Interval, run_to_end
+from qnas.train_subnet import inherit
 
 CONFIG = SearchConfig(
     preset="test",
@@ -96,7 +104,7 @@ def test_the_derived_network_is_within_budget_and_certified(
     assert len(report["random"]) == 3
     for network in report["random"]:
         assert 0.97 * document["latency_ms"] <= network["latency_ms"] <= document["latency_ms"]
-    assert not (folder / run.CHECKPOINT).exists()
+    assert not list(folder.glob("checkpoint*"))
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(
@@ -119,7 +127,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     step = searcher.step
 
-    def step_and_stop() -> dict[str, float]:
+    def step_and_stop() -> dict[str, Any]:
         row = step()
         if searcher.steps_done == steps:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -138,14 +146,58 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
         assert (whole / file_name).read_bytes() == (folder / file_name).read_bytes(), file_name
 
 
+def random_states() -> bytes:
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+@pytest.mark.parametrize(
+    ("weights", "gradient", "latency_loss"),
+    [
+        ("independent", "two-path", "multiplier"),
+        ("independent", "all-paths", "add-linear"),
+        ("shared", "gumbel", "mul-log"),
+        ("nested", "exact", "multiplier"),
+    ],
+)
+def test_a_state_is_all_that_the_next_steps_depend_on(
+    weights: str,
+    gradient: str,
+    latency_loss: str,
+    norm: str,
+    tiny_space: SearchSpace,
+    digits: ImageData,
+    tmp_path: Path,
+) -> None:
+    if weights == "nested" and norm == "batchnorm":
+        pytest.skip("nested weights are for layer normalisation")
+    space = tiny_space.with_norm(norm)  # type: ignore[arg-type]  # from a list
+    config = replace(CONFIG, weights=weights, gradient=gradient, latency_loss=latency_loss)  # type: ignore[arg-type]
+    table = compute_table(load_device("vpu"), space)
+    searcher = Searcher(space, within(table, middle(table)), digits, config)
+    for _ in range(searcher.warmup_steps + 3):
+        searcher.step()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(searcher.to_dict())
+    others = random_states()
+    rows = [searcher.step() for _ in range(4)]
+    assert "multiplier" in rows[-1]
+    # nothing is drawn from random numbers that belong to others, which no checkpoint holds
+    assert random_states() == others
+    saved = checkpoints.load()
+    assert saved is not None
+    twin = Searcher(space, within(table, middle(table)), digits, config)
+    twin.load(saved)
+    assert [twin.step() for _ in rows] == rows
+    for name, tensor in searcher.state.supernet.state_dict().items():
+        assert torch.equal(tensor, twin.state.supernet.state_dict()[name]), name
+
+
 def test_resuming_something_else_is_refused(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData, tmp_path: Path
 ) -> None:
     folder = search(tiny_space, table, digits, tmp_path / "run")
     before = (folder / run.ARCH).read_bytes()
-    searcher = Searcher(tiny_space, within(table, middle(table)), digits, replace(CONFIG, batch_size=64))
-    with pytest.raises(CheckpointError, match=r"changed since it started: search was .*128.*, is .*64"):
-        run_search(searcher, folder, {"data": "digits"}, resume=True, quiet=True)
     same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     with pytest.raises(CheckpointError, match="is complete, there is nothing to resume"):
         run_search(same, folder, {"data": "digits"}, resume=True, quiet=True)
@@ -154,19 +206,10 @@ def test_resuming_something_else_is_refused(
     with pytest.raises(CheckpointError, match="nothing to resume"):
         run_search(same, tmp_path / "none", {"data": "digits"}, resume=True, quiet=True)
     assert (folder / run.ARCH).read_bytes() == before
-
-
-def test_a_damaged_checkpoint_is_refused(
-    tiny_space: SearchSpace, table: LatencyTable, digits: ImageData, tmp_path: Path
-) -> None:
-    folder = search(tiny_space, table, digits, tmp_path / "run")
     (folder / run.ARCH).unlink()
-    same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
-    run.save_checkpoint(folder, {**same.to_dict(), "metrics_bytes": 0})
-    content = (folder / run.CHECKPOINT).read_bytes()
-    (folder / run.CHECKPOINT).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="damaged"):
-        run_search(same, folder, {"data": "digits"}, resume=True, quiet=True)
+    other = Searcher(tiny_space, within(table, middle(table)), digits, replace(CONFIG, batch_size=64))
+    with pytest.raises(CheckpointError, match=r"changed since it started: batch size was 128, is 64$"):
+        run_search(other, folder, {"data": "digits"}, resume=True, quiet=True)
 
 
 def test_force_leaves_nothing_of_the_former_run(
@@ -227,6 +270,86 @@ def test_every_form_of_the_latency_loss_searches(
     assert find_arch(folder).document["latency_ms"] <= middle(table)
 
 
+ENGINES: list[dict[str, str]] = [
+    {"weights": "independent", "gradient": "all-paths"},
+    {"weights": "independent", "gradient": "gumbel"},
+    {"weights": "shared"},
+    {"weights": "shared", "gradient": "all-paths"},
+    {"weights": "nested", "nested_weight_steps": "sampled"},
+    {"weights": "nested", "nested_weight_steps": "mixture"},
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(engine.values()))
+def test_every_engine_searches_and_leaves_weights_for_its_network(
+    engine: dict[str, str],
+    tiny_space: SearchSpace,
+    table: LatencyTable,
+    digits: ImageData,
+    tmp_path: Path,
+) -> None:
+    config = replace(CONFIG, **engine)  # type: ignore[arg-type]  # from a dict
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
+    start = searcher.state.supernet.alpha.detach().clone()
+    run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    found = find_arch(tmp_path / "run")
+    assert found.document["latency_ms"] <= middle(table)
+    assert (searcher.state.supernet.alpha != start).any(1).all()
+    # the file says by its names how the supernet keeps its weights
+    network = build_subnet(found.space, found.arch, len(digits.classes))
+    inherit(network, found)
+    own = searcher.state.supernet.subnet(found.arch, len(digits.classes)).state_dict()
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, own[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(engine.values()))
+def test_an_architecture_step_leaves_the_weights_alone(
+    engine: dict[str, str], tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
+) -> None:
+    config = replace(CONFIG, **engine)  # type: ignore[arg-type]  # from a dict
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
+    weights = searcher.state.supernet.weights
+    before = [weight.detach().clone() for weight in weights]
+    images = digits.heldout.read(torch.arange(32)).float() / 255
+    searcher._arch_step(images, digits.heldout.labels[:32])
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight, old)
+        assert weight.grad is None
+        assert weight.requires_grad
+
+
+@pytest.mark.parametrize("weights", ["shared", "nested"])
+def test_of_several_limits_the_furthest_exceeded_presses(
+    weights: str, tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
+) -> None:
+    # of something that large networks take little of, so that the two press against each other
+    cells = tuple(tuple(max(row) - amount for amount in row) for row in table.ms)
+    spared = Limit("params", budget=1.0, limit=1.0, fixed=0.5, cells=cells)
+    limits = (latency_limit(table, 2 * table.slowest_ms), spared)
+    config = replace(CONFIG, weights=weights)  # type: ignore[arg-type]  # from a list
+    searcher = Searcher(tiny_space, limits, digits, config)
+    before = searcher.expected
+    assert before[0] < limits[0].limit
+    assert before[1] > spared.limit
+    assert searcher.expected_ratio == pytest.approx(float(before[1]) / spared.limit)
+    while searcher.steps_done < searcher.total_steps:
+        searcher.step()
+    assert searcher.expected[1] < before[1]
+    assert searcher.expected_ms == float(searcher.expected[0]) > float(before[0])
+
+
+def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match="unknown weights 'mixed', expected one of independent, shared"):
+        replace(CONFIG, weights="mixed")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown gradient 'three-path', expected one of two-path"):
+        replace(CONFIG, gradient="three-path")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected mixture or sampled, got 'both'"):
+        replace(CONFIG, nested_weight_steps="both")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="add --weights nested"):
+        replace(CONFIG, gradient="exact")
+
+
 def test_a_space_with_batch_norm_searches(digits: ImageData, tmp_path: Path) -> None:
     # its networks are evaluated with statistics of their own
     space = load_space("proxyless-mobile")
@@ -244,60 +367,211 @@ def test_presets_are_sound() -> None:
         assert preset.preset == name
 
 
-SEARCHABLE = ["quadranet-mobile", "quadranet-small", "proxyless-mobile"]
+SEARCHABLE = [name for name in stems("search_spaces", ".yaml") if not load_space(name).is_fixed]
+FORMS: dict[str, dict[str, str]] = {
+    "two-path": {},
+    "all-paths": {"gradient": "all-paths"},
+    "gumbel": {"gradient": "gumbel"},
+    "exact": {"weights": "nested"},
+}
+LOOK = 0.02  # how much two candidates differ, and by how much a look at one is off
 
 
-@pytest.mark.parametrize("device", list(device_names()))
-@pytest.mark.parametrize("space_name", SEARCHABLE)
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_the_expected_latency_settles_at_the_budget(device: str, space_name: str, share: float) -> None:
-    """With a task that pulls with noise and a taste of its own, at the digits preset's length."""
-    space = load_space(space_name)
+def at_share(space: SearchSpace, device: str, share: float) -> Limit:
+    """Return the limit that lies at a share of the way from the fastest network to the slowest."""
     table = load_table(load_device(device), space)
-    budget_ms = table.fastest_ms + share * (table.slowest_ms - table.fastest_ms)
-    counts = [len(row) for row in table.ms]
-    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-    cells = latency_tensor(table, mask)
-    generator = torch.Generator().manual_seed(0)
-    # larger blocks are better, some positions more than others, and every look at it is noisy
+    return latency_limit(table, table.fastest_ms + share * (table.slowest_ms - table.fastest_ms))
+
+
+def simulated(
+    space: SearchSpace,
+    limits: Limits,
+    data: ImageData,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    form: str = "two-path",
+    seed: int = 0,
+) -> tuple[Searcher, torch.Tensor]:
+    """Return a search as long as that of the digits preset, and the task's gain of every candidate.
+
+    All of it is real but for the task, which has a taste of its own: larger blocks are better, at some
+    positions more than at others, and every look at a candidate is off by as much as they differ.
+    """
+    config = replace(
+        CONFIG,
+        warmup_epochs=0,
+        search_epochs=48,
+        arch_learning_rate=PRESETS["digits"].arch_learning_rate,
+        seed=seed,
+        **FORMS[form],  # type: ignore[arg-type]  # from a dict
+    )
+    searcher = Searcher(space, limits, data, config)
+    supernet = searcher.state.supernet
+    generator = torch.Generator().manual_seed(seed)
+    cells = limit_tensors(limits, supernet.mask).cells[0]
     capacity = (cells / cells.max(1, keepdim=True).values) ** 0.5
-    taste = -0.02 * capacity * (1 + torch.rand(len(counts), 1, generator=generator, dtype=torch.float64))
-    alpha = torch.nn.Parameter(1e-3 * torch.randn(mask.shape, generator=generator, dtype=torch.float64))
-    optimizer = torch.optim.Adam([alpha], lr=0.1, betas=ARCH_BETAS)
-    multiplier, steps, tail = Multiplier(), 380, []
-    for step in range(steps):
-        temperature = FINAL_TEMPERATURE ** min(1.0, step / (ANNEALED_SHARE * steps))
-        sample = sample_pairs(alpha / temperature, mask, generator)
-        gates = torch.stack([path.gates for path in sample.paths if not isinstance(path, int)])
-        pull = taste[sample.rows].gather(1, sample.pairs) + 0.02 * torch.randn(
-            gates.shape, generator=generator, dtype=torch.float64
-        )
-        task = (gates * pull).sum()
-        expected = expected_latency_of_pairs(alpha / temperature, mask, table.fixed_ms, cells, sample)
-        (latency_pull,) = torch.autograd.grad(expected / budget_ms, alpha, retain_graph=True)
-        strength = multiplier.strength(float(latency_pull.norm()))
-        loss = penalised("multiplier", task, expected, budget_ms, strength)
-        (alpha.grad,) = torch.autograd.grad(loss, alpha)
-        task_norm = float((alpha.grad - strength * latency_pull).norm())
-        before = alpha.detach() / temperature
-        optimizer.step()
-        renormalise_pair(alpha, before, sample, temperature)
-        value = float(expected_latency(alpha.detach() / temperature, mask, table.fixed_ms, cells))
-        multiplier = multiplier.after(value, budget_ms, task_norm)
-        tail.append(value / budget_ms - 1)
-    # sharp probabilities have whole blocks, and one of a GPU's, which is mostly launches, may be a
-    # seventh of the budget and more
-    one_block = max(max(row) for row in table.ms) / budget_ms
-    assert abs(float(np.mean(tail[-20:]))) < max(0.05, min(0.15, one_block))
-    log_p = log_probabilities(alpha.detach() / temperature, mask)
-    scores = tuple(tuple(row[:n].tolist()) for row, n in zip(log_p, counts, strict=True))
-    solution = solve(scores, within(table, budget_ms))
-    # the latency that was allowed is used, but for less than a block
-    assert solution.latency_ms > (1 - max(0.15, one_block)) * budget_ms
+    gain = LOOK * capacity * (1 + torch.rand(len(cells), 1, generator=generator, dtype=torch.float64))
+
+    def task_loss(images: torch.Tensor, routes: list[Route]) -> torch.Tensor:
+        noise = LOOK * torch.randn(gain.shape, generator=generator, dtype=torch.float64)
+        if form == "exact":  # which mixes all, and has no noise of drawing
+            p = log_probabilities(supernet.logits(searcher.temperature), supernet.mask).exp()
+            return -(p * (gain + 0.2 * noise)).sum()
+        gated = [(row, route) for row, route in enumerate(routes) if isinstance(route, Gated)]
+        looks = gain + noise
+        losses = [-(route.gates.double() * looks[row, list(route.candidates)]).sum() for row, route in gated]
+        return torch.stack(losses).sum()
+
+    monkeypatch.setattr(supernet, "forward", task_loss)
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda loss, labels: loss)
+    monkeypatch.setattr(supernet, "train", lambda: supernet)
+    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: 1.0)
+    nothing = itertools.repeat((torch.empty(0), torch.empty(0)))
+    monkeypatch.setattr(searcher, "_weight_batches", nothing)
+    monkeypatch.setattr(searcher, "_arch_batches", nothing)
+    return searcher, gain
+
+
+def check_settled(searcher: Searcher, gain: torch.Tensor) -> None:
+    """Take all steps, and check where they end."""
+    rows = [searcher.step() for _ in range(searcher.total_steps)]
+    assert [warning for row in rows for warning in row.get("warnings", [])] == []
+    assert rows[-1]["temperature"] == pytest.approx(FINAL_TEMPERATURE)
+    for row in rows[-len(rows) // 10 :]:
+        assert abs(max(v for key, v in row.items() if key.startswith("of_limit_")) - 1) < 0.03
+    limit, solution = searcher.limits[0], searcher.derive()
+    # the latency that was allowed is used, but for less than a block; a GPU's, which is mostly launches,
+    # may be a fourth of the budget
+    one_block = max(max(row) for row in limit.cells) / limit.limit
+    # Gumbel's noise leaves more positions undecided, and so more latency unused
+    blocks = 3 if searcher.config.gradient == "gumbel" else 1
+    assert solution.latency_ms > (1 - max(0.15, blocks * one_block)) * limit.limit
     # and used well: better by the task's taste than random networks of the same latency
+    table = searcher.table
     rivals = sample_near(table, 0.97 * solution.latency_ms, solution.latency_ms, 20, np.random.default_rng(0))
 
     def quality(indices: tuple[int, ...]) -> float:
-        return -float(sum(taste[row, i] for row, i in enumerate(indices)))
+        return float(sum(gain[row, i] for row, i in enumerate(indices)))
 
-    assert quality(solution.indices) > float(np.mean([quality(indices) for indices in rivals]))
+    if rivals:  # on a device with few different latencies there may be none that close
+        assert quality(solution.indices) >= float(np.mean([quality(indices) for indices in rivals]))
+
+
+@pytest.mark.parametrize(
+    ("space_name", "device", "share", "form"),
+    [
+        ("quadranet-small", "cortex-a76", 0.3, "two-path"),
+        ("quadranet-small", "a100", 0.3, "two-path"),
+        ("quadranet-small", "a100", 0.5, "exact"),
+        ("quadranet-small", "myriad-vpu", 0.75, "all-paths"),
+    ],
+)
+def test_the_expected_latency_settles_at_the_budget(
+    space_name: str,
+    device: str,
+    share: float,
+    form: str,
+    digits: ImageData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space = load_space(space_name)
+    limits = (at_share(space, device, share),)
+    check_settled(*simulated(space, limits, digits, monkeypatch, form=form))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("device", list(device_names()))
+@pytest.mark.parametrize("space_name", SEARCHABLE)
+def test_the_expected_latency_settles_on_every_device_and_budget(
+    space_name: str, device: str, form: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = load_space(space_name)
+    if form == "exact" and space_name in ("proxyless-mobile", "quadranet-mobile-bn"):
+        pytest.skip("nested weights are those of QuadraBlocks with layer normalisation")
+    for share in (0.15, 0.3, 0.5, 0.75, 0.9):
+        with monkeypatch.context() as patches:
+            limits = (at_share(space, device, share),)
+            check_settled(*simulated(space, limits, digits, patches, form=form))
+
+
+@pytest.mark.parametrize("form", ["two-path", "exact"])
+def test_of_several_limits_the_tightest_is_met_and_none_exceeded(
+    form: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = load_space("quadranet-small")
+    limits = (
+        at_share(space, "cortex-a76", 0.5),
+        at_share(space, "myriad-vpu", 0.5),
+        count_limit(space, "params", 150_000),
+    )
+    searcher, _ = simulated(space, limits, digits, monkeypatch, form=form)
+    rows = [searcher.step() for _ in range(searcher.total_steps)]
+    ratios = {key: value for key, value in rows[-1].items() if key.startswith("of_limit_")}
+    assert set(ratios) == {"of_limit_cortex-a76", "of_limit_myriad-vpu", "of_limit_params"}
+    assert max(ratios.values()) == pytest.approx(1, abs=0.03)
+    assert rows[-1]["expected_ms"] == pytest.approx(ratios["of_limit_cortex-a76"] * rows[-1]["limit_ms"])
+
+
+@pytest.mark.parametrize("form", ["add-linear", "mul-log"])
+def test_only_the_multiplier_settles(
+    form: str, tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
+) -> None:
+    # the published forms have a fixed strength: where they end is part of what is compared
+    searcher = Searcher(
+        tiny_space,
+        within(table, middle(table)),
+        digits,
+        replace(CONFIG, latency_loss=form),  # type: ignore[arg-type]  # from a list
+    )
+    rows = [searcher.step() for _ in range(searcher.total_steps)]
+    assert abs(searcher.expected_ratio - 1) > 0.01
+    assert rows[-1]["expected_ms"] == searcher.expected_ms
+
+
+@pytest.mark.parametrize(("which", "step"), [("_weight_step", 7), ("_arch_step", 9)])
+def test_a_loss_that_is_no_number_stops_the_search_and_leaves_the_last_checkpoint(
+    which: str,
+    step: int,
+    tiny_space: SearchSpace,
+    table: LatencyTable,
+    digits: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
+    take = getattr(searcher, which)
+
+    def break_then_take(images: torch.Tensor, labels: torch.Tensor) -> float:
+        if searcher.steps_done >= 6:
+            with torch.no_grad():
+                searcher.state.supernet.weights[0].fill_(torch.nan)
+        return float(take(images, labels))
+
+    monkeypatch.setattr(searcher, which, break_then_take)
+    with pytest.raises(TrainingError, match=f"step {step}: the loss is nan"):
+        run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True, interval=Interval(steps=5))
+    saved = Checkpoints(tmp_path).load()
+    assert saved is not None
+    twin = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
+    twin.load(saved["stepper"])
+    assert twin.steps_done == 5
+    assert np.isfinite(twin.step()["loss"])
+
+
+def test_what_goes_wrong_is_said_and_logged(
+    tiny_space: SearchSpace,
+    table: LatencyTable,
+    digits: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
+    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: np.log(10))
+    run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True)
+    said = capsys.readouterr().err
+    assert said.count("qnas: warning: the loss is still that of guessing, 2.30 nats") == 1
+    rows = [json.loads(line) for line in (tmp_path / run.METRICS).read_text().splitlines()]
+    (warnings,) = [row["warnings"] for row in rows if "warnings" in row]
+    assert warnings[0] in said

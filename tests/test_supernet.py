@@ -7,19 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qnas.arch import sample_arch
+from qnas.arch import Arch, sample_arch
+from qnas.choices import WEIGHTS_MODES, Choice, FactoredMixture, Gated, Grid, IndependentChoice, WeightsMode
+from qnas.errors import UsageError
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import compute_table
-from qnas.lower import smallest_resolution_px
+from qnas.limits import count_limit, latency_limit
+from qnas.lower import count_macs, lower, smallest_resolution_px
 from qnas.resources import stems
 from qnas.space import SearchSpace, load_space
 from qnas.supernet import (
-    Choice,
-    GatedPair,
+    Factors,
     Supernet,
     expected_latency,
     expected_latency_of_pairs,
+    largest_ratio,
     latency_tensor,
+    limit_tensors,
     log_probabilities,
     probabilities,
     renormalise_pair,
@@ -41,9 +45,9 @@ def random_logits(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(mask.shape, generator=generator(seed), dtype=torch.float64), mask
 
 
-def make_supernet(space: SearchSpace) -> Supernet:
+def make_supernet(space: SearchSpace, weights: WeightsMode = "independent") -> Supernet:
     torch.manual_seed(0)
-    return Supernet(space, 10, generator())
+    return Supernet(space, 10, generator(), weights)
 
 
 class Scale(nn.Module):
@@ -58,9 +62,9 @@ class Scale(nn.Module):
 
 
 def toy_choice(factors: tuple[float, ...]) -> Choice:
-    choice = Choice([])
+    choice = IndependentChoice([])
     for i, factor in enumerate(factors):
-        choice[str(i)] = Scale(factor)
+        choice.add_module(str(i), Scale(factor))
     return choice
 
 
@@ -73,18 +77,17 @@ def test_gate_gradient_equals_the_closed_form() -> None:
     for seed in range(5):
         sample = sample_pairs(logits, mask, generator(seed))
         path = sample.paths[0]
-        assert isinstance(path, GatedPair)
+        assert isinstance(path, Gated)
         y = toy_choice(factors)(x, path)
         (gradient,) = torch.autograd.grad(((y - target) ** 2).sum(), logits, retain_graph=True)
-        outer = 2 * (factors[path.pair[path.active]] * x - target)  # dL/dy: only the active one counts
-        gates = [float((factors[k] * x * outer).sum()) for k in path.pair]
-        exponentials = [math.exp(float(logits[0, k].detach())) for k in path.pair]
+        outer = 2 * (factors[path.candidates[path.active]] * x - target)  # dL/dy: only the active one counts
+        gates = [float((factors[k] * x * outer).sum()) for k in path.candidates]
+        exponentials = [math.exp(float(logits[0, k].detach())) for k in path.candidates]
         q = [e / sum(exponentials) for e in exponentials]
         expected = torch.zeros_like(logits)
         for i, j in itertools.product(range(2), range(2)):
-            expected[0, path.pair[i]] += gates[j] * q[j] * ((i == j) - q[i])
-        # the gates are single precision
-        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+            expected[0, path.candidates[i]] += gates[j] * q[j] * ((i == j) - q[i])
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_a_pairs_output_is_the_active_candidates() -> None:
@@ -94,9 +97,9 @@ def test_a_pairs_output_is_the_active_candidates() -> None:
     seen = set()
     for seed in range(20):
         path = sample_pairs(logits, mask, generator(seed)).paths[0]
-        assert isinstance(path, GatedPair)
+        assert isinstance(path, Gated)
         seen.add(path.active)
-        torch.testing.assert_close(toy_choice(factors)(x, path), factors[path.pair[path.active]] * x)
+        torch.testing.assert_close(toy_choice(factors)(x, path), factors[path.candidates[path.active]] * x)
     assert seen == {0, 1}
 
 
@@ -215,7 +218,7 @@ def count_calls(supernet: Supernet) -> list[str]:
     calls: list[str] = []
     for name, part in supernet.parts.items():
         if isinstance(part, Choice):
-            for candidate, module in part.items():
+            for candidate, module in part.named_children():
                 module.register_forward_hook(lambda *_, key=f"{name}/{candidate}": calls.append(key))
     return calls
 
@@ -228,7 +231,7 @@ def test_a_weight_step_runs_and_changes_only_one_path(tiny_space: SearchSpace) -
     names = {id(p): name for name, p in supernet.named_parameters()}
     optimizer = make_optimizer(weights, 1e-2, 0.1)
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    weight_step(lambda x: supernet(x, [1, 4, 0, 1]), weights, optimizer, images, labels, 0.1)
+    weight_step(lambda x: supernet(x, [1, 4, 0, 1]), optimizer, images, labels, 0.1)
     assert calls == ["1_1/quadra_k3_e4", "1_2/identity", "2_1/quadra_k3_e2", "2_2/identity"]
     changed = {
         names[id(w)] for w, old in zip(weights, before, strict=True) if not torch.equal(w.detach(), old)
@@ -242,7 +245,7 @@ def test_an_architecture_pass_runs_two_candidates_a_position(tiny_space: SearchS
     supernet = make_supernet(tiny_space)
     calls = count_calls(supernet)
     sample = sample_pairs(supernet.alpha, supernet.mask, generator())
-    supernet(torch.randn(2, 3, 8, 8), sample.paths)
+    supernet(torch.randn(2, 3, 8, 8), sample.paths).sum().backward()
     expected = {
         f"{position.name.replace('.', '_')}/{position.names[i]}"
         for position, pair in zip(tiny_space.positions, sample.pairs.tolist(), strict=True)
@@ -263,10 +266,15 @@ def test_an_architecture_pass_gives_every_pair_a_gradient(tiny_space: SearchSpac
     torch.testing.assert_close(gradient.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS_MODES)
 @pytest.mark.parametrize("name", SPACES)
-def test_subnet_matches_supernet(name: str) -> None:
+def test_subnet_matches_supernet(name: str, weights: WeightsMode) -> None:
     space = load_space(name)
-    supernet = make_supernet(space).eval()
+    if weights == "nested" and space.norm == "batchnorm":
+        with pytest.raises(UsageError, match="--weights shared"):
+            make_supernet(space, weights)
+        return
+    supernet = make_supernet(space, weights).eval()
     rng = np.random.default_rng(0)
     px = max(32, smallest_resolution_px(space))
     x = torch.randn(2, 3, px, px)
@@ -285,5 +293,97 @@ def test_masked_candidates_have_no_probability() -> None:
 
 
 def test_too_many_paths_are_our_mistake(tiny_space: SearchSpace) -> None:
-    with pytest.raises(AssertionError, match="more paths than positions"):
+    with pytest.raises(AssertionError, match="more routes than positions"):
         make_supernet(tiny_space)(torch.randn(1, 3, 8, 8), [0, 0, 0, 0, 0])
+
+
+def test_of_several_limits_each_has_its_expected_amount_and_the_furthest_exceeded_counts(
+    tiny_space: SearchSpace,
+) -> None:
+    table = compute_table(load_device("vpu"), tiny_space)
+    supernet = make_supernet(tiny_space)
+    limits = (latency_limit(table, table.fastest_ms * 1.1), count_limit(tiny_space, "macs", 1e9))
+    fixed, cells, limit = limit_tensors(limits, supernet.mask)
+    # where one network is certain, its own latency and MACs
+    arch = sample_arch(tiny_space, np.random.default_rng(3))
+    certain = torch.zeros_like(supernet.alpha)
+    for row, index in zip(certain, arch.indices(tiny_space), strict=True):
+        row[index] = 100.0
+    expected = expected_latency(certain, supernet.mask, fixed, cells)
+    macs = count_macs(lower(tiny_space, arch))
+    assert expected.tolist() == pytest.approx([table.latency_ms(arch.indices(tiny_space)), macs])
+    ratio = largest_ratio(expected, limit)
+    assert float(ratio) == pytest.approx(float(expected[0]) / limits[0].limit)
+    sample = sample_pairs(certain, supernet.mask, generator())
+    torch.testing.assert_close(
+        expected_latency_of_pairs(certain, supernet.mask, fixed, cells, sample), expected
+    )
+
+
+GRIDS = [
+    Grid((3, 5), (2, 4), ((0, 0), (0, 1), (1, 0), (1, 1), None)),
+    Grid((7,), (2, 3, 4), ((0, 2), (0, 1), (0, 0))),
+    Grid((3,), (2,), ((0, 0),)),
+    Grid((3,), (2,), (None, (0, 0))),
+]
+
+
+def test_a_nested_candidates_probability_is_the_product_of_its_factors() -> None:
+    factors = Factors(GRIDS)
+    alpha = torch.randn(4, sum(factors.sizes), generator=generator(), dtype=torch.float64)
+    log_p = factors(alpha)
+    for row, grid in enumerate(GRIDS):
+        kernels, expansions, blocks = torch.split(alpha[row], factors.sizes)
+        kernels, expansions = (
+            torch.softmax(kernels[: len(grid.kernels)], 0),
+            torch.softmax(expansions[: len(grid.expansions)], 0),
+        )
+        count = len(grid.kernels) * len(grid.expansions)
+        odds = float((blocks[1] - blocks[0]).exp()) / count
+        identity = odds / (1 + odds) if None in grid.places else 0.0
+        total = 0.0
+        for column, place in enumerate(grid.places):
+            block = 0.0 if place is None else kernels[place[0]] * expansions[place[1]]
+            expected = identity if place is None else (1 - identity) * block
+            assert float(log_p[row, column].exp()) == pytest.approx(float(expected), rel=1e-12)
+            total += float(expected)
+        assert total == pytest.approx(1.0, rel=1e-12)
+    # they need no softmax any more
+    mask = torch.arange(5) < torch.tensor([len(grid.places) for grid in GRIDS])[:, None]
+    torch.testing.assert_close(log_probabilities(log_p, mask)[mask], log_p[mask])
+
+
+def test_a_nested_supernets_mixture_has_the_factors_of_its_probabilities(tiny_space: SearchSpace) -> None:
+    supernet = make_supernet(tiny_space, "nested")
+    torch.nn.init.normal_(supernet.alpha, generator=generator(1))
+    p = probabilities(supernet.logits(0.5), supernet.mask)
+    for row, (position, route) in enumerate(zip(tiny_space.positions, supernet.mixture(0.5), strict=True)):
+        assert isinstance(route, FactoredMixture)
+        for column, candidate in enumerate(position.candidates):
+            kernels, expansions = ((3, 5), (2, 4)) if len(position.candidates) == 5 else ((3,), (2,))
+            expected = 1 - route.block
+            if candidate.block != "identity":
+                kernel = route.kernels[kernels.index(candidate.kernel)]
+                expansion = route.expansions[expansions.index(candidate.expansion)]
+                expected = route.block * kernel * expansion
+            torch.testing.assert_close(p[row, column], expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_equal_nested_parameters_make_all_candidates_equally_likely(
+    temperature: float, tiny_space: SearchSpace
+) -> None:
+    supernet = make_supernet(tiny_space, "nested")
+    torch.nn.init.constant_(supernet.alpha, 0.3)
+    p = probabilities(supernet.logits(temperature), supernet.mask)
+    torch.testing.assert_close(p, supernet.mask / supernet.mask.sum(1, keepdim=True).double())
+
+
+@pytest.mark.parametrize("weights", ["shared", "nested"])
+def test_smaller_candidates_cost_a_shared_supernet_no_parameters(
+    weights: WeightsMode, tiny_space: SearchSpace
+) -> None:
+    largest = Arch(("quadra_k5_e4", "quadra_k5_e4", "quadra_k3_e2", "quadra_k3_e2"))
+    network = make_supernet(tiny_space).subnet(largest, 10)
+    count = sum(p.numel() for p in make_supernet(tiny_space, weights).weights)
+    assert count == sum(p.numel() for p in network.parameters())

@@ -2,8 +2,11 @@ import itertools
 import json
 import os
 import signal
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from qnas.originals import KINDS, parse_data_spec
 from qnas.space import SearchSpace, load_space
 from qnas.train import (
     GRADIENT_CLIP,
+    Interval,
     evaluate,
     make_optimizer,
     make_schedule,
     recalibrate,
+    run_to_end,
     stream,
     weight_step,
 )
@@ -47,12 +52,79 @@ def test_norms_and_biases_do_not_decay() -> None:
     for parameter in network.parameters():
         nn.init.ones_(parameter)
     optimizer = make_optimizer(network.parameters(), 0.1, 0.5)
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    total = torch.stack([0 * parameter.sum() for parameter in network.parameters()]).sum()
+    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     optimizer.step()
     for parameter in network.parameters():
         expected = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter, torch.full_like(parameter, expected))
+
+
+def test_the_optimiser_is_adamw_for_what_was_used_and_leaves_the_rest() -> None:
+    ours, torchs = (nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]) for _ in range(2))
+    torchs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(ours.parameters(), 0.1, 0.5)
+    groups = [{**group} for group in optimizer.param_groups]
+    matrices, biases = ([p for p in torchs.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    reference = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.5}, {"params": biases, "weight_decay": 0.0}], lr=0.1
+    )
+    x = torch.randn(4, 3)
+    for used in (0, 1, 1, 0):
+        before = {name: p.clone() for name, p in ours[1 - used].named_parameters()}
+        optimizer.zero_grad()
+        ours[used](x).square().sum().backward()
+        assert {id(p) for p in optimizer.used} == {id(p) for p in ours[used].parameters()}
+        optimizer.step()
+        reference.zero_grad()
+        torchs[used](x).square().sum().backward()
+        reference.step()
+        for name, p in ours[1 - used].named_parameters():
+            assert torch.equal(p, before[name])
+        for p, expected in zip(ours.parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(p, expected)
+    assert [group["params"] for group in optimizer.param_groups] == [group["params"] for group in groups]
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours.parameters())
+
+
+def test_the_optimiser_goes_on_from_its_state() -> None:
+    """Of all weights, not only of those that were used last."""
+    networks = [nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]) for _ in range(2)]
+    optimizers = [make_optimizer(network.parameters(), 0.1, 0.5) for network in networks]
+    x = torch.randn(4, 3)
+
+    def step(which: int, used: int) -> None:
+        optimizers[which].zero_grad()
+        networks[which][used](x).square().sum().backward()
+        optimizers[which].step()
+
+    step(0, 0)
+    step(0, 1)
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers[1].load_state_dict(deepcopy(optimizers[0].state_dict()))
+    for which in range(2):
+        step(which, 0)
+    for p, expected in zip(networks[1].parameters(), networks[0].parameters(), strict=True):
+        assert torch.equal(p, expected)
+
+
+class Unseen(nn.Parameter):
+    """A weight whose gradient nobody may ask for."""
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]  # a plain attribute of Tensor
+        raise AssertionError("looked at")
+
+
+def test_a_step_leaves_no_gradient_and_looks_at_no_unused_weight() -> None:
+    used, unused = nn.Parameter(torch.eye(3)), Unseen(torch.eye(3))
+    optimizer = make_optimizer([unused, used], 0.1, 0.5)
+    weight_step(lambda x: x @ used, optimizer, torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), 0.0)
+    assert used.grad is None
+    assert not torch.equal(used, torch.eye(3))
+    assert torch.equal(unused, torch.eye(3))
+    assert unused not in optimizer.state
 
 
 def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
@@ -73,18 +145,19 @@ def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
 
 def test_long_gradients_are_clipped() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = make_optimizer([weight], 1.0, 0.0)
     images, labels = 1e4 * torch.ones(1, 2), torch.tensor([0])
-    weight_step(lambda x: x @ weight, [weight], optimizer, images, labels, 0.0)
-    assert float(weight.detach().norm()) == pytest.approx(GRADIENT_CLIP, rel=1e-5)
+    weight_step(lambda x: x @ weight, optimizer, images, labels, 0.0)
+    # AdamW's first moment after a first step is a tenth of the gradient that it was given
+    moment = optimizer.state[weight]["exp_avg"]
+    assert float(moment.norm()) == pytest.approx(0.1 * GRADIENT_CLIP, rel=1e-5)
 
 
 def test_label_smoothing_is_in_the_loss_of_a_step() -> None:
     weight = nn.Parameter(torch.eye(3))
     images, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     expected = F.cross_entropy(images, labels, label_smoothing=0.3)
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    loss = weight_step(lambda x: x @ weight, [weight], optimizer, images, labels, 0.3)
+    loss = weight_step(lambda x: x @ weight, make_optimizer([weight], 0.0, 0.0), images, labels, 0.3)
     torch.testing.assert_close(loss, expected.detach())
 
 
@@ -164,6 +237,86 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(
         )
 
 
+OFTEN = Interval(steps=3)
+
+
+class Drawing:
+    """Steps that draw from torch's own random numbers, as a dropout would."""
+
+    total_steps = 7
+    phase = "draw"
+
+    def __init__(self) -> None:
+        self.steps_done = 0
+        self.saved_after: list[int] = []
+        self.stop_at = 0  # asked to stop in this step
+        self.stop_saving = 0  # asked to stop while the state after this step is saved
+
+    def step(self) -> dict[str, float]:
+        self.steps_done += 1
+        if self.steps_done == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"drawn": float(torch.rand(()))}
+
+    def summary(self, row: Mapping[str, float]) -> str:
+        return ""
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.steps_done == self.stop_saving:
+            self.stop_saving = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.saved_after.append(self.steps_done)
+        return {"steps_done": self.steps_done}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.steps_done = state["steps_done"]
+
+
+def draw(folder: Path, stepper: Drawing, *, resume: bool = False, interval: Interval = OFTEN) -> str:
+    folder.mkdir(exist_ok=True)
+    run_to_end(stepper, folder, seed=3, resume=resume, quiet=True, interval=interval)
+    return (folder / run.METRICS).read_text()
+
+
+def test_torchs_own_random_numbers_go_on_and_the_callers_stay(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    whole = draw(tmp_path / "whole", Drawing())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    stepper = Drawing()
+    stepper.stop_at = 4
+    with pytest.raises(Interrupted):
+        draw(tmp_path / "stopped", stepper)
+    torch.rand(5)
+    assert draw(tmp_path / "stopped", Drawing(), resume=True) == whole
+
+
+@pytest.mark.parametrize(
+    ("interval", "saved_after"),
+    [
+        (Interval(), [7]),
+        (OFTEN, [3, 6, 7]),
+        (Interval(steps=100, seconds=0), [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_a_state_is_saved_by_steps_or_seconds_whichever_is_first(
+    interval: Interval, saved_after: list[int], tmp_path: Path
+) -> None:
+    stepper = Drawing()
+    draw(tmp_path / "run", stepper, interval=interval)
+    assert stepper.saved_after[: len(saved_after)] == saved_after
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_signal_that_comes_while_a_state_is_saved_counts(step: int, tmp_path: Path) -> None:
+    whole = draw(tmp_path / "whole", Drawing())
+    stepper = Drawing()
+    stepper.stop_saving = step
+    with pytest.raises(Interrupted):
+        draw(tmp_path / "stopped", stepper)
+    assert draw(tmp_path / "stopped", Drawing(), resume=True) == whole
+
+
 def test_weights_of_another_network_are_refused(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     folder = train(source, digits, tmp_path / "run", replace(CONFIG, epochs=1))
     weights = run.load_tensors(folder / run.WEIGHTS)
@@ -184,7 +337,7 @@ def test_forced_training_leaves_nothing_of_the_former_network(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SubnetTrainer, "step", fail)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         train_subnet(
             source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, force=True, quiet=True
         )

@@ -1,22 +1,37 @@
-"""`qnas derive`: a finished search solved again, for another device or budget."""
+"""`qnas derive`: a finished search solved again, for other devices or budgets."""
 
 import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnas.commands.options import Force, Json, Latency, print_json
-from qnas.errors import CheckpointError
+from qnas.commands.options import (
+    AskedLimits,
+    Budgets,
+    Devices,
+    Force,
+    Json,
+    Latency,
+    MaxMacs,
+    MaxParams,
+    Quiet,
+    print_json,
+)
+from qnas.errors import CheckpointError, DataError, UsageError
+
+if TYPE_CHECKING:
+    from qnas.derive import Solution
+    from qnas.space import SearchSpace
 
 
 def derive(
-    device: Annotated[
-        str, typer.Option(help="A device by name or alias (qnas devices), or the path of your own.")
-    ],
-    budget: Annotated[
-        str, typer.Option(help="The latency that the network may take, with its unit: 30ms, 800us.")
-    ],
+    device: Devices = None,
+    budget: Budgets = None,
+    max_params: MaxParams = None,
+    max_macs: MaxMacs = None,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -24,73 +39,124 @@ def derive(
         ),
     ] = None,
     latency: Latency = "device",
+    k_best: Annotated[
+        int | None,
+        typer.Option(min=1, help="Networks that are solved for. Default: as the search.", show_default=False),
+    ] = None,
+    rerank: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether to rank them by the supernet's accuracy on held-out images. Default: if possible.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Default: RUN/derived/DEVICE-BUDGET.", show_default=False)
     ] = None,
     force: Force = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Solve a finished search again for any device and budget.
+    """Solve a finished search again for any devices and budgets.
 
-    The probabilities are those of the search: the further its device and budget from these, the more
-    a search of its own would find.
+    The probabilities are those of the search: the further its budget from these, the more a search of
+    its own would find.
 
     Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
     """
     from qnas.arch import ARCH_FILE, SPACE_FILE, arch_from_indices, find_arch
-    from qnas.derive import read_scores, solution_document, solve
-    from qnas.files import write_json, write_text
+    from qnas.derive import K_BEST, far_from_searched, read_searched, solution_document, solve_best
+    from qnas.files import read_json, write_json, write_text
     from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note, table_from
+    from qnas.latency.prediction import source_note
     from qnas.latency.table import write_table
-    from qnas.limits import latency_limit
-    from qnas.text import choices_by_stage, field, files_in, latency_line
-    from qnas.units import format_count, format_ms, parse_latency
+    from qnas.text import (
+        choice_line,
+        choices_by_stage,
+        describe_budgets,
+        field,
+        files_in,
+        latency_lines,
+        size_line,
+    )
 
     if source is None:
         from qnas.run import latest_run  # imports torch, which the solve does without
 
         source = latest_run()
-    budget_ms = parse_latency(budget)
-    searched = find_arch(source)
-    space = searched.space
-    scores = read_scores(searched.folder, space)
-    known = load_device(device)
-    table = table_from(latency, known, space)
-    solution = solve(scores, (latency_limit(table, budget_ms),))
-    label = f"{known.aliases[0] if known.aliases else known.name}-{budget.replace(' ', '')}"
-    folder = out or searched.folder / "derived" / label
+    asked = AskedLimits.of(device, budget, max_params, max_macs)
+    found = find_arch(source)
+    space = found.space
+    searched = read_searched(found.folder, space)
+    limits = asked.limits(space, latency)
+    folder = out or found.folder / "derived" / asked.label
     if (folder / ARCH_FILE).exists() and not force:
         raise CheckpointError(f"{folder / ARCH_FILE}: exists already: give --force to replace it")
-    folder.mkdir(parents=True, exist_ok=True)
+    config = read_json(found.folder / "config.json", CheckpointError)
+    started = time.perf_counter()
+    solutions = solve_best(space, searched.scores, limits, k_best or config["search"].get("k_best", K_BEST))
+    solve_s = time.perf_counter() - started
+    ranking: list[dict[str, Any]] = []
+    solution, chosen = solutions[0], "the most probable network within the budget"
+    if rerank is not False:
+        try:
+            ranking, solution = _rank(found.folder, config, space, solutions, quiet=quiet)
+            chosen = choice_line(ranking[0]["heldout_accuracy"], solution.rank, len(solutions))
+        except (CheckpointError, DataError, UsageError) as error:
+            if rerank:
+                raise
+            chosen += f", not ranked on held-out images: {error}"
+    warning = far_from_searched(searched.scores, limits, pressed=searched.pressed)
     details = {
         "latency_source": latency,
-        "supernet": os.path.relpath(searched.folder / "supernet.safetensors", folder),
-        "seed": searched.document.get("seed"),
-        "versions": searched.document.get("versions", {}),
+        "supernet": os.path.relpath(found.folder / "supernet.safetensors", folder),
+        "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
+        "ranking": ranking,
+        "warning": warning,
+        "seed": found.document.get("seed"),
+        "versions": found.document.get("versions", {}),
     }
     document = solution_document(space, solution, details)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SPACE_FILE, space.to_yaml())
-    write_table(table, space, folder / f"table-{table.device}.csv")
+    for limit in limits:
+        if limit.table is not None:
+            write_table(limit.table, space, folder / f"table-{limit.name}.csv")
     write_json(folder / ARCH_FILE, document)
     if as_json:
         print_json({"folder": str(folder), **document})
         return
     arch = arch_from_indices(space, solution.indices)
-    note = source_note(latency, known, space, arch)
-    of_search = f"{format_ms(searched.document['budget_ms'])} on {searched.document['device']}"
+    notes = [source_note(latency, load_device(name), space, arch) for name, _ in asked.devices]
     lines = [
         choices_by_stage(space, arch),
         "",
-        field("latency", latency_line(table, solution.indices, budget_ms)),
-        *([field("", note)] if note else []),
-        field(
-            "size",
-            f"{format_count(document['macs'])} MACs, {format_count(document['params'])} parameters, "
-            f"at {space.input.resolution_px} px",
-        ),
-        field("searched", f"for {of_search}: these probabilities are that search's"),
+        *latency_lines(limits, solution.indices, notes),
+        field("size", size_line(space, limits, document["macs"], document["params"])),
+        field("solved", f"the {len(solutions)} most probable networks within the budget in {solve_s:.2f} s"),
+        field("chosen", chosen),
+        field("searched", f"for {describe_budgets(found.document['limits'])}"),
+        *([field("warning", warning)] if warning else []),
         field("files", files_in(folder)),
         f"next        qnas train-subnet {folder}",
     ]
     typer.echo("\n".join(lines))
+
+
+def _rank(
+    folder: Path,
+    config: Mapping[str, Any],
+    space: "SearchSpace",
+    solutions: Sequence["Solution"],
+    *,
+    quiet: bool,
+) -> tuple[list[dict[str, Any]], "Solution"]:
+    """Rank networks by the run's supernet; return the ranking, and its winner."""
+    from qnas.progress import Progress
+    from qnas.rerank import ranking_document, rerank_saved
+    from qnas.train import set_up_process
+
+    set_up_process(config["search"]["threads"])
+    with Progress(len(solutions), "rank", quiet=quiet) as progress:
+        ranked = rerank_saved(folder, config, space, solutions, progress.step)
+    return ranking_document(ranked), ranked[0].solution

@@ -3,6 +3,8 @@
 import json
 import platform
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from qnas.errors import UsageError
 
 if TYPE_CHECKING:
     from qnas.arch import Arch
+    from qnas.limits import Limits
     from qnas.space import SearchSpace
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -37,6 +40,17 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", sho
 Threads = Annotated[
     int | None, typer.Option(min=0, help="Of torch; 0 takes all cores.  [default: 1 for digits, else 0]")
 ]
+TorchDevice = Annotated[
+    str | None, typer.Option(help="Where to train: auto (a GPU if there is one), cpu, cuda.  [default: auto]")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16, fp16.  [default: auto]"),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile", help="Compile blocks with torch.compile; does not pay on a CPU."),
+]
 Resolution = Annotated[
     int | None, typer.Option(min=1, help="Height and width in pixels while training.", show_default=False)
 ]
@@ -49,6 +63,125 @@ Latency = Annotated[
         help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.",
     ),
 ]
+
+
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        help="A device by name or alias (qnas devices), or the path of your own device file. Several, each "
+        "with its --budget in the same order, must all be met.",
+        show_default=False,
+    ),
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        help="The latency that the network may take on the device, with its unit: 30ms, 800us.",
+        show_default=False,
+    ),
+]
+MaxParams = Annotated[
+    str | None, typer.Option(help="Parameters that the network may have: 2.5M.", show_default=False)
+]
+MaxMacs = Annotated[
+    str | None,
+    typer.Option(help="Multiply-adds an image that the network may take: 300M.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class AskedLimits:
+    """What a network may take, as it was asked."""
+
+    devices: tuple[tuple[str, str], ...]  # each with its budget
+    max_params: str | None = None
+    max_macs: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        devices: Sequence[str] | None,
+        budgets: Sequence[str] | None,
+        max_params: str | None,
+        max_macs: str | None,
+        former: Mapping[str, Any] | None = None,
+    ) -> "AskedLimits":
+        """Pair devices with budgets; what is not given is as in the request of a former run.
+
+        Raises BadParameter where there is none, UsageError where they do not pair up.
+        """
+        entries = former.get("limits", []) if former else []
+        counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
+        devices = devices or [entry["device"] for entry in entries if "device" in entry]
+        budgets = budgets or [entry["budget"] for entry in entries if "device" in entry]
+        for name, given, example in (
+            ("--device", devices, "--device vpu"),
+            ("--budget", budgets, "--budget 30ms"),
+        ):
+            if not given:
+                raise typer.BadParameter(f"missing, for instance {example}", param_hint=name)
+        if len(devices) != len(budgets):
+            pairs = " ".join(f"--device {device} --budget ..." for device in devices)
+            raise UsageError(
+                f"{len(devices)} times --device and {len(budgets)} times --budget: give each device its "
+                f"budget, in the same order: {pairs}"
+            )
+        return cls(
+            tuple(zip(devices, budgets, strict=True)),
+            max_params or counts.get("params"),
+            max_macs or counts.get("macs"),
+        )
+
+    def limits(self, space: "SearchSpace", latency: str) -> "Limits":
+        """Return the limits on networks of a space, with latencies from this source.
+
+        Raises UsageError for what cannot be read, TableError where a device or its table is unknown.
+        """
+        from qnas.latency.device import load_device
+        from qnas.latency.prediction import table_from
+        from qnas.limits import COUNTS, count_limit, latency_limit
+        from qnas.units import parse_count, parse_latency
+
+        budgets_ms = [parse_latency(budget) for _, budget in self.devices]
+        most = {
+            name: parse_count(asked, f"--max-{name}")
+            for name, asked in zip(COUNTS, (self.max_params, self.max_macs), strict=True)
+            if asked is not None
+        }
+        known = [load_device(device) for device, _ in self.devices]
+        names = [device.name for device in known]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"{twice[0]} is given twice: its smaller budget alone says the same")
+        tables = [table_from(latency, device, space) for device in known]
+        return (
+            *(latency_limit(table, budget) for table, budget in zip(tables, budgets_ms, strict=True)),
+            *(count_limit(space, name, count) for name, count in most.items()),
+        )
+
+    def entries(self, limits: "Limits") -> list[dict[str, Any]]:
+        """Return what was asked with what it came to, a mapping a limit, for a run's config.json."""
+        asked = [*self.devices, *((None, most) for most in (self.max_params, self.max_macs) if most)]
+        return [
+            {"name": limit.name, "budget": budget, "limit": limit.limit}
+            | ({"device": device, "table_digest": limit.table.digest} if limit.table else {})
+            for (device, budget), limit in zip(asked, limits, strict=True)
+        ]
+
+    @property
+    def label(self) -> str:
+        """A name for folders: `vpu-30ms-cpu-60ms-2.5M-params`."""
+        from qnas.latency.device import load_device
+
+        parts = []
+        for name, budget in self.devices:
+            device = load_device(name)
+            parts += [device.aliases[0] if device.aliases else device.name, budget]
+        parts += [
+            f"{most}-{name}" for most, name in ((self.max_params, "params"), (self.max_macs, "macs")) if most
+        ]
+        return "-".join(part.replace(" ", "") for part in parts)
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file

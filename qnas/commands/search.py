@@ -1,21 +1,30 @@
 """`qnas search`: from a budget to an architecture."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qnas.commands.options import (
+    AskedLimits,
     BatchSize,
+    Budgets,
+    Compile,
     Data,
+    Devices,
     Force,
     Json,
+    MaxMacs,
+    MaxParams,
+    Precision,
     Quiet,
     Resolution,
     Resume,
     Space,
     Threads,
+    TorchDevice,
     free_folder,
     print_json,
     versions,
@@ -24,16 +33,14 @@ from qnas.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from qnas.outcome import SearchResult
+    from qnas.search import Searcher
 
 
 def search(
-    device: Annotated[
-        str | None,
-        typer.Option(help="A device by name or alias (qnas devices), or the path of your own device file."),
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="The latency that the network may take, with its unit: 30ms, 800us.")
-    ] = None,
+    device: Devices = None,
+    budget: Budgets = None,
+    max_params: MaxParams = None,
+    max_macs: MaxMacs = None,
     latency: Annotated[
         str | None,
         typer.Option(
@@ -56,29 +63,48 @@ def search(
     latency_loss: Annotated[
         str | None, typer.Option(help="multiplier, add-linear or mul-log.  [default: multiplier]")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the candidates: independent, shared (slices of the largest) or nested (all at once).",
+            show_default=False,
+        ),
+    ] = None,
+    gradient: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
+            show_default=False,
+        ),
+    ] = None,
+    k_best: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Networks that are solved for, to be ranked on held-out images.  [default: 20]",
+            show_default=False,
+        ),
+    ] = None,
     random_networks: Annotated[
         int | None, typer.Option(min=0, help="Random networks of equal latency to compare with.")
     ] = None,
     threads: Threads = None,
+    torch_device: TorchDevice = None,
+    precision: Precision = None,
+    compile_: Compile = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Search for the best network of a space within a latency budget.
+    """Search for the best network of a space within a latency budget, or several.
 
     Example: qnas search --device vpu --budget 30ms
     """
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
 
-    asked: dict[str, Any] = {
-        "device": device,
-        "budget": budget,
-        "space": space,
-        "data": data,
-        "latency": latency,
-    }
+    asked: dict[str, Any] = {"space": space, "data": data, "latency": latency}
     config = {
         "seed": seed,
         "search_epochs": epochs,
@@ -86,23 +112,29 @@ def search(
         "batch_size": batch_size,
         "resolution_px": resolution,
         "latency_loss": latency_loss,
+        "weights": weights,
+        "gradient": gradient,
+        "k_best": k_best,
         "random_networks": random_networks,
         "threads": threads,
+        "torch_device": torch_device,
+        "precision": precision,
+        "compile": compile_,
     }
     former = _former_request(out) if resume else {}
     for key, default in (("space", "quadranet-mobile"), ("data", "digits"), ("latency", "device")):
         asked[key] = asked[key] or former.get(key, default)
-    for key, example in (("device", "--device vpu"), ("budget", "--budget 30ms")):
-        asked[key] = asked[key] or former.get(key)
-        if asked[key] is None:
-            raise typer.BadParameter(f"missing, for instance {example}", param_hint=f"--{key}")
+    asked_limits = AskedLimits.of(device, budget, max_params, max_macs, former)
     if former:
         config = {key: former["search"][key] if value is None else value for key, value in config.items()}
-    result = _search(asked, config, out, resume=resume, force=force, quiet=quiet, announce=not as_json)
-    note = source_note(
-        asked["latency"], load_device(asked["device"]), result.searcher.space, result.derived.arch
+    result = _search(
+        asked, asked_limits, config, out, resume=resume, force=force, quiet=quiet, announce=not as_json
     )
-    _print_search(result, note, as_json=as_json)
+    notes = [
+        source_note(asked["latency"], load_device(name), result.searcher.space, result.derived.arch)
+        for name, _ in asked_limits.devices
+    ]
+    _print_search(result, notes, as_json=as_json)
 
 
 def _former_request(out: Path | None) -> dict[str, Any]:
@@ -118,6 +150,7 @@ def _former_request(out: Path | None) -> dict[str, Any]:
 
 def _search(
     asked: dict[str, Any],
+    asked_limits: AskedLimits,
     changes: dict[str, Any],
     out: Path | None,
     *,
@@ -126,56 +159,48 @@ def _search(
     quiet: bool,
     announce: bool,
 ) -> "SearchResult":
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import table_from
-    from qnas.limits import latency_limit
     from qnas.space import load_space
-    from qnas.units import format_ms, parse_latency
 
-    budget_ms = parse_latency(asked["budget"])
     space = load_space(asked["space"])
-    device = load_device(asked["device"])
-    table = table_from(asked["latency"], device, space)
-    limits = (latency_limit(table, budget_ms),)
+    limits = asked_limits.limits(space, asked["latency"])
 
     # torch takes seconds to import: what can be refused is refused before
     from qnas.data import load_data
+    from qnas.distributed import world_of_environment
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
     from qnas.outcome import run_search
     from qnas.search import Searcher, check_searchable, preset_for
-    from qnas.train import set_up_process
+    from qnas.text import describe_limits
+    from qnas.train import run_to_end, set_up_process
 
     check_searchable(space, limits)
     spec = parse_data_spec(asked["data"])
     config = preset_for(spec.kind, **changes)
     check_resolution(space, config.resolution_px)
     set_up_process(config.threads)
+    world = world_of_environment()
+    quiet = quiet or not world.is_main
     data = load_data(spec, resolution_px=config.resolution_px, channels=space.input.channels, quiet=quiet)
-    searcher = Searcher(space, limits, data, config)
-    folder = out or free_folder(
-        space.name, device.aliases[0] if device.aliases else device.name, asked["budget"]
-    )
+    searcher = Searcher(space, limits, data, config, world)
+    if not world.is_main:  # takes the same steps, writes and says nothing
+        run_to_end(searcher, Path(), seed=config.seed, resume=resume, quiet=quiet, world=world)
+        raise typer.Exit
+    folder = out or free_folder(space.name, asked_limits.label)
     if announce:
         counts = ", ".join(f"{count} {name}" for name, count in data.counts.items())
-        typer.echo(
-            f"{space.name} on {device.name} within {format_ms(budget_ms)}: "
-            f"networks take {format_ms(table.fastest_ms)} to {format_ms(table.slowest_ms)}"
-        )
+        typer.echo(describe_limits(space, limits))
         typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
-        if not searcher.binds:
-            typer.echo("the budget does not bind: the slowest network of the space is within it")
-        if table.margin:
-            typer.echo(
-                f"a margin of {table.margin:.1%} is kept: predictions may be up to "
-                f"{format_ms(searcher.limit_ms)}"
-            )
+    first, table = limits[0], limits[0].table
+    assert table is not None, "the first limit is a device's"
+    device, budget = asked_limits.devices[0]
     request = {
         "command": "search",
-        "device": asked["device"],
+        "device": device,
         "latency": asked["latency"],
-        "budget": asked["budget"],
-        "budget_ms": budget_ms,
+        "budget": budget,
+        "budget_ms": first.budget,
+        "limits": asked_limits.entries(limits),
         "space": asked["space"],
         "space_digest": space.digest,
         "table_digest": table.digest,
@@ -186,50 +211,75 @@ def _search(
     return run_search(searcher, folder, request, resume=resume, force=force, quiet=quiet)
 
 
-def _print_search(result: "SearchResult", note: str, *, as_json: bool) -> None:
+def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
     from qnas import run
-    from qnas.text import (
-        choices_by_stage,
-        field,
-        files_in,
-        latency_line,
-        mean_and_spread,
-    )
-    from qnas.units import format_count, format_ms
+    from qnas.text import choices_by_stage, field, files_in, latency_lines, size_line
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
     document = json.loads((folder / run.ARCH).read_text(encoding="utf-8"))
-    rivals = [score.accuracy for score in result.random]
     if as_json:
-        print_json({"run": str(folder), **document, "random_accuracies": rivals})
+        found = json.loads((folder / run.SEARCH).read_text(encoding="utf-8"))
+        report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
+        accuracies = [score.accuracy for score in result.rivals.random]
+        print_json({"run": str(folder), **document, "random_accuracies": accuracies, **report})
         return
-    indices = result.solution.indices
-    lowest = format_ms(min((score.latency_ms for score in result.random), default=0.0))
-    expected = format_ms(result.expected_ms)
-    compared = (
-        f"{mean_and_spread(rivals)} for {len(rivals)} random networks of {lowest} or more, "
-        f"best {max(rivals):.1%}"
-        if rivals
-        else "no random networks to compare with"
-    )
     lines = [
         "",
         choices_by_stage(searcher.space, derived.arch),
         "",
-        field("latency", latency_line(searcher.table, indices, searcher.limits[0].budget)),
-        *([field("", note)] if note else []),
-        field("", f"expected of the architecture parameters: {expected}"),
-        field(
-            "size",
-            f"{format_count(document['macs'])} MACs, {format_count(document['params'])} parameters, "
-            f"at {searcher.space.input.resolution_px} px",
-        ),
-        field(
-            "accuracy",
-            f"{derived.accuracy:.1%} on {len(searcher.data.test)} test images, with supernet weights",
-        ),
-        field("", compared),
+        *latency_lines(searcher.limits, result.solution.indices, notes),
+        *_expected(searcher),
+        field("size", size_line(searcher.space, searcher.limits, document["macs"], document["params"])),
+        *_comparison(result),
         field("files", files_in(folder)),
         f"next        qnas train-subnet {folder}",  # not wrapped: to be copied
     ]
     typer.echo("\n".join(lines))
+
+
+def _expected(searcher: "Searcher") -> Iterator[str]:
+    """Say what a network drawn from the final probabilities takes on average, against each limit."""
+    from qnas.text import field
+
+    for limit, amount in zip(searcher.limits, searcher.expected.tolist(), strict=True):
+        on = f" on {limit.name}" if limit.table is not None and len(searcher.limits) > 1 else ""
+        off = f"{amount / limit.limit - 1:+.1%}"
+        yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
+
+
+def _comparison(result: "SearchResult") -> Iterator[str]:
+    """Say how well the derived network does, and its rivals, all with the supernet's weights."""
+    from qnas.text import choice_line, field, mean_and_spread
+    from qnas.units import format_count, format_ms
+
+    derived, rivals, first = result.derived, result.rivals, result.ranking[0]
+    tested = len(result.searcher.data.test)
+    yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
+    chosen = choice_line(first.heldout.accuracy, first.solution.rank, len(result.ranking))
+    yield field("chosen", chosen)
+    random = [score.accuracy for score in rivals.random]
+    if random:
+        lowest = format_ms(min(score.latency_ms for score in rivals.random))
+        yield field(
+            "against",
+            f"{mean_and_spread(random)} for {len(random)} random networks of {lowest} or more, "
+            f"best {max(random):.1%}",
+        )
+    else:
+        yield field("against", "no random networks to compare with")
+    for what, score in (
+        ("the network that MACs alone would choose", rivals.macs_guided),
+        ("the network of most MACs within the budget", rivals.largest),
+    ):
+        if score is None:
+            yield field("", f"{what}: none is within the budget")
+        else:
+            same = ": the same network" if score.arch == derived.arch else ""
+            took = f"{format_ms(score.latency_ms)}, {format_count(score.macs)} MACs"
+            yield field("", f"{score.accuracy:.1%} for {what} ({took}){same}")
+    if len(result.by_seed) > 1:
+        accuracies = [result.by_seed[seed] for seed in sorted(result.by_seed)]
+        yield field(
+            "seeds",
+            f"{mean_and_spread(accuracies)} for the {len(accuracies)} runs here that differ in the seed",
+        )

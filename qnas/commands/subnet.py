@@ -7,16 +7,19 @@ import typer
 
 from qnas.commands.options import (
     BatchSize,
+    Compile,
     Data,
     Epochs,
     Force,
     Json,
+    Precision,
     Quiet,
     Resolution,
     Resume,
     Seed,
     Space,
     Threads,
+    TorchDevice,
     free_folder,
     print_json,
     versions,
@@ -51,6 +54,9 @@ def train_subnet(
     resolution: Resolution = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
     threads: Threads = None,
+    torch_device: TorchDevice = None,
+    precision: Precision = None,
+    compile_: Compile = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -63,6 +69,7 @@ def train_subnet(
     from qnas import run
     from qnas.arch import find_arch
     from qnas.data import load_data
+    from qnas.distributed import world_of_environment
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
     from qnas.text import field, files_in
@@ -87,9 +94,14 @@ def train_subnet(
         resolution_px=resolution,
         learning_rate=learning_rate,
         threads=threads,
+        torch_device=torch_device,
+        precision=precision,
+        compile=compile_,
     )
     check_resolution(found.space, config.resolution_px)
     set_up_process(config.threads)
+    world = world_of_environment()
+    quiet = quiet or not world.is_main
     if out is None:
         out = found.folder / run.SUBNET if searched else free_folder(found.space.name, "subnet")
     images = load_data(
@@ -112,7 +124,10 @@ def train_subnet(
         resume=resume,
         force=force,
         quiet=quiet,
+        world=world,
     )
+    if not world.is_main:
+        return
     if as_json:
         print_json({"folder": str(out), "test_accuracy": score.accuracy, "test_images": score.images})
         return

@@ -1,0 +1,383 @@
+"""What the experiments share: the data, networks trained alone, supernets, and the files of results.
+
+Both experiments (rank_correlation.py, search_quality.py) train dozens of small networks by one recipe.
+Every training is a JSON line under a key of all that it depends on, so that a run that was stopped goes
+on, and both share what they train alike. Networks are one where their blocks are: where in a stage the
+identities stand makes no difference. Times are those on the processor, of one thread, so that other
+programs on the machine change little.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+
+from qnas.arch import Arch, arch_from_indices
+from qnas.data import ImageData, Split, batches, load_data
+from qnas.derive import sample_near
+from qnas.files import write_text
+from qnas.latency.table import LatencyTable
+from qnas.limits import Limits
+from qnas.originals import parse_data_spec
+from qnas.search import SearchConfig, Searcher
+from qnas.space import SearchSpace, load_space
+from qnas.subnet import build_subnet
+from qnas.train import (
+    evaluate,
+    make_optimizer,
+    make_schedule,
+    stream,
+    weight_step,
+)
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "RESULTS.md"
+WINDOW = 0.97  # networks of one latency have from this share of it to all of it
+RIVALS = 10  # random networks of one latency, for each seed
+SEARCH_SEEDS = (0, 1, 2)
+PILOT_STEPS = 30  # timed before a supernet is trained for a given time
+DRAWS = 2000  # of the bootstrap
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every network is trained on its own, from scratch."""
+
+    images: int = 10_000  # of the training images, as many of each class
+    epochs: int = 6
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_epochs: float = 0.5
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+
+
+# ---- data and spaces
+
+
+def tiny_space(name: str) -> SearchSpace:
+    """Return one of the experiments' own spaces."""
+    return load_space(FOLDER / "spaces" / f"{name}.yaml")
+
+
+def load_images(spec: str, images: int, *, resolution_px: int = 32) -> ImageData:
+    """Read a data set and keep this many of its training images; all test images stay.
+
+    Held-out images are a fifth of them, drawn from those that every run of qnas holds out.
+    """
+    data = load_data(parse_data_spec(spec), resolution_px=resolution_px)
+    heldout = stratified(data.heldout, images // 5)
+    train = stratified(data.train, images - len(heldout))
+    # channels last in memory, as qnas keeps images
+    pixels = torch.cat([train.read(torch.arange(len(train))), heldout.read(torch.arange(len(heldout)))])
+    both = replace(
+        data.train_and_heldout,
+        images=pixels.contiguous(memory_format=torch.channels_last),
+        labels=torch.cat([train.labels, heldout.labels]),
+    )
+    return replace(data, train=train, heldout=heldout, train_and_heldout=both)
+
+
+def stratified(split: Split, count: int) -> Split:
+    """Return `count` images of a split, evenly over its order within each class.
+
+    Classes that have too few give all they have. Class sizes differ by one at most otherwise.
+    """
+    classes = torch.unique(split.labels).tolist()
+    kept = []
+    for i, label in enumerate(classes):
+        members = torch.nonzero(split.labels == label)[:, 0]
+        wanted = min(count // len(classes) + (i < count % len(classes)), len(members))
+        kept.append(members[torch.arange(wanted) * len(members) // max(wanted, 1)])
+    places = torch.cat(kept).sort().values
+    return replace(split, images=split.read(places), labels=split.labels[places])
+
+
+# ---- what was done already
+
+
+class Cache:
+    """Results as JSON lines, each under the key of what it depends on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the line that a stopped run was writing
+                    continue
+                self._rows[row["key"]] = row
+
+    def get(self, parts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what was found for these parts, or None."""
+        return self._rows.get(cache_key(parts))
+
+    def put(self, parts: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what was found, and return it with its parts."""
+        row = {"key": cache_key(parts), **parts, **found}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a+b") as file:
+            # a stopped run may have left half a line
+            is_whole = file.tell() == 0 or _last_byte(self._path) == b"\n"
+            file.write((b"" if is_whole else b"\n") + json.dumps(row).encode() + b"\n")
+        self._rows[row["key"]] = row
+        return row
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1)
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """Identify JSON values, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def blocks_of(space: SearchSpace, arch: Arch) -> list[list[str]]:
+    """Return the chosen blocks by stage without identities: equal where the networks are equal."""
+    rows = zip(space.positions, arch.choices, strict=True)
+    return [
+        [choice for _, choice in stage if choice != "identity"]
+        for _, stage in groupby(rows, key=lambda row: row[0].stage)
+    ]
+
+
+# ---- networks trained alone
+
+
+def training_parts(
+    space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int
+) -> dict[str, Any]:
+    """Return all that a training depends on."""
+    return {
+        "space": space.digest,
+        "blocks": blocks_of(space, arch),
+        "data": data.digest,
+        "recipe": asdict(recipe),
+        "seed": seed,
+    }
+
+
+def known_training(
+    space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int, cache: Cache
+) -> dict[str, Any] | None:
+    """Return what the training of a network found, or None if it is still to do."""
+    return cache.get(training_parts(space, arch, data, recipe, seed))
+
+
+def train_alone(
+    space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int, cache: Cache
+) -> dict[str, Any]:
+    """Train a network from scratch on all kept training images; return its `accuracy` on the test images.
+
+    The seed draws the weights and the order of images. What the cache has is not trained again.
+    """
+    known = known_training(space, arch, data, recipe, seed, cache)
+    if known is not None:
+        return known
+    start = time.process_time()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_subnet(space, arch, len(data.classes)).train()
+    split = data.train_and_heldout
+    optimizer = make_optimizer(network.parameters(), recipe.learning_rate, recipe.weight_decay)
+    epoch_steps = len(split) // recipe.batch_size
+    steps = recipe.epochs * epoch_steps
+    schedule = make_schedule(optimizer, steps, round(recipe.warmup_epochs * epoch_steps))
+    images_and_labels = stream(split, recipe.batch_size, seed, 0, augment=True)
+    for _ in range(steps):
+        images, labels = next(images_and_labels)
+        weight_step(network, optimizer, images, labels, recipe.label_smoothing)
+        schedule.step()
+    score = evaluate(network.eval(), batches(data.test, 256))
+    spent = time.process_time() - start
+    print(f"{data.name}, seed {seed}: {percent(score.accuracy)} in {spent:.0f} s", flush=True)
+    found = {"accuracy": score.accuracy, "loss": score.loss, "seconds": spent}
+    return cache.put(training_parts(space, arch, data, recipe, seed), found)
+
+
+def spread_networks(space: SearchSpace, table: LatencyTable, count: int, seed: int) -> list[Arch]:
+    """Draw different networks, one from each of `count` equal windows of latency.
+
+    The windows leave out the first and last twentieth of the range, where there are few networks.
+    """
+    rng = np.random.default_rng(seed)
+    reach = table.slowest_ms - table.fastest_ms
+    edges = table.fastest_ms + reach * np.linspace(0.05, 0.95, count + 1)
+    return [draw_networks(space, table, float(low), float(high), 1, rng)[0] for low, high in pairwise(edges)]
+
+
+def draw_networks(
+    space: SearchSpace,
+    table: LatencyTable,
+    low_ms: float,
+    high_ms: float,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Arch]:
+    """Draw `count` networks of a latency in [low, high], no two of them the same network."""
+    found: dict[str, Arch] = {}
+    for indices in sample_near(table, low_ms, high_ms, 20 * count, rng):
+        arch = arch_from_indices(space, indices)
+        found.setdefault(json.dumps(blocks_of(space, arch)), arch)
+    assert len(found) >= count, f"{len(found)} networks of {low_ms} to {high_ms} ms, wanted {count}"
+    return list(found.values())[:count]
+
+
+def middle_ms(table: LatencyTable) -> float:
+    """Return the budget of the experiments: the middle between the fastest and the slowest network."""
+    return (table.fastest_ms + table.slowest_ms) / 2
+
+
+def rivals(space: SearchSpace, table: LatencyTable, seed: int, count: int = RIVALS) -> list[Arch]:
+    """Draw the networks of the budget's latency that a search of this seed is compared with."""
+    budget_ms = middle_ms(table)
+    rng = np.random.default_rng([seed, count])
+    return draw_networks(space, table, WINDOW * budget_ms, budget_ms, count, rng)
+
+
+# ---- supernets
+
+
+# Forms of the weights and of the steps that train them.
+ARMS: dict[str, dict[str, Any]] = {
+    "independent": {"weights": "independent"},
+    "shared": {"weights": "shared"},
+    "nested": {"weights": "nested", "nested_weight_steps": "sampled"},
+    "nested-mixture": {"weights": "nested", "nested_weight_steps": "mixture"},
+}
+
+
+def base_config(arm: str, seed: int) -> SearchConfig:
+    """Return what all supernets of the experiments have in common; their epochs are planned by time."""
+    return SearchConfig(
+        preset="benchmark",
+        resolution_px=32,
+        warmup_epochs=1,
+        search_epochs=1,
+        batch_size=64,
+        learning_rate=2e-3,
+        arch_learning_rate=0.05,
+        arch_every=3,
+        threads=1,
+        seed=seed,
+        **ARMS[arm],
+    )
+
+
+def epoch_seconds(space: SearchSpace, limits: Limits, data: ImageData, config: SearchConfig) -> float:
+    """Time the first steps of a configuration and return the seconds of an epoch of its first phase."""
+    searcher = Searcher(space, limits, data, config)
+    searcher.step()
+    start = time.process_time()
+    for _ in range(PILOT_STEPS):
+        searcher.step()
+    return (time.process_time() - start) / PILOT_STEPS * searcher.steps_per_epoch
+
+
+def plan_epochs(warm_up_s: float, search_s: float, seconds: float, warm_up_share: float) -> tuple[int, int]:
+    """Return epochs of warm-up and of search that take `seconds` together, at least one of each.
+
+    `warm_up_s` and `search_s` are the seconds of an epoch of each; `warm_up_share` is of the epochs.
+    """
+    total = seconds / (warm_up_share * warm_up_s + (1 - warm_up_share) * search_s)
+    warm_up = max(1, round(warm_up_share * total))
+    return warm_up, max(1, round((seconds - warm_up * warm_up_s) / search_s))
+
+
+# ---- figures
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the interval that holds it at `LEVEL`."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def rank_interval(
+    first: Sequence[float], second: Sequence[float], *, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Return Kendall's tau-b of two rows of figures, with the percentile interval of a bootstrap.
+
+    What is drawn are networks, with both their figures. A network drawn twice is a tie with itself in
+    both rows, which tau-b leaves out. Draws in which all of a row is equal have no tau and do not count.
+    """
+    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    assert x.shape == y.shape == (len(x),), (x.shape, y.shape)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(x), size=(draws, len(x)))
+    taus = np.array([kendalltau(x[pick], y[pick]).statistic for pick in picks])
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.nanpercentile(taus, [tail, 100 - tail])
+    return Interval(float(kendalltau(x, y).statistic), float(low), float(high))
+
+
+def upper_half(figures: Sequence[float]) -> NDArray[np.int64]:
+    """Return the places of the better half of the figures, in order; of an odd number more than half."""
+    count = (len(figures) + 1) // 2
+    return np.sort(np.argsort(-np.asarray(figures), kind="stable")[:count])
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation (of a sample; NaN of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def percent(value: float, sd: float = math.nan) -> str:
+    """Write a share of 1 as a percentage: `87.3%`, with its spread `87.3 +- 0.4%`."""
+    return f"{100 * value:.1f}%" if math.isnan(sd) else f"{100 * value:.1f} ± {100 * sd:.1f}%"
+
+
+# ---- tables
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """Say in a sentence how networks are trained alone."""
+    return (
+        f"Trained alone: {recipe.images} training images, {recipe.epochs} epochs of batches of "
+        f"{recipe.batch_size}, AdamW at {recipe.learning_rate:g} with a cosine, weight decay "
+        f"{recipe.weight_decay:g}, label smoothing {recipe.label_smoothing:g}, shifts and flips; accuracy "
+        "on all test images."
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; all but the first column are aligned right."""
+    assert all(len(row) == len(header) for row in rows), "rows of another length than the header"
+    rules = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rules, *rows))
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put a text into a file between the marks of a section, which is added at the end if it is new."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if begin in before:
+        head, _, rest = before.partition(begin)
+        _, _, tail = rest.partition(end)
+        write_text(path, head + section + tail)
+    else:
+        write_text(path, before + ("\n" if before else "") + section + "\n")

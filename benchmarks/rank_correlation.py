@@ -1,0 +1,229 @@
+"""Does a supernet rank networks as training them alone does? For each form of the weights.
+
+    python benchmarks/rank_correlation.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
+
+Networks of quadranet-tiny, spread over its latencies on cpu, are trained alone by one recipe. For each
+form of the weights a supernet is trained with uniform probabilities (a search that never leaves its
+warm-up) for the same time, and the same networks are scored on held-out images with its weights. The
+figure is Kendall's tau between that and the accuracy on the test images of training alone.
+
+Size alone ranks networks of different sizes, and costs nothing: so the table has the taus of latency and
+MACs too, and the tau within the better half of the networks. `one latency` are other networks, those
+that search_quality.py trains, once they are there: to tell them apart is what a search needs. The row
+`another seed` is how well two seeds of training alone agree: no row can be expected to do better.
+
+What is there already is not done again: a run that was stopped goes on. --write puts the table into
+RESULTS.md. Two hours on one thread for two data sets; --parts does some of it.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from experiments import (
+    ARMS,
+    RESULTS,
+    SEARCH_SEEDS,
+    Cache,
+    Interval,
+    Recipe,
+    base_config,
+    blocks_of,
+    cache_key,
+    describe_recipe,
+    epoch_seconds,
+    known_training,
+    load_images,
+    markdown_table,
+    middle_ms,
+    percent,
+    rank_interval,
+    rivals,
+    spread_networks,
+    tiny_space,
+    train_alone,
+    upper_half,
+    write_section,
+)
+
+from qnas import host
+from qnas.arch import Arch
+from qnas.data import ImageData
+from qnas.files import write_json
+from qnas.latency.device import load_device
+from qnas.latency.table import LatencyTable, compute_table
+from qnas.limits import latency_limit
+from qnas.lower import count_macs, lower
+from qnas.search import Searcher
+from qnas.space import SearchSpace
+from qnas.train import set_up_process
+
+PARTS = ("alone", "supernets", "ceiling")
+SEEDS = {"alone": 0, "ceiling": 1}  # of training alone
+DRAW = 0  # of the networks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", action="append", required=True, help="fashion-mnist:DIR or cifar10:DIR")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seconds", type=float, default=180.0, help="of training a supernet")
+    parser.add_argument("--networks", type=int, default=24)
+    parser.add_argument("--images", type=int, default=Recipe.images)
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="of training alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
+    options = parser.parse_args()
+    set_up_process(threads=1)
+    space = tiny_space("quadranet-tiny")
+    table = compute_table(load_device("cpu"), space)
+    recipe = Recipe(images=options.images, epochs=options.epochs)
+    spread = spread_networks(space, table, options.networks, DRAW)
+    equal = [arch for seed in SEARCH_SEEDS for arch in rivals(space, table, seed)]
+    trained, scored = Cache(options.out / "trainings.jsonl"), Cache(options.out / "supernets.jsonl")
+    data = [load_images(spec, recipe.images) for spec in options.data]
+    for part in options.parts:
+        for images in data:
+            if part == "supernets":
+                for arm in options.arms:
+                    score_networks(space, table, images, arm, [*spread, *equal], options.seconds, scored)
+            else:
+                for arch in spread:
+                    train_alone(space, arch, images, recipe, SEEDS[part], trained)
+
+    found = []
+    for images in data:
+        rows = {
+            arm: scored.get(supernet_parts(space, images, arm, [*spread, *equal], options.seconds))
+            for arm in ARMS
+        }
+        found.append(summarise(space, table, images, recipe, spread, equal, trained, rows))
+    facts = {"cpu": host.cpu_name(), "recipe": asdict(recipe), "seconds": options.seconds}
+    write_json(options.out / "rank_correlation.json", {**facts, "data": found})
+    text = describe(facts, found)
+    print(text)
+    if options.write:
+        write_section(RESULTS, "rank_correlation", text)
+
+
+def supernet_parts(
+    space: SearchSpace, data: ImageData, arm: str, networks: Sequence[Arch], seconds: float
+) -> dict[str, Any]:
+    """Return what the scores of networks with a supernet's weights depend on."""
+    return {
+        "space": space.digest,
+        "data": data.digest,
+        "images": len(data.train),
+        "arm": arm,
+        "seconds": seconds,
+        "networks": cache_key({"blocks": [blocks_of(space, arch) for arch in networks]}),
+    }
+
+
+def score_networks(
+    space: SearchSpace,
+    table: LatencyTable,
+    data: ImageData,
+    arm: str,
+    networks: Sequence[Arch],
+    seconds: float,
+    cache: Cache,
+) -> None:
+    """Train a supernet with uniform probabilities for some seconds; score the networks with its weights."""
+    parts = supernet_parts(space, data, arm, networks, seconds)
+    if cache.get(parts) is not None:
+        return
+    limits = (latency_limit(table, middle_ms(table)),)  # nothing looks at it during the warm-up
+    config = base_config(arm, seed=0)
+    epochs = max(1, round(seconds / epoch_seconds(space, limits, data, config)))
+    searcher = Searcher(space, limits, data, replace(config, warmup_epochs=epochs))
+    start = time.process_time()
+    while searcher.is_warming_up:
+        searcher.step()
+    spent = time.process_time() - start
+    scores = [asdict(searcher.score(arch, data.heldout)) for arch in networks]
+    cache.put(parts, {"epochs": epochs, "trained_s": spent, "scores": scores})
+    print(f"{data.name} {arm}: {epochs} epochs in {spent:.0f} s", flush=True)
+
+
+def summarise(
+    space: SearchSpace,
+    table: LatencyTable,
+    data: ImageData,
+    recipe: Recipe,
+    spread: Sequence[Arch],
+    equal: Sequence[Arch],
+    trained: Cache,
+    supernets: Mapping[str, Mapping[str, Any] | None],
+) -> dict[str, Any]:
+    """Return the taus of one data set, and the accuracies that they are of."""
+
+    def alone(networks: Sequence[Arch], seeds: Sequence[int]) -> list[float] | None:
+        rows = [
+            known_training(space, arch, data, recipe, seed, trained)
+            for arch, seed in zip(networks, seeds, strict=True)
+        ]
+        known = [float(row["accuracy"]) for row in rows if row is not None]
+        return known if len(known) == len(networks) else None
+
+    first, second = (alone(spread, [seed] * len(spread)) for seed in SEEDS.values())
+    assert first is not None, "the networks are not trained yet: --parts alone"
+    # a second seed halves the noise of what the supernets are compared with
+    truth = first if second is None else [float(v) for v in np.mean([first, second], axis=0)]
+    seeds = [seed for seed in SEARCH_SEEDS for _ in range(len(equal) // len(SEARCH_SEEDS))]
+    equal_truth = alone(equal, seeds)
+    better = upper_half(truth)
+
+    def taus(values: Sequence[float]) -> dict[str, Any]:
+        """Return the taus of figures of the spread networks, then of those of one latency."""
+        of_spread, of_equal = values[: len(spread)], values[len(spread) :]
+        upper = rank_interval([of_spread[i] for i in better], [truth[i] for i in better])
+        found = {"spread": asdict(rank_interval(of_spread, truth)), "upper": asdict(upper)}
+        if equal_truth is not None and len(of_equal) == len(equal_truth):
+            found["equal"] = asdict(rank_interval(of_equal, equal_truth))
+        return found
+
+    rows = []
+    for arm, row in supernets.items():
+        if row is None:
+            continue
+        facts = {"epochs": row["epochs"], "trained_s": row["trained_s"]}
+        for figure, sign in (("accuracy", 1), ("loss", -1)):
+            name = f"supernet, {arm}, by {figure}"
+            rows.append({"name": name, **facts, **taus([sign * s[figure] for s in row["scores"]])})
+    latency = [table.latency_ms(arch.indices(space)) for arch in spread]
+    macs = [float(count_macs(lower(space, arch))) for arch in [*spread, *equal]]
+    rows += [{"name": "latency", **taus(latency)}, {"name": "MACs", **taus(macs)}]
+    if second is not None:
+        upper = rank_interval([second[i] for i in better], [first[i] for i in better])
+        found = {"spread": asdict(rank_interval(second, first)), "upper": asdict(upper)}
+        rows.append({"name": "another seed", **found})
+    return {"data": data.name, "truth": truth, "equal_truth": equal_truth, "rows": rows}
+
+
+def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of RESULTS.md."""
+    parts = [f"## Rank correlation\n\n{describe_recipe(Recipe(**facts['recipe']))}"]
+    for data in found:
+        truth, equal = data["truth"], data["equal_truth"]
+        line = f"{data['data']}: {len(truth)} networks spread over latencies, trained alone to "
+        line += f"{percent(min(truth))} to {percent(max(truth))}"
+        if equal is not None:
+            line += f"; {len(equal)} of one latency, to {percent(min(equal))} to {percent(max(equal))}"
+        rows = []
+        for row in data["rows"]:
+            trained = f"{row['epochs']} in {row['trained_s']:.0f} s" if "epochs" in row else ""
+            taus = (Interval(**row[g]) if g in row else None for g in ("spread", "upper", "equal"))
+            rows.append([row["name"], trained, *("" if tau is None else str(tau) for tau in taus)])
+        header = ["ranked by", "epochs", "all", "better half", "one latency"]
+        parts.append(f"{line}.\n\n{markdown_table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Does the search find better networks? What it derives against others of the same latency.
+
+    python benchmarks/search_quality.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
+
+For each data set and seed a search of quadranet-tiny for each form of the weights, all for the same time,
+within one budget: the middle between the fastest and the slowest network on cpu. What they derive is
+trained alone from scratch by one recipe, and so are
+
+- 10 random networks that take at least 97% of the budget;
+- what MACs alone would choose: the same probabilities solved under the largest limit on MACs whose
+  solution is within the budget;
+- the network of the most MACs within the budget, for which nothing is searched;
+- what a search of proxyless-tiny, inverted residuals at the same layout, derives within the same budget
+  after as many epochs (the comparison of QuadraNet's Table III).
+
+`re-ranked` is, of the 20 most probable networks, the one that does best on held-out images with the
+supernet's weights: what qnas search ends with. What is there already is not done again: a run that was
+stopped goes on, and --write puts into RESULTS.md what is there. Four hours on one thread for two data
+sets and three seeds; --parts and --seeds do some of it.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import (
+    ARMS,
+    RESULTS,
+    RIVALS,
+    SEARCH_SEEDS,
+    Cache,
+    Recipe,
+    base_config,
+    describe_recipe,
+    epoch_seconds,
+    known_training,
+    load_images,
+    markdown_table,
+    mean_and_sd,
+    middle_ms,
+    percent,
+    plan_epochs,
+    rivals,
+    tiny_space,
+    train_alone,
+    write_section,
+)
+
+from qnas import host
+from qnas.arch import Arch, arch_from_indices, make_arch
+from qnas.data import ImageData
+from qnas.derive import largest, macs_guided
+from qnas.files import write_json
+from qnas.latency.device import load_device
+from qnas.latency.table import LatencyTable, compute_table
+from qnas.limits import Limits, latency_limit
+from qnas.lower import count_macs, count_params, lower
+from qnas.rerank import rerank
+from qnas.search import Searcher
+from qnas.space import SearchSpace
+from qnas.train import set_up_process
+
+PARTS = ("random", "searches", "baselines")
+WARM_UP_SHARE = 0.4  # of the epochs of a search
+BASELINE_ARM = "independent"  # of proxyless-tiny, whose epochs are those of the same arm here
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A space with its latencies and what its networks may take."""
+
+    space: SearchSpace
+    table: LatencyTable
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network that is trained alone, and what it stands for."""
+
+    part: str
+    kind: str
+    setting: Setting
+    arch: Arch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", action="append", required=True, help="fashion-mnist:DIR or cifar10:DIR")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEARCH_SEEDS))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seconds", type=float, default=150.0, help="of a search")
+    parser.add_argument("--images", type=int, default=Recipe.images)
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="of training alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
+    options = parser.parse_args()
+    set_up_process(threads=1)
+    recipe = Recipe(images=options.images, epochs=options.epochs)
+    quadra = tiny_setting("quadranet-tiny")
+    proxyless = tiny_setting("proxyless-tiny", quadra.limits[0].budget)
+    trained, searched = Cache(options.out / "trainings.jsonl"), Cache(options.out / "searches.jsonl")
+    data = [load_images(spec, recipe.images) for spec in options.data]
+    for seed in options.seeds:
+        for images in data:
+            for part in options.parts:
+                if part == "searches":
+                    for arm in options.arms:
+                        search(quadra, images, arm, seed, options.seconds, searched)
+                if part == "baselines":
+                    search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
+                    like = known_search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
+                    assert like is not None
+                    search(proxyless, images, BASELINE_ARM, seed, options.seconds, searched, like["epochs"])
+                for each in contenders(quadra, proxyless, images, seed, options.seconds, searched):
+                    if each.part == part:
+                        train_alone(each.setting.space, each.arch, images, recipe, seed, trained)
+    found = [
+        summarise(quadra, proxyless, images, recipe, options.seconds, searched, trained) for images in data
+    ]
+    facts = {
+        "cpu": host.cpu_name(),
+        "recipe": asdict(recipe),
+        "seconds": options.seconds,
+        "budget_ms": quadra.limits[0].budget,
+    }
+    write_json(options.out / "search_quality.json", {**facts, "data": found})
+    text = describe(facts, found)
+    print(text)
+    if options.write:
+        write_section(RESULTS, "search_quality", text)
+
+
+def tiny_setting(name: str, budget_ms: float | None = None) -> Setting:
+    """Return one of the experiments' spaces on cpu, within a budget or within the middle of its range."""
+    space = tiny_space(name)
+    table = compute_table(load_device("cpu"), space)
+    return Setting(space, table, (latency_limit(table, budget_ms or middle_ms(table)),))
+
+
+# ---- searches
+
+
+def search_parts(setting: Setting, data: ImageData, arm: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Return what the outcome of a search depends on."""
+    return {
+        "space": setting.space.digest,
+        "budget_ms": setting.limits[0].budget,
+        "data": data.digest,
+        "images": len(data.train),
+        "arm": arm,
+        "config": ARMS[arm],
+        "seconds": seconds,
+        "seed": seed,
+    }
+
+
+def known_search(
+    setting: Setting, data: ImageData, arm: str, seed: int, seconds: float, cache: Cache
+) -> dict[str, Any] | None:
+    """Return what a search found, or None if it is still to do."""
+    return cache.get(search_parts(setting, data, arm, seed, seconds))
+
+
+def search(
+    setting: Setting,
+    data: ImageData,
+    arm: str,
+    seed: int,
+    seconds: float,
+    cache: Cache,
+    epochs: tuple[int, int] | None = None,
+) -> None:
+    """Search for some seconds, or for epochs of warm-up and of search; keep what is derived."""
+    if known_search(setting, data, arm, seed, seconds, cache) is not None:
+        return
+    space, limits = setting.space, setting.limits
+    config = base_config(arm, seed)
+    if epochs is None:
+        warm_up_s = epoch_seconds(space, limits, data, config)
+        search_s = epoch_seconds(space, limits, data, replace(config, warmup_epochs=0))
+        epochs = plan_epochs(warm_up_s, search_s, seconds, WARM_UP_SHARE)
+    config = replace(config, warmup_epochs=epochs[0], search_epochs=epochs[1])
+    searcher = Searcher(space, limits, data, config)
+    start = time.process_time()
+    while searcher.steps_done < searcher.total_steps:
+        row = searcher.step()
+    spent = time.process_time() - start
+    scores = searcher.log_probabilities
+    ranked = rerank(space, searcher.derive_best(), data, searcher.score)
+    by_macs = macs_guided(space, scores, limits)
+    found = {
+        "epochs": epochs,
+        "searched_s": spent,
+        "expected_ms": searcher.expected_ms,
+        **searcher.describe_probabilities(),
+        "last_loss": row["loss"],
+        "ranked": [
+            {"choices": r.arch.choices, "rank": r.solution.rank, "heldout": asdict(r.heldout)} for r in ranked
+        ],
+        "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
+        "log_probabilities": scores,
+    }
+    cache.put(search_parts(setting, data, arm, seed, seconds), found)
+    print(f"{data.name} {space.name} {arm}, seed {seed}: {epochs} epochs in {spent:.0f} s", flush=True)
+
+
+def contenders(
+    quadra: Setting, proxyless: Setting, data: ImageData, seed: int, seconds: float, searched: Cache
+) -> Iterator[Contender]:
+    """Yield the networks of a seed, as far as the searches are done that they come from."""
+    space = quadra.space
+    for arch in rivals(space, quadra.table, seed):
+        yield Contender("random", "random", quadra, arch)
+    most = largest(space, quadra.limits)
+    yield Contender("baselines", "most MACs", quadra, arch_from_indices(space, most.indices))
+    for part, setting, arms in (("searches", quadra, list(ARMS)), ("baselines", proxyless, [BASELINE_ARM])):
+        for arm in arms:
+            row = known_search(setting, data, arm, seed, seconds, searched)
+            if row is None:
+                continue
+            ranked = row["ranked"]
+            first = min(ranked, key=lambda entry: int(entry["rank"]))
+            chosen = {"most probable": first["choices"], "re-ranked": ranked[0]["choices"]}
+            if setting is quadra and row["by_macs"]:
+                chosen["by MACs"] = row["by_macs"]
+            name = arm if setting is quadra else setting.space.name
+            for how, choices in chosen.items():
+                yield Contender(part, f"{name}, {how}", setting, make_arch(setting.space, tuple(choices)))
+
+
+# ---- figures
+
+
+def summarise(
+    quadra: Setting,
+    proxyless: Setting,
+    data: ImageData,
+    recipe: Recipe,
+    seconds: float,
+    searched: Cache,
+    trained: Cache,
+) -> dict[str, Any]:
+    """Return by kind what there is of each seed of one data set."""
+    kinds: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for seed in SEARCH_SEEDS:
+        for each in contenders(quadra, proxyless, data, seed, seconds, searched):
+            space = each.setting.space
+            row = known_training(space, each.arch, data, recipe, seed, trained)
+            if row is None:
+                continue
+            blocks = lower(space, each.arch)
+            figures = {
+                "accuracy": row["accuracy"],
+                "latency_ms": each.setting.table.latency_ms(each.arch.indices(space)),
+                "macs": count_macs(blocks),
+                "params": count_params(blocks),
+            }
+            kinds.setdefault(each.kind, {}).setdefault(seed, []).append(figures)
+    # a seed whose random networks are not all trained has nothing to be compared with
+    whole = [seed for seed, rows in kinds.get("random", {}).items() if len(rows) == RIVALS]
+    return {"data": data.name, "kinds": kinds, "seeds": whole}
+
+
+def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of RESULTS.md."""
+    parts = [
+        "## Search quality",
+        f"{describe_recipe(Recipe(**facts['recipe']))} Searches take {facts['seconds']:.0f} s; the budget is "
+        f"{facts['budget_ms']:.2f} ms. Mean and standard deviation over seeds; of the random networks "
+        "between them, within a seed. `gain` is over the mean of the seed's random networks, `beaten` how "
+        "many of those have less accuracy.",
+    ]
+    for data in found:
+        rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]
+        header = ["network", "seeds", "accuracy", "gain, points", "beaten", "ms", "M MACs", "k parameters"]
+        parts.append(f"### {data['data']}")
+        parts.append(markdown_table(header, [*describe_random(data), *(row for row in rows if row)]))
+    return "\n\n".join(parts)
+
+
+def describe_random(data: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the random networks' mean and best."""
+    by_seed = [data["kinds"]["random"][seed] for seed in data["seeds"]]
+    if not by_seed:
+        return []
+    accuracies = [[row["accuracy"] for row in rows] for rows in by_seed]
+    within = statistics.fmean(statistics.stdev(values) for values in accuracies)
+    mean = statistics.fmean(statistics.fmean(values) for values in accuracies)
+    best = [max(rows, key=lambda row: row["accuracy"]) for rows in by_seed]
+    gains = [max(values) - statistics.fmean(values) for values in accuracies]
+    count = str(len(by_seed))
+    every = [row for rows in by_seed for row in rows]
+    return [
+        [f"{RIVALS} random, mean", count, percent(mean, within), "", "", *sizes(every)],
+        [f"{RIVALS} random, best", count, accuracy(best), points(gains), "", *sizes(best)],
+    ]
+
+
+def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
+    """Return the row of a kind of network; empty where no seed has it and its random networks."""
+    seeds = [seed for seed in data["seeds"] if seed in data["kinds"][kind]]
+    if not seeds:
+        return []
+    rows = [data["kinds"][kind][seed][0] for seed in seeds]
+    others = [[row["accuracy"] for row in data["kinds"]["random"][seed]] for seed in seeds]
+    pairs = list(zip((row["accuracy"] for row in rows), others, strict=True))
+    gains = [own - statistics.fmean(values) for own, values in pairs]
+    beaten = statistics.fmean(sum(own > value for value in values) for own, values in pairs)
+    return [kind, str(len(seeds)), accuracy(rows), points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
+
+
+def accuracy(rows: Sequence[Mapping[str, float]]) -> str:
+    return percent(*mean_and_sd([row["accuracy"] for row in rows]))
+
+
+def points(gains: Sequence[float]) -> str:
+    """Write differences of accuracies in percentage points: `+0.8 ± 0.3`."""
+    mean, sd = mean_and_sd(gains)
+    return f"{100 * mean:+.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
+
+
+def sizes(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return mean latency, MACs and parameters."""
+    ms, macs, params = (
+        statistics.fmean(row[key] for row in rows) for key in ("latency_ms", "macs", "params")
+    )
+    return [f"{ms:.2f}", f"{macs / 1e6:.2f}", f"{params / 1e3:.0f}"]
+
+
+if __name__ == "__main__":
+    main()

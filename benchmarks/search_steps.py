@@ -1,0 +1,402 @@
+"""What a step of the search costs, against a training step of one network of the space, as ratios.
+
+    python benchmarks/search_steps.py [--threads 1] [--rounds 12] [--spaces NAME ...] [--json FILE]
+
+At 32 px and batch 64, on the CPU. Every round draws a path with equal probabilities, and all forms take
+turns on it; a ratio is the median over rounds of a form's time over that of a network of the same choices
+in the same round (the largest network's for nested weights), and of gated steps, whose pairs are their own
+draws, the ratio of the sums over all rounds. With one thread times are those on the processor, which other
+programs disturb less. Each form is run once on a path before it is timed on it, so that nobody pays for
+making an optimiser's state.
+
+    sampled     weight step of a path, independent weights: the default
+    shared      the same with shared weights
+    nested      weight step of the whole mixture with nested weights
+    all paths   weight step of the mixture of all candidates with independent weights (DARTS)
+    two-path    architecture step of pairs of candidates
+    all-paths   architecture step with all candidates' gates
+    exact       architecture step with nested weights
+    n           weight step of a path where positions have n candidates, the path one of all three spaces
+
+Memory is the most that tensors hold at once beyond what there is before the step, by torch's profiler.
+The pipeline's share is what a step waits for its batch. PASS and MISS say whether a bar is met; the exit
+status is 1 where one is missed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# before torch is imported, whose profiler calls a missing GPU an error otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from qnas.arch import arch_from_indices
+from qnas.blocks import count_parameters
+from qnas.choices import Mixture, Route
+from qnas.data import ImageData, Split, load_data
+from qnas.files import write_text
+from qnas.host import cpu_name
+from qnas.latency.device import load_device
+from qnas.latency.table import compute_table
+from qnas.limits import latency_limit
+from qnas.originals import parse_data_spec
+from qnas.resources import stems
+from qnas.search import PRESETS, SearchConfig, Searcher
+from qnas.space import SearchSpace, load_space, parse_space
+from qnas.subnet import build_subnet
+from qnas.supernet import Supernet, sample_path
+from qnas.train import PathAdamW, make_optimizer, set_up_process, stream, weight_step
+
+SPACES = ("quadranet-small", "quadranet-mobile")
+RESOLUTION_PX, BATCH, CLASSES = 32, 64, 10
+REPEATS = 3  # of a form on a path, of which the median counts
+EXPANSIONS = {7: [2, 4], 13: [1, 2, 3, 4], 25: [1, 2, 3, 4, 5, 6, 7, 8]}  # with three kernels and identity
+
+BARS = {
+    "sampled / network": 1.10,
+    "two-path / network": 2.20,
+    "nested / largest network": 1.25,
+    "sampled memory / (network's + parameters)": 1.10,
+    "13 candidates / 7": 1.05,
+    "25 candidates / 7": 1.05,
+    "pipeline share, digits": 0.05,
+    "pipeline share, 50,000 images as CIFAR-10's": 0.05,
+}
+
+Step = Callable[[], object]
+Clock = Callable[[], float]
+
+
+@dataclass
+class Times:
+    """The seconds of each form, a value a round."""
+
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    def take_turns(self, steps: dict[str, Step], clock: Clock) -> None:
+        """Run every step once, then time all in turns, and keep the median of each."""
+        for step in steps.values():
+            step()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for repeat in range(REPEATS):
+            for name in steps if repeat % 2 else reversed(steps):
+                start = clock()
+                steps[name]()
+                seconds[name].append(clock() - start)
+        for name, found in seconds.items():
+            self.rounds.setdefault(name, []).append(statistics.median(found))
+
+    def ratio(self, form: str, other: str) -> float:
+        """Return the median over rounds of a form's share of another's time in the same round."""
+        pairs = zip(self.rounds[form], self.rounds[other], strict=True)
+        return statistics.median(own / others for own, others in pairs)
+
+    def ratio_of_sums(self, form: str, other: str) -> float:
+        """Return the ratio of the times of all rounds together."""
+        return sum(self.rounds[form]) / sum(self.rounds[other])
+
+    def ms(self, form: str) -> float:
+        """Return the median over rounds."""
+        return 1e3 * statistics.median(self.rounds[form])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--spaces", nargs="+", default=SPACES, metavar="NAME")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
+    options = parser.parse_args()
+    set_up_process(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    print(f"{cpu_name()}, threads {options.threads}, torch {torch.__version__}")
+    results = []
+    for name in options.spaces:
+        space = load_space(name)
+        found = {
+            "space": name,
+            **measure_steps(space, options.rounds, clock),
+            **measure_candidates(space, options.rounds, clock),
+            **measure_pipeline(space, clock),
+        }
+        print_result(found)
+        results.append(found)
+    if options.json is not None:
+        document = {
+            "schema": "qnas.benchmark.search_steps/1",
+            "cpu": cpu_name(),
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "bars": BARS,
+            "spaces": results,
+        }
+        write_text(options.json, json.dumps(document, indent=1) + "\n")
+    sys.exit(any(found["ratios"][bar] > most for found in results for bar, most in BARS.items()))
+
+
+# ---- steps
+
+
+def measure_steps(space: SearchSpace, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Return milliseconds, ratios and memory of the steps of a search."""
+    images, labels = random_batch()
+    generator = torch.Generator().manual_seed(0)
+    searchers = {
+        "two-path": searcher_of(space, "independent", "two-path"),
+        "all-paths": searcher_of(space, "independent", "all-paths"),
+        "exact": searcher_of(space, "nested", "exact"),
+        "shared": searcher_of(space, "shared", "two-path"),
+    }
+    independent, nested, shared = (searchers[name].state for name in ("two-path", "exact", "shared"))
+    most = max(len(position.candidates) for position in space.positions)
+    equal = [Mixture(torch.full((len(p.candidates),), 1 / len(p.candidates))) for p in space.positions]
+    largest = trainer_of(
+        network_of(space, [largest_candidate(space, i) for i in range(len(space.positions))])
+    )
+    times, memory = Times(), []
+    for _ in range(rounds):
+        path = sample_path(torch.zeros(len(space.positions), most), independent.supernet.mask, generator)
+        network = trainer_of(network_of(space, path))
+        steps: dict[str, Step] = {
+            "network": lambda network=network: network(images, labels),
+            "largest network": lambda: largest(images, labels),
+            "sampled": step_of(independent.supernet, path, independent.weight_optimizer, images, labels),
+            "shared": step_of(shared.supernet, path, shared.weight_optimizer, images, labels),
+            "nested": step_of(
+                nested.supernet, mixture_of(nested.supernet), nested.weight_optimizer, images, labels
+            ),
+            "all paths": step_of(independent.supernet, equal, independent.weight_optimizer, images, labels),
+            **{
+                form: lambda form=form: searchers[form]._arch_step(images, labels)
+                for form in ("two-path", "all-paths", "exact")
+            },
+        }
+        times.take_turns(steps, clock)
+        memory.append((peak_bytes(steps["sampled"]), peak_bytes(steps["network"])))
+    parameters = 4 * sum(weight.numel() for weight in independent.supernet.weights)
+    ratios = {
+        f"{form} / network": times.ratio(form, "network") for form in ("sampled", "shared", "all paths")
+    }
+    ratios |= {
+        f"{form} / network": times.ratio_of_sums(form, "network") for form in ("two-path", "all-paths")
+    }
+    ratios |= {
+        f"{form} / largest network": times.ratio(form, "largest network") for form in ("nested", "exact")
+    }
+    ratios["sampled memory / (network's + parameters)"] = statistics.median(
+        (own + parameters) / (networks + parameters) for own, networks in memory
+    )
+    return {
+        "rounds": rounds,
+        "parameters": parameters // 4,
+        "ms": {form: times.ms(form) for form in times.rounds},
+        "peak_mb": {
+            "sampled": statistics.median(own for own, _ in memory) / 1e6,
+            "network": statistics.median(networks for _, networks in memory) / 1e6,
+        },
+        "ratios": ratios,
+    }
+
+
+def random_batch() -> tuple[Tensor, Tensor]:
+    images = torch.randn(BATCH, 3, RESOLUTION_PX, RESOLUTION_PX).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, CLASSES, (BATCH,))
+
+
+def searcher_of(space: SearchSpace, weights: Any, gradient: Any) -> Searcher:
+    """Return a search that is past its warm-up."""
+    config = SearchConfig(
+        "benchmark",
+        resolution_px=RESOLUTION_PX,
+        warmup_epochs=0,
+        search_epochs=1000,  # the temperature stays at its start
+        batch_size=BATCH,
+        learning_rate=1e-3,
+        arch_learning_rate=1e-3,  # the probabilities stay about equal
+        arch_every=1,
+        weights=weights,
+        gradient=gradient,
+    )
+    table = compute_table(load_device("cpu"), space)
+    budget = latency_limit(table, 0.5 * (table.fastest_ms + table.slowest_ms))
+    return Searcher(space, (budget,), digits(), config)
+
+
+def digits() -> ImageData:
+    return load_data(parse_data_spec("digits"), resolution_px=RESOLUTION_PX, quiet=True)
+
+
+def network_of(space: SearchSpace, path: Sequence[Route]) -> nn.Module:
+    indices = tuple(route for route in path if isinstance(route, int))
+    return build_subnet(space, arch_from_indices(space, indices), CLASSES).train()
+
+
+def largest_candidate(space: SearchSpace, position: int) -> int:
+    candidates = space.positions[position].candidates
+    return max(range(len(candidates)), key=lambda i: (candidates[i].kernel, candidates[i].expansion))
+
+
+def trainer_of(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    optimizer = make_optimizer(network.parameters(), 1e-3, 0.01)
+    return lambda images, labels: weight_step(network, optimizer, images, labels, 0.1)
+
+
+def step_of(
+    supernet: Supernet, routes: Sequence[Route], optimizer: PathAdamW, images: Tensor, labels: Tensor
+) -> Step:
+    supernet.train()
+    return lambda: weight_step(lambda x: supernet(x, routes), optimizer, images, labels, 0.1)
+
+
+def mixture_of(supernet: Supernet) -> list[Route]:
+    with torch.no_grad():
+        return supernet.mixture()
+
+
+def peak_bytes(step: Step) -> int:
+    """Return the most bytes that tensors hold at once during a step, beyond those there are before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
+    held = most = 0
+    for _, size in events:
+        held += size
+        most = max(most, held)
+    return most
+
+
+def allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Yield (nanoseconds, bytes) of each allocation, negative where memory is freed."""
+    for event in events:
+        if event.tag.name == "Allocation":
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from allocations(event.children)
+
+
+# ---- more candidates
+
+
+def measure_candidates(space: SearchSpace, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Return what a path costs where positions have 7, 13 and 25 candidates."""
+    images, labels = random_batch()
+    generator = torch.Generator().manual_seed(0)
+    spaces = {count: with_expansions(space, values) for count, values in EXPANSIONS.items()}
+    supernets = {count: Supernet(wider, CLASSES, generator) for count, wider in spaces.items()}
+    optimizers = {
+        count: make_optimizer(supernet.weights, 1e-3, 0.01) for count, supernet in supernets.items()
+    }
+    fewest = min(EXPANSIONS)
+    times = Times()
+    for _ in range(rounds):
+        path = sample_path(torch.zeros(supernets[fewest].mask.shape), supernets[fewest].mask, generator)
+        names = [
+            position.names[route]
+            for position, route in zip(spaces[fewest].positions, path, strict=True)
+            if isinstance(route, int)
+        ]
+        times.take_turns(
+            {
+                str(count): step_of(
+                    supernet,
+                    [p.names.index(name) for p, name in zip(spaces[count].positions, names, strict=True)],
+                    optimizers[count],
+                    images,
+                    labels,
+                )
+                for count, supernet in supernets.items()
+            },
+            clock,
+        )
+    return {
+        "candidates": {
+            count: {"parameters": count_parameters(supernet), "ms": times.ms(str(count))}
+            for count, supernet in supernets.items()
+        },
+        "candidate_ratios": {
+            f"{count} candidates / {fewest}": times.ratio(str(count), str(fewest))
+            for count in EXPANSIONS
+            if count != fewest
+        },
+    }
+
+
+def with_expansions(space: SearchSpace, expansions: list[int]) -> SearchSpace:
+    """Return the space with these expansions for every quadratic candidate."""
+    document = yaml.safe_load(stems("search_spaces", ".yaml")[space.name].read_text(encoding="utf-8"))
+    for holder in (document, *document["stages"]):
+        for candidate in holder.get("candidates", ()):
+            if candidate["block"] == "quadra":
+                candidate["expansion"] = expansions
+    return parse_space(yaml.safe_dump(document), space.name)
+
+
+# ---- the pipeline
+
+
+def measure_pipeline(space: SearchSpace, clock: Clock, steps: int = 60) -> dict[str, Any]:
+    """Return what share of a weight step the batch takes."""
+    shares = {}
+    for name, split in (("digits", digits().train), ("50,000 images as CIFAR-10's", like_cifar10())):
+        batch_size = PRESETS["digits" if name == "digits" else "small"].batch_size
+        supernet = Supernet(space, CLASSES, torch.Generator().manual_seed(0)).train()
+        optimizer = make_optimizer(supernet.weights, 1e-3, 0.01)
+        generator = torch.Generator().manual_seed(1)
+        pipeline = stream(split, batch_size, 0, 0, augment=True)
+        waited = trained = 0.0
+        for i in range(steps):
+            path = sample_path(supernet.alpha.detach(), supernet.mask, generator)
+            start = clock()
+            images, labels = next(pipeline)
+            middle = clock()
+            step_of(supernet, path, optimizer, images, labels)()
+            if i >= 5:  # the first ones warm up
+                waited, trained = waited + middle - start, trained + clock() - middle
+        shares[f"pipeline share, {name}"] = waited / (waited + trained)
+    return {"pipeline": shares}
+
+
+def like_cifar10() -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (len(images),), generator=generator)
+    return Split("train", images.permute(0, 3, 1, 2), labels, (0.5,) * 3, (0.25,) * 3, flip=True)
+
+
+# ---- output
+
+
+def print_result(found: dict[str, Any]) -> None:
+    found["ratios"] |= found.pop("candidate_ratios") | found.pop("pipeline")
+    ratios = found["ratios"]
+    print(f"\n{found['space']}, {found['parameters'] / 1e6:.2f}M parameters")
+    for form, ms in found["ms"].items():
+        shown = [
+            f"{value:5.2f} of {name.split(' / ')[1]}"
+            for name, value in ratios.items()
+            if name.split(" / ")[0] == form
+        ]
+        print(f"  {form:>16} {ms:8.2f} ms  {', '.join(shown)}")
+    for count, row in found["candidates"].items():
+        print(f"  {count:>5} candidates {row['ms']:8.2f} ms  {row['parameters'] / 1e6:.2f}M parameters")
+    for form, megabytes in found["peak_mb"].items():
+        print(f"  {form + ', peak':>16} {megabytes:8.2f} MB")
+    for bar, most in BARS.items():
+        print(f"  {'PASS' if ratios[bar] <= most else 'MISS'} {bar}: {ratios[bar]:.3f}, bar {most:.2f}")
+
+
+if __name__ == "__main__":
+    main()
