@@ -23,6 +23,7 @@ from qnas.errors import CheckpointError
 from qnas.files import read_json, write_json
 from qnas.latency.table import table_text
 from qnas.lower import count_macs, lower
+from qnas.plots import draw_budget, read_rows
 from qnas.progress import Progress
 from qnas.rerank import Ranked, ranking_document, rerank
 from qnas.search import Searcher
@@ -115,6 +116,8 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     derived, rivals = _compare(searcher, ranking[0].solution, quiet=quiet)
     by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}
     result = SearchResult(searcher, folder, ranking, derived, rivals, by_seed, searcher.expected_ms)
+    bound = searcher.state.multiplier.bound
+    draw_budget(read_rows(folder / run.METRICS), folder / run.BUDGET_PLOT, multiplier_bound=bound)
     write_json(folder / run.SEARCH, _search_document(result))
     run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
     # last, since its presence says that the run is complete

@@ -9,7 +9,6 @@ from typing import Any
 from qnas.files import naming, write_bytes
 from qnas.watch import UNSETTLED
 
-BUDGET_PLOT = "budget.png"
 OF_LIMIT = "of_limit_"  # the start of the keys that hold an expected amount over its limit
 
 

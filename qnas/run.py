@@ -8,6 +8,7 @@
     run.lock              there while a process is at work here
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
+    budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals
     derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
@@ -44,6 +45,7 @@ METRICS = "metrics.jsonl"
 LOCK = "run.lock"
 SUPERNET = "supernet.safetensors"
 SEARCH = SEARCH_FILE
+BUDGET_PLOT = "budget.png"
 DERIVED = "derived"
 SUBNET = "subnet"
 EXPORT = "export"
@@ -227,7 +229,7 @@ def _partials(folder: Path) -> list[Path]:
 def _clear(folder: Path) -> None:
     """Remove a former run's files, and what was made from them."""
     # first what says that the run is complete: a kill in between must not leave that alone
-    for stale in (ARCH, RESULT, METRICS, SUPERNET, SEARCH, WEIGHTS, SAMPLE):
+    for stale in (ARCH, RESULT, METRICS, SUPERNET, BUDGET_PLOT, SEARCH, WEIGHTS, SAMPLE):
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
     for made_from_it in (SUBNET, EXPORT, DERIVED):

@@ -31,6 +31,7 @@ from qnas.errors import CheckpointError, UsageError
 from qnas.files import json_text, write_json
 from qnas.subnet import build_subnet, subnet_state
 from qnas.train import Score, evaluate, make_optimizer, make_schedule, run_to_end, stream, weight_step
+from qnas.watch import check_finite
 
 SAMPLE_IMAGES = 16  # of the test images, kept to check an export with
 
@@ -155,6 +156,7 @@ class SubnetTrainer:
             scaler=self.scaler,
         )
         self.world.average([loss])  # the gradients are averaged already
+        check_finite(float(loss), self.steps_done + 1)
         self.schedule.step()
         self.steps_done += 1
         row = {"loss": float(loss)}

@@ -21,6 +21,7 @@ from qnas.latency.table import compute_table
 from qnas.limits import Limits, count_limit, latency_limit
 from qnas.originals import parse_data_spec
 from qnas.outcome import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
+from qnas.plots import draw_budget, read_rows
 from qnas.rerank import ranking_document, rerank_saved
 from qnas.search import SearchConfig, Searcher
 from qnas.space import SearchSpace, parse_space
@@ -140,6 +141,13 @@ def test_each_device_has_its_table_in_the_run(finished: Finished) -> None:
         "table-myriad-vpu.csv",
         "table-cortex-a76.csv",
     }
+
+
+def test_the_way_to_the_budget_is_drawn(finished: Finished, tmp_path: Path) -> None:
+    drawn = tmp_path / "again.png"
+    bound = finished.result.searcher.state.multiplier.bound
+    draw_budget(read_rows(finished.folder / run.METRICS), drawn, multiplier_bound=bound)
+    assert (finished.folder / run.BUDGET_PLOT).read_bytes() == drawn.read_bytes()
 
 
 def test_a_saved_supernet_ranks_as_the_search_did(finished: Finished) -> None:

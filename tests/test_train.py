@@ -17,7 +17,7 @@ from torch import nn
 from qnas import run
 from qnas.arch import FoundArch, arch_document, make_arch, sample_arch
 from qnas.data import ImageData, batch_count, load_data
-from qnas.errors import CheckpointError, Interrupted, UsageError
+from qnas.errors import CheckpointError, Interrupted, TrainingError, UsageError
 from qnas.originals import KINDS, parse_data_spec
 from qnas.space import SearchSpace, load_space
 from qnas.train import (
@@ -207,6 +207,23 @@ def test_training_learns_and_repeats(source: FoundArch, digits: ImageData, tmp_p
     assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
     assert rows[-1]["test_accuracy"] == result["test_accuracy"]
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_training_whose_loss_is_no_number_stops(
+    source: FoundArch, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = SubnetTrainer.step
+
+    def break_then_step(self: SubnetTrainer) -> dict[str, float]:
+        if self.steps_done == 7:
+            with torch.no_grad():
+                next(self.network.parameters()).fill_(torch.nan)
+        return step(self)
+
+    monkeypatch.setattr(SubnetTrainer, "step", break_then_step)
+    with pytest.raises(TrainingError, match="step 8: the loss is nan"):
+        train(source, digits, tmp_path / "run")
+    assert not (tmp_path / "run" / run.WEIGHTS).exists()
 
 
 def test_stopped_training_goes_on_as_if_it_had_not_been(
