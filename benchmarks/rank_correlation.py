@@ -27,6 +27,7 @@ import numpy as np
 from experiments import (
     ARMS,
     RESULTS,
+    RIVALS,
     SEARCH_SEEDS,
     Cache,
     Interval,
@@ -163,29 +164,32 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the taus of one data set, and the accuracies that they are of."""
 
-    def alone(networks: Sequence[Arch], seeds: Sequence[int]) -> list[float] | None:
-        rows = [
-            known_training(space, arch, data, recipe, seed, trained)
-            for arch, seed in zip(networks, seeds, strict=True)
-        ]
+    def alone(networks: Sequence[Arch], seed: int) -> list[float] | None:
+        """Return the accuracies of networks trained alone, None where one is missing."""
+        rows = [known_training(space, arch, data, recipe, seed, trained) for arch in networks]
         known = [float(row["accuracy"]) for row in rows if row is not None]
         return known if len(known) == len(networks) else None
 
-    first, second = (alone(spread, [seed] * len(spread)) for seed in SEEDS.values())
+    first, second = (alone(spread, seed) for seed in SEEDS.values())
     assert first is not None, "the networks are not trained yet: --parts alone"
     # a second seed halves the noise of what the supernets are compared with
     truth = first if second is None else [float(v) for v in np.mean([first, second], axis=0)]
-    seeds = [seed for seed in SEARCH_SEEDS for _ in range(len(equal) // len(SEARCH_SEEDS))]
-    equal_truth = alone(equal, seeds)
+    places: list[int] = []
+    equal_truth: list[float] = []
+    for i, seed in enumerate(SEARCH_SEEDS):
+        known = alone(equal[i * RIVALS : (i + 1) * RIVALS], seed)
+        if known is not None:
+            places += range(len(spread) + i * RIVALS, len(spread) + (i + 1) * RIVALS)
+            equal_truth += known
     better = upper_half(truth)
 
     def taus(values: Sequence[float]) -> dict[str, Any]:
-        """Return the taus of figures of the spread networks, then of those of one latency."""
-        of_spread, of_equal = values[: len(spread)], values[len(spread) :]
+        """Return the taus of figures of the spread networks, and of those of one latency behind them."""
+        of_spread = values[: len(spread)]
         upper = rank_interval([of_spread[i] for i in better], [truth[i] for i in better])
         found = {"spread": asdict(rank_interval(of_spread, truth)), "upper": asdict(upper)}
-        if equal_truth is not None and len(of_equal) == len(equal_truth):
-            found["equal"] = asdict(rank_interval(of_equal, equal_truth))
+        if places and len(values) > len(spread):
+            found["equal"] = asdict(rank_interval([values[i] for i in places], equal_truth))
         return found
 
     rows = []
@@ -213,7 +217,7 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         truth, equal = data["truth"], data["equal_truth"]
         line = f"{data['data']}: {len(truth)} networks spread over latencies, trained alone to "
         line += f"{percent(min(truth))} to {percent(max(truth))}"
-        if equal is not None:
+        if equal:
             line += f"; {len(equal)} of one latency, to {percent(min(equal))} to {percent(max(equal))}"
         rows = []
         for row in data["rows"]:

@@ -126,7 +126,11 @@ def search(
         asked[key] = asked[key] or former.get(key, default)
     asked_limits = AskedLimits.of(device, budget, max_params, max_macs, former)
     if former:
-        config = {key: former["search"][key] if value is None else value for key, value in config.items()}
+        config = {
+            # an older version may not have had this option; then what changed is said
+            key: former["search"].get(key) if value is None else value
+            for key, value in config.items()
+        }
     result = _search(
         asked, asked_limits, config, out, resume=resume, force=force, quiet=quiet, announce=not as_json
     )
