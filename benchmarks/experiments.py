@@ -43,6 +43,7 @@ from qnas.train import (
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
+OUT = FOLDER / "results"  # what RESULTS.md was made from: every training, supernet and search as a line
 WINDOW = 0.97  # networks of one latency have from this share of it to all of it
 RIVALS = 10  # random networks of one latency, for each seed
 SEARCH_SEEDS = (0, 1, 2)
@@ -259,9 +260,12 @@ def rivals(space: SearchSpace, table: LatencyTable, seed: int, count: int = RIVA
 ARMS: dict[str, dict[str, Any]] = {
     "independent": {"weights": "independent"},
     "shared": {"weights": "shared"},
+    "shared, two ends": {"weights": "shared", "gradient": "two-ends"},
     "nested": {"weights": "nested", "nested_weight_steps": "sampled"},
     "nested-mixture": {"weights": "nested", "nested_weight_steps": "mixture"},
 }
+# those whose supernets differ while the architecture is not searched
+WEIGHTS_ARMS = {name: changes for name, changes in ARMS.items() if "gradient" not in changes}
 
 
 def base_config(arm: str, seed: int) -> SearchConfig:

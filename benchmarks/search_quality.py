@@ -30,6 +30,7 @@ from typing import Any
 
 from experiments import (
     ARMS,
+    OUT,
     RESULTS,
     RIVALS,
     SEARCH_SEEDS,
@@ -95,10 +96,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEARCH_SEEDS))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--seconds", type=float, default=150.0, help="of a search")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of a search")
     parser.add_argument("--images", type=int, default=Recipe.images)
     parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="of training alone")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
     options = parser.parse_args()
     set_up_process(threads=1)

@@ -73,7 +73,7 @@ def search(
     gradient: Annotated[
         str | None,
         typer.Option(
-            help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
+            help="Of the architecture: two-path, two-ends, all-paths or gumbel; exact for nested weights.",
             show_default=False,
         ),
     ] = None,
