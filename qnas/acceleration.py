@@ -95,9 +95,9 @@ def compile_blocks(module: nn.Module) -> None:
     """Have torch.compile compile each block on its first run, in place; names of weights stay.
 
     Blocks, not networks: a supernet's paths are ever new combinations of the same blocks, and each
-    combination would be compiled anew. Blocks of one shape share a program. On a CPU it does not pay: a
-    training step of a block takes 5 to 12% longer than with the kernels of `qnas.kernels`, and its
-    program some 40 seconds; on a GPU it has not been measured.
+    combination would be compiled anew. Blocks of one shape share a program. On a CPU it does not pay:
+    a block is no faster than with the kernels of `qnas.kernels`, and every shape takes tens of seconds to
+    compile; on a GPU it has not been measured.
     """
     blocks = [block for block in module.modules() if isinstance(block, QuadraBlock | Chain)]
     # torch gives up on a function that it compiled 8 times, and one forward serves all these blocks; times

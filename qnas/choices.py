@@ -19,6 +19,7 @@ with momentum moves that on.
 A module is told which route to run and keeps nothing of an architecture.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -70,16 +71,12 @@ class FactoredMixture:
 Route = int | Gated | Mixture | FactoredMixture  # a number is a candidate's, run alone
 
 
-class Choice(nn.Module):
+class Choice(nn.Module, ABC):
     """The candidates of one position."""
 
+    @abstractmethod
     def run_candidate(self, x: Tensor, index: int) -> Tensor:
         """Run one candidate: (B, C_in, H, W) -> (B, C_out, H, W)."""
-        raise NotImplementedError
-
-    def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
-        """Run the relaxed block of nested candidates; the shape stays."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """Run a route: (B, C_in, H, W) -> (B, C_out, H, W)."""
@@ -92,6 +89,7 @@ class Choice(nn.Module):
         if isinstance(route, Mixture):
             outputs = (share.to(x) * self.run_candidate(x, i) for i, share in enumerate(route.shares))
             return torch.stack(list(outputs)).sum(0)
+        assert isinstance(self, NestedChoice), "only nested weights have a factored mixture"
         return self.run_mixture(x, route)
 
 
@@ -307,7 +305,7 @@ class NestedChoice(SharedChoice):
         self.grid = grid_of(space, slot.position)
 
     def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
-        """See Choice."""
+        """Run the relaxed block: (B, C, H, W) -> (B, C, H, W)."""
         block = cast(QuadraBlock, self.shared["quadra"])
         norm1, norm2 = cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
         expand, project = cast(nn.Conv2d, block.expand), cast(nn.Conv2d, block.project)

@@ -21,6 +21,7 @@ All but two-path and two-ends take the latency's gradient over all candidates.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -98,17 +99,12 @@ class PairStep:
         renormalise_pair(supernet.alpha, self.logits.detach(), self.sample, self.temperature)
 
 
-def two_path(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
-    """Draw a pair a position."""
+def two_path(
+    supernet: Supernet, temperature: float, generator: Generator, *, evenly: bool = False
+) -> ArchitectureStep:
+    """Draw a pair a position, and one of it as active: by the pair's softmax, or `evenly` (two-ends)."""
     logits = supernet.logits(temperature)
-    sample = sample_pairs(logits, supernet.mask, generator)
-    return PairStep(sample.paths, logits, supernet.mask, sample, temperature)
-
-
-def two_ends(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
-    """Draw a pair a position, and either of it as the active one."""
-    logits = supernet.logits(temperature)
-    sample = sample_pairs(logits, supernet.mask, generator, evenly=True)
+    sample = sample_pairs(logits, supernet.mask, generator, evenly=evenly)
     return PairStep(sample.paths, logits, supernet.mask, sample, temperature)
 
 
@@ -136,7 +132,7 @@ def exact(supernet: Supernet, temperature: float, generator: Generator) -> Archi
 
 GRADIENTS: dict[GradientForm, Callable[[Supernet, float, Generator], ArchitectureStep]] = {
     "two-path": two_path,
-    "two-ends": two_ends,
+    "two-ends": partial(two_path, evenly=True),
     "all-paths": all_paths,
     "gumbel": gumbel,
     "exact": exact,

@@ -29,7 +29,6 @@ from qnas.choices import (
     grid_of,
     make_choice,
 )
-from qnas.latency.table import LatencyTable
 from qnas.limits import Limits
 from qnas.lower import BlockSpec, skeleton
 from qnas.space import SearchSpace
@@ -243,11 +242,6 @@ def limit_tensors(limits: Limits, mask: Tensor) -> LimitTensors:
         torch.stack([_cells(limit.cells, mask) for limit in limits]),
         torch.tensor([limit.limit for limit in limits], dtype=torch.float64),
     )
-
-
-def latency_tensor(table: LatencyTable, mask: Tensor) -> Tensor:
-    """Return the table's milliseconds as (positions, candidates) float64, 0 beyond the candidates."""
-    return _cells(table.ms, mask)
 
 
 def _cells(rows: Sequence[Sequence[float]], mask: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from qnas.supernet import (
     expected_latency,
     expected_latency_of_pairs,
     largest_ratio,
-    latency_tensor,
     limit_tensors,
     log_probabilities,
     probabilities,
@@ -206,8 +205,8 @@ def test_pair_latency_has_the_full_value_and_the_gradient_of_moving_within_the_p
 def test_the_latency_gradient_reaches_identity(device: str, tiny_space: SearchSpace) -> None:
     table = compute_table(load_device(device), tiny_space)
     supernet = make_supernet(tiny_space)
-    cells = latency_tensor(table, supernet.mask)
-    total = expected_latency(supernet.alpha, supernet.mask, table.fixed_ms, cells)
+    limits = limit_tensors((latency_limit(table, table.slowest_ms),), supernet.mask)
+    total = expected_latency(supernet.alpha, supernet.mask, limits.fixed, limits.cells).sum()
     (gradient,) = torch.autograd.grad(total, supernet.alpha)
     for row, position in enumerate(tiny_space.positions):
         # identity is free, so probability that moves to it makes the network faster

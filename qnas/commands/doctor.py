@@ -34,7 +34,7 @@ class Finding:
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, which devices and predictors are there, and whether GPU and compiler work.
 
-    Builds the C++ kernels if they never were, which takes half a minute. Exits with 1 if something is
+    Builds the C++ kernels if they never were, which takes some seconds. Exits with 1 if something is
     broken.
 
     Example: qnas doctor
