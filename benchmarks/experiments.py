@@ -47,6 +47,7 @@ OUT = FOLDER / "results"  # what RESULTS.md was made from: every training, super
 WINDOW = 0.97  # networks of one latency have from this share of it to all of it
 RIVALS = 10  # random networks of one latency, for each seed
 SEARCH_SEEDS = (0, 1, 2)
+TRAINED_PX = 32  # the size of the images that everything is trained on
 PILOT_STEPS = 30  # timed before a supernet is trained for a given time
 DRAWS = 2000  # of the bootstrap
 LEVEL = 0.95
@@ -68,12 +69,12 @@ class Recipe:
 # ---- data and spaces
 
 
-def tiny_space(name: str) -> SearchSpace:
-    """Return one of the experiments' own spaces."""
-    return load_space(FOLDER / "spaces" / f"{name}.yaml")
+def tiny_space(name: str, resolution_px: int = TRAINED_PX) -> SearchSpace:
+    """Return one of the experiments' own spaces, its latencies those of images of this size."""
+    return load_space(FOLDER / "spaces" / f"{name}.yaml").with_resolution(resolution_px)
 
 
-def load_images(spec: str, images: int, *, resolution_px: int = 32) -> ImageData:
+def load_images(spec: str, images: int, *, resolution_px: int = TRAINED_PX) -> ImageData:
     """Read a data set and keep this many of its training images; all test images stay.
 
     Held-out images are a fifth of them, drawn from those that every run of qnas holds out.
@@ -165,9 +166,9 @@ def blocks_of(space: SearchSpace, arch: Arch) -> list[list[str]]:
 def training_parts(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int
 ) -> dict[str, Any]:
-    """Return all that a training depends on."""
+    """Return all that a training depends on; that is not the size of the images that latencies are of."""
     return {
-        "space": space.digest,
+        "space": space.with_resolution(TRAINED_PX).digest,
         "blocks": blocks_of(space, arch),
         "data": data.digest,
         "recipe": asdict(recipe),
@@ -260,19 +261,16 @@ def rivals(space: SearchSpace, table: LatencyTable, seed: int, count: int = RIVA
 ARMS: dict[str, dict[str, Any]] = {
     "independent": {"weights": "independent"},
     "shared": {"weights": "shared"},
-    "shared, two ends": {"weights": "shared", "gradient": "two-ends"},
     "nested": {"weights": "nested", "nested_weight_steps": "sampled"},
     "nested-mixture": {"weights": "nested", "nested_weight_steps": "mixture"},
 }
-# those whose supernets differ while the architecture is not searched
-WEIGHTS_ARMS = {name: changes for name, changes in ARMS.items() if "gradient" not in changes}
 
 
 def base_config(arm: str, seed: int) -> SearchConfig:
     """Return what all supernets of the experiments have in common; their epochs are planned by time."""
     return SearchConfig(
         preset="benchmark",
-        resolution_px=32,
+        resolution_px=TRAINED_PX,
         warmup_epochs=1,
         search_epochs=1,
         batch_size=64,

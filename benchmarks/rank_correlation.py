@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 from experiments import (
+    ARMS,
     OUT,
     RESULTS,
     RIVALS,
     SEARCH_SEEDS,
-    WEIGHTS_ARMS,
     Cache,
     Interval,
     Recipe,
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", action="append", required=True, help="fashion-mnist:DIR or cifar10:DIR")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--arms", nargs="+", default=list(WEIGHTS_ARMS), choices=WEIGHTS_ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seconds", type=float, default=120.0, help="of training a supernet")
     parser.add_argument("--networks", type=int, default=24)
     parser.add_argument("--images", type=int, default=Recipe.images)
@@ -102,7 +102,7 @@ def main() -> None:
     for images in data:
         rows = {
             arm: scored.get(supernet_parts(space, images, arm, [*spread, *equal], options.seconds))
-            for arm in WEIGHTS_ARMS
+            for arm in ARMS
         }
         found.append(summarise(space, table, images, recipe, spread, equal, trained, rows))
     facts = {"cpu": host.cpu_name(), "recipe": asdict(recipe), "seconds": options.seconds}

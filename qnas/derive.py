@@ -1,7 +1,8 @@
-"""The exact solve: the most probable networks within all limits, and random networks of a latency.
+"""The exact solve: the best networks within all limits, and random networks of a latency.
 
-The choices are separable, so it is a multiple-choice knapsack (REFERENCE: maximise sum x log p under
-sum x t <= T - fixed), which `knapsack` solves with proof. Where identities sit in a stage does not
+A network's score is the sum of its candidates', the effects that were measured of them (`effects`) or
+the logarithms of their probabilities, so it is a multiple-choice knapsack (REFERENCE: maximise sum x s
+under sum x t <= T - fixed), which `knapsack` solves with proof. Where identities sit in a stage does not
 change a network: block X in the second position and identity in the third is the network that has them
 the other way round. `solve_best` counts such placements once, as the one that scores highest: its
 positions are those that the search trained and trusted most.
@@ -36,13 +37,14 @@ FAR = 0.25
 BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would choose
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
+Indices = tuple[int, ...]  # a network: the candidate's number at each position
 
 
 @dataclass(frozen=True)
 class Solution:
     """A network and what is proven of it."""
 
-    indices: tuple[int, ...]  # the candidate's number at each position
+    indices: Indices
     score: float  # sum of the chosen candidates' scores
     limits: Limits  # that it is within
     bound: float  # no network within the limits has a higher score than this
@@ -197,8 +199,16 @@ def largest(space: SearchSpace, limits: Limits) -> Solution:
 class Searched:
     """What a finished search knows of the networks of its space."""
 
-    scores: Scores  # log probabilities
+    log_probabilities: Scores
+    effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
     pressed: bool  # whether its budget bound
+
+    @property
+    def scores(self) -> Scores:
+        """Return what derivation maximises."""
+        if self.effects is None:
+            return self.log_probabilities
+        return tuple(tuple(-nats for nats in row) for row in self.effects)
 
 
 def read_searched(folder: Path, space: SearchSpace) -> Searched:
@@ -210,18 +220,25 @@ def read_searched(folder: Path, space: SearchSpace) -> Searched:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
     content = read_json(path, CheckpointError)
-    rows = content.get("log_probabilities")
+    found = content.get("effects")
+    return Searched(
+        _rows(path, content, "log_probabilities", space),
+        None if found is None else _rows(path, found, "nats", space),
+        pressed=content.get("budget_binds") is not False,
+    )
+
+
+def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
+    """Return a file's numbers of each candidate of each position."""
+    rows = content.get(name) if isinstance(content, dict) else None
     sizes = [len(position.candidates) for position in space.positions]
     if (
         not isinstance(rows, list)
         or [len(row) if isinstance(row, list) else -1 for row in rows] != sizes
         or not all(isinstance(value, float | int) for row in rows for value in row)
     ):
-        raise CheckpointError(
-            f"{path}: no log_probabilities for each candidate of space {space.name}: search again"
-        )
-    scores = tuple(tuple(map(float, row)) for row in rows)
-    return Searched(scores, pressed=content.get("budget_binds") is not False)
+        raise CheckpointError(f"{path}: no {name} for each candidate of space {space.name}: search again")
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,14 +307,15 @@ def sample_near(
     rng: np.random.Generator,
     *,
     within: Limits = (),
+    weights: Scores | None = None,
     bins: int = 4000,
-) -> list[tuple[int, ...]]:
+) -> list[Indices]:
     """Draw networks whose latency lies in [low, high], all such networks about equally likely.
 
-    Counts the networks of every total by dynamic programming over latencies rounded to bins, then
-    draws backwards through the counts; what rounding put outside the window, and what is over one of
-    the limits `within`, is drawn again. Returns fewer than n, perhaps none, where such networks are
-    rare.
+    With `weights` of the candidates each is as likely as the product of its candidates' weights. Counts
+    the networks of every total by dynamic programming over latencies rounded to bins, then draws
+    backwards through the counts; what rounding put outside the window, and what is over one of the
+    limits `within`, is drawn again. Returns fewer than n, perhaps none, where such networks are rare.
     """
     room = high_ms - table.fixed_ms
     if room <= 0:
@@ -307,23 +325,24 @@ def sample_near(
     # rounding moves a total by up to half a bin a position: networks at the window's ends too are met
     slack = len(steps) // 2 + 1
     last = bins + slack
+    shares = [np.asarray(row) / sum(row) for row in weights or [[1.0] * len(row) for row in steps]]
     # ways[i][b]: share of the choices of positions i.. that take b bins together
     ways: list[NDArray[np.float64]] = [np.zeros(last + 1) for _ in range(len(steps) + 1)]
     ways[-1][0] = 1.0
     for i in range(len(steps) - 1, -1, -1):
-        for step in steps[i]:
+        for step, share in zip(steps[i], shares[i], strict=True):
             if step <= last:
-                ways[i][step:] += ways[i + 1][: last + 1 - step] / len(steps[i])
+                ways[i][step:] += share * ways[i + 1][: last + 1 - step]
     first = max(0, math.floor((low_ms - table.fixed_ms) / width) - slack)
     start = ways[0][first:]
     if start.sum() <= 0:
         return []
-    found: list[tuple[int, ...]] = []
+    found: list[Indices] = []
     for _ in range((200 if within else 20) * n):
         left = first + int(rng.choice(len(start), p=start / start.sum()))
         indices = []
-        for i, row in enumerate(steps):
-            after = np.where(row <= left, ways[i + 1][np.maximum(left - row, 0)], 0.0)
+        for i, (row, share) in enumerate(zip(steps, shares, strict=True)):
+            after = np.where(row <= left, share * ways[i + 1][np.maximum(left - row, 0)], 0.0)
             pick = int(rng.choice(len(row), p=after / after.sum()))
             indices.append(pick)
             left -= int(row[pick])

@@ -1,27 +1,22 @@
 """The gradient of the architecture: what an architecture step runs, and how it reaches the parameters.
 
-Five forms. With independent or shared weights, of which one candidate a position is active:
+Four forms. With independent or shared weights, of which one candidate a position is active:
 
 - two-path, of ProxylessNAS (arXiv 1812.00332): two candidates are drawn without replacement, one of
   them is active. The latency's gradient is taken over the same pair, and after the update the pair is
   shifted, so that the step moves probability between the two alone. Identity feels its latency whenever
   it is drawn, active or not;
-- two-ends: as two-path, but either of the pair is active half of the time. What the gates show is the
-  slope of the loss where one candidate is active, and a trained block has next to none there, however
-  much is lost without it: probable blocks look worthless. The mean of the slopes at both ends of an
-  exchange is its difference of losses to second order (Heun's rule, as in ReinMax, arXiv 2304.08612);
 - all-paths, its `full_v2`: one candidate is drawn, all of them enter the gates' gradient;
 - gumbel: as all-paths, with the draw by noise added to the logits and the gradient of the softmax of
   the sum (straight-through Gumbel-softmax, arXiv 1611.01144).
 
 With nested weights, exact: the relaxed network is run as it is and nothing is drawn.
 
-All but two-path and two-ends take the latency's gradient over all candidates.
+All but two-path take the latency's gradient over all candidates.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -41,7 +36,7 @@ from qnas.supernet import (
     straight_through,
 )
 
-GradientForm = Literal["two-path", "two-ends", "all-paths", "gumbel", "exact"]
+GradientForm = Literal["two-path", "all-paths", "gumbel", "exact"]
 GRADIENT_FORMS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 # The temperature of Gumbel-softmax. That of the search divides the logits before.
@@ -99,12 +94,10 @@ class PairStep:
         renormalise_pair(supernet.alpha, self.logits.detach(), self.sample, self.temperature)
 
 
-def two_path(
-    supernet: Supernet, temperature: float, generator: Generator, *, evenly: bool = False
-) -> ArchitectureStep:
-    """Draw a pair a position, and one of it as active: by the pair's softmax, or `evenly` (two-ends)."""
+def two_path(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
+    """Draw a pair a position, and one of it as active."""
     logits = supernet.logits(temperature)
-    sample = sample_pairs(logits, supernet.mask, generator, evenly=evenly)
+    sample = sample_pairs(logits, supernet.mask, generator)
     return PairStep(sample.paths, logits, supernet.mask, sample, temperature)
 
 
@@ -132,7 +125,6 @@ def exact(supernet: Supernet, temperature: float, generator: Generator) -> Archi
 
 GRADIENTS: dict[GradientForm, Callable[[Supernet, float, Generator], ArchitectureStep]] = {
     "two-path": two_path,
-    "two-ends": partial(two_path, evenly=True),
     "all-paths": all_paths,
     "gumbel": gumbel,
     "exact": exact,

@@ -1,10 +1,11 @@
 """What a search ends with: the network, its certificate, and an honest comparison.
 
-The k best networks within the limits are ranked by their accuracy on the held-out images, and the first
-is the derived network. It is compared, on the test images and with the same supernet's weights, with
-what one could have had for less: random networks of its latency, the network that MACs alone would
-choose, and the largest within the budget; and with the same search under other seeds where such runs lie
-beside this one. None of these figures chooses anything.
+The candidates' effects on the held-out loss are measured, and the k best networks by them are solved for
+(by the probabilities where effects cannot be told). These are ranked by their accuracy on the held-out
+images, and the first is the derived network. It is compared, on the test images and with the same
+supernet's weights, with what one could have had for less: random networks of its latency, the network
+that MACs alone would choose, and the largest within the budget; and with the same search under other
+seeds where such runs lie beside this one. None of these figures chooses anything.
 """
 
 import statistics
@@ -18,7 +19,16 @@ import numpy as np
 from qnas import run
 from qnas.arch import Arch, arch_from_indices
 from qnas.checkpoint import Checkpoints
-from qnas.derive import Solution, largest, macs_guided, sample_near, solution_document
+from qnas.derive import (
+    Indices,
+    Scores,
+    Solution,
+    largest,
+    macs_guided,
+    sample_near,
+    solution_document,
+)
+from qnas.effects import Effects
 from qnas.errors import CheckpointError
 from qnas.files import read_json, write_json
 from qnas.latency.table import table_text
@@ -52,7 +62,7 @@ class Rivals:
     """What the derived network is compared with, all within the same limits."""
 
     random: tuple[NetworkScore, ...]  # of nearly its latency
-    macs_guided: NetworkScore | None  # chosen by the same probabilities under a limit on MACs; None: none is
+    macs_guided: NetworkScore | None  # chosen by the same scores under a limit on MACs; None: none is
     largest: NetworkScore  # of the most MACs
 
 
@@ -62,6 +72,7 @@ class SearchResult:
 
     searcher: Searcher
     folder: Path
+    effects: Effects | None  # that were derived by; None: by the probabilities
     ranking: tuple[Ranked, ...]  # the k best networks by held-out accuracy
     derived: NetworkScore  # the first of them
     rivals: Rivals
@@ -110,12 +121,15 @@ def run_search(
 
 
 def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
-    solutions = searcher.derive_best()
+    with Progress(searcher.effect_networks, "measure", quiet=quiet) as progress:
+        effects = searcher.measure_effects(progress.step_by)
+    solutions = searcher.derive_best(effects)
     with Progress(len(solutions), "rank", quiet=quiet) as progress:
         ranking = rerank(searcher.space, solutions, searcher.data, searcher.score, progress.step)
-    derived, rivals = _compare(searcher, ranking[0].solution, quiet=quiet)
+    scores = effects.scores if effects else searcher.log_probabilities
+    derived, rivals = _compare(searcher, scores, ranking[0].solution, quiet=quiet)
     by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}
-    result = SearchResult(searcher, folder, ranking, derived, rivals, by_seed, searcher.expected_ms)
+    result = SearchResult(searcher, folder, effects, ranking, derived, rivals, by_seed, searcher.expected_ms)
     bound = searcher.state.multiplier.bound
     draw_budget(read_rows(folder / run.METRICS), folder / run.BUDGET_PLOT, multiplier_bound=bound)
     write_json(folder / run.SEARCH, _search_document(result))
@@ -126,8 +140,10 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     return result
 
 
-def _compare(searcher: Searcher, solution: Solution, *, quiet: bool) -> tuple[NetworkScore, Rivals]:
-    """Evaluate the derived network and its rivals on the test images."""
+def _compare(
+    searcher: Searcher, scores: Scores, solution: Solution, *, quiet: bool
+) -> tuple[NetworkScore, Rivals]:
+    """Evaluate the derived network and its rivals on the test images; `scores` are what was derived by."""
     space, limits, latency_ms = searcher.space, searcher.limits, solution.latency_ms
     rng = np.random.default_rng(searcher.config.seed)
     random = sample_near(
@@ -138,23 +154,23 @@ def _compare(searcher: Searcher, solution: Solution, *, quiet: bool) -> tuple[Ne
         rng,
         within=limits[1:],
     )
-    guided = macs_guided(space, searcher.log_probabilities, limits)
+    guided = macs_guided(space, scores, limits)
     most = largest(space, limits)
     networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
-    scores: dict[tuple[int, ...], NetworkScore] = {}
+    tested: dict[Indices, NetworkScore] = {}
     with Progress(len(set(networks)), "compare", quiet=quiet) as progress:
         for indices in networks:
-            if indices not in scores:
-                scores[indices] = network_score(searcher, indices)
+            if indices not in tested:
+                tested[indices] = network_score(searcher, indices)
                 progress.step()
-    return scores[solution.indices], Rivals(
-        random=tuple(scores[indices] for indices in random),
-        macs_guided=scores[guided.indices] if guided else None,
-        largest=scores[most.indices],
+    return tested[solution.indices], Rivals(
+        random=tuple(tested[indices] for indices in random),
+        macs_guided=tested[guided.indices] if guided else None,
+        largest=tested[most.indices],
     )
 
 
-def network_score(searcher: Searcher, indices: tuple[int, ...]) -> NetworkScore:
+def network_score(searcher: Searcher, indices: Indices) -> NetworkScore:
     """Evaluate a network of the supernet, given by its candidates' numbers, on the test images."""
     arch = arch_from_indices(searcher.space, indices)
     return NetworkScore(
@@ -212,6 +228,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "expected": [float(amount) for amount in result.searcher.expected],
         "budget_binds": result.searcher.binds,
         "log_probabilities": result.searcher.log_probabilities,
+        "effects": asdict(result.effects) if result.effects else None,
         "ranking": ranking_document(result.ranking),
         "derived": entry(result.derived) | {"heldout_accuracy": result.ranking[0].heldout.accuracy},
         "random": [entry(score) for score in rivals.random],

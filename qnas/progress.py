@@ -50,10 +50,14 @@ class Progress:
 
     def step(self, figures: str = "") -> None:
         """Count one step."""
-        self._done += 1
         self._figures = figures or self._figures
         self._bar.set_postfix_str(self._figures, refresh=False)
-        self._bar.update()
+        self.step_by(1)
+
+    def step_by(self, steps: int) -> None:
+        """Count several steps."""
+        self._done += steps
+        self._bar.update(steps)
         if not self._terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
 

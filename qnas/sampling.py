@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnas.arch import SPACE_FILE, arch_document, arch_from_indices
-from qnas.derive import sample_near
+from qnas.derive import Indices, sample_near
 from qnas.errors import CheckpointError, UsageError
 from qnas.files import write_json, write_text
 from qnas.latency.measured import Measured, write_measured
@@ -37,7 +37,6 @@ _POOL = 24  # networks drawn from a window
 _OWN = 0.3  # of a block's cost, what may depend on its position
 _ROUNDS = 20  # over the whole range, for windows in which there was no other network
 
-Indices = tuple[int, ...]
 Array = NDArray[np.float64]
 
 

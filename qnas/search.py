@@ -5,11 +5,12 @@ weight steps. The state between two steps is explicit, so that a run that was st
 it had not been; batches depend only on the seed and their number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,8 +27,9 @@ from qnas.acceleration import (
 from qnas.arch import Arch
 from qnas.choices import WEIGHTS_MODES, WeightsMode
 from qnas.data import ImageData, Split, batch_count
-from qnas.derive import K_BEST, Scores, Solution, check_feasible, solve, solve_best
+from qnas.derive import K_BEST, Indices, Scores, Solution, check_feasible, solve, solve_best
 from qnas.distributed import ALONE, World
+from qnas.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, count_effects, measure_effects
 from qnas.errors import ArchError, CheckpointError, UsageError
 from qnas.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
 from qnas.limits import Limits
@@ -45,6 +47,7 @@ from qnas.supernet import (
 from qnas.train import (
     PathAdamW,
     Score,
+    batch_statistics,
     make_optimizer,
     make_schedule,
     stream,
@@ -61,6 +64,9 @@ FINAL_TEMPERATURE = 0.3
 # by then hangs on noise.
 ANNEALED_SHARE = 0.85
 FINAL_RATE = 0.3
+# Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
+# two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
+STEPS_PER_NETWORK = 4
 SETTLING_LOGIT = 0.5  # that a step of settling changes a logit by, at most
 
 
@@ -86,6 +92,9 @@ class SearchConfig:
     torch_device: TorchDevice = "auto"
     precision: Precision = "auto"
     compile: bool = False  # slower on CPUs
+    # networks whose losses the candidates' effects are fitted to at the end, `qnas.effects`; None: as many
+    # as the effects need, but no more than a share of the search; 0: none, probabilities are derived by
+    effect_networks: int | None = None
     k_best: int = K_BEST  # networks that are solved for at the end, to be ranked on held-out images
     random_networks: int = 10
     threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
@@ -95,8 +104,10 @@ class SearchConfig:
         for name in ("resolution_px", "search_epochs", "batch_size", "arch_every", "k_best"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
-        if min(self.warmup_epochs, self.random_networks, self.threads) < 0:
-            raise UsageError("warm-up epochs, random networks and threads: expected at least 0")
+        if min(self.warmup_epochs, self.random_networks, self.threads, self.effect_networks or 0) < 0:
+            raise UsageError(
+                "warm-up epochs, random networks, effect networks and threads: expected at least 0"
+            )
         if self.latency_loss not in LATENCY_LOSSES:
             raise UsageError(
                 f"unknown latency loss {self.latency_loss!r}, expected one of {', '.join(LATENCY_LOSSES)}"
@@ -476,8 +487,12 @@ class Searcher:
 
     @property
     def log_probabilities(self) -> Scores:
-        """The logarithm of each candidate's probability, by position: what derivation maximises."""
-        log_p = log_probabilities(self.logits, self.state.supernet.mask)
+        """The logarithm of each candidate's probability, by position."""
+        return self._log_probabilities(self.temperature)
+
+    def _log_probabilities(self, temperature: float) -> Scores:
+        supernet = self.state.supernet
+        log_p = log_probabilities(supernet.logits(temperature).detach(), supernet.mask)
         return tuple(
             tuple(row[: len(position.candidates)].tolist())
             for row, position in zip(log_p, self.space.positions, strict=True)
@@ -487,9 +502,46 @@ class Searcher:
         """Solve for the most probable network within the budget."""
         return solve(self.log_probabilities, self.limits)
 
-    def derive_best(self) -> tuple[Solution, ...]:
-        """Solve for the most probable networks within the budget, best first."""
-        return solve_best(self.space, self.log_probabilities, self.limits, self.config.k_best)
+    @property
+    def effect_networks(self) -> int:
+        """How many networks are drawn to measure the candidates' effects."""
+        if self.config.effect_networks is not None:
+            return self.config.effect_networks
+        return min(NETWORKS_PER_EFFECT * count_effects(self.space), self.total_steps // STEPS_PER_NETWORK)
+
+    def measure_effects(self, on_measured: Callable[[int], None] = lambda _: None) -> Effects | None:
+        """Measure what each candidate adds to the held-out loss; None where that cannot be told.
+
+        The state stays as it is, so that a second call returns the same.
+        """
+        split, seed = self.data.heldout, self.config.seed + 2  # other draws than those of the steps
+        size, device = min(IMAGES, len(split)), self.acceleration.device
+        return measure_effects(
+            self.space,
+            self.limits,
+            # as they are before a temperature sharpens them: settled positions are to vary as well
+            self._log_probabilities(1.0),
+            self.losses,
+            stream(split, size, seed, 0, augment=False, device=device),
+            self.effect_networks,
+            np.random.default_rng(seed),
+            on_measured,
+        )
+
+    @torch.no_grad()
+    def losses(self, networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+        """Return the cross-entropy of each network with the supernet's weights, in nats.
+
+        images: (B, C, H, W), labels: (B,); batch norms use the batch's own statistics.
+        """
+        supernet = self.state.supernet.eval()
+        with batch_statistics(supernet), self.acceleration.autocast_unscaled():
+            return [float(F.cross_entropy(supernet(images, network), labels)) for network in networks]
+
+    def derive_best(self, effects: Effects | None = None) -> tuple[Solution, ...]:
+        """Solve for the best networks within the budget: of least loss by the effects, or most probable."""
+        scores = effects.scores if effects else self.log_probabilities
+        return solve_best(self.space, scores, self.limits, self.config.k_best)
 
     def score(self, arch: Arch, split: Split | None = None) -> Score:
         """Evaluate a network with the supernet's weights, on the test images unless told otherwise."""

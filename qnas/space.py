@@ -266,6 +266,12 @@ class SearchSpace(_Node):
         content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return SearchSpace.model_validate({**content, "norm": norm})
 
+    def with_resolution(self, resolution_px: int) -> "SearchSpace":
+        """Return the same space for images of another size: with the same weights, other latencies."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        shown = {**content["input"], "resolution_px": resolution_px}
+        return SearchSpace.model_validate({**content, "input": shown})
+
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
         content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)

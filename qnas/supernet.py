@@ -187,11 +187,10 @@ class PairSample:
     conditional: Tensor  # (n, 2) softmax over the pair, with gradient to the logits
 
 
-def sample_pairs(logits: Tensor, mask: Tensor, generator: Generator, *, evenly: bool = False) -> PairSample:
+def sample_pairs(logits: Tensor, mask: Tensor, generator: Generator) -> PairSample:
     """Draw two candidates a position without replacement, and which of the two is active.
 
-    The active one is drawn by the pair's softmax q, or `evenly`, each half of the time.
-    The gates are straight-through: their value is 0 or 1, their gradient that of q,
+    The gates are straight-through: their value is 0 or 1, their gradient that of the pair's softmax q,
     so dL/dlogit_i = sum_j dL/dg_j q_j (delta_ij - q_i) over the pair.
     """
     rows = torch.nonzero(mask.sum(1) > 1)[:, 0]
@@ -200,8 +199,7 @@ def sample_pairs(logits: Tensor, mask: Tensor, generator: Generator, *, evenly: 
     p = p.clamp_min(1e-30) * mask[rows]
     pairs = torch.multinomial(p, 2, generator=generator)
     conditional = torch.softmax(logits[rows].gather(1, pairs), dim=1)
-    chances = torch.full_like(conditional, 0.5) if evenly else conditional.detach()
-    active = torch.multinomial(chances, 1, generator=generator)
+    active = torch.multinomial(conditional.detach(), 1, generator=generator)
     gates = straight_through(conditional, active)
     paths: list[Route] = [0] * len(mask)
     for i, row in enumerate(rows.tolist()):

@@ -285,7 +285,7 @@ def choice_line(heldout_accuracy: float, rank: int, solved: int) -> str:
     if solved == 1:
         return f"the only network within the budget; {heldout_accuracy:.1%} on held-out images"
     return (
-        f"by held-out images ({heldout_accuracy:.1%}) from the {solved} most probable within the budget: "
+        f"by held-out images ({heldout_accuracy:.1%}) from the {solved} best within the budget: "
         f"number {rank} of them"
     )
 

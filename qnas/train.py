@@ -190,6 +190,25 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
         norm.eval()
 
 
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norms use the statistics of what is put through, as in training, and keep none of them.
+
+    For comparing many paths of a supernet, each of which would need statistics of its own.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, (training, tracks) in zip(norms, before, strict=True):
+            norm.train(training)
+            norm.track_running_stats = tracks
+
+
 def stream(
     split: Split,
     batch_size: int,

@@ -560,7 +560,7 @@ def test_without_its_data_a_search_is_solved_again_and_not_ranked(
     capsys.readouterr()
     assert qnas(*command) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the most probable network within the budget, not ranked on held-out images: /" in shown
+    assert "the first network by the search's scores, not ranked on held-out images: /" in shown
     assert "nowhere: no such file or folder" in shown
     assert "nowhere" in complaint(capsys, *command, "--rerank")
     (searched / "supernet.safetensors").unlink()

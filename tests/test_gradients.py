@@ -16,10 +16,9 @@ from qnas.limits import Limits, count_limit, latency_limit
 from qnas.space import SearchSpace
 from qnas.supernet import LimitTensors, Supernet, expected_latency, limit_tensors, probabilities
 
-SAMPLED: list[GradientForm] = ["two-path", "two-ends", "all-paths", "gumbel"]
+SAMPLED: list[GradientForm] = ["two-path", "all-paths", "gumbel"]
 WEIGHTS: dict[GradientForm, WeightsMode] = {
     "two-path": "independent",
-    "two-ends": "shared",
     "all-paths": "shared",
     "gumbel": "independent",
     "exact": "nested",
@@ -82,33 +81,6 @@ def test_the_mean_of_two_path_gradients_is_that_of_all_pairs(tiny_space: SearchS
     draws = torch.stack([linear_task_gradient(supernet, "two-path", 1.0, seed) for seed in range(1500)])
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - expected).abs() < 4 * error).all()
-
-
-def test_two_ends_together_have_the_gradient_of_the_pairs_expected_loss(tiny_space: SearchSpace) -> None:
-    """Of a loss that is quadratic in the output, where a slope at one end says nothing of the other."""
-    supernet = make_supernet(tiny_space, "two-ends")
-    p = probabilities(supernet.logits(), supernet.mask)[0].detach()
-    target = 0.5
-    found: dict[tuple[int, ...], dict[int, list[Tensor]]] = {}
-    for seed in range(300):
-        step = GRADIENTS["two-ends"](supernet, 1.0, generator(seed))
-        route = step.routes[0]
-        assert isinstance(route, Gated)
-        pair, active = list(route.candidates), route.candidates[route.active]
-        loss = ((route.gates * VALUES[pair]).sum() - target) ** 2
-        (gradient,) = torch.autograd.grad(loss, supernet.alpha)
-        found.setdefault(tuple(sorted(pair)), {}).setdefault(active, []).append(gradient[0])
-    both = {pair: ends for pair, ends in found.items() if len(ends) == 2}
-    assert len(both) >= 5
-    for drawn, ends in both.items():
-        pair = list(drawn)
-        expected = torch.zeros(5, dtype=torch.float64)
-        expected[pair] = softmax_gradient((VALUES[pair] - target) ** 2, p[pair] / p[pair].sum())
-        torch.testing.assert_close((ends[pair[0]][0] + ends[pair[1]][0]) / 2, expected)
-    # the less probable one of a pair is active as often as the other
-    rare = sum(len(ends[min(pair, key=lambda i: float(p[i]))]) for pair, ends in both.items())
-    every = sum(len(gradients) for ends in both.values() for gradients in ends.values())
-    assert rare / every == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -217,7 +189,7 @@ def test_the_latency_reaches_identity_whatever_was_drawn(form: GradientForm, tin
             (gradient,) = torch.autograd.grad(amount, supernet.alpha, retain_graph=True)
             for row, (index, route) in enumerate(zip(identities, step.routes, strict=True)):
                 if isinstance(route, Gated) and index not in route.candidates:
-                    assert form in ("two-path", "two-ends")
+                    assert form == "two-path"
                     continue
                 # it is free: probability that moves to it lowers every amount
                 assert gradient[row, -1 if form == "exact" else index] < 0
@@ -253,7 +225,7 @@ def test_after_a_two_path_update_the_others_have_their_probabilities_back(tiny_s
         step.after_update(supernet)
         after = probabilities(supernet.logits(0.5), supernet.mask).detach()
         assert not torch.allclose(after, before)
-        if form in ("two-path", "two-ends"):
+        if form == "two-path":
             others = supernet.mask & ~drawn
             assert others.any()
             torch.testing.assert_close(after[others], before[others], rtol=1e-12, atol=0)

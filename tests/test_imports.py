@@ -30,6 +30,7 @@ ORDER = [
     "kernels",
     "quadratic",
     "distributed",
+    "effects",
     "blocks",
     "acceleration",
     "subnet",

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from qnas import run
 from qnas.arch import Arch, find_arch
 from qnas.data import ImageData, load_data
 from qnas.derive import largest, macs_guided, read_searched, solve_best
-from qnas.errors import DataError
+from qnas.errors import CheckpointError, DataError
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.limits import Limits, count_limit, latency_limit
@@ -35,6 +35,7 @@ CONFIG = SearchConfig(
     learning_rate=5e-3,
     arch_learning_rate=0.1,
     arch_every=2,
+    effect_networks=60,
     k_best=6,
     random_networks=4,
 )
@@ -90,6 +91,39 @@ def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) 
         finished.space, read_searched(finished.folder, finished.space).scores, finished.limits, 6
     )
     assert [s.score for s in solutions] == sorted((entry["score"] for entry in ranking), reverse=True)
+
+
+def test_networks_are_derived_by_the_measured_effects(finished: Finished) -> None:
+    effects = finished.document["effects"]
+    assert finished.result.effects is not None
+    assert effects == asdict(finished.result.effects) | {"nats": [list(row) for row in effects["nats"]]}
+    assert finished.result.effects == finished.result.searcher.measure_effects()
+    for entry in finished.document["ranking"]:
+        indices = Arch(tuple(entry["choices"])).indices(finished.space)
+        assert entry["score"] == pytest.approx(-sum(effects["nats"][i][j] for i, j in enumerate(indices)))
+
+
+def test_without_effects_networks_are_derived_by_their_probabilities(
+    finished: Finished, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, search_epochs=1, effect_networks=0)
+    searcher = Searcher(finished.space, finished.limits, finished.data, config)
+    result = run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    assert json.loads((tmp_path / "run" / run.SEARCH).read_text())["effects"] is None
+    assert min(ranked.solution.rank for ranked in result.ranking) == 1
+    for ranked in result.ranking:
+        log_p = [searcher.log_probabilities[i][j] for i, j in enumerate(ranked.solution.indices)]
+        assert ranked.solution.score == pytest.approx(sum(log_p))
+    searched = read_searched(tmp_path / "run", finished.space)
+    assert searched.scores == searched.log_probabilities == searcher.log_probabilities
+
+
+def test_effects_that_are_damaged_are_said_to_be(finished: Finished, tmp_path: Path) -> None:
+    for damaged in ({"nats": [[0.0]]}, {"nats": "none"}, {}, 3):
+        document = finished.document | {"effects": damaged}
+        (tmp_path / run.SEARCH).write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=r"no nats for each candidate"):
+            read_searched(tmp_path, finished.space)
 
 
 def test_every_network_of_the_report_is_within_all_limits(finished: Finished) -> None:

@@ -97,7 +97,7 @@ def derive(
     solutions = solve_best(space, searched.scores, limits, k_best or config["search"].get("k_best", K_BEST))
     solve_s = time.perf_counter() - started
     ranking: list[dict[str, Any]] = []
-    solution, chosen = solutions[0], "the most probable network within the budget"
+    solution, chosen = solutions[0], "the first network by the search's scores"
     if rerank is not False:
         try:
             ranking, solution = _rank(found.folder, config, space, solutions, quiet=quiet)
@@ -106,7 +106,7 @@ def derive(
             if rerank:
                 raise
             chosen += f", not ranked on held-out images: {error}"
-    warning = far_from_searched(searched.scores, limits, pressed=searched.pressed)
+    warning = far_from_searched(searched.log_probabilities, limits, pressed=searched.pressed)
     details = {
         "latency_source": latency,
         "supernet": os.path.relpath(found.folder / "supernet.safetensors", folder),
@@ -133,7 +133,7 @@ def derive(
         "",
         *latency_lines(limits, solution.indices, notes),
         field("size", size_line(space, limits, document["macs"], document["params"])),
-        field("solved", f"the {len(solutions)} most probable networks within the budget in {solve_s:.2f} s"),
+        field("solved", f"the {len(solutions)} best networks within the budget in {solve_s:.2f} s"),
         field("chosen", chosen),
         field("searched", f"for {describe_budgets(found.document['limits'])}"),
         *([field("warning", warning)] if warning else []),

@@ -73,7 +73,16 @@ def search(
     gradient: Annotated[
         str | None,
         typer.Option(
-            help="Of the architecture: two-path, two-ends, all-paths or gumbel; exact for nested weights.",
+            help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
+            show_default=False,
+        ),
+    ] = None,
+    effect_networks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Networks to measure the candidates' effects by; 0 derives by probabilities."
+            "  [default: as many as the effects need]",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +123,7 @@ def search(
         "latency_loss": latency_loss,
         "weights": weights,
         "gradient": gradient,
+        "effect_networks": effect_networks,
         "k_best": k_best,
         "random_networks": random_networks,
         "threads": threads,
@@ -259,6 +269,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     derived, rivals, first = result.derived, result.rivals, result.ranking[0]
     tested = len(result.searcher.data.test)
     yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
+    yield field("solved", _solved_for(result))
     chosen = choice_line(first.heldout.accuracy, first.solution.rank, len(result.ranking))
     yield field("chosen", chosen)
     random = [score.accuracy for score in rivals.random]
@@ -287,3 +298,14 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
             "seeds",
             f"{mean_and_spread(accuracies)} for the {len(accuracies)} runs here that differ in the seed",
         )
+
+
+def _solved_for(result: "SearchResult") -> str:
+    """Say what the derived network is the best by."""
+    effects = result.effects
+    if effects is None:
+        return "for the most probable networks: effects on the loss could not be told"
+    return (
+        f"for the least loss by effects of candidates, fitted to {effects.networks} networks near the "
+        f"budget; they explain {effects.explained:.0%} of what networks left out differ by"
+    )

@@ -1,0 +1,143 @@
+"""What each choice is worth: losses of drawn networks on held-out images, and what explains them.
+
+Probabilities are a poor score to derive by. They hold the pressure of the latency besides the task, so
+that the most probable network leaves latency unused; and what they hold of the task is the slope of the
+loss at gates, and a trained block has next to none where it is active, however much is lost without it.
+So a finished search is asked directly. Networks near the budget are drawn by its probabilities, each is
+run on held-out images with the supernet's weights, and a candidate's effect is what it adds to the loss
+in the additive model that fits them best. The sum of effects, smallest within the limits, is what
+derivation solves for.
+
+Networks that are compared with each other are run on the same images, as images differ more than
+networks do. The model is a ridge regression whose strength is chosen by leaving each network out: it has
+a coefficient for each candidate anywhere, in a stage and at a position, and as many for being a block at
+all, so that positions are told apart as far as the losses tell them apart.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import RidgeCV
+from torch import Tensor
+
+from qnas.derive import Indices, Scores, sample_near, solve
+from qnas.limits import Limits
+from qnas.lower import BlockSpec, fill, skeleton
+from qnas.space import SearchSpace
+
+NETWORKS_PER_EFFECT = 8
+TOGETHER = 10  # networks that are run on the same images
+IMAGES = 128
+WINDOW = 0.7  # of the latency of the most probable network: drawn networks take at least this
+STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
+
+# Losses in nats of networks, given by their candidates' numbers, on images (B, C, H, W) and labels (B,).
+Losses = Callable[[Sequence[Indices], Tensor, Tensor], list[float]]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What each candidate adds to the held-out loss."""
+
+    nats: Scores  # [position][candidate], negative where the loss falls; 0 for what has no layers
+    explained: float  # of the variance between networks on the same images, with each one left out
+    networks: int  # that were measured
+
+    @property
+    def scores(self) -> Scores:
+        """Return what derivation maximises: by how much each candidate lowers the loss."""
+        return tuple(tuple(-nats for nats in row) for row in self.nats)
+
+
+def count_effects(space: SearchSpace) -> int:
+    """Return how many effects there are to tell apart."""
+    return sum(len(position.candidates) - 1 for position in space.positions)
+
+
+def measure_effects(
+    space: SearchSpace,
+    limits: Limits,
+    log_probabilities: Scores,
+    losses: Losses,
+    images_and_labels: Iterator[tuple[Tensor, Tensor]],
+    networks: int,
+    rng: np.random.Generator,
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> Effects | None:
+    """Draw networks within the limits by their probabilities, run them and fit the effects.
+
+    A batch is taken for every `TOGETHER` networks; `on_measured` is called with the number of networks
+    after each. None where too few networks are found, or where their losses follow no sum of effects: a
+    model that does not predict the networks it was not fitted to says nothing of others.
+    """
+    drawn = draw_networks(limits, log_probabilities, networks, rng)
+    if len(set(drawn)) <= TOGETHER:
+        return None
+    measured, groups = [], []
+    for start in range(0, len(drawn), TOGETHER):
+        together = drawn[start : start + TOGETHER]
+        measured += losses(together, *next(images_and_labels))
+        groups += [start] * len(together)
+        on_measured(len(together))
+    effects = fit_effects(space, drawn, np.array(measured), np.array(groups))
+    return effects if effects.explained > 0 else None
+
+
+def draw_networks(
+    limits: Limits, log_probabilities: Scores, networks: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Draw networks within all limits by their probabilities; fewer where they are rare.
+
+    Their latencies on the first device lie between a share of that of the most probable network within
+    the limits and its limit: what effects are depends on how large a network is already.
+    """
+    table = limits[0].table
+    assert table is not None, "the first limit is a device's"
+    weights = tuple(tuple(np.exp(row).tolist()) for row in log_probabilities)
+    least_ms = WINDOW * solve(log_probabilities, limits).latency_ms
+    most_ms = min(limits[0].limit, table.slowest_ms * (1 + 1e-9))
+    return sample_near(table, least_ms, most_ms, networks, rng, within=limits[1:], weights=weights)
+
+
+def fit_effects(
+    space: SearchSpace, networks: Sequence[Indices], losses: NDArray[np.float64], groups: NDArray[np.int64]
+) -> Effects:
+    """Fit the additive model to losses (n,) of networks, of which those of a group saw the same images."""
+    columns, width = _columns(space)
+    design = np.zeros((len(networks), width))
+    for row, network in zip(design, networks, strict=True):
+        for i, choice in enumerate(network):
+            row[columns[i][choice]] += 1
+    design, centred = _within_groups(design, groups), _within_groups(losses, groups)
+    ridge = RidgeCV(alphas=STRENGTHS, fit_intercept=False).fit(design, centred)
+    nats = tuple(tuple(float(ridge.coef_[places].sum()) for places in row) for row in columns)
+    # the best score is minus the mean squared error of networks that were left out
+    explained = 1 + float(ridge.best_score_) / max(float(np.mean(centred**2)), 1e-30)
+    return Effects(nats, explained, len(networks))
+
+
+def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], int]:
+    """Return the coefficients that make up each candidate's effect, and how many there are in all."""
+    numbers: dict[Any, int] = {}
+    columns = []
+    slots = [part for part in skeleton(space) if not isinstance(part, BlockSpec)]
+    for i, slot in enumerate(slots):
+        position = slot.position
+        row = []
+        for candidate in position.candidates:
+            kinds = ("block", candidate) if fill(space, slot, candidate).layers else ()
+            places = ((), ("stage", position.stage), ("position", i))
+            row.append([numbers.setdefault((p, k), len(numbers)) for p in places for k in kinds])
+        columns.append(row)
+    return columns, len(numbers)
+
+
+def _within_groups(values: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return values (n, ...) less the mean of their group."""
+    centred = values.copy()
+    for group in np.unique(groups):
+        centred[groups == group] -= values[groups == group].mean(0)
+    return centred
