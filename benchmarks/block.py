@@ -151,12 +151,11 @@ FORMS: dict[str, Callable[[int], nn.Module]] = {
     "lean": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "native": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "keeping": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=False),
-    "recomputing": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=True),
     "nested": NestedBlock,
     "convnext": ConvNeXtBlock,
     "hornet": HorNetBlock,
 }
-NATIVE = ("native", "keeping", "recomputing", "nested")
+NATIVE = ("native", "keeping", "nested")
 
 
 def main() -> None:
