@@ -293,7 +293,9 @@ void run_backward(const Half& q, const float* grad, const float* kept, const Gra
     const int64_t channels = q.channels, hidden = q.hidden, wide = q.wide(), narrow = q.narrow();
     const bool expand_too = to.expand != nullptr, project_too = to.project != nullptr;
     const int threads = int(std::min<int64_t>(q.useful_threads(), wide));
-    const int64_t chunk = q.chunk(), size = chunk * threads;  // that threads do together
+    // what threads do together is larger: they wait for one another twice each time
+    const int64_t chunk = q.chunk(), together = threads == 1 ? 1 : 4 * threads;
+    const int64_t size = chunk * std::min(together, (q.rows + chunk - 1) / chunk);
     const Expansion expansion(q);
     const Buffer project = allocate(wide * kPanel * channels), back = allocate(narrow * kPanel * hidden);
     pack_weights(q.project, channels, hidden, hidden, 1, project.get());
