@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from hornet import HorNetBlock
 from torch import Tensor, nn
 
-from qnas.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.blocks import QuadraBlock
 from qnas.files import atomic_path
 from qnas.host import cpu_name
 from qnas.kernels import native
@@ -102,61 +103,16 @@ class ConvNeXtBlock(nn.Module):
         return x + rows.permute(0, 3, 1, 2)
 
 
-class RecursiveGatedConvolution(nn.Module):
-    """gnconv of order 3, arXiv 2207.14284, eq. 3.3 to 3.5: p_{k+1} = f_k(q_k) . g_k(p_k) / alpha."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.widths = [channels // 4, channels // 2, channels]
-        self.enter = nn.Conv2d(channels, 2 * channels, 1)  # p_0 and all q_k
-        total = sum(self.widths)
-        self.depthwise = nn.Conv2d(total, total, KERNEL, padding=KERNEL // 2, groups=total)
-        steps = zip(self.widths[:-1], self.widths[1:], strict=True)
-        self.grow = nn.ModuleList(nn.Conv2d(narrow, wide, 1) for narrow, wide in steps)
-        self.leave = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p, q = self.enter(x).split([self.widths[0], sum(self.widths)], dim=1)
-        first, *others = self.depthwise(q).split(self.widths, dim=1)  # alpha is 1
-        p = p * first
-        for grow, gate in zip(self.grow, others, strict=True):
-            p = grow(p) * gate
-        y: Tensor = self.leave(p)
-        return y
-
-
-class HorNetBlock(nn.Module):
-    """x + scale . gnconv(LN(x)), then x + scale . PW2(GELU(PW1(LN(x)))), arXiv 2207.14284, figure 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1 = ChannelLayerNorm(channels, eps=1e-6)
-        self.mixer = RecursiveGatedConvolution(channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.expand = nn.Linear(channels, EXPANSION * channels)
-        self.project = nn.Linear(EXPANSION * channels, channels)
-        self.scale1 = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
-        self.scale2 = nn.Parameter(torch.full((channels,), 1e-6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.mixer(self.norm1(x))
-        x = x + self.scale1 * mixed
-        rows: Tensor = self.norm2(x.permute(0, 2, 3, 1))
-        rows = self.scale2 * self.project(nn.functional.gelu(self.expand(rows)))
-        return x + rows.permute(0, 3, 1, 2)
-
-
 FORMS: dict[str, Callable[[int], nn.Module]] = {
     "naive": lambda channels: NaiveBlock(channels, KERNEL, EXPANSION),
     "lean": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "native": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "keeping": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=False),
-    "recomputing": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=True),
     "nested": NestedBlock,
     "convnext": ConvNeXtBlock,
-    "hornet": HorNetBlock,
+    "hornet": lambda channels: HorNetBlock(channels, order=3),
 }
-NATIVE = ("native", "keeping", "recomputing", "nested")
+NATIVE = ("native", "keeping", "nested")
 
 
 def main() -> None:

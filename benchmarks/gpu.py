@@ -8,8 +8,8 @@ F.conv2d under torch's autograd (cuDNN or torch's own depthwise kernels, whichev
 the share of the nearer of two limits, that bandwidth and the float32 arithmetic that a matrix product
 without TF32 reaches here: from k 5 on arithmetic is the nearer one, and 70% of the bandwidth is beyond it.
 
-Networks, at 224 px: images a second against ConvNeXt-T and Swin-T of torchvision and HorNet-T where
-timm has it, and the peak of the memory of a training step. Weights are random: none is downloaded.
+Networks, at 224 px: images a second against ConvNeXt-T and Swin-T of torchvision and HorNet-T of
+hornet.py, and the peak of the memory of a training step. Weights are random: none is downloaded.
 
 Forms run in turns, and medians are compared. Before each call 1 GiB is written, which empties the L2 cache
 and lets the CPU run ahead, so that the GPU's time is measured, not the launching.
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hornet import hornet_tiny
 from torch import Tensor, nn
 
 from qnas.arch import only_arch
@@ -275,7 +276,7 @@ def network_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def network_builders() -> dict[str, Callable[[], nn.Module]]:
-    """Return how to build each network, with random weights; says which cannot be had here."""
+    """Return how to build each network, with random weights."""
     space = load_space("quadranet36-t")
     builders: dict[str, Callable[[], nn.Module]] = {
         "QuadraNet36-T": lambda: build_subnet(space, only_arch(space), classes=1000)
@@ -284,16 +285,7 @@ def network_builders() -> dict[str, Callable[[], nn.Module]]:
 
     builders["ConvNeXt-T"] = lambda: convnext_tiny(weights=None)
     builders["Swin-T"] = lambda: swin_t(weights=None)
-    try:
-        import timm  # type: ignore[import-not-found]  # optional
-    except ImportError:
-        print("HorNet-T: left out, timm is not installed (pip install timm)")
-        return builders
-    names = timm.list_models("hornet_tiny*")
-    if names:
-        builders["HorNet-T"] = lambda: timm.create_model(names[0], pretrained=False)
-    else:
-        print(f"HorNet-T: left out, timm {timm.__version__} does not have it")
+    builders["HorNet-T"] = hornet_tiny
     return builders
 
 

@@ -84,8 +84,7 @@ class QuadraBlock(nn.Module):
     QuadraNet, arXiv 2311.17956, figure 3; `qnas.lower` says where the norms stand, and why batch
     normalisation needs a clip. While training, and wherever gradients are taken, a block with layer
     normalisation and GELU keeps its input and the map between its halves, and computes the rest again in
-    the backward pass (`qnas.kernels`); with `recompute` off it keeps the expanded activation too, and
-    None chooses by width and size.
+    the backward pass (`qnas.kernels`); with `recompute` off it keeps the expanded activation too.
     """
 
     conv_a: nn.Conv2d
@@ -106,7 +105,7 @@ class QuadraBlock(nn.Module):
         *,
         norm: str = "layernorm",
         activation: str = "gelu",
-        recompute: bool | None = None,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         place = Place(channels, channels, 1, 1, norm, activation)

@@ -73,6 +73,12 @@ inline Vec<V> keep(Vec<V> v, int n) {
     return lane < n ? v : Vec<V>{};
 }
 
+// All lanes the same. Less zero, which a compiler knows to be nothing: plus zero would turn -0 into 0.
+template <int V>
+inline Vec<V> broadcast(float value) {
+    return value - Vec<V>{};
+}
+
 // v, loaded once: without it a compiler may load it anew for each of its uses, and the loads take longer
 // than the arithmetic.
 template <class F>

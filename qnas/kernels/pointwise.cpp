@@ -1,36 +1,35 @@
-// The elementwise parts of the channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), on rows of
-// channels (the memory of a channels_last map). The matrix products between them are the caller's
-// (pointwise.py): a BLAS does them at the machine's peak, and what is left is to read and write each
-// number once while it lies in cache.
+// The channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), on rows of channels (the memory of a
+// channels_last map): forward, and backward from x alone or from x and the expanded activation.
 //
-// Every output is summed in an order that does not depend on the number of threads: they share rows where
-// rows are independent, columns where sums run over rows.
+// Rows go through in chunks that stay in cache, panels of hidden channels one after another (products.h
+// says what panels are): each number is written in the layout that the next product reads, and GELU meets
+// it in cache. PW1's weights take the norm's scale and its bias the norm's shift, so that neither is a
+// pass over rows, nor are their gradients, which come from that of the scaled weights.
+//
+// Threads share rows where rows are independent and hidden panels where sums run over rows, which take
+// their terms in order: results are the same bit for bit for any number of threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
-#include "lanes.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
+#include "buffers.h"
+#include "products.h"
+
+namespace qnas {
 namespace {
 
-using qnas::keep;
-using qnas::load;
-using qnas::store;
-using qnas::sum;
-using qnas::Vec;
-
-constexpr int V = qnas::kLanes;
+constexpr int V = kLanes;
 using Floats = Vec<V>;
-using Ints = typename qnas::Lanes<V>::Int;
+using Ints = typename Lanes<V>::Int;
 
-// Call body(start, n) for each vector of [first, end): n is V but for the last, so that a compiler makes the
-// many and the last separate code.
-template <typename Body>
-inline void for_vectors(int64_t first, int64_t end, const Body& body) {
-    int64_t i = first;
-    for (; i + V <= end; i += V) body(i, V);
-    if (i < end) body(i, int(end - i));
-}
+constexpr int64_t kChunkRows = 126;      // a multiple of every kTileRows
+constexpr double kThreadWork = 1 << 20;  // multiply-adds below which a second thread costs more
 
 // Beyond it the normal distribution function is 0 or 1 to float32.
 constexpr float kLimit = 5.42f;
@@ -72,88 +71,369 @@ inline Floats normal_density(Floats x) {
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
 }
 
-}  // namespace
-
-extern "C" {
-
-// normed (rows, c) = (x - mean) / sqrt(variance + eps) over each row, and rstd (rows), the reciprocal roots.
-void qnas_pointwise_norm(const float* x, int64_t rows, int64_t c, float eps, float* normed, float* rstd,
-                         int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* row = x + r * c;
-        float* out = normed + r * c;
-        Floats sums{}, squares{};
-        for_vectors(0, c, [&](int64_t i, int n) { sums += load<V>(row + i, n); });
-        const float mean = sum<V>(sums) / c;
-        for_vectors(0, c, [&](int64_t i, int n) {
-            const Floats centred = keep<V>(load<V>(row + i, n) - mean, n);
-            squares += centred * centred;
-        });
-        const float scale = 1.0f / std::sqrt(sum<V>(squares) / c + eps);
-        for_vectors(0, c, [&](int64_t i, int n) {
-            store<V>(out + i, (load<V>(row + i, n) - mean) * scale, n);
-        });
-        rstd[r] = scale;
-    }
+// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is V but
+// for the last, so that a compiler makes the many and the last separate code.
+template <class Run>
+inline void for_vectors(int64_t count, Run&& run) {
+    int64_t i = 0;
+    for (; i + V <= count; i += V) run(i, V);
+    if (i < count) run(i, int(count - i));
 }
 
-// activated (count) = GELU(h) = h cdf(h), which may be h itself.
-void qnas_pointwise_gelu(const float* h, float* activated, int64_t count, int threads) {
-    const int64_t vectors = (count + V - 1) / V;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t share = 0; share < threads; ++share) {
-        const int64_t last = vectors * (share + 1) / threads * V;
-        for_vectors(vectors * share / threads * V, last < count ? last : count, [&](int64_t i, int n) {
-            const Floats value = load<V>(h + i, n);
-            store<V>(activated + i, value * normal_cdf(value), n);
-        });
-    }
-}
+// (rows, columns) in panels of a pitch of so many rows.
+struct Panels {
+    float* start;
+    int64_t pitch;
 
-// activated = GELU(h), which may be h itself, (rows, hidden); grad, that of GELU(h), becomes that of h, whose
-// column sums are added to grad_bias (hidden).
-void qnas_pointwise_gelu_backward(const float* h, float* activated, float* grad, int64_t rows, int64_t hidden,
-                                  float* grad_bias, int threads) {
-    const int64_t vectors = (hidden + V - 1) / V;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t share = 0; share < threads; ++share) {
-        const int64_t first = vectors * share / threads * V;
-        const int64_t last = vectors * (share + 1) / threads * V;
-        const int64_t end = last < hidden ? last : hidden;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t row = r * hidden;
-            for_vectors(first, end, [&](int64_t i, int n) {
-                const Floats value = load<V>(h + row + i, n);
-                const Floats cdf = normal_cdf(value);
-                const Floats slope = load<V>(grad + row + i, n) * (cdf + value * normal_density(value));
-                store<V>(activated + row + i, value * cdf, n);
-                store<V>(grad + row + i, slope, n);
-                store<V>(grad_bias + i, load<V>(grad_bias + i, n) + slope, n);
+    float* at(int64_t panel, int64_t row) const { return start + (panel * pitch + row) * kPanel; }
+    // of a column that is the first of a vector
+    float* of(int64_t row, int64_t column) const { return at(column / kPanel, row) + column % kPanel; }
+};
+
+struct Half {
+    int64_t rows, channels, hidden;
+    float epsilon;
+    const float *x, *norm_weight, *norm_bias, *expand, *expand_bias, *project, *project_bias;
+    int threads;
+
+    int64_t wide() const { return panels_of(hidden); }
+    int64_t narrow() const { return panels_of(channels); }
+    // Rows of a chunk: all chunks about the same.
+    int64_t chunk() const {
+        const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+        return ((rows + chunks - 1) / chunks + kTileRows - 1) / kTileRows * kTileRows;
+    }
+    int useful_threads() const {
+        return std::max(1, std::min(threads, int(double(rows) * channels * hidden / kThreadWork)));
+    }
+};
+
+// PW1 with the norm's scale in its weights and the norm's shift in its bias: (e, c), the same in panels for
+// the product with normalised rows, and the bias in panels.
+struct Expansion {
+    Buffer matrix, weights, shift;
+
+    explicit Expansion(const Half& q)
+        : matrix(allocate(q.hidden * q.channels)),
+          weights(allocate(q.wide() * kPanel * q.channels)),
+          shift(zeros(q.wide() * kPanel)) {
+        for (int64_t e = 0; e < q.hidden; ++e) {
+            Floats sums{};
+            for_vectors(q.channels, [&](int64_t c, int n) {
+                const Floats weight = load<V>(q.expand + e * q.channels + c, n);
+                sums += weight * load<V>(q.norm_bias + c, n);
+                store<V>(matrix.get() + e * q.channels + c, weight * load<V>(q.norm_weight + c, n), n);
             });
+            shift[e] = q.expand_bias[e] + sum<V>(sums);
+        }
+        pack_weights(matrix.get(), q.channels, q.hidden, 1, q.channels, weights.get());
+    }
+};
+
+// to = (row - mean) / sqrt(variance + epsilon) of `count` rows; returns the last reciprocal root
+inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at) {
+    const float* x = q.x + row * q.channels;
+    Floats sums{}, squares{};
+    for_vectors(q.channels, [&](int64_t c, int n) { sums += load<V>(x + c, n); });
+    const float mean = sum<V>(sums) / q.channels;
+    for_vectors(q.channels, [&](int64_t c, int n) {
+        const Floats centred = keep<V>(load<V>(x + c, n) - mean, n);
+        squares += centred * centred;
+    });
+    const float scale = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
+    for_vectors(q.channels,
+                [&](int64_t c, int n) { store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n); });
+    return scale;
+}
+
+// Rows [begin, end) of one panel of a product, `first` (kPanel floats; null: zero) added: done(row, sums)
+// has the sums of a tile, of which rows at `end` and beyond mean nothing.
+template <int N, class Done>
+inline void multiply(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
+                     int64_t end, Done&& done) {
+    for_tiles(begin, end, [&](auto tile, int64_t row) {
+        constexpr int T = decltype(tile)::value;
+        Floats sums[T][N];
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
+        multiply_tile<T, N>(a.at(0, row), a.pitch, terms, b, sums);
+        done(row, sums);
+    });
+}
+
+// The same into a panel, of whose rows `to` is the one at `begin`.
+template <int N>
+inline void multiply_to(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
+                        int64_t end, float* to) {
+    multiply<N>(a, terms, b, first, begin, end, [&](int64_t row, const auto& sums) {
+        constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
+    });
+}
+
+// `kept`: takes the expanded activation before GELU, in panels of pitch `rows`, unless it is null.
+void run_forward(const Half& q, float* y, float* kept) {
+    const Expansion expansion(q);
+    const Buffer project = allocate(q.narrow() * kPanel * q.hidden), bias = zeros(q.narrow() * kPanel);
+    pack_weights(q.project, q.hidden, q.channels, 1, q.hidden, project.get());
+    std::copy(q.project_bias, q.project_bias + q.channels, bias.get());
+    const int threads = q.useful_threads();
+    const int64_t size = std::min(q.chunk(), (q.rows / threads / kTileRows + 1) * kTileRows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Buffer narrow = zeros(size * q.narrow() * kPanel), wide = zeros(size * q.wide() * kPanel);
+        const Panels normed{narrow.get(), size}, activated{wide.get(), size};
+#pragma omp for schedule(dynamic)
+        for (int64_t start = 0; start < q.rows; start += size) {
+            const int64_t rows = std::min(size, q.rows - start);
+            for (int64_t r = 0; r < rows; ++r) normalise(q, start + r, normed, r);
+            for (int64_t p = 0; p < q.wide(); ++p) {
+                with_vectors(q.hidden - p * kPanel, [&](auto vectors) {
+                    constexpr int N = decltype(vectors)::value;
+                    float* const to = activated.at(p, 0);
+                    multiply_to<N>(normed, q.channels, expansion.weights.get() + p * q.channels * kPanel,
+                                   expansion.shift.get() + p * kPanel, 0, rows, to);
+                    float* const kept_here =
+                        kept == nullptr ? nullptr : Panels{kept, q.rows}.at(p, start);
+                    for (int64_t i = 0; i < rows * kPanel; i += kPanel) {
+                        for (int v = 0; v < N * V; v += V) {
+                            const Floats h = load<V>(to + i + v, V);
+                            if (kept_here != nullptr) store<V>(kept_here + i + v, h, V);
+                            store<V>(to + i + v, h * normal_cdf(h), V);
+                        }
+                    }
+                });
+            }
+            for (int64_t p = 0; p < q.narrow(); ++p) {
+                const int64_t left = q.channels - p * kPanel;
+                const int64_t offset = start * q.channels + p * kPanel;
+                with_vectors(left, [&](auto vectors) {
+                    constexpr int N = decltype(vectors)::value;
+                    multiply<N>(activated, q.hidden, project.get() + p * q.hidden * kPanel,
+                                bias.get() + p * kPanel, 0, rows, [&](int64_t row, const auto& sums) {
+                                    constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
+#pragma GCC unroll 16
+                                    for (int t = 0; t < T; ++t) {
+                                        if (row + t >= rows) break;
+#pragma GCC unroll 2
+                                        for (int v = 0; v < N; ++v) {
+                                            const int n = int(std::min<int64_t>(V, left - v * V));
+                                            const int64_t at = offset + (row + t) * q.channels + v * V;
+                                            store<V>(y + at, load<V>(q.x + at, n) + sums[t][v], n);
+                                        }
+                                    }
+                                });
+                });
+            }
         }
     }
 }
 
-// grad_x (rows, c) = grad_y + the gradient through the normalisation, from the gradient of its result and
-// from what qnas_pointwise_norm wrote.
-void qnas_pointwise_norm_backward(const float* grad_y, const float* grad_normed, const float* normed,
-                                  const float* rstd, int64_t rows, int64_t c, float* grad_x, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = r * c;
+struct Gradients {
+    float* x;
+    float *norm_weight, *norm_bias, *expand, *expand_bias;  // all null or none
+    float *project, *project_bias;                          // both null or neither
+};
+
+// GELU(h) of the rows of a panel, and its gradient in place of that of its result; adds the latter's
+// sums over rows to `total`.
+template <int N>
+inline void gelu_backward(const float* h, float* activated, float* grad, int64_t rows, float* total) {
+    Floats sums[N];
+    for (int v = 0; v < N; ++v) sums[v] = Floats{};
+    for (int64_t i = 0; i < rows * kPanel; i += kPanel) {
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) {
+            const Floats value = load<V>(h + i + v * V, V);
+            const Floats cdf = normal_cdf(value);
+            const Floats slope = load<V>(grad + i + v * V, V) * (cdf + value * normal_density(value));
+            store<V>(activated + i + v * V, value * cdf, V);
+            store<V>(grad + i + v * V, slope, V);
+            sums[v] += slope;
+        }
+    }
+    for (int v = 0; v < N; ++v) store<V>(total + v * V, load<V>(total + v * V, V) + sums[v], V);
+}
+
+// to (channels, one panel) += sum over `rows` of narrow(first + r, c) wide(r, e)
+template <int N>
+inline void accumulate(const Panels& narrow, int64_t first, int64_t channels, const float* wide, int64_t rows,
+                       float* to) {
+    for (int64_t c = 0; c < channels; c += kTileTerms)
+        accumulate_tile<kTileTerms, N>(narrow.of(first, c), wide, rows, to + c * kPanel);
+}
+
+// The rows [begin, end) of dx from the gradient of the normalised rows.
+inline void normalise_backward(const Half& q, const float* grad, const Panels& to_normed, const Panels& normed,
+                               const float* rstd, int64_t start, int64_t begin, int64_t end, float* dx) {
+    const int64_t channels = q.channels;
+    for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = (start + r) * channels;
         Floats sums{}, products{};
-        for_vectors(row, row + c, [&](int64_t i, int n) {
-            const Floats grad = load<V>(grad_normed + i, n);
-            sums += grad;
-            products += grad * load<V>(normed + i, n);
+        for_vectors(channels, [&](int64_t c, int n) {
+            const Floats g = load<V>(to_normed.of(r, c), n);
+            sums += g;
+            products += g * load<V>(normed.of(r, c), n);
         });
-        const float mean = sum<V>(sums) / c, slope = sum<V>(products) / c, scale = rstd[r];
-        for_vectors(row, row + c, [&](int64_t i, int n) {
-            const Floats centred = load<V>(grad_normed + i, n) - mean - load<V>(normed + i, n) * slope;
-            store<V>(grad_x + i, load<V>(grad_y + i, n) + centred * scale, n);
+        const float mean = sum<V>(sums) / channels, slope = sum<V>(products) / channels, scale = rstd[r];
+        for_vectors(channels, [&](int64_t c, int n) {
+            const Floats centred = load<V>(to_normed.of(r, c), n) - mean - load<V>(normed.of(r, c), n) * slope;
+            store<V>(dx + at + c, load<V>(grad + at + c, n) + centred * scale, n);
         });
     }
+}
+
+// `kept` is what run_forward wrote, or null: then it is computed again.
+void run_backward(const Half& q, const float* grad, const float* kept, const Gradients& to) {
+    const int64_t channels = q.channels, hidden = q.hidden, wide = q.wide(), narrow = q.narrow();
+    const bool expand_too = to.expand != nullptr, project_too = to.project != nullptr;
+    const int threads = int(std::min<int64_t>(q.useful_threads(), wide));
+    // what threads do together is larger: they wait for one another twice each time
+    const int64_t chunk = q.chunk(), together = threads == 1 ? 1 : 4 * threads;
+    const int64_t size = chunk * std::min(together, (q.rows + chunk - 1) / chunk);
+    const Expansion expansion(q);
+    const Buffer project = allocate(wide * kPanel * channels), back = allocate(narrow * kPanel * hidden);
+    pack_weights(q.project, channels, hidden, hidden, 1, project.get());
+    pack_weights(expansion.matrix.get(), hidden, channels, channels, 1, back.get());
+    const Buffer maps = zeros(size * (3 * narrow + wide) * kPanel), rstd = zeros(size);
+    const Panels normed{maps.get(), size}, grad_y{normed.at(narrow, 0), size};
+    const Panels to_normed{grad_y.at(narrow, 0), size}, slope{to_normed.at(narrow, 0), size};
+    const int64_t padded = (channels + kTileTerms - 1) / kTileTerms * kTileTerms;
+    const Buffer of_weights = zeros(2 * wide * padded * kPanel), of_shift = zeros(wide * kPanel);
+    const Panels to_expand{of_weights.get(), padded}, to_project{to_expand.at(wide, 0), padded};
+    const Buffer of_bias = zeros(narrow * kPanel), of_norm = zeros(2 * wide * channels);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int own = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int own = 0, all = 1;
+#endif
+        // the same rows of every chunk: others may still read theirs of the chunk before
+        const int64_t tiles = size / kTileRows;
+        const int64_t first = tiles * own / all * kTileRows, last = tiles * (own + 1) / all * kTileRows;
+        const Buffer hidden_panels = zeros(2 * chunk * kPanel);
+        float *const expanded = hidden_panels.get(), *const activated = expanded + chunk * kPanel;
+        for (int64_t start = 0; start < q.rows; start += size) {
+            const int64_t rows = std::min(size, q.rows - start);
+            const int64_t begin = std::min(rows, first), end = std::min(rows, last);
+            for (int64_t r = begin; r < end; ++r) {
+                rstd[r] = normalise(q, start + r, normed, r);
+                const float* from = grad + (start + r) * channels;
+                for_vectors(channels,
+                            [&](int64_t c, int n) { store<V>(grad_y.of(r, c), load<V>(from + c, n), n); });
+            }
+#pragma omp barrier
+            for (int64_t p = wide * own / all; p < wide * (own + 1) / all; ++p) {
+                with_vectors(hidden - p * kPanel, [&](auto vectors) {
+                    constexpr int N = decltype(vectors)::value;
+                    for (int64_t row = 0; row < rows; row += chunk) {  // sums are over a chunk, then over all
+                        const int64_t count = std::min(chunk, rows - row), stop = row + count;
+                        const float* h = expanded;
+                        if (kept != nullptr) h = kept + (p * q.rows + start + row) * kPanel;
+                        else
+                            multiply_to<N>(normed, channels, expansion.weights.get() + p * channels * kPanel,
+                                           expansion.shift.get() + p * kPanel, row, stop, expanded);
+                        multiply_to<N>(grad_y, channels, project.get() + p * channels * kPanel, nullptr, row,
+                                       stop, slope.at(p, row));
+                        float* const s = slope.at(p, row);
+                        gelu_backward<N>(h, activated, s, count, of_shift.get() + p * kPanel);
+                        if (project_too) accumulate<N>(grad_y, row, channels, activated, count, to_project.at(p, 0));
+                        if (expand_too) accumulate<N>(normed, row, channels, s, count, to_expand.at(p, 0));
+                    }
+                });
+            }
+            for (int64_t p = narrow * own / all; project_too && p < narrow * (own + 1) / all; ++p) {
+                for (int64_t row = 0; row < rows; row += chunk) {
+                    Floats sums[2] = {};
+                    for (int64_t r = row; r < std::min(rows, row + chunk); ++r) {
+                        for (int v = 0; v < 2; ++v) sums[v] += load<V>(grad_y.at(p, r) + v * V, V);
+                    }
+                    for (int v = 0; v < 2; ++v) {
+                        float* const total = of_bias.get() + p * kPanel + v * V;
+                        store<V>(total, load<V>(total, V) + sums[v], V);
+                    }
+                }
+            }
+#pragma omp barrier
+            for (int64_t p = 0; p < narrow; ++p) {
+                with_vectors(channels - p * kPanel, [&](auto vectors) {
+                    multiply_to<decltype(vectors)::value>(slope, hidden, back.get() + p * hidden * kPanel,
+                                                          nullptr, begin, end, to_normed.at(p, begin));
+                });
+            }
+            normalise_backward(q, grad, to_normed, normed, rstd.get(), start, begin, end, to.x);
+        }
+        // every thread finishes the panels that it summed
+        for (int64_t p = wide * own / all; p < wide * (own + 1) / all; ++p) {
+            const int64_t first = p * kPanel, count = std::min<int64_t>(kPanel, hidden - first);
+            for (int64_t c = 0; project_too && c < channels; ++c)
+                std::copy_n(to_project.at(p, c), count, to.project + c * hidden + first);
+            float* const by_scale = of_norm.get() + 2 * p * channels;
+            float* const by_shift = by_scale + channels;
+            for (int64_t start = 0; expand_too && start < channels; start += V) {  // a cache line at a time
+                const int64_t end = std::min(start + V, channels);
+                for (int64_t i = 0; i < count; ++i) {
+                    const float* weight = q.expand + (first + i) * channels;
+                    const float shifted = of_shift[first + i];
+                    for (int64_t c = start; c < end; ++c) {
+                        const float scaled = to_expand.at(p, c)[i];
+                        by_scale[c] += weight[c] * scaled;
+                        by_shift[c] += weight[c] * shifted;
+                        to.expand[(first + i) * channels + c] =
+                            scaled * q.norm_weight[c] + shifted * q.norm_bias[c];
+                    }
+                }
+            }
+        }
+    }
+    if (project_too) std::copy(of_bias.get(), of_bias.get() + channels, to.project_bias);
+    if (!expand_too) return;
+    std::copy(of_shift.get(), of_shift.get() + hidden, to.expand_bias);
+    for (int64_t c = 0; c < channels; ++c) {
+        float by_scale = 0.0f, by_shift = 0.0f;
+        for (int64_t p = 0; p < wide; ++p) {
+            by_scale += of_norm[2 * p * channels + c];
+            by_shift += of_norm[(2 * p + 1) * channels + c];
+        }
+        to.norm_weight[c] = by_scale;
+        to.norm_bias[c] = by_shift;
+    }
+}
+
+}  // namespace
+}  // namespace qnas
+
+extern "C" {
+
+// `sizes`: rows, channels, hidden channels, threads. Norm (c), expand (e, c) and (e), project (c, e) and (c).
+// `kept`: null, or room for rows times the hidden channels, these rounded up to twice the lanes.
+void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
+                            const float* norm_bias, const float* expand, const float* expand_bias,
+                            const float* project, const float* project_bias, float* kept, float* y) {
+    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
+                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
+    qnas::run_forward(q, y, kept);
+}
+
+// Gradients of what the forward pass got, in its order. Those of norm and expand may be null together, and
+// those of project.
+void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
+                             const float* norm_bias, const float* expand, const float* expand_bias,
+                             const float* project, const float* project_bias, const float* kept,
+                             const float* grad, float* to_x, float* to_norm_weight, float* to_norm_bias,
+                             float* to_expand, float* to_expand_bias, float* to_project,
+                             float* to_project_bias) {
+    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
+                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
+    qnas::run_backward(q, grad, kept,
+                       {to_x, to_norm_weight, to_norm_bias, to_expand, to_expand_bias, to_project,
+                        to_project_bias});
 }
 
 }  // extern "C"

@@ -21,9 +21,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 
+#include "buffers.h"
 #include "sweeps.h"
 #include "winograd.h"
 
@@ -36,19 +36,6 @@ constexpr int kMaxSlices = 32;
 constexpr int kBlockColumns = 64;         // that a weight gradient sums over before it goes to memory
 constexpr int kTiledWidth = 12;           // of maps from which minimal filtering is faster
 constexpr double kThreadWork = 1 << 18;   // multiply-adds below which a second thread costs more
-
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer zeros(size_t floats) {
-    const size_t bytes = (floats * sizeof(float) + 127) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (p == nullptr) std::abort();  // as any allocation of this size that fails
-    std::memset(p, 0, bytes);
-    return Buffer(static_cast<float*>(p));
-}
 
 struct Level {
     int width;  // taps across

@@ -1,0 +1,118 @@
+// Matrix products of tall thin matrices with small ones, for pointwise.cpp: a BLAS packs both operands for
+// each product and reaches three quarters of the machine's arithmetic at these sizes; here weights are
+// packed once a call, and activations are written in the layout that the next product reads.
+//
+// That layout is panels: kPanel columns side by side, row below row, so (rows, columns) lies as
+// (columns / kPanel, pitch, kPanel), pitch >= rows. Columns beyond the last are zero in weights. A tile of sums is
+// in registers from the first to the last term, and each sum takes its terms in order: results do not
+// depend on how rows and columns are divided.
+
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "lanes.h"
+
+namespace qnas {
+
+constexpr int kPanel = 2 * kLanes;                    // columns
+constexpr int kTileRows = kLanes == 16 ? 14 : 6;      // of a product's tile: 28 or 12 registers of sums
+constexpr int kTileTerms = kLanes == 16 ? 8 : 4;      // rows of a tile of a sum of outer products
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Calls run(N), a constant, with the vectors that hold the columns of a panel that are left: 1 or 2.
+template <class Run>
+inline void with_vectors(int64_t columns, Run&& run) {
+    if (columns > kLanes) return run(std::integral_constant<int, 2>());
+    run(std::integral_constant<int, 1>());
+}
+
+// A matrix (terms, columns), at `from` with these strides, to panels of pitch `terms`.
+inline void pack_weights(const float* from, int64_t terms, int64_t columns, int64_t by_term, int64_t by_column,
+                         float* to) {
+    for (int64_t first = 0; first < columns; first += kPanel, to += terms * kPanel) {
+        const int64_t count = columns - first < kPanel ? columns - first : kPanel;
+        for (int64_t start = 0; start < terms; start += kLanes) {  // of a transpose, what a cache line has
+            const int64_t end = start + kLanes < terms ? start + kLanes : terms;
+            for (int64_t n = 0; n < kPanel; ++n) {
+                const float* column = from + (first + n) * by_column;
+                for (int64_t k = start; k < end; ++k)
+                    to[k * kPanel + n] = n < count ? column[k * by_term] : 0.0f;
+            }
+        }
+    }
+}
+
+// sums[t][v] += sum over terms k of a(t, k) b(k, v), for T rows of panels `a` and N vectors of one panel b.
+template <int T, int N>
+inline void multiply_tile(const float* a, int64_t pitch, int64_t terms, const float* b, Vec<kLanes> (&sums)[T][N]) {
+    constexpr int V = kLanes;
+    for (int64_t first = 0; first < terms; first += kPanel, a += pitch * kPanel) {
+        const int count = terms - first < kPanel ? int(terms - first) : kPanel;
+        for (int k = 0; k < count; ++k, b += kPanel) {
+            Vec<V> factor[N];
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) {
+                const Vec<V> value = in_register(broadcast<V>(a[t * kPanel + k]));
+#pragma GCC unroll 2
+                for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
+            }
+        }
+    }
+}
+
+// Calls run(T, first) with T, a constant, for tiles of T rows that cover [begin, end), and where rows are
+// odd one more.
+template <class Run>
+inline void for_tiles(int64_t begin, int64_t end, Run&& run) {
+    int64_t row = begin;
+    for (; row + kTileRows <= end; row += kTileRows) run(std::integral_constant<int, kTileRows>(), row);
+    switch ((end - row + 1) / 2) {
+        case 1: return run(std::integral_constant<int, 2>(), row);
+        case 2: return run(std::integral_constant<int, 4>(), row);
+        case 3: return run(std::integral_constant<int, 6>(), row);
+#if defined(__AVX512F__)
+        case 4: return run(std::integral_constant<int, 8>(), row);
+        case 5: return run(std::integral_constant<int, 10>(), row);
+        case 6: return run(std::integral_constant<int, 12>(), row);
+        case 7: return run(std::integral_constant<int, 14>(), row);
+#endif
+    }
+}
+
+// to (T rows of a panel of pitch kPanel, N vectors) += sum over rows r of a(r, t) b(r, v): `a` points to the
+// first of T columns of a panel. The sum of these rows is added to the others as a whole: one long sum of all
+// would lose a digit by its end.
+template <int T, int N>
+inline void accumulate_tile(const float* a, const float* b, int64_t rows, float* to) {
+    constexpr int V = kLanes;
+    Vec<V> sums[T][N];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) sums[t][v] = Vec<V>{};
+    for (int64_t r = 0; r < rows; ++r, a += kPanel, b += kPanel) {
+        Vec<V> factor[N];
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+            const Vec<V> value = in_register(broadcast<V>(a[t]));
+#pragma GCC unroll 2
+            for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) {
+            float* const total = to + t * kPanel + v * V;
+            store<V>(total, load<V>(total, V) + sums[t][v], V);
+        }
+}
+
+}  // namespace qnas
