@@ -74,7 +74,10 @@ DEPLOYED_PX = 96
 PARTS = ("random", "searches", "baselines")
 WARM_UP_SHARE = 0.4  # of the epochs of a search
 SEARCH_ARMS = ("independent", "shared", "nested")
-BASELINE_ARM = "independent"  # of proxyless-tiny, whose epochs are those of the same arm here
+# What a search ends with is trained several times, as two trainings of a network differ by as much as two
+# networks; of the random ones there are many.
+REPEATS = 3
+BASELINE_ARM = "shared"  # of proxyless-tiny, whose epochs are those of the same arm here
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def main() -> None:
                     search(proxyless, images, BASELINE_ARM, seed, options.seconds, searched, like["epochs"])
                 for each in contenders(quadra, proxyless, images, seed, options.seconds, searched):
                     if each.part == part:
-                        train_alone(each.setting.space, each.arch, images, recipe, seed, trained)
+                        for drawn in training_seeds(each, seed):
+                            train_alone(each.setting.space, each.arch, images, recipe, drawn, trained)
     found = [
         summarise(quadra, proxyless, images, recipe, options.seconds, searched, trained) for images in data
     ]
@@ -251,6 +255,12 @@ def contenders(
                 yield Contender(part, f"{name}, {how}", setting, make_arch(setting.space, tuple(choices)))
 
 
+def training_seeds(contender: Contender, seed: int) -> list[int]:
+    """Return the seeds of a contender's trainings, that of the search first."""
+    repeats = REPEATS if contender.kind.endswith("re-ranked") else 1
+    return [seed + len(SEARCH_SEEDS) * i for i in range(repeats)]
+
+
 # ---- figures
 
 
@@ -268,12 +278,17 @@ def summarise(
     for seed in SEARCH_SEEDS:
         for each in contenders(quadra, proxyless, data, seed, seconds, searched):
             space = each.setting.space
-            row = known_training(space, each.arch, data, recipe, seed, trained)
-            if row is None:
+            found = [
+                known_training(space, each.arch, data, recipe, drawn, trained)
+                for drawn in training_seeds(each, seed)
+            ]
+            accuracies = [row["accuracy"] for row in found if row is not None]
+            if not accuracies:
                 continue
             blocks = lower(space, each.arch)
             figures = {
-                "accuracy": row["accuracy"],
+                "accuracy": statistics.fmean(accuracies),
+                "trainings": len(accuracies),
                 "latency_ms": each.setting.table.latency_ms(each.arch.indices(space)),
                 "macs": count_macs(blocks),
                 "params": count_params(blocks),
