@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,7 +90,9 @@ def test_a_file_that_is_read_back_computes_what_the_network_computes(
 
 
 @pytest.mark.parametrize(("name", "precision"), ALL)
-def test_beside_a_file_stands_how_close_it_is(name: str, precision: Precision, written: Written) -> None:
+def test_beside_a_file_stands_how_close_it_is_and_no_more(
+    name: str, precision: Precision, written: Written
+) -> None:
     folder, done = written(name, precision)
     assert done.files == file_names(name, precision)
     parity = f"{done.files[0]}.parity.json"
@@ -101,6 +104,18 @@ def test_beside_a_file_stands_how_close_it_is(name: str, precision: Precision, w
     assert facts["size_bytes"] == sum(map(len, contents))
     assert facts["parity"]["images"] == 100
     assert 0 <= facts["parity"]["mean_difference"] <= facts["parity"]["max_difference"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_a_file_back_leaves_nothing_beside_it(
+    name: str, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    folder, done = written(name)
+    for file in done.files:
+        shutil.copy(folder / file, tmp_path)
+    FORMATS[name].load(tmp_path / done.files[0])(digits(1).take([0]))
+    assert {path.name for path in tmp_path.iterdir()} == set(done.files)
 
 
 @pytest.mark.slow

@@ -4,12 +4,12 @@ The network is written out from the layers that it was lowered to, with the sour
 that torch has not. Norms are not folded, so that it can be trained on.
 """
 
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from textwrap import indent
+from types import ModuleType
 
 import torch
 from safetensors.torch import save
@@ -242,11 +242,10 @@ def write(product: Product, precision: Precision, path: Path, where: str) -> Non
 
 def load(path: Path) -> Run:
     """Return the trained network that a model.py defines, as a function of float32 images."""
-    spec = importlib.util.spec_from_file_location(f"_qnas_exported_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # run here and not imported, which would leave compiled code beside the file
+    exec(compile(path.read_text(encoding="utf-8"), path.name, "exec"), vars(module))
     network: nn.Module = module.load()
 
     @torch.no_grad()
