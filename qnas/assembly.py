@@ -2,7 +2,7 @@
 
 Exporting a network takes torch seconds, and a space has far fewer distinct blocks than networks: so
 each block goes through the exporter once, and a network is its blocks' graphs in a chain. The
-operators are those that `export_onnx` writes for the whole network (tests/test_assembly.py), since
+operators are those that `trace_onnx` writes for the whole network (tests/test_assembly.py), since
 the exporter's last pass, which removes what two blocks undo of each other, goes over the whole too.
 
 The files are to be timed, not to be used. Their weights are random, every one drawn anew, norms
@@ -20,7 +20,7 @@ from onnxscript.optimizer import optimize
 from torch import nn
 
 from qnas.blocks import build_block
-from qnas.export import INPUT, OPSET, OUTPUT, trace_onnx
+from qnas.export.tracing import INPUT, OPSET, OUTPUT, trace_onnx
 from qnas.layer import LayerSpec
 from qnas.lower import BlockSpec
 

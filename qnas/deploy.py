@@ -1,40 +1,48 @@
-"""A trained network of a run as a file to ship, with what is known of it in the file's metadata."""
+"""A trained network of a run as files to ship, checked on real images, with a card of what is known of it."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from qnas import host, run
 from qnas.arch import FoundArch, find_arch
-from qnas.data import normalise
-from qnas.errors import CheckpointError
-from qnas.export import ExportReport, export_onnx
-from qnas.files import read_json, write_json
+from qnas.data import ImageData, Split, load_data, sample_images
+from qnas.errors import CheckpointError, DataError, UsageError
+from qnas.export.card import SCHEMA, interval95, kept_files, write_card
+from qnas.export.formats import FORMATS, Exported, check_request, export_files, file_names
+from qnas.export.parity import TOLERANCES
+from qnas.export.product import Precision, Product, RealImages
+from qnas.files import read_json, staged, write_json
 from qnas.latency.onnx_graph import read_onnx
-from qnas.lower import check_resolution
-from qnas.measurement import time_files
-from qnas.runtimes import open_runtime
+from qnas.latency.timing import Call
+from qnas.lower import check_resolution, count_macs, lower
+from qnas.measurement import time_calls, time_files
+from qnas.originals import parse_data_spec
+from qnas.runtimes import Shape, function_session, onnx_session, open_runtime, openvino_session
 from qnas.subnet import build_subnet
 from qnas.train_subnet import load_weights
 
 MODEL = "model.onnx"
+IMAGES = 512  # of the test images that files are checked with
+CALIBRATION_IMAGES = 256  # of the training images, for int8
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """An exported file and what was searched for. Latencies are None for an arch without a search."""
+    """Exported files and what was searched for. Latencies are None for an arch without a search."""
 
-    file: ExportReport
+    folder: Path
+    files: tuple[Exported, ...]
+    measured: Mapping[str, Mapping[str, Any]]  # by the name of the file; empty where nothing was timed
     channels: int
-    resolution_px: int  # of the file's input
     deployed_px: int  # for which the latency was predicted
     device: str | None
     budget_ms: float | None
@@ -43,13 +51,15 @@ class Deployed:
     def facts(self) -> dict[str, Any]:
         """Return the same as JSON values."""
         return {
-            "path": str(self.file.path),
-            "bytes": self.file.size_bytes,
-            "opset": self.file.opset,
-            "resolution_px": self.resolution_px,
-            "max_difference": self.file.max_difference,
-            "scale": self.file.scale,
-            "inputs_checked": self.file.inputs,
+            "folder": str(self.folder),
+            "files": [
+                {
+                    "path": str(self.folder / file.files[0]),
+                    **file.facts(),
+                    "measured": self.measured.get(file.files[0]),
+                }
+                for file in self.files
+            ],
             "device": self.device,
             "budget_ms": self.budget_ms,
             "latency_ms": self.latency_ms,
@@ -57,38 +67,63 @@ class Deployed:
         }
 
 
-def export_trained(
-    folder: Path, out: Path | None, *, resolution_px: int | None = None, force: bool = False
-) -> Deployed:
-    """Export the trained network of a run, or of a folder that train-subnet wrote.
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to write, how it is checked, and whether it is timed."""
 
-    Raises CheckpointError where nothing is trained or the file exists already, ExportError where
-    the file does not compute what the network computes.
+    formats: Sequence[str] = ("onnx",)
+    precision: str = "fp32"
+    resolution_px: int | None = None  # None: that of training
+    batch: int | None = None  # None: a free one
+    data: str | None = None  # None: what was trained on
+    images: int = IMAGES
+    max_drop: float | None = None  # of the accuracy; None: that of the precision
+    threads: int | None = None  # to time the files with; None: they are not timed
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise UsageError("--format: expected at least one format")
+        if self.threads is not None and self.batch not in (None, 1):
+            raise UsageError(f"--measure times one image: leave out --batch {self.batch}")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise UsageError(f"--max-drop {self.max_drop}: expected a share of the images, 0 to 1")
+
+
+def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Deployed:
+    """Export the trained network of a run, or of a folder that train-subnet wrote, or its arch.json.
+
+    All files and the card take their places together, once every file is checked. Raises CheckpointError
+    where nothing is trained or a file exists already, UsageError for what cannot be asked, DataError
+    where int8 has no images, ExportError where a file does not compute what the network computes.
     """
+    precision = check_request(request.formats, request.precision)
+    folder = source.parent if source.suffix == ".json" else source
     trained = folder / run.SUBNET if (folder / run.SUBNET / run.RESULT).is_file() else folder
     if not (trained / run.RESULT).is_file():
-        raise CheckpointError(f"{folder}: no trained network here: run qnas train-subnet {folder} first")
+        raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
+    out = out or folder / run.EXPORT
+    _check_free(out, request, precision)
     result = _read_result(trained / run.RESULT)
-    out = out or folder / run.EXPORT / MODEL
-    if out.exists() and not force:
-        raise CheckpointError(f"{out}: exists already: give --force to replace it, or another --out")
     found = find_arch(trained)
-    px = resolution_px or result["resolution_px"]
+    px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
-    network = build_subnet(found.space, found.arch, len(result["classes"]))
-    load_weights(network, run.load_tensors(trained / run.WEIGHTS), trained / run.WEIGHTS)
-    report = export_onnx(
-        network,
-        out,
-        channels=found.space.input.channels,
-        resolution_px=px,
-        images=_check_images(trained, result, px),
-        metadata=_metadata(found, result, px),
-    )
+    images, calibration = _images(trained, found, result, request, precision, px)
+    product = _product(trained, found, result, request, px, calibration)
+    tolerance = TOLERANCES[precision]
+    if request.max_drop is not None:
+        tolerance = replace(tolerance, drop=request.max_drop)
+    with staged(out) as stage:
+        files = export_files(
+            product, request.formats, precision, stage, images, tolerance=tolerance, shown=out
+        )
+        measured = {} if request.threads is None else _measure(files, stage, product, request.threads)
+        write_card(stage, _card(trained, found, result, product, files, measured, out))
     return Deployed(
-        report,
-        found.space.input.channels,
-        px,
+        out,
+        files,
+        measured,
+        product.channels,
         found.space.input.resolution_px,
         found.document.get("device"),
         found.document.get("budget_ms"),
@@ -131,32 +166,125 @@ def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) 
     return document
 
 
+def _check_free(out: Path, request: ExportRequest, precision: Precision) -> None:
+    if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
+        raise UsageError(f"--out {out}: expected a folder, the files in it have names of their own")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: expected a folder, found a file")
+    for name in request.formats:
+        for file in file_names(name, precision):
+            if (out / file).exists() and not request.force:
+                raise CheckpointError(
+                    f"{out / file}: exists already: give --force to replace it, or another --out"
+                )
+
+
 def _read_result(path: Path) -> dict[str, Any]:
     result = read_json(path, CheckpointError)
-    missing = [k for k in ("resolution_px", "classes", "mean", "std", "test_accuracy") if k not in result]
+    needed = ("resolution_px", "classes", "mean", "std", "test_accuracy", "test_images", "data")
+    missing = [key for key in needed if key not in result]
     if missing:
         raise CheckpointError(f"{path}: missing: {', '.join(missing)}")
     return result
 
 
-def _check_images(trained: Path, result: Mapping[str, Any], px: int) -> Tensor:
-    """Return the run's sample of test images, normalised and at this resolution."""
-    images = run.load_tensors(trained / run.SAMPLE).get("images")
-    if images is None or images.dtype != torch.uint8 or images.ndim != 4:
-        raise CheckpointError(f"{trained / run.SAMPLE}: expected uint8 images (n, C, H, W)")
-    normal = normalise(images, result["mean"], result["std"])
-    if px == normal.shape[-1]:
-        return normal
-    return F.interpolate(normal, (px, px), mode="bilinear", antialias=True)
+def _images(
+    trained: Path,
+    found: FoundArch,
+    result: Mapping[str, Any],
+    request: ExportRequest,
+    precision: Precision,
+    px: int,
+) -> tuple[RealImages, RealImages | None]:
+    """Return the images to check files with, and for int8 those that it is calibrated with.
+
+    Where the data that were trained on are not at hand, a check has the few test images that the
+    training kept.
+    """
+    try:
+        data = _load(request.data or result["data"], found, result, px)
+    except DataError as error:
+        if precision == "int8" or request.data is not None:
+            fix = "" if request.data else ": --data says where its calibration images are"
+            raise DataError(f"{error}{fix}") from error
+        return _kept_images(trained, result).at(px), None
+
+    def some(split: Split, n: int, what: str) -> RealImages:
+        pixels, labels = sample_images(split, n)
+        which = f"all {len(split)}" if len(labels) == len(split) else f"{len(labels)} of the {len(split)}"
+        source = f"{which} {what} images of {data.name}"
+        return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)
+
+    calibration = None
+    if precision == "int8":
+        calibration = some(data.train_and_heldout, CALIBRATION_IMAGES, "training")
+    return some(data.test, request.images, "test"), calibration
+
+
+def _load(spec: str, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
+    data = load_data(
+        parse_data_spec(spec),
+        resolution_px=px,
+        channels=found.space.input.channels,
+        memory_limit_bytes=0,  # so that only the images that are used are decoded
+        quiet=True,
+    )
+    if list(data.classes) != list(result["classes"]):
+        of_data, of_network = (
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            for names in (list(data.classes), list(result["classes"]))
+        )
+        raise DataError(f"data {spec}: the classes are {of_data}, the network's {of_network}")
+    return data
+
+
+def _kept_images(trained: Path, result: Mapping[str, Any]) -> RealImages:
+    kept = run.load_tensors(trained / run.SAMPLE)
+    images, labels = kept.get("images"), kept.get("labels")
+    if images is None or labels is None or images.dtype != torch.uint8 or images.ndim != 4:
+        raise CheckpointError(f"{trained / run.SAMPLE}: expected uint8 images (n, C, H, W) with labels")
+    source = f"the {len(labels)} test images that the training kept"
+    return RealImages(images, labels, tuple(result["mean"]), tuple(result["std"]), source)
+
+
+def _product(
+    trained: Path,
+    found: FoundArch,
+    result: Mapping[str, Any],
+    request: ExportRequest,
+    px: int,
+    calibration: RealImages | None,
+) -> Product:
+    classes = tuple(result["classes"])
+    network = build_subnet(found.space, found.arch, len(classes)).eval()
+    load_weights(network, run.load_tensors(trained / run.WEIGHTS), trained / run.WEIGHTS)
+    return Product(
+        "qnas_" + re.sub(r"\W", "_", found.space.name),
+        network,
+        lower(found.space, found.arch, resolution_px=px, classes=len(classes)),
+        classes,
+        tuple(result["mean"]),
+        tuple(result["std"]),
+        found.space.input.channels,
+        px,
+        _metadata(found, result, px),
+        request.batch,
+        calibration,
+    )
+
+
+def _input(found: FoundArch, px: int) -> str:
+    colours = {1: "grey", 3: "RGB"}.get(found.space.input.channels, f"{found.space.input.channels} channels")
+    return f"{colours} in 0 to 1, minus mean, over std; the central square, resized to {px} x {px} px"
 
 
 def _metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
-    """Return what a user of the file needs: ONNX metadata are strings, lists are written as JSON."""
+    """Return what a user of the file needs: metadata are strings, lists are written as JSON."""
     known = {
         "classes": result["classes"],
         "mean": result["mean"],
         "std": result["std"],
-        "input": f"RGB in 0 to 1, minus mean, over std; {px} x {px} px",
+        "input": _input(found, px),
         "test_accuracy": result["test_accuracy"],
         "trained_resolution_px": result["resolution_px"],
         "space": found.space.name,
@@ -167,3 +295,81 @@ def _metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str,
         "latency_resolution_px": found.space.input.resolution_px,
     }
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items() if v is not None}
+
+
+def _measure(
+    files: Sequence[Exported], folder: Path, product: Product, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Time exported files on one image, in turns; return what is known of each by its name."""
+    open_runtime("torch", threads=threads)  # checks the threads
+    timings = time_calls(
+        {
+            file.files[0]: partial(_call, file.format, folder / file.files[0], product.shape, threads)
+            for file in files
+        }
+    )
+    return {
+        file.files[0]: {
+            "p50_ms": timings[file.files[0]].median_ms,
+            "p95_ms": timings[file.files[0]].p95_ms,
+            "runs": timings[file.files[0]].repeats,
+            "runtime": file.runtime,
+            "threads": threads,
+            "machine": host.cpu_name(),
+            "date": date.today().isoformat(),
+        }
+        for file in files
+    }
+
+
+def _call(name: str, path: Path, shape: Shape, threads: int) -> Call:
+    """Return a call of an exported file; formats that torch loads run as functions of it."""
+    sessions = {"onnx": onnx_session, "openvino": openvino_session}
+    if name in sessions:
+        return sessions[name](path, threads)
+    return function_session(FORMATS[name].load(path), shape, threads)
+
+
+def _card(
+    trained: Path,
+    found: FoundArch,
+    result: Mapping[str, Any],
+    product: Product,
+    files: Sequence[Exported],
+    measured: Mapping[str, Mapping[str, Any]],
+    out: Path,
+) -> dict[str, Any]:
+    config, document = run.read_config(trained), found.document
+    weights = hashlib.sha256((trained / run.WEIGHTS).read_bytes()).hexdigest()
+    entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
+    accuracy, n = result["test_accuracy"], result["test_images"]
+    return {
+        "schema": SCHEMA,
+        "name": product.name,
+        "task": {
+            "kind": "image classification",
+            "classes": list(product.classes),
+            "input": _input(found, product.resolution_px),
+            "mean": list(product.mean),
+            "std": list(product.std),
+        },
+        # where the data lie here is nobody's business
+        "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
+        "recipe": config.get("train", {}),
+        "from_supernet": config.get("from_supernet", False),
+        "accuracy": {"top1": accuracy, "images": n, "interval95": list(interval95(accuracy, n))},
+        "network": {
+            "space": found.space.name,
+            "space_digest": found.space.digest,
+            "choices": list(found.arch.choices),
+            "resolution_px": product.resolution_px,
+            "macs": count_macs(product.blocks),
+            "params": result.get("params"),
+        },
+        "limits": document.get("limits", []),
+        "predicted_px": found.space.input.resolution_px,
+        "certificate": document.get("certificate"),
+        "weights_sha256": weights,
+        "versions": config.get("versions", {}),
+        "files": {**kept_files(out, weights), **entries},
+    }

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give an empty folder; its files take their places in `folder` when the block ends without an error.
+
+    On an error what stood there before stays, and nothing half-written is left. What `folder` holds
+    besides stays too.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    try:
+        with naming(folder):
+            yield stage
+            written = sorted(stage.iterdir())
+            for path in written:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            for path in written:
+                path.replace(folder / path.name)
+            _sync_folder(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # what holds something stays
+                path.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from qnas import host
 from qnas.errors import CheckpointError, UsageError, nearest
 from qnas.latency.measured import read_measured, write_measured
-from qnas.latency.timing import TOLERANCE, Call, Timing, host_stopwatch, noisy
+from qnas.latency.timing import TOLERANCE, Call, Maker, Timing, host_stopwatch, noisy
 from qnas.rounds import time_all
 from qnas.runtimes import onnx_session, open_runtime, openvino_session
 from qnas.space import SearchSpace
@@ -109,13 +109,15 @@ def time_files(
     Raises UsageError for an unknown runtime, and for a file that it cannot load.
     """
     session = _session(runtime)
+    return time_calls(
+        {name: partial(session, path, threads) for name, path in files.items()}, repeats=repeats
+    )
+
+
+def time_calls(makers: Mapping[str, Maker], *, repeats: int = REPEATS) -> dict[str, Timing]:
+    """Return what calls take on this machine, timed as the networks of a sample are."""
     return time_all(
-        {name: partial(session, path, threads) for name, path in files.items()},
-        loads=LOADS,
-        repeats=repeats,
-        tolerance=TOLERANCE,
-        stopwatch=host_stopwatch(),
-        quiet=True,
+        makers, loads=LOADS, repeats=repeats, tolerance=TOLERANCE, stopwatch=host_stopwatch(), quiet=True
     )
 
 

@@ -11,7 +11,6 @@ torch's documentation and has not run on a GPU so far.
 """
 
 import copy
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ import onnx
 import onnxruntime
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qnas.errors import UsageError, nearest
-from qnas.export import fold_quadratic_norms, trace_onnx
+from qnas.export.folding import fold_norms
+from qnas.export.openvino_format import import_openvino
+from qnas.export.tracing import trace_onnx
 from qnas.latency.timing import Call, Maker, Stopwatch, host_stopwatch
 from qnas.run import first_line
 
@@ -138,17 +138,11 @@ def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
     return lambda: request.infer(share_outputs=True)
 
 
-def fold_norms(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, in place; the module is in eval mode."""
-    fold_quadratic_norms(module)
-    for parent in module.modules():
-        before: tuple[str, nn.Module] | None = None
-        for name, child in list(parent.named_children()):
-            if before is not None and isinstance(child, nn.BatchNorm2d):
-                assert isinstance(before[1], nn.Conv2d), f"{name} follows {before[0]}, no convolution"
-                setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
-                setattr(parent, name, nn.Identity())
-            before = name, child
+def function_session(function: Callable[[torch.Tensor], object], shape: Shape, threads: int = 1) -> Call:
+    """Return a call of a function of images in torch, on a fixed random image. Sets torch's threads."""
+    torch.set_num_threads(threads)
+    image = torch.from_numpy(_random_image((1, *shape)))
+    return lambda: function(image)
 
 
 def _torch_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
@@ -280,10 +274,7 @@ def _to_onnx(module: nn.Module, shape: Shape) -> bytes:
 
 
 def _openvino() -> Any:
-    try:
-        return importlib.import_module("openvino")  # optional, and without stubs
-    except ImportError as error:
-        raise UsageError(f"runtime openvino is not installed ({error}): pip install openvino") from error
+    return import_openvino("runtime openvino")
 
 
 def _random_image(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from qnas.arch import Arch
 from qnas.assembly import assemble, export_block
-from qnas.export import INPUT, trace_onnx
+from qnas.export.tracing import INPUT, trace_onnx
 from qnas.lower import lower
 from qnas.space import parse_space
 from qnas.subnet import build_subnet

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from qnas import cli
-from qnas.latency.device import load_device
+from qnas.latency.device import device_names, load_device
 from qnas.latency.kernels import Kernel
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
@@ -80,7 +80,7 @@ def test_from_a_budget_to_a_file_that_runs(
     assert sum(w.size for w in weights.values()) == result["params"]
 
     assert qnas("export", searched, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
     model = onnx.load(facts["path"])
     metadata = {p.key: p.value for p in model.metadata_props}
     assert json.loads(metadata["classes"]) == [str(i) for i in range(10)]
@@ -92,6 +92,45 @@ def test_from_a_budget_to_a_file_that_runs(
     assert "exists already: give --force" in complaint(capsys, "export", searched)
     assert Path(facts["path"]).read_bytes() == before
     assert qnas("export", searched, "--force", "--resolution", "16") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
+        assert word in shown
+    assert "of 1.000 ms on myriad-vpu at 32 px, as searched" in shown
+
+
+def test_several_formats_at_once_and_what_does_not_go(
+    searched: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert qnas("train-subnet", searched, "--epochs", "2", "--resolution", "8", "-q") == 0
+    assert "no int8: take fp32 or fp16, or the format onnx" in complaint(
+        capsys, "export", searched, "--format", "standalone", "--precision", "int8"
+    )
+    assert "--format 'onyx': did you mean onnx?" in complaint(capsys, "export", searched, "--format", "onyx")
+    assert "leave out --batch 2" in complaint(capsys, "export", searched, "--batch", "2", "--measure")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        told = complaint(capsys, "export", searched, "--format", "onnx", "--format", "openvino")
+        assert "pip install openvino" in told
+    assert not (searched / "export").exists()
+    several = ("--format", "torch", "--format", "standalone", "--precision", "fp16", "--images", "20")
+    assert qnas("export", searched, *several, "--measure") == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "model_fp16.pt2",
+        "model_fp16.py + model_fp16.safetensors",
+        "1 thread",
+        "20 of the 359 test",
+    ):
+        assert word in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80 + len(str(searched))
+    assert {path.name for path in (searched / "export").iterdir()} == {
+        *("model_fp16.pt2", "model_fp16.pt2.parity.json", "model_fp16.py", "model_fp16.py.parity.json"),
+        *("model_fp16.safetensors", "model-card.json", "model-card.md"),
+    }
+    card = json.loads((searched / "export" / "model-card.json").read_text())
+    arch = json.loads((searched / "arch.json").read_text())
+    assert card["certificate"] == arch["certificate"]
+    assert card["limits"] == arch["limits"]
 
 
 def test_the_latest_run_needs_no_name(
@@ -679,6 +718,22 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     assert "run qnas export" in complaint(capsys, "measure", searched)
     (searched / "broken.onnx").write_bytes(b"no")
     assert "broken.onnx" in complaint(capsys, "predict", searched / "broken.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", ["quadranet-small", "proxyless-mobile"])
+def test_a_file_of_a_space_is_predicted_as_its_architecture_on_every_device(
+    space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas("sample", "--space", space, "--n", "1", "--format", "onnx", "--out", "sample", "-q") == 0
+    (network,) = (tmp_path / "sample").glob("*.onnx")
+    capsys.readouterr()
+    found = []
+    for target in (network, network.with_suffix(".json")):
+        assert qnas("predict", target, "--json") == 0
+        found.append({p["device"]: p["latency_ms"] for p in json.loads(capsys.readouterr().out)})
+    assert set(found[0]) == set(device_names())
+    assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
 def test_predictions_are_compared_with_measured_networks(

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qnas.errors import ArchError
-from qnas.files import atomic_path, read_json, write_bytes, write_json, write_text
+from qnas.files import atomic_path, read_json, staged, write_bytes, write_json, write_text
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -57,3 +57,29 @@ def test_what_is_no_json_object_is_refused_with_the_reason(tmp_path: Path) -> No
             read_json(path, ArchError)
         assert str(error.value).startswith(f"{path}: {message}")
         assert "\n" not in str(error.value)
+
+
+def test_staged_files_come_together_and_others_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with staged(folder) as stage:
+        write_text(stage / "one", "1")
+        write_text(stage / "two", "2")
+        assert list(folder.iterdir()) == [stage]  # nothing is there yet
+    with staged(folder) as stage:
+        write_text(stage / "two", "new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"one": "1", "two": "new"}
+
+
+def test_what_fails_while_staged_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("before")
+    for folder in (tmp_path, tmp_path / "new" / "deep"):
+
+        def fail(folder: Path = folder) -> None:
+            with staged(folder) as stage:
+                write_text(stage / "kept", "half")
+                raise ValueError
+
+        with pytest.raises(ValueError):  # noqa: PT011  # it has no message
+            fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "before"

@@ -14,14 +14,18 @@ import onnx
 import pytest
 import torch
 import torchvision
+from exported import trained
 from onnx import TensorProto, helper, numpy_helper
 
 from qnas.arch import Arch, arch_from_indices, sample_arch
 from qnas.errors import ArchError, TableError
-from qnas.export import export_onnx
+from qnas.export.onnx_format import graph_of
+from qnas.export.product import Precision
+from qnas.export.tracing import trace_onnx
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.kernels import Kernel
 from qnas.latency.onnx_graph import OnnxNetwork, coverage, predict_onnx, read_onnx
+from qnas.latency.prediction import predict_file
 from qnas.latency.table import predict_blocks
 from qnas.lower import count_macs, lower
 from qnas.space import SearchSpace, load_space
@@ -109,16 +113,8 @@ def all_candidates(space: SearchSpace) -> Arch:
 
 def check_export_equals_arch(space: SearchSpace, arch: Arch, file: Path, resolution_px: int) -> None:
     network = build_subnet(space, arch, space.head.classes)
-    images = torch.zeros(1, space.input.channels, resolution_px, resolution_px)
-    images.normal_(generator=torch.Generator().manual_seed(0))
-    export_onnx(
-        network,
-        file,
-        channels=space.input.channels,
-        resolution_px=resolution_px,
-        images=images,
-        metadata={},
-    )
+    shape = (space.input.channels, resolution_px, resolution_px)
+    file.write_bytes(trace_onnx(network.eval(), shape, "network").SerializeToString())
     found = read_onnx(file)
     blocks = lower(space, arch, resolution_px=resolution_px)
     assert (found.channels, found.height_px, found.width_px) == (3, resolution_px, resolution_px)
@@ -141,6 +137,21 @@ def test_an_exported_network_takes_what_its_arch_takes(name: str, file: Path) ->
     arch = all_candidates(space)
     assert set(arch.choices) == {c for p in space.positions for c in p.names}
     check_export_equals_arch(space, arch, file, 32 if name == "quadranet-small" else 64)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_file_of_another_precision_is_priced_as_the_same_network(precision: Precision, file: Path) -> None:
+    product = trained("batchnorm")
+    operators = []
+    for each in ("fp32", precision):
+        file.write_bytes(graph_of(product, each, "file").SerializeToString())
+        network = read_onnx(file)
+        assert not network.uncovered
+        assert (network.changes_of_precision > 0) == (each != "fp32")
+        operators.append(Counter(operator.kernel for operator in network.operators))
+    assert operators[0] == operators[1]
+    prediction = predict_file("device", load_device("vpu"), network)
+    assert f"{network.changes_of_precision} changes of precision, not priced" in prediction.note
 
 
 @pytest.mark.slow

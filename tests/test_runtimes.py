@@ -19,12 +19,12 @@ from torch import nn
 
 from qnas.blocks import build_block
 from qnas.errors import UsageError
+from qnas.export.folding import fold_norms
 from qnas.latency.timing import Call, sample_rounds
 from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
 from qnas.runtimes import (
     RUNTIMES,
     event_stopwatch,
-    fold_norms,
     onnx_session,
     open_runtime,
     openvino_session,

@@ -17,7 +17,7 @@ State = Literal["ok", "off", "missing", "broken"]
 # what a command needs that a plain install may lack
 _RUNTIMES = {
     "onnxruntime": "checking and timing of ONNX files",
-    "openvino": "qnas profile --runtime openvino",
+    "openvino": "qnas profile --runtime openvino, qnas export --format openvino",
 }
 
 

@@ -1,7 +1,8 @@
 """`qnas train-subnet` and `qnas export`: from an architecture to a file to ship."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +26,9 @@ from qnas.commands.options import (
     versions,
 )
 from qnas.errors import UsageError
+
+if TYPE_CHECKING:
+    from qnas.deploy import Deployed
 
 
 def train_subnet(
@@ -147,45 +151,110 @@ def export(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]",
-            help="A run whose network is trained, or a trained network's folder. Default: the latest run.",
+            metavar="[RUN|ARCH]",
+            help="A run whose network is trained, a trained network's folder, or the arch.json in it. "
+            "Default: the latest run.",
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: export/model.onnx in the run.", show_default=False)
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by "
+            "repeating it.  [default: onnx]",
+            show_default=False,
+        ),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).")
+    ] = "fp32",
     resolution: Annotated[
         int | None,
         typer.Option(min=1, help="Input size in pixels. Default: that of training.", show_default=False),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="A fixed batch size. Default: a free one.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder. Default: export/ in the run.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to check files with and to calibrate int8. Default: what was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Test images that files are checked with.  [default: 512]"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the files on this machine.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Of the runtimes that --measure times.")] = 1,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a trained network as ONNX, and check the file against torch.
+    """Write a trained network as files that run without qnas, each checked against torch on real images.
 
-    Example: qnas export runs/quadranet-mobile-vpu-30ms
+    Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
     from qnas import run
-    from qnas.deploy import export_trained
-    from qnas.text import field
+    from qnas.deploy import IMAGES, ExportRequest, export_trained
+
+    request = ExportRequest(
+        formats=tuple(formats or ("onnx",)),
+        precision=precision,
+        resolution_px=resolution,
+        batch=batch,
+        data=data,
+        images=images or IMAGES,
+        max_drop=max_drop,
+        threads=threads if measure else None,
+        force=force,
+    )
+    done = export_trained(source or run.latest_run(), out, request)
+    if as_json:
+        print_json(done.facts())
+    else:
+        typer.echo("\n".join(_exported(done)))
+
+
+def _exported(done: "Deployed") -> Iterator[str]:
+    """Yield what to say of exported files, a line each."""
+    from qnas.text import field, files_in
     from qnas.units import format_ms
 
-    report = export_trained(source or run.latest_run(), out, resolution_px=resolution, force=force)
-    if as_json:
-        print_json(report.facts())
-        return
-    file, px = report.file, report.resolution_px
-    difference = f"{file.max_difference / file.scale:.1e} of the output's scale"
-    lines = [
-        field("file", f"{file.path} ({file.size_bytes / 1e6:.1f} MB, opset {file.opset})"),
-        field(
-            "input", f"images (batch, {report.channels}, {px}, {px}), float32, normalised as its metadata say"
-        ),
-        field("check", f"onnxruntime differs from torch by at most {difference}, on {file.inputs} inputs"),
-    ]
-    if report.latency_ms is not None and report.budget_ms is not None:
-        took, budget = format_ms(report.latency_ms, round_up=True), format_ms(report.budget_ms)
-        searched = f"{took} of {budget} on {report.device} at {report.deployed_px} px, as searched"
-        lines.append(field("latency", searched))
-    typer.echo("\n".join(lines))
+    for file in done.files:
+        parity, px = file.parity, file.resolution_px
+        names = " + ".join(file.files)
+        yield field("file", f"{done.folder / names} ({file.size_bytes / 1e6:.1f} MB, {file.precision})")
+        batch = file.batch or "batch"
+        yield field(
+            "input", f"images ({batch}, {done.channels}, {px}, {px}), float32, normalised as its metadata say"
+        )
+        yield field(
+            "check",
+            f"{file.runtime} on {parity.source}: differs from the network by at most "
+            f"{parity.max_difference / parity.scale:.1e} of the largest output, on average by "
+            f"{parity.mean_difference / parity.scale:.1e}; the same class for {parity.agreement:.2%}",
+        )
+        yield field(
+            "accuracy", f"{parity.accuracy:.2%} on them, {parity.network_accuracy:.2%} before the export"
+        )
+        if measured := done.measured.get(file.files[0]):
+            threads = f"{measured['threads']} thread" + "s" * (measured["threads"] > 1)
+            p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
+            yield field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {threads}")
+    yield field("files", files_in(done.folder))
+    if done.latency_ms is not None and done.budget_ms is not None:
+        took, budget = format_ms(done.latency_ms, round_up=True), format_ms(done.budget_ms)
+        yield field("latency", f"{took} of {budget} on {done.device} at {done.deployed_px} px, as searched")

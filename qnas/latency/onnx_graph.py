@@ -63,6 +63,7 @@ class OnnxNetwork:
     height_px: int
     width_px: int
     chains: tuple[tuple[OnnxOperator, ...], ...]
+    changes_of_precision: int = 0  # nodes that quantise, dequantise or cast; none of the operators
 
     @cached_property
     def operators(self) -> tuple[OnnxOperator, ...]:
@@ -104,7 +105,9 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     graph = read_graph(path, resolution_px=resolution_px)
     shape = graph.shapes[graph.input]
     height, width, channels = shape[1:] if graph.is_channels_last else (*shape[2:], shape[1])
-    return OnnxNetwork(path, channels, height, width, _chains(Reader(graph)))
+    reader = Reader(graph)
+    changes = sum(map(reader.changes_precision, graph.nodes))
+    return OnnxNetwork(path, channels, height, width, _chains(reader), changes)
 
 
 def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[OnnxRow, ...]:

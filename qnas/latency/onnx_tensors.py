@@ -2,16 +2,21 @@
 
 Only layouts and shapes change in FREE nodes and in transpositions between (N, C, H, W) and
 (N, H, W, C): TFLite and OpenVINO choose their own layout when they load a file, and PyTorch has
-both as views.
+both as views. What only changes precision is free too, since a device's figures are of one precision and
+price the whole network in it.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
+import onnx
+
 from qnas.latency.onnx_file import Array, Graph, Node
 
 # They rename or reshape a tensor and move no data.
 FREE = ("Identity", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
+
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 class Reader:
@@ -74,6 +79,15 @@ class Reader:
         pixels = shape[0] * math.prod(shape[-2:])
         return max(1, pixels), max(1, math.prod(shape[1:-2]))
 
+    def changes_precision(self, node: Node) -> bool:
+        """Whether a node hands on what it is given as numbers of another precision."""
+        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+            return True
+        if node.op != "Cast":
+            return False
+        before, after = (self.graph.types[name] for name in (node.inputs[0], node.outputs[0]))
+        return before != after and before in _FLOATS and after in _FLOATS
+
     def _is_free(self, node: Node) -> bool:
         given = self.activations(node)
         if not given:
@@ -85,6 +99,8 @@ class Reader:
             moved = [i for i in order if shape[i] > 1]
             layout = _LAYOUT_CHANGES.get(tuple(order))
             return moved == sorted(moved) or (layout is not None and self._is_last.get(given[0]) is layout)
+        if self.changes_precision(node):
+            return True
         if node.op == "Cast":
             return self.graph.types[given[0]] == self.graph.types[node.outputs[0]]
         # parts of everything, and copies to the same size

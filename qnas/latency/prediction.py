@@ -151,6 +151,10 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
     if network.uncovered:
         named = ", ".join(f"{op} ({n})" for op, n in network.uncovered.items())
         notes.append(f"uncovered, each priced as a pass over its map: {named}")
+    if network.changes_of_precision:
+        notes.append(
+            f"{network.changes_of_precision} changes of precision, not priced: all as in {device.precision}"
+        )
     total = math.fsum([runtime_ms, *(part.latency_ms for part in parts)])
     unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
     return Prediction(
