@@ -9,11 +9,11 @@ draws, the ratio of the sums over all rounds. With one thread times are those on
 programs disturb less. Each form is run once on a path before it is timed on it, so that nobody pays for
 making an optimiser's state.
 
-    sampled     weight step of a path, independent weights: the default
-    shared      the same with shared weights
+    sampled     weight step of a path, independent weights
+    shared      the same with shared weights: the default
     nested      weight step of the whole mixture with nested weights
     all paths   weight step of the mixture of all candidates with independent weights (DARTS)
-    two-path    architecture step of pairs of candidates
+    two-path    architecture step of pairs of candidates, independent weights; with shared ones below it
     all-paths   architecture step with all candidates' gates
     exact       architecture step with nested weights
     n           weight step of a path where positions have n candidates, the path one of all three spaces
@@ -66,9 +66,12 @@ EXPANSIONS = {7: [2, 4], 13: [1, 2, 3, 4], 25: [1, 2, 3, 4, 5, 6, 7, 8]}  # with
 
 BARS = {
     "sampled / network": 1.10,
+    "shared / network": 1.10,
     "two-path / network": 2.20,
+    "two-path, shared / network": 2.20,
     "nested / largest network": 1.25,
     "sampled memory / (network's + parameters)": 1.10,
+    "shared memory / (network's + parameters)": 1.10,
     "13 candidates / 7": 1.05,
     "25 candidates / 7": 1.05,
     "pipeline share, digits": 0.05,
@@ -157,15 +160,18 @@ def measure_steps(space: SearchSpace, rounds: int, clock: Clock) -> dict[str, An
         "two-path": searcher_of(space, "independent", "two-path"),
         "all-paths": searcher_of(space, "independent", "all-paths"),
         "exact": searcher_of(space, "nested", "exact"),
-        "shared": searcher_of(space, "shared", "two-path"),
+        "two-path, shared": searcher_of(space, "shared", "two-path"),
     }
-    independent, nested, shared = (searchers[name].state for name in ("two-path", "exact", "shared"))
+    independent, nested, shared = (
+        searchers[name].state for name in ("two-path", "exact", "two-path, shared")
+    )
     most = max(len(position.candidates) for position in space.positions)
     equal = [Mixture(torch.full((len(p.candidates),), 1 / len(p.candidates))) for p in space.positions]
     largest = trainer_of(
         network_of(space, [largest_candidate(space, i) for i in range(len(space.positions))])
     )
-    times, memory = Times(), []
+    times = Times()
+    memory: dict[str, list[float]] = {"sampled": [], "shared": [], "network": []}
     for _ in range(rounds):
         path = sample_path(torch.zeros(len(space.positions), most), independent.supernet.mask, generator)
         network = trainer_of(network_of(space, path))
@@ -178,34 +184,37 @@ def measure_steps(space: SearchSpace, rounds: int, clock: Clock) -> dict[str, An
                 nested.supernet, mixture_of(nested.supernet), nested.weight_optimizer, images, labels
             ),
             "all paths": step_of(independent.supernet, equal, independent.weight_optimizer, images, labels),
-            **{
-                form: lambda form=form: searchers[form]._arch_step(images, labels)
-                for form in ("two-path", "all-paths", "exact")
-            },
+            **{form: lambda form=form: searchers[form]._arch_step(images, labels) for form in searchers},
         }
         times.take_turns(steps, clock)
-        memory.append((peak_bytes(steps["sampled"]), peak_bytes(steps["network"])))
-    parameters = 4 * sum(weight.numel() for weight in independent.supernet.weights)
+        for form, peaks in memory.items():
+            peaks.append(peak_bytes(steps[form]))
+    parameters = {
+        form: 4 * sum(weight.numel() for weight in state.supernet.weights)
+        for form, state in (("sampled", independent), ("shared", shared))
+    }
     ratios = {
         f"{form} / network": times.ratio(form, "network") for form in ("sampled", "shared", "all paths")
     }
     ratios |= {
-        f"{form} / network": times.ratio_of_sums(form, "network") for form in ("two-path", "all-paths")
+        f"{form} / network": times.ratio_of_sums(form, "network")
+        for form in ("two-path", "two-path, shared", "all-paths")
     }
     ratios |= {
         f"{form} / largest network": times.ratio(form, "largest network") for form in ("nested", "exact")
     }
-    ratios["sampled memory / (network's + parameters)"] = statistics.median(
-        (own + parameters) / (networks + parameters) for own, networks in memory
-    )
+    ratios |= {
+        f"{form} memory / (network's + parameters)": statistics.median(
+            (own + held) / (network + held)
+            for own, network in zip(memory[form], memory["network"], strict=True)
+        )
+        for form, held in parameters.items()
+    }
     return {
         "rounds": rounds,
-        "parameters": parameters // 4,
+        "parameters": parameters["sampled"] // 4,
         "ms": {form: times.ms(form) for form in times.rounds},
-        "peak_mb": {
-            "sampled": statistics.median(own for own, _ in memory) / 1e6,
-            "network": statistics.median(networks for _, networks in memory) / 1e6,
-        },
+        "peak_mb": {form: statistics.median(peaks) / 1e6 for form, peaks in memory.items()},
         "ratios": ratios,
     }
 

@@ -85,7 +85,7 @@ class SearchConfig:
     weight_decay: float = 0.01
     label_smoothing: float = 0.1  # in weight steps only
     latency_loss: LatencyLoss = "multiplier"
-    weights: WeightsMode = "independent"  # of the candidates, `qnas.choices`
+    weights: WeightsMode = "shared"  # of the candidates, `qnas.choices`
     gradient: GradientForm | None = None  # of the architecture; None is the default of the weights
     # with nested weights: what a weight step runs, the whole mixture or one drawn path
     nested_weight_steps: Literal["mixture", "sampled"] = "sampled"

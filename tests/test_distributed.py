@@ -123,7 +123,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("norm", "changes"),
     [
-        ("layernorm", {}),
+        ("layernorm", {"weights": "independent"}),
         ("layernorm", {"weights": "shared", "gradient": "all-paths"}),
         ("layernorm", {"weights": "nested"}),
         ("batchnorm", {}),

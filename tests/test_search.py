@@ -273,7 +273,7 @@ def test_every_form_of_the_latency_loss_searches(
 ENGINES: list[dict[str, str]] = [
     {"weights": "independent", "gradient": "all-paths"},
     {"weights": "independent", "gradient": "gumbel"},
-    {"weights": "shared"},
+    {"weights": "independent"},
     {"weights": "shared", "gradient": "all-paths"},
     {"weights": "nested", "nested_weight_steps": "sampled"},
     {"weights": "nested", "nested_weight_steps": "mixture"},

@@ -66,7 +66,8 @@ def search(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Of the candidates: independent, shared (slices of the largest) or nested (all at once).",
+            help="Of the candidates: independent, shared (slices of the largest) or nested (all at once)."
+            "  [default: shared]",
             show_default=False,
         ),
     ] = None,
