@@ -10,6 +10,7 @@
     arch.json             the derived architecture with its certificate
     budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals
+    pareto/               what pareto writes: the best networks by budget
     derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
     export/               what export writes
@@ -38,8 +39,10 @@ from qnas.checkpoint import Checkpoints
 from qnas.derive import SEARCH_FILE
 from qnas.errors import CheckpointError, Interrupted
 from qnas.files import naming, read_json, write_bytes, write_json, write_text
+from qnas.pareto import FOLDER as PARETO
+from qnas.record import CONFIG_FILE
 
-CONFIG = "config.json"
+CONFIG = CONFIG_FILE
 ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
 LOCK = "run.lock"
@@ -232,7 +235,7 @@ def _clear(folder: Path) -> None:
     for stale in (ARCH, RESULT, METRICS, SUPERNET, BUDGET_PLOT, SEARCH, WEIGHTS, SAMPLE):
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
-    for made_from_it in (SUBNET, EXPORT, DERIVED):
+    for made_from_it in (SUBNET, EXPORT, DERIVED, PARETO):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
 
 
