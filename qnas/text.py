@@ -157,14 +157,14 @@ def describe_space(space: SearchSpace) -> str:
     return "\n".join(lines)
 
 
-def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
+def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Align columns: those numbered in `left` to the left, the others to the right."""
     every = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in every) for i in range(len(header))]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in every
     )
 
@@ -302,40 +302,6 @@ def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
         else f"{format_count(entry['budget'])} {entry['unit']}"
         for entry in entries
     )
-
-
-def describe_fronts(document: Mapping[str, Any]) -> str:
-    """Show the points of a pareto.json, a table a device, and what their marks mean."""
-    ranked, lines, used = document["ranked"], [], set()
-    for front in document["devices"]:
-        rows = []
-        for point in front["points"]:
-            marks = [m for m, key in (("b", "own_budget"), ("?", "far")) if point[key]]
-            marks += [] if point["on_front"] else ["-"]
-            used |= set(marks)
-            accuracy = "-"
-            if point["heldout_accuracy"] is not None:
-                accuracy = f"{point['heldout_accuracy']:.1%}"
-                accuracy += f" ({100 * point['heldout_low']:.1f}-{100 * point['heldout_high']:.1f})"
-            counts = (format_count(point["macs"]), format_count(point["params"]))
-            took = format_ms(point["latency_ms"], round_up=True)
-            rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
-        range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
-        expected = format_ms(front["expected_ms"])
-        lines += [
-            f"{front['device']}: networks take {range_}; the search expects {expected}",
-            table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
-            "",
-        ]
-    if not ranked:
-        lines.append(field("order", f"by the search's scores, not ranked on images: {document['unranked']}"))
-    meaning = {
-        "b": "the best network within the search's own budget",
-        "?": "far from what was searched for: a search of its own would probably find better",
-        "-": "a faster network is as good",
-    }
-    lines += [field(mark, what) for mark, what in meaning.items() if mark in used]
-    return "\n".join(lines).rstrip()
 
 
 def _does_not_bind(limit: Limit) -> str:

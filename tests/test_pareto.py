@@ -12,6 +12,7 @@ from PIL import Image
 from qnas.arch import Arch
 from qnas.derive import FAR, block_labels
 from qnas.errors import InfeasibleBudgetError
+from qnas.findings import describe_fronts
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.limits import Limit, count_limit, latency_limit
@@ -27,7 +28,6 @@ from qnas.pareto import (
 from qnas.plots import draw_fronts
 from qnas.record import Record
 from qnas.space import SearchSpace
-from qnas.text import describe_fronts
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def pareto(
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """
     from qnas.files import write_json, write_text
+    from qnas.findings import describe_fronts
     from qnas.latency.device import load_device
     from qnas.latency.prediction import table_from
     from qnas.limits import latency_limit
@@ -69,7 +70,7 @@ def pareto(
     )
     from qnas.plots import draw_fronts
     from qnas.record import read_record
-    from qnas.text import describe_fronts, field, files_in
+    from qnas.text import field, files_in
 
     if source is None:
         from qnas.run import latest_run  # imports torch, which solving does without

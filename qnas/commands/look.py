@@ -1,0 +1,35 @@
+"""`qnas explain`: why a search ended with its network."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qnas.commands.options import Json, print_json
+
+Run = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False),
+]
+
+
+def explain(source: Run = None, as_json: Json = False) -> None:
+    """Say what each block costs, what a little more latency would buy, and why positions are identities.
+
+    Needs nothing but the run's folder.
+
+    Example: qnas explain runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas.explain import explain as explain_record
+    from qnas.findings import describe_explanation
+    from qnas.record import read_record
+
+    if source is None:
+        from qnas.run import latest_run  # imports torch, which solving does without
+
+        source = latest_run()
+    explanation = explain_record(read_record(source))
+    if as_json:
+        print_json({"run": str(source), **explanation.facts()})
+    else:
+        typer.echo(describe_explanation(explanation))
