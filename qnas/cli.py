@@ -58,6 +58,7 @@ app.command()(subnet.export)
 # to look at it
 app.command()(pareto.pareto)
 app.command()(look.explain)
+app.command()(look.compare)
 # what is known of networks and devices
 app.command()(latency.describe)
 app.command()(latency.predict)

@@ -1,10 +1,11 @@
 """What `pareto`, `explain` and `compare` print: text of at most 80 columns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qnas.compare import Comparison, Contestant, Measured
 from qnas.explain import Change, Exchange, Explanation, PositionStory
-from qnas.text import field, short_name, table_rows
+from qnas.text import describe_budgets, field, short_name, table_rows
 from qnas.units import format_count, format_ms
 
 
@@ -18,9 +19,9 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             marks += [] if point["on_front"] else ["-"]
             used |= set(marks)
             accuracy = "-"
-            if point["heldout_accuracy"] is not None:
-                accuracy = f"{point['heldout_accuracy']:.1%}"
-                accuracy += f" ({100 * point['heldout_low']:.1f}-{100 * point['heldout_high']:.1f})"
+            if ranked:
+                low, high = point["heldout_low"], point["heldout_high"]
+                accuracy = measured_text(Measured(point["heldout_accuracy"], None, low, high))
             counts = (format_count(point["macs"]), format_count(point["params"]))
             took = format_ms(point["latency_ms"], round_up=True)
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
@@ -156,3 +157,75 @@ def identity_line(story: PositionStory) -> str:
         f"{short_name(story.best_block)} {verb} {abs(story.best_loss):.3f} nats and takes "
         f"{format_ms(story.best_latency_ms)}: {story.reason}"
     )
+
+
+RUNS_A_TABLE = 6  # columns of 80 characters
+
+
+def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = str) -> str:
+    """Show runs side by side; `strong` sets off the lines of choices that differ."""
+    c = comparison
+    lines = [field(run.label, _title(run)) for run in c.runs]
+    for names in c.same_network:
+        lines.append(field("", f"{' and '.join(names)} are the same network"))
+    if not c.positions:
+        lines += ["", "choices are not compared: the runs are of different spaces"]
+    for runs in _chunks(c.runs):
+        if c.positions:
+            lines += ["", *_choice_lines(c, runs, strong)]
+        lines += ["", _latency_table(runs)]
+    rows = [
+        (
+            run.label,
+            measured_text(run.supernet),
+            measured_text(run.trained),
+            format_count(run.macs),
+            format_count(run.params),
+        )
+        for run in c.runs
+    ]
+    header = ("", "with supernet weights", "trained by itself", "MACs", "params")
+    return "\n".join([*lines, "", table_rows(header, rows), "", field("accuracy", ACCURACY_NOTE)])
+
+
+ACCURACY_NOTE = (
+    "on test images, with 95% Wilson intervals of their number: another seed of the training moves an "
+    "accuracy too. Supernet weights flatter what was searched for"
+)
+
+
+def _title(run: Contestant) -> str:
+    within = f", within {describe_budgets(run.limits)}" if run.limits else ""
+    return f"{run.run}: {run.space}{within}"
+
+
+def _chunks(runs: Sequence[Contestant]) -> Iterator[Sequence[Contestant]]:
+    for start in range(0, len(runs), RUNS_A_TABLE):
+        yield runs[start : start + RUNS_A_TABLE]
+
+
+def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[str], str]) -> Iterator[str]:
+    rows = [
+        ("*" if differs else "", name, *(short_name(run.choices[at]) for run in runs))
+        for at, (name, differs) in enumerate(zip(c.positions, c.differ, strict=True))
+    ]
+    header, *table = table_rows(("", "position", *(run.label for run in runs)), rows).split("\n")
+    yield header
+    yield from (strong(line) if differs else line for line, differs in zip(table, c.differ, strict=True))
+
+
+def _latency_table(runs: Sequence[Contestant]) -> str:
+    rows = []
+    for device in runs[0].latencies_ms:
+        took = [run.latencies_ms[device] for run in runs]
+        rows.append((device, *("-" if ms is None else f"{ms:.4g} ms" for ms in took)))
+    return table_rows(("latency", *(run.label for run in runs)), rows)
+
+
+def measured_text(measured: Measured | None) -> str:
+    """Write an accuracy with its interval: `86.9% (83.0-90.0)`; a dash where there is none."""
+    if measured is None:
+        return "-"
+    if measured.low is None or measured.high is None:
+        return f"{measured.accuracy:.1%}"
+    return f"{measured.accuracy:.1%} ({100 * measured.low:.1f}-{100 * measured.high:.1f})"

@@ -227,6 +227,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "expected_ms": result.expected_ms,
         "expected": [float(amount) for amount in result.searcher.expected],
         "budget_binds": result.searcher.binds,
+        "images": result.searcher.data.counts,
         "log_probabilities": result.searcher.log_probabilities,
         "effects": asdict(result.effects) if result.effects else None,
         "ranking": ranking_document(result.ranking),

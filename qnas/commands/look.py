@@ -1,11 +1,11 @@
-"""`qnas explain`: why a search ended with its network."""
+"""`qnas explain`, `compare`: a finished search looked at, and several side by side."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qnas.commands.options import Json, print_json
+from qnas.commands.options import Json, print_json, strong
 
 Run = Annotated[
     Path | None,
@@ -33,3 +33,23 @@ def explain(source: Run = None, as_json: Json = False) -> None:
         print_json({"run": str(source), **explanation.facts()})
     else:
         typer.echo(describe_explanation(explanation))
+
+
+def compare(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Runs' folders or arch.json files, 2 to 26.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side: choices, latency on every known device, accuracy with intervals.
+
+    Example: qnas compare runs/quadranet-mobile-vpu-30ms runs/quadranet-mobile-vpu-30ms-2
+    """
+    from qnas.compare import compare as compare_runs
+    from qnas.findings import describe_comparison
+
+    comparison = compare_runs(sources)
+    if as_json:
+        print_json(comparison.facts())
+    else:
+        typer.echo(describe_comparison(comparison, strong))
