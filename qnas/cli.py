@@ -57,6 +57,7 @@ app.command("train-subnet")(subnet.train_subnet)
 app.command()(subnet.export)
 # to look at it
 app.command()(pareto.pareto)
+app.command()(look.report)
 app.command()(look.explain)
 app.command()(look.compare)
 # what is known of networks and devices

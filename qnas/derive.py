@@ -152,6 +152,13 @@ def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str |
     )
 
 
+def near_searched(log_probabilities: Scores, limit: Limit, *, pressed: bool) -> tuple[float, float | None]:
+    """Return the budgets of one limit that are not far from what was searched for; None: no end above."""
+    margin = limit.budget / limit.limit
+    expected = margin * expected_amount(log_probabilities, limit)
+    return expected / (1 + FAR), expected / (1 - FAR) if pressed else None
+
+
 def expected_amount(log_probabilities: Scores, limit: Limit) -> float:
     """Return what a network drawn by these probabilities takes on average."""
     shares = (np.exp(row) for row in log_probabilities)

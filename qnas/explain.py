@@ -39,7 +39,7 @@ class CurvePoint:
     budget_ms: float
     latency_ms: float
     loss: float  # nats, less that of the network for the search's own budget
-    far: bool  # from what was searched for
+    far: bool  # from what was searched for, at both of these
     indices: Indices
 
 
@@ -207,19 +207,9 @@ def trace_curve(record: Record, own: Indices, step_ms: float) -> tuple[CurvePoin
     margin, own_loss = limit.budget / limit.limit, _loss(scores, own)
     points = []
     for network, most_ms in solved.items():
-        within = (replace(limit, limit=most_ms), *record.limits[1:])
-        warning = far_from_searched(
-            record.searched.log_probabilities, within, pressed=record.searched.pressed
-        )
-        points.append(
-            CurvePoint(
-                margin * most_ms,
-                limit.amount(network),
-                _loss(scores, network) - own_loss,
-                warning is not None,
-                network,
-            )
-        )
+        latency_ms, loss = limit.amount(network), _loss(scores, network) - own_loss
+        far = _is_far(record, latency_ms) and _is_far(record, most_ms)
+        points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
     points.sort(key=lambda point: (point.latency_ms, point.loss))
     # solves are exact to rounding: what is no better than a faster one is the same by another placement
     kept: list[CurvePoint] = []
@@ -227,6 +217,12 @@ def trace_curve(record: Record, own: Indices, step_ms: float) -> tuple[CurvePoin
         if not kept or point.loss < kept[-1].loss - 1e-12:
             kept.append(point)
     return tuple(kept)
+
+
+def _is_far(record: Record, limit_ms: float) -> bool:
+    within = (replace(record.limits[0], limit=limit_ms), *record.limits[1:])
+    searched = record.searched
+    return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
 
 
 def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:

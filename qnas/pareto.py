@@ -15,12 +15,12 @@ import numpy as np
 
 from qnas.arch import arch_from_indices
 from qnas.derive import (
-    FAR,
     Indices,
     Solution,
     block_labels,
     expected_amount,
     far_from_searched,
+    near_searched,
     solve_best,
 )
 from qnas.errors import InfeasibleBudgetError
@@ -182,16 +182,13 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 def make_front(record: Record, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
     """Put together what is known of a device."""
-    margin = limit.budget / limit.limit
-    expected_ms = expected_amount(record.searched.log_probabilities, limit)
-    # as `derive.far_from_searched` has it; a search that no budget pressed is at home in all larger ones
-    far_above = margin * expected_ms / (1 - FAR) if record.searched.pressed else None
+    log_probabilities, pressed = record.searched.log_probabilities, record.searched.pressed
     return Front(
         limit.name,
         limit.least,
         limit.most,
-        expected_ms,
-        (margin * expected_ms / (1 + FAR), far_above),
+        expected_amount(log_probabilities, limit),
+        near_searched(log_probabilities, limit, pressed=pressed),
         own_ms,
         limit.amount(record.indices),
         record.found["derived"].get("heldout_accuracy"),

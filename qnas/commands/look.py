@@ -1,4 +1,4 @@
-"""`qnas explain`, `compare`: a finished search looked at, and several side by side."""
+"""`qnas report`, `explain`, `compare`: a run looked at, and several side by side."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +33,17 @@ def explain(source: Run = None, as_json: Json = False) -> None:
         print_json({"run": str(source), **explanation.facts()})
     else:
         typer.echo(describe_explanation(explanation))
+
+
+def report(source: Run = None) -> None:
+    """Write a run's page, report.html, again: what search and train-subnet write at their end.
+
+    Example: qnas report runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas import run
+    from qnas.report.page import write_report
+
+    typer.echo(f"file        {write_report(source or run.latest_run())}")
 
 
 def compare(
