@@ -252,3 +252,11 @@ def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> No
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == config
     assert (tmp_path / "again" / "arch.json").read_bytes() == (whole / "arch.json").read_bytes()
+
+
+def test_every_field_of_the_metrics_is_documented(whole: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for file in (whole / run.METRICS, whole / "subnet" / run.METRICS):
+        keys = {key for line in file.read_text().splitlines() for key in json.loads(line)}
+        for key in keys:
+            assert f"`{'of_limit_NAME' if key.startswith('of_limit_') else key}`" in readme, key
