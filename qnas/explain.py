@@ -344,7 +344,8 @@ def _why_identity(record: Record, limit: Limit, own: Indices, at: int, best: int
     if gain < price * extra_ms:
         return f"too dear: at the price its latency is worth {price * extra_ms:.3f} nats"
     if extra_ms > left_ms:
-        return f"pays at this price, but {limit.describe(left_ms)} are left, and no exchange of blocks gains"
+        room = f"pays at this price, but {limit.describe(left_ms)} are left"
+        return room if own != record.indices else f"{room}, and no exchange of blocks gains"
     if own != record.indices:
         return "pays and would fit: the network was chosen by its accuracy on held-out images"
     return "pays and would fit on this device: another limit leaves no room"

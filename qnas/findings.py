@@ -56,7 +56,7 @@ def describe_explanation(explanation: Explanation) -> str:
             ),
             "",
             field("nats", what_loss_is(e)),
-            *_solved_lines(e),
+            *([field("chosen", solved_line(e))] if solved_line(e) else []),
             *(field(name, text) for name, text in price_lines(e)),
             "",
             *_identity_lines(e),
@@ -105,11 +105,15 @@ def what_loss_is(e: Explanation) -> str:
     return f"of held-out images, by the effects of candidates measured near the budget{explained}"
 
 
-def _solved_lines(e: Explanation) -> Iterator[str]:
+def solved_line(e: Explanation) -> str:
+    """Say where the derived network is not the one of least loss; empty where it is."""
     others = [f"{s.name} {short_name(s.solved)}" for s in e.positions if s.solved != s.choice]
-    if others:
-        how = "held-out images chose another network than the effects alone, which would have"
-        yield field("chosen", f"{how} {', '.join(others)}")
+    if not others:
+        return ""
+    return (
+        "held-out images chose another network than the effects alone, which would have "
+        f"{', '.join(others)}; what follows of other budgets is against that one"
+    )
 
 
 def price_lines(e: Explanation) -> Iterator[tuple[str, str]]:

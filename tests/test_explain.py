@@ -126,6 +126,9 @@ def test_the_reason_of_an_identity_holds(record: Record) -> None:
         elif "are left" in story.reason:
             assert values[best] >= 0
             assert story.best_latency_ms > left_ms
+            # by brute force: nothing within the limit is better
+            own = -sum(row[i] for row, i in zip(record.searched.scores, record.indices, strict=True))
+            assert own == pytest.approx(least_loss(record, limit.limit))
         else:
             assert values[best] >= 0
             assert story.best_latency_ms <= left_ms

@@ -23,7 +23,7 @@ from qnas.record import read_record
 from qnas.report.figures import FORMS
 from qnas.report.page import build_page, write_report
 from qnas.report.searching import command_line
-from qnas.space import SearchSpace
+from qnas.space import SearchSpace, load_space
 
 
 def qnas(*words: str | Path) -> None:
@@ -229,6 +229,18 @@ def test_an_older_run_without_what_is_new_has_its_page(tiny_space: SearchSpace, 
     make_record(tmp_path, tiny_space)
     page = Found(write_report(tmp_path).read_text())
     assert "why" in [a.get("id") for _, a in page.elements]
+
+
+@pytest.mark.parametrize(
+    "name", ["quadranet-mobile-bn", "quadranet-gpu", "quadranet-small", "proxyless-mobile"]
+)
+def test_every_searchable_space_has_its_page(name: str, tmp_path: Path) -> None:
+    space = load_space(name)
+    make_record(tmp_path, space, share=0.3, rank=4)
+    page = Found(write_report(tmp_path).read_text())
+    blocks = [attributes["data-block"] for _, attributes in page.elements if "data-block" in attributes]
+    assert set(blocks) >= {"stem", "head", *(position.name for position in space.positions)}
+    assert "held-out images chose another network" in page.text
 
 
 def test_what_a_run_holds_is_escaped(tiny_space: SearchSpace, tmp_path: Path) -> None:

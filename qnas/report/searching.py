@@ -15,7 +15,7 @@ from qnas.derive import near_searched
 from qnas.errors import CheckpointError
 from qnas.explain import Explanation, explain
 from qnas.files import read_json
-from qnas.findings import identity_line, other_budgets, price_lines, what_loss_is
+from qnas.findings import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.intervals import wilson
 from qnas.plots import OF_LIMIT
 from qnas.record import Record, read_record
@@ -79,6 +79,7 @@ class SearchSection:
     rivals: tuple[Rival, ...]
     random: str
     explanation: Explanation
+    solved: str  # where images chose another network than the effects
     price: tuple[tuple[str, str], ...]
     loss_note: str
     other_budgets: Mapping[str, str]  # by position
@@ -104,6 +105,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
         tuple(_rivals(record)),
         _random(record),
         e,
+        solved_line(e),
         tuple(price_lines(e)),
         what_loss_is(e),
         {story.name: other_budgets(story, e.budget_ms) for story in e.positions},
