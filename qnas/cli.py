@@ -60,6 +60,7 @@ app.command()(pareto.pareto)
 app.command()(look.report)
 app.command()(look.explain)
 app.command()(look.compare)
+app.command()(look.tensorboard)
 # what is known of networks and devices
 app.command()(latency.describe)
 app.command()(latency.predict)

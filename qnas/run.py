@@ -11,6 +11,7 @@
     report.html           all of this to look at, in one page
     budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals
+    tensorboard/          what tensorboard writes
     pareto/               what pareto writes: the best networks by budget
     derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
@@ -53,6 +54,7 @@ BUDGET_PLOT = "budget.png"
 REPORT = "report.html"
 DERIVED = "derived"
 PARETO = FOLDER
+TENSORBOARD = "tensorboard"
 SUBNET = "subnet"
 EXPORT = "export"
 
@@ -250,7 +252,7 @@ def _clear(folder: Path) -> None:
     ):
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
-    for made_from_it in (SUBNET, EXPORT, DERIVED, PARETO):
+    for made_from_it in (SUBNET, EXPORT, DERIVED, PARETO, TENSORBOARD):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
 
 

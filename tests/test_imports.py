@@ -54,6 +54,7 @@ ORDER = [
     "plots",
     "predictions",
     "report",
+    "events",
     "train_subnet",
     "rerank",
     "search",

@@ -1,4 +1,4 @@
-"""`qnas report`, `explain`, `compare`: a run looked at, and several side by side."""
+"""`qnas report`, `explain`, `compare`, `tensorboard`: a run looked at, and several side by side."""
 
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +44,20 @@ def report(source: Run = None) -> None:
     from qnas.report.page import write_report
 
     typer.echo(f"file        {write_report(source or run.latest_run())}")
+
+
+def tensorboard(source: Run = None) -> None:
+    """Write a run's metrics as event files for TensorBoard, also while it is at work.
+
+    Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas import run
+    from qnas.events import write_events
+    from qnas.text import field
+
+    folder = write_events(source or run.latest_run())
+    typer.echo(field("files", f"{folder}/: {', '.join(sorted(log.name for log in folder.iterdir()))}"))
+    typer.echo(f"next        tensorboard --logdir {folder}")
 
 
 def compare(

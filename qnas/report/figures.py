@@ -21,8 +21,8 @@ FORMS: dict[str, Callable[[Any], str]] = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a metrics.jsonl; none where there is no such file."""
+    """Return all whole rows of a metrics.jsonl, which may be written to; none where there is no such file."""
     if not path.is_file():
         return []
     with naming(path), path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
