@@ -30,6 +30,8 @@ def test_a_search_is_solved_over_the_range_of_several_devices(
         assert [float(row["latency_ms"]) for row in csv.DictReader(file)] == [p["latency_ms"] for p in points]
     with Image.open(run / "pareto" / "pareto.png") as image:
         assert image.format == "PNG"
+    for device in ("cortex-a76", "myriad-vpu"):
+        assert f"<figcaption>{device}</figcaption>" in (run / "report.html").read_text()
     cpu, vpu = document["devices"]
     assert (cpu["own_budget_ms"], vpu["own_budget_ms"]) == (None, 2.4)
     assert not any(point["own_budget"] for point in cpu["points"])

@@ -50,7 +50,8 @@ def pareto(
 ) -> None:
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
-    Writes pareto.csv, pareto.json and pareto.png. Limits of the search on parameters and MACs hold.
+    Writes pareto.csv, pareto.json and pareto.png, and in a run's folder its page anew. Limits of the search
+    on parameters and MACs hold.
 
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """
@@ -113,6 +114,10 @@ def pareto(
     write_text(folder / "pareto.csv", fronts_csv(document))
     draw_fronts(document, folder / "pareto.png")
     write_json(folder / "pareto.json", document)
+    if out is None:
+        from qnas.report.page import write_report  # imports torch, see above
+
+        write_report(source)
     if as_json:
         print_json({"folder": str(folder), **document})
         return
