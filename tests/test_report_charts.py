@@ -5,7 +5,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qnas.report.charts import Band, Level, Series, chart, log_ticks, nice_ticks, thin
+from qnas.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Band,
+    Level,
+    Series,
+    chart,
+    log_ticks,
+    nice_ticks,
+    thin,
+)
 
 
 def svg(figure: str) -> ElementTree.Element:
@@ -44,6 +58,10 @@ def test_points_lie_where_the_grid_says(log: bool) -> None:
     at_y = {float(t.text or ""): float(t.get("y") or 0) - 3.5 for t in ticks if t.get("class") == "tick y"}
     circles = [(float(c.get("cx") or 0), float(c.get("cy") or 0)) for c in drawing.iter("circle")]
     assert len(circles) == 4
+    # they fill the plot
+    assert LEFT <= circles[0][0] <= LEFT + 20
+    assert WIDTH - RIGHT - 20 <= circles[-1][0] <= WIDTH - RIGHT
+    assert all(TOP <= y <= HEIGHT - BOTTOM for _, y in circles)
     (x0, p0), *_, (x1, p1) = sorted(at_x.items())
     (y0, q0), *_, (y1, q1) = sorted(at_y.items())
     scale = math.log if log else float
