@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import derive, doctor, latency, own_device, predictors, profile, search, subnet
+from qnas.commands import (
+    derive,
+    doctor,
+    latency,
+    look,
+    own_device,
+    pareto,
+    predictors,
+    profile,
+    search,
+    subnet,
+)
 from qnas.errors import Interrupted, QnasError
 
 app = typer.Typer(
@@ -44,6 +55,12 @@ app.command()(search.search)
 app.command()(derive.derive)
 app.command("train-subnet")(subnet.train_subnet)
 app.command()(subnet.export)
+# to look at it
+app.command()(pareto.pareto)
+app.command()(look.report)
+app.command()(look.explain)
+app.command()(look.compare)
+app.command()(look.tensorboard)
 # what is known of networks and devices
 app.command()(latency.describe)
 app.command()(latency.predict)

@@ -138,12 +138,7 @@ def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str |
     limits; the one that is exceeded most, or reached most nearly, counts, as it is the one that a search
     holds at its limit. More than FAR above is far, and below where the search was `pressed` by a budget.
     """
-    p = [np.exp(row) for row in scores]
-    expected = [
-        limit.fixed
-        + sum(float(share @ cells) for share, cells in zip(p, map(np.asarray, limit.cells), strict=True))
-        for limit in limits
-    ]
+    expected = [expected_amount(scores, limit) for limit in limits]
     over = [amount / min(limit.limit, limit.most) - 1 for amount, limit in zip(expected, limits, strict=True)]
     at = int(np.argmax(over))
     if not (over[at] > FAR or (pressed and over[at] < -FAR)):
@@ -155,6 +150,20 @@ def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str |
         f"this is far from what was searched for: its probabilities expect "
         f"{limit.describe(expected[at])}{on}, {off}; a search of its own would probably find a better network"
     )
+
+
+def near_searched(log_probabilities: Scores, limit: Limit, *, pressed: bool) -> tuple[float, float | None]:
+    """Return the budgets of one limit that are not far from what was searched for; None: no end above."""
+    margin = limit.budget / limit.limit
+    expected = margin * expected_amount(log_probabilities, limit)
+    return expected / (1 + FAR), expected / (1 - FAR) if pressed else None
+
+
+def expected_amount(log_probabilities: Scores, limit: Limit) -> float:
+    """Return what a network drawn by these probabilities takes on average."""
+    shares = (np.exp(row) for row in log_probabilities)
+    cells = map(np.asarray, limit.cells)
+    return limit.fixed + sum(float(share @ row) for share, row in zip(shares, cells, strict=True))
 
 
 def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:

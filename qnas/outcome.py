@@ -31,12 +31,16 @@ from qnas.derive import (
 from qnas.effects import Effects
 from qnas.errors import CheckpointError
 from qnas.files import read_json, write_json
+from qnas.latency.device import load_device
+from qnas.latency.prediction import predict_arch
 from qnas.latency.table import table_text
 from qnas.lower import count_macs, lower
 from qnas.plots import draw_budget, read_rows
 from qnas.progress import Progress
+from qnas.report.page import write_report
 from qnas.rerank import Ranked, ranking_document, rerank
 from qnas.search import Searcher
+from qnas.space import SearchSpace
 from qnas.train import run_to_end
 
 RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
@@ -132,10 +136,13 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     result = SearchResult(searcher, folder, effects, ranking, derived, rivals, by_seed, searcher.expected_ms)
     bound = searcher.state.multiplier.bound
     draw_budget(read_rows(folder / run.METRICS), folder / run.BUDGET_PLOT, multiplier_bound=bound)
-    write_json(folder / run.SEARCH, _search_document(result))
+    layers = _layers(searcher.space, derived.arch, request)
+    write_json(folder / run.SEARCH, _search_document(result) | {"layers": layers})
     run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
+    document = _arch_document(result, request)
+    write_report(folder, {run.ARCH: document})
     # last, since its presence says that the run is complete
-    write_json(folder / run.ARCH, _arch_document(result, request))
+    write_json(folder / run.ARCH, document)
     Checkpoints(folder).remove()
     return result
 
@@ -227,6 +234,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "expected_ms": result.expected_ms,
         "expected": [float(amount) for amount in result.searcher.expected],
         "budget_binds": result.searcher.binds,
+        "images": result.searcher.data.counts,
         "log_probabilities": result.searcher.log_probabilities,
         "effects": asdict(result.effects) if result.effects else None,
         "ranking": ranking_document(result.ranking),
@@ -239,6 +247,15 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
             "mean": statistics.mean(accuracies),
             "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         },
+    }
+
+
+def _layers(space: SearchSpace, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return what each kernel of a network takes on each device that was asked for, where its source says."""
+    devices = [load_device(entry["device"]) for entry in request.get("limits", []) if "device" in entry]
+    return {
+        device.name: [vars(part) for part in predict_arch(request["latency"], device, space, arch).parts]
+        for device in devices
     }
 
 

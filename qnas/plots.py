@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qnas.files import naming, write_bytes
 from qnas.watch import UNSETTLED
 
@@ -50,6 +52,64 @@ def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound:
     temperature.set_ylabel("temperature")
     temperature.set_ylim(bottom=0)
     temperature.set_xlabel("step")
+    image = io.BytesIO()
+    canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
+    write_bytes(path, image.getvalue())
+
+
+def draw_fronts(document: dict[str, Any], path: Path) -> None:
+    """Draw the points of a pareto.json as a PNG, a panel a device: accuracy over latency.
+
+    Filled points are on the front, small ones are not; hollow ones are far from what was searched for.
+    Where networks were not ranked on images their score stands in for the accuracy.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    devices = document["devices"]
+    figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    ranked = document["ranked"]
+    for axes, front in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
+        points = front["points"]
+        value = "heldout_accuracy" if ranked else "score"
+        low, high = front["trusted_ms"]
+        ends = (front["fastest_ms"], front["slowest_ms"])
+        band = min(max(low, ends[0]), ends[1]), ends[1] if high is None else max(min(high, ends[1]), ends[0])
+        axes.axvspan(*band, color="0.93", label="budgets near what was searched for")
+        if front["own_budget_ms"] is not None:
+            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the search's budget")
+        best = [point for point in points if point["on_front"]]
+        axes.step([p["latency_ms"] for p in best], [p[value] for p in best], where="post", color="C0", lw=1)
+        for far, face in ((False, "C0"), (True, "none")):
+            shown = [point for point in points if point["far"] is far]
+            axes.scatter(
+                [point["latency_ms"] for point in shown],
+                [point[value] for point in shown],
+                s=[36 if point["on_front"] else 12 for point in shown],
+                facecolors=face,
+                edgecolors="C0",
+                zorder=3,
+                label=("far from it" if far else "the best within a budget") if shown else None,
+            )
+        if ranked:
+            if front["own_accuracy"] is not None:
+                own = (front["own_latency_ms"], front["own_accuracy"])
+                axes.scatter(*own, marker="*", s=110, color="C3", zorder=4, label="derived by the search")
+            for point in points:
+                error = (point["heldout_low"], point["heldout_high"])
+                axes.plot([point["latency_ms"]] * 2, error, color="C0", lw=0.6, alpha=0.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xticks(np.unique(np.round(np.geomspace(*ends, 5), 2 - int(np.log10(ends[0])))))
+        axes.set_title(front["device"])
+        axes.set_xlabel("latency, ms")
+    figure.axes[0].set_ylabel("accuracy on held-out images" if ranked else "score")
+    handles = {
+        label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
     image = io.BytesIO()
     canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
     write_bytes(path, image.getvalue())

@@ -8,8 +8,11 @@
     run.lock              there while a process is at work here
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
+    report.html           all of this to look at, in one page
     budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals
+    tensorboard/          what tensorboard writes
+    pareto/               what pareto writes: the best networks by budget
     derived/              what derive writes, for other devices and budgets
     subnet/               what train-subnet writes
     export/               what export writes
@@ -38,21 +41,27 @@ from qnas.checkpoint import Checkpoints
 from qnas.derive import SEARCH_FILE
 from qnas.errors import CheckpointError, Interrupted
 from qnas.files import naming, read_json, write_bytes, write_json, write_text
+from qnas.pareto import FOLDER
+from qnas.record import CONFIG_FILE
 
-CONFIG = "config.json"
+CONFIG = CONFIG_FILE
 ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
 LOCK = "run.lock"
 SUPERNET = "supernet.safetensors"
 SEARCH = SEARCH_FILE
 BUDGET_PLOT = "budget.png"
+REPORT = "report.html"
 DERIVED = "derived"
+PARETO = FOLDER
+TENSORBOARD = "tensorboard"
 SUBNET = "subnet"
 EXPORT = "export"
 
 # in subnet/
 WEIGHTS = "weights.safetensors"
 RESULT = "result.json"
+PREDICTIONS = "predictions.safetensors"  # what the network says of each test image
 SAMPLE = "sample.safetensors"  # some test images, with which an export is checked
 
 DEFAULT_FOLDER = Path("runs")
@@ -229,10 +238,21 @@ def _partials(folder: Path) -> list[Path]:
 def _clear(folder: Path) -> None:
     """Remove a former run's files, and what was made from them."""
     # first what says that the run is complete: a kill in between must not leave that alone
-    for stale in (ARCH, RESULT, METRICS, SUPERNET, BUDGET_PLOT, SEARCH, WEIGHTS, SAMPLE):
+    for stale in (
+        ARCH,
+        RESULT,
+        METRICS,
+        SUPERNET,
+        BUDGET_PLOT,
+        REPORT,
+        SEARCH,
+        WEIGHTS,
+        PREDICTIONS,
+        SAMPLE,
+    ):
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
-    for made_from_it in (SUBNET, EXPORT, DERIVED):
+    for made_from_it in (SUBNET, EXPORT, DERIVED, PARETO, TENSORBOARD):
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
 
 

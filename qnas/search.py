@@ -5,6 +5,7 @@ weight steps. The state between two steps is explicit, so that a run that was st
 it had not been; batches depend only on the seed and their number.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -67,6 +68,7 @@ FINAL_RATE = 0.3
 # Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
 # two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
 STEPS_PER_NETWORK = 4
+SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
 SETTLING_LOGIT = 0.5  # that a step of settling changes a logit by, at most
 
 
@@ -369,6 +371,8 @@ class Searcher:
             check_finite(figures["arch_loss"], state.step)
             state.arch_step += 1
             figures |= self.describe_budget() | self.describe_probabilities()
+            if self._is_snapshot():
+                figures["probabilities"] = self._rounded_probabilities()
             warnings += state.watch.after_arch_step(self._sight(figures))
         return figures | ({"warnings": warnings} if warnings else {})
 
@@ -474,6 +478,15 @@ class Searcher:
             "entropy": float(entropy),
             "identity_share": sum(identities) / len(identities) if identities else 0.0,
         }
+
+    def _is_snapshot(self) -> bool:
+        """Whether all probabilities are logged: after the first and the last step, and some between."""
+        steps = (self.total_steps - self.warmup_steps) // self.config.arch_every
+        return self.state.arch_step in (1, steps) or self.state.arch_step % max(1, steps // SNAPSHOTS) == 0
+
+    def _rounded_probabilities(self) -> list[list[float]]:
+        """Return every candidate's probability, by position, to four decimals."""
+        return [[round(math.exp(log_p), 4) for log_p in row] for row in self.log_probabilities]
 
     def _shares(self) -> dict[str, list[float]]:
         """Return each candidate's probability at every position where it is one of several, by name."""

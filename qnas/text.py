@@ -157,14 +157,14 @@ def describe_space(space: SearchSpace) -> str:
     return "\n".join(lines)
 
 
-def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
+def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Align columns: those numbered in `left` to the left, the others to the right."""
     every = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in every) for i in range(len(header))]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in every
     )
 

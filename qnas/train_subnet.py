@@ -29,6 +29,8 @@ from qnas.data import ImageData, batch_count, batches, sample_images
 from qnas.distributed import ALONE, World
 from qnas.errors import CheckpointError, UsageError
 from qnas.files import json_text, write_json
+from qnas.predictions import predict
+from qnas.report.page import write_training_report
 from qnas.subnet import build_subnet, subnet_state
 from qnas.train import Score, evaluate, make_optimizer, make_schedule, run_to_end, stream, weight_step
 from qnas.watch import check_finite
@@ -248,22 +250,23 @@ def _finish(trainer: SubnetTrainer, folder: Path, request: Mapping[str, Any]) ->
     run.save_tensors(folder / run.WEIGHTS, network.state_dict())
     images, labels = sample_images(data.test, SAMPLE_IMAGES)
     run.save_tensors(folder / run.SAMPLE, {"images": images, "labels": labels})
+    predictions = predict(network, data.test, trainer.acceleration.device)
+    run.save_tensors(folder / run.PREDICTIONS, predictions)
+    result = {
+        "schema": "qnas.subnet/1",
+        "test_accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+        "params": count_parameters(network),
+        "resolution_px": trainer.config.resolution_px,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "data": request["data"],
+    }
+    write_training_report(folder, {run.RESULT: result})
     # last, since its presence says that the run is complete
-    write_json(
-        folder / run.RESULT,
-        {
-            "schema": "qnas.subnet/1",
-            "test_accuracy": score.accuracy,
-            "test_loss": score.loss,
-            "test_images": score.images,
-            "params": count_parameters(network),
-            "resolution_px": trainer.config.resolution_px,
-            "classes": list(data.classes),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "data": request["data"],
-        },
-    )
+    write_json(folder / run.RESULT, result)
     Checkpoints(folder).remove()
     return score
 

@@ -155,6 +155,9 @@ def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
     one, two = (rows_of(tmp_path / f"of-{size}") for size in (1, 2))
     for row, expected in zip(two, one, strict=True):
         assert row.pop("warnings", None) == expected.pop("warnings", None)
+        ours, theirs = (each.pop("probabilities", []) for each in (row, expected))
+        for shares, others in zip(ours, theirs, strict=True):
+            assert shares == pytest.approx(others, rel=1e-3, abs=1e-3)
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 

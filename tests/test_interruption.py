@@ -217,7 +217,7 @@ def kill_before_write(event: str, file: str, skip: int) -> None:
     kill_before(event, file.format(os.getpid()), skip)
 
 
-FILES = [run.ARCH, run.CONFIG, run.SPACE, run.METRICS, run.SEARCH, run.SUPERNET]
+FILES = [run.ARCH, run.CONFIG, run.SPACE, run.METRICS, run.SEARCH, run.SUPERNET, run.REPORT]
 
 
 @pytest.mark.parametrize("file", rest_slow(*FILES, fast=2))

@@ -71,7 +71,12 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("quadranet_nas-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for file in ("search_spaces/quadranet-mobile.yaml", "latency_tables/myriad-vpu.json"):
+    for file in (
+        "search_spaces/quadranet-mobile.yaml",
+        "latency_tables/myriad-vpu.json",
+        "report/page.html",
+        "report/style.css",
+    ):
         assert f"qnas/{file}" in names
     # as installed, away from the source tree
     unpacked = tmp_path / "site"

@@ -37,6 +37,7 @@ from qnas.resources import stems
 from qnas.search import (
     FINAL_TEMPERATURE,
     PRESETS,
+    SNAPSHOTS,
     SearchConfig,
     Searcher,
     check_searchable,
@@ -105,6 +106,30 @@ def test_the_derived_network_is_within_budget_and_certified(
     for network in report["random"]:
         assert 0.97 * document["latency_ms"] <= network["latency_ms"] <= document["latency_ms"]
     assert not list(folder.glob("checkpoint*"))
+
+
+def test_probabilities_are_logged_from_the_first_to_the_last(
+    tiny_space: SearchSpace, table: LatencyTable, digits: ImageData, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    config = replace(CONFIG, search_epochs=16, effect_networks=0)
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
+    run_search(searcher, folder, {"data": "digits"}, quiet=True)
+    rows = [json.loads(line) for line in (folder / run.METRICS).read_text().splitlines()]
+    steps = [row for row in rows if "multiplier" in row]
+    logged = [row for row in steps if "probabilities" in row]
+    assert [row for row in rows if "probabilities" in row] == logged
+    assert len(steps) > 120
+    assert SNAPSHOTS <= len(logged) <= 2 * SNAPSHOTS + 1
+    assert (logged[0], logged[-1]) == (steps[0], steps[-1])
+    for row in logged:
+        for shares, position in zip(row["probabilities"], tiny_space.positions, strict=True):
+            assert len(shares) == len(position.names)
+            assert sum(shares) == pytest.approx(1, abs=3e-4)
+        logs = [p * np.log(p) for shares in row["probabilities"] for p in shares if p > 0]
+        assert -sum(logs) / len(tiny_space.positions) == pytest.approx(row["entropy"], abs=3e-3)
+    for shares, log_p in zip(logged[-1]["probabilities"], searcher.log_probabilities, strict=True):
+        assert shares == pytest.approx(np.exp(log_p).tolist(), abs=5.1e-5)
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(

@@ -1,8 +1,10 @@
 """What several commands have in common: options, and small helpers around them."""
 
 import json
+import os
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +205,13 @@ def check_device_name(name: str) -> None:
 def print_json(content: Any) -> None:
     """Print a value as JSON."""
     typer.echo(json.dumps(content, indent=2))
+
+
+def strong(text: str) -> str:
+    """Set text off, on a terminal alone and where NO_COLOR is not set (no-color.org)."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return typer.style(text, bold=True, fg=typer.colors.YELLOW)
+    return text
 
 
 def find_network(target: str, space: str | None) -> "tuple[SearchSpace, Arch | None]":

@@ -1,0 +1,80 @@
+"""`qnas report`, `explain`, `compare`, `tensorboard`: a run looked at, and several side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qnas.commands.options import Json, print_json, strong
+
+Run = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False),
+]
+
+
+def explain(source: Run = None, as_json: Json = False) -> None:
+    """Say what each block costs, what a little more latency would buy, and why positions are identities.
+
+    Needs nothing but the run's folder.
+
+    Example: qnas explain runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas.explain import explain as explain_record
+    from qnas.findings import describe_explanation
+    from qnas.record import read_record
+
+    if source is None:
+        from qnas.run import latest_run  # imports torch, which solving does without
+
+        source = latest_run()
+    explanation = explain_record(read_record(source))
+    if as_json:
+        print_json({"run": str(source), **explanation.facts()})
+    else:
+        typer.echo(describe_explanation(explanation))
+
+
+def report(source: Run = None) -> None:
+    """Write a run's page, report.html, again: what search and train-subnet write at their end.
+
+    Example: qnas report runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas import run
+    from qnas.report.page import write_report
+
+    typer.echo(f"file        {write_report(source or run.latest_run())}")
+
+
+def tensorboard(source: Run = None) -> None:
+    """Write a run's metrics as event files for TensorBoard, also while it is at work.
+
+    Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
+    """
+    from qnas import run
+    from qnas.events import write_events
+    from qnas.text import field
+
+    folder = write_events(source or run.latest_run())
+    typer.echo(field("files", f"{folder}/: {', '.join(sorted(log.name for log in folder.iterdir()))}"))
+    typer.echo(f"next        tensorboard --logdir {folder}")
+
+
+def compare(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Runs' folders or arch.json files, 2 to 26.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side: choices, latency on every known device, accuracy with intervals.
+
+    Example: qnas compare runs/quadranet-mobile-vpu-30ms runs/quadranet-mobile-vpu-30ms-2
+    """
+    from qnas.compare import compare as compare_runs
+    from qnas.findings import describe_comparison
+
+    comparison = compare_runs(sources)
+    if as_json:
+        print_json(comparison.facts())
+    else:
+        typer.echo(describe_comparison(comparison, strong))

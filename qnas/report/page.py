@@ -1,0 +1,129 @@
+"""`report.html`: one page of a run, from its folder alone.
+
+The page holds its pictures, charts and styles itself, runs no script and asks nobody for anything (its
+content security policy forbids it), so that it can be sent around and opened years later. Numbers stand in
+`<data>` elements that carry the exact value and the place in the run's files that it is from.
+
+The template is `page.html` with `style.css`, both beside this module.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from qnas import run
+from qnas.arch import make_arch, read_arch_document
+from qnas.errors import CheckpointError
+from qnas.files import naming, read_json, write_text
+from qnas.report.figures import FORMS
+from qnas.report.network import block_rows
+from qnas.report.searching import search_section
+from qnas.report.training import training_section
+from qnas.space import load_space
+from qnas.text import describe_budgets, short_name
+from qnas.units import format_count, format_ms
+
+Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are about to be written, by name
+
+
+class Facts:
+    """The JSON files of a run, and numbers of them as HTML that says where they are from."""
+
+    def __init__(self, documents: Mapping[str, Any]) -> None:
+        self._documents = documents
+
+    def get(self, key: str) -> Any:
+        """Return the value at a place such as `search.ranking.0.rank`; None where there is none."""
+        value: Any = self._documents
+        for step in key.split("."):
+            if isinstance(value, list):
+                value = value[int(step)] if int(step) < len(value) else None
+            else:
+                value = value.get(step) if isinstance(value, Mapping) else None
+        return value
+
+    def show(self, key: str, form: str) -> Markup:
+        """Write the value at a place in a form of `FORMS`; a dash where there is none."""
+        value = self.get(key)
+        if value is None:
+            return Markup("&ndash;")
+        text = FORMS[form](value)
+        return Markup('<data value="{}" data-key="{}" data-form="{}">{}</data>').format(
+            json.dumps(value), key, form, text
+        )
+
+
+def build_page(folder: Path, pending: Files | None = None) -> str:
+    """Return the page of a run's folder: of a search, of a network trained by itself, or of both.
+
+    `pending` has the contents of files that are about to be written to the folder. Raises CheckpointError,
+    ArchError or SpaceError where the folder holds no run.
+    """
+    pending = pending or {}
+    document = pending.get(run.ARCH) or read_arch_document(folder / run.ARCH)
+    space = load_space(folder / run.SPACE)
+    arch = make_arch(space, tuple(document["choices"]), str(folder / run.ARCH))
+    searched = (folder / run.SEARCH).is_file()
+    trained = next((f for f in (folder, folder / run.SUBNET) if _has(f, run.RESULT, pending, folder)), None)
+    documents: dict[str, Any] = {"arch": document}
+    if (folder / run.CONFIG).is_file():
+        documents["config"] = run.read_config(folder)
+    if searched:
+        documents["search"] = read_json(folder / run.SEARCH, CheckpointError)
+    if trained is not None:
+        ready = pending.get(run.RESULT) if trained == folder else pending.get(f"{run.SUBNET}/{run.RESULT}")
+        documents["result"] = ready or read_json(trained / run.RESULT, CheckpointError)
+        documents["training"] = run.read_config(trained)
+    facts = Facts(documents)
+    first = next((e["name"] for e in document.get("limits", []) if e["unit"] == "ms"), "")
+    kernels = (facts.get("search.layers") or {}).get(first, ())
+    within = describe_budgets(document["limits"]) if document.get("limits") else ""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "ms": format_ms,
+        "count": format_count,
+        "short": short_name,
+        "pretty": lambda content: json.dumps(content, indent=2),
+    }
+    return environment.from_string(_text("page.html")).render(
+        style=Markup(_text("style.css")),
+        title=f"{space.name}{f' within {within}' if within else ''}",
+        facts=facts,
+        documents=documents,
+        space=space,
+        device=first,
+        blocks=block_rows(folder, space, arch, document, kernels),
+        search=search_section(folder, document) if searched else None,
+        training=training_section(trained, documents["result"]) if trained is not None else None,
+    )
+
+
+def _has(place: Path, name: str, pending: Files, folder: Path) -> bool:
+    return (place / name).is_file() or (place / name).relative_to(folder).as_posix() in pending
+
+
+def _text(name: str) -> str:
+    return files("qnas.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def write_report(folder: Path, pending: Files | None = None) -> Path:
+    """Write a run's page into its folder; return where it lies. Raises as `build_page`."""
+    path = folder / run.REPORT
+    page = build_page(folder, pending)
+    with naming(path):
+        write_text(path, page)
+    return path
+
+
+def write_training_report(folder: Path, pending: Files) -> Path:
+    """Write the page of a training: into the run whose network it trained, else into its own folder."""
+    if folder.name == run.SUBNET and (folder.parent / run.ARCH).is_file():
+        return write_report(folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()})
+    return write_report(folder, pending)

@@ -1,0 +1,274 @@
+"""The page of a run, read as HTML. How it looks is test_report_browser.py's."""
+
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY_SPACE
+from finished_runs import make_record
+
+from qnas import cli, run
+from qnas.errors import ArchError, CheckpointError
+from qnas.explain import explain
+from qnas.predictions import read_predictions
+from qnas.record import read_record
+from qnas.report.figures import FORMS
+from qnas.report.page import build_page, write_report
+from qnas.report.searching import command_line
+from qnas.space import SearchSpace, load_space
+
+
+def qnas(*words: str | Path) -> None:
+    before = sys.argv
+    sys.argv = ["qnas", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = before
+    assert not stop.value.code, words
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search on two devices, its front, and its network trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.yaml").write_text(TINY_SPACE)
+    small = ("--resolution", "8", "-q")
+    within = ("--device", "vpu", "--budget", "2.4ms", "--device", "cpu", "--budget", "1.2ms")
+    epochs = ("--warmup-epochs", "1", "--epochs", "3", "--random-networks", "3")
+    space = ("--space", folder / "tiny.yaml", "--max-params", "5200")
+    qnas("search", *space, *within, *epochs, *small, "--out", folder / "run")
+    qnas("pareto", folder / "run", "--points", "4", "--k-best", "2", "-q")
+    qnas("train-subnet", folder / "run", "--epochs", "2", *small)
+    return folder / "run"
+
+
+@dataclass
+class Found(HTMLParser):
+    """What a page holds."""
+
+    text: str
+    elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    facts: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    open_tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.feed(self.text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attributes}
+        self.elements.append((tag, found))
+        if tag == "data":
+            self.facts.append((found, ""))
+        if tag not in ("meta", "link", "img"):
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attributes}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open_tags and self.open_tags[-1] == "data":
+            attributes, text = self.facts[-1]
+            self.facts[-1] = (attributes, text + data)
+
+
+def value_at(documents: dict[str, Any], key: str) -> Any:
+    value: Any = documents
+    for step in key.split("."):
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+def documents_of(folder: Path) -> dict[str, Any]:
+    paths = {
+        "arch": folder / "arch.json",
+        "search": folder / "search.json",
+        "config": folder / "config.json",
+        "result": folder / "subnet" / "result.json",
+    }
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}
+
+
+def test_every_number_is_that_of_the_runs_files(whole: Path) -> None:
+    page, documents = Found((whole / run.REPORT).read_text()), documents_of(whole)
+    keyed = [(attributes, text) for attributes, text in page.facts if "data-key" in attributes]
+    for attributes, text in keyed:
+        value = value_at(documents, attributes["data-key"])
+        assert json.loads(attributes["value"]) == value
+        assert text == FORMS[attributes["data-form"]](value)
+    shown = {attributes["data-key"] for attributes, _ in keyed}
+    assert {
+        *(f"arch.limits.{i}.amount" for i in range(3)),
+        "arch.macs",
+        "arch.params",
+        "search.derived.accuracy",
+        "search.largest.accuracy",
+        "result.test_accuracy",
+        "config.data_digest",
+        "arch.space_digest",
+        "arch.table_digest",
+        "config.versions.torch",
+        *(f"search.ranking.{i}.heldout_accuracy" for i in range(len(documents["search"]["ranking"]))),
+    } <= shown
+
+
+def test_the_blocks_are_those_of_the_certificate(whole: Path) -> None:
+    page, arch = Found((whole / run.REPORT).read_text()), documents_of(whole)["arch"]
+    blocks = [attributes["data-block"] for _, attributes in page.elements if "data-block" in attributes]
+    assert blocks == ["stem", "1.1", "1.2", "2.transition", "2.1", "2.2", "head"]
+    took = {a["data-block-ms"]: float(a["value"]) for a, _ in page.facts if "data-block-ms" in a}
+    assert sum(took.values()) == pytest.approx(arch["limits"][0]["amount"])
+    positions = ["1.1", "1.2", "2.1", "2.2"]
+    expected = dict(zip(positions, arch["certificate"]["position_ms"], strict=True))
+    for name, choice in zip(positions, arch["choices"], strict=True):
+        assert took.get(name) == (None if choice == "identity" else expected[name])
+    bars = [a["style"] for _, a in page.elements if a.get("class", "").startswith("bar ")]
+    widths = [float(re.findall(r"width: ([\d.]+)%", style)[0]) for style in bars]
+    drawn = [latency_ms for name, latency_ms in took.items() if name in blocks]
+    assert widths == pytest.approx([100 * ms / max(drawn) for ms in drawn], abs=1e-3)
+
+
+def test_it_asks_nobody_for_anything_and_runs_no_script(whole: Path) -> None:
+    text = (whole / run.REPORT).read_text()
+    page = Found(text)
+    tags = Counter(tag for tag, _ in page.elements)
+    assert not {"script", "iframe", "object", "embed", "form", "base"} & set(tags)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "poster", "action"):
+            assert attributes.get(name, "#").startswith(("data:", "#")), attributes
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in text
+    assert "@import" not in text
+    (policy,) = (a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert not page.open_tags
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for t, a in page.elements if t == "a"} <= set(ids)
+
+
+def test_the_confusion_matrix_is_that_of_the_predictions(whole: Path) -> None:
+    text = (whole / run.REPORT).read_text()
+    table = text[text.index('id="confusion"') :]
+    rows = re.findall(r"<tr><th>\d</th>(.*?)</tr>", table[: table.index("</table>")])
+    shown = [[int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)</td>", row)] for row in rows]
+    found = read_predictions(whole / "subnet" / run.PREDICTIONS)
+    expected = np.zeros((10, 10), int)
+    for true, predicted in zip(found.labels, found.predicted, strict=True):
+        expected[true, predicted] += 1
+    assert (np.array(shown) == expected).all()
+    result = documents_of(whole)["result"]
+    assert np.trace(expected) == round(result["test_accuracy"] * result["test_images"])
+    assert text.count('alt="a test image of class') == len(found.mistakes) > 0
+
+
+def test_probabilities_of_every_position_and_the_explanation_are_there(whole: Path) -> None:
+    text = (whole / run.REPORT).read_text()
+    assert re.findall(r"probabilities of position ([\d.]+)", text) == ["1.1", "1.2", "2.1", "2.2"]
+    e = explain(read_record(whole))
+    assert f"{e.price:.3g} nats a millisecond" in text
+    for title in ("Expected amount against its limit", "Multiplier", "Losses", "How undecided"):
+        assert f'aria-label="{title}' in text
+    layers = documents_of(whole)["search"]["layers"]
+    assert set(layers) == {"myriad-vpu", "cortex-a76"}
+    for kernel in layers["myriad-vpu"]:
+        assert f"runs {kernel['what']}".replace(">", "&gt;") in text
+    for device in ("myriad-vpu", "cortex-a76"):  # of the front
+        assert f"<figcaption>{device}</figcaption>" in text
+
+
+def test_kernels_add_up_to_the_latency(whole: Path) -> None:
+    documents = documents_of(whole)
+    for entry in documents["arch"]["limits"][:2]:
+        kernels = documents["search"]["layers"][entry["name"]]
+        assert sum(kernel["latency_ms"] for kernel in kernels) == pytest.approx(entry["amount"], abs=1e-3)
+
+
+def test_it_is_written_as_it_would_be_from_the_folder_alone(whole: Path, tmp_path: Path) -> None:
+    """Before arch.json and result.json are there, and years later elsewhere: the same bytes."""
+    elsewhere = shutil.copytree(whole, tmp_path / "elsewhere")
+    (elsewhere / run.REPORT).unlink()
+    assert write_report(elsewhere).read_bytes() == (whole / run.REPORT).read_bytes()
+    documents = documents_of(whole)
+    (elsewhere / "arch.json").unlink()
+    (elsewhere / "subnet" / "result.json").unlink()
+    pending = {"arch.json": documents["arch"], "subnet/result.json": documents["result"]}
+    assert build_page(elsewhere, pending) == (whole / run.REPORT).read_text()
+    without = Found(build_page(elsewhere, {"arch.json": documents["arch"]}))
+    assert "training" not in [a.get("id") for _, a in without.elements]
+
+
+def test_a_network_trained_by_itself_has_a_page_of_its_own(whole: Path, tmp_path: Path) -> None:
+    shutil.copy(whole / "arch.json", tmp_path)
+    shutil.copy(whole / "space.yaml", tmp_path)
+    out = tmp_path / "alone"
+    qnas("train-subnet", tmp_path / "arch.json", "--epochs", "1", "--resolution", "8", "-q", "--out", out)
+    page = Found((out / run.REPORT).read_text())
+    sections = [a["id"] for t, a in page.elements if t == "section"]
+    assert sections == ["network", "training", "layers", "asked"]
+    result = json.loads((out / "result.json").read_text())
+    values = {a["data-key"]: json.loads(a["value"]) for a, _ in page.facts if "data-key" in a}
+    assert values["result.test_accuracy"] == result["test_accuracy"]
+
+
+def test_an_older_run_without_what_is_new_has_its_page(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    make_record(tmp_path, tiny_space)
+    page = Found(write_report(tmp_path).read_text())
+    assert "why" in [a.get("id") for _, a in page.elements]
+
+
+@pytest.mark.parametrize(
+    "name", ["quadranet-mobile-bn", "quadranet-gpu", "quadranet-small", "proxyless-mobile"]
+)
+def test_every_searchable_space_has_its_page(name: str, tmp_path: Path) -> None:
+    space = load_space(name)
+    make_record(tmp_path, space, share=0.3, rank=4)
+    page = Found(write_report(tmp_path).read_text())
+    blocks = [attributes["data-block"] for _, attributes in page.elements if "data-block" in attributes]
+    assert set(blocks) >= {"stem", "head", *(position.name for position in space.positions)}
+    assert "held-out images chose another network" in page.text
+
+
+def test_what_a_run_holds_is_escaped(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    make_record(tmp_path, tiny_space, data="imagefolder:<script>alert(1)</script>")
+    assert "<script" not in write_report(tmp_path).read_text()
+
+
+def test_what_is_no_run_is_refused(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    with pytest.raises(ArchError, match=r"arch\.json: no such file"):
+        write_report(tmp_path)
+    make_record(tmp_path, tiny_space)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        write_report(tmp_path)
+
+
+def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    words = command_line(config).split(" ")
+    qnas(*words[1:], "--out", tmp_path / "again", "-q")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == config
+    assert (tmp_path / "again" / "arch.json").read_bytes() == (whole / "arch.json").read_bytes()
+
+
+def test_every_field_of_the_metrics_is_documented(whole: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for file in (whole / run.METRICS, whole / "subnet" / run.METRICS):
+        keys = {key for line in file.read_text().splitlines() for key in json.loads(line)}
+        for key in keys:
+            assert f"`{'of_limit_NAME' if key.startswith('of_limit_') else key}`" in readme, key
