@@ -50,6 +50,7 @@ ORDER = [
     "final",
     "train_subnet",
     "rerank",
+    "teacher",
     "search",
     "plots",
     "outcome",

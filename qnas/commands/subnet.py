@@ -53,6 +53,14 @@ def train_subnet(
             show_default=False,
         ),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on "
+            "these classes), or a trained network's folder.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -106,6 +114,7 @@ def train_subnet(
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas import run
+    from qnas.acceleration import choose_acceleration
     from qnas.arch import find_arch
     from qnas.data import load_data
     from qnas.distributed import world_of_environment
@@ -113,6 +122,7 @@ def train_subnet(
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
     from qnas.recipe import DEFAULTS, Recipe, load_recipe
+    from qnas.teacher import load_teacher
     from qnas.text import describe_training, files_in
     from qnas.train import set_up_process
     from qnas.train_subnet import TrainConfig, has_supernet, supernet_file
@@ -150,6 +160,16 @@ def train_subnet(
     images = load_data(
         spec, resolution_px=config.resolution_px, channels=found.space.input.channels, quiet=quiet
     )
+    taught, teacher_digest = None, ""
+    if teacher is not None:
+        taught, teacher_digest = load_teacher(
+            teacher,
+            found,
+            images,
+            weight=resolved.teacher_weight,
+            temperature=resolved.teacher_temperature,
+            device=choose_acceleration(config.torch_device, config.precision, world.local_rank).device,
+        )
     score = train(
         found,
         images,
@@ -161,9 +181,11 @@ def train_subnet(
             "space_digest": found.space.digest,
             "data": str(spec),
             "data_digest": images.digest,
+            **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
             "versions": versions(),
         },
         from_supernet=from_supernet,
+        teacher=taught,
         resume=resume,
         force=force,
         quiet=quiet,
