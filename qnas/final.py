@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from qnas import host
 from qnas.acceleration import Acceleration
-from qnas.arch import Arch
+from qnas.arch import FoundArch
 from qnas.errors import TableError
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import load_table
 from qnas.lower import count_macs, count_params, lower
-from qnas.space import SearchSpace
 from qnas.train import Forward, Score
 
 LEVEL = 0.95
@@ -88,13 +87,15 @@ def accuracy_facts(tally: Tally, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def size_facts(space: SearchSpace, arch: Arch) -> dict[str, Any]:
-    """Return the deployed network's counts and its latency on each shipped device, as JSON values.
+def size_facts(source: FoundArch) -> dict[str, Any]:
+    """Return the deployed network's counts and its latency on each known device, as JSON values.
 
-    At the space's own resolution and classes, as searched for. A device that cannot say is left out.
+    At the space's own resolution and classes, as searched for. Known are the shipped devices that can say,
+    and one's own that it was searched for.
     """
+    space, arch = source.space, source.arch
     blocks = lower(space, arch)
-    latencies = {}
+    latencies: dict[str, dict[str, float]] = {}
     for name in device_names():
         try:
             table = load_table(load_device(name), space)
@@ -102,6 +103,9 @@ def size_facts(space: SearchSpace, arch: Arch) -> dict[str, Any]:
             continue
         indices = arch.indices(space)
         latencies[name] = {"ms": table.latency_ms(indices), "from_measurements": table.coverage(indices)}
+    for limit in source.document.get("limits", []):
+        if limit["unit"] == "ms":
+            latencies.setdefault(limit["name"], {"ms": limit["amount"]})
     return {
         "resolution_px": space.input.resolution_px,
         "macs": count_macs(blocks),

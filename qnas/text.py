@@ -338,13 +338,12 @@ CLASSES_SHOWN = 5  # those of least accuracy
 def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[str, Any], files: str) -> str:
     """Show what a network came to: `learned` in a few words, then the facts of result.json, speed.json."""
 
-    def percent(found: Mapping[str, float]) -> str:
-        return f"{found['value']:.2%} ({found['low']:.2%} to {found['high']:.2%})"
+    def interval(found: Mapping[str, float]) -> str:
+        return f"{found['low']:.2%} to {found['high']:.2%}"
 
-    level = f"{result['interval_level']:.0%} interval"
-    top = f"top-1 {percent(result['top1'])}"
-    if result["top5"]:
-        top += f", top-5 {percent(result['top5'])}"
+    sure = f"{result['interval_level']:.0%} interval {interval(result['top1'])}"
+    if top := result["top5"]:
+        sure += f"; top-5 {top['value']:.2%} ({interval(top)})"
     deployed = result["deployed"]
     counts = f"{format_count(deployed['macs'])} MACs, {format_count(deployed['params'])} parameters"
     latencies = ", ".join(
@@ -366,7 +365,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
         f"{speed['images_per_second']:.0f} images/s here at {speed['resolution_px']} px: batch "
         f"{speed['batch_size']}, {speed['runtime']}, {speed['machine']}, threads {speed['threads']}"
     )
-    lines = [field("accuracy", learned), field("", f"{top}; {level}")]
+    lines = [field("accuracy", learned), field("", sure)]
     if len(worst) > 1:
         shown = min(CLASSES_SHOWN, len(worst))
         lines.append(field("classes", f"the {shown} of {len(worst)} of least accuracy; all in result.json"))

@@ -384,7 +384,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
             **accuracy_facts(found, data.classes),
             "best_by_test_images": best,
             "params": count_parameters(network),
-            "deployed": size_facts(source.space, source.arch),
+            "deployed": size_facts(source),
             "resolution_px": trainer.config.resolution_px,
             "classes": list(data.classes),
             "mean": list(data.mean),

@@ -145,7 +145,7 @@ def test_a_recipe_is_overridden_by_flags_and_kept_in_the_run(
     assert asked["teacher"] == "supernet-largest"
     shown = " ".join(capsys.readouterr().out.split())
     result = json.loads((searched / "subnet" / "result.json").read_text())
-    assert f"top-1 {result['top1']['value']:.2%} ({result['top1']['low']:.2%} to" in shown
+    assert f"95% interval {result['top1']['low']:.2%} to {result['top1']['high']:.2%}" in shown
     assert "images/s here at 8 px" in shown
     # what the run wrote is a recipe that asks for the same
     again = (

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qnas.acceleration import PLAIN
-from qnas.arch import sample_arch
+from qnas.arch import FoundArch, sample_arch
 from qnas.final import accuracy_facts, measure_speed, share, size_facts, tally
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import compute_table
@@ -60,12 +61,16 @@ def test_the_interval_is_wilsons(count: int, of: int) -> None:
     assert found["high"] == pytest.approx(min(centre + half, 1), abs=1e-6)
 
 
-def test_size_and_latencies_are_those_of_the_deployed_network(tiny_space: SearchSpace) -> None:
+def test_size_and_latencies_are_those_of_the_deployed_network(
+    tiny_space: SearchSpace, tmp_path: Path
+) -> None:
     arch = sample_arch(tiny_space, np.random.default_rng(0))
-    facts = size_facts(tiny_space, arch)
+    limits = [{"name": "mine", "unit": "ms", "amount": 3.5}, {"name": "params", "unit": "", "amount": 9}]
+    facts = size_facts(FoundArch(tiny_space, arch, {"limits": limits}, tmp_path))
     blocks = lower(tiny_space, arch)
     assert (facts["macs"], facts["params"]) == (count_macs(blocks), count_params(blocks))
-    assert set(facts["latency"]) == set(device_names())
+    assert set(facts["latency"]) == {*device_names(), "mine"}
+    assert facts["latency"]["mine"]["ms"] == 3.5, "as it was searched for"
     table = compute_table(load_device("vpu"), tiny_space)
     assert facts["latency"]["myriad-vpu"]["ms"] == table.latency_ms(arch.indices(tiny_space))
 
