@@ -54,7 +54,8 @@ class Recipe(BaseModel):
     warmup_epochs: Number = 1.0
     weight_decay: Number = 0.05  # not on norms and biases
     gradient_clip: Annotated[Number, Field(gt=0)] = 5.0  # of the total norm
-    accumulation: Count = 1  # parts that a batch is taken in, one after another, for less memory
+    # parts that a batch is taken in, one after another, for less memory; batch norms see a part at a time
+    accumulation: Count = 1
     label_smoothing: Share = 0.1
     randaugment: Annotated[Number, Field(le=10)] = 0.0  # magnitude
     randaugment_std: Number = 0.0
