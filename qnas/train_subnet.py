@@ -118,9 +118,9 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
 def drop_blocks(network: nn.Module, rate: float) -> None:
     """Have residual blocks leave out what they add to some images while training (arXiv 1603.09382).
 
-    The rate grows linearly from 0 at the first block to `rate` at the last. A hook in front of nothing
-    but this network: its weights' names stay, and no other network of the same blocks has it. What a
-    QuadraBlock adds is left out as a whole: its fused halves stay as they are.
+    The rate grows linearly from 0 at the first block to `rate` at the last. It hangs on the blocks of this
+    network as hooks: the weights keep their names, and a supernet or an exported network has none of it.
+    What a QuadraBlock adds is left out as a whole, so that its fused halves stay as they are.
     """
     blocks = [
         block

@@ -71,12 +71,17 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("quadranet_nas-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for file in ("search_spaces/quadranet-mobile.yaml", "latency_tables/myriad-vpu.json"):
+    for file in (
+        "search_spaces/quadranet-mobile.yaml",
+        "recipes/imagenet.yaml",
+        "latency_tables/myriad-vpu.json",
+    ):
         assert f"qnas/{file}" in names
     # as installed, away from the source tree
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = "from qnas.space import load_space; from qnas.latency.device import load_device; "
+    code += "from qnas.recipe import load_recipe; load_recipe('imagenet'); "
     code += "import qnas; print(qnas.__file__, load_space('quadranet-mobile').name, load_device('vpu').name)"
     done = subprocess.run(
         [sys.executable, "-c", code],

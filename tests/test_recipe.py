@@ -27,7 +27,7 @@ def test_every_kind_of_data_has_a_recipe() -> None:
 
 
 def test_the_recipe_for_imagenet_is_the_papers() -> None:
-    """QuadraNet, arXiv 2311.17956, section IV."""
+    """QuadraNet, arXiv 2311.17956, and the augmentations of ConvNeXt, arXiv 2201.03545."""
     recipe = load_recipe("imagenet")
     assert (recipe.epochs, recipe.warmup_epochs, recipe.resolution_px) == (300, 20, 224)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.gradient_clip) == (4e-3, 0.05, 5)
