@@ -217,7 +217,7 @@ def test_batch_statistics_are_averaged_too(
 
 
 def test_a_batch_in_parts_is_the_whole_batch(source: FoundArch, digits: ImageData) -> None:
-    changes = {"learning_rate": 1e-3, "gradient_clip": 1e9}
+    changes: dict[str, Any] = {"learning_rate": 1e-3, "gradient_clip": 1e9}
     whole, parts = (trainer_of(source, digits, accumulation=n, **changes) for n in (1, 4))
     for _ in range(3):
         assert parts.step()["loss"] == pytest.approx(whole.step()["loss"], rel=1e-4)
