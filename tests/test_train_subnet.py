@@ -219,7 +219,13 @@ def test_batch_statistics_are_averaged_too(
 def test_a_batch_in_parts_is_the_whole_batch(source: FoundArch, digits: ImageData) -> None:
     changes: dict[str, Any] = {"learning_rate": 1e-3, "gradient_clip": 1e9}
     whole, parts = (trainer_of(source, digits, accumulation=n, **changes) for n in (1, 4))
-    for _ in range(3):
+    sizes: list[int] = []
+    hook = parts.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts_loss = parts.step()["loss"]
+    hook.remove()
+    assert sizes[:4] == [32] * 4, "no more at once"
+    assert parts_loss == pytest.approx(whole.step()["loss"], rel=1e-4)
+    for _ in range(2):
         assert parts.step()["loss"] == pytest.approx(whole.step()["loss"], rel=1e-4)
     for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=3e-4)
