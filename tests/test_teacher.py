@@ -13,7 +13,7 @@ from qnas.data import ImageData, load_data
 from qnas.errors import UsageError
 from qnas.originals import parse_data_spec
 from qnas.recipe import Recipe
-from qnas.space import SearchSpace
+from qnas.space import SearchSpace, parse_space
 from qnas.subnet import build_subnet
 from qnas.supernet import Supernet
 from qnas.teacher import Renormalised, load_teacher
@@ -50,6 +50,21 @@ def test_the_supernets_largest_network_answers_as_it_does_in_it(
     with torch.no_grad():
         expected = supernet(images(), largest.indices(source.space))
         torch.testing.assert_close(teacher.forward(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_supernets_batch_statistics_are_measured_for_its_largest(
+    tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+) -> None:
+    space = parse_space(tiny_space.to_yaml().replace("layernorm", "batchnorm"), "tiny.yaml")
+    source = FoundArch(space, smallest_and_largest(space)[0], {}, tmp_path)
+    run.save_tensors(
+        tmp_path / run.SUPERNET, Supernet(space, 10, torch.Generator().manual_seed(0)).state_dict()
+    )
+    teacher, _ = load_teacher("supernet-largest", source, digits, **OPTIONS)
+    assert isinstance(teacher.forward, nn.Module)
+    norms = [m for m in teacher.forward.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.running_mean is not None and bool(norm.running_mean.any()) for norm in norms)
 
 
 def test_a_trained_network_teaches_with_its_own_normalisation(
