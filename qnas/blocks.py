@@ -176,4 +176,29 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-__all__ = ["BLOCKS", "MODULES", "QuadraBlock", "build_block", "count_parameters"]
+def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of all quadratic products, W_a and W_b of every mixer."""
+    mixers = (block for block in module.modules() if isinstance(block, QuadraBlock))
+    return [cast(nn.Parameter, conv.weight) for m in mixers for conv in (m.conv_a, m.conv_b)]
+
+
+@torch.no_grad()
+def start_linear(module: nn.Module) -> None:
+    """Set every quadratic product to zero: the network then computes what it would without them.
+
+    W_b alone is zero, as with both no gradient would ever reach either.
+    """
+    for block in module.modules():
+        if isinstance(block, QuadraBlock):
+            block.conv_b.weight.zero_()
+
+
+__all__ = [
+    "BLOCKS",
+    "MODULES",
+    "QuadraBlock",
+    "build_block",
+    "count_parameters",
+    "quadratic_weights",
+    "start_linear",
+]

@@ -5,7 +5,7 @@ training, held-out, test, so that splits are views and no image is held twice; w
 decoded when a batch asks for it. Splits are stratified and drawn with a constant, not with the run's
 seed: runs with different seeds choose on the same images and can be compared. A batch depends only on
 (seed, epoch, place in the epoch): a resumed run sees the batches that it would have seen. Shifts and
-flips are one gather over the whole batch.
+flips are one gather over the whole batch; what else is done to images is in `qnas.augmentation`.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
+from qnas.augmentation import SEEDS, Augmentation
 from qnas.errors import DataError, UsageError
 from qnas.originals import KINDS, DataSpec, Indices, OriginalFile, Originals, one_line
 
@@ -496,6 +497,7 @@ def batches(
     seed: int | None = None,
     epoch: int = 0,
     augment: bool = False,
+    augmentation: Augmentation | None = None,
     drop_last: bool = False,
     start: int = 0,
     channels_last: bool = True,
@@ -509,7 +511,9 @@ def batches(
     numpy's own random numbers are not touched. `start` is the first batch to give: a resumed epoch goes
     on as it would have. `part` is (which, of how many): only this part of every batch, the others are left
     to other processes; the batch size must be a multiple. `augment` shifts each image by up to an eighth,
-    and mirrors half of them where the split allows it.
+    and mirrors half of them where the split allows it; `augmentation` is done besides, and where it mixes
+    images, labels are float32 shares of the classes (B, classes). The parts of a mixed batch are those of
+    the whole one.
 
     Raises DataError at once where there is no whole batch, and for a damaged file when it is met.
     """
@@ -532,32 +536,83 @@ def batches(
             border = split.images.shape[2] // 8
             shifts = torch.randint(0, 2 * border + 1, (len(split), 2), generator=rng)
             flips = torch.rand(len(split), generator=rng) < (0.5 if split.flip else 0.0)
-            draws = shifts, flips
+            draws = _Draws(shifts, flips)
+            if augmentation is not None:
+                image_seeds = torch.randint(SEEDS, (len(split), 2), generator=rng)
+                batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
+                draws = _Draws(shifts, flips, augmentation, image_seeds, batch_seeds)
     share = batch_size // parts
-    firsts = (i * batch_size + which * share for i in range(start, count))
-    places = [slice(first, min(first + share, len(split))) for first in firsts]
+    mixes_parts = augmentation is not None and augmentation.mixes and parts > 1
+    places = []
+    for number in range(start, count):
+        first = number * batch_size + which * share
+        place = torch.arange(first, min(first + share, len(split)))
+        if mixes_parts:  # the last image of the part before is mixed into the first of this one
+            before = first - 1 if which else first + batch_size - 1
+            place = torch.cat((torch.tensor([before]), place))
+        places.append(_Place(number, place, skip=int(mixes_parts)))
     return _batches(split, order, draws, places, channels_last, torch.device(device))
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What was drawn for an epoch's images, by their place in it, and for its batches."""
+
+    shifts: Tensor  # (N, 2)
+    flips: Tensor  # (N,)
+    augmentation: Augmentation | None = None
+    image_seeds: Tensor | None = None  # (N, 2): one for pixels, one for erasing
+    batch_seeds: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a batch lies in its epoch. The first `skip` images are there to be mixed into the next."""
+
+    number: int
+    images: Tensor
+    skip: int
 
 
 def _batches(
     split: Split,
     order: Tensor,
-    draws: tuple[Tensor, Tensor] | None,
-    places: list[slice],
+    draws: _Draws | None,
+    places: list[_Place],
     channels_last: bool,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for place, images in zip(places, _raw_batches(split, order, places), strict=True):
+    raw = _raw_batches(split, order, [place.images for place in places])
+    for place, images in zip(places, raw, strict=True):
         images = images.to(device)  # as bytes, a quarter of what floats would take
-        if draws is not None:
-            shifts, flips = (draw[place].to(device) for draw in draws)
-            images = shift_and_flip(images, shifts, flips)
-        normal = normalise(images, split.mean, split.std)
-        yield normal.contiguous(memory_format=memory_format), split.labels[order[place]].to(device)
+        labels = split.labels[order[place.images]].to(device)
+        if draws is None:
+            normal = normalise(images, split.mean, split.std)
+        else:
+            normal, labels = _augmented(split, images, labels, draws, place)
+        yield normal.contiguous(memory_format=memory_format), labels
 
 
-def _raw_batches(split: Split, order: Tensor, places: list[slice]) -> Iterator[Tensor]:
+def _augmented(
+    split: Split, images: Tensor, labels: Tensor, draws: _Draws, place: _Place
+) -> tuple[Tensor, Tensor]:
+    """Return augmented, normalised images and their labels: uint8 (B, C, H, W) and int64 (B,)."""
+    shifts, flips = (draw[place.images].to(images.device) for draw in (draws.shifts, draws.flips))
+    images = shift_and_flip(images, shifts, flips)
+    augmentation = draws.augmentation
+    if augmentation is None:
+        return normalise(images, split.mean, split.std), labels
+    assert draws.image_seeds is not None
+    pixel_seeds, erasing_seeds = draws.image_seeds[place.images].unbind(1)
+    normal = normalise(augmentation.change_pixels(images, pixel_seeds), split.mean, split.std)
+    normal = augmentation.erase(normal, erasing_seeds)
+    if augmentation.mixes:
+        normal, labels = augmentation.mix(normal, labels, draws.batch_seeds[place.number])
+    return normal[place.skip :], labels[place.skip :]
+
+
+def _raw_batches(split: Split, order: Tensor, places: list[Tensor]) -> Iterator[Tensor]:
     if isinstance(split.images, LazyImages):
         for images in _decode_ahead(split.images, (order[place].tolist() for place in places)):
             yield images.contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from qnas import host, run
 from qnas.arch import FoundArch, find_arch
 from qnas.data import ImageData, Split, load_data, sample_images
 from qnas.errors import CheckpointError, DataError, UsageError
-from qnas.export.card import SCHEMA, interval95, kept_files, write_card
+from qnas.export.card import SCHEMA, kept_files, write_card
 from qnas.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.export.parity import TOLERANCES
 from qnas.export.product import Precision, Product, RealImages
@@ -355,9 +355,9 @@ def _card(
         },
         # where the data lie here is nobody's business
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
-        "recipe": config.get("train", {}),
+        "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),
-        "accuracy": {"top1": accuracy, "images": n, "interval95": list(interval95(accuracy, n))},
+        "accuracy": {"top1": accuracy, "images": n, "interval95": list(wilson(accuracy, n))},
         "network": {
             "space": found.space.name,
             "space_digest": found.space.digest,

@@ -23,7 +23,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -101,6 +101,15 @@ class World:
         if self.size == 1:
             return network
         return DistributedDataParallel(network)
+
+    def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
+        """Return the context of a forward and backward pass of what `parallel` gave.
+
+        Unless `now`, gradients are accumulated here, to be averaged in a later pass.
+        """
+        if now or not isinstance(network, DistributedDataParallel):
+            return nullcontext()
+        return network.no_sync()
 
     def check_same(self, state: object) -> None:
         """Raise ProcessError where the processes hold different states, as what they made would differ."""

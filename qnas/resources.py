@@ -1,15 +1,18 @@
-"""Where the files lie that ship with qnas: search spaces and latency tables.
+"""Where the files lie that ship with qnas: search spaces, recipes and latency tables.
 
 In a wheel they are inside the package; in a source tree they are the folders beside it.
 """
 
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from qnas.errors import QnasError, nearest
+
 
 def shipped(folder: str) -> Traversable:
-    """Return a folder of shipped data: `search_spaces` or `latency_tables`."""
+    """Return a folder of shipped data: `search_spaces`, `recipes` or `latency_tables`."""
     inside = files("qnas").joinpath(folder)
     if inside.is_dir():
         return inside
@@ -26,3 +29,25 @@ def stems(folder: str, suffix: str) -> dict[str, Traversable]:
         if entry.name.endswith(suffix)
     }
     return dict(sorted(found.items()))
+
+
+def read_named(
+    folder: str, name_or_path: str | Path, what: str, error: Callable[[str], QnasError]
+) -> tuple[str, str]:
+    """Read a shipped YAML file by name, or one's own by path: its text, and what messages call it.
+
+    `error` makes the exception that is raised where there is none.
+    """
+    shipped = stems(folder, ".yaml")
+    name = str(name_or_path)
+    if name in shipped:
+        return shipped[name].read_text(encoding="utf-8"), f"{what} {name}"
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as cause:
+            raise error(f"{path}: not a text file in UTF-8") from cause
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise error(f"{what} {name}: no such file")
+    raise error(f"unknown {what} {name!r}: {nearest(name, shipped)}")

@@ -4,6 +4,7 @@
     space.yaml            a copy of the search space
     table-DEVICE.csv      a copy of the latency table
     metrics.jsonl         a line a logged step
+    metrics.csv           a line an epoch, where a network is trained
     checkpoint.pt         the state of an unfinished run (and checkpoint-before.pt)
     run.lock              there while a process is at work here
     supernet.safetensors  the trained weights of all candidates
@@ -20,7 +21,9 @@
 Every file is written whole or not at all, and can be read without qnas.
 """
 
+import csv
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -47,6 +50,7 @@ from qnas.record import CONFIG_FILE
 CONFIG = CONFIG_FILE
 ARCH, SPACE = ARCH_FILE, SPACE_FILE
 METRICS = "metrics.jsonl"
+EPOCHS = "metrics.csv"
 LOCK = "run.lock"
 SUPERNET = "supernet.safetensors"
 SEARCH = SEARCH_FILE
@@ -62,25 +66,45 @@ EXPORT = "export"
 WEIGHTS = "weights.safetensors"
 RESULT = "result.json"
 PREDICTIONS = "predictions.safetensors"  # what the network says of each test image
+BEST = "best.safetensors"  # the weights that did best on the test images: chosen by them
+RECIPE = "recipe.yaml"
+SPEED = "speed.json"  # measured on this machine, so not a part of the result
 SAMPLE = "sample.safetensors"  # some test images, with which an export is checked
 
 DEFAULT_FOLDER = Path("runs")
 
 
 class Metrics:
-    """A file of JSON lines that can be cut back to where a checkpoint was."""
+    """A file of JSON lines that can be cut back to where a checkpoint was.
+
+    Rows that end an epoch, which have `epoch`, are a CSV file beside it too, for spreadsheets.
+    """
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
         self._path = path
+        self._epochs: list[Mapping[str, Any]] = []
         if keep_bytes and (not path.exists() or path.stat().st_size < keep_bytes):
             raise CheckpointError(f"{path}: shorter than when the checkpoint was written")
         with path.open("ab") as file:
             file.truncate(keep_bytes)
+        if keep_bytes:
+            kept = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            self._epochs = [row for row in kept if "epoch" in row]
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line."""
+        if "epoch" in row:
+            self._epochs.append(row)
+            self._write_epochs()
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def _write_epochs(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._epochs[0], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._epochs)
+        write_text(self._path.parent / EPOCHS, text.getvalue())
 
     def sync(self) -> int:
         """Have all lines on the disk; return where the file ends, in bytes."""
@@ -238,18 +262,20 @@ def _partials(folder: Path) -> list[Path]:
 def _clear(folder: Path) -> None:
     """Remove a former run's files, and what was made from them."""
     # first what says that the run is complete: a kill in between must not leave that alone
-    for stale in (
-        ARCH,
-        RESULT,
+    written = (
         METRICS,
+        EPOCHS,
         SUPERNET,
         BUDGET_PLOT,
         REPORT,
         SEARCH,
         WEIGHTS,
+        BEST,
         PREDICTIONS,
         SAMPLE,
-    ):
+        SPEED,
+    )
+    for stale in (ARCH, RESULT, *written):
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
     for made_from_it in (SUBNET, EXPORT, DERIVED, PARETO, TENSORBOARD):

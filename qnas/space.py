@@ -8,7 +8,7 @@ trained on.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -26,8 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from qnas.errors import SpaceError, nearest
-from qnas.resources import stems
+from qnas.errors import QnasError, SpaceError, nearest
+from qnas.resources import read_named
 
 SCHEMA = "qnas.space/1"
 
@@ -284,20 +284,26 @@ def parse_space(text: str, where: str) -> SearchSpace:
     Raises SpaceError with every problem of the file in one line; those between keys follow once each
     key is right by itself.
     """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise SpaceError(f"{where}{line}: not YAML: {problem}") from error
-    if not isinstance(content, dict):
-        found = "an empty file" if content is None else _show(content)
-        raise SpaceError(f"{where}: expected a mapping with schema: {SCHEMA}, got {found}")
+    content = read_mapping(text, where, SCHEMA, SpaceError)
     try:
         return SearchSpace.model_validate(content)
     except ValidationError as error:
         raise SpaceError(f"{where}: {describe_problems(error, SearchSpace)}") from error
+
+
+def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
+    """Read a mapping from YAML text; `error` makes the exception that is raised where there is none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as cause:
+        mark = getattr(cause, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(cause, "problem", None) or "cannot be read"
+        raise error(f"{where}{line}: not YAML: {problem}") from cause
+    if not isinstance(content, dict):
+        found = "an empty file" if content is None else _show(content)
+        raise error(f"{where}: expected a mapping with schema: {schema}, got {found}")
+    return content
 
 
 # pydantic's kind of a problem -> what we say of it; other kinds keep pydantic's own words
@@ -389,16 +395,4 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
 
     Raises SpaceError when there is none, or when it is broken.
     """
-    shipped = stems("search_spaces", ".yaml")
-    name = str(name_or_path)
-    if name in shipped:
-        return parse_space(shipped[name].read_text(encoding="utf-8"), f"search space {name}")
-    path = Path(name_or_path)
-    if path.is_file():
-        try:
-            return parse_space(path.read_text(encoding="utf-8"), str(path))
-        except UnicodeDecodeError as error:
-            raise SpaceError(f"{path}: not a text file in UTF-8") from error
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise SpaceError(f"search space {name}: no such file")
-    raise SpaceError(f"unknown search space {name!r}: {nearest(name, shipped)}")
+    return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))

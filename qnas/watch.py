@@ -215,11 +215,12 @@ def _softmax(logits: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any
     return np.asarray(shares / shares.sum())
 
 
-def check_finite(loss: float, step: int) -> None:
+def check_finite(
+    loss: float, step: int, remedy: str = "A larger --batch-size or another --seed may help"
+) -> None:
     """Raise TrainingError where a loss is not a number, before anything of it is saved."""
     if not math.isfinite(loss):
         raise TrainingError(
             f"step {step}: the loss is {loss}, and the weights are lost with it; the last checkpoint is of a "
-            "step before. A larger --batch-size or another --seed may help; at the first steps, look at the "
-            "images"
+            f"step before. {remedy}; at the first steps, look at the images"
         )

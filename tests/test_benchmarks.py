@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
 import experiments as ex  # type: ignore[import-not-found]  # noqa: E402
+import relinear  # type: ignore[import-not-found]  # noqa: E402
 
 
 @pytest.fixture
@@ -265,3 +266,38 @@ def test_both_experiments_run_and_do_nothing_twice(tmp_path: Path) -> None:
     # the rivals are trained now: the ranks of networks of one latency follow, though no seed is complete
     assert "## " in run_script(*ranks)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == done
+
+
+def test_a_training_has_diverged_where_it_ends_as_a_guess_or_far_above_its_lowest() -> None:
+    guess = math.log(10)
+    assert not relinear.has_diverged([2.0, 1.5, 1.6], 10)
+    assert relinear.has_diverged([1.9, 1.0, 1.51], 10)
+    assert relinear.has_diverged([guess, guess, guess], 10)
+    rows = [{"diverged": True, "accuracy": None}, {"diverged": False, "accuracy": 0.5}]
+    assert relinear.describe_runs(rows) == ["1 of 2", "50.0%"]
+    assert relinear.describe_runs(rows[:1]) == ["1 of 1", "-"]
+
+
+@pytest.mark.slow
+def test_the_stability_of_quadratic_weights_is_measured_once(tmp_path: Path) -> None:
+    small = (
+        "relinear.py",
+        "--images",
+        200,
+        "--epochs",
+        2,
+        "--seeds",
+        0,
+        "--rates",
+        1,
+        100,
+        "--out",
+        tmp_path,
+    )
+    printed = run_script(*small)
+    for form in relinear.FORMS:
+        assert f"| {form} |" in printed
+    done = (tmp_path / "relinear.jsonl").read_bytes()
+    assert len(done.splitlines()) == 2 * len(relinear.FORMS)
+    assert run_script(*small).startswith("## ")
+    assert (tmp_path / "relinear.jsonl").read_bytes() == done

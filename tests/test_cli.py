@@ -167,6 +167,42 @@ def test_an_arch_json_trains_from_scratch_in_a_folder_of_its_own(
     assert qnas("export", tmp_path / "runs" / "tiny-subnet") == 0
 
 
+def test_a_recipe_is_overridden_by_flags_and_kept_in_the_run(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "schema: qnas.recipe/1\nepochs: 9\nbatch_size: 100\nlearning_rate: 1e-3\nmixup: 0.5\n",
+        encoding="utf-8",
+    )
+    train = ("train-subnet", searched, "--recipe", mine, "--epochs", "1", "-q")
+    assert qnas(*train, "--cutmix", "1", "--teacher", "supernet-largest") == 0
+    asked = json.loads((searched / "subnet" / "config.json").read_text())
+    recipe = asked["train"]["recipe"]
+    assert (recipe["epochs"], recipe["batch_size"], recipe["mixup"], recipe["cutmix"]) == (1, 100, 0.5, 1.0)
+    assert recipe["resolution_px"] == 8, "that of the search"
+    assert asked["teacher"] == "supernet-largest"
+    shown = " ".join(capsys.readouterr().out.split())
+    result = json.loads((searched / "subnet" / "result.json").read_text())
+    assert f"95% interval {result['top1']['low']:.2%} to {result['top1']['high']:.2%}" in shown
+    assert "images/s here at 8 px" in shown
+    # what the run wrote is a recipe that asks for the same
+    again = (
+        "train-subnet",
+        searched,
+        "--recipe",
+        searched / "subnet" / "recipe.yaml",
+        "--out",
+        "again",
+        "-q",
+    )
+    assert qnas(*again, "--teacher", "supernet-largest") == 0
+    assert json.loads(Path("again/config.json").read_text())["train"] == asked["train"]
+    (searched / "subnet" / "result.json").unlink()  # as if stopped
+    assert "batch size was 100, is 50" in complaint(capsys, *train, "--batch-size", "50", "--resume")
+    assert "recipe: mixup: expected at least 0, got -1.0" in complaint(capsys, *train, "--mixup", "-1")
+
+
 def test_one_seed_gives_one_arch_json_in_separate_processes(tiny_yaml: Path, tmp_path: Path) -> None:
     results = []
     for name in ("a", "b"):

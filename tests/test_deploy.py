@@ -28,8 +28,9 @@ from qnas.export.parity import TOLERANCES
 from qnas.export.product import RealImages
 from qnas.files import read_json, write_json
 from qnas.originals import parse_data_spec
+from qnas.recipe import Recipe
 from qnas.space import parse_space
-from qnas.train_subnet import recipe_for, train_subnet
+from qnas.train_subnet import TrainConfig, train_subnet
 
 FORMATS_HERE = tuple(
     name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None
@@ -53,7 +54,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = arch_document(space, arch, SEARCHED)
     write_json(folder / run.ARCH, document)
     data = load_data(parse_data_spec("digits"), resolution_px=8)
-    config = recipe_for("digits", epochs=4, resolution_px=8, learning_rate=1e-2)
+    config = TrainConfig(
+        Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
+    )
     train_subnet(
         FoundArch(space, arch, document, folder),
         data,

@@ -27,6 +27,7 @@ from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.limits import latency_limit
 from qnas.originals import parse_data_spec
+from qnas.recipe import Recipe
 from qnas.search import SearchConfig, Searcher
 from qnas.space import SearchSpace, parse_space
 from qnas.train import run_to_end
@@ -162,12 +163,22 @@ def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
 
 
 @forks
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"randaugment": 5.0, "mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.5},
+        {"accumulation": 4, "ema_decay": 0.9, "linear_start": True, "quadratic_gamma": 0.1},
+    ],
+    ids=["plain", "augmented", "accumulated"],
+)
 def test_a_network_on_its_own_trains_alike_in_two_processes(
-    tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+    changes: dict[str, Any], tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
 ) -> None:
     arch = make_arch(tiny_space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
     source = FoundArch(tiny_space, arch, arch_document(tiny_space, arch, {}), tmp_path)
-    config = TrainConfig(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3)
+    recipe = Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3)
+    config = TrainConfig(recipe.override(changes))
 
     def train(world: World) -> tuple[float, float]:
         score = train_subnet(
@@ -346,7 +357,7 @@ def test_a_batch_that_cannot_be_split_is_refused(tiny_space: SearchSpace, digits
     with pytest.raises(UsageError, match=r"128 images cannot be split over 3 processes: --batch-size 126"):
         searcher_of(tiny_space, digits, CONFIG, World(rank=0, size=3))
     network = nn.Linear(2, 2)
-    config = TrainConfig(resolution_px=8, epochs=1, batch_size=9, learning_rate=5e-3)
+    config = TrainConfig(Recipe(resolution_px=8, epochs=1, batch_size=9, learning_rate=5e-3))
     with pytest.raises(UsageError, match="9 images cannot be split over 2"):
         SubnetTrainer(network, digits, config, World(rank=0, size=2))
 

@@ -2,9 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from qnas.export.card import JSON, MARKDOWN, SCHEMA, interval95, kept_files, markdown, write_card
+from qnas.export.card import JSON, MARKDOWN, SCHEMA, kept_files, markdown, write_card
 
 CARD: dict[str, Any] = {
     "schema": SCHEMA,
@@ -63,16 +61,6 @@ CARD: dict[str, Any] = {
         }
     },
 }
-
-
-def test_an_interval_holds_the_share_and_solves_wilsons_equation() -> None:
-    for share, n in ((0.9, 100), (0.5, 10), (0.98, 359)):
-        low, high = interval95(share, n)
-        assert low < share < high
-        for bound in (low, high):  # |share - p| = z sqrt(p (1 - p) / n)
-            assert abs(share - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / n) ** 0.5, rel=1e-9)
-    assert interval95(1.0, 50)[1] == pytest.approx(1.0, abs=1e-12)
-    assert interval95(0.0, 50)[0] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_page_says_all_that_a_user_needs() -> None:

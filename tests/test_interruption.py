@@ -146,7 +146,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_equal_runs(whole: Path, folder: Path) -> None:
     expected, found = contents(whole), contents(folder)
     assert sorted(found) == sorted(expected)
-    for name in expected:
+    for name in expected.keys() - {run.SPEED}:  # measured, so never the same
         assert found[name] == expected[name], name
 
 

@@ -73,6 +73,7 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for file in (
         "search_spaces/quadranet-mobile.yaml",
+        "recipes/imagenet.yaml",
         "latency_tables/myriad-vpu.json",
         "report/page.html",
         "report/style.css",
@@ -82,6 +83,7 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = "from qnas.space import load_space; from qnas.latency.device import load_device; "
+    code += "from qnas.recipe import load_recipe; load_recipe('imagenet'); "
     code += "import qnas; print(qnas.__file__, load_space('quadranet-mobile').name, load_device('vpu').name)"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -54,7 +54,10 @@ Compile = Annotated[
     typer.Option("--compile", help="Compile blocks with torch.compile; does not pay on a CPU."),
 ]
 Resolution = Annotated[
-    int | None, typer.Option(min=1, help="Height and width in pixels while training.", show_default=False)
+    int | None,
+    typer.Option(
+        "--resolution", min=1, help="Height and width in pixels while training.", show_default=False
+    ),
 ]
 
 

@@ -1,6 +1,5 @@
 """The card of a trained network: what it does, how it was made, what its files take; JSON and Markdown."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,6 @@ from qnas.units import format_count, format_ms
 
 JSON, MARKDOWN = "model-card.json", "model-card.md"
 SCHEMA = "qnas.card/1"
-
-_Z95 = 1.959964  # of a normal distribution
-
-
-def interval95(share: float, n: int) -> tuple[float, float]:
-    """Return the interval that holds a share found in n draws with 95% confidence (Wilson 1927).
-
-    >>> [round(bound, 3) for bound in interval95(0.9, 100)]
-    [0.826, 0.945]
-    """
-    centre = (share + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
-    half = _Z95 / (1 + _Z95**2 / n) * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def kept_files(folder: Path, weights_sha256: str) -> dict[str, Any]:
