@@ -21,6 +21,7 @@ from qnas.export.formats import FORMATS, Exported, check_request, export_files, 
 from qnas.export.parity import TOLERANCES
 from qnas.export.product import Precision, Product, RealImages
 from qnas.files import read_json, staged, write_json
+from qnas.intervals import wilson
 from qnas.latency.onnx_graph import read_onnx
 from qnas.latency.timing import Call
 from qnas.lower import check_resolution, count_macs, lower

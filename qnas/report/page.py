@@ -124,6 +124,7 @@ def write_report(folder: Path, pending: Files | None = None) -> Path:
 
 def write_training_report(folder: Path, pending: Files) -> Path:
     """Write the page of a training: into the run whose network it trained, else into its own folder."""
-    if folder.name == run.SUBNET and (folder.parent / run.ARCH).is_file():
+    whole = all((folder.parent / name).is_file() for name in (run.ARCH, run.SPACE))
+    if folder.name == run.SUBNET and whole:
         return write_report(folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()})
     return write_report(folder, pending)
