@@ -289,6 +289,7 @@ def summarise(
             figures = {
                 "accuracy": statistics.fmean(accuracies),
                 "trainings": len(accuracies),
+                "variance": statistics.variance(accuracies) if len(accuracies) > 1 else math.nan,
                 "latency_ms": each.setting.table.latency_ms(each.arch.indices(space)),
                 "macs": count_macs(blocks),
                 "params": count_params(blocks),
@@ -305,15 +306,35 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         "## Search quality",
         f"{describe_recipe(Recipe(**facts['recipe']))} Searches take {facts['seconds']:.0f} s; the budget is "
         f"{facts['budget_ms']:.2f} ms. Mean and standard deviation over seeds; of the random networks "
-        "between them, within a seed. `gain` is over the mean of the seed's random networks, `beaten` how "
-        "many of those have less accuracy.",
+        f"between them, within a seed. What a search ends with (re-ranked) is trained {REPEATS} times. "
+        "`gain` is over the mean of the seed's random networks, `beaten` how many of those have less "
+        "accuracy.",
     ]
     for data in found:
         rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]
         header = ["network", "seeds", "accuracy", "gain, points", "beaten", "ms", "M MACs", "k parameters"]
         parts.append(f"### {data['data']}")
+        parts.append(describe_noise(data))
         parts.append(markdown_table(header, [*describe_random(data), *(row for row in rows if row)]))
     return "\n\n".join(parts)
+
+
+def describe_noise(data: Mapping[str, Any]) -> str:
+    """Say how much of the differences between networks of one latency is the networks'."""
+    every = [row for seeds in data["kinds"].values() for rows in seeds.values() for row in rows]
+    repeated = [row["variance"] for row in every if not math.isnan(row["variance"])]
+    by_seed = [data["kinds"]["random"][seed] for seed in data["seeds"]]
+    if not repeated or not by_seed:
+        return "How much two trainings of one network differ is not known yet."
+    noise = 100 * math.sqrt(statistics.fmean(repeated))
+    spread = 100 * math.sqrt(
+        statistics.fmean(statistics.variance([row["accuracy"] for row in rows]) for rows in by_seed)
+    )
+    return (
+        f"Trainings of one network differ by {noise:.1f} points (standard deviation, {len(repeated)} "
+        f"networks trained {REPEATS} times), random networks of the budget's latency, each trained once, by "
+        f"{spread:.1f}: the networks themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}."
+    )
 
 
 def describe_random(data: Mapping[str, Any]) -> list[list[str]]:

@@ -250,7 +250,7 @@ def test_the_card_has_the_search_the_training_and_every_file(trained: Path, tmp_
     config = run.read_config(trained / run.SUBNET)
     assert card["certificate"] == CERTIFICATE
     assert card["limits"] == SEARCHED["limits"]
-    assert card["recipe"] == config["train"]
+    assert card["recipe"] == config["train"]["recipe"]
     assert card["data"] == {"kind": "digits", "digest": config["data_digest"]}
     assert card["accuracy"]["top1"] == result["test_accuracy"]
     assert card["task"]["classes"] == [str(i) for i in range(10)]
