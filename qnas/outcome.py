@@ -37,7 +37,7 @@ from qnas.latency.table import table_text
 from qnas.lower import count_macs, lower
 from qnas.plots import draw_budget, read_rows
 from qnas.progress import Progress
-from qnas.report.page import write_report
+from qnas.report.page import close_with_report
 from qnas.rerank import Ranked, ranking_document, rerank
 from qnas.search import Searcher
 from qnas.space import SearchSpace
@@ -140,7 +140,7 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     write_json(folder / run.SEARCH, _search_document(result) | {"layers": layers})
     run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
     document = _arch_document(result, request)
-    write_report(folder, {run.ARCH: document})
+    close_with_report(folder, {run.ARCH: document})
     # last, since its presence says that the run is complete
     write_json(folder / run.ARCH, document)
     Checkpoints(folder).remove()

@@ -40,7 +40,7 @@ from qnas.files import json_text, write_json
 from qnas.final import Tally, accuracy_facts, measure_speed, size_facts, tally
 from qnas.predictions import predict
 from qnas.recipe import Recipe
-from qnas.report.page import write_training_report
+from qnas.report.page import close_with_report
 from qnas.subnet import build_subnet, subnet_state
 from qnas.train import (
     ReLinear,
@@ -392,7 +392,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "std": list(data.std),
         "data": request["data"],
     }
-    write_training_report(folder, {run.RESULT: result})
+    close_with_report(folder, {run.RESULT: result})
     # last, since its presence says that the run is complete
     write_json(folder / run.RESULT, result)
     Checkpoints(folder).remove()

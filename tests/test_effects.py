@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qnas.arch import arch_from_indices
-from qnas.data import ImageData, load_data
+from qnas.data import ImageData, load_data, normalise
 from qnas.derive import Indices, Scores, sample_near
 from qnas.effects import (
     IMAGES,
@@ -223,6 +223,26 @@ def test_a_batch_serves_the_networks_that_are_compared(
     assert [count for count, _, _ in seen] == [TOGETHER, TOGETHER, 5]
     assert all(size == min(IMAGES, len(digits.heldout)) for _, size, _ in seen)
     assert not torch.equal(seen[0][2], seen[1][2])
+    # no weight was trained on them
+    heldout = digits.heldout.read(torch.arange(len(digits.heldout)))
+    known = normalise(heldout, digits.mean, digits.std).flatten(1)
+    assert float(torch.cdist(seen[0][2].flatten(1).double(), known.double()).amin(1).max()) < 1e-3
+
+
+def test_networks_are_drawn_by_probabilities_that_no_temperature_sharpened(
+    tiny_space: SearchSpace, limits: Limits, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = Searcher(tiny_space, limits, digits, CONFIG)
+    while searcher.steps_done < searcher.total_steps:
+        searcher.step()
+    assert searcher.temperature < 1
+    asked: list[Scores] = []
+    monkeypatch.setattr(
+        "qnas.search.measure_effects", lambda space, limits, log_p, *rest: asked.append(log_p)
+    )
+    searcher.measure_effects()
+    for found, alpha in zip(asked[0], searcher.state.supernet.alpha.detach(), strict=True):
+        assert found == pytest.approx(torch.log_softmax(alpha[: len(found)], 0).tolist())
 
 
 def test_the_number_of_networks_follows_the_effects_and_the_length_of_the_search(

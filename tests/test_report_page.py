@@ -21,7 +21,7 @@ from qnas.explain import explain
 from qnas.predictions import read_predictions
 from qnas.record import read_record
 from qnas.report.figures import FORMS
-from qnas.report.page import build_page, write_report
+from qnas.report.page import build_page, close_with_report, write_report
 from qnas.report.searching import command_line
 from qnas.space import SearchSpace, load_space
 
@@ -272,3 +272,18 @@ def test_every_field_of_the_metrics_is_documented(whole: Path) -> None:
         keys = {key for line in file.read_text().splitlines() for key in json.loads(line)}
         for key in keys:
             assert f"`{'of_limit_NAME' if key.startswith('of_limit_') else key}`" in readme, key
+
+
+def test_a_page_that_cannot_be_made_stops_no_training(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = (tmp_path / "run" / run.REPORT).read_bytes()
+    result = json.loads((whole / "subnet" / run.RESULT).read_text())
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "run" / run.SEARCH).write_text(damaged)
+        close_with_report(tmp_path / "run" / run.SUBNET, {run.RESULT: result})
+        shown = capsys.readouterr().err
+        assert shown.startswith("qnas: warning: no ")
+        assert run.REPORT in shown
+        assert (tmp_path / "run" / run.REPORT).read_bytes() == before

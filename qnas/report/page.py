@@ -8,6 +8,7 @@ The template is `page.html` with `style.css`, both beside this module.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -122,9 +123,15 @@ def write_report(folder: Path, pending: Files | None = None) -> Path:
     return path
 
 
-def write_training_report(folder: Path, pending: Files) -> Path:
-    """Write the page of a training: into the run whose network it trained, else into its own folder."""
+def close_with_report(folder: Path, pending: Files) -> None:
+    """Write the page that a search or a training ends with; where that cannot be, warn and go on.
+
+    A training's page goes into the run whose network it trained, if it lies in one.
+    """
     whole = all((folder.parent / name).is_file() for name in (run.ARCH, run.SPACE))
     if folder.name == run.SUBNET and whole:
-        return write_report(folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()})
-    return write_report(folder, pending)
+        folder, pending = folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()}
+    try:
+        write_report(folder, pending)
+    except Exception as error:  # whatever is wrong with a page: hours of work are not lost for it
+        print(f"qnas: warning: no {folder / run.REPORT}: {run.first_line(error)}", file=sys.stderr)
