@@ -98,6 +98,7 @@ UNMEASURED_PASSES: dict[str, tuple[float, str]] = {
     "add_scalar": (1, "one map"),
     "mul_scalar": (1, "one map"),
     "mul": (1.5, "a product of two maps, as add"),
+    "square": (1, "a product of a map with itself"),
     "sub": (1.5, "as add"),
     "elementwise": (1.5, "as add"),
     "sigmoid": (2, "an exponential is as dear as a pass of its own"),
@@ -163,6 +164,7 @@ def layernorm_of_blocks(fit: Fit, blocks: list[Block]) -> KernelModel:
 # Operators that were not timed on the GPU -> the one that moves as much, or more.
 NOT_TIMED: dict[str, tuple[str, ...]] = {
     "relu": ("clip", "sigmoid", "hsigmoid", "swish", "hswish", "add_scalar", "mul_scalar"),
+    "mul": ("square",),
     "add": ("sub", "elementwise", "scale", "batchnorm", "gap", "avgpool", "maxpool"),
 }
 # Operators that copy a map: a view where a runtime is clever, never less than a launch here.

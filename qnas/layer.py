@@ -112,6 +112,7 @@ OPS: dict[str, Op] = {
     "hswish": Op(_none, _none),
     "clip": Op(_none, _none),  # to blocks.CLIP_RANGE
     "mul": Op(_none, _none, operands=2),
+    "square": Op(_none, _none),
     "add": Op(_none, _none, operands=2),
     "gap": Op(_none, _none),
 }

@@ -7,23 +7,26 @@ the name of the submodule that computes it.
 Where normalisation goes. With layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
 `x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation is here so that it folds
 away at deployment, and before a padded convolution it cannot: so it follows the quadratic sum
-(`x + clip(BN(qconv(x)))`, folding into W_a, W_c and a bias) and the first pointwise convolution.
+(`x + clip(BN(qconv(x)))`, folding into W_a, W_c and a bias) and the first pointwise convolution. Behind
+the neurons type3 and type4 nothing takes up a shift, and it stays an operator of its own.
 
 Why the clip, to [-6, 6]: with batch normalisation nothing else bounds what a block multiplies. In
 evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
 blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
 at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
 than linearly. The bound is ReLU6's, six standard deviations where the norm's scale is 1. It costs an
-elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself.
+elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself, and the
+linear neuron, which multiplies nothing, needs no clip.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from qnas.arch import Arch
 from qnas.errors import SpaceError
 from qnas.layer import LayerSpec
-from qnas.space import Candidate, Position, SearchSpace
+from qnas.space import DEFAULT_NEURON, NEURONS, Candidate, Neuron, Position, SearchSpace, block_kind
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,48 @@ class Slot:
     resolution_px: int
 
 
-def quadra_layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpec, ...]:
-    """Return the layers of a QuadraBlock: quadratic depthwise mixer, then pointwise expansion."""
+# The layers of each neuron by role; `quadratic.NEURONS` has the formulas. conv_a and conv_b are the
+# factors of the product (conv_a also what type3 squares), conv_c is the linear part, conv_s that of the
+# squared input.
+MIXERS: dict[Neuron, tuple[str, ...]] = {
+    "quadranet": ("conv_a", "conv_b", "product", "conv_c", "sum"),
+    "linear": ("conv_c",),
+    "type2": ("square", "conv_s"),
+    "type3": ("conv_a", "square"),
+    "type4": ("conv_a", "conv_b", "product"),
+    "fan": ("conv_a", "conv_b", "product", "square", "conv_s", "sum"),
+    "compact": ("conv_c", "square", "conv_s", "sum"),
+}
+_ELEMENTWISE = {"product": "mul", "square": "square", "sum": "add"}  # all others are convolutions
+
+# Biases of the formulas: inside the product, and what is added at the end, of which one is enough (the
+# two of the compact neuron are one constant) and none where a batch norm shifts.
+FACTOR_BIASES: dict[Neuron, tuple[str, ...]] = {"fan": ("conv_a", "conv_b")}
+CONSTANTS: dict[Neuron, str] = {"linear": "conv_c", "fan": "conv_s", "compact": "conv_c"}
+
+
+def mixer_layers(place: Place, kernel: int, neuron: Neuron) -> list[LayerSpec]:
+    """Return the layers of a neuron in depthwise form, without norms."""
+    c, px = place.c_in, place.resolution_px
+    biased = set(FACTOR_BIASES.get(neuron, ()))
+    if place.norm != "batchnorm":
+        biased.add(CONSTANTS.get(neuron, ""))
+    return [
+        LayerSpec(role, _ELEMENTWISE[role], px, c, c)
+        if role in _ELEMENTWISE
+        else LayerSpec(role, "dwconv", px, c, c, kernel, bias=role in biased)
+        for role in MIXERS[neuron]
+    ]
+
+
+def quadra_layers(
+    place: Place, kernel: int, expansion: int, neuron: Neuron = DEFAULT_NEURON
+) -> tuple[LayerSpec, ...]:
+    """Return the layers of a QuadraBlock: depthwise mixer of a neuron, then pointwise expansion."""
     assert place.keeps_shape
     c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
     norm, pre_norm = place.norm, place.norm == "layernorm"
-    mixer = [
-        LayerSpec("conv_a", "dwconv", px, c, c, kernel),
-        LayerSpec("conv_b", "dwconv", px, c, c, kernel),
-        LayerSpec("product", "mul", px, c, c),
-        LayerSpec("conv_c", "dwconv", px, c, c, kernel),
-        LayerSpec("sum", "add", px, c, c),
-    ]
+    mixer = mixer_layers(place, kernel, neuron)
     expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
     act = LayerSpec("act", place.activation, px, hidden, hidden)
     project = LayerSpec("project", "conv", px, hidden, c, bias=True)
@@ -80,8 +113,10 @@ def quadra_layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpec,
         pointwise = [LayerSpec("norm2", norm, px, c, c), expand, act, project]
     else:
         # next to the convolution that it folds into, as it runs once folded
-        mixer.insert(4, LayerSpec("norm1", norm, px, c, c))
-        mixer.append(LayerSpec("clip", "clip", px, c, c))
+        at = len(mixer) - (mixer[-1].role == "sum")
+        mixer.insert(at, LayerSpec("norm1", norm, px, c, c))
+        if neuron != "linear":
+            mixer.append(LayerSpec("clip", "clip", px, c, c))
         pointwise = [expand, LayerSpec("norm2", norm, px, hidden, hidden), act, project]
     return (
         *mixer,
@@ -122,8 +157,9 @@ def identity_layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpe
     return ()
 
 
+# By `Candidate.kind`.
 BLOCKS: dict[str, Callable[[Place, int, int], tuple[LayerSpec, ...]]] = {
-    "quadra": quadra_layers,
+    **{block_kind("quadra", neuron): partial(quadra_layers, neuron=neuron) for neuron in NEURONS},
     "mbconv": mbconv_layers,
     "identity": identity_layers,
 }
@@ -235,8 +271,8 @@ def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
     """Return the block that a candidate makes of a slot. Identity has no layers."""
     p = slot.position
     place = Place(p.c_in, p.c_out, p.stride, slot.resolution_px, space.norm, space.activation)
-    layers = BLOCKS[candidate.block](place, candidate.kernel, candidate.expansion)
-    return BlockSpec(p.name, candidate.block, layers)
+    layers = BLOCKS[candidate.kind](place, candidate.kernel, candidate.expansion)
+    return BlockSpec(p.name, candidate.kind, layers)
 
 
 def lower(

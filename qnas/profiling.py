@@ -332,7 +332,7 @@ def _outliers(
     for slot in (part for part in skeleton(space) if isinstance(part, Slot)):
         blocks = {c: fill(space, slot, c) for c in slot.position.candidates}
         for small, large in permutations((c for c, block in blocks.items() if block.layers), 2):
-            if small.block != large.block or small.kernel > large.kernel or small.expansion > large.expansion:
+            if small.kind != large.kind or small.kernel > large.kernel or small.expansion > large.expansion:
                 continue
             low, high = (parts[replace(blocks[c], name="")] for c in (small, large))
             low_t, high_t = timings[low.name], timings[high.name]

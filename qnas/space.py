@@ -22,7 +22,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -39,11 +41,27 @@ class BlockKind(NamedTuple):
     needs_batchnorm: bool  # is defined with batch normalisation only
 
 
+# The neuron of a QuadraBlock's mixer; `lower.MIXERS` says what it consists of, `quadratic.NEURONS` what
+# it computes.
+Neuron = Literal["quadranet", "linear", "type2", "type3", "type4", "fan", "compact"]
+NEURONS: tuple[Neuron, ...] = get_args(Neuron)
+DEFAULT_NEURON: Neuron = "quadranet"
+
+
 BLOCK_KINDS: dict[str, BlockKind] = {
     "quadra": BlockKind(keeps_shape=True, needs_batchnorm=False),
     "mbconv": BlockKind(keeps_shape=False, needs_batchnorm=True),
     "identity": BlockKind(keeps_shape=True, needs_batchnorm=False),
 }
+
+
+def block_kind(block: str, neuron: Neuron = DEFAULT_NEURON) -> str:
+    """Name a block with its neuron, where that is not QuadraNet's.
+
+    >>> block_kind("quadra"), block_kind("quadra", "fan"), block_kind("mbconv")
+    ('quadra', 'quadra_fan', 'mbconv')
+    """
+    return block if neuron == DEFAULT_NEURON else f"{block}_{neuron}"
 
 
 class _Node(BaseModel):
@@ -74,31 +92,52 @@ class Candidate(_Node):
     block: Annotated[str, AfterValidator(_known_block)]
     kernel: OddKernel = 1
     expansion: Annotated[int, Field(ge=1, le=16)] = 1
+    neuron: Neuron = DEFAULT_NEURON  # of block quadra
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = self.model_fields_set - {"block"}
         if self.block == "identity" and given:
             raise ValueError(f"identity takes no {' or '.join(sorted(given))}")
-        if self.block != "identity" and given != {"kernel", "expansion"}:
-            missing = sorted({"kernel", "expansion"} - given)
+        if "neuron" in given and self.block != "quadra":
+            raise ValueError(f"{self.block} takes no neuron")
+        missing = sorted({"kernel", "expansion"} - given)
+        if self.block != "identity" and missing:
             raise ValueError(f"{self.block} needs {' and '.join(missing)}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_default(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # spaces are known by the digest of this: those from before there were neurons must keep theirs
+        fields: dict[str, Any] = content(self)
+        if self.neuron == DEFAULT_NEURON:
+            fields.pop("neuron", None)
+        return fields
+
+    @property
+    def kind(self) -> str:
+        """The block with its neuron, as `block_kind`."""
+        return block_kind(self.block, self.neuron)
+
     @property
     def name(self) -> str:
-        """The name in architectures and tables, such as `quadra_k7_e4`."""
-        return "identity" if self.block == "identity" else f"{self.block}_k{self.kernel}_e{self.expansion}"
+        """The name in architectures and tables, such as `quadra_k7_e4` or `quadra_k7_e4_linear`."""
+        if self.block == "identity":
+            return self.block
+        return block_kind(f"{self.block}_k{self.kernel}_e{self.expansion}", self.neuron)
 
 
 def _expand_candidates(entries: Any) -> Any:
-    """Write out lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates."""
+    """Write out lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates.
+
+    Those of one neuron come together, in the order of their kernels.
+    """
     if not isinstance(entries, list):
         return entries
     expanded: list[Any] = []
     for entry in entries:
         listed = (
-            [k for k in ("kernel", "expansion") if isinstance(entry.get(k), list)]
+            [k for k in ("neuron", "kernel", "expansion") if isinstance(entry.get(k), list)]
             if isinstance(entry, dict)
             else []
         )

@@ -20,24 +20,28 @@ from qnas.units import format_count, format_ms
 def short_name(candidate: str) -> str:
     """Write a candidate's name as `k7 e4`; identity as a dash.
 
-    >>> short_name("quadra_k7_e4"), short_name("identity")
-    ('k7 e4', '-')
+    >>> short_name("quadra_k7_e4"), short_name("quadra_k7_e4_fan"), short_name("identity")
+    ('k7 e4', 'k7 e4 fan', '-')
     """
     return "-" if candidate == "identity" else candidate.partition("_")[2].replace("_", " ")
 
 
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
-    """Draw the chosen candidates, a line a stage."""
+    """Draw the chosen candidates, a line a stage, or as many as they need."""
     resolution = {
         part.position.stage: part.resolution_px
         for part in reversed(skeleton(space))
         if isinstance(part, Slot)
     }
+    width = max(5, *(len(short_name(c)) for c in arch.choices))
     lines = []
     for i, stage in enumerate(space.stages):
         chosen = [c for p, c in zip(space.positions, arch.choices, strict=True) if p.stage == i]
-        blocks = "  ".join(f"{short_name(c):<5}" for c in chosen).rstrip()
-        lines.append(f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   {blocks}")
+        title = f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   "
+        fit = max(1, (82 - len(title)) // (width + 2))  # on a line of 80 columns
+        for start in range(0, len(chosen), fit):
+            blocks = "  ".join(f"{short_name(c):<{width}}" for c in chosen[start : start + fit])
+            lines.append(f"{title if start == 0 else ' ' * len(title)}{blocks}".rstrip())
     return "\n".join(lines)
 
 
@@ -48,6 +52,7 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         f"{format_count(count_params(blocks))} parameters, {space.input.resolution_px} px"
     ]
     stage = ""
+    width = max(20, *(len(_block_title(block)) for block in blocks if block.layers))
     for block in (b for b in blocks if b.layers):
         name, _, rest = block.name.partition(".")
         if rest and name != stage:
@@ -58,7 +63,7 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         title = f"{'    ' if rest else '  '}{block.name:<14}{_block_title(block)}"
         shape = f"{first.resolution_px}>{last.out_px} px"
         macs, params = format_count(count_macs([block])), format_count(count_params([block]))
-        lines.append(f"{title:<38}{shape:>12} {macs:>8} {params:>8}")
+        lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from qnas.lower import (
     skeleton,
 )
 from qnas.resources import stems
-from qnas.space import SearchSpace, load_space
+from qnas.space import NEURONS, Neuron, SearchSpace, load_space
 
 SHIPPED = list(stems("search_spaces", ".yaml"))
 
@@ -114,6 +114,48 @@ def test_a_quadra_block_costs_what_the_formula_says() -> None:
     norms, biases = 2 * 2 * c, e * c + c
     assert count_params([block]) == 3 * k**2 * c + 2 * e * c**2 + biases + norms
     assert count_macs([block]) == px**2 * (3 * k**2 * c + 2 * e * c**2)
+
+
+# What the formulas of REFERENCE section 5 have: weights W, biases (compact's two are one constant), and
+# elementwise operators between maps: products, squares, sums.
+FORMULAS: dict[Neuron, tuple[int, int, int, int, int]] = {
+    "quadranet": (3, 0, 1, 0, 1),
+    "linear": (1, 1, 0, 0, 0),
+    "type2": (1, 0, 0, 1, 0),
+    "type3": (1, 0, 0, 1, 0),
+    "type4": (2, 0, 1, 0, 0),
+    "fan": (3, 3, 1, 1, 1),
+    "compact": (2, 1, 0, 1, 1),
+}
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_a_neuron_costs_what_its_formula_says(neuron: Neuron, norm: str) -> None:
+    c, k, e, px = 8, 5, 2, 9
+    layers = quadra_layers(Place(c, c, 1, px, norm, "gelu"), k, e, neuron)
+    block = BlockSpec("1.1", "quadra", layers)
+    weights, biases, *elementwise = FORMULAS[neuron]
+    if norm == "batchnorm" and neuron in ("linear", "fan", "compact"):
+        biases -= 1  # what is added at the end is the norm's shift
+    norms = 2 * (c + c) if norm == "layernorm" else 2 * (c + e * c)
+    pointwise = 2 * e * c**2 + c + (e * c if norm == "layernorm" else 0)
+    assert count_params([block]) == weights * k**2 * c + biases * c + norms + pointwise
+    assert count_macs([block]) == px**2 * (weights * k**2 * c + 2 * e * c**2)
+    ops = [layer.op for layer in layers]
+    residuals = 2
+    products, squares, sums = elementwise
+    assert [ops.count(op) for op in ("mul", "square", "add")] == [products, squares, sums + residuals]
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_batch_norm_follows_what_it_can_fold_into_and_a_clip_what_multiplies(neuron: Neuron) -> None:
+    layers = quadra_layers(Place(8, 8, 1, 9, "batchnorm", "gelu"), 3, 2, neuron)
+    roles = [layer.role for layer in layers]
+    before = layers[roles.index("norm1") - 1]
+    # a square or a product that comes last takes up no shift
+    assert before.op == {"type3": "square", "type4": "mul"}.get(neuron, "dwconv")
+    assert ("clip" in roles) == (neuron != "linear")
 
 
 def test_counts_are_sums_over_positions() -> None:

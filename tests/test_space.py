@@ -76,6 +76,45 @@ def test_lists_stand_for_all_their_combinations_in_order() -> None:
     assert tuple(c.name for c in space().candidates) == (*FOUR, "identity")
 
 
+NEURAL: dict[str, Any] = {
+    **SMALL,
+    "transition": "conv",
+    "candidates": [
+        {"block": "quadra", "neuron": ["linear", "quadranet", "fan"], "kernel": [3, 5], "expansion": 2},
+        {"block": "quadra", "kernel": 3, "expansion": 4},
+    ],
+}
+
+
+def test_neurons_may_be_a_list_and_show_in_names_but_for_quadranets() -> None:
+    names = space(**NEURAL).positions[0].names
+    assert names == (
+        "quadra_k3_e2_linear",
+        "quadra_k5_e2_linear",
+        "quadra_k3_e2",
+        "quadra_k5_e2",
+        "quadra_k3_e2_fan",
+        "quadra_k5_e2_fan",
+        "quadra_k3_e4",
+    )
+
+
+def test_a_space_with_neurons_reads_back_to_the_same_networks() -> None:
+    before = space(**NEURAL)
+    after = parse_space(before.to_yaml(), "copy")
+    assert (after, after.digest) == (before, before.digest)
+
+
+def test_the_default_neuron_leaves_the_digest_as_it_was_before_there_were_neurons() -> None:
+    assert load_space("quadranet-small").digest == "00d9ce65978f0c96"  # as in every arch.json until then
+    named, other = (
+        space(**{**NEURAL, "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2, "neuron": n}]})
+        for n in ("quadranet", "linear")
+    )
+    silent = space(**{**NEURAL, "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2}]})
+    assert named.digest == silent.digest != other.digest
+
+
 def test_a_candidate_that_keeps_the_shape_is_left_out_where_the_shape_changes() -> None:
     # the first stage goes from 8 to 8 channels at stride 1, the second changes both
     names = {p.name: p.names for p in space().positions}
@@ -143,6 +182,15 @@ def test_all_problems_of_a_file_come_in_one_line() -> None:
         ),
         ({"candidates": [{"block": "identity", "kernel": 3}]}, "candidates: identity takes no kernel"),
         ({"candidates": [{"block": "mbconv"}]}, "candidates: mbconv needs expansion and kernel"),
+        (
+            {"candidates": [{"block": "mbconv", "kernel": 3, "expansion": 3, "neuron": "fan"}]},
+            "candidates: mbconv takes no neuron",
+        ),
+        (
+            {"candidates": [{"block": "quadra", "kernel": 3, "expansion": 3, "neuron": ["fan", "fam"]}]},
+            "candidates.neuron: expected 'quadranet', 'linear', 'type2', 'type3', 'type4', 'fan' or "
+            "'compact', got 'fam'",
+        ),
         ({"candidates": ["identity"]}, "candidates: expected a mapping, got 'identity'"),
         ({"candidates": []}, "candidates: expected at least 1, got 0"),
         ({"stages": []}, "stages: expected at least 1, got 0"),

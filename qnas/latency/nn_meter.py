@@ -66,6 +66,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "split": (Choice("split", "direct"),),
     "shuffle": (Choice("channelshuffle", "direct"),),
     "mul": (Choice("add", "stand-in"), Choice("addrelu", "stand-in")),  # two maps in, one out
+    "square": (Choice("relu", "stand-in"),),  # a map in, a map out
     "scale": (Choice("bn", "stand-in"),),  # a factor a channel
     "layernorm": (Choice("bn", "stand-in"),),
     "gelu": (Choice("hswish", "stand-in"),),

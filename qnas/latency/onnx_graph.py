@@ -341,6 +341,19 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOper
     return read
 
 
+def _product_of_two(reader: Reader, node: Node) -> OnnxOperator:
+    """Return a product, of a map with itself a `square`."""
+    if reader.root(node.inputs[0]) == reader.root(node.inputs[1]):
+        return _whole(reader, node, "square", node.outputs[0])
+    return _PRODUCT(reader, node)
+
+
+def _power(reader: Reader, node: Node) -> OnnxOperator:
+    exponent = reader.constant(node, 1)
+    is_square = exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2
+    return _whole(reader, node, "square", node.inputs[0]) if is_square else _uncovered(reader, node)
+
+
 def _is_per_channel(reader: Reader, tensor: str, of: str) -> bool:
     """Whether a tensor has one value for each channel of another one."""
     whole, part = reader.shapes[of], reader.shapes[tensor]
@@ -373,6 +386,8 @@ def _of_output(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
     return lambda reader, node: _whole(reader, node, kind, node.outputs[0])
 
 
+_PRODUCT = _sum_or_product("mul", "mul_scalar")
+
 # ONNX operator -> how it is read. Whatever is neither here nor free is uncovered.
 OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Conv": _convolution,
@@ -390,7 +405,8 @@ OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Sigmoid": _of_input("sigmoid"),
     "Add": _sum_or_product("add", "add_scalar"),
     "Sub": _sum_or_product("sub", "add_scalar"),
-    "Mul": _sum_or_product("mul", "mul_scalar"),
+    "Mul": _product_of_two,
+    "Pow": _power,
     "Div": _sum_or_product(UNCOVERED, "mul_scalar"),
     "GlobalAveragePool": _global_pool,
     "ReduceMean": _mean,

@@ -61,7 +61,7 @@ _TERMS: dict[str, tuple[str, ...]] = {
 }
 
 # Kernels of other spaces, that this one may lack: at the rates of the first step, as an estimate.
-_OTHER_KINDS = ("add", "addrelu", "batchnorm", "clip", "gap", "gelu", "hswish", "mul", "relu")
+_OTHER_KINDS = ("add", "addrelu", "batchnorm", "clip", "gap", "gelu", "hswish", "mul", "relu", "square")
 
 # The rates of the first step: feature -> the rate that it is counted at.
 _LAUNCH, _DENSE_MMACS, _DEPTHWISE_MMACS, _MOVED = range(4)
