@@ -4,7 +4,9 @@ Three ways to keep their weights:
 
 - independent: a module for each candidate, as ProxylessNAS has it (arXiv 1812.00332);
 - shared: the largest module of each kind of block; a candidate's weights are slices of its tensors, the
-  centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free;
+  centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free.
+  QuadraBlocks of another neuron are another kind, pointwise convolutions included: these follow a map of
+  another distribution, and kernels that were trained to be multiplied are none to be summed;
 - nested: weights as shared, and all candidates at once cost one pass of the largest, where they are a grid
   of kernels and expansions (`qnas.kernels.nested`).
 
@@ -243,8 +245,9 @@ class _Slices(torch.autograd.Function):
 
 def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
     """Return a candidate with the largest kernel and the largest expansion of its kind."""
-    same = [c for c in candidates if c.block == kind]
-    return Candidate(block=kind, kernel=max(c.kernel for c in same), expansion=max(c.expansion for c in same))
+    same = [c for c in candidates if c.kind == kind]
+    kernel, expansion = max(c.kernel for c in same), max(c.expansion for c in same)
+    return same[0].model_copy(update={"kernel": kernel, "expansion": expansion})
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:
@@ -279,7 +282,7 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     kernels = tuple(sorted({c.kernel for c in blocks}))
     expansions = tuple(sorted({c.expansion for c in blocks}))
     if (
-        any(c.block != "quadra" for c in blocks)
+        any(c.kind != "quadra" for c in blocks)
         or (space.norm, space.activation) != ("layernorm", "gelu")
         or len(blocks) != len(kernels) * len(expansions)
         or not blocks
@@ -287,7 +290,7 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
         raise UsageError(
             f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
             f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
-            "kernels and expansions of QuadraBlocks with layer normalisation and GELU; "
+            "kernels and expansions of QuadraBlocks (neuron quadranet) with layer normalisation and GELU; "
             "--weights shared takes any"
         )
     places = tuple(

@@ -82,7 +82,7 @@ def choose_form(x: Tensor, *weights: Tensor) -> Form:
     - reference: anywhere else
     """
     tensors = (x, *weights)
-    if _is_watched() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+    if is_watched() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
         return "reference"
     if x.is_cpu:
         is_float = all(t.dtype == torch.float32 for t in weights)
@@ -104,7 +104,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
+    """Say whether something follows torch's operators one by one, and would not see a kernel's work."""
     # torch has no public names for these
     return (
         torch._C._are_functorch_transforms_active()

@@ -4,10 +4,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnas.arch import Arch
-from qnas.blocks import MODULES, ChannelLayerNorm, QuadraBlock, build_block
+from qnas.blocks import (
+    MODULES,
+    ChannelLayerNorm,
+    QuadraBlock,
+    build_block,
+    quadratic_weights,
+    start_linear,
+)
+from qnas.errors import UsageError
 from qnas.layer import OPS
 from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
-from qnas.space import load_space
+from qnas.neurons import NEURONS
+from qnas.space import Neuron, block_kind, load_space
 from qnas.subnet import build_subnet
 from qnas.train import recalibrate
 
@@ -154,10 +163,11 @@ def test_a_block_keeps_what_it_keeps_in_channels_last_memory(kind: str) -> None:
     torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-5)
 
 
-def test_every_submodule_is_named_after_the_layer_that_it_computes() -> None:
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: Neuron) -> None:
     for norm in ("layernorm", "batchnorm"):
-        layers = quadra_layers(Place(8, 8, 1, 9, norm, "gelu"), 3, 2)
-        block = build_block(BlockSpec("1.1", "quadra", layers))
+        layers = quadra_layers(Place(8, 8, 1, 9, norm, "gelu"), 3, 2, neuron)
+        block = build_block(BlockSpec("1.1", block_kind("quadra", neuron), layers))
         expected = [spec for spec in layers if spec.op in MODULES]
         assert {name for name, _ in block.named_children()} == {spec.role for spec in expected}
         for spec in expected:
@@ -165,7 +175,7 @@ def test_every_submodule_is_named_after_the_layer_that_it_computes() -> None:
 
 
 def test_every_operator_has_a_module_or_is_written_out() -> None:
-    assert set(OPS) == set(MODULES) | {"add", "mul"}
+    assert set(OPS) == set(MODULES) | {"add", "mul", "square"}
 
 
 def test_a_built_block_is_the_class_of_its_kind() -> None:
@@ -174,3 +184,113 @@ def test_a_built_block_is_the_class_of_its_kind() -> None:
         BlockSpec("1.1", "quadra", quadra_layers(Place(32, 32, 1, 9, "layernorm", "gelu"), 7, 4))
     )
     assert [name for name, _ in built.named_parameters()] == [name for name, _ in block.named_parameters()]
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_block_of_any_neuron_is_two_residual_halves(neuron: Neuron, norm: str, activation: str) -> None:
+    # with and without the fused halves; the neuron itself is tested by its formula in test_neurons.py
+    block = QuadraBlock(6, 3, 2, norm=norm, activation=activation, neuron=neuron).eval()
+    randomise(block)
+    w = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    convolutions = [
+        (w[f"{role}.weight"], w.get(f"{role}.bias"))
+        for role in ("conv_a", "conv_b", "conv_c", "conv_s")
+        if f"{role}.weight" in w
+    ]
+    if neuron == "compact":
+        assert len(convolutions) == 2  # in the order of the formula: conv_c, conv_s
+
+    def mixed(x: Tensor) -> Tensor:
+        return NEURONS[neuron](x, *convolutions)
+
+    def batch_norm(x: Tensor, name: str) -> Tensor:
+        return F.batch_norm(
+            x, w[f"{name}.running_mean"], w[f"{name}.running_var"], w[f"{name}.weight"], w[f"{name}.bias"]
+        )
+
+    act = F.gelu if activation == "gelu" else F.relu
+    x = 3 * image(2, 6, 9, 8)
+    if norm == "layernorm":
+        x1 = x + mixed(layer_norm(x, w["norm1.weight"], w["norm1.bias"]))
+        hidden = block.expand(layer_norm(x1, w["norm2.weight"], w["norm2.bias"]))
+    else:
+        added = batch_norm(mixed(x), "norm1")
+        x1 = x + (added if neuron == "linear" else added.clamp(-6, 6))
+        hidden = batch_norm(block.expand(x1), "norm2")
+    expected = x1 + block.project(act(hidden))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_fresh_mixer_adds_about_as_much_as_a_linear_one(neuron: Neuron) -> None:
+    torch.manual_seed(0)
+    block = QuadraBlock(256, 5, 1, neuron=neuron)
+    with torch.no_grad():
+        y = block.mix(image(4, 256, 12, 12))[:, :, 2:-2, 2:-2]  # normal, as a norm leaves it; no borders
+    # a third of the second moment of x is what torch's own convolution has
+    assert 0.25 < float((y**2).mean()) < 1.0
+
+
+def with_linear_part(neuron: Neuron) -> tuple[QuadraBlock, QuadraBlock]:
+    """Return a block at its linear start, and the linear block that it must be."""
+    block, linear = QuadraBlock(6, 5, 2, neuron=neuron), QuadraBlock(6, 5, 2, neuron="linear")
+    randomise(block)
+    start_linear(block)
+    state = block.state_dict()
+    ordinary = "conv_a" if neuron == "fan" else "conv_c"
+    state["conv_c.weight"] = state[f"{ordinary}.weight"]
+    state["conv_c.bias"] = state.get(f"{ordinary}.bias", torch.zeros(6))
+    linear.load_state_dict({key: state[key] for key in linear.state_dict()})
+    return block, linear
+
+
+LINEAR_PART: tuple[Neuron, ...] = ("quadranet", "linear", "fan", "compact")
+
+
+@pytest.mark.parametrize("neuron", LINEAR_PART)
+def test_at_its_start_a_neuron_is_the_linear_one_and_every_quadratic_weight_learns(neuron: Neuron) -> None:
+    block, linear = with_linear_part(neuron)
+    x = image(2, 6, 9, 8)
+    y = block(x)
+    torch.testing.assert_close(y, linear(x), rtol=1e-5, atol=1e-5)
+    (y**2).sum().backward()
+    weights = quadratic_weights(block)
+    assert bool(weights) == (neuron != "linear")
+    # of QuadraNet's product the factor that is not zero learns once the other is
+    zero = [weight for weight in weights if not weight.any()]
+    assert bool(zero) == bool(weights)
+    assert all(weight.grad is not None and bool(weight.grad.any()) for weight in zero)
+
+
+@pytest.mark.parametrize("neuron", LINEAR_PART)
+def test_a_mixer_without_its_quadratic_weights_is_linear_and_with_them_is_not(neuron: Neuron) -> None:
+    block = QuadraBlock(6, 5, 2, neuron=neuron).double()
+    randomise(block)
+    x = image(2, 6, 9, 8).double()
+
+    def bend() -> float:
+        with torch.no_grad():
+            return float((block.mix(2 * x) - 2 * block.mix(x) + block.mix(0 * x)).abs().max())
+
+    assert (bend() > 0.1) == (neuron != "linear")
+    with torch.no_grad():
+        for weight in quadratic_weights(block):
+            weight.zero_()
+    assert bend() < 1e-12
+
+
+@pytest.mark.parametrize("neuron", [n for n in NEURONS if n not in LINEAR_PART])
+def test_a_neuron_without_a_linear_part_has_no_linear_start(neuron: Neuron) -> None:
+    network = nn.Sequential(QuadraBlock(6, 5, 2), QuadraBlock(6, 5, 2, neuron=neuron))
+    message = (
+        f"linear start, quadratic gamma, alpha and beta: the network has neurons of {neuron}, which have no "
+        "linear part; expected quadranet, linear, fan, compact"
+    )
+    for use in (start_linear, quadratic_weights):
+        with pytest.raises(UsageError) as error:
+            use(network)
+        assert str(error.value) == message

@@ -36,6 +36,7 @@ ORDER = [
     "findings",
     "kernels",
     "quadratic",
+    "neurons",
     "distributed",
     "effects",
     "blocks",

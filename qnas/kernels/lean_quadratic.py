@@ -38,7 +38,7 @@ def quadratic_forward(
 
     x: (B, C, H, W); weights: (C, 1, k, k), k odd; bias: (C,). Results and factors are as x.
     """
-    w_a, w_b, w_c = _within_reach(x, w_a, w_b, w_c)
+    _, (w_a, w_b, w_c) = _within_reach(x, w_a, w_b, w_c)
     a, b = depthwise(x, w_a), depthwise(x, w_b)
     return depthwise(x, w_c, bias).addcmul_(a, b), (a, b)
 
@@ -57,8 +57,7 @@ def quadratic_backward(
     grad: (B, C, H, W), of the result; factors: as `quadratic_forward` returned them, else they are
     computed anew.
     """
-    kernel = w_a.shape[-1]
-    w_a, w_b, w_c = _within_reach(x, w_a, w_b, w_c)
+    cut, (w_a, w_b, w_c) = _within_reach(x, w_a, w_b, w_c)
     outer = [grad, grad, grad]  # gradients of the three convolutions' results
     if any(needed[:3]):
         a, b = factors or (depthwise(x, w_a), depthwise(x, w_b))
@@ -73,11 +72,26 @@ def quadratic_backward(
     found: list[Tensor | None] = [None, None, None]
     wanted = [i for i in range(3) if needed[1 + i]]
     if wanted:
-        cut = (kernel - w_a.shape[-1]) // 2
         form = weight_gradient_form(x, w_a.shape[-1])
         for i, part in zip(wanted, form(x, [outer[i] for i in wanted], w_a.shape[-1]), strict=True):
             found[i] = F.pad(part, (cut, cut, cut, cut)) if cut else part
     return grad_x, found[0], found[1], found[2]
+
+
+def depthwise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x and of the weights of `depthwise`, None where not `needed`.
+
+    grad: (B, C, H, W), of the result.
+    """
+    cut, (weight,) = _within_reach(x, weight)
+    grad_x = depthwise(grad, weight.flip(2, 3)) if needed[0] else None
+    if not needed[1]:
+        return grad_x, None
+    kernel = weight.shape[-1]
+    (found,) = weight_gradient_form(x, kernel)(x, [grad], kernel)
+    return grad_x, F.pad(found, (cut, cut, cut, cut)) if cut else found
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -167,13 +181,14 @@ def _convolution_gradient(x: Tensor, grad: Tensor, height: int, width: int, pad_
     return result
 
 
-def _within_reach(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights without those that meet nothing but padding, wherever they stand."""
-    cut = (w_a.shape[-1] - (2 * max(x.shape[2:]) - 1)) // 2
-    if cut <= 0:
-        return w_a, w_b, w_c
+def _within_reach(x: Tensor, *weights: Tensor) -> tuple[int, tuple[Tensor, ...]]:
+    """Return the weights without those that meet nothing but padding, wherever they stand.
+
+    Before them how many rows and columns were cut off at each side.
+    """
+    cut = max(0, (weights[0].shape[-1] - (2 * max(x.shape[2:]) - 1)) // 2)
     inner = (..., slice(cut, -cut), slice(cut, -cut))
-    return w_a[inner], w_b[inner], w_c[inner]
+    return cut, tuple(weight[inner] for weight in weights) if cut else weights
 
 
 @lru_cache(maxsize=64)
