@@ -1,16 +1,19 @@
 import copy
 
+import pytest
 import torch
 from exported import digits, trained
 from torch import nn
 
 from qnas.blocks import QuadraBlock
-from qnas.export.folding import fold_norms, fold_quadratic_norms
+from qnas.export.folding import fold_norms
+from qnas.space import NEURONS, Neuron
 
 
-def test_folding_a_norm_changes_no_output() -> None:
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_folding_a_norm_changes_no_output(neuron: Neuron) -> None:
     torch.manual_seed(0)
-    block = QuadraBlock(6, 5, 2, norm="batchnorm").double().eval()
+    block = QuadraBlock(6, 5, 2, norm="batchnorm", neuron=neuron).double().eval()
     assert isinstance(block.norm1, nn.BatchNorm2d)
     for tensor in (*block.parameters(), block.norm1.running_mean):
         nn.init.normal_(tensor)  # type: ignore[arg-type]  # running_mean is None only without statistics
@@ -20,11 +23,14 @@ def test_folding_a_norm_changes_no_output() -> None:
         mixed = block.norm1(block.mix(x))
         assert 0.1 < float((mixed.abs() > 6).float().mean()) < 0.9  # on both sides of the clip
         expected = block(x)
-        fold_quadratic_norms(block)
-        torch.testing.assert_close(block.mix(x), mixed, rtol=1e-10, atol=1e-10)
+        fold_norms(block)
+        torch.testing.assert_close(block.norm1(block.mix(x)), mixed, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
-    assert isinstance(block.norm1, nn.Identity)
-    assert isinstance(block.clip, nn.Hardtanh)
+    # a square or a product that comes last takes up no shift
+    stays = neuron in ("type3", "type4")
+    assert isinstance(block.norm1, nn.BatchNorm2d if stays else nn.Identity)
+    assert isinstance(block.norm2, nn.Identity)
+    assert neuron == "linear" or isinstance(block.clip, nn.Hardtanh)
 
 
 def test_all_norms_of_a_network_fold_away_and_change_no_output() -> None:

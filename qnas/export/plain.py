@@ -1,5 +1,8 @@
 """Blocks of a stand-alone model: modules of torch alone, with the submodules that `qnas.blocks` has.
 
+But that the convolutions of a QuadraBlock's mixer stand in a module of their own, `mixer`, which is what
+its neuron is.
+
 `qnas.export.standalone` copies the sources of these classes into the file that it writes, those that the
 network needs, so each says all that its reader needs.
 """
@@ -18,47 +21,152 @@ class Residual(nn.Sequential):
         return x + y
 
 
-class QuadraBlock(nn.Module):
-    """A quadratic depthwise convolution, then a pointwise expansion (QuadraNet, arXiv 2311.17956)."""
+class QuadraNetNeuron(nn.Module):
+    """A quadratic depthwise convolution: (W_a * x) . (W_b * x) + W_c * x (arXiv 2311.17956)."""
 
-    def __init__(self, channels: int, kernel: int, expansion: int, act: nn.Module) -> None:
+    def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        pad, hidden = kernel // 2, expansion * channels
-        self.norm1 = ChannelLayerNorm(channels, eps=1e-6)
+        pad = kernel // 2
         self.conv_a = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
         self.conv_b = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
         self.conv_c = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
-        self.norm2 = ChannelLayerNorm(channels, eps=1e-6)
-        self.expand = nn.Conv2d(channels, hidden, 1)
-        self.act = act
-        self.project = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        n = self.norm1(x)
-        x = x + (self.conv_a(n) * self.conv_b(n) + self.conv_c(n))
+        y: Tensor = self.conv_a(x) * self.conv_b(x) + self.conv_c(x)
+        return y
+
+
+class LinearNeuron(nn.Module):
+    """A depthwise convolution: W_c * x, with a constant where no batch norm follows."""
+
+    def __init__(self, channels: int, kernel: int, constant: bool) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_c = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_c(x)
+        return y
+
+
+class Type2Neuron(nn.Module):
+    """A depthwise convolution of the square: W_s * x^2."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_s = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_s(x * x)
+        return y
+
+
+class Type3Neuron(nn.Module):
+    """The square of a depthwise convolution: (W_a * x)^2."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_a = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_a(x)
+        return y * y
+
+
+class Type4Neuron(nn.Module):
+    """The product of two depthwise convolutions: (W_a * x) . (W_b * x)."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_a = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+        self.conv_b = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_a(x) * self.conv_b(x)
+        return y
+
+
+class FanNeuron(nn.Module):
+    """Fan's neuron: (W_a * x + b_a) . (W_b * x + b_b) + W_s * x^2 + c (arXiv 1704.08362).
+
+    Without the constant c where a batch norm follows.
+    """
+
+    def __init__(self, channels: int, kernel: int, constant: bool) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_a = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels)
+        self.conv_b = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels)
+        self.conv_s = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_a(x) * self.conv_b(x) + self.conv_s(x * x)
+        return y
+
+
+class CompactNeuron(nn.Module):
+    """The compact quadratic neuron: W_c * x + W_s * x^2 + b (arXiv 2110.06081).
+
+    Without the constant b where a batch norm follows.
+    """
+
+    def __init__(self, channels: int, kernel: int, constant: bool) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.conv_c = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=constant)
+        self.conv_s = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.conv_c(x) + self.conv_s(x * x)
+        return y
+
+
+class QuadraBlock(nn.Module):
+    """A depthwise mixer, then a pointwise expansion (QuadraNet, arXiv 2311.17956)."""
+
+    def __init__(self, channels: int, expansion: int, mixer: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = ChannelLayerNorm(channels, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = ChannelLayerNorm(channels, eps=1e-6)
+        self.expand = nn.Conv2d(channels, expansion * channels, 1)
+        self.act = act
+        self.project = nn.Conv2d(expansion * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x + self.mixer(self.norm1(x))
         y: Tensor = x + self.project(self.act(self.expand(self.norm2(x))))
         return y
 
 
 class QuadraBlockBN(nn.Module):
-    """A QuadraBlock with norms that fold into convolutions; the clip bounds what a mixer may add."""
+    """A QuadraBlock with batch norms; a clip bounds what a mixer that multiplies may add."""
 
-    def __init__(self, channels: int, kernel: int, expansion: int, act: nn.Module) -> None:
+    def __init__(
+        self, channels: int, expansion: int, mixer: nn.Module, clip: nn.Module, act: nn.Module
+    ) -> None:
         super().__init__()
-        pad, hidden = kernel // 2, expansion * channels
-        self.conv_a = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
-        self.conv_b = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
-        self.conv_c = nn.Conv2d(channels, channels, kernel, padding=pad, groups=channels, bias=False)
+        self.mixer = mixer
         self.norm1 = nn.BatchNorm2d(channels)
-        self.clip = nn.Hardtanh(-6.0, 6.0)
-        self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(hidden)
+        self.clip = clip
+        self.expand = nn.Conv2d(channels, expansion * channels, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(expansion * channels)
         self.act = act
-        self.project = nn.Conv2d(hidden, channels, 1)
+        self.project = nn.Conv2d(expansion * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x + self.clip(self.norm1(self.conv_a(x) * self.conv_b(x) + self.conv_c(x)))
+        x = x + self.clip(self.norm1(self.mixer(x)))
         y: Tensor = x + self.project(self.act(self.norm2(self.expand(x))))
         return y

@@ -7,6 +7,7 @@ that torch has not. Norms are not folded, so that it can be trained on.
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from types import ModuleType
@@ -21,9 +22,11 @@ from qnas.errors import ExportError
 from qnas.export import plain
 from qnas.export.product import Precision, Product, Run
 from qnas.layer import LayerSpec
-from qnas.lower import BlockSpec
+from qnas.lower import CONSTANTS, BlockSpec
+from qnas.space import Neuron, block_kind
 
 WEIGHTS = ".safetensors"
+_WIDTH = 75  # of a block that is written on one line, without what stands around it
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -38,7 +41,7 @@ def _convolution(spec: LayerSpec) -> str:
     return f"nn.Conv2d({', '.join([f'{spec.c_in}, {spec.c_out}, {spec.kernel}', *filter(None, options)])})"
 
 
-# Operators of layer.OPS as they are written; `add` and `mul` are in the blocks' forward.
+# Operators of layer.OPS as they are written; `add`, `mul` and `square` are in the blocks' forward.
 LAYERS: dict[str, Callable[[LayerSpec], str]] = {
     "conv": _convolution,
     "dwconv": _convolution,
@@ -67,19 +70,51 @@ def _chain(block: BlockSpec) -> str:
     return f"{'Residual' if adds else 'nn.Sequential'}(\n    OrderedDict(\n{body}\n    )\n)"
 
 
-def _quadra(block: BlockSpec) -> str:
+def _quadra(block: BlockSpec, neuron: Neuron) -> str:
     by_role = {spec.role: spec for spec in block.layers}
-    conv, expand = by_role["conv_a"], by_role["expand"]
-    name = "QuadraBlock" if by_role["norm1"].op == "layernorm" else "QuadraBlockBN"
-    sizes = f"{conv.c_in}, kernel={conv.kernel}, expansion={expand.c_out // expand.c_in}"
-    return f"{name}({sizes}, act={_layer(by_role['act'])})"
+    conv = next(spec for spec in block.layers if spec.op == "dwconv")
+    is_pre_norm = by_role["norm1"].op == "layernorm"
+    constant = f", constant={is_pre_norm}" if neuron in CONSTANTS else ""
+    arguments = [
+        str(conv.c_in),
+        f"expansion={by_role['expand'].c_out // conv.c_in}",
+        f"mixer={MIXERS[neuron].__name__}({conv.c_in}, kernel={conv.kernel}{constant})",
+        f"act={_layer(by_role['act'])}",
+    ]
+    if not is_pre_norm:
+        arguments.insert(3, f"clip={_layer(by_role['clip']) if 'clip' in by_role else 'nn.Identity()'}")
+    name = "QuadraBlock" if is_pre_norm else "QuadraBlockBN"
+    line = f"{name}({', '.join(arguments)})"
+    if len(line) <= _WIDTH:
+        return line
+    lines = "".join(f"\n    {argument}," for argument in arguments)
+    return f"{name}({lines}\n)"
 
+
+MIXERS: dict[Neuron, type[nn.Module]] = {
+    "quadranet": plain.QuadraNetNeuron,
+    "linear": plain.LinearNeuron,
+    "type2": plain.Type2Neuron,
+    "type3": plain.Type3Neuron,
+    "type4": plain.Type4Neuron,
+    "fan": plain.FanNeuron,
+    "compact": plain.CompactNeuron,
+}
 
 # Kinds of block that are not a plain chain of their layers.
-BLOCKS: dict[str, Callable[[BlockSpec], str]] = {"quadra": _quadra}
+BLOCKS: dict[str, Callable[[BlockSpec], str]] = {
+    block_kind("quadra", neuron): partial(_quadra, neuron=neuron) for neuron in MIXERS
+}
 
 # Classes that torch has not, in the order in which a file defines them.
-CLASSES = (ChannelLayerNorm, GlobalAveragePool, plain.Residual, plain.QuadraBlock, plain.QuadraBlockBN)
+CLASSES = (
+    ChannelLayerNorm,
+    GlobalAveragePool,
+    plain.Residual,
+    *MIXERS.values(),
+    plain.QuadraBlock,
+    plain.QuadraBlockBN,
+)
 
 
 def attribute(module: str) -> str:
@@ -89,6 +124,15 @@ def attribute(module: str) -> str:
     ('stage3_1', 'stem')
     """
     return f"stage{module}" if module[0].isdigit() else module
+
+
+def _in_plain(key: str) -> str:
+    """Return what a tensor of a block is called in the file: the mixer's convolutions are its own.
+
+    >>> _in_plain("conv_a.weight"), _in_plain("norm1.weight")
+    ('mixer.conv_a.weight', 'norm1.weight')
+    """
+    return f"mixer.{key}" if key.startswith("conv_") else key
 
 
 def source(product: Product, precision: Precision) -> str:
@@ -236,7 +280,7 @@ def write(product: Product, precision: Precision, path: Path, where: str) -> Non
     for key, tensor in product.network.state_dict().items():
         module, _, rest = key.partition(".")
         halved = tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
-        weights[f"{attribute(module)}.{rest}"] = halved.contiguous()
+        weights[f"{attribute(module)}.{_in_plain(rest)}"] = halved.contiguous()
     path.with_suffix(WEIGHTS).write_bytes(save(weights))
 
 
