@@ -156,10 +156,17 @@ def describe_space(space: SearchSpace) -> str:
             f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
         )
         lists = dict.fromkeys(p.names for p in positions)
-        lines += [f"    {', '.join(short_name(n) for n in names)}" for names in lists]
+        lines += [_fill_names(map(short_name, names)) for names in lists]
     head = f"{space.head.channels} channels, " if space.head.channels else ""
     lines.append(f"  head: {head}{space.head.classes} classes")
     return "\n".join(lines)
+
+
+def _fill_names(names: Iterable[str]) -> str:
+    """Write names in indented lines, none of them broken."""
+    whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+    lines = fill_text(whole, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:

@@ -1,5 +1,6 @@
-"""A small network that was trained on digits at 8 px, to be exported."""
+"""A small network that was trained on digits at 8 px, to be exported, and a space of all neurons."""
 
+import json
 from functools import cache
 
 import torch
@@ -12,7 +13,7 @@ from qnas.data import load_data, sample_images
 from qnas.export.product import Product, RealImages
 from qnas.lower import lower
 from qnas.originals import parse_data_spec
-from qnas.space import parse_space
+from qnas.space import NEURONS, SearchSpace, parse_space
 from qnas.subnet import build_subnet
 
 PX = 8
@@ -59,3 +60,21 @@ def trained(norm: str = "layernorm") -> Product:
         METADATA,
         calibration=digits(128, "train"),
     )
+
+
+def neural_space(norm: str) -> SearchSpace:
+    """Return a space whose positions may hold any neuron, and as many positions as neurons."""
+    content = {
+        "schema": "qnas.space/1",
+        "name": "neurons",
+        "source": "made for tests",
+        "input": {"channels": 3, "resolution_px": 32},
+        "norm": norm,
+        "activation": "gelu",
+        "stem": {"channels": 8, "kernel": 2, "stride": 2},
+        "transition": "conv",
+        "candidates": [{"block": "quadra", "neuron": list(NEURONS), "kernel": 5, "expansion": 2}],
+        "stages": [{"channels": 8, "positions": len(NEURONS), "stride": 1}],
+        "head": {"classes": 10},
+    }
+    return parse_space(json.dumps(content), "neurons.yaml")

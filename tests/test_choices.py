@@ -18,6 +18,7 @@ from qnas.choices import (
     NestedChoice,
     Route,
     SharedChoice,
+    WeightsMode,
     grid_of,
     make_choice,
 )
@@ -32,6 +33,7 @@ QUADRA = "{block: quadra, kernel: [3, 5, 7], expansion: [2, 4]}"
 MIXED = (
     "{block: mbconv, kernel: [3, 7], expansion: [1, 3]}, {block: quadra, kernel: [3, 5], expansion: [2, 3]}"
 )
+NEURONS = "{block: quadra, neuron: [linear, quadranet, fan, type3], kernel: [3, 5], expansion: [2, 3]}"
 
 
 def space_of(candidates: str, *, norm: str = "layernorm", stride: int = 1, channels: int = 6) -> SearchSpace:
@@ -73,7 +75,7 @@ def own_block(choice: SharedChoice, space: SearchSpace, index: int) -> nn.Module
     """Build a candidate's block by itself and give it the slices of the shared one."""
     slot = slot_of(space)
     block = build_block(fill(space, slot, slot.position.candidates[index]))
-    whole = choice.shared[slot.position.candidates[index].block].state_dict()
+    whole = choice.shared[slot.position.candidates[index].kind].state_dict()
     block.load_state_dict({k: take_slice(whole[k], t.shape) for k, t in block.state_dict().items()})
     return block
 
@@ -81,6 +83,8 @@ def own_block(choice: SharedChoice, space: SearchSpace, index: int) -> nn.Module
 SPACES = {
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
+    "neurons": lambda: space_of(NEURONS),
+    "neurons, batch norm": lambda: space_of(NEURONS, norm="batchnorm"),
     "two kinds": lambda: space_of(MIXED, norm="batchnorm"),
     "striding": lambda: space_of(
         "{block: mbconv, kernel: [3, 5], expansion: [3, 6]}", norm="batchnorm", stride=2
@@ -105,7 +109,7 @@ def test_a_shared_candidate_is_its_own_block_with_slices_for_weights(name: str) 
         (expected**2).sum().backward()
         (got**2).sum().backward()
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
-        gradients = {n: p.grad for n, p in choice.shared[candidate.block].named_parameters()}
+        gradients = {n: p.grad for n, p in choice.shared[candidate.kind].named_parameters()}
         for key, parameter in own.named_parameters():
             gradient = gradients.pop(key)
             assert gradient is not None
@@ -114,14 +118,14 @@ def test_a_shared_candidate_is_its_own_block_with_slices_for_weights(name: str) 
             # and nothing outside of the slice
             assert gradient.abs().sum() == pytest.approx(float(parameter.grad.abs().sum()), rel=1e-4)
         assert not any(g is not None for g in gradients.values())
-        after = choice.shared[candidate.block].state_dict()
+        after = choice.shared[candidate.kind].state_dict()
         for key, buffer in own.named_buffers():  # running statistics
             torch.testing.assert_close(take_slice(after[key], buffer.shape), buffer)
             untouched = after[key].clone()
             take_slice(untouched, buffer.shape).copy_(
-                take_slice(before[f"shared.{candidate.block}.{key}"], buffer.shape)
+                take_slice(before[f"shared.{candidate.kind}.{key}"], buffer.shape)
             )
-            torch.testing.assert_close(untouched, before[f"shared.{candidate.block}.{key}"])
+            torch.testing.assert_close(untouched, before[f"shared.{candidate.kind}.{key}"])
 
 
 def test_the_centre_of_kernels_and_the_leading_channels_are_shared() -> None:
@@ -300,8 +304,10 @@ def test_a_nested_mixture_of_one_candidate_is_that_candidate(
         space_of("{block: quadra, kernel: 3, expansion: [2, 4]}, {block: quadra, kernel: 5, expansion: 2}"),
         space_of(QUADRA, norm="batchnorm"),
         space_of("{block: mbconv, kernel: [3, 5], expansion: 3}", norm="batchnorm"),
+        space_of(NEURONS),
+        space_of("{block: quadra, neuron: linear, kernel: [3, 5], expansion: [2, 4]}"),
     ],
-    ids=["no grid", "batch norm", "mbconv"],
+    ids=["no grid", "batch norm", "mbconv", "neurons", "another neuron"],
 )
 def test_what_cannot_be_nested_is_refused_with_the_fix(space: SearchSpace) -> None:
     with pytest.raises(UsageError, match=r"position 1\.1 of space small.*--weights shared takes any"):
@@ -316,9 +322,29 @@ def test_a_single_candidate_is_a_grid_whatever_it_is() -> None:
     assert make(space, "nested")(image(1, 6, 8, 8), route).shape == (1, 6, 4, 4)
 
 
-def test_subnet_matches_supernet_where_a_position_has_several_kinds_of_block() -> None:
-    space = space_of(MIXED, norm="batchnorm")
-    supernet = Supernet(space, 10, torch.Generator().manual_seed(0), "shared").eval()
+def test_neurons_share_weights_within_their_own_kind_only() -> None:
+    choice = make(space_of(NEURONS), "shared")
+    kinds = {key.split(".")[1] for key in choice.state_dict()}
+    assert kinds == {"quadra", "quadra_linear", "quadra_fan", "quadra_type3"}
+    names = slot_of(space_of(NEURONS)).position.names
+    x = image(2, 6, 8, 8)
+    for index, name in enumerate(names):
+        choice.zero_grad()
+        y = choice(x, index)
+        if name == "identity":
+            continue
+        y.square().sum().backward()
+        used = {key.split(".")[1] for key, p in choice.named_parameters() if p.grad is not None}
+        assert used == {"_".join(name.split("_")[:1] + name.split("_")[3:])}
+
+
+@pytest.mark.parametrize("candidates", [MIXED, NEURONS], ids=["two kinds", "neurons"])
+@pytest.mark.parametrize("weights", ["shared", "independent"])
+def test_subnet_matches_supernet_where_a_position_has_several_kinds_of_block(
+    candidates: str, weights: WeightsMode
+) -> None:
+    space = space_of(candidates, norm="batchnorm")
+    supernet = Supernet(space, 10, torch.Generator().manual_seed(0), weights).eval()
     x = image(2, 6, 8, 8)
     with torch.no_grad():
         for index, name in enumerate(space.positions[0].names):

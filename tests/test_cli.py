@@ -757,7 +757,7 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", ["quadranet-small", "proxyless-mobile"])
+@pytest.mark.parametrize("space", ["quadranet-small", "quadranet-small-mixed", "proxyless-mobile"])
 def test_a_file_of_a_space_is_predicted_as_its_architecture_on_every_device(
     space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exported import METADATA, PX, digits, trained
+from exported import METADATA, PX, digits, neural_space, trained
 from torch import Tensor, nn
 
 import qnas.export.product
@@ -335,10 +335,16 @@ def test_every_precision_has_a_tolerance() -> None:
 @pytest.mark.parametrize("px", [32, 224])
 @pytest.mark.parametrize(
     "space",
-    ["quadranet-small", "quadranet-mobile", "quadranet-mobile-bn", "quadranet-gpu", "proxyless-mobile"],
+    [
+        *("quadranet-small", "quadranet-mobile", "quadranet-mobile-bn", "quadranet-gpu"),
+        *("proxyless-mobile", "quadranet-small-mixed", "all neurons", "all neurons, batch norm"),
+    ],
 )
 def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp_path: Path) -> None:
-    found = load_space(space)
+    if space.startswith("all neurons"):
+        found = neural_space("batchnorm" if "batch" in space else "layernorm")
+    else:
+        found = load_space(space)
     torch.manual_seed(1)
     arch = sample_arch(found, np.random.default_rng(1))
     network = build_subnet(found, arch, 10).eval()

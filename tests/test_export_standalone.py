@@ -1,6 +1,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,19 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_SPACE
 from exported import PX, digits, trained
 from PIL import Image
 from torch import nn
 
-from qnas.arch import sample_arch
+from qnas.arch import make_arch, sample_arch
 from qnas.data import normalise
 from qnas.export import standalone
 from qnas.export.product import Product
 from qnas.layer import OPS
 from qnas.lower import BLOCKS, lower
 from qnas.resources import stems
-from qnas.space import load_space
+from qnas.space import NEURONS, Neuron, block_kind, load_space, parse_space
 from qnas.subnet import build_network
 
 
@@ -45,7 +47,7 @@ def product_of(space_name: str) -> Product:
 
 
 def test_every_layer_has_a_plain_form() -> None:
-    assert set(standalone.LAYERS) | {"mul", "add"} == set(OPS)
+    assert set(standalone.LAYERS) | {"mul", "add", "square"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", stems("search_spaces", ".yaml"))
@@ -58,16 +60,42 @@ def test_every_space_is_written_with_the_weights_that_its_networks_have(name: st
     assert callable(build)
     with torch.device("meta"):
         built: nn.Module = build()
-    expected = {
-        f"{standalone.attribute(key.partition('.')[0])}.{key.partition('.')[2]}": tensor.shape
-        for key, tensor in product.network.state_dict().items()
-    }
-    assert {key: tensor.shape for key, tensor in built.state_dict().items()} == expected
+    expected = Counter(tuple(tensor.shape) for tensor in product.network.state_dict().values())
+    assert Counter(tuple(tensor.shape) for tensor in built.state_dict().values()) == expected
     assert max(map(len, text.splitlines())) <= 110
     # only what is used is defined
     defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     assert all(text.count(f"{name}(") > 1 for name in defined), defined
-    assert set(BLOCKS) == {"quadra", "mbconv", "identity"}  # a new one: has it a plain form?
+    # a new one: has it a plain form?
+    assert set(BLOCKS) == {*(block_kind("quadra", neuron) for neuron in NEURONS), "mbconv", "identity"}
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_a_network_of_any_neuron_computes_the_same_from_its_file(
+    neuron: Neuron, norm: str, tmp_path: Path
+) -> None:
+    candidate = "{block: quadra, kernel: [3, 5], expansion: [2, 4]}"
+    text = TINY_SPACE.replace("norm: layernorm", f"norm: {norm}")
+    space = parse_space(text.replace(candidate, candidate.replace("{", f"{{neuron: {neuron}, ", 1)), "tiny")
+    arch = make_arch(space, (block_kind("quadra_k5_e2", neuron), "identity", "quadra_k3_e2", "identity"))
+    torch.manual_seed(0)
+    blocks = lower(space, arch, resolution_px=PX, classes=10)
+    network = build_network(blocks).eval()
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, *((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)))
+    standalone.write(
+        replace(trained(), network=network, blocks=blocks), "fp32", tmp_path / "model.py", "file"
+    )
+    images = digits(16).take(range(16))
+    with torch.no_grad():
+        expected = network(images)
+    assert float(expected.std()) > 1e-3
+    torch.testing.assert_close(standalone.load(tmp_path / "model.py")(images), expected, rtol=1e-4, atol=1e-4)
+    text = (tmp_path / "model.py").read_text()
+    assert f"mixer={standalone.MIXERS[neuron].__name__}(" in text
+    assert max(map(len, text.splitlines())) <= 110
 
 
 def test_a_network_of_other_classes_can_be_built_and_trained(model: ModuleType) -> None:

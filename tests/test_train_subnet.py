@@ -308,6 +308,16 @@ def test_a_network_without_quadratic_blocks_has_nothing_to_let_in(digits: ImageD
         SubnetTrainer(network, digits, config(linear_start=True))
 
 
+@pytest.mark.parametrize("asked", [{"linear_start": True}, {"quadratic_gamma": 0.1}])
+def test_a_network_of_neurons_without_a_linear_part_is_let_in_as_a_whole(
+    digits: ImageData, asked: dict[str, Any]
+) -> None:
+    network = nn.Sequential(QuadraBlock(3, 3, 1, neuron="type4"), nn.Flatten(), nn.Linear(192, 10))
+    with pytest.raises(UsageError, match="the network has neurons of type4, which have no linear part"):
+        SubnetTrainer(network, digits, config(**{"linear_start": False, **asked}))
+    SubnetTrainer(network, digits, config(linear_start=False))
+
+
 # ---- best and last, logs, what goes wrong
 
 
