@@ -16,7 +16,7 @@ import torch
 from qnas import run
 from qnas.arch import find_arch
 from qnas.checkpoint import Checkpoints
-from qnas.choices import Gated, Route
+from qnas.choices import Gated, Route, WeightsMode
 from qnas.data import ImageData, load_data
 from qnas.derive import sample_near
 from qnas.errors import (
@@ -106,6 +106,35 @@ def test_the_derived_network_is_within_budget_and_certified(
     for network in report["random"]:
         assert 0.97 * document["latency_ms"] <= network["latency_ms"] <= document["latency_ms"]
     assert not list(folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("weights", ["shared", pytest.param("independent", marks=pytest.mark.slow)])
+def test_a_search_over_linear_and_quadratic_blocks_derives_a_network_within_budget(
+    weights: WeightsMode, digits: ImageData, tmp_path: Path
+) -> None:
+    space = load_space("quadranet-small-mixed")
+    table = load_table(load_device("cpu"), space)
+    config = replace(CONFIG, search_epochs=1, random_networks=1, effect_networks=40, weights=weights)
+    found = find_arch(search(space, table, digits, tmp_path / "run", config))
+    assert found.document["latency_ms"] == table.latency_ms(found.arch.indices(space)) <= middle(table)
+    neurons = {
+        position.candidate(c).neuron for position, c in zip(space.positions, found.arch.choices, strict=True)
+    }
+    assert neurons <= {"linear", "quadranet"}
+    # with the supernet's weights, as train-subnet takes them
+    network = build_subnet(space, found.arch, len(digits.classes))
+    inherit(network, found)
+    assert network(torch.zeros(1, 3, 8, 8)).shape == (1, len(digits.classes))
+
+
+def test_a_product_costs_what_the_same_block_without_it_does_not() -> None:
+    space = load_space("quadranet-small-mixed")
+    for device in device_names():
+        for position, row in zip(space.positions, load_table(load_device(device), space).ms, strict=True):
+            ms = dict(zip(position.names, row, strict=True))
+            linear = {name for name in ms if name.endswith("_linear")}
+            assert linear
+            assert all(ms[name] < ms[name.removesuffix("_linear")] for name in linear)
 
 
 def test_probabilities_are_logged_from_the_first_to_the_last(
@@ -514,8 +543,8 @@ def test_the_expected_latency_settles_on_every_device_and_budget(
     space_name: str, device: str, form: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = load_space(space_name)
-    if form == "exact" and space_name in ("proxyless-mobile", "quadranet-mobile-bn"):
-        pytest.skip("nested weights are those of QuadraBlocks with layer normalisation")
+    if form == "exact" and space_name in ("proxyless-mobile", "quadranet-mobile-bn", "quadranet-small-mixed"):
+        pytest.skip("nested weights are those of QuadraNet's neuron with layer normalisation")
     for share in (0.15, 0.3, 0.5, 0.75, 0.9):
         with monkeypatch.context() as patches:
             limits = (at_share(space, device, share),)
