@@ -22,7 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qnas.kernels.lean_quadratic import depthwise, depthwise_backward
+from qnas.kernels.lean_quadratic import (
+    depthwise,
+    depthwise_backward,
+    stock_gradients,
+    weight_gradient_form,
+)
 from qnas.quadratic import is_watched, quadratic_conv2d
 from qnas.space import Neuron
 
@@ -82,14 +87,16 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Convolve each channel with its own weights at stride 1, padded to keep the size.
 
     x: (B, C, H, W); weight: (C, 1, k, k) with k odd; bias: (C,). On a CPU the weights' gradient is that of
-    `lean_quadratic`; where a program is traced or compiled, under autocast and elsewhere all is torch's.
+    `lean_quadratic`, where that is faster; where a program is traced or compiled, under autocast and
+    elsewhere all is torch's.
     """
-    is_plain = all(type(t) in (Tensor, nn.Parameter) for t in (x, weight))
     if (
         torch.compiler.is_compiling()
-        or not (is_plain and x.is_cpu and torch.is_grad_enabled())
+        or not (x.is_cpu and torch.is_grad_enabled())
+        or any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight))
         or is_watched()
         or torch.is_autocast_enabled("cpu")
+        or weight_gradient_form(x, weight.shape[-1]) is stock_gradients
     ):
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     y: Tensor = _Depthwise.apply(x, weight, bias)

@@ -78,8 +78,9 @@ def test_every_neuron_has_a_formula_here() -> None:
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_gradients_are_those_of_finite_differences(neuron: Neuron) -> None:
-    weights, biases = arguments(neuron, 3, channels=2)
+@pytest.mark.parametrize("kernel", [3, 5])  # torch's own gradient, and ours
+def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) -> None:
+    weights, biases = arguments(neuron, kernel, channels=2)
     with_bias = [bias is not None for bias in GIVEN[neuron](biases[: max(2, len(weights))])]
     inputs = [drawn(2, 2, 4, 3), *weights, *itertools.compress(biases, with_bias)]
 
