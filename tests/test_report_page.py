@@ -16,6 +16,7 @@ from conftest import TINY_SPACE
 from finished_runs import make_record
 
 from qnas import cli, run
+from qnas.arch import find_arch
 from qnas.errors import ArchError, CheckpointError
 from qnas.explain import explain
 from qnas.predictions import read_predictions
@@ -24,6 +25,7 @@ from qnas.report.figures import FORMS
 from qnas.report.page import build_page, close_with_report, write_report
 from qnas.report.searching import command_line
 from qnas.space import SearchSpace, load_space
+from qnas.text import short_name
 
 
 def qnas(*words: str | Path) -> None:
@@ -241,6 +243,9 @@ def test_every_searchable_space_has_its_page(name: str, tmp_path: Path) -> None:
     page = Found(write_report(tmp_path).read_text())
     blocks = [attributes["data-block"] for _, attributes in page.elements if "data-block" in attributes]
     assert set(blocks) >= {"stem", "head", *(position.name for position in space.positions)}
+    chosen = {short_name(choice) for choice in find_arch(tmp_path).arch.choices} - {"-"}
+    assert all(name in page.text for name in chosen)
+    assert ("then the neuron" in page.text) == any("linear" in name for name in chosen)
     assert "held-out images chose another network" in page.text
 
 
