@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from exported import neural_space
@@ -10,8 +11,8 @@ from qnas.space import SearchSpace, load_space
 from qnas.text import choices_by_stage, describe_network, describe_space, short_name
 
 SPACES: dict[str, Callable[[], SearchSpace]] = {
-    **{name: lambda name=name: load_space(name) for name in stems("search_spaces", ".yaml")},
-    "all neurons": lambda: neural_space("layernorm"),
+    **{name: partial(load_space, name) for name in stems("search_spaces", ".yaml")},
+    "all neurons": partial(neural_space, "layernorm"),
 }
 
 
