@@ -63,7 +63,7 @@ class Slot:
     resolution_px: int
 
 
-# The layers of each neuron by role; `quadratic.NEURONS` has the formulas. conv_a and conv_b are the
+# The layers of each neuron by role; `neurons.NEURONS` has the formulas. conv_a and conv_b are the
 # factors of the product (conv_a also what type3 squares), conv_c is the linear part, conv_s that of the
 # squared input.
 MIXERS: dict[Neuron, tuple[str, ...]] = {

@@ -41,7 +41,7 @@ class BlockKind(NamedTuple):
     needs_batchnorm: bool  # is defined with batch normalisation only
 
 
-# The neuron of a QuadraBlock's mixer; `lower.MIXERS` says what it consists of, `quadratic.NEURONS` what
+# The neuron of a QuadraBlock's mixer; `lower.MIXERS` says what it consists of, `neurons.NEURONS` what
 # it computes.
 Neuron = Literal["quadranet", "linear", "type2", "type3", "type4", "fan", "compact"]
 NEURONS: tuple[Neuron, ...] = get_args(Neuron)
