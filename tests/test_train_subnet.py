@@ -31,6 +31,7 @@ from qnas.train_subnet import SubnetTrainer, TrainConfig, drop_blocks, train_sub
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 EVERYTHING: dict[str, Any] = {
     "accumulation": 2,
+    "random_resized_crop": 0.3,
     "randaugment": 5.0,
     "randaugment_std": 0.5,
     "mixup": 0.8,
@@ -48,7 +49,7 @@ CHOICES = ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2")
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return load_data(parse_data_spec("digits"), resolution_px=8, quiet=True)
+    return load_data(parse_data_spec("digits"), resolution_px=8, keep_originals=True, quiet=True)
 
 
 @pytest.fixture
