@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
@@ -160,6 +160,8 @@ def decode(file: OriginalFile, resolution_px: int, draw: DrawBox | None = None) 
             need = 2 * resolution_px
             image.draft("", (math.ceil(need * width / box.width), math.ceil(need * height / box.height)))
             pixels = _pixels(image)
+    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
+        raise BrokenImageError(file.where, "not a whole image: cannot identify its format") from error
     except Exception as error:  # Pillow raises almost anything on a damaged file
         raise BrokenImageError(file.where, f"not a whole image: {one_line(error)}") from error
     return pixels if draw is None else _cut_out(pixels, _scale(box, (height, width), pixels.shape[-2:]))

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import PX, load, numbered, numbers
 from PIL import Image, ImageFile
 from torch import Tensor
 
 from qnas import data, folders
 from qnas.data import (
-    ImageData,
     Split,
     batch_count,
     batches,
@@ -30,7 +30,6 @@ from qnas.decoding import LazyImages
 from qnas.errors import DataError, UsageError
 from qnas.originals import parse_data_spec
 
-PX = 16
 FASHION = os.environ.get("FASHION_MNIST_DIR", "")  # a folder of the four IDX files
 CIFAR10 = Path(__file__).parents[2] / "shared" / "datasets" / "cifar10.tar.gz"
 
@@ -42,24 +41,6 @@ def save(path: Path, pixels: Any) -> None:
 
 def flat(colour: tuple[int, int, int], px: int = PX) -> np.ndarray[Any, Any]:
     return np.full((px, px, 3), colour, dtype=np.uint8)
-
-
-def numbered(root: Path, counts: dict[str, int]) -> Path:
-    """Write folders of plain images; image number i of class number c has the colour (i, c, 7)."""
-    for c, (folder, count) in enumerate(counts.items()):
-        for i in range(count):
-            save(root / folder / f"{i:03}.png", flat((i, c, 7)))
-    return root
-
-
-def load(root: Path, kind: str = "imagefolder", **options: Any) -> ImageData:
-    return load_data(parse_data_spec(f"{kind}:{root}"), **{"resolution_px": PX, "quiet": True, **options})
-
-
-def numbers(split: Split) -> list[tuple[int, int]]:
-    """Return (image, class) as written into the colour by `numbered`."""
-    images = split.read(torch.arange(len(split)))
-    return [(int(i), int(c)) for i, c in images[:, :2, 0, 0]]
 
 
 @pytest.fixture(autouse=True)

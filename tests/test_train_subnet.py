@@ -137,6 +137,7 @@ def test_a_dropped_block_lets_its_input_pass_and_a_kept_one_adds_more(source: Fo
 
 
 def test_the_rate_grows_with_depth_to_the_last_block(source: FoundArch) -> None:
+    torch.manual_seed(0)
     network = build_subnet(source.space, source.arch, 10)
     drop_blocks(network, 0.4)
     blocks = [block for block in network if isinstance(block, QuadraBlock)]
