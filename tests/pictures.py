@@ -42,6 +42,22 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def write_digits(folder: Path, shards: int = 4) -> Path:
+    """Write scikit-learn's digits as shards."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    members: list[tuple[str, bytes]] = []
+    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = io.BytesIO()
+        Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(file, "png")
+        members += [(f"{i:04}.png", file.getvalue()), (f"{i:04}.cls", b"%d" % label)]
+    size = 2 * -(-len(members) // (2 * shards))
+    for number in range(shards):
+        write_tar(folder / f"digits-{number:06}.tar", members[number * size : (number + 1) * size])
+    return folder
+
+
 def samples(root: Path, folders: Iterable[str]) -> list[tuple[str, bytes]]:
     """Return class folders as members of a shard, a class after another, with names as labels."""
     return [

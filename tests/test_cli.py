@@ -437,9 +437,9 @@ def test_broken_images_up_to_a_limit_are_left_out_and_listed(
     search = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--random-networks", "0"]
     asked = ["--data", f"imagefolder:{tmp_path / 'photos'}", "--max-broken", "0.03", "--out", str(run)]
     assert qnas(*search, *asked) == 0
-    assert f"1 broken images are left out: {run / 'broken.csv'}" in capsys.readouterr().out
+    assert f"1 broken image left out, listed in {run / 'broken.csv'}" in capsys.readouterr().out
     assert qnas("train-subnet", run, "--epochs", "1", "--resolution", "8", "-q") == 0
-    assert "1 images were left out: broken.csv" in capsys.readouterr().out
+    assert "1 image left out: broken.csv" in capsys.readouterr().out
     for folder, result in ((run, "search.json"), (run / "subnet", "result.json")):
         with (folder / "broken.csv").open() as file:
             (row,) = csv.DictReader(file)

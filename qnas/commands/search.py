@@ -219,7 +219,8 @@ def _search(
         typer.echo(describe_limits(space, limits))
         typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
         if data.broken:
-            typer.echo(f"{len(data.broken)} broken images are left out: {folder / run.BROKEN}")
+            count = f"{len(data.broken)} broken image{'s' * (len(data.broken) > 1)}"
+            typer.echo(f"{count} left out, listed in {folder / run.BROKEN}")
     first, table = limits[0], limits[0].table
     assert table is not None, "the first limit is a device's"
     device, budget = asked_limits.devices[0]
