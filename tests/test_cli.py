@@ -448,6 +448,8 @@ def test_broken_images_up_to_a_limit_are_left_out_and_listed(
         assert json.loads((folder / result).read_text())["broken_images"] == 1
     assert qnas("derive", run, "--device", "vpu", "--budget", "1.2ms", "--out", tmp_path / "derived") == 0
     assert "not ranked" not in " ".join(capsys.readouterr().out.split())
+    assert qnas("export", run) == 0  # which looks at the images that it needs alone
+    assert "test images of photos" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(

@@ -58,6 +58,9 @@ def test_boxes_are_drawn_as_torchvision_draws_them(height: int, width: int, leas
     for a, b, size in zip(ours.T, theirs.T, (height, width) * 2, strict=True):
         assert a.mean() == pytest.approx(b.mean(), abs=0.03 * size)
         assert a.std() == pytest.approx(b.std(), abs=0.03 * size)
+    shapes = [np.log(places[:, 3] / places[:, 2]) for places in (ours, theirs)]
+    assert shapes[0].mean() == pytest.approx(shapes[1].mean(), abs=0.02)
+    assert shapes[0].std() == pytest.approx(shapes[1].std(), abs=0.02)
 
 
 def test_a_seed_is_a_box() -> None:
