@@ -23,6 +23,7 @@ from qnas.encoded import Indices, OriginalFile, one_line
 from qnas.errors import BrokenImageError, DataError
 
 BATCHES_AHEAD = 2  # decoded ahead of the consumer
+UNREADABLE = "cannot be read"  # begins what is said of a file that may be readable another time
 
 T = TypeVar("T")
 Task = TypeVar("Task")
@@ -150,10 +151,16 @@ def decode(file: OriginalFile, resolution_px: int, draw: DrawBox | None = None) 
     BrokenImageError for all but a whole image.
     """
     try:
+        content = file.read()
+    except FileNotFoundError as error:
+        raise BrokenImageError(file.where, "no such file") from error
+    except OSError as error:
+        raise BrokenImageError(file.where, f"{UNREADABLE}: {error.strerror}") from error
+    try:
         # Not reset here: it is one setting for all threads, and someone else's.
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
-        with Image.open(BytesIO(file.read())) as image:
+        with Image.open(BytesIO(content)) as image:
             width, height = image.size
             box = (draw or central_square)(height, width)
             # large photographs decode several times faster at a fraction

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qnas.decoding import chunked, decode, in_threads
+from qnas.decoding import UNREADABLE, chunked, decode, in_threads
 from qnas.encoded import OriginalFile
 from qnas.errors import BrokenImageError, DataError
 from qnas.files import read_json, write_json
@@ -64,7 +64,9 @@ def find_broken(files: Sequence[OriginalFile], most: float, where: str, *, quiet
         broken = _recall(path)
         if broken is None:
             broken = _look(files, most, where, quiet=quiet)
-            _keep(path, broken)
+            # a disk or a network that fails now may not tomorrow
+            if not any(each.problem.startswith(UNREADABLE) for each in broken.values()):
+                _keep(path, broken)
     check_broken(broken, len(files), most, where)
     return broken
 

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def test_a_large_set_is_looked_at_once_until_a_file_changes(
     broken.write_bytes(content)
     assert load(photos, **options).broken == ()
     assert len(looked) == 80
+
+
+def test_what_a_failing_disk_hides_is_broken_for_now_alone(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"memory_limit_bytes": 0, "max_broken": 0.1}
+    read = OriginalFile.read
+
+    def fail(self: OriginalFile) -> bytes | memoryview:
+        if self.name == "bee/007.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qnas.data.HASHED_BYTES", 0)
+        patch.setattr(OriginalFile, "read", fail)
+        (broken,) = load(photos, **options).broken
+        assert broken.problem == "cannot be read: Input/output error"
+    assert load(photos, **options).broken == ()
 
 
 def test_a_damaged_or_missing_cache_is_done_without(
