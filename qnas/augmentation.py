@@ -1,24 +1,33 @@
 """What is done to training images beside shifting and mirroring them: torchvision's transforms, drawn anew.
 
+Random resized crops (arXiv 1409.4842) are drawn here as torchvision draws them, and not by it: they are cut
+while images are decoded in threads, which have one generator of torch's between them.
+
 RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change each image by itself, mixup
 (arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's own random
 numbers: here these are seeded for every image and every batch, and given back afterwards, so that what
 is drawn depends on the given seeds alone, not on what ran before nor on how many processes share a batch.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from qnas.decoding import Box
+
 SEEDS = 1 << 62  # seeds are below it
 MAGNITUDES = 10  # RandAugment's scale: the paper's, and timm's, whose figures recipes quote
 _STEPS = 10  # of a magnitude of 1, as torchvision knows whole steps only
 _OPERATIONS = 2  # one after another
+_STRETCH = math.log(4 / 3)  # of a random crop: its width over its height is from 3/4 to 4/3
+_TRIES = 10  # of a crop that fits into the image
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,28 @@ class Augmentation:
     random_erasing: float = 0.0  # share of the images
     mixup: float = 0.0
     cutmix: float = 0.0
+    random_resized_crop: float = 0.0  # least share of the area
+
+    @property
+    def crops(self) -> bool:
+        """Whether each image is a random part of itself."""
+        return self.random_resized_crop > 0
+
+    def draw_box(self, seed: int, height: int, width: int) -> Box:
+        """Return the part of an image of this size that is taken: a share of the area from the least to all.
+
+        Where none that is drawn fits, it is the central one, no longer than 4/3 of its width or height.
+        """
+        rng = Random(seed)
+        for _ in range(_TRIES):
+            area = height * width * (self.random_resized_crop + (1 - self.random_resized_crop) * rng.random())
+            ratio = math.exp(_STRETCH * (2 * rng.random() - 1))
+            tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            top, left = rng.random(), rng.random()
+            if 0 < tall <= height and 0 < wide <= width:
+                return Box(int(top * (height - tall + 1)), int(left * (width - wide + 1)), tall, wide)
+        tall, wide = min(height, width * 4 // 3), min(width, height * 4 // 3)
+        return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
 
     @property
     def mixes(self) -> bool:

@@ -5,41 +5,40 @@ training, held-out, test, so that splits are views and no image is held twice; w
 decoded when a batch asks for it. Splits are stratified and drawn with a constant, not with the run's
 seed: runs with different seeds choose on the same images and can be compared. A batch depends only on
 (seed, epoch, place in the epoch): a resumed run sees the batches that it would have seen. Shifts and
-flips are one gather over the whole batch; what else is done to images is in `qnas.augmentation`.
+flips are one gather over the whole batch; random crops are cut from the originals while these are decoded;
+what else is done to images is in `qnas.augmentation`. Broken images are taken out after the splits are
+drawn, so that these stay what they were when one is mended.
 """
 
 import hashlib
 import json
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from io import BytesIO
+from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from qnas.augmentation import SEEDS, Augmentation
-from qnas.errors import DataError, UsageError
-from qnas.originals import KINDS, DataSpec, Indices, OriginalFile, Originals, one_line
+from qnas.decoding import LazyImages, chunked, in_threads
+from qnas.encoded import Indices, Originals
+from qnas.errors import BrokenImageError, DataError, UsageError
+from qnas.intact import MAX_BROKEN, Broken, BrokenImage, check_broken, find_broken
+from qnas.originals import KINDS, DataSpec
 
 MEMORY_LIMIT_BYTES = 3_000_000_000  # decoded images of all splits together; above it they stay encoded
 HASHED_BYTES = 1_000_000_000  # a folder above it is identified by names and sizes, not by its bytes
 TEST_FRACTION = 0.2  # where the data set has no test images of its own
 STATISTICS_IMAGES = 1000  # of how many images mean and std are taken where not all are in memory
-BATCHES_AHEAD = 2  # decoded ahead of the consumer
 
 # Constants, so that splits are the same in every run; two, so that the draws are independent.
 _TEST_DRAW = 20231117
 _HELDOUT_DRAW = 19560
 
 _PARTS = ("train", "heldout", "test")
+_MISSING = -1  # bytes of a file that is not there
 
 
 # ---- what is given back
@@ -51,15 +50,17 @@ class Split:
 
     `images` (N, C, H, W) are uint8, channels last in memory, or decoded when asked for. `labels` (N,)
     are int64. `mean` and `std` have a value a channel, with bytes counted as 0 to 1. `flip` says
-    whether a mirrored image still shows its class.
+    whether a mirrored image still shows its class. `originals` are the same images to cut crops from, where
+    these were asked for.
     """
 
     name: str
-    images: "Tensor | LazyImages"
+    images: Tensor | LazyImages
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
+    originals: LazyImages | None = None
 
     def __post_init__(self) -> None:
         assert len(self.images) == len(self.labels) > 0, self.name
@@ -71,9 +72,14 @@ class Split:
     def read(self, indices: Tensor) -> Tensor:
         """Return these images (B, C, H, W) as uint8. Raises DataError for a damaged file."""
         if isinstance(self.images, Tensor):
-            # (N, H, W, C) has whole images as rows, so that the gather copies them at once
-            return self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+            return _take(self.images, indices)
         return torch.stack([self.images[int(i)] for i in indices])
+
+
+def _take(images: Tensor, indices: Tensor) -> Tensor:
+    """Return some images (N, C, H, W), channels last in memory as they are."""
+    # (N, H, W, C) has whole images as rows, so that the gather copies them at once
+    return images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,7 @@ class ImageData:
     resolution_px: int
     channels: int
     digest: str
+    broken: tuple[BrokenImage, ...] = ()  # of the originals, left out of all splits
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -121,119 +128,6 @@ class ImageData:
         return isinstance(self.train.images, Tensor)
 
 
-class LazyImages(Dataset[Tensor]):
-    """Images that are decoded and brought to the resolution each time they are asked for.
-
-    `originals` are uint8 (N, C, H, W) or encoded files; `order` picks from them.
-    """
-
-    def __init__(
-        self,
-        originals: Tensor | Sequence[OriginalFile],
-        order: Indices,
-        *,
-        resolution_px: int,
-        channels: int,
-        pads: bool,
-    ) -> None:
-        self.originals = originals
-        self.order = order
-        self.resolution_px = resolution_px
-        self.channels = channels
-        self.pads = pads
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W) of the decoded images."""
-        return len(self.order), self.channels, self.resolution_px, self.resolution_px
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return one image (C, H, W) as uint8. Raises DataError for a damaged file."""
-        original = self.originals[int(self.order[index])]
-        image = _decode(original, self.resolution_px) if isinstance(original, OriginalFile) else original
-        where = original.where if isinstance(original, OriginalFile) else "images"
-        return self.fit(image, where)
-
-    def take(self, places: slice | Indices) -> "LazyImages":
-        """Return some of these images, without decoding them."""
-        return LazyImages(
-            self.originals,
-            self.order[places],
-            resolution_px=self.resolution_px,
-            channels=self.channels,
-            pads=self.pads,
-        )
-
-    def fit(self, images: Tensor, where: str) -> Tensor:
-        """Bring images to channels and resolution: (..., C', H', W') -> (..., C, H, W)."""
-        images = _to_channels(images, self.channels, where)
-        return _to_resolution(images, self.resolution_px, pads=self.pads)
-
-
-def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:
-    """Repeat grey, or weigh colours to grey: (..., C', H, W) -> (..., C, H, W)."""
-    found = images.shape[-3]
-    if found == channels:
-        return images
-    if found == 1:
-        return images.expand(*images.shape[:-3], channels, *images.shape[-2:])
-    if channels == 1:
-        grey: Tensor = tv.rgb_to_grayscale(images)
-        return grey
-    raise DataError(f"{where}: {found} channels cannot become {channels}: expected 1 or {found}")
-
-
-def _to_resolution(images: Tensor, px: int, *, pads: bool) -> Tensor:
-    """Cut out the central square and resize it: (..., H', W') -> (..., px, px).
-
-    Cutting first is the usual resize of the shorter side and central crop, with memory that does not
-    grow with the longer side. Where `pads`, slightly smaller images get a black border instead: they
-    keep their pixels, and their background is black. Photographs have none, so they are resized.
-    """
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    if height != width:
-        images = tv.center_crop(images, [side, side])
-    if pads and side < px < 1.5 * side:
-        images = tv.center_crop(images, [px, px])
-    elif side != px:
-        images = tv.resize(images, [px, px], antialias=True)
-    return images
-
-
-def _decode(file: OriginalFile, resolution_px: int) -> Tensor:
-    """Decode a file to uint8 (1 or 3, H, W). Raises DataError for all but a whole image."""
-    try:
-        # Not reset here: it is one setting for all threads, and someone else's.
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
-        with Image.open(BytesIO(file.read())) as image:
-            # JPEG at a fraction of its size, never below twice what is needed: large photographs
-            # decode several times faster.
-            image.draft("", (2 * resolution_px, 2 * resolution_px))
-            return _pixels(image)
-    except Exception as error:  # Pillow raises almost anything on a damaged file
-        raise DataError(f"{file.where}: not a whole image: {one_line(error)}") from error
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Return grey or colour of 8 bits: (1 or 3, H, W)."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would cut off at 255
-        values = np.array(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("more than 16 bits a pixel")
-        return torch.from_numpy((values >> 8).astype(np.uint8))[None]
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, expected 8 or 16 bits")
-    if image.mode == "P":
-        image = image.convert("RGBA")  # a palette may hold transparency
-    pixels: Tensor = tv.pil_to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    return pixels
-
-
 # ---- splits, digest, statistics
 
 
@@ -244,6 +138,8 @@ def load_data(
     channels: int = 3,
     heldout_fraction: float = 0.2,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    max_broken: float | None = MAX_BROKEN,
+    keep_originals: bool = False,
     quiet: bool = False,
 ) -> ImageData:
     """Read, split and decode a data set.
@@ -251,8 +147,11 @@ def load_data(
     Held-out images are taken from the training images, the same ones in every run; a folder with all
     of train, val and test has val as its held-out images. Without test images of its own, a data set
     first gives up a fifth of its images as such. Up to `memory_limit_bytes` of pixels over all splits
-    every image is decoded now, so that a damaged file shows before training; while it loads, the
-    originals are held beside them. Above, `mean` and `std` are those of some of the training images.
+    every image is decoded now; while it loads, the originals are held beside them, and afterwards too with
+    `keep_originals`, for random crops. Above, `mean` and `std` are those of some of the training images.
+
+    Broken images are left out, up to a share `max_broken` of all; with None they are not looked for where
+    images are not decoded now, and raise when they are met.
 
     Raises DataError where files are missing, damaged or too few, and UsageError for a fraction outside
     0 to 1.
@@ -261,24 +160,40 @@ def load_data(
     assert channels >= 1, channels
     if not 0 < heldout_fraction < 1:
         raise UsageError(f"the held-out fraction must lie between 0 and 1, got {heldout_fraction}")
-    kind = KINDS[spec.kind]
+    if max_broken is not None and not 0 <= max_broken <= 1:
+        raise UsageError(f"--max-broken {max_broken}: expected a share of the images, 0 to 1")
+    kind, where = KINDS[spec.kind], str(spec)
     source = kind.read(spec.path)
-    parts = _split_parts(source, str(spec), heldout_fraction)
+    parts = _split_parts(source, where, heldout_fraction)
     order = np.concatenate([parts[part] for part in _PARTS])
     lazy = LazyImages(source.images, order, resolution_px=resolution_px, channels=channels, pads=kind.pads)
     digest = _digest(source)
     fits = int(np.prod(lazy.shape, dtype=object)) <= memory_limit_bytes
-    images = _decode_all(lazy, quiet=quiet) if fits else lazy
+    images: Tensor | LazyImages = lazy
+    broken: Broken = {}
+    if fits:
+        images, broken = _decode_all(lazy, 0.0 if max_broken is None else max_broken, where, quiet=quiet)
+    elif max_broken is not None and not isinstance(source.images, Tensor):
+        broken = find_broken(source.images, max_broken, where, quiet=quiet)
+    if broken:
+        kept = np.flatnonzero(~np.isin(order, list(broken)))
+        lazy = lazy.take(kept)
+        images = lazy if isinstance(images, LazyImages) else _take(images, torch.from_numpy(kept))
+        order = order[kept]
+        parts = {part: places[~np.isin(places, list(broken))] for part, places in parts.items()}
+        _check_whole(source, parts, where)
+        digest = _digest_without(digest, broken)
     labels = torch.from_numpy(source.labels[order])
 
     ends = np.cumsum([len(parts[part]) for part in _PARTS]).tolist()
     mean, std = _statistics(_part(images, 0, ends[1]))
 
     def split(name: str, start: int, end: int) -> Split:
-        return Split(name, _part(images, start, end), labels[start:end], mean, std, kind.flip)
+        originals = lazy.take(slice(start, end)) if keep_originals else None
+        return Split(name, _part(images, start, end), labels[start:end], mean, std, kind.flip, originals)
 
     return ImageData(
-        name=spec.path.name if spec.kind == "imagefolder" and spec.path else spec.kind,
+        name=spec.path.name if kind.is_folder and spec.path else spec.kind,
         classes=source.classes,
         train=split("train", 0, ends[0]),
         heldout=split("heldout", ends[0], ends[1]),
@@ -287,6 +202,7 @@ def load_data(
         resolution_px=resolution_px,
         channels=channels,
         digest=digest,
+        broken=tuple(each for _, each in sorted(broken.items())),
     )
 
 
@@ -326,6 +242,22 @@ def _take_stratified(
     return indices[~picked], indices[picked]
 
 
+def _check_whole(source: Originals, parts: dict[str, Indices], where: str) -> None:
+    """Raise DataError where the broken images leave a class without training, or a split with nothing."""
+    counts = np.bincount(source.labels[parts["train"]], minlength=len(source.classes))
+    if not counts.all():
+        name = source.classes[int(counts.argmin())]
+        raise DataError(f"{where}: all training images of class {name!r} are broken")
+    for part in _PARTS:
+        if not len(parts[part]):
+            raise DataError(f"{where}: all {part} images are broken")
+
+
+def _digest_without(digest: str, broken: Broken) -> str:
+    """Identify what is left of a data set, as that of a large one does not go by its bytes."""
+    return hashlib.sha256(json.dumps([digest, sorted(broken)]).encode()).hexdigest()[:16]
+
+
 def _digest(source: Originals) -> str:
     """Identify classes, labels, the data set's own splits, and the images."""
     digest = hashlib.sha256()
@@ -340,73 +272,75 @@ def _digest(source: Originals) -> str:
         sizes = []
         for file in source.images:
             where = file.where
-            sizes.append(file.size_bytes())
+            try:
+                sizes.append(file.size_bytes())
+            except FileNotFoundError:  # a broken image like any other
+                sizes.append(_MISSING)
         whole = sum(sizes) <= HASHED_BYTES
         for file, size in zip(source.images, sizes, strict=True):
             where = file.where
             digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
-            if whole:
+            if whole and size != _MISSING:
                 digest.update(file.read())
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
 
 
-def _decode_all(lazy: LazyImages, *, quiet: bool) -> Tensor:
-    """Decode everything into one array (N, C, H, W), channels last in memory."""
+def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tuple[Tensor, Broken]:
+    """Decode everything into one array (N, C, H, W), channels last in memory, and say what is broken.
+
+    In the array that is black. Raises DataError once more than a share `most` is.
+    """
     count, channels, height, width = lazy.shape
-    images = torch.empty((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+    images = torch.zeros((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+    broken: dict[int, BrokenImage] = {}
     with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
         if isinstance(lazy.originals, Tensor):
-            for start in range(0, count, 1024):
-                chosen = torch.from_numpy(lazy.order[start : start + 1024])
-                images[start : start + 1024] = lazy.fit(lazy.originals[chosen], "images")
-                bar.update(len(chosen))
+            for chunk in chunked(count, 1024):
+                chosen = torch.from_numpy(lazy.order[chunk.start : chunk.stop])
+                images[chunk.start : chunk.stop] = lazy.fit(lazy.originals[chosen], "images")
+                bar.update(len(chunk))
         else:
-            # in chunks, so that the first damaged file ends it
-            done = 0
-            chunks = (range(start, min(start + 64, count)) for start in range(0, count, 64))
-            for decoded in _decode_ahead(lazy, chunks):
-                images[done : done + len(decoded)] = decoded
-                done += len(decoded)
-                bar.update(len(decoded))
-    return images
+            # in chunks, so that too many damaged files end it early
+            chunks = in_threads(partial(_try, lazy), chunked(count))
+            for chunk, decoded in zip(chunked(count), chunks, strict=True):
+                for place, image in zip(chunk, decoded, strict=True):
+                    if isinstance(image, Tensor):
+                        images[place] = image
+                    else:
+                        broken[int(lazy.order[place])] = image
+                check_broken(broken, count, most, where)
+                bar.update(len(chunk))
+    return images, broken
 
 
-def _decode_ahead(lazy: LazyImages, chunks: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-    """Yield the images (B, C, H, W) of each chunk of indices, decoded in threads ahead of need.
-
-    Threads, not processes: Pillow and the resize release the interpreter's lock, and an error arrives
-    as it was raised.
-    """
-    waiting: deque[list[Future[Tensor]]] = deque()
-
-    def finish() -> Tensor:
-        return torch.stack([image.result() for image in waiting.popleft()])
-
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+def _try(lazy: LazyImages, place: int) -> Tensor | BrokenImage:
     try:
-        for chunk in chunks:
-            waiting.append([pool.submit(lazy.__getitem__, i) for i in chunk])
-            if len(waiting) > BATCHES_AHEAD:
-                yield finish()
-        while waiting:
-            yield finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return lazy[place]
+    except BrokenImageError as error:
+        return BrokenImage(error.where, error.problem)
+
+
+def _whole_of(lazy: LazyImages, chunks: Iterable[Iterable[int]]) -> Iterator[Tensor]:
+    """Yield the images (B, C, H, W) of each chunk of places, less what is broken of it."""
+    for decoded in in_threads(partial(_try, lazy), chunks):
+        if whole := [image for image in decoded if isinstance(image, Tensor)]:
+            yield torch.stack(whole)
 
 
 def _statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std of each channel, bytes counted as 0 to 1.
 
-    A channel that is almost constant has a std of one byte's step, so that it can be divided by.
+    A channel that is almost constant has a std of one byte's step, so that it can be divided by. Broken
+    images that are still there are passed over; where all are, both are those of black ones.
     """
     if isinstance(images, LazyImages):
         images = images.take(_spread(len(images), STATISTICS_IMAGES))
-    chunks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
+    chunks = list(chunked(len(images)))
     counted = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # of every channel and byte
     parts = (
-        _decode_ahead(images, chunks)
+        _whole_of(images, chunks)
         if isinstance(images, LazyImages)
         else (images[chunk.start : chunk.stop] for chunk in chunks)
     )
@@ -414,7 +348,7 @@ def _statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[f
         for channel, row in enumerate(counted):
             row += torch.bincount(part[:, channel].flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.float64)
-    shares = counted.double() / counted.sum(1, keepdim=True)
+    shares = counted.double() / counted.sum(1, keepdim=True).clamp(min=1)
     mean = shares @ values
     std = (shares * (values - mean[:, None]).square()).sum(1).sqrt().clamp(min=1)
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
@@ -439,9 +373,21 @@ def subset(split: Split, n: int) -> Split:
 
 
 def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
-    """Return images (n, C, H, W) as uint8 and labels (n,) of `subset(split, n)`."""
+    """Return images (n, C, H, W) as uint8 and labels (n,) of `subset(split, n)`, less what is broken of it.
+
+    Raises DataError where all of it is.
+    """
     some = subset(split, n)
-    return some.read(torch.arange(len(some))), some.labels
+    if isinstance(some.images, Tensor):
+        return some.read(torch.arange(len(some))), some.labels
+    ((*found,),) = in_threads(partial(_try, some.images), [range(len(some))])
+    whole = [place for place, image in enumerate(found) if isinstance(image, Tensor)]
+    if not whole:
+        problem = found[0]
+        assert isinstance(problem, BrokenImage)
+        why = f"{problem.file}: {problem.problem}"
+        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {why}")
+    return torch.stack([image for image in found if isinstance(image, Tensor)]), some.labels[whole]
 
 
 # ---- batches
@@ -511,9 +457,9 @@ def batches(
     numpy's own random numbers are not touched. `start` is the first batch to give: a resumed epoch goes
     on as it would have. `part` is (which, of how many): only this part of every batch, the others are left
     to other processes; the batch size must be a multiple. `augment` shifts each image by up to an eighth,
-    and mirrors half of them where the split allows it; `augmentation` is done besides, and where it mixes
-    images, labels are float32 shares of the classes (B, classes). The parts of a mixed batch are those of
-    the whole one.
+    and mirrors half of them where the split allows it; `augmentation` is done besides, but its random crops
+    in place of the shifts, which needs a split with its originals. Where it mixes images, labels are float32
+    shares of the classes (B, classes). The parts of a mixed batch are those of the whole one.
 
     Raises DataError at once where there is no whole batch, and for a damaged file when it is met.
     """
@@ -540,7 +486,11 @@ def batches(
             if augmentation is not None:
                 image_seeds = torch.randint(SEEDS, (len(split), 2), generator=rng)
                 batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
-                draws = _Draws(shifts, flips, augmentation, image_seeds, batch_seeds)
+                crop_seeds = None
+                if augmentation.crops:
+                    crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
+                    shifts.fill_(border)  # in the middle
+                draws = _Draws(shifts, flips, augmentation, image_seeds, batch_seeds, crop_seeds)
     share = batch_size // parts
     mixes_parts = augmentation is not None and augmentation.mixes and parts > 1
     places = []
@@ -563,6 +513,7 @@ class _Draws:
     augmentation: Augmentation | None = None
     image_seeds: Tensor | None = None  # (N, 2): one for pixels, one for erasing
     batch_seeds: Sequence[int] = ()
+    crop_seeds: Tensor | None = None  # (N,), where images are cropped
 
 
 @dataclass(frozen=True)
@@ -583,7 +534,7 @@ def _batches(
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    raw = _raw_batches(split, order, [place.images for place in places])
+    raw = _raw_batches(split, order, draws, [place.images for place in places])
     for place, images in zip(places, raw, strict=True):
         images = images.to(device)  # as bytes, a quarter of what floats would take
         labels = split.labels[order[place.images]].to(device)
@@ -612,10 +563,26 @@ def _augmented(
     return normal[place.skip :], labels[place.skip :]
 
 
-def _raw_batches(split: Split, order: Tensor, places: list[Tensor]) -> Iterator[Tensor]:
-    if isinstance(split.images, LazyImages):
-        for images in _decode_ahead(split.images, (order[place].tolist() for place in places)):
-            yield images.contiguous(memory_format=torch.channels_last)
+def _raw_batches(split: Split, order: Tensor, draws: _Draws | None, places: list[Tensor]) -> Iterator[Tensor]:
+    if draws is not None and draws.augmentation is not None and draws.crop_seeds is not None:
+        source = split.images if isinstance(split.images, LazyImages) else split.originals
+        assert source is not None, "random crops need the originals"
+        cut = partial(_cut, source, draws.augmentation)
+        chunks = (
+            zip(order[place].tolist(), draws.crop_seeds[place].tolist(), strict=True) for place in places
+        )
+        decoded = in_threads(cut, chunks)
+    elif isinstance(split.images, LazyImages):
+        decoded = in_threads(split.images.__getitem__, (order[place].tolist() for place in places))
     else:
         for place in places:
             yield split.read(order[place])
+        return
+    for images in decoded:
+        yield torch.stack(images).contiguous(memory_format=torch.channels_last)
+
+
+def _cut(source: LazyImages, augmentation: Augmentation, drawn: tuple[int, int]) -> Tensor:
+    """Cut the box of a seed out of an image: (C, H, W)."""
+    place, seed = drawn
+    return source.cut(place, partial(augmentation.draw_box, seed))

@@ -228,6 +228,7 @@ def _load(spec: str, found: FoundArch, result: Mapping[str, Any], px: int) -> Im
         resolution_px=px,
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
+        max_broken=None,  # those among them are left out
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):

@@ -36,6 +36,14 @@ class DataError(QnasError):
     """A data set is missing, empty or damaged."""
 
 
+class BrokenImageError(DataError):
+    """An image cannot be decoded to its end."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where, self.problem = where, problem
+
+
 class CheckpointError(QnasError):
     """A run folder or checkpoint is damaged, or does not fit what was asked."""
 

@@ -31,6 +31,7 @@ from qnas.derive import (
 from qnas.effects import Effects
 from qnas.errors import CheckpointError
 from qnas.files import read_json, write_json
+from qnas.intact import broken_copies
 from qnas.latency.device import load_device
 from qnas.latency.prediction import predict_arch
 from qnas.latency.table import table_text
@@ -111,6 +112,7 @@ def run_search(
             for limit in searcher.limits
             if limit.table is not None
         },
+        **broken_copies(run.BROKEN, searcher.data.broken),
     }
     with run.opened(folder, request, copies, result=run.ARCH, resume=resume, force=force):
         run_to_end(
@@ -235,6 +237,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "expected": [float(amount) for amount in result.searcher.expected],
         "budget_binds": result.searcher.binds,
         "images": result.searcher.data.counts,
+        "broken_images": len(result.searcher.data.broken),
         "log_probabilities": result.searcher.log_probabilities,
         "effects": asdict(result.effects) if result.effects else None,
         "ranking": ranking_document(result.ranking),

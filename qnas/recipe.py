@@ -23,6 +23,7 @@ DEFAULTS = {
     "fashion-mnist": "fashion-short",
     "cifar10": "cifar-short",
     "imagefolder": "photos",
+    "shards": "photos",
 }
 
 
@@ -57,6 +58,8 @@ class Recipe(BaseModel):
     # parts that a batch is taken in, one after another, for less memory; batch norms see a part at a time
     accumulation: Count = 1
     label_smoothing: Share = 0.1
+    # least share of an image's area that is cut out and resized; 0: images are shifted by up to an eighth
+    random_resized_crop: Annotated[Number, Field(le=1)] = 0.0
     randaugment: Annotated[Number, Field(le=10)] = 0.0  # magnitude
     randaugment_std: Number = 0.0
     mixup: Number = 0.0  # alpha of the Beta distribution; with cutmix, each batch has one of the two

@@ -22,6 +22,7 @@ from qnas.arch import Arch, arch_from_indices
 from qnas.data import ImageData, Split, batches, load_data
 from qnas.derive import Solution
 from qnas.errors import DataError
+from qnas.intact import MAX_BROKEN
 from qnas.originals import parse_data_spec
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet, subnet_state
@@ -105,6 +106,7 @@ def rerank_saved(
         parse_data_spec(config["data"]),
         resolution_px=searched["resolution_px"],
         channels=space.input.channels,
+        max_broken=config.get("max_broken", MAX_BROKEN),
         quiet=True,
     )
     if data.digest != config["data_digest"]:

@@ -1,8 +1,9 @@
-"""Where the files lie that ship with qnas: search spaces, recipes and latency tables.
+"""Where the files lie that ship with qnas, search spaces, recipes and latency tables, and the user's cache.
 
-In a wheel they are inside the package; in a source tree they are the folders beside it.
+In a wheel shipped files are inside the package; in a source tree they are the folders beside it.
 """
 
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -19,6 +20,16 @@ def shipped(folder: str) -> Traversable:
     beside = Path(__file__).resolve().parent.parent / folder
     assert beside.is_dir(), f"the installation lacks {folder}"
     return beside
+
+
+def user_cache(name: str) -> Path:
+    """Return a folder for what can be made again: $QNAS_HOME/NAME, else qnas/NAME in the user's cache."""
+    if os.environ.get("QNAS_HOME"):
+        return Path(os.environ["QNAS_HOME"]) / name
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # a relative one is to be passed over, says the XDG base directory specification
+    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return root / "qnas" / name
 
 
 def stems(folder: str, suffix: str) -> dict[str, Traversable]:

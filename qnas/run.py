@@ -10,6 +10,7 @@
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
     report.html           all of this to look at, in one page
+    broken.csv            the images that were left out, where there are any
     budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals
     tensorboard/          what tensorboard writes
@@ -56,6 +57,7 @@ SUPERNET = "supernet.safetensors"
 SEARCH = SEARCH_FILE
 BUDGET_PLOT = "budget.png"
 REPORT = "report.html"
+BROKEN = "broken.csv"  # images that were left out
 DERIVED = "derived"
 PARETO = FOLDER
 TENSORBOARD = "tensorboard"
@@ -268,6 +270,7 @@ def _clear(folder: Path) -> None:
         SUPERNET,
         BUDGET_PLOT,
         REPORT,
+        BROKEN,
         SEARCH,
         WEIGHTS,
         BEST,

@@ -171,6 +171,7 @@ PRESET_OF_DATA = {
     "fashion-mnist": "small",
     "cifar10": "small",
     "imagefolder": "photos",
+    "shards": "photos",
 }
 
 

@@ -382,6 +382,8 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
         shown = min(CLASSES_SHOWN, len(worst))
         lines.append(field("classes", f"the {shown} of {len(worst)} of least accuracy; all in result.json"))
         lines += [f"{'':12}{line}" for line in table_rows(header, rows).splitlines()]
+    if broken := result.get("broken_images"):
+        lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))
     lines += [
         field("size", f"{counts}, at {deployed['resolution_px']} px"),
         *([field("latency", latencies)] if latencies else []),

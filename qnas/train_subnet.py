@@ -38,6 +38,7 @@ from qnas.distributed import ALONE, World
 from qnas.errors import CheckpointError, TrainingError, UsageError
 from qnas.files import json_text, write_json
 from qnas.final import Tally, accuracy_facts, measure_speed, size_facts, tally
+from qnas.intact import broken_copies
 from qnas.predictions import predict
 from qnas.recipe import Recipe
 from qnas.report.page import close_with_report
@@ -351,6 +352,7 @@ def train_subnet(
         run.SPACE: source.space.to_yaml(),
         run.ARCH: json_text(source.document),
         run.RECIPE: config.recipe.to_yaml(),
+        **broken_copies(run.BROKEN, data.broken),
     }
     trainer = SubnetTrainer(network, data, config, world, teacher)
     train = partial(run_to_end, trainer, folder, seed=config.seed, resume=resume, quiet=quiet, world=world)
@@ -382,6 +384,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
         "test_images": score.images,
+        "broken_images": len(data.broken),
         **accuracy_facts(found, data.classes),
         "best_by_test_images": best,
         "params": count_parameters(network),
@@ -447,6 +450,7 @@ def _augmentation(recipe: Recipe, classes: int) -> Augmentation | None:
         recipe.random_erasing,
         recipe.mixup,
         recipe.cutmix,
+        recipe.random_resized_crop,
     )
     return None if augmentation == Augmentation(classes, 0, recipe.randaugment_std) else augmentation
 

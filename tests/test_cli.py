@@ -1,5 +1,6 @@
 """The command line as a person meets it: the whole way on the embedded data, and every bad input."""
 
+import csv
 import hashlib
 import json
 import os
@@ -401,32 +402,54 @@ def test_a_table_that_lacks_a_row_is_refused(
     assert "quadra_k5_e4" in said
 
 
+def write_photos(folder: Path) -> Path:
+    """Write 20 photographs of cats and 20 of dogs; return one of them."""
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02}.jpg")
+    return folder / "dogs" / "07.jpg"
+
+
 def test_bad_data_is_refused_before_training(
     tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "photos"
     data.mkdir()
-    search: list[str | Path] = [
-        *SEARCH,
-        "--space",
-        tiny_yaml,
-        "--budget",
-        "1ms",
-        "--data",
-        f"imagefolder:{data}",
-    ]
+    search = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--data", f"imagefolder:{data}"]
     assert str(data) in complaint(capsys, *search)
-    rng = np.random.default_rng(0)
-    for name in ("cats", "dogs"):
-        (data / name).mkdir()
-        for i in range(20):
-            pixels = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(data / name / f"{i:02}.jpg")
+    victim = write_photos(data)
     assert qnas(*search, "--out", tmp_path / "good") == 0
-    victim = data / "dogs" / "07.jpg"
     victim.write_bytes(victim.read_bytes()[:400])
     assert "07.jpg" in complaint(capsys, *search, "--out", tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+def test_broken_images_up_to_a_limit_are_left_out_and_listed(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training and derivation have the limit of the search."""
+    victim = write_photos(tmp_path / "photos")
+    victim.write_bytes(victim.read_bytes()[:400])
+    run = tmp_path / "run"
+    search = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--random-networks", "0"]
+    asked = ["--data", f"imagefolder:{tmp_path / 'photos'}", "--max-broken", "0.03", "--out", str(run)]
+    assert qnas(*search, *asked) == 0
+    assert f"1 broken image left out, listed in {run / 'broken.csv'}" in capsys.readouterr().out
+    assert qnas("train-subnet", run, "--epochs", "1", "--resolution", "8", "-q") == 0
+    assert "1 image left out: broken.csv" in capsys.readouterr().out
+    for folder, result in ((run, "search.json"), (run / "subnet", "result.json")):
+        with (folder / "broken.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert row["file"] == str(victim)
+        assert row["problem"].startswith("not a whole image: ")
+        assert json.loads((folder / result).read_text())["broken_images"] == 1
+    assert qnas("derive", run, "--device", "vpu", "--budget", "1.2ms", "--out", tmp_path / "derived") == 0
+    assert "not ranked" not in " ".join(capsys.readouterr().out.split())
+    assert qnas("export", run) == 0  # which looks at the images that it needs alone
+    assert "test images of photos" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import PX, load, numbered, numbers
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from qnas import data, originals
+from qnas import data, folders
 from qnas.data import (
-    ImageData,
-    LazyImages,
     Split,
     batch_count,
     batches,
@@ -27,10 +26,10 @@ from qnas.data import (
     shift_and_flip,
     subset,
 )
+from qnas.decoding import LazyImages
 from qnas.errors import DataError, UsageError
 from qnas.originals import parse_data_spec
 
-PX = 16
 FASHION = os.environ.get("FASHION_MNIST_DIR", "")  # a folder of the four IDX files
 CIFAR10 = Path(__file__).parents[2] / "shared" / "datasets" / "cifar10.tar.gz"
 
@@ -44,22 +43,9 @@ def flat(colour: tuple[int, int, int], px: int = PX) -> np.ndarray[Any, Any]:
     return np.full((px, px, 3), colour, dtype=np.uint8)
 
 
-def numbered(root: Path, counts: dict[str, int]) -> Path:
-    """Write folders of plain images; image number i of class number c has the colour (i, c, 7)."""
-    for c, (folder, count) in enumerate(counts.items()):
-        for i in range(count):
-            save(root / folder / f"{i:03}.png", flat((i, c, 7)))
-    return root
-
-
-def load(root: Path, kind: str = "imagefolder", **options: Any) -> ImageData:
-    return load_data(parse_data_spec(f"{kind}:{root}"), **{"resolution_px": PX, "quiet": True, **options})
-
-
-def numbers(split: Split) -> list[tuple[int, int]]:
-    """Return (image, class) as written into the colour by `numbered`."""
-    images = split.read(torch.arange(len(split)))
-    return [(int(i), int(c)) for i, c in images[:, :2, 0, 0]]
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qnas.intact.user_cache", lambda name: tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +482,12 @@ def test_a_truncated_image_is_named(tmp_path: Path, suffix: str, cut: float) -> 
     damaged = tmp_path / "b" / f"5.{suffix}"
     content = damaged.read_bytes()
     damaged.write_bytes(content[: int(cut * len(content))])
-    with pytest.raises(DataError, match=rf"^{damaged}: not a whole image: [^\n]+$"):
-        load(tmp_path)
+    for limit in (10**9, 0):
+        with pytest.raises(DataError, match=rf": 1 of 8 .*: {damaged}: not a whole image: [^\n]+$"):
+            load(tmp_path, memory_limit_bytes=limit)
 
 
-def test_a_truncated_image_is_met_lazily_where_images_are_lazy(tmp_path: Path) -> None:
+def test_an_image_that_breaks_while_it_is_used_is_named(tmp_path: Path) -> None:
     for i in range(8):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", flat((i, 0, 0)))
     lazy = load(tmp_path, memory_limit_bytes=0)
@@ -660,7 +647,7 @@ def test_a_tar_too_large_for_memory_is_refused(
     noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = pack(noise, tmp_path / "images.tar.gz")
-    monkeypatch.setattr(originals, "UNPACKED_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(folders, "UNPACKED_LIMIT_BYTES", 1000)
     with pytest.raises(DataError, match=f"{tar}: over 1000 bytes: unpack it, give the folder"):
         load(tar)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import load, write_digits
 from torch import Tensor, nn
 
 from qnas import distributed, run
@@ -162,19 +163,32 @@ def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    """The digits as shards, decoded as they are asked for."""
+    folder = write_digits(tmp_path_factory.mktemp("shards"))
+    return load(folder, "shards", resolution_px=8, memory_limit_bytes=0, max_broken=None)
+
+
 @forks
 @pytest.mark.parametrize(
-    "changes",
+    ("source_of_data", "changes"),
     [
-        {},
-        {"randaugment": 5.0, "mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.5},
-        {"accumulation": 4, "ema_decay": 0.9, "linear_start": True, "quadratic_gamma": 0.1},
+        ("digits", {}),
+        ("digits", {"randaugment": 5.0, "mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.5}),
+        ("digits", {"accumulation": 4, "ema_decay": 0.9, "linear_start": True, "quadratic_gamma": 0.1}),
+        ("shards", {"random_resized_crop": 0.3, "mixup": 0.4}),
     ],
-    ids=["plain", "augmented", "accumulated"],
+    ids=["plain", "augmented", "accumulated", "shards"],
 )
 def test_a_network_on_its_own_trains_alike_in_two_processes(
-    changes: dict[str, Any], tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+    source_of_data: str,
+    changes: dict[str, Any],
+    tiny_space: SearchSpace,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
+    data = request.getfixturevalue(source_of_data)
     arch = make_arch(tiny_space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
     source = FoundArch(tiny_space, arch, arch_document(tiny_space, arch, {}), tmp_path)
     recipe = Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3)
@@ -183,7 +197,7 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     def train(world: World) -> tuple[float, float]:
         score = train_subnet(
             source,
-            digits,
+            data,
             config,
             tmp_path / f"of-{world.size}",
             {"data": "digits"},
@@ -199,6 +213,10 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     assert both[0] == pytest.approx(alone, rel=1e-3, abs=3e-3)
     for row, expected in zip(rows_of(tmp_path / "of-2"), rows_of(tmp_path / "of-1"), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    one, two = (run.load_tensors(tmp_path / f"of-{size}" / run.WEIGHTS) for size in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)  # found: 1e-7
 
 
 @forks

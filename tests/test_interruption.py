@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_SPACE
+from pictures import write_digits
 
 from qnas import cli, run
 from qnas.checkpoint import BEFORE, NEWEST
@@ -312,6 +313,44 @@ def test_asked_something_else_it_is_not_resumed(place: Workplace, tmp_path: Path
     assert place.qnas(f"search --resume --out {out} --seed 7 --batch-size 32 -q") == 1
     assert "batch size was 64, is 32; seed was 0, is 7" in place.said
     assert contents(out) == before
+
+
+EVERYTHING = (
+    "--random-resized-crop 0.4 --randaugment 5 --mixup 0.4 --cutmix 1 --random-erasing 0.25 "
+    "--stochastic-depth 0.2 --ema-decay 0.9 --accumulation 2"
+)
+
+
+@pytest.fixture(scope="module", params=["digits", pytest.param("shards", marks=pytest.mark.slow)])
+def whole_training(
+    request: pytest.FixtureRequest, place: Workplace, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """The command of a training that does all there is to do, and its run to which nothing happened."""
+    folder = tmp_path_factory.mktemp(request.param)
+    data = request.param
+    if data == "shards":
+        data = f"shards:{write_digits(folder / 'data')}"
+    train = f"{TRAIN} {whole} --weights scratch --recipe digits --data {data} {EVERYTHING} --out"
+    out = folder / "whole"
+    assert place.qnas(f"{train} {out}", partial(save_every, 10**9, 0.05)) == 0, place.said
+    return train, out
+
+
+@pytest.mark.parametrize("seed", rest_slow(*range(10), fast=1))
+def test_training_killed_at_random_moments_goes_on_alike(
+    seed: int, place: Workplace, whole_training: tuple[str, Path], out: Path
+) -> None:
+    train, expected = whole_training
+    rng = random.Random(seed)
+    rows = (expected / run.METRICS).read_text().count("\n")
+    command = f"{train} {out}"
+    for step in sorted(rng.sample(range(1, rows - 3), 3)):
+        plan = partial(kill_after_step, step, rng.uniform(1e-6, 0.01))
+        assert place.qnas(command, plan) == -signal.SIGALRM, place.said
+        assert not (out / run.RESULT).exists()
+        command = f"{train} {out} --resume"
+    assert place.qnas(command) == 0, place.said
+    assert_equal_runs(expected, out)
 
 
 def test_training_a_network_that_was_killed_goes_on_alike(place: Workplace, whole: Path, out: Path) -> None:

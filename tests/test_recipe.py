@@ -34,13 +34,22 @@ def test_the_recipe_for_imagenet_is_the_papers() -> None:
     assert (recipe.randaugment, recipe.randaugment_std) == (9, 0.5)
     assert (recipe.mixup, recipe.cutmix, recipe.random_erasing) == (0.8, 1.0, 0.25)
     assert recipe.label_smoothing == 0.1
+    assert recipe.random_resized_crop == 0.08
     assert recipe.stochastic_depth > 0
     assert recipe.ema_decay > 0
 
 
 def test_what_a_recipe_leaves_out_is_off() -> None:
     recipe = parse_recipe(SHORTEST, "mine.yaml")
-    off = ("randaugment", "mixup", "cutmix", "random_erasing", "stochastic_depth", "ema_decay")
+    off = (
+        "random_resized_crop",
+        "randaugment",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "stochastic_depth",
+        "ema_decay",
+    )
     assert all(getattr(recipe, name) == 0 for name in off)
     assert recipe.accumulation == 1
     assert not recipe.linear_start

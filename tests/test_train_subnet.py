@@ -31,6 +31,7 @@ from qnas.train_subnet import SubnetTrainer, TrainConfig, drop_blocks, train_sub
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 EVERYTHING: dict[str, Any] = {
     "accumulation": 2,
+    "random_resized_crop": 0.3,
     "randaugment": 5.0,
     "randaugment_std": 0.5,
     "mixup": 0.8,
@@ -48,7 +49,7 @@ CHOICES = ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2")
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return load_data(parse_data_spec("digits"), resolution_px=8, quiet=True)
+    return load_data(parse_data_spec("digits"), resolution_px=8, keep_originals=True, quiet=True)
 
 
 @pytest.fixture
@@ -136,6 +137,7 @@ def test_a_dropped_block_lets_its_input_pass_and_a_kept_one_adds_more(source: Fo
 
 
 def test_the_rate_grows_with_depth_to_the_last_block(source: FoundArch) -> None:
+    torch.manual_seed(0)
     network = build_subnet(source.space, source.arch, 10)
     drop_blocks(network, 0.4)
     blocks = [block for block in network if isinstance(block, QuadraBlock)]

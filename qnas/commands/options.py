@@ -27,8 +27,18 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what a former run 
 Data = Annotated[
     str | None,
     typer.Option(
-        help="digits, fashion-mnist:DIR, cifar10:DIR or imagefolder:DIR. Default: digits for a search, "
-        "else what the run was searched on.",
+        help="digits, fashion-mnist:DIR, cifar10:DIR, imagefolder:DIR or shards:DIR. Default: digits for a "
+        "search, else what the run was searched on.",
+        show_default=False,
+    ),
+]
+MaxBroken = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of the images that may be broken: they are left out and listed in the run; with more it "
+        "stops.  [default: 0.01, or as searched]",
         show_default=False,
     ),
 ]

@@ -16,6 +16,7 @@ from qnas.commands.options import (
     Devices,
     Force,
     Json,
+    MaxBroken,
     MaxMacs,
     MaxParams,
     Precision,
@@ -50,6 +51,7 @@ def search(
     ] = None,
     space: Space = None,
     data: Data = None,
+    max_broken: MaxBroken = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one in runs/.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.  [default: 0]")] = None,
     epochs: Annotated[
@@ -114,7 +116,7 @@ def search(
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
 
-    asked: dict[str, Any] = {"space": space, "data": data, "latency": latency}
+    asked: dict[str, Any] = {"space": space, "data": data, "latency": latency, "max_broken": max_broken}
     config = {
         "seed": seed,
         "search_epochs": epochs,
@@ -135,6 +137,7 @@ def search(
     former = _former_request(out) if resume else {}
     for key, default in (("space", "quadranet-mobile"), ("data", "digits"), ("latency", "device")):
         asked[key] = asked[key] or former.get(key, default)
+    asked["max_broken"] = former.get("max_broken") if max_broken is None else max_broken
     asked_limits = AskedLimits.of(device, budget, max_params, max_macs, former)
     if former:
         config = {
@@ -180,8 +183,10 @@ def _search(
     limits = asked_limits.limits(space, asked["latency"])
 
     # torch takes seconds to import: what can be refused is refused before
+    from qnas import run
     from qnas.data import load_data
     from qnas.distributed import world_of_environment
+    from qnas.intact import MAX_BROKEN
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
     from qnas.outcome import run_search
@@ -196,7 +201,14 @@ def _search(
     set_up_process(config.threads)
     world = world_of_environment()
     quiet = quiet or not world.is_main
-    data = load_data(spec, resolution_px=config.resolution_px, channels=space.input.channels, quiet=quiet)
+    max_broken = asked["max_broken"]
+    data = load_data(
+        spec,
+        resolution_px=config.resolution_px,
+        channels=space.input.channels,
+        max_broken=MAX_BROKEN if max_broken is None else max_broken,
+        quiet=quiet,
+    )
     searcher = Searcher(space, limits, data, config, world)
     if not world.is_main:  # takes the same steps, writes and says nothing
         run_to_end(searcher, Path(), seed=config.seed, resume=resume, quiet=quiet, world=world)
@@ -206,6 +218,9 @@ def _search(
         counts = ", ".join(f"{count} {name}" for name, count in data.counts.items())
         typer.echo(describe_limits(space, limits))
         typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
+        if data.broken:
+            count = f"{len(data.broken)} broken image{'s' * (len(data.broken) > 1)}"
+            typer.echo(f"{count} left out, listed in {folder / run.BROKEN}")
     first, table = limits[0], limits[0].table
     assert table is not None, "the first limit is a device's"
     device, budget = asked_limits.devices[0]
@@ -221,6 +236,7 @@ def _search(
         "table_digest": table.digest,
         "data": str(spec),
         "data_digest": data.digest,
+        **({} if max_broken is None else {"max_broken": max_broken}),
         "versions": versions(),
     }
     return run_search(searcher, folder, request, resume=resume, force=force, quiet=quiet)

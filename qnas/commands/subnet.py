@@ -11,6 +11,7 @@ from qnas.commands.options import (
     Data,
     Force,
     Json,
+    MaxBroken,
     Precision,
     Quiet,
     Resume,
@@ -45,6 +46,7 @@ def train_subnet(
         ),
     ] = None,
     data: Data = None,
+    max_broken: MaxBroken = None,
     space: Space = None,
     weights: Annotated[
         str | None,
@@ -95,6 +97,9 @@ def train_subnet(
         int | None, _of_recipe("Parts that a batch is taken in, for less memory.")
     ] = None,
     label_smoothing: Annotated[float | None, _of_recipe("0 to 1.")] = None,
+    random_resized_crop: Annotated[
+        float | None, _of_recipe("Least share of an image's area that is cut out of it; 0 shifts instead.")
+    ] = None,
     randaugment: Annotated[float | None, _of_recipe("Magnitude, 0 (off) to 10.")] = None,
     randaugment_std: Annotated[float | None, _of_recipe("Of the magnitude.")] = None,
     mixup: Annotated[float | None, _of_recipe("Alpha of the Beta distribution; 0 is off.")] = None,
@@ -124,6 +129,7 @@ def train_subnet(
     from qnas.data import load_data
     from qnas.distributed import world_of_environment
     from qnas.files import read_json
+    from qnas.intact import MAX_BROKEN
     from qnas.lower import check_resolution
     from qnas.originals import parse_data_spec
     from qnas.recipe import DEFAULTS, Recipe, load_recipe
@@ -162,8 +168,14 @@ def train_subnet(
     quiet = quiet or not world.is_main
     if out is None:
         out = found.folder / run.SUBNET if searched else free_folder(found.space.name, "subnet")
+    max_broken = former.get("max_broken") if max_broken is None else max_broken
     images = load_data(
-        spec, resolution_px=config.resolution_px, channels=found.space.input.channels, quiet=quiet
+        spec,
+        resolution_px=config.resolution_px,
+        channels=found.space.input.channels,
+        max_broken=MAX_BROKEN if max_broken is None else max_broken,
+        keep_originals=resolved.random_resized_crop > 0,
+        quiet=quiet,
     )
     taught, teacher_digest = None, ""
     if teacher is not None:
@@ -186,6 +198,7 @@ def train_subnet(
             "space_digest": found.space.digest,
             "data": str(spec),
             "data_digest": images.digest,
+            **({} if max_broken is None else {"max_broken": max_broken}),
             **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
             "versions": versions(),
         },

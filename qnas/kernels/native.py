@@ -21,6 +21,7 @@ from typing import Any
 
 from qnas.files import atomic_path
 from qnas.host import cpu_name
+from qnas.resources import user_cache
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
@@ -96,12 +97,7 @@ def find_compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Return the folder of built kernels: $QNAS_HOME/kernels, else qnas/kernels in the user's cache."""
-    if os.environ.get("QNAS_HOME"):
-        return Path(os.environ["QNAS_HOME"]) / "kernels"
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # a relative one is to be passed over, says the XDG base directory specification
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return root / "qnas" / "kernels"
+    return user_cache("kernels")
 
 
 def cached_path(compiler: str) -> Path:
