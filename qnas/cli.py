@@ -90,7 +90,7 @@ def main() -> None:
     # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="qnas")  # of `python -m qnas` too: usage and completion name it
     except QnasError as error:
         _fail(f"error: {error}", 1)
     except OSError as error:

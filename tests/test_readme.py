@@ -5,12 +5,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
+from command_line import commands
 
-from qnas import cli
 from qnas.latency.device import device_names, load_device
 from qnas.resources import stems
 
@@ -38,29 +36,20 @@ def test_the_devices_accuracy_is_the_device_files() -> None:
                 assert f"{figures['all'].within_10_pct:.1f}%" in README, name
 
 
-def _commands() -> dict[str, Any]:
-    """All commands by what is typed, those of a group as `group command`."""
-    found: dict[str, Any] = {}
-    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]  # a group
-        inner = getattr(command, "commands", {})
-        found |= {f"{name} {sub}": c for sub, c in inner.items()} or {name: command}
-    return found
-
-
 def test_every_command_of_the_readme_exists_with_its_options() -> None:
-    commands = _commands()
+    known_commands = commands()
     used = re.findall(r"^\$? ?qnas (.*)$", README, re.MULTILINE)
     assert len(used) >= 15
     for line in used:
         words = line.partition("#")[0].split()
-        name = " ".join(words[:2]) if " ".join(words[:2]) in commands else words[0]
-        known = {option for p in commands[name].params for option in p.opts}
+        name = " ".join(words[:2]) if " ".join(words[:2]) in known_commands else words[0]
+        known = {option for p in known_commands[name].params for option in p.opts}
         for option in (word for word in words if word.startswith("--")):
             assert option in known, f"{name} {option}"
 
 
 def test_every_command_is_named_and_has_an_example() -> None:
-    for name, command in _commands().items():
+    for name, command in commands().items():
         assert f"Example: qnas {name}" in (command.help or ""), name
         assert re.search(rf"\b{name}\b", README), name
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     AskedLimits,
     Budgets,
@@ -35,7 +36,10 @@ def derive(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False
+            metavar="[RUN]",
+            help="A finished search. Default: the latest run.",
+            autocompletion=completion.runs,
+            show_default=False,
         ),
     ] = None,
     latency: Latency = "device",

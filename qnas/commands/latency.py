@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Latency, Space, find_network, print_json
 from qnas.errors import CheckpointError
 
 
 def describe(
     target: Annotated[
-        str, typer.Argument(metavar="SPACE|ARCH", help="A space, a run's folder or an arch.json.")
+        str,
+        typer.Argument(
+            metavar="SPACE|ARCH",
+            help="A space, a run's folder or an arch.json.",
+            autocompletion=completion.networks,
+        ),
     ],
     space: Space = None,
     as_json: Json = False,
@@ -46,10 +52,17 @@ def predict(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="ARCH|ONNX|SPACE", help="A run's folder, an arch.json, an ONNX file or a fixed space."
+            metavar="ARCH|ONNX|SPACE",
+            help="A run's folder, an arch.json, an ONNX file or a fixed space.",
+            autocompletion=completion.networks,
         ),
     ],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path, or all.")] = "all",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="A device by name, alias or path, or all.", autocompletion=completion.devices_or_all
+        ),
+    ] = "all",
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
@@ -135,7 +148,9 @@ def eval_latency(
     file: Annotated[
         Path, typer.Argument(help="Measured networks, in the format of edge_models.npz (README).")
     ],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path.")],
+    device: Annotated[
+        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
+    ],
     as_json: Json = False,
 ) -> None:
     """Compare a device's predictions with measured networks, by family and in all.
@@ -157,8 +172,10 @@ def eval_latency(
 
 
 def table(
-    space: Annotated[str, typer.Argument(help="A space by name or path.")],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path.")],
+    space: Annotated[str, typer.Argument(help="A space by name or path.", autocompletion=completion.spaces)],
+    device: Annotated[
+        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
+    ],
     out: Annotated[Path | None, typer.Option(help="A file. Default: print it.", show_default=False)] = None,
     force: Force = False,
 ) -> None:

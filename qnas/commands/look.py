@@ -5,11 +5,17 @@ from typing import Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Json, print_json, strong
 
 Run = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False),
+    typer.Argument(
+        metavar="[RUN]",
+        help="A finished search. Default: the latest run.",
+        autocompletion=completion.runs,
+        show_default=False,
+    ),
 ]
 
 
@@ -62,7 +68,12 @@ def tensorboard(source: Run = None) -> None:
 
 def compare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Runs' folders or arch.json files, 2 to 26.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN...",
+            help="Runs' folders or arch.json files, 2 to 26.",
+            autocompletion=completion.runs,
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Seed, Space, check_device_name, print_json
 from qnas.errors import CheckpointError, UsageError
 
@@ -30,13 +31,27 @@ FORMATS = ("onnx", "arch")
 
 
 def sample(
-    space: Annotated[str, typer.Option(help="A shipped space by name, or the path of your own YAML.")],
+    space: Annotated[
+        str,
+        typer.Option(
+            help="A shipped space by name, or the path of your own YAML.", autocompletion=completion.spaces
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="How many networks.")] = 100,
     device: Annotated[
-        str, typer.Option(help="A device, whose latencies say which networks are fast and slow.")
+        str,
+        typer.Option(
+            help="A device, whose latencies say which networks are fast and slow.",
+            autocompletion=completion.devices,
+        ),
     ] = "cpu",
     file_format: Annotated[
-        str, typer.Option("--format", help="onnx: network files too. arch: the choices only.")
+        str,
+        typer.Option(
+            "--format",
+            help="onnx: network files too. arch: the choices only.",
+            autocompletion=completion.one_of(*FORMATS),
+        ),
     ] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="A folder. Default: samples/SPACE.", show_default=False)
@@ -87,9 +102,15 @@ def measure(
         typer.Argument(
             metavar="CSV|RUN",
             help="The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
+            autocompletion=completion.runs,
         ),
     ],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="onnxruntime or openvino.", autocompletion=completion.one_of("onnxruntime", "openvino")
+        ),
+    ] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Visits of a network; noisy ones get more.")] = 50,
     space: Space = None,
@@ -201,7 +222,12 @@ def fit_latency(
 
 def calibrate(
     csv: Times,
-    device: Annotated[str, typer.Option(help="The device to correct, by name, alias or path.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            help="The device to correct, by name, alias or path.", autocompletion=completion.devices
+        ),
+    ],
     device_name: DeviceName,
     level: Annotated[
         float, typer.Option(help="Share of networks that shall stay below prediction plus margin.")

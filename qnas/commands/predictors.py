@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Json, Quiet, print_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,13 @@ app = typer.Typer(
 
 _STEP_BYTES = 1 << 20  # of progress
 
-Device = Annotated[str, typer.Option(help="cpu, vpu, adreno-640 or adreno-630.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, vpu, adreno-640 or adreno-630.",
+        autocompletion=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
+    ),
+]
 
 
 @app.command("import")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     AskedLimits,
     BatchSize,
@@ -45,7 +46,8 @@ def search(
         str | None,
         typer.Option(
             help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.  "
-            "[default: device]"
+            "[default: device]",
+            autocompletion=completion.one_of("device", "nn-meter"),
         ),
     ] = None,
     space: Space = None,
@@ -61,13 +63,18 @@ def search(
     batch_size: BatchSize = None,
     resolution: Resolution = None,
     latency_loss: Annotated[
-        str | None, typer.Option(help="multiplier, add-linear or mul-log.  [default: multiplier]")
+        str | None,
+        typer.Option(
+            help="multiplier, add-linear or mul-log.  [default: multiplier]",
+            autocompletion=completion.one_of("multiplier", "add-linear", "mul-log"),
+        ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
             help="Of the candidates: independent, shared (slices of the largest) or nested (all at once)."
             "  [default: shared]",
+            autocompletion=completion.one_of("independent", "shared", "nested"),
             show_default=False,
         ),
     ] = None,
@@ -75,6 +82,7 @@ def search(
         str | None,
         typer.Option(
             help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
+            autocompletion=completion.one_of("two-path", "all-paths", "gumbel", "exact"),
             show_default=False,
         ),
     ] = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     Compile,
     Data,
@@ -41,6 +42,7 @@ def train_subnet(
         typer.Argument(
             metavar="[RUN|ARCH]",
             help="A run's folder or an arch.json. Default: the latest run.",
+            autocompletion=completion.runs,
             show_default=False,
         ),
     ] = None,
@@ -48,13 +50,17 @@ def train_subnet(
     space: Space = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]"),
+        typer.Option(
+            help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+            autocompletion=completion.one_of("supernet", "scratch"),
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of your own "
             "YAML. Default: by the kind of data.",
+            autocompletion=completion.recipes,
             show_default=False,
         ),
     ] = None,
@@ -218,6 +224,7 @@ def export(
             metavar="[RUN|ARCH]",
             help="A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
+            autocompletion=completion.runs,
             show_default=False,
         ),
     ] = None,
@@ -227,11 +234,16 @@ def export(
             "--format",
             help="onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by "
             "repeating it.  [default: onnx]",
+            autocompletion=completion.one_of("onnx", "openvino", "torch", "standalone"),
             show_default=False,
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).")
+        str,
+        typer.Option(
+            help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
+            autocompletion=completion.one_of("fp32", "fp16", "int8"),
+        ),
     ] = "fp32",
     resolution: Annotated[
         int | None,
