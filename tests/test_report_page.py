@@ -180,7 +180,9 @@ def test_probabilities_of_every_position_and_the_explanation_are_there(whole: Pa
     text = (whole / run.REPORT).read_text()
     assert re.findall(r"probabilities of position ([\d.]+)", text) == ["1.1", "1.2", "2.1", "2.2"]
     e = explain(read_record(whole))
-    assert f"{e.price:.3g} nats a millisecond" in text
+    for d in e.devices:
+        assert f"What latency is worth on {d.device}" in text
+        assert f"{d.price:.3g} nats a millisecond" in text
     for title in ("Expected amount against its limit", "Multiplier", "Losses", "How undecided"):
         assert f'aria-label="{title}' in text
     layers = documents_of(whole)["search"]["layers"]
