@@ -20,6 +20,7 @@ from qnas.errors import ArchError, CheckpointError
 from qnas.explain import explain
 from qnas.predictions import read_predictions
 from qnas.record import read_record
+from qnas.report import training
 from qnas.report.figures import FORMS
 from qnas.report.page import build_page, close_with_report, write_report
 from qnas.report.searching import command_line
@@ -120,7 +121,9 @@ def test_every_number_is_that_of_the_runs_files(whole: Path) -> None:
         "result.test_accuracy",
         "config.data_digest",
         "arch.space_digest",
-        "arch.table_digest",
+        *(f"config.limits.{i}.table_digest" for i in range(2)),
+        "result.top1.low",
+        "result.top1.high",
         "config.versions.torch",
         *(f"search.ranking.{i}.heldout_accuracy" for i in range(len(documents["search"]["ranking"]))),
     } <= shown
@@ -266,6 +269,22 @@ def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> No
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == config
     assert (tmp_path / "again" / "arch.json").read_bytes() == (whole / "arch.json").read_bytes()
+
+
+def test_the_command_asks_for_the_same_training(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    config = json.loads(Path("subnet/config.json").read_text())
+    words = training.command_line(config, of_run=True).split(" ")
+    qnas(*words[1:], "-q")
+    assert json.loads(Path("again/config.json").read_text()) == config
+    result = Path("subnet/result.json").read_bytes()
+    assert Path("again/result.json").read_bytes() == result
+    text = (tmp_path / "run" / run.REPORT).read_text()
+    for command in (training.command_line(config, of_run=True), command_line(run.read_config(whole))):
+        assert f"<pre>{command.replace(' --', chr(32) + chr(92) + chr(10) + '  --')}</pre>" in text
 
 
 def test_every_field_of_the_metrics_is_documented(whole: Path) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from qnas import run
 from qnas.derive import near_searched
 from qnas.errors import CheckpointError
-from qnas.explain import Explanation, OnDevice, explain
+from qnas.explain import BlockCost, Explanation, OnDevice, explain
 from qnas.files import read_json
 from qnas.findings import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.intervals import wilson
@@ -73,6 +73,7 @@ class Worth:
     price: tuple[tuple[str, str], ...]  # what is said, in words
     other_budgets: tuple[str, ...]  # what each position holds there
     curve: Markup
+    blocks: Mapping[str, BlockCost]  # what each takes, by name
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def _worth(record: Record, d: OnDevice) -> Worth:
         bands=[near] if len(record.limits) == 1 else [],  # of several another one may have pressed
     )
     others = tuple(other_budgets(flips, d.budget_ms) for flips in d.flips)
-    return Worth(d.device, tuple(price_lines(d)), others, curve)
+    return Worth(d.device, tuple(price_lines(d)), others, curve, {block.name: block for block in d.blocks})
 
 
 def _pareto_charts(path: Path) -> Iterator[Markup]:
