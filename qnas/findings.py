@@ -5,7 +5,7 @@ from typing import Any
 
 from qnas.compare import Comparison, Contestant, Measured
 from qnas.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
-from qnas.text import describe_budgets, field, short_name, table_rows
+from qnas.text import describe_budgets, field, short_name, table_rows, wrapped
 from qnas.units import format_count, format_ms
 
 
@@ -28,7 +28,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
         lines += [
-            f"{front['device']}: networks take {range_}; the search expects {expected}",
+            wrapped(f"{front['device']}: networks take {range_}; the search expects {expected}"),
             table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
             "",
         ]
@@ -49,7 +49,9 @@ def describe_explanation(explanation: Explanation) -> str:
     lines = []
     for d in e.devices:
         lines += [
-            f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss",
+            wrapped(
+                f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss"
+            ),
             table_rows(
                 ("block", "choice", "latency", "share", "nats", "at other budgets"),
                 _block_rows(e, d),

@@ -26,6 +26,9 @@ def short_name(candidate: str) -> str:
     return "-" if candidate == "identity" else candidate.partition("_")[2].replace("_", " ")
 
 
+A_LINE = 6  # positions of a stage
+
+
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
     """Draw the chosen candidates, a line a stage."""
     resolution = {
@@ -36,17 +39,17 @@ def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
     lines = []
     for i, stage in enumerate(space.stages):
         chosen = [c for p, c in zip(space.positions, arch.choices, strict=True) if p.stage == i]
-        blocks = "  ".join(f"{short_name(c):<5}" for c in chosen).rstrip()
-        lines.append(f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   {blocks}")
+        begin = f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   "
+        for at in range(0, len(chosen), A_LINE):
+            blocks = "  ".join(f"{short_name(c):<5}" for c in chosen[at : at + A_LINE])
+            lines.append(f"{'' if at else begin:<{len(begin)}}{blocks}".rstrip())
     return "\n".join(lines)
 
 
 def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
     """Draw a network as a tree of stages and blocks with MACs and parameters."""
-    lines = [
-        f"{space.name}: {format_count(count_macs(blocks))} MACs, "
-        f"{format_count(count_params(blocks))} parameters, {space.input.resolution_px} px"
-    ]
+    counts = f"{format_count(count_macs(blocks))} MACs, {format_count(count_params(blocks))} parameters"
+    lines = [wrapped(f"{space.name}: {counts}, {space.input.resolution_px} px")]
     stage = ""
     for block in (b for b in blocks if b.layers):
         name, _, rest = block.name.partition(".")
@@ -137,9 +140,9 @@ def describe_space(space: SearchSpace) -> str:
     """Draw a searchable space: its stages, their candidates and the range of its counts."""
     facts = space_facts(space)
     params, macs = facts["params"], facts["macs"]
+    networks = f"{facts['networks']:.3g} networks of {len(space.positions)} positions"
     lines = [
-        f"{space.name}: {facts['networks']:.3g} networks of {len(space.positions)} positions, "
-        f"{space.input.resolution_px} px",
+        wrapped(f"{space.name}: {networks}, {space.input.resolution_px} px"),
         f"  MACs        {format_count(macs['min'])} to {format_count(macs['max'])}",
         f"  parameters  {format_count(params['min'])} to {format_count(params['max'])}",
         f"  stem: {space.stem.kernel}x{space.stem.kernel} stride {space.stem.stride}, "
@@ -151,7 +154,7 @@ def describe_space(space: SearchSpace) -> str:
             f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
         )
         lists = dict.fromkeys(p.names for p in positions)
-        lines += [f"    {', '.join(short_name(n) for n in names)}" for names in lists]
+        lines += [wrapped(", ".join(map(short_name, names)), "    ", "    ") for names in lists]
     head = f"{space.head.channels} channels, " if space.head.channels else ""
     lines.append(f"  head: {head}{space.head.classes} classes")
     return "\n".join(lines)
@@ -189,8 +192,8 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
         lines += ["", f"{p.device}: the dearest layers"]
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
-            line = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x {layer.what}"
-            lines.append(f"{line}  ({layer.kind})")
+            begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
+            lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * len(begin)))
         if p.note:
             lines.append(field("  note", p.note))
     return "\n".join(lines)
@@ -267,15 +270,14 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
-        lines.append(
-            f"{space.name} {where}within {limit.describe(limit.budget)}: networks {verb} {least} to {most}"
-        )
+        asked = f"{space.name} {where}within {limit.describe(limit.budget)}"
+        lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             lines.append(_does_not_bind(limit))
         if limit.table and limit.table.margin:
+            most_ms = limit.describe(limit.limit)
             lines.append(
-                f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to "
-                f"{limit.describe(limit.limit)}"
+                wrapped(f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to {most_ms}")
             )
     return "\n".join(lines)
 
@@ -311,14 +313,25 @@ def _does_not_bind(limit: Limit) -> str:
 
 def field(name: str, text: str) -> str:
     """Write a named line of a result, wrapped at 80 columns."""
+    return wrapped(text, f"{name:<12}", " " * 12)
+
+
+def wrapped(text: str, first: str = "", further: str = "  ", width: int = 80) -> str:
+    """Wrap text, with indents; paths and addresses stay whole, so that they can be copied."""
     return fill_text(
         text,
-        80,
-        initial_indent=f"{name:<12}",
-        subsequent_indent=" " * 12,
+        width,
+        initial_indent=first,
+        subsequent_indent=further,
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def next_command(command: str) -> str:
+    """Say what to type next; where that is longer than 80 columns, in lines that a shell joins."""
+    lines = wrapped(command, "next        ", " " * 14, width=78).split("\n")
+    return " \\\n".join(lines)
 
 
 def files_in(folder: Path) -> str:

@@ -81,6 +81,7 @@ def derive(
         field,
         files_in,
         latency_lines,
+        next_command,
         size_line,
     )
 
@@ -142,7 +143,7 @@ def derive(
         field("searched", f"for {describe_budgets(found.document['limits'])}"),
         *([field("warning", warning)] if warning else []),
         field("files", files_in(folder)),
-        f"next        qnas train-subnet {folder}",
+        next_command(f"qnas train-subnet {folder}"),
     ]
     typer.echo("\n".join(lines))
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -39,29 +38,20 @@ def doctor(as_json: Json = False) -> None:
 
     Example: qnas doctor
     """
+    from qnas.text import wrapped
+
     findings = list(examine())
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         width = 8 + max(len(finding.topic) for finding in findings) + 2
         for finding in findings:
-            typer.echo(_wrap(finding.found, f"{finding.state:8}{finding.topic}".ljust(width)))
+            begin = f"{finding.state:8}{finding.topic}".ljust(width)
+            typer.echo(wrapped(finding.found, begin, " " * width))
             if finding.advice:
-                typer.echo(_wrap(f"-> {finding.advice}", " " * width))
+                typer.echo(wrapped(f"-> {finding.advice}", " " * width, " " * width))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
-
-
-def _wrap(text: str, first: str) -> str:
-    # paths and addresses stay whole, so that they can be copied
-    return textwrap.fill(
-        text,
-        80,
-        initial_indent=first,
-        subsequent_indent=" " * len(first),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def examine() -> Iterator[Finding]:

@@ -79,7 +79,7 @@ def predict(
     from qnas.latency.device import device_names, load_device
     from qnas.latency.onnx_graph import read_onnx
     from qnas.latency.prediction import can_predict, check_source, predict_arch, predict_file
-    from qnas.text import describe_predictions
+    from qnas.text import describe_predictions, wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -98,7 +98,7 @@ def predict(
     if as_json:
         print_json([prediction.facts(DEAREST) for prediction in predictions])
         return
-    typer.echo(f"{title}, one image")
+    typer.echo(wrapped(f"{title}, one image"))
     typer.echo(describe_predictions(predictions, DEAREST))
 
 
@@ -159,7 +159,7 @@ def eval_latency(
     """
     from qnas.latency.device import load_device
     from qnas.latency.networks import evaluate_networks, read_networks
-    from qnas.text import describe_figures, figures_facts
+    from qnas.text import describe_figures, figures_facts, wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -167,7 +167,7 @@ def eval_latency(
         families = {name: figures_facts(f) for name, f in figures.items() if name != "all"}
         print_json({"device": known.name, "all": figures_facts(figures["all"]), "families": families})
         return
-    typer.echo(f"{known.name}: predictions against {figures['all'].n} measured networks")
+    typer.echo(wrapped(f"{known.name}: predictions against {figures['all'].n} measured networks"))
     typer.echo(describe_figures(figures))
 
 

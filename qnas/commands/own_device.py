@@ -71,7 +71,7 @@ def sample(
     from qnas.latency.table import load_table
     from qnas.sampling import choose_networks, write_sample
     from qnas.space import load_space
-    from qnas.text import field
+    from qnas.text import field, next_command
     from qnas.units import format_ms
 
     if file_format not in FORMATS:
@@ -91,7 +91,7 @@ def sample(
         field("networks", f"{n} of {found.name}, {spread}"),
         field("files", f"{folder}/: NAME.json{', NAME.onnx' if onnx else ''}, {path.name}"),
         field("fill in", f"latency_ms in {path}, each network by itself; on this machine: qnas measure"),
-        f"next        qnas fit-latency {path} --device-name NAME",
+        next_command(f"qnas fit-latency {path} --device-name NAME"),
     ]
     typer.echo("\n".join(lines))
 
@@ -126,7 +126,7 @@ def measure(
     """
     from qnas.arch import ARCH_FILE
     from qnas.measurement import measure_sample
-    from qnas.text import field
+    from qnas.text import field, next_command
 
     if (target / ARCH_FILE).is_file():
         _measure_exported(target, runtime, threads, repeats, as_json=as_json)
@@ -145,7 +145,7 @@ def measure(
         worst = done.timings[done.noisy[0]].spread
         names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
         lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
-    lines.append(f"next        qnas fit-latency {file} --device-name NAME")
+    lines.append(next_command(f"qnas fit-latency {file} --device-name NAME"))
     typer.echo("\n".join(lines))
 
 
@@ -190,7 +190,7 @@ def fit_latency(
     from qnas.files import write_text
     from qnas.latency.measured import measured_only, one_runtime, read_measured
     from qnas.latency.own_fit import fit_own, own_device
-    from qnas.text import field, figures_facts
+    from qnas.text import field, figures_facts, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -215,7 +215,7 @@ def fit_latency(
         field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
         field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
         field("file", str(path)),
-        f"next        qnas search --device {path} --space {found.name} --budget ...",
+        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
     typer.echo("\n".join(lines))
 
@@ -252,7 +252,7 @@ def calibrate(
     from qnas.latency.device import load_device
     from qnas.latency.measured import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME, load_table
-    from qnas.text import field, figures_facts
+    from qnas.text import field, figures_facts, next_command
     from qnas.units import format_ms
 
     if not 0 < level < 1:
@@ -296,7 +296,7 @@ def calibrate(
         field("before", f"{_say(done.before)} of {done.before.n} networks not fitted to"),
         field("after", _say(done.after)),
         field("file", str(path)),
-        f"next        qnas search --device {path} --space {found.name} --budget ...",
+        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
     typer.echo("\n".join(lines))
 

@@ -64,9 +64,11 @@ def import_(
     if as_json:
         print_json(_facts(found))
         return
-    typer.echo(_line(found))
+    from qnas.text import wrapped
+
+    typer.echo(wrapped(_line(found)))
     if found.ignored:
-        typer.echo(f"not read: {', '.join(found.ignored)}")
+        typer.echo(wrapped(f"not read: {', '.join(found.ignored)}"))
     typer.echo(f"use them:  qnas search --device {device} --latency nn-meter ...")
 
 
@@ -77,26 +79,31 @@ def list_(as_json: Json = False) -> None:
     Example: qnas predictors list
     """
     from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
+    from qnas.text import wrapped
 
     known = list_predictors()
     if as_json:
         print_json([_facts(predictors) for predictors in known])
         return
     for predictors in known:
-        typer.echo(_line(predictors))
+        typer.echo(wrapped(_line(predictors)))
     for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
-        typer.echo(f"{device}: none; {download_hint(device)}")
+        typer.echo(wrapped(f"{device}: none; {download_hint(device)}"))
 
 
 @app.command()
-def remove(device: Device) -> None:
+def remove(device: Device, as_json: Json = False) -> None:
     """Delete the imported predictors of a device.
 
     Example: qnas predictors remove --device cpu
     """
     from qnas.latency.predictors import remove_predictors
 
-    typer.echo(f"removed {remove_predictors(device)}")
+    removed = remove_predictors(device)
+    if as_json:
+        print_json({"removed": str(removed)})
+    else:
+        typer.echo(f"removed {removed}")
 
 
 def _line(found: "Predictors") -> str:

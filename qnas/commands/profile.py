@@ -94,7 +94,7 @@ def profile(
 
 def _print_profile(measured: "Profile") -> None:
     from qnas.latency.timing import TOLERANCE
-    from qnas.text import field
+    from qnas.text import field, next_command
     from qnas.units import format_ms
 
     table, device = measured.table, measured.device
@@ -118,7 +118,6 @@ def _print_profile(measured: "Profile") -> None:
         field("noisy", f"spread above {TOLERANCE:.0%}: {noisy}{more}" if noisy else "nothing"),
         *(field("outlier" if i == 0 else "", text) for i, text in enumerate(measured.outliers)),
         field("files", f"{measured.device_file}, {measured.table_file}"),
-        # not wrapped: to be copied
-        f"next        qnas search --device {measured.device_file} --space {table.space} --budget ...",
+        next_command(f"qnas search --device {measured.device_file} --space {table.space} --budget ..."),
     ]
     typer.echo("\n".join(lines))

@@ -194,7 +194,7 @@ def _search(
     from qnas.originals import parse_data_spec
     from qnas.outcome import run_search
     from qnas.search import Searcher, check_searchable, preset_for
-    from qnas.text import describe_limits
+    from qnas.text import describe_limits, wrapped
     from qnas.train import run_to_end, set_up_process
 
     check_searchable(space, limits)
@@ -213,7 +213,7 @@ def _search(
     if announce:
         counts = ", ".join(f"{count} {name}" for name, count in data.counts.items())
         typer.echo(describe_limits(space, limits))
-        typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
+        typer.echo(wrapped(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}"))
     first, table = limits[0], limits[0].table
     assert table is not None, "the first limit is a device's"
     device, budget = asked_limits.devices[0]
@@ -236,7 +236,7 @@ def _search(
 
 def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
     from qnas import run
-    from qnas.text import choices_by_stage, field, files_in, latency_lines, size_line
+    from qnas.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
     document = json.loads((folder / run.ARCH).read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool
         field("size", size_line(searcher.space, searcher.limits, document["macs"], document["params"])),
         *_comparison(result),
         field("files", files_in(folder)),
-        f"next        qnas train-subnet {folder}",  # not wrapped: to be copied
+        next_command(f"qnas train-subnet {folder}"),
     ]
     typer.echo("\n".join(lines))
 

@@ -134,7 +134,7 @@ def train_subnet(
     from qnas.originals import parse_data_spec
     from qnas.recipe import DEFAULTS, Recipe, load_recipe
     from qnas.teacher import load_teacher
-    from qnas.text import describe_training, files_in
+    from qnas.text import describe_training, files_in, next_command
     from qnas.train import set_up_process
     from qnas.train_subnet import TrainConfig, has_supernet, supernet_file
     from qnas.train_subnet import train_subnet as train
@@ -214,7 +214,7 @@ def train_subnet(
         f"{score.accuracy:.2%} on {score.images} test images, after {resolved.epochs} epochs from {start}"
     )
     typer.echo(f"\n{describe_training(learned, result, speed, files_in(out))}")
-    typer.echo(f"next        qnas export {target}")
+    typer.echo(next_command(f"qnas export {target}"))
 
 
 def export(
