@@ -1,6 +1,7 @@
 """What the commands print: plain text of at most 80 columns, and the same facts as JSON values."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -317,15 +318,18 @@ def field(name: str, text: str) -> str:
 
 
 def wrapped(text: str, first: str = "", further: str = "  ", width: int = 80) -> str:
-    """Wrap text, with indents; paths and addresses stay whole, so that they can be copied."""
+    """Wrap text, with indents; paths and addresses stay whole, so that they can be copied.
+
+    A number and its unit stay together too.
+    """
     return fill_text(
-        text,
+        re.sub(r"(?<=\d) (?=(ms|s|px)\b)", "\N{NO-BREAK SPACE}", text),
         width,
         initial_indent=first,
         subsequent_indent=further,
         break_long_words=False,
         break_on_hyphens=False,
-    )
+    ).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def next_command(command: str) -> str:

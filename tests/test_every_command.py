@@ -5,19 +5,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command_line import commands
 from conftest import TINY_SPACE
 from finished_runs import make_record
+from measured_networks import fill_in, write_networks
 from pickled_forests import predictor_files, write_zip
 
 from qnas import cli
-from qnas.latency.device import load_device
-from qnas.latency.kernels import Kernel
-from qnas.latency.measured import Measured, read_measured, write_measured
-from qnas.latency.table import load_table
-from qnas.sampling import CSV_FILE
 from qnas.space import load_space
 
 RUN = "runs/quadranet-mobile-vpu-30ms-adreno-630-20ms"
@@ -73,18 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (place / "tiny.yaml").write_text(TINY_SPACE)
     write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
-    device = load_device("vpu")
-    true = device.network_ms + device.kernel_ms(Kernel("add", 28, 64, 64))
-    np.savez(
-        place / "networks.npz",
-        devices=np.array(["myriad-vpu"]),
-        latency_ms=true / np.array([[1.0], [1.08]]),
-        family=np.array(["a", "b"]),
-        op_names=np.array(["add"]),
-        ops=np.array([[0, 28, 64, 28, 64, 1, 1, 0]]),
-        indptr=np.arange(3),
-        indices=np.zeros(2, dtype=np.int64),
-    )
+    write_networks(place / "networks.npz", "vpu", (1.0, 1.08), "ab")
     return place
 
 
@@ -137,13 +121,7 @@ def _board(folder: Path) -> None:
     from qnas.commands.own_device import sample
 
     sample("quadranet-small", 40, "cpu", "arch", folder / "board", seed=0, force=False, quiet=True)
-    space, rng = load_space("quadranet-small"), np.random.default_rng(0)
-    table = load_table(load_device("vpu"), space)
-    rows = [
-        Measured(row.name, row.arch, table.latency_ms(row.arch.indices(space)) * rng.normal(1, 0.01))
-        for row in read_measured(folder / "board" / CSV_FILE, space)
-    ]
-    write_measured(folder / "board" / CSV_FILE, rows)
+    fill_in(folder / "board", "vpu")
 
 
 @pytest.mark.usefixtures("_board")

@@ -1,14 +1,23 @@
 """The README says what is there, and nothing that is not."""
 
+import os
 import re
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from command_line import commands
+from measured_networks import fill_in, write_networks
+from pickled_forests import predictor_files, write_zip
+from test_data import write_fashion
 
+from qnas import cli
 from qnas.latency.device import device_names, load_device
 from qnas.resources import stems
 
@@ -34,6 +43,142 @@ def test_the_devices_accuracy_is_the_device_files() -> None:
         for held_out, figures in device.accuracy.items():
             if "all" in figures and held_out == "unseen networks":
                 assert f"{figures['all'].within_10_pct:.1f}%" in README, name
+
+
+# what is run at a small scale by others, or not at all, each with where or why
+ELSEWHERE = {
+    "make demo": "sets up an environment first; its three commands are those of the worked example",
+    "make test": "sets up an environment first; runs these tests",
+    "make lint": "sets up an environment first",
+    "make test-slow": "sets up an environment first; runs these tests",
+    "make tables": "needs the published measurements, which are not part of this repository",
+    "examples/own_photos.sh": "test_examples.py",
+    "DEVICE=here BUDGET=2ms examples/own_photos.sh IMAGES": "test_examples.py",
+    "qnas --install-completion": "writes to the shell's start-up files; test_commands_completion.py",
+    "qnas search --resume --out RUN": "needs a stopped run; test_interruption.py",
+    "python benchmarks/quadratic.py": "measures for minutes: by hand, where a kernel changed",
+    "python benchmarks/closed_loop.py": "its commands are those of `A device of your own`",
+    "pip install openvino": "installs",
+    "pip install 'quadranet-nas[tensorboard]'": "installs",
+    "qnas derive": "a name",
+    "qnas predict": "a name",
+}
+
+# what makes commands of the README quick, and what it leaves open: pattern, replacement
+SMALL = (
+    (
+        "^qnas search",
+        "qnas search --resolution 32 --warmup-epochs 1 --epochs 1 --effect-networks 0 --k-best 2 "
+        "--random-networks 1",
+    ),
+    (
+        "-m qnas search",
+        "-m qnas search --resolution 32 --warmup-epochs 1 --epochs 1 --effect-networks 0 --k-best 2 "
+        "--random-networks 1",
+    ),
+    ("^qnas train-subnet", "qnas train-subnet --resolution 32 --epochs 1 --force"),
+    ("--epochs 60", "--batch-size 128"),
+    ("^qnas export", "qnas export --images 20 --force"),
+    ("--resolution 224", "--resolution 32"),
+    ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
+    ("^qnas profile", "qnas profile --repeats 1"),
+    ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),
+    ("--n 100", "--n 40"),
+    # what a machine takes is not what the author's took
+    ("local-onnxruntime.json --budget 2ms", "local-onnxruntime.json --budget 10s"),
+    ("board-sure.json --budget 500us", "board-sure.json --budget 10s"),
+    # forests of noise stand in for the published ones
+    ("--budget 30ms --latency nn-meter", "--budget 100s --latency nn-meter"),
+    ("fashion-mnist:DIR", "fashion-mnist:fashion"),
+    ("(cifar10|imagefolder):DIR", r"\1:digits"),
+    ("runs/x/", "runs/quadranet-mobile-vpu-30ms/"),
+    ("FILE.onnx", "runs/quadranet-mobile-vpu-30ms/export/model.onnx"),
+    ("FILE.npz", "networks.npz"),
+    ("NAME", "quadranet-small"),
+    ("RUN", "runs/quadranet-mobile-vpu-30ms"),
+)
+
+
+def _typed() -> dict[str, list[str]]:
+    """The README's commands by section: of its blocks, and those with arguments in the text."""
+    found: dict[str, list[str]] = {}
+    for section in re.split("^## ", README, flags=re.MULTILINE)[1:]:
+        typed = []
+        for kind, block in re.findall("^```(sh|console)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+            lines = [line.partition(" #")[0].strip() for line in block.splitlines()]
+            typed += [line.removeprefix("$ ") for line in lines if kind == "sh" or line.startswith("$ ")]
+        prose = re.sub("^```.*?^```", "", section, flags=re.MULTILINE | re.DOTALL)
+        typed += re.findall(r"`((?:qnas|python|make|torchrun|pip) [^`]+)`", prose)
+        found[section.partition("\n")[0]] = [line for line in dict.fromkeys(typed) if line]
+    return found
+
+
+TYPED = _typed()
+WORKED = "A worked example"
+CONSOLE = ("qnas search --device vpu --budget 30ms", "qnas train-subnet", "qnas export")
+
+
+def test_every_command_of_the_readme_is_run_here_or_is_said_where() -> None:
+    typed = {line for lines in TYPED.values() for line in lines}
+    assert ELSEWHERE.keys() <= typed
+    for line in typed - ELSEWHERE.keys():
+        assert line.startswith(("qnas ", "torchrun ")), line
+
+
+def test_every_substitution_is_of_something_that_the_readme_has() -> None:
+    typed = [line for lines in TYPED.values() for line in lines]
+    for pattern, _ in SMALL:
+        assert any(re.search(pattern, line) for line in typed), pattern
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the worked example was run, with data, archives and measurements beside it."""
+    place = tmp_path_factory.mktemp("readme")
+    runpy.run_path(str(ROOT / "examples" / "digits_folder.py"))["main"](place / "digits", 40)
+    write_fashion(place / "fashion", train=100)
+    write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
+    write_networks(place / "networks.npz", "vpu", (1.0, 1.08, 1.2), "aab")
+    (described,) = re.findall("^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (place / "bench.json").write_text(described)
+    # the three of its console block
+    _run(place, [line for line in TYPED[WORKED] if line in CONSOLE])
+    first = place / "runs" / "quadranet-mobile-vpu-30ms"
+    again = shutil.copytree(first, Path(f"{first}-2"))
+    os.utime(again / "arch.json", (0, 0))  # the first stays the latest
+    return place
+
+
+def _run(place: Path, lines: Sequence[str]) -> None:
+    """Run commands in a folder, at a small scale."""
+    for typed in lines:
+        line = typed
+        for pattern, small in SMALL:
+            line = re.sub(pattern, small, line)
+        program, *words = shlex.split(line)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place)
+            patch.setenv("QNAS_HOME", str(place / "home"))
+            if program == "torchrun":
+                command = [sys.executable, "-m", "torch.distributed.run", *words]
+                assert subprocess.run(command, check=False).returncode == 0, line
+                continue
+            patch.setattr(sys, "argv", [program, *words])
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            assert not stop.value.code, line
+            if typed.startswith("qnas measure "):
+                # two visits on a busy machine are no times to fit to: a device makes them up
+                target = Path(words[-1])
+                if (target / "latencies.csv").is_file():
+                    fill_in(target, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [name for name, lines in TYPED.items() if set(lines) - ELSEWHERE.keys()])
+def test_the_commands_of_a_section_run_one_after_another(section: str, worked: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(worked, tmp_path / "place")
+    _run(place, [line for line in TYPED[section] if line not in ELSEWHERE])
 
 
 def test_every_command_of_the_readme_exists_with_its_options() -> None:
