@@ -53,7 +53,7 @@ def describe_explanation(explanation: Explanation) -> str:
                 f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss"
             ),
             table_rows(
-                ("block", "choice", "latency", "share", "nats", "at other budgets"),
+                ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
                 _block_rows(e, d),
                 left=(0, 1, 5),
             ),
@@ -83,14 +83,14 @@ def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
 
 
 def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
-    """Say what a position holds just below and above a budget: `- < 2.2 ms, k5 e4 > 3.5 ms`."""
+    """Say what a position holds just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
     at = max((i for i, flip in enumerate(flips) if flip.from_ms <= budget_ms), default=0)
     parts = []
     if at > 0:
-        parts.append(f"{short_name(flips[at - 1].choice)} < {_short_ms(flips[at].from_ms)}")
+        parts.append(f"{short_name(flips[at - 1].choice)} < {flips[at].from_ms:.3g}")
     if at + 1 < len(flips):
         following = flips[at + 1]
-        parts.append(f"{short_name(following.choice)} > {_short_ms(following.from_ms)}")
+        parts.append(f"{short_name(following.choice)} > {following.from_ms:.3g}")
     return ", ".join(parts)
 
 

@@ -183,14 +183,15 @@ def explained(space: SearchSpace, folder: Path, **options: Any) -> Explanation:
 
 
 def test_it_is_said_in_words_within_80_columns(tmp_path: Path) -> None:
-    space = load_space("quadranet-mobile")
     two = ("vpu", "adreno-630")
     asked: list[dict[str, Any]] = [
         {"share": 0.2},
         {"share": 0.2, "rank": 9, "devices": two},
         {"effects": False},
+        {"share": 0.45, "devices": ("cpu",), "name": "quadranet-small"},  # latencies of many digits
     ]
     for number, options in enumerate(asked):
+        space = load_space(options.pop("name", "quadranet-mobile"))
         e = explained(space, tmp_path / str(number), **options)
         shown = describe_explanation(e)
         assert max(map(len, shown.splitlines())) <= 80

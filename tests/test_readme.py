@@ -72,7 +72,7 @@ SMALL = (
     ("^qnas train-subnet", "qnas train-subnet --resolution 32 --epochs 1 --batch-size 16 --force"),
     ("--epochs 60", ""),
     ("^qnas export", "qnas export --images 20 --force"),
-    ("--resolution 224", "--resolution 32"),
+    ("int8 --resolution 224", "int8 --resolution 32"),
     ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
     ("^qnas profile", "qnas profile --repeats 1"),
     ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),
@@ -101,7 +101,7 @@ def _typed() -> dict[str, list[str]]:
             lines = [line.partition(" #")[0].strip() for line in block.splitlines()]
             typed += [line.removeprefix("$ ") for line in lines if kind == "sh" or line.startswith("$ ")]
         prose = re.sub("^```.*?^```", "", section, flags=re.MULTILINE | re.DOTALL)
-        typed += re.findall(r"`((?:qnas|python|make|torchrun|pip) [^`]+)`", prose)
+        typed += re.findall(r"`((?:qnas|python|make|torchrun|pip) [^`]+)`", " ".join(prose.split()))
         found[section.partition("\n")[0]] = [line for line in dict.fromkeys(typed) if line]
     return found
 
@@ -190,6 +190,20 @@ def test_every_command_is_named_and_has_an_example() -> None:
     for name, command in commands().items():
         assert f"Example: qnas {name}" in (command.help or ""), name
         assert re.search(rf"\b{name}\b", README), name
+
+
+def test_the_list_of_commands_says_all_of_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["qnas", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert "..." not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in commands():
+        assert re.search(rf"^  {name.split()[0]}  +\S", shown, re.MULTILINE), name
 
 
 @pytest.mark.slow

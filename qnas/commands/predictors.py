@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="predictors",
     help="Import nn-Meter's published predictors, for --latency nn-meter.",
+    short_help="nn-Meter's published predictors: import, list, remove.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

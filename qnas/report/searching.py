@@ -84,6 +84,7 @@ class SearchSection:
     warnings: tuple[tuple[int, str], ...]  # step, what was said
     budget: tuple[Markup, ...]  # charts of the way to the budget
     losses: Markup
+    accuracy: Markup  # nothing where a run is older than its record
     entropy: Markup
     heats: tuple[Heat, ...]
     accuracies: tuple[Markup, ...]
@@ -109,6 +110,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
         tuple((row["step"], text) for row in rows for text in row.get("warnings", ())),
         tuple(_budget_charts(steps)),
         _loss_chart(rows, steps),
+        _accuracy_chart(steps),
         _entropy_chart(steps),
         tuple(_heats(record, steps)),
         tuple(_accuracy_charts(record)),
@@ -186,6 +188,17 @@ def _loss_chart(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, 
         title="Losses, as means over neighbouring steps",
         x_label="step",
         y_label="nats",
+    )
+
+
+def _accuracy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
+    known = [step for step in steps if "arch_accuracy" in step]
+    return chart(
+        [Series("held-out images, of the paths that are drawn", _curve(known, "arch_accuracy"), 2)],
+        title="Accuracy, as means over neighbouring steps",
+        x_label="step",
+        y_label="accuracy",
+        percent=True,
     )
 
 
