@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from command_line import commands
+from conftest import TINY_SPACE
 from measured_networks import fill_in, write_networks
 from pickled_forests import predictor_files, write_zip
 from test_data import write_fashion
@@ -77,9 +78,13 @@ SMALL = (
     ("^qnas profile", "qnas profile --repeats 1"),
     ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),
     ("--n 100", "--n 40"),
+    # a space of few blocks, of which each is exported and timed
+    ("(profile|sample)(.*) --space quadranet-small", r"\1\2 --space tiny.yaml"),
     # what a machine takes is not what the author's took
-    ("local-onnxruntime.json --budget 2ms", "local-onnxruntime.json --budget 10s"),
-    ("board-sure.json --budget 500us", "board-sure.json --budget 10s"),
+    (
+        r"(local-onnxruntime|board-sure)(\.json) --budget \S+ --space \S+",
+        r"\1\2 --budget 10s --space tiny.yaml",
+    ),
     # forests of noise stand in for the published ones
     ("--budget 30ms --latency nn-meter", "--budget 100s --latency nn-meter"),
     ("fashion-mnist:DIR", "fashion-mnist:fashion"),
@@ -129,6 +134,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the worked example was run, with data, archives and measurements beside it."""
     place = tmp_path_factory.mktemp("readme")
     runpy.run_path(str(ROOT / "examples" / "digits_folder.py"))["main"](place / "digits", 10)
+    (place / "tiny.yaml").write_text(TINY_SPACE)
     write_fashion(place / "fashion")
     write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
     write_networks(place / "networks.npz", "vpu", (1.0, 1.08, 1.2), "aab")
