@@ -77,7 +77,7 @@ SMALL = (
     ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
     ("^qnas profile", "qnas profile --repeats 1"),
     ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),
-    ("--n 100", "--n 40"),
+    ("--n 100", "--n 24"),
     # a space of few blocks, of which each is exported and timed
     ("(profile|sample)(.*) --space quadranet-small", r"\1\2 --space tiny.yaml"),
     # what a machine takes is not what the author's took
