@@ -50,32 +50,35 @@ def _root(
     pass
 
 
+# what the list of commands says of each, in the width that it has there
 # from a budget to a network file
-app.command()(search.search)
-app.command()(derive.derive)
-app.command("train-subnet")(subnet.train_subnet)
-app.command()(subnet.export)
+app.command(short_help="Find the best network within a latency budget, or several.")(search.search)
+app.command(short_help="Solve a finished search again for other budgets.")(derive.derive)
+app.command("train-subnet", short_help="Train a derived network.")(subnet.train_subnet)
+app.command(short_help="Write a trained network as files to ship, each checked.")(subnet.export)
 # to look at it
-app.command()(pareto.pareto)
-app.command()(look.report)
-app.command()(look.explain)
-app.command()(look.compare)
-app.command()(look.tensorboard)
+app.command(short_help="Latency against accuracy over each device's whole range.")(pareto.pareto)
+app.command(short_help="Write a run's page, report.html, again.")(look.report)
+app.command(short_help="What blocks cost, what latency buys, why identities.")(look.explain)
+app.command(short_help="Show runs side by side.")(look.compare)
+app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboard)
 # what is known of networks and devices
 app.command()(latency.describe)
-app.command()(latency.predict)
+app.command(short_help="A network's latency on known devices, and where it goes.")(latency.predict)
 app.command()(latency.devices)
-app.command("eval-latency")(latency.eval_latency)
-app.command()(latency.table)
+app.command("eval-latency", short_help="Compare a device's predictions with measurements.")(
+    latency.eval_latency
+)
+app.command(short_help="A space's latency table on a device, as CSV.")(latency.table)
 app.add_typer(predictors.app)
 # a device of one's own
-app.command()(profile.profile)
-app.command()(own_device.sample)
-app.command()(own_device.measure)
+app.command(short_help="Time a space's blocks here: this machine as a device.")(profile.profile)
+app.command(short_help="Write networks of a space, to be timed anywhere.")(own_device.sample)
+app.command(short_help="Time networks on this machine.")(own_device.measure)
 app.command("fit-latency")(own_device.fit_latency)
-app.command()(own_device.calibrate)
+app.command(short_help="Correct a device by some 20 measured networks.")(own_device.calibrate)
 # this machine
-app.command()(doctor.doctor)
+app.command(short_help="What this machine has, and what to do about the rest.")(doctor.doctor)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -90,7 +93,7 @@ def main() -> None:
     # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="qnas")  # of `python -m qnas` too: usage and completion name it
     except QnasError as error:
         _fail(f"error: {error}", 1)
     except OSError as error:

@@ -1,14 +1,14 @@
 """Why a search ended with its network: what blocks cost, what latency is worth, and what would be otherwise.
 
 The network of least loss by the search's effects (or, without effects, the most probable one) is solved
-for again at other budgets of its first device, with its other limits as they were. What is optimal for a
-budget stays so down to its own latency, so that between two neighbours of the curve nothing is missed
+for again at other budgets of one device after another, with all other limits as they were. What is optimal
+for a budget stays so down to its own latency, so that between two neighbours of the curve nothing is missed
 near the search's own budget, where the curve is followed network by network.
 
 The price of a millisecond there is the slope of the curve's lower convex hull, in nats of loss: the
 multiplier of the Lagrangian relaxation (Everett, 1963). A block pays where it lowers the loss by more
-than its latency costs at that price. Effects are additive and were measured near the budget: the further
-from it, the less the curve can be trusted.
+than its latencies cost at the prices of all devices. Effects are additive and were measured near the
+budget: the further from it, the less the curve can be trusted.
 """
 
 import math
@@ -91,22 +91,19 @@ class PositionStory:
     choice: str  # in the derived network
     solved: str  # in the network of least loss for the budget; another where images decided
     loss: float  # nats that the choice adds against the position's cheapest candidate
-    flips: tuple[Flip, ...]  # by rising budget, the first at the fastest network
     best_block: str | None  # of an identity: the candidate that comes nearest to paying
     best_loss: float  # nats that it adds
-    best_latency_ms: float  # that it takes
+    best_latencies_ms: tuple[float, ...]  # that it takes, a device each
     reason: str  # why it is not there, in words; empty for blocks
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """Why a search ended with its network."""
+class OnDevice:
+    """What a network takes on one device, and what other budgets of this device lead to."""
 
     device: str
     budget_ms: float
     latency_ms: float  # of the derived network
-    measured: bool  # whether losses are measured effects; else negative log probabilities
-    explained: float | None  # of the variance between networks, by the effects
     price: float  # nats of loss that a millisecond takes away at the budget
     step_ms: float
     more: Exchange | None  # what a step more buys; None: nothing
@@ -114,13 +111,23 @@ class Explanation:
     can_be_less: bool  # whether there is a network that takes a step less
     next_better: Exchange | None  # the cheapest network that is better at all
     blocks: tuple[BlockCost, ...]
-    positions: tuple[PositionStory, ...]
+    flips: tuple[tuple[Flip, ...], ...]  # a position each, by rising budget, the first at the fastest network
     curve: tuple[CurvePoint, ...]
 
     @property
     def no_less(self) -> str:
         """What a step less does where it does not lead to another network."""
-        return "changes nothing" if self.can_be_less else "is less than any network of the space takes"
+        return "changes nothing" if self.can_be_less else "leaves no network"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a search ended with its network."""
+
+    measured: bool  # whether losses are measured effects; else negative log probabilities
+    explained: float | None  # of the variance between networks, by the effects
+    devices: tuple[OnDevice, ...]  # that were searched for
+    positions: tuple[PositionStory, ...]
 
     def facts(self) -> dict[str, Any]:
         """Return the same as JSON values."""
@@ -129,29 +136,39 @@ class Explanation:
 
 def explain(record: Record) -> Explanation:
     """Explain a finished search by what its folder holds."""
-    limit, scores = record.limits[0], record.searched.scores
-    assert limit.table is not None, "the first limit is a device's"
-    # what was derived may be over the limit by the rounding of the table's file
-    own = _solve(scores, record.limits, max(limit.limit, limit.amount(record.indices)))
+    limits = record.limits
+    for at, limit in enumerate(limits):
+        # what was derived may be over a limit by the rounding of the table's file
+        limits = _within(limits, at, max(limit.limit, limit.amount(record.indices)))
+    record = replace(record, limits=limits)
+    own = _solve(record, 0, limits[0].limit)
     assert own is not None, "the derived network itself is within the limits"
-    step_ms = round_step(STEP_SHARE * limit.limit)
-    curve = trace_curve(record, own, step_ms)
-    price = price_at(curve, limit.budget)
+    devices = tuple(_on_device(record, own, at) for at, limit in enumerate(limits) if limit.table is not None)
     found = record.found.get("effects")
     return Explanation(
+        measured=record.searched.effects is not None,
+        explained=found["explained"] if isinstance(found, Mapping) else None,
+        devices=devices,
+        positions=tuple(_stories(record, own, [device.price for device in devices])),
+    )
+
+
+def _on_device(record: Record, own: Indices, at: int) -> OnDevice:
+    limit = record.limits[at]
+    step_ms = round_step(STEP_SHARE * limit.limit)
+    curve = trace_curve(record, own, at, step_ms)
+    return OnDevice(
         limit.name,
         limit.budget,
         limit.amount(record.indices),
-        measured=record.searched.effects is not None,
-        explained=found["explained"] if isinstance(found, Mapping) else None,
-        price=price,
+        price=price_at(curve, limit.limit),
         step_ms=step_ms,
-        more=_exchange(record, own, limit.limit + step_ms),
-        less=_exchange(record, own, limit.limit - step_ms),
-        can_be_less=_solve(scores, record.limits, limit.limit - step_ms) is not None,
-        next_better=_next_better(record, own, curve),
-        blocks=_block_costs(record),
-        positions=tuple(_stories(record, own, curve, price)),
+        more=_exchange(record, own, at, limit.limit + step_ms),
+        less=_exchange(record, own, at, limit.limit - step_ms),
+        can_be_less=_solve(record, at, limit.limit - step_ms) is not None,
+        next_better=_next_better(record, own, at, curve),
+        blocks=_block_costs(record, limit),
+        flips=tuple(_flips(record, curve, at)),
         curve=curve,
     )
 
@@ -166,32 +183,36 @@ def round_step(latency_ms: float) -> float:
     return float(max(n for n in (1, 2, 5) if n * scale <= latency_ms * (1 + 1e-9)) * scale)
 
 
-def _solve(scores: Scores, limits: Limits, most_ms: float) -> Indices | None:
-    """Return the network of highest score with at most this latency on the first device, if there is one."""
-    first = limits[0]
+def _solve(record: Record, at: int, most_ms: float) -> Indices | None:
+    """Return the network of highest score with at most this latency on a device, if there is one."""
     try:
-        within = (replace(first, limit=most_ms, budget=most_ms * first.budget / first.limit), *limits[1:])
-        return solve(scores, within).indices
+        return solve(record.searched.scores, _within(record.limits, at, most_ms)).indices
     except InfeasibleBudgetError:
         return None
+
+
+def _within(limits: Limits, at: int, most_ms: float) -> Limits:
+    """Return the limits with another one in the place of one of them."""
+    other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
+    return (*limits[:at], other, *limits[at + 1 :])
 
 
 def _loss(scores: Scores, indices: Indices) -> float:
     return -math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
 
 
-def trace_curve(record: Record, own: Indices, step_ms: float) -> tuple[CurvePoint, ...]:
-    """Return the networks of least loss over the device's range, by rising latency.
+def trace_curve(record: Record, own: Indices, at: int, step_ms: float) -> tuple[CurvePoint, ...]:
+    """Return the networks of least loss over the range of the limit `at`, a device's, by rising latency.
 
     A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
     """
-    limit, scores = record.limits[0], record.searched.scores
+    limit, scores = record.limits[at], record.searched.scores
     low, high = limit.limit - step_ms, limit.limit + step_ms
     grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
     solved: dict[Indices, float] = {}  # the largest limit that a network was found for
 
     def add(most_ms: float) -> float:
-        network = _solve(scores, record.limits, most_ms)
+        network = _solve(record, at, most_ms)
         if network is None:
             return -math.inf
         solved[network] = max(most_ms, solved.get(network, most_ms))
@@ -199,16 +220,16 @@ def trace_curve(record: Record, own: Indices, step_ms: float) -> tuple[CurvePoin
 
     for most_ms in (*grid, limit.limit):
         add(most_ms)
-    at = high
+    most_ms = high
     for _ in range(NEAR):
-        at = add(at) * (1 - 1e-12)  # just below what was found, the next one
-        if at < low:
+        most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
+        if most_ms < low:
             break
     margin, own_loss = limit.budget / limit.limit, _loss(scores, own)
     points = []
     for network, most_ms in solved.items():
         latency_ms, loss = limit.amount(network), _loss(scores, network) - own_loss
-        far = _is_far(record, latency_ms) and _is_far(record, most_ms)
+        far = _is_far(record, at, latency_ms) and _is_far(record, at, most_ms)
         points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
     points.sort(key=lambda point: (point.latency_ms, point.loss))
     # solves are exact to rounding: what is no better than a faster one is the same by another placement
@@ -219,9 +240,8 @@ def trace_curve(record: Record, own: Indices, step_ms: float) -> tuple[CurvePoin
     return tuple(kept)
 
 
-def _is_far(record: Record, limit_ms: float) -> bool:
-    within = (replace(record.limits[0], limit=limit_ms), *record.limits[1:])
-    searched = record.searched
+def _is_far(record: Record, at: int, limit_ms: float) -> bool:
+    within, searched = _within(record.limits, at, limit_ms), record.searched
     return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
 
 
@@ -245,14 +265,14 @@ def _slope(before: CurvePoint, after: CurvePoint) -> float:
     return (after.loss - before.loss) / max(after.latency_ms - before.latency_ms, 1e-12)
 
 
-def _exchange(record: Record, own: Indices, most_ms: float) -> Exchange | None:
+def _exchange(record: Record, own: Indices, at: int, most_ms: float) -> Exchange | None:
     """Say what another limit leads to; None where to the same network or to none."""
-    network = _solve(record.searched.scores, record.limits, most_ms)
-    return None if network is None or network == own else _between(record, own, network, most_ms)
+    network = _solve(record, at, most_ms)
+    return None if network is None or network == own else _between(record, own, network, at, most_ms)
 
 
-def _between(record: Record, own: Indices, network: Indices, most_ms: float) -> Exchange:
-    limit, scores = record.limits[0], record.searched.scores
+def _between(record: Record, own: Indices, network: Indices, at: int, most_ms: float) -> Exchange:
+    limit, scores = record.limits[at], record.searched.scores
     names = [arch_from_indices(record.space, indices).choices for indices in (own, network)]
     changes = tuple(
         Change(position.name, before, after, row[j] - row[i], score[i] - score[j])
@@ -265,25 +285,24 @@ def _between(record: Record, own: Indices, network: Indices, most_ms: float) -> 
     return Exchange(most_ms * limit.budget / limit.limit, limit.amount(network), loss, changes)
 
 
-def _next_better(record: Record, own: Indices, curve: Sequence[CurvePoint]) -> Exchange | None:
+def _next_better(record: Record, own: Indices, at: int, curve: Sequence[CurvePoint]) -> Exchange | None:
     """Return the cheapest network beyond the limit that is known to be better."""
-    limit = record.limits[0]
+    limit = record.limits[at]
     better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
     if not better:
         return None
     # between the limit and the first one known others may lie: down from it until none is left
-    network, found = better[0].indices, _solve(record.searched.scores, record.limits, better[0].latency_ms)
+    network, found = better[0].indices, _solve(record, at, better[0].latency_ms)
     for _ in range(NEAR):
         if found is None or limit.amount(found) <= limit.limit:
             break
         network = found
-        found = _solve(record.searched.scores, record.limits, limit.amount(network) * (1 - 1e-12))
-    return _between(record, own, network, limit.amount(network))
+        found = _solve(record, at, limit.amount(network) * (1 - 1e-12))
+    return _between(record, own, network, at, limit.amount(network))
 
 
-def _block_costs(record: Record) -> tuple[BlockCost, ...]:
+def _block_costs(record: Record, limit: Limit) -> tuple[BlockCost, ...]:
     """Return the blocks of the derived network as they run, and what the runtime takes besides."""
-    limit = record.limits[0]
     table = limit.table
     assert table is not None
     total = limit.amount(record.indices)
@@ -303,49 +322,62 @@ def _block_costs(record: Record) -> tuple[BlockCost, ...]:
     )
 
 
-def _stories(
-    record: Record, own: Indices, curve: Sequence[CurvePoint], price: float
-) -> Iterator[PositionStory]:
-    limit, scores = record.limits[0], record.searched.scores
-    for at, position in enumerate(record.space.positions):
-        names, cells, row = position.names, limit.cells[at], scores[at]
-        choice = record.indices[at]
-        cheapest = min(range(len(names)), key=lambda j: (cells[j], j))
+def _flips(record: Record, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
+    """Yield for each position what it holds along the curve of the limit `at`."""
+    limit = record.limits[at]
+    for number, position in enumerate(record.space.positions):
         flips: list[Flip] = []
         for point in curve:
-            name = names[point.indices[at]]
+            name = position.names[point.indices[number]]
             if not flips or flips[-1].choice != name:
                 flips.append(Flip(point.latency_ms * limit.budget / limit.limit, name))
+        yield tuple(flips)
+
+
+def _stories(record: Record, own: Indices, prices: Sequence[float]) -> Iterator[PositionStory]:
+    """Yield why each position holds what it does; `prices` are those of the devices, in their order."""
+    devices = [limit for limit in record.limits if limit.table is not None]
+    for at, position in enumerate(record.space.positions):
+        names, row, choice = position.names, record.searched.scores[at], record.indices[at]
+        cells = [limit.cells[at] for limit in devices]
+        cheapest = min(range(len(names)), key=lambda j: (cells[0][j], j))
+        # what each candidate takes more than the choice, on each device, and what that is worth
+        more = [[of[j] - of[choice] for of in cells] for j in range(len(names))]
+        worth = [sum(p * ms for p, ms in zip(prices, each, strict=True)) for each in more]
         best, reason = None, ""
         others = [j for j in range(len(names)) if names[j] != "identity"]
         if names[choice] == "identity" and others:
-            best = max(others, key=lambda j: row[j] - row[choice] - price * (cells[j] - cells[choice]))
-            reason = _why_identity(record, limit, own, at, best, price)
+            best = max(others, key=lambda j: row[j] - row[choice] - worth[j])
+            reason = _why_identity(record, own, at, best, worth[best])
         yield PositionStory(
             position.name,
             names[choice],
             names[own[at]],
             row[cheapest] - row[choice],
-            tuple(flips),
             names[best] if best is not None else None,
             row[choice] - row[best] if best is not None else 0.0,
-            cells[best] - cells[choice] if best is not None else 0.0,
+            tuple(more[best]) if best is not None else (),
             reason,
         )
 
 
-def _why_identity(record: Record, limit: Limit, own: Indices, at: int, best: int, price: float) -> str:
-    """Say why a block is not where identity is, of all its candidates the one that pays best."""
-    cells, row, choice = limit.cells[at], record.searched.scores[at], record.indices[at]
-    gain, extra_ms = row[best] - row[choice], cells[best] - cells[choice]
-    left_ms = limit.limit - limit.amount(record.indices)
+def _why_identity(record: Record, own: Indices, at: int, best: int, worth: float) -> str:
+    """Say why a block is not where identity is, of all its candidates the one that pays best.
+
+    `worth` is what its latency is worth on all devices, in nats.
+    """
+    row, choice = record.searched.scores[at], record.indices[at]
+    gain = row[best] - row[choice]
     if gain <= 0:
         return "no block lowers the loss here"
-    if gain < price * extra_ms:
-        return f"too dear: at the price its latency is worth {price * extra_ms:.3f} nats"
-    if extra_ms > left_ms:
-        room = f"pays at this price, but {limit.describe(left_ms)} are left"
-        return room if own != record.indices else f"{room}, and no exchange of blocks gains"
-    if own != record.indices:
-        return "pays and would fit: the network was chosen by its accuracy on held-out images"
-    return "pays and would fit on this device: another limit leaves no room"
+    if gain < worth:
+        return f"too dear: its latency is worth {worth:.3f} nats"
+    left = []
+    for limit in record.limits:
+        room = max(0.0, limit.limit - limit.amount(record.indices))
+        if limit.cells[at][best] - limit.cells[at][choice] > room:
+            left.append(limit.describe(room) + (f" on {limit.name}" if limit.table is not None else ""))
+    if left:
+        dear = f"pays, but only {' and '.join(left)} are left"
+        return dear if own != record.indices else f"{dear}, and no exchange of blocks gains"
+    return "pays and would fit: the network was chosen by its accuracy on held-out images"

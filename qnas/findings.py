@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qnas.compare import Comparison, Contestant, Measured
-from qnas.explain import Change, Exchange, Explanation, PositionStory
-from qnas.text import describe_budgets, field, short_name, table_rows
+from qnas.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
+from qnas.text import describe_budgets, field, short_name, table_rows, wrapped
 from qnas.units import format_count, format_ms
 
 
@@ -28,7 +28,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
         lines += [
-            f"{front['device']}: networks take {range_}; the search expects {expected}",
+            wrapped(f"{front['device']}: networks take {range_}; the search expects {expected}"),
             table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
             "",
         ]
@@ -44,49 +44,53 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
 
 
 def describe_explanation(explanation: Explanation) -> str:
-    """Say what blocks cost, what latency buys, and why positions hold what they do."""
+    """Say what blocks cost, what latency buys, device by device, and why positions hold what they do."""
     e = explanation
-    return "\n".join(
-        [
-            f"{e.device}, within {format_ms(e.budget_ms)}: what each block takes and adds to the loss",
+    lines = []
+    for d in e.devices:
+        lines += [
+            wrapped(
+                f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss"
+            ),
             table_rows(
-                ("block", "choice", "latency", "share", "nats", "at other budgets"),
-                _block_rows(e),
+                ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
+                _block_rows(e, d),
                 left=(0, 1, 5),
             ),
             "",
-            field("nats", what_loss_is(e)),
-            *([field("chosen", solved_line(e))] if solved_line(e) else []),
-            *(field(name, text) for name, text in price_lines(e)),
+            *(field(name, text) for name, text in price_lines(d)),
             "",
-            *_identity_lines(e),
         ]
-    ).rstrip()
+    lines += [field("nats", what_loss_is(e)), *([field("chosen", solved_line(e))] if solved_line(e) else [])]
+    return "\n".join([*lines, "", *_identity_lines(e)]).rstrip()
 
 
-def _block_rows(e: Explanation) -> Iterator[tuple[str, ...]]:
-    stories = {story.name: story for story in e.positions}
-    for block in e.blocks:
-        story = stories.get(block.name)
+def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
+    stories = {story.name: (story, flips) for story, flips in zip(e.positions, d.flips, strict=True)}
+    for block in d.blocks:
+        nats, others = "", ""
+        if block.name in stories:
+            story, flips = stories[block.name]
+            nats, others = f"{story.loss:+.3f}", other_budgets(flips, d.budget_ms)
         yield (
             block.name,
             short_name(block.choice) if block.choice else "",
             format_ms(block.latency_ms),
             f"{block.share:.1%}",
-            f"{story.loss:+.3f}" if story else "",
-            other_budgets(story, e.budget_ms) if story else "",
+            nats,
+            others,
         )
 
 
-def other_budgets(story: PositionStory, budget_ms: float) -> str:
-    """Say what a position holds just below and above a budget: `- < 2.2 ms, k5 e4 > 3.5 ms`."""
-    at = max((i for i, flip in enumerate(story.flips) if flip.from_ms <= budget_ms), default=0)
+def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
+    """Say what a position holds just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
+    at = max((i for i, flip in enumerate(flips) if flip.from_ms <= budget_ms), default=0)
     parts = []
     if at > 0:
-        parts.append(f"{short_name(story.flips[at - 1].choice)} < {_short_ms(story.flips[at].from_ms)}")
-    if at + 1 < len(story.flips):
-        following = story.flips[at + 1]
-        parts.append(f"{short_name(following.choice)} > {_short_ms(following.from_ms)}")
+        parts.append(f"{short_name(flips[at - 1].choice)} < {flips[at].from_ms:.3g}")
+    if at + 1 < len(flips):
+        following = flips[at + 1]
+        parts.append(f"{short_name(following.choice)} > {following.from_ms:.3g}")
     return ", ".join(parts)
 
 
@@ -116,20 +120,20 @@ def solved_line(e: Explanation) -> str:
     )
 
 
-def price_lines(e: Explanation) -> Iterator[tuple[str, str]]:
+def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
     """Say what a millisecond is worth at the budget, and what a little more or less of it leads to."""
-    step = _short_ms(e.step_ms)
-    yield "price", f"{e.price:.3g} nats a millisecond, at this budget"
-    if e.more is not None:
-        yield "more", f"{step} more {exchange_line(e.more)}"
-    elif e.next_better is None:
-        yield "more", "buys nothing: no network of the space has less loss"
+    step = _short_ms(d.step_ms)
+    yield "price", f"{d.price:.3g} nats a millisecond, at this budget"
+    if d.more is not None:
+        yield "more", f"{step} more {exchange_line(d.more)}"
+    elif d.next_better is None:
+        yield "more", "buys nothing: no slower network has less loss"
     else:
         yield "more", f"{step} more buys nothing"
-    if e.next_better is not None:
-        took = format_ms(e.next_better.latency_ms, round_up=True)
-        yield "", f"the next better network takes {took}: it {exchange_line(e.next_better)}"
-    yield "less", f"{step} less {exchange_line(e.less) if e.less is not None else e.no_less}"
+    if d.next_better is not None:
+        took = format_ms(d.next_better.latency_ms, round_up=True)
+        yield "", f"the next better network takes {took}: it {exchange_line(d.next_better)}"
+    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else d.no_less}"
 
 
 def exchange_line(exchange: Exchange) -> str:
@@ -146,20 +150,24 @@ def _change(change: Change) -> str:
 
 
 def _identity_lines(e: Explanation) -> Iterator[str]:
+    devices = [d.device for d in e.devices]
     identities = [story for story in e.positions if story.best_block is not None]
     if identities:
         yield "identities, each with the block that comes nearest to paying:"
     for story in identities:
-        yield field(f"  {story.name}", identity_line(story))
+        yield field(f"  {story.name}", identity_line(story, devices))
 
 
-def identity_line(story: PositionStory) -> str:
-    """Say why a position is identity."""
+def identity_line(story: PositionStory, devices: Sequence[str]) -> str:
+    """Say why a position is identity, with the latency of the best block on these devices."""
     assert story.best_block is not None
     verb = "lowers the loss by" if story.best_loss < 0 else "raises the loss by"
+    took = [format_ms(latency_ms) for latency_ms in story.best_latencies_ms]
+    if len(devices) > 1:
+        took = [f"{ms} on {device}" for ms, device in zip(took, devices, strict=True)]
     return (
         f"{short_name(story.best_block)} {verb} {abs(story.best_loss):.3f} nats and takes "
-        f"{format_ms(story.best_latency_ms)}: {story.reason}"
+        f"{' and '.join(took)}: {story.reason}"
     )
 
 

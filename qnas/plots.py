@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qnas.files import naming, write_bytes
 from qnas.watch import UNSETTLED
 
@@ -65,6 +63,7 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
     devices = document["devices"]
     figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6), layout="constrained")
@@ -100,9 +99,12 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
                 error = (point["heldout_low"], point["heldout_high"])
                 axes.plot([point["latency_ms"]] * 2, error, color="C0", lw=0.6, alpha=0.5)
         axes.set_xscale("log")
+        round_ms = (1, 2, 5) if ends[1] > 5 * ends[0] else range(1, 10)
+        axes.xaxis.set_major_locator(LogLocator(subs=tuple(round_ms)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xticks(np.unique(np.round(np.geomspace(*ends, 5), 2 - int(np.log10(ends[0])))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        if ranked:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_title(front["device"])
         axes.set_xlabel("latency, ms")
     figure.axes[0].set_ylabel("accuracy on held-out images" if ranked else "score")

@@ -33,6 +33,7 @@ class Progress:
         )
         self._start = self._last_line
         self._done = 0
+        self._said: tuple[str, int] | None = None  # where the last line was
         self._total = total
 
     def phase(self, name: str) -> None:
@@ -69,7 +70,7 @@ class Progress:
         if self._quiet:
             return
         now = time.monotonic()
-        self._last_line = now
+        self._last_line, self._said = now, (self._phase, self._done)
         left = (now - self._start) / max(1, self._done) * (self._total - self._done)
         share = self._done / max(1, self._total)
         parts = [f"{self._phase}: {share:4.0%}", f"{left:.0f} s left", self._figures]
@@ -82,5 +83,5 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if not self._terminal and error is None:
+        if not self._terminal and error is None and self._said != (self._phase, self._done):
             self._line()

@@ -368,7 +368,7 @@ class Searcher:
         state.step += 1
         if searching and (state.step - self.warmup_steps) % config.arch_every == 0:
             assert self._arch_batches is not None
-            figures["arch_loss"] = self._arch_step(*next(self._arch_batches))
+            figures["arch_loss"], figures["arch_accuracy"] = self._arch_step(*next(self._arch_batches))
             check_finite(figures["arch_loss"], state.step)
             state.arch_step += 1
             figures |= self.describe_budget() | self.describe_probabilities()
@@ -392,7 +392,10 @@ class Searcher:
     def summary(self, row: Mapping[str, float]) -> str:
         """Put a step's figures into a few words."""
         if "expected_ms" in row:
-            return f"loss {row['loss']:.3f}, expected {row['expected_ms']:.2f} of {self.limit_ms:.2f} ms"
+            return (
+                f"loss {row['loss']:.3f}, held-out {row['arch_accuracy']:.1%}, expected "
+                f"{row['expected_ms']:.2f} of {self.limit_ms:.2f} ms"
+            )
         return f"loss {row['loss']:.3f}" if self.is_warming_up else ""
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
@@ -416,14 +419,16 @@ class Searcher:
         state.schedule.step()
         return float(loss)
 
-    def _arch_step(self, images: Tensor, labels: Tensor) -> float:
+    def _arch_step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Move the architecture parameters; return the loss of the task and the share that is right."""
         state, supernet, config = self.state, self.state.supernet.train(), self.config
         draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
         step = draw(supernet, self.temperature, state.generator)
         for weight in self._weights:  # no gradients of weights: they are most of a backward pass
             weight.requires_grad_(False)
         with self.acceleration.autocast_unscaled():
-            task_loss = F.cross_entropy(supernet(images, step.routes), labels)
+            said = supernet(images, step.routes)
+            task_loss = F.cross_entropy(said, labels)
         # of several limits the one that is furthest exceeded presses, as if it were the device's
         ratio = largest_ratio(step.expected(self.limit_tensors), self.limit_tensors.limit)
         (pull,) = torch.autograd.grad(ratio, supernet.alpha, retain_graph=True)
@@ -431,8 +436,8 @@ class Searcher:
         loss = penalised(config.latency_loss, task_loss, ratio * self.limit_ms, self.limit_ms, strength)
         (supernet.alpha.grad,) = torch.autograd.grad(loss, supernet.alpha)
         self.world.average([supernet.alpha.grad])  # the latency's part is the same in all processes
-        task_loss = task_loss.detach()
-        self.world.average([task_loss])
+        task_loss, right = task_loss.detach(), (said.detach().argmax(1) == labels).float().mean()
+        self.world.average([task_loss, right])
         task_norm = float((supernet.alpha.grad - strength * pull).norm())
         state.arch_optimizer.param_groups[0]["lr"] = self.arch_learning_rate
         state.arch_optimizer.step()
@@ -445,7 +450,7 @@ class Searcher:
             )
             if self.is_settling and config.latency_loss == "multiplier":
                 self._settle()
-        return float(task_loss)
+        return float(task_loss), float(right)
 
     def _settle(self) -> None:
         supernet, temperature = self.state.supernet, self.temperature

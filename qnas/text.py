@@ -1,6 +1,7 @@
 """What the commands print: plain text of at most 80 columns, and the same facts as JSON values."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,10 +48,8 @@ def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
 
 def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
     """Draw a network as a tree of stages and blocks with MACs and parameters."""
-    lines = [
-        f"{space.name}: {format_count(count_macs(blocks))} MACs, "
-        f"{format_count(count_params(blocks))} parameters, {space.input.resolution_px} px"
-    ]
+    counts = f"{format_count(count_macs(blocks))} MACs, {format_count(count_params(blocks))} parameters"
+    lines = [wrapped(f"{space.name}: {counts}, {space.input.resolution_px} px")]
     stage = ""
     width = max(20, *(len(_block_title(block)) for block in blocks if block.layers))
     for block in (b for b in blocks if b.layers):
@@ -142,9 +141,9 @@ def describe_space(space: SearchSpace) -> str:
     """Draw a searchable space: its stages, their candidates and the range of its counts."""
     facts = space_facts(space)
     params, macs = facts["params"], facts["macs"]
+    networks = f"{facts['networks']:.3g} networks of {len(space.positions)} positions"
     lines = [
-        f"{space.name}: {facts['networks']:.3g} networks of {len(space.positions)} positions, "
-        f"{space.input.resolution_px} px",
+        wrapped(f"{space.name}: {networks}, {space.input.resolution_px} px"),
         f"  MACs        {format_count(macs['min'])} to {format_count(macs['max'])}",
         f"  parameters  {format_count(params['min'])} to {format_count(params['max'])}",
         f"  stem: {space.stem.kernel}x{space.stem.kernel} stride {space.stem.stride}, "
@@ -165,8 +164,7 @@ def describe_space(space: SearchSpace) -> str:
 def _fill_names(names: Iterable[str]) -> str:
     """Write names in indented lines, none of them broken."""
     whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
-    lines = fill_text(whole, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
+    return wrapped(whole, "    ", "    ")
 
 
 def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -201,8 +199,8 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
         lines += ["", f"{p.device}: the dearest layers"]
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
-            line = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x {layer.what}"
-            lines.append(f"{line}  ({layer.kind})")
+            begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
+            lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * len(begin)))
         if p.note:
             lines.append(field("  note", p.note))
     return "\n".join(lines)
@@ -279,15 +277,14 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
-        lines.append(
-            f"{space.name} {where}within {limit.describe(limit.budget)}: networks {verb} {least} to {most}"
-        )
+        asked = f"{space.name} {where}within {limit.describe(limit.budget)}"
+        lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             lines.append(_does_not_bind(limit))
         if limit.table and limit.table.margin:
+            most_ms = limit.describe(limit.limit)
             lines.append(
-                f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to "
-                f"{limit.describe(limit.limit)}"
+                wrapped(f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to {most_ms}")
             )
     return "\n".join(lines)
 
@@ -323,14 +320,28 @@ def _does_not_bind(limit: Limit) -> str:
 
 def field(name: str, text: str) -> str:
     """Write a named line of a result, wrapped at 80 columns."""
+    return wrapped(text, f"{name:<12}", " " * 12)
+
+
+def wrapped(text: str, first: str = "", further: str = "  ", width: int = 80) -> str:
+    """Wrap text, with indents; paths and addresses stay whole, so that they can be copied.
+
+    A number and its unit stay together too.
+    """
     return fill_text(
-        text,
-        80,
-        initial_indent=f"{name:<12}",
-        subsequent_indent=" " * 12,
+        re.sub(r"(?<=\d) (?=(ms|s|px)\b)", "\N{NO-BREAK SPACE}", text),
+        width,
+        initial_indent=first,
+        subsequent_indent=further,
         break_long_words=False,
         break_on_hyphens=False,
-    )
+    ).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def next_command(command: str) -> str:
+    """Say what to type next; where that is longer than 80 columns, in lines that a shell joins."""
+    lines = wrapped(command, "next        ", " " * 14, width=78).split("\n")
+    return " \\\n".join(lines)
 
 
 def files_in(folder: Path) -> str:

@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from measured_networks import write_networks
 from pickled_forests import predictor_files, write_zip
 from PIL import Image
 from safetensors.numpy import load_file
 
 from qnas import cli
 from qnas.latency.device import device_names, load_device
-from qnas.latency.kernels import Kernel
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
 
@@ -798,20 +798,7 @@ def test_a_file_of_a_space_is_predicted_as_its_architecture_on_every_device(
 def test_predictions_are_compared_with_measured_networks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # networks of one operator, whose latency is the prediction times 1, 1.08 and 1.2
-    device = load_device("vpu")
-    kernel = Kernel("add", 28, 64, 64)
-    true = device.network_ms + device.kernel_ms(kernel)
-    np.savez(
-        tmp_path / "networks.npz",
-        devices=np.array(["myriad-vpu"]),
-        latency_ms=true / np.array([[1.0], [1.08], [1.2], [np.nan]]),
-        family=np.array(["a", "a", "b", "b"]),
-        op_names=np.array(["add"]),
-        ops=np.array([[0, 28, 64, 28, 64, 1, 1, 0]]),
-        indptr=np.arange(5),
-        indices=np.zeros(4, dtype=np.int64),
-    )
+    write_networks(tmp_path / "networks.npz", "vpu", (1.0, 1.08, 1.2, np.nan), "aabb")
     assert qnas("eval-latency", "networks.npz", "--device", "vpu", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device"] == "myriad-vpu"

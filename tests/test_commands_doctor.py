@@ -28,6 +28,9 @@ def test_every_line_says_what_was_found_and_what_is_missing_what_to_do() -> None
     assert found["onnxruntime"]["state"] == "ok"
     assert found["nn-Meter"]["state"] == "missing"
     assert "qnas predictors import" in found["nn-Meter"]["advice"]
+    assert {"openvino", "tensorboard", "timm", "GPU", "own devices"} <= found.keys()
+    for finding in found.values():
+        assert finding["advice"] or finding["state"] not in ("missing", "broken"), finding
     text = CliRunner().invoke(app, ["doctor"]).stdout
     for topic, finding in found.items():
         assert topic in text
@@ -78,3 +81,12 @@ def test_a_package_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(importlib.metadata, "version", without)
     assert findings()["openvino"]["advice"] == "pip install openvino"
+
+
+def test_devices_that_were_measured_here_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "qnas profile" in next(f for f in doctor._latency_sources() if f.topic == "own devices").advice
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "devices" / "board.json").touch()
+    (own,) = (f for f in doctor._latency_sources() if f.topic == "own devices")
+    assert (own.state, own.found, own.advice) == ("ok", "devices/board.json", "")

@@ -35,11 +35,12 @@ def folders(tiny_space: SearchSpace, tmp_path: Path) -> list[Path]:
 def test_explain_says_and_counts_the_same(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     e = explain(make_record(folders[0], _space(folders[0]), share=0.3))
     assert qnas("explain", folders[0]) == 0
-    assert f"{e.price:.3g} nats a millisecond" in capsys.readouterr().out
+    (d,) = e.devices
+    assert f"{d.price:.3g} nats a millisecond" in capsys.readouterr().out
     assert qnas("explain", folders[0], "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["price"] == e.price
-    assert facts["curve"] == json.loads(json.dumps(e.facts()["curve"]))
+    assert facts == {"run": str(folders[0]), **json.loads(json.dumps(e.facts()))}
+    assert facts["devices"][0]["price"] == d.price
 
 
 def _space(folder: Path) -> SearchSpace:

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from measured_networks import fill_in
 
 from qnas.commands.own_device import calibrate, fit_latency, sample
 from qnas.errors import CheckpointError, TableError, UsageError
 from qnas.latency.device import load_device
 from qnas.latency.measured import Measured, read_measured, write_measured
-from qnas.latency.table import load_table
 from qnas.sampling import CSV_FILE
 from qnas.space import load_space
 
@@ -23,13 +22,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sample's folder with times: those of the VPU's model, and a percent of noise."""
     monkeypatch.chdir(tmp_path)
     sample(SPACE, 40, "cpu", "arch", Path("board"), seed=0, force=False, quiet=True)
-    space, rng = load_space(SPACE), np.random.default_rng(0)
-    table = load_table(load_device("vpu"), space)
-    rows = [
-        Measured(row.name, row.arch, table.latency_ms(row.arch.indices(space)) * rng.normal(1, 0.01))
-        for row in read_measured(Path("board") / CSV_FILE, space)
-    ]
-    write_measured(Path("board") / CSV_FILE, rows)
+    fill_in(Path("board"), "vpu")
     return Path("board")
 
 

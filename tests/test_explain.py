@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,130 +9,155 @@ import pytest
 from finished_runs import make_record
 
 from qnas.derive import block_labels
-from qnas.explain import CurvePoint, Explanation, explain, price_at, round_step
+from qnas.explain import CurvePoint, Explanation, OnDevice, explain, price_at, round_step
 from qnas.findings import describe_explanation
+from qnas.limits import Limit
 from qnas.record import Record
 from qnas.space import SearchSpace, load_space
 
 SEEDS = range(6)
 
 
-def every_network(record: Record) -> list[tuple[float, float]]:
-    """Latency and loss of every network of the space that is within all limits but the first."""
-    limit, scores = record.limits[0], record.searched.scores
+def every_network(record: Record, at: int = 0) -> list[tuple[float, float]]:
+    """Latency and loss of every network of the space that is within all limits but one."""
+    limit, scores = record.limits[at], record.searched.scores
+    others = (*record.limits[:at], *record.limits[at + 1 :])
     found = []
     for network in itertools.product(*(range(len(p.candidates)) for p in record.space.positions)):
-        if all(other.amount(network) <= other.limit for other in record.limits[1:]):
+        if all(other.amount(network) <= other.limit for other in others):
             loss = -sum(row[i] for row, i in zip(scores, network, strict=True))
             found.append((limit.amount(network), loss))
     return found
 
 
-def least_loss(record: Record, latency_ms: float) -> float:
-    return min(loss for ms, loss in every_network(record) if ms <= latency_ms)
+def least_loss(record: Record, latency_ms: float, at: int = 0) -> float:
+    return min(loss for ms, loss in every_network(record, at) if ms <= latency_ms)
+
+
+def on_devices(record: Record) -> Iterator[tuple[int, Limit, OnDevice]]:
+    """Yield what is explained of each device, with its limit's number."""
+    found = explain(record).devices
+    limits = [limit for limit in record.limits if limit.table is not None]
+    assert [d.device for d in found] == [limit.name for limit in limits]
+    yield from zip(itertools.count(), limits, found, strict=False)
 
 
 @pytest.fixture(params=SEEDS)
 def record(request: pytest.FixtureRequest, tiny_space: SearchSpace, tmp_path: Path) -> Record:
     share = np.random.default_rng(request.param).uniform(0.1, 0.9)
     most = 4600 if request.param % 3 == 2 else None
-    return make_record(tmp_path, tiny_space, seed=request.param, share=float(share), max_params=most)
+    devices = ("vpu", "cpu") if request.param % 2 else ("vpu",)
+    return make_record(
+        tmp_path, tiny_space, seed=request.param, share=float(share), max_params=most, devices=devices
+    )
 
 
 def test_the_curve_is_the_least_loss_of_every_budget(record: Record) -> None:
-    limit, curve = record.limits[0], explain(record).curve
-    own = least_loss(record, limit.limit)
-    assert [p.latency_ms for p in curve] == sorted(p.latency_ms for p in curve)
-    assert curve[0].latency_ms == pytest.approx(min(ms for ms, _ in every_network(record)))
-    for point in curve:
-        assert point.latency_ms == limit.amount(point.indices)
-        assert point.latency_ms <= point.budget_ms
-        for at in (point.latency_ms, point.budget_ms):
-            assert point.loss == pytest.approx(least_loss(record, at) - own, abs=1e-9)
+    for at, limit, d in on_devices(record):
+        own, curve = least_loss(record, limit.limit, at), d.curve
+        assert [p.latency_ms for p in curve] == sorted(p.latency_ms for p in curve)
+        assert curve[0].latency_ms == pytest.approx(min(ms for ms, _ in every_network(record, at)))
+        for point in curve:
+            assert point.latency_ms == limit.amount(point.indices)
+            assert point.latency_ms <= point.budget_ms
+            for budget_ms in (point.latency_ms, point.budget_ms):
+                assert point.loss == pytest.approx(least_loss(record, budget_ms, at) - own, abs=1e-9)
 
 
 def test_near_the_budget_no_network_of_the_curve_is_missed(record: Record) -> None:
-    limit, explanation = record.limits[0], explain(record)
-    low, high = (limit.limit + sign * explanation.step_ms for sign in (-1, 1))
-    staircase, best = [], np.inf
-    for ms, loss in sorted(every_network(record)):
-        if loss < best - 1e-12:
-            best = loss
-            staircase.append(ms)
-    near = [ms for ms in staircase if low <= ms <= high]
-    found = [point.latency_ms for point in explanation.curve]
-    for ms in near:
-        assert min(abs(ms - other) for other in found) < 1e-9
+    for at, limit, d in on_devices(record):
+        low, high = (limit.limit + sign * d.step_ms for sign in (-1, 1))
+        staircase, best = [], np.inf
+        for ms, loss in sorted(every_network(record, at)):
+            if loss < best - 1e-12:
+                best = loss
+                staircase.append(ms)
+        near = [ms for ms in staircase if low <= ms <= high]
+        found = [point.latency_ms for point in d.curve]
+        for ms in near:
+            assert min(abs(ms - other) for other in found) < 1e-9
 
 
 def test_more_and_less_latency_lead_to_the_best_networks_there(record: Record) -> None:
-    limit, e = record.limits[0], explain(record)
-    own = least_loss(record, limit.limit)
-    fastest = min(ms for ms, _ in every_network(record))
-    for exchange, sign in ((e.more, 1), (e.less, -1)):
-        at = limit.limit + sign * e.step_ms
-        if at < fastest:
-            assert exchange is None
-            assert not e.can_be_less
-        else:
-            loss = exchange.loss if exchange is not None else 0.0
-            assert loss == pytest.approx(least_loss(record, at) - own, abs=1e-9)
-            assert exchange is None or exchange.latency_ms <= at
-    better = [ms for ms, loss in every_network(record) if loss < own - 1e-12]
-    assert (e.next_better is None) == (not better)
-    if e.next_better is not None:
-        assert e.next_better.latency_ms == pytest.approx(min(better))
-    for exchange in (e.more, e.less, e.next_better):
-        if exchange is not None:
-            assert exchange.loss == pytest.approx(sum(change.loss for change in exchange.changes), abs=1e-9)
-            assert all(change.before != change.after for change in exchange.changes)
+    for at, limit, d in on_devices(record):
+        own = least_loss(record, limit.limit, at)
+        fastest = min(ms for ms, _ in every_network(record, at))
+        for exchange, sign in ((d.more, 1), (d.less, -1)):
+            most_ms = limit.limit + sign * d.step_ms
+            if most_ms < fastest:
+                assert exchange is None
+                assert not d.can_be_less
+            else:
+                loss = exchange.loss if exchange is not None else 0.0
+                assert loss == pytest.approx(least_loss(record, most_ms, at) - own, abs=1e-9)
+                assert exchange is None or exchange.latency_ms <= most_ms
+        better = [ms for ms, loss in every_network(record, at) if loss < own - 1e-12]
+        assert (d.next_better is None) == (not better)
+        if d.next_better is not None:
+            assert d.next_better.latency_ms == pytest.approx(min(better))
+        for exchange in (d.more, d.less, d.next_better):
+            if exchange is not None:
+                added = sum(change.loss for change in exchange.changes)
+                assert exchange.loss == pytest.approx(added, abs=1e-9)
+                assert all(change.before != change.after for change in exchange.changes)
 
 
 def test_blocks_add_up_to_the_network(record: Record) -> None:
-    e = explain(record)
-    total = sum(block.latency_ms for block in e.blocks)
-    assert total == pytest.approx(record.document["latency_ms"])
-    assert sum(block.share for block in e.blocks) == pytest.approx(1)
-    assert [block.choice for block in e.blocks if block.choice] == list(record.arch.choices)
-    assert [block.name for block in e.blocks][:3] == ["stem", "1.1", "1.2"]
+    for entry, (_, _, d) in zip(record.document["limits"], on_devices(record), strict=False):
+        assert sum(block.latency_ms for block in d.blocks) == pytest.approx(entry["amount"])
+        assert sum(block.share for block in d.blocks) == pytest.approx(1)
+        assert [block.choice for block in d.blocks if block.choice] == list(record.arch.choices)
+        assert [block.name for block in d.blocks][:3] == ["stem", "1.1", "1.2"]
 
 
 def test_flips_are_those_of_the_curve(record: Record) -> None:
-    e = explain(record)
-    for at, story in enumerate(e.positions):
-        names = record.space.positions[at].names
-        for point in e.curve:
-            held = [f.choice for f in story.flips if f.from_ms <= point.latency_ms * (1 + 1e-12)][-1]
-            assert held == names[point.indices[at]]
-        assert all(a.choice != b.choice for a, b in itertools.pairwise(story.flips))
+    for _, _, d in on_devices(record):
+        for at, flips in enumerate(d.flips):
+            names = record.space.positions[at].names
+            for point in d.curve:
+                held = [f.choice for f in flips if f.from_ms <= point.latency_ms * (1 + 1e-12)][-1]
+                assert held == names[point.indices[at]]
+            assert all(a.choice != b.choice for a, b in itertools.pairwise(flips))
 
 
 def test_the_reason_of_an_identity_holds(record: Record) -> None:
-    e, limit = explain(record), record.limits[0]
-    left_ms = limit.limit - limit.amount(record.indices)
+    e = explain(record)
+    devices = [limit for limit in record.limits if limit.table is not None]
     for at, story in enumerate(e.positions):
         if story.choice != "identity":
             assert (story.best_block, story.reason) == (None, "")
             continue
         nats = [-score for score in record.searched.scores[at]]
-        values = [-n - e.price * ms for n, ms in zip(nats, limit.cells[at], strict=True)]
         names = record.space.positions[at].names
+        worth = [
+            sum(d.price * limit.cells[at][j] for d, limit in zip(e.devices, devices, strict=True))
+            for j in range(len(names))
+        ]
+        values = [-n - ms for n, ms in zip(nats, worth, strict=True)]
         assert story.best_block is not None
         best = names.index(story.best_block)
         assert values[best] == max(values[j] for j in range(len(names)) if names[j] != "identity")
+        assert story.best_latencies_ms == tuple(limit.cells[at][best] for limit in devices)
+        lacks = [
+            limit
+            for limit in record.limits
+            if limit.cells[at][best] > limit.limit - limit.amount(record.indices)
+        ]
         if "no block lowers" in story.reason:
             assert nats[best] >= 0
         elif "too dear" in story.reason:
             assert values[best] < 0 < -nats[best]
         elif "are left" in story.reason:
             assert values[best] >= 0
-            assert story.best_latency_ms > left_ms
-            # by brute force: nothing within the limit is better
+            assert lacks
+            for limit in lacks:
+                assert (limit.name if limit.table is not None else limit.unit) in story.reason
+            # by brute force: nothing within the limits is better
             own = -sum(row[i] for row, i in zip(record.searched.scores, record.indices, strict=True))
-            assert own == pytest.approx(least_loss(record, limit.limit))
+            assert own == pytest.approx(least_loss(record, record.limits[0].limit))
         else:
             assert values[best] >= 0
-            assert story.best_latency_ms <= left_ms
+            assert not lacks
 
 
 def point(latency_ms: float, loss: float) -> CurvePoint:
@@ -157,16 +183,24 @@ def explained(space: SearchSpace, folder: Path, **options: Any) -> Explanation:
 
 
 def test_it_is_said_in_words_within_80_columns(tmp_path: Path) -> None:
-    space = load_space("quadranet-mobile")
-    asked: list[dict[str, Any]] = [{"share": 0.2}, {"share": 0.2, "rank": 9}, {"effects": False}]
+    two = ("vpu", "adreno-630")
+    asked: list[dict[str, Any]] = [
+        {"share": 0.2},
+        {"share": 0.2, "rank": 9, "devices": two},
+        {"effects": False},
+        {"share": 0.45, "devices": ("cpu",), "name": "quadranet-small"},  # latencies of many digits
+    ]
     for number, options in enumerate(asked):
+        space = load_space(options.pop("name", "quadranet-mobile"))
         e = explained(space, tmp_path / str(number), **options)
         shown = describe_explanation(e)
         assert max(map(len, shown.splitlines())) <= 80
         for story in e.positions:
             assert f"{story.name} " in shown
         said = " ".join(shown.split())
-        assert f"{e.price:.3g} nats a millisecond" in said
+        for d in e.devices:
+            assert f"{d.device}, within " in said
+            assert f"{d.price:.3g} nats a millisecond" in said
         assert ("90% of what networks differ by" in said) == e.measured
         differs = any(story.solved != story.choice for story in e.positions)
         assert ("held-out images chose another network" in said) == differs
@@ -189,14 +223,16 @@ def test_a_network_that_images_chose_is_compared_with_the_one_of_least_loss(
 
 def test_a_budget_that_does_not_bind_has_no_price(tiny_space: SearchSpace, tmp_path: Path) -> None:
     e = explained(tiny_space, tmp_path, share=2.0)
-    assert (e.price, e.more, e.next_better) == (0.0, None, None)
-    assert "no network of the space has less loss" in describe_explanation(e)
+    (d,) = e.devices
+    assert (d.price, d.more, d.next_better) == (0.0, None, None)
+    assert "no slower network has less loss" in describe_explanation(e)
 
 
 def test_the_margin_of_a_device_is_kept_at_other_budgets(tiny_space: SearchSpace, tmp_path: Path) -> None:
     record = make_record(tmp_path, tiny_space)
     first = record.limits[0]
-    kept = explain(replace(record, limits=(replace(first, budget=1.25 * first.budget),)))
-    plain = explain(record)
+    (kept,) = explain(replace(record, limits=(replace(first, budget=1.25 * first.budget),))).devices
+    (plain,) = explain(record).devices
+    assert kept.price == plain.price
     assert [p.latency_ms for p in kept.curve] == [p.latency_ms for p in plain.curve]
     assert [p.budget_ms for p in kept.curve] == pytest.approx([1.25 * p.budget_ms for p in plain.curve])

@@ -39,6 +39,7 @@ def test_a_log_gets_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch:
     lines = said.splitlines()
     assert lines[0].startswith("search:  50%, ")
     assert lines[-1].startswith("search: 100%, 0 s left, loss 2.0")
+    assert len(lines) == 2  # the end is said once
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

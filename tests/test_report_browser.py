@@ -117,6 +117,24 @@ def test_charts_text_is_large_enough_to_read(page: Page, whole: Path, width: int
     assert min(height for height in heights if height < rotated) >= 9
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_written_over_something_else(page: Page, folder: Path, width: int) -> None:
+    """Texts of a chart lie apart, and what stands in a table's or a heat map's column stays in it."""
+    page.open(folder / run.REPORT, width=width, dark=False)
+    over = page.value(
+        "[...document.querySelectorAll('.chart svg')].flatMap(svg => {"
+        "const all = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);"
+        "return all.flatMap(([a, p], i) => all.slice(i + 1).filter(([b, q]) => p.left < q.right - 1 && "
+        "q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b]) => `${a}, ${b}`))})"
+    )
+    assert over == []
+    spilled = page.value(
+        "[...document.querySelectorAll('.heat div, .block > span, .tiles div, td, th')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 200))"
+    )
+    assert spilled == []
+
+
 def test_it_prints_with_what_is_folded_away(page: Page, whole: Path, tmp_path: Path) -> None:
     page.open(whole / run.REPORT, width=820, dark=True)
     tables = "[...document.querySelectorAll('details table')]"
@@ -125,6 +143,8 @@ def test_it_prints_with_what_is_folded_away(page: Page, whole: Path, tmp_path: P
     page.call("Emulation.setEmulatedMedia", media="print")
     assert page.value(seen) == page.value(f"{tables}.length") >= 2
     assert page.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    # dark ink on white paper, whatever the scheme
+    assert luminance(page.value("getComputedStyle(document.documentElement).getPropertyValue('--ink')")) < 0.1
     assert page.pdf().startswith(b"%PDF")
 
 

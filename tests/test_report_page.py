@@ -21,6 +21,7 @@ from qnas.errors import ArchError, CheckpointError
 from qnas.explain import explain
 from qnas.predictions import read_predictions
 from qnas.record import read_record
+from qnas.report import training
 from qnas.report.figures import FORMS
 from qnas.report.page import build_page, close_with_report, write_report
 from qnas.report.searching import command_line
@@ -122,7 +123,9 @@ def test_every_number_is_that_of_the_runs_files(whole: Path) -> None:
         "result.test_accuracy",
         "config.data_digest",
         "arch.space_digest",
-        "arch.table_digest",
+        *(f"config.limits.{i}.table_digest" for i in range(2)),
+        "result.top1.low",
+        "result.top1.high",
         "config.versions.torch",
         *(f"search.ranking.{i}.heldout_accuracy" for i in range(len(documents["search"]["ranking"]))),
     } <= shown
@@ -182,8 +185,10 @@ def test_probabilities_of_every_position_and_the_explanation_are_there(whole: Pa
     text = (whole / run.REPORT).read_text()
     assert re.findall(r"probabilities of position ([\d.]+)", text) == ["1.1", "1.2", "2.1", "2.2"]
     e = explain(read_record(whole))
-    assert f"{e.price:.3g} nats a millisecond" in text
-    for title in ("Expected amount against its limit", "Multiplier", "Losses", "How undecided"):
+    for d in e.devices:
+        assert f"What latency is worth on {d.device}" in text
+        assert f"{d.price:.3g} nats a millisecond" in text
+    for title in ("Expected amount against its limit", "Multiplier", "Losses", "Accuracy", "How undecided"):
         assert f'aria-label="{title}' in text
     layers = documents_of(whole)["search"]["layers"]
     assert set(layers) == {"myriad-vpu", "cortex-a76"}
@@ -270,6 +275,22 @@ def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> No
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == config
     assert (tmp_path / "again" / "arch.json").read_bytes() == (whole / "arch.json").read_bytes()
+
+
+def test_the_command_asks_for_the_same_training(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    config = json.loads(Path("subnet/config.json").read_text())
+    words = training.command_line(config, of_run=True).split(" ")
+    qnas(*words[1:], "-q")
+    assert json.loads(Path("again/config.json").read_text()) == config
+    result = Path("subnet/result.json").read_bytes()
+    assert Path("again/result.json").read_bytes() == result
+    text = (tmp_path / "run" / run.REPORT).read_text()
+    for command in (training.command_line(config, of_run=True), command_line(run.read_config(whole))):
+        assert f"<pre>{command.replace(' --', chr(32) + chr(92) + chr(10) + '  --')}</pre>" in text
 
 
 def test_every_field_of_the_metrics_is_documented(whole: Path) -> None:

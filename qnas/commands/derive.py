@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     AskedLimits,
     Budgets,
@@ -35,7 +36,10 @@ def derive(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False
+            metavar="[RUN]",
+            help="A finished search. Default: the latest run.",
+            autocompletion=completion.runs,
+            show_default=False,
         ),
     ] = None,
     latency: Latency = "device",
@@ -77,6 +81,7 @@ def derive(
         field,
         files_in,
         latency_lines,
+        next_command,
         size_line,
     )
 
@@ -138,7 +143,7 @@ def derive(
         field("searched", f"for {describe_budgets(found.document['limits'])}"),
         *([field("warning", warning)] if warning else []),
         field("files", files_in(folder)),
-        f"next        qnas train-subnet {folder}",
+        next_command(f"qnas train-subnet {folder}"),
     ]
     typer.echo("\n".join(lines))
 

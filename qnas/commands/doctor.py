@@ -3,10 +3,10 @@
 import importlib.metadata
 import os
 import platform
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -14,11 +14,14 @@ import typer
 from qnas.commands.options import Json, print_json, versions
 
 State = Literal["ok", "off", "missing", "broken"]
-# what a command needs that a plain install may lack
-_RUNTIMES = {
-    "onnxruntime": "checking and timing of ONNX files",
-    "openvino": "qnas profile --runtime openvino, qnas export --format openvino",
+# what some commands need, and how it is installed; all but the first may be missing from a plain install
+_PACKAGES = {
+    "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
+    "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
+    "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
+    "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
 }
+OWN_DEVICES = Path("devices")  # where qnas profile writes
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,20 @@ def doctor(as_json: Json = False) -> None:
 
     Example: qnas doctor
     """
+    from qnas.text import wrapped
+
     findings = list(examine())
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         width = 8 + max(len(finding.topic) for finding in findings) + 2
         for finding in findings:
-            typer.echo(_wrap(finding.found, f"{finding.state:8}{finding.topic}".ljust(width)))
+            begin = f"{finding.state:8}{finding.topic}".ljust(width)
+            typer.echo(wrapped(finding.found, begin, " " * width))
             if finding.advice:
-                typer.echo(_wrap(f"-> {finding.advice}", " " * width))
+                typer.echo(wrapped(f"-> {finding.advice}", " " * width, " " * width))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
-
-
-def _wrap(text: str, first: str) -> str:
-    # paths and addresses stay whole, so that they can be copied
-    return textwrap.fill(
-        text,
-        80,
-        initial_indent=first,
-        subsequent_indent=" " * len(first),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def examine() -> Iterator[Finding]:
@@ -70,7 +64,7 @@ def examine() -> Iterator[Finding]:
     yield from _machine()
     yield _cpu_kernels()
     yield _gpu()
-    yield from _runtimes()
+    yield from _packages()
     yield from _latency_sources()
 
 
@@ -144,7 +138,12 @@ def _gpu() -> Finding:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        advice = "" if built else "for a GPU install a torch that is built for it"
+        # commands do without one: searching and training take longer
+        advice = "where this machine has one: " + (
+            f"see that nvidia-smi lists it, with a driver for CUDA {built} or newer"
+            if built
+            else "install a torch that is built for it (pytorch.org, Get started)"
+        )
         return Finding(
             "GPU", "missing", f"none that torch can use (torch is built for {built or 'CPUs'})", advice
         )
@@ -154,12 +153,12 @@ def _gpu() -> Finding:
     return Finding("GPU", "ok", f"{names}, with Triton kernels")
 
 
-def _runtimes() -> Iterator[Finding]:
-    for name, use in _RUNTIMES.items():
+def _packages() -> Iterator[Finding]:
+    for name, (use, wanted) in _PACKAGES.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "missing", f"not installed: no {use}", f"pip install {name}")
+            yield Finding(name, "missing", f"not installed: no {use}", f"pip install {wanted}")
         else:
             yield Finding(name, "ok", version)
 
@@ -170,6 +169,13 @@ def _latency_sources() -> Iterator[Finding]:
 
     names = [" = ".join((name, *aliases)) for name, aliases in device_names().items()]
     yield Finding("devices", "ok", ", ".join(names))
+    own = sorted(map(str, OWN_DEVICES.glob("*.json")))
+    yield Finding(
+        "own devices",
+        "ok" if own else "missing",
+        ", ".join(own) if own else f"none in {OWN_DEVICES}/",
+        "" if own else "to measure this machine: qnas profile --space quadranet-small",
+    )
     imported = [predictors.device for predictors in list_predictors()]
     missing = sorted(PUBLISHED.keys() - set(imported))
     yield Finding(

@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Latency, Space, find_network, print_json
 from qnas.errors import CheckpointError
 
 
 def describe(
     target: Annotated[
-        str, typer.Argument(metavar="SPACE|ARCH", help="A space, a run's folder or an arch.json.")
+        str,
+        typer.Argument(
+            metavar="SPACE|ARCH",
+            help="A space, a run's folder or an arch.json.",
+            autocompletion=completion.networks,
+        ),
     ],
     space: Space = None,
     as_json: Json = False,
@@ -46,10 +52,17 @@ def predict(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="ARCH|ONNX|SPACE", help="A run's folder, an arch.json, an ONNX file or a fixed space."
+            metavar="ARCH|ONNX|SPACE",
+            help="A run's folder, an arch.json, an ONNX file or a fixed space.",
+            autocompletion=completion.networks,
         ),
     ],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path, or all.")] = "all",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="A device by name, alias or path, or all.", autocompletion=completion.devices_or_all
+        ),
+    ] = "all",
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
@@ -66,7 +79,7 @@ def predict(
     from qnas.latency.device import device_names, load_device
     from qnas.latency.onnx_graph import read_onnx
     from qnas.latency.prediction import can_predict, check_source, predict_arch, predict_file
-    from qnas.text import describe_predictions
+    from qnas.text import describe_predictions, wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -85,7 +98,7 @@ def predict(
     if as_json:
         print_json([prediction.facts(DEAREST) for prediction in predictions])
         return
-    typer.echo(f"{title}, one image")
+    typer.echo(wrapped(f"{title}, one image"))
     typer.echo(describe_predictions(predictions, DEAREST))
 
 
@@ -135,7 +148,9 @@ def eval_latency(
     file: Annotated[
         Path, typer.Argument(help="Measured networks, in the format of edge_models.npz (README).")
     ],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path.")],
+    device: Annotated[
+        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
+    ],
     as_json: Json = False,
 ) -> None:
     """Compare a device's predictions with measured networks, by family and in all.
@@ -144,7 +159,7 @@ def eval_latency(
     """
     from qnas.latency.device import load_device
     from qnas.latency.networks import evaluate_networks, read_networks
-    from qnas.text import describe_figures, figures_facts
+    from qnas.text import describe_figures, figures_facts, wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -152,13 +167,15 @@ def eval_latency(
         families = {name: figures_facts(f) for name, f in figures.items() if name != "all"}
         print_json({"device": known.name, "all": figures_facts(figures["all"]), "families": families})
         return
-    typer.echo(f"{known.name}: predictions against {figures['all'].n} measured networks")
+    typer.echo(wrapped(f"{known.name}: predictions against {figures['all'].n} measured networks"))
     typer.echo(describe_figures(figures))
 
 
 def table(
-    space: Annotated[str, typer.Argument(help="A space by name or path.")],
-    device: Annotated[str, typer.Option(help="A device by name, alias or path.")],
+    space: Annotated[str, typer.Argument(help="A space by name or path.", autocompletion=completion.spaces)],
+    device: Annotated[
+        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
+    ],
     out: Annotated[Path | None, typer.Option(help="A file. Default: print it.", show_default=False)] = None,
     force: Force = False,
 ) -> None:

@@ -5,11 +5,17 @@ from typing import Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Json, print_json, strong
 
 Run = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False),
+    typer.Argument(
+        metavar="[RUN]",
+        help="A finished search. Default: the latest run.",
+        autocompletion=completion.runs,
+        show_default=False,
+    ),
 ]
 
 
@@ -35,34 +41,48 @@ def explain(source: Run = None, as_json: Json = False) -> None:
         typer.echo(describe_explanation(explanation))
 
 
-def report(source: Run = None) -> None:
+def report(source: Run = None, as_json: Json = False) -> None:
     """Write a run's page, report.html, again: what search and train-subnet write at their end.
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """
     from qnas import run
     from qnas.report.page import write_report
+    from qnas.text import field
 
-    typer.echo(f"file        {write_report(source or run.latest_run())}")
+    path = write_report(source or run.latest_run())
+    if as_json:
+        print_json({"file": str(path)})
+    else:
+        typer.echo(field("file", str(path)))
 
 
-def tensorboard(source: Run = None) -> None:
+def tensorboard(source: Run = None, as_json: Json = False) -> None:
     """Write a run's metrics as event files for TensorBoard, also while it is at work.
 
     Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
     """
     from qnas import run
     from qnas.events import write_events
-    from qnas.text import field
+    from qnas.text import field, next_command
 
     folder = write_events(source or run.latest_run())
-    typer.echo(field("files", f"{folder}/: {', '.join(sorted(log.name for log in folder.iterdir()))}"))
-    typer.echo(f"next        tensorboard --logdir {folder}")
+    logs = sorted(log.name for log in folder.iterdir())
+    if as_json:
+        print_json({"folder": str(folder), "logs": logs})
+        return
+    typer.echo(field("files", f"{folder}/: {', '.join(logs)}"))
+    typer.echo(next_command(f"tensorboard --logdir {folder}"))
 
 
 def compare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Runs' folders or arch.json files, 2 to 26.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN...",
+            help="Runs' folders or arch.json files, 2 to 26.",
+            autocompletion=completion.runs,
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnas import __version__
+from qnas.commands import completion
 from qnas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,11 @@ MaxBroken = Annotated[
 ]
 Space = Annotated[
     str | None,
-    typer.Option(help="A shipped space by name, or the path of your own YAML.", show_default=False),
+    typer.Option(
+        help="A shipped space by name, or the path of your own YAML.",
+        autocompletion=completion.spaces,
+        show_default=False,
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random. One seed, one result.")]
 Epochs = Annotated[int | None, typer.Option(min=1, show_default=False)]
@@ -53,11 +58,18 @@ Threads = Annotated[
     int | None, typer.Option(min=0, help="Of torch; 0 takes all cores.  [default: 1 for digits, else 0]")
 ]
 TorchDevice = Annotated[
-    str | None, typer.Option(help="Where to train: auto (a GPU if there is one), cpu, cuda.  [default: auto]")
+    str | None,
+    typer.Option(
+        help="Where to train: auto (a GPU if there is one), cpu, cuda.  [default: auto]",
+        autocompletion=completion.one_of("auto", "cpu", "cuda"),
+    ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16, fp16.  [default: auto]"),
+    typer.Option(
+        help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16, fp16.  [default: auto]",
+        autocompletion=completion.one_of("auto", "fp32", "bf16", "fp16"),
+    ),
 ]
 Compile = Annotated[
     bool | None,
@@ -76,6 +88,7 @@ Latency = Annotated[
     typer.Option(
         "--latency",
         help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.",
+        autocompletion=completion.one_of("device", "nn-meter"),
     ),
 ]
 
@@ -86,6 +99,7 @@ Devices = Annotated[
         "--device",
         help="A device by name or alias (qnas devices), or the path of your own device file. Several, each "
         "with its --budget in the same order, must all be met.",
+        autocompletion=completion.devices,
         show_default=False,
     ),
 ]

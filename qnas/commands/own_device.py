@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Seed, Space, check_device_name, print_json
 from qnas.errors import CheckpointError, UsageError
 
@@ -30,13 +31,27 @@ FORMATS = ("onnx", "arch")
 
 
 def sample(
-    space: Annotated[str, typer.Option(help="A shipped space by name, or the path of your own YAML.")],
+    space: Annotated[
+        str,
+        typer.Option(
+            help="A shipped space by name, or the path of your own YAML.", autocompletion=completion.spaces
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="How many networks.")] = 100,
     device: Annotated[
-        str, typer.Option(help="A device, whose latencies say which networks are fast and slow.")
+        str,
+        typer.Option(
+            help="A device, whose latencies say which networks are fast and slow.",
+            autocompletion=completion.devices,
+        ),
     ] = "cpu",
     file_format: Annotated[
-        str, typer.Option("--format", help="onnx: network files too. arch: the choices only.")
+        str,
+        typer.Option(
+            "--format",
+            help="onnx: network files too. arch: the choices only.",
+            autocompletion=completion.one_of(*FORMATS),
+        ),
     ] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="A folder. Default: samples/SPACE.", show_default=False)
@@ -56,7 +71,7 @@ def sample(
     from qnas.latency.table import load_table
     from qnas.sampling import choose_networks, write_sample
     from qnas.space import load_space
-    from qnas.text import field
+    from qnas.text import field, next_command
     from qnas.units import format_ms
 
     if file_format not in FORMATS:
@@ -76,7 +91,7 @@ def sample(
         field("networks", f"{n} of {found.name}, {spread}"),
         field("files", f"{folder}/: NAME.json{', NAME.onnx' if onnx else ''}, {path.name}"),
         field("fill in", f"latency_ms in {path}, each network by itself; on this machine: qnas measure"),
-        f"next        qnas fit-latency {path} --device-name NAME",
+        next_command(f"qnas fit-latency {path} --device-name NAME"),
     ]
     typer.echo("\n".join(lines))
 
@@ -87,9 +102,15 @@ def measure(
         typer.Argument(
             metavar="CSV|RUN",
             help="The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
+            autocompletion=completion.runs,
         ),
     ],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="onnxruntime or openvino.", autocompletion=completion.one_of("onnxruntime", "openvino")
+        ),
+    ] = "onnxruntime",
     threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
     repeats: Annotated[int, typer.Option(min=2, help="Visits of a network; noisy ones get more.")] = 50,
     space: Space = None,
@@ -105,7 +126,7 @@ def measure(
     """
     from qnas.arch import ARCH_FILE
     from qnas.measurement import measure_sample
-    from qnas.text import field
+    from qnas.text import field, next_command
 
     if (target / ARCH_FILE).is_file():
         _measure_exported(target, runtime, threads, repeats, as_json=as_json)
@@ -124,7 +145,7 @@ def measure(
         worst = done.timings[done.noisy[0]].spread
         names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
         lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
-    lines.append(f"next        qnas fit-latency {file} --device-name NAME")
+    lines.append(next_command(f"qnas fit-latency {file} --device-name NAME"))
     typer.echo("\n".join(lines))
 
 
@@ -169,7 +190,7 @@ def fit_latency(
     from qnas.files import write_text
     from qnas.latency.measured import measured_only, one_runtime, read_measured
     from qnas.latency.own_fit import fit_own, own_device
-    from qnas.text import field, figures_facts
+    from qnas.text import field, figures_facts, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -194,14 +215,19 @@ def fit_latency(
         field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
         field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
         field("file", str(path)),
-        f"next        qnas search --device {path} --space {found.name} --budget ...",
+        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
     typer.echo("\n".join(lines))
 
 
 def calibrate(
     csv: Times,
-    device: Annotated[str, typer.Option(help="The device to correct, by name, alias or path.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            help="The device to correct, by name, alias or path.", autocompletion=completion.devices
+        ),
+    ],
     device_name: DeviceName,
     level: Annotated[
         float, typer.Option(help="Share of networks that shall stay below prediction plus margin.")
@@ -226,7 +252,7 @@ def calibrate(
     from qnas.latency.device import load_device
     from qnas.latency.measured import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME, load_table
-    from qnas.text import field, figures_facts
+    from qnas.text import field, figures_facts, next_command
     from qnas.units import format_ms
 
     if not 0 < level < 1:
@@ -270,7 +296,7 @@ def calibrate(
         field("before", f"{_say(done.before)} of {done.before.n} networks not fitted to"),
         field("after", _say(done.after)),
         field("file", str(path)),
-        f"next        qnas search --device {path} --space {found.name} --budget ...",
+        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
     typer.echo("\n".join(lines))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Latency, Quiet, print_json
 from qnas.errors import CheckpointError, DataError, UsageError
 
@@ -20,7 +21,10 @@ def pareto(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]", help="A finished search. Default: the latest run.", show_default=False
+            metavar="[RUN]",
+            help="A finished search. Default: the latest run.",
+            autocompletion=completion.runs,
+            show_default=False,
         ),
     ] = None,
     device: Annotated[
@@ -28,6 +32,7 @@ def pareto(
         typer.Option(
             help="Devices, set apart by commas: names, aliases or paths of device files. Default: those "
             "that were searched for.",
+            autocompletion=completion.device_lists,
             show_default=False,
         ),
     ] = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Json, Quiet, print_json
 
 if TYPE_CHECKING:
@@ -14,13 +15,20 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="predictors",
     help="Import nn-Meter's published predictors, for --latency nn-meter.",
+    short_help="nn-Meter's published predictors: import, list, remove.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 _STEP_BYTES = 1 << 20  # of progress
 
-Device = Annotated[str, typer.Option(help="cpu, vpu, adreno-640 or adreno-630.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, vpu, adreno-640 or adreno-630.",
+        autocompletion=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
+    ),
+]
 
 
 @app.command("import")
@@ -57,9 +65,11 @@ def import_(
     if as_json:
         print_json(_facts(found))
         return
-    typer.echo(_line(found))
+    from qnas.text import wrapped
+
+    typer.echo(wrapped(_line(found)))
     if found.ignored:
-        typer.echo(f"not read: {', '.join(found.ignored)}")
+        typer.echo(wrapped(f"not read: {', '.join(found.ignored)}"))
     typer.echo(f"use them:  qnas search --device {device} --latency nn-meter ...")
 
 
@@ -70,26 +80,31 @@ def list_(as_json: Json = False) -> None:
     Example: qnas predictors list
     """
     from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
+    from qnas.text import wrapped
 
     known = list_predictors()
     if as_json:
         print_json([_facts(predictors) for predictors in known])
         return
     for predictors in known:
-        typer.echo(_line(predictors))
+        typer.echo(wrapped(_line(predictors)))
     for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
-        typer.echo(f"{device}: none; {download_hint(device)}")
+        typer.echo(wrapped(f"{device}: none; {download_hint(device)}"))
 
 
 @app.command()
-def remove(device: Device) -> None:
+def remove(device: Device, as_json: Json = False) -> None:
     """Delete the imported predictors of a device.
 
     Example: qnas predictors remove --device cpu
     """
     from qnas.latency.predictors import remove_predictors
 
-    typer.echo(f"removed {remove_predictors(device)}")
+    removed = remove_predictors(device)
+    if as_json:
+        print_json({"removed": str(removed)})
+    else:
+        typer.echo(f"removed {removed}")
 
 
 def _line(found: "Predictors") -> str:

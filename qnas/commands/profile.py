@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, check_device_name, print_json
 
 if TYPE_CHECKING:
@@ -15,13 +16,26 @@ _BIASED = 0.05  # from here on sums of blocks are to be corrected
 
 
 def profile(
-    space: Annotated[str, typer.Option(help="A space by name or path.")] = "quadranet-mobile",
-    runtime: Annotated[str, typer.Option(help="torch, onnxruntime or openvino.")] = "onnxruntime",
+    space: Annotated[
+        str, typer.Option(help="A space by name or path.", autocompletion=completion.spaces)
+    ] = "quadranet-mobile",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="torch, onnxruntime or openvino.",
+            autocompletion=completion.one_of("torch", "onnxruntime", "openvino"),
+        ),
+    ] = "onnxruntime",
     device_name: Annotated[
         str | None,
         typer.Option(help="Of the device file.  [default: local-RUNTIME]", show_default=False),
     ] = None,
-    target: Annotated[str, typer.Option(help="cpu, or cuda with runtime torch.")] = "cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu, or cuda with runtime torch.", autocompletion=completion.one_of("cpu", "cuda")
+        ),
+    ] = "cpu",
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Replay a CUDA graph instead of launching every kernel.")
     ] = False,
@@ -80,7 +94,7 @@ def profile(
 
 def _print_profile(measured: "Profile") -> None:
     from qnas.latency.timing import TOLERANCE
-    from qnas.text import field
+    from qnas.text import field, next_command
     from qnas.units import format_ms
 
     table, device = measured.table, measured.device
@@ -104,7 +118,6 @@ def _print_profile(measured: "Profile") -> None:
         field("noisy", f"spread above {TOLERANCE:.0%}: {noisy}{more}" if noisy else "nothing"),
         *(field("outlier" if i == 0 else "", text) for i, text in enumerate(measured.outliers)),
         field("files", f"{measured.device_file}, {measured.table_file}"),
-        # not wrapped: to be copied
-        f"next        qnas search --device {measured.device_file} --space {table.space} --budget ...",
+        next_command(f"qnas search --device {measured.device_file} --space {table.space} --budget ..."),
     ]
     typer.echo("\n".join(lines))

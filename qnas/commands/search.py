@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     AskedLimits,
     BatchSize,
@@ -46,7 +47,8 @@ def search(
         str | None,
         typer.Option(
             help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.  "
-            "[default: device]"
+            "[default: device]",
+            autocompletion=completion.one_of("device", "nn-meter"),
         ),
     ] = None,
     space: Space = None,
@@ -63,13 +65,18 @@ def search(
     batch_size: BatchSize = None,
     resolution: Resolution = None,
     latency_loss: Annotated[
-        str | None, typer.Option(help="multiplier, add-linear or mul-log.  [default: multiplier]")
+        str | None,
+        typer.Option(
+            help="multiplier, add-linear or mul-log.  [default: multiplier]",
+            autocompletion=completion.one_of("multiplier", "add-linear", "mul-log"),
+        ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
             help="Of the candidates: independent, shared (slices of the largest) or nested (all at once)."
             "  [default: shared]",
+            autocompletion=completion.one_of("independent", "shared", "nested"),
             show_default=False,
         ),
     ] = None,
@@ -77,6 +84,7 @@ def search(
         str | None,
         typer.Option(
             help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
+            autocompletion=completion.one_of("two-path", "all-paths", "gumbel", "exact"),
             show_default=False,
         ),
     ] = None,
@@ -191,7 +199,7 @@ def _search(
     from qnas.originals import parse_data_spec
     from qnas.outcome import run_search
     from qnas.search import Searcher, check_searchable, preset_for
-    from qnas.text import describe_limits
+    from qnas.text import describe_limits, wrapped
     from qnas.train import run_to_end, set_up_process
 
     check_searchable(space, limits)
@@ -217,10 +225,10 @@ def _search(
     if announce:
         counts = ", ".join(f"{count} {name}" for name, count in data.counts.items())
         typer.echo(describe_limits(space, limits))
-        typer.echo(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}")
+        typer.echo(wrapped(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}"))
         if data.broken:
             count = f"{len(data.broken)} broken image{'s' * (len(data.broken) > 1)}"
-            typer.echo(f"{count} left out, listed in {folder / run.BROKEN}")
+            typer.echo(wrapped(f"{count} left out, listed in {folder / run.BROKEN}"))
     first, table = limits[0], limits[0].table
     assert table is not None, "the first limit is a device's"
     device, budget = asked_limits.devices[0]
@@ -244,7 +252,7 @@ def _search(
 
 def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
     from qnas import run
-    from qnas.text import choices_by_stage, field, files_in, latency_lines, size_line
+    from qnas.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
     document = json.loads((folder / run.ARCH).read_text(encoding="utf-8"))
@@ -263,7 +271,7 @@ def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool
         field("size", size_line(searcher.space, searcher.limits, document["macs"], document["params"])),
         *_comparison(result),
         field("files", files_in(folder)),
-        f"next        qnas train-subnet {folder}",  # not wrapped: to be copied
+        next_command(f"qnas train-subnet {folder}"),
     ]
     typer.echo("\n".join(lines))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qnas.commands import completion
 from qnas.commands.options import (
     Compile,
     Data,
@@ -42,6 +43,7 @@ def train_subnet(
         typer.Argument(
             metavar="[RUN|ARCH]",
             help="A run's folder or an arch.json. Default: the latest run.",
+            autocompletion=completion.runs,
             show_default=False,
         ),
     ] = None,
@@ -50,13 +52,17 @@ def train_subnet(
     space: Space = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]"),
+        typer.Option(
+            help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+            autocompletion=completion.one_of("supernet", "scratch"),
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of your own "
             "YAML. Default: by the kind of data.",
+            autocompletion=completion.recipes,
             show_default=False,
         ),
     ] = None,
@@ -134,7 +140,7 @@ def train_subnet(
     from qnas.originals import parse_data_spec
     from qnas.recipe import DEFAULTS, Recipe, load_recipe
     from qnas.teacher import load_teacher
-    from qnas.text import describe_training, files_in
+    from qnas.text import describe_training, files_in, next_command
     from qnas.train import set_up_process
     from qnas.train_subnet import TrainConfig, has_supernet, supernet_file
     from qnas.train_subnet import train_subnet as train
@@ -221,7 +227,7 @@ def train_subnet(
         f"{score.accuracy:.2%} on {score.images} test images, after {resolved.epochs} epochs from {start}"
     )
     typer.echo(f"\n{describe_training(learned, result, speed, files_in(out))}")
-    typer.echo(f"next        qnas export {target}")
+    typer.echo(next_command(f"qnas export {target}"))
 
 
 def export(
@@ -231,6 +237,7 @@ def export(
             metavar="[RUN|ARCH]",
             help="A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
+            autocompletion=completion.runs,
             show_default=False,
         ),
     ] = None,
@@ -240,11 +247,16 @@ def export(
             "--format",
             help="onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by "
             "repeating it.  [default: onnx]",
+            autocompletion=completion.one_of("onnx", "openvino", "torch", "standalone"),
             show_default=False,
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).")
+        str,
+        typer.Option(
+            help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
+            autocompletion=completion.one_of("fp32", "fp16", "int8"),
+        ),
     ] = "fp32",
     resolution: Annotated[
         int | None,

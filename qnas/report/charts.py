@@ -12,7 +12,7 @@ from typing import Literal
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 36  # margins of the plot in it
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 36  # margins of the plot in it
 TICKS = 5
 Points = Sequence[tuple[float, float]]
 
@@ -130,7 +130,7 @@ def chart(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">{escape(x_label)}</text>'
     )
     if y_label:
-        upright = f"translate(10 {middle_y}) rotate(-90)"
+        upright = f"translate(9 {middle_y}) rotate(-90)"
         parts.append(f'<text class="label" transform="{upright}">{escape(y_label)}</text>')
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

@@ -102,7 +102,11 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         device=first,
         blocks=block_rows(folder, space, arch, document, kernels),
         search=search_section(folder, document) if searched else None,
-        training=training_section(trained, documents["result"]) if trained is not None else None,
+        training=training_section(
+            trained, documents["result"], documents["training"], of_run=trained != folder
+        )
+        if trained is not None
+        else None,
     )
 
 

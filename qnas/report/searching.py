@@ -13,7 +13,7 @@ from markupsafe import Markup
 from qnas import run
 from qnas.derive import near_searched
 from qnas.errors import CheckpointError
-from qnas.explain import Explanation, explain
+from qnas.explain import BlockCost, Explanation, OnDevice, explain
 from qnas.files import read_json
 from qnas.findings import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.intervals import wilson
@@ -66,6 +66,17 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """What latency is worth on one device."""
+
+    device: str
+    price: tuple[tuple[str, str], ...]  # what is said, in words
+    other_budgets: tuple[str, ...]  # what each position holds there
+    curve: Markup
+    blocks: Mapping[str, BlockCost]  # what each takes, by name
+
+
+@dataclass(frozen=True)
 class SearchSection:
     """What the template needs of a search."""
 
@@ -73,6 +84,7 @@ class SearchSection:
     warnings: tuple[tuple[int, str], ...]  # step, what was said
     budget: tuple[Markup, ...]  # charts of the way to the budget
     losses: Markup
+    accuracy: Markup  # nothing where a run is older than its record
     entropy: Markup
     heats: tuple[Heat, ...]
     accuracies: tuple[Markup, ...]
@@ -80,11 +92,9 @@ class SearchSection:
     random: str
     explanation: Explanation
     solved: str  # where images chose another network than the effects
-    price: tuple[tuple[str, str], ...]
+    devices: tuple[Worth, ...]
     loss_note: str
-    other_budgets: Mapping[str, str]  # by position
     identities: tuple[tuple[str, str], ...]
-    curve: Markup
     pareto: tuple[Markup, ...]
 
 
@@ -94,11 +104,13 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
     rows = read_metrics(folder / run.METRICS)
     steps = [row for row in rows if "multiplier" in row]
     e = explain(record)
+    devices = [d.device for d in e.devices]
     return SearchSection(
         command_line(record.config),
         tuple((row["step"], text) for row in rows for text in row.get("warnings", ())),
         tuple(_budget_charts(steps)),
         _loss_chart(rows, steps),
+        _accuracy_chart(steps),
         _entropy_chart(steps),
         tuple(_heats(record, steps)),
         tuple(_accuracy_charts(record)),
@@ -106,11 +118,9 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
         _random(record),
         e,
         solved_line(e),
-        tuple(price_lines(e)),
+        tuple(_worth(record, d) for d in e.devices),
         what_loss_is(e),
-        {story.name: other_budgets(story, e.budget_ms) for story in e.positions},
-        tuple((story.name, identity_line(story)) for story in e.positions if story.best_block is not None),
-        _curve_chart(record, e),
+        tuple((s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None),
         tuple(_pareto_charts(folder / run.PARETO / "pareto.json")),
     )
 
@@ -178,6 +188,17 @@ def _loss_chart(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, 
         title="Losses, as means over neighbouring steps",
         x_label="step",
         y_label="nats",
+    )
+
+
+def _accuracy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
+    known = [step for step in steps if "arch_accuracy" in step]
+    return chart(
+        [Series("held-out images, of the paths that are drawn", _curve(known, "arch_accuracy"), 2)],
+        title="Accuracy, as means over neighbouring steps",
+        x_label="step",
+        y_label="accuracy",
+        percent=True,
     )
 
 
@@ -298,23 +319,25 @@ def _random(record: Record) -> str:
     )
 
 
-def _curve_chart(record: Record, e: Explanation) -> Markup:
-    points = [(point.latency_ms, point.loss) for point in e.curve]
-    limit, searched = record.limits[0], record.searched
+def _worth(record: Record, d: OnDevice) -> Worth:
+    points = [(point.latency_ms, point.loss) for point in d.curve]
+    limit, searched = next(each for each in record.limits if each.name == d.device), record.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
     near = Band(low, limit.most if high is None else high, "budgets near what was searched for")
-    return chart(
+    curve = chart(
         [
             Series("least loss within a budget", points, 1, "step"),
-            Series("", [(p.latency_ms, p.loss) for p in e.curve if p.far], 1, "rings"),
-            Series("", [(p.latency_ms, p.loss) for p in e.curve if not p.far], 1, "dots"),
+            Series("", [(p.latency_ms, p.loss) for p in d.curve if p.far], 1, "rings"),
+            Series("", [(p.latency_ms, p.loss) for p in d.curve if not p.far], 1, "dots"),
         ],
         title="What latency buys, by the effects; hollow: far from what was searched for",
-        x_label=f"ms on {e.device}",
+        x_label=f"ms on {d.device}",
         y_label="nats against this budget",
-        levels=[Level(e.budget_ms, "the budget", "x")],
+        levels=[Level(d.budget_ms, "the budget", "x")],
         bands=[near] if len(record.limits) == 1 else [],  # of several another one may have pressed
     )
+    others = tuple(other_budgets(flips, d.budget_ms) for flips in d.flips)
+    return Worth(d.device, tuple(price_lines(d)), others, curve, {block.name: block for block in d.blocks})
 
 
 def _pareto_charts(path: Path) -> Iterator[Markup]:

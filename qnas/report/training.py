@@ -1,5 +1,6 @@
 """What a page says of a network trained by itself: curves, classes, and its worst mistakes."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Mistake:
 class TrainingSection:
     """What the template needs of a training."""
 
+    command: str
     charts: tuple[Markup, ...]
     epochs: int
     classes: tuple[ClassRow, ...]  # empty where the folder holds no predictions
@@ -61,8 +63,14 @@ class TrainingSection:
     pixels: int  # width of a mistake's picture
 
 
-def training_section(folder: Path, result: Mapping[str, Any]) -> TrainingSection:
-    """Return what a page says of a training in a folder; `result` is its result.json."""
+def training_section(
+    folder: Path, result: Mapping[str, Any], config: Mapping[str, Any], *, of_run: bool
+) -> TrainingSection:
+    """Return what a page says of a training in a folder; `result` and `config` are its JSON files.
+
+    `of_run`: the folder is `subnet/` of the run that the page is of.
+    """
+    command = command_line(config, of_run=of_run)
     rows = read_metrics(folder / run.METRICS)
     epochs = [row for row in rows if "epoch" in row]
     charts = (
@@ -85,10 +93,11 @@ def training_section(folder: Path, result: Mapping[str, Any]) -> TrainingSection
     )
     path = folder / run.PREDICTIONS
     if not path.is_file():
-        return TrainingSection(charts, len(epochs), (), (), (), (), 0)
+        return TrainingSection(command, charts, len(epochs), (), (), (), (), 0)
     names, found = tuple(map(str, result["classes"])), read_predictions(path)
     counts = confusion(found, len(names))
     return TrainingSection(
+        command,
         charts,
         len(epochs),
         tuple(_classes(names, counts)),
@@ -97,6 +106,21 @@ def training_section(folder: Path, result: Mapping[str, Any]) -> TrainingSection
         tuple(_mistakes(names, found)),
         found.images.shape[-1],
     )
+
+
+def command_line(config: Mapping[str, Any], *, of_run: bool) -> str:
+    """Return a command that asks for the same training, in the folder that the page lies in."""
+    recipe, network = (f"{run.SUBNET}/{run.RECIPE}", ".") if of_run else (run.RECIPE, run.ARCH)
+    words = ["qnas", "train-subnet", network, "--recipe", recipe]
+    words += ["--weights", "supernet" if config.get("from_supernet") else "scratch"]
+    for name in ("data", "teacher"):
+        if config.get(name) is not None:
+            words += [f"--{name}", str(config[name])]
+    train = config.get("train", {})
+    for name in ("seed", "threads", "torch_device", "precision"):
+        if train.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(train[name])]
+    return shlex.join([*words, *(["--compile"] if train.get("compile") else []), "--out", "again"])
 
 
 def _classes(names: tuple[str, ...], counts: NDArray[np.int64]) -> Iterator[ClassRow]:
