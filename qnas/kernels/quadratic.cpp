@@ -492,8 +492,8 @@ struct Task {
         int next = 0, next_dx = 0;
         for (int begin = 0; begin < q.height; begin += block) {
             const int end = std::min(begin + block, q.height);
-            for (; next < std::min(end + radius, q.height); ++next) read(x[next] + radius, next);
             for (int row = begin; row < end; ++row) {
+                for (; next < std::min(row + radius + 1, q.height); ++next) read(x[next] + radius, next);
                 if (together) {
                     spread_together(x, grad, row, g[row] + 1, ga[0][row] + 1, gb[0][row] + 1, sums[3 * area]);
                     continue;
@@ -534,17 +534,24 @@ struct Task {
         const int count = collect_three(x, q.weights<V>(index, false), row, rows, of_row);
         const float* soon = grad + this->soon(row);
         const float* from = grad + offset(row);
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels);
-            const Vec<V> v = load<V>(from + size_t(c) * q.channels, group.count);
+        const float* later = grad + this->later(row);
+        // copies, which are not read anew after each store
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        Vec<V> total = sum;
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride);
+            __builtin_prefetch(later + c * kLanes, 0, 2);
+            const Vec<V> v = load<V>(from + c * stride, lanes);
             g[c] = v;
-            sum += v;
+            total += v;
         }
-        with_columns(q.width, [&](auto tile) {
+        sum = total;
+        with_columns(width, [&](auto tile) {
             constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, q.width),
-                                          [&](int column, const Vec<V>* sums) {
-                                              if (column >= q.width) return;
+            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, width),
+                                          [=](int column, const Vec<V>* sums) {
+                                              if (column >= width) return;
                                               to_a[column] = g[column] * sums[1];
                                               to_b[column] = g[column] * sums[0];
                                           });
@@ -558,15 +565,17 @@ struct Task {
         int count = collect_three(ga, weights, row, rows, of_row);
         count += collect_three(gb, weights + 9, row, rows + count, of_row + count);
         count += collect_three(g, weights + 18, row, rows + count, of_row + count);
-        const float* soon = dx + size_t(2) * q.width * q.channels;
-        with_columns(q.width, [&](auto tile) {
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* soon = dx + 2 * width * stride;
+        with_columns(width, [&](auto tile) {
             constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, q.width),
-                                          [&](int column, const Vec<V>* sums) {
-                                              if (column >= q.width) return;
-                                              const size_t at = size_t(column) * q.channels;
+            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, width),
+                                          [=](int column, const Vec<V>* sums) {
+                                              if (column >= width) return;
+                                              const size_t at = column * stride;
                                               __builtin_prefetch(soon + at, 1);
-                                              store<V>(dx + at, sums[0], group.count);
+                                              store<V>(dx + at, sums[0], lanes);
                                           });
         });
     }
@@ -576,17 +585,21 @@ struct Task {
     void spread(const float* grad, const float* soon, Vec<V>* const* a, Vec<V>* const* b,
                 Vec<V>* const* linear, Vec<V>* g, const Rows<V>* ga, const Rows<V>* gb, int row,
                 Vec<V>* sums) const {
-        const int levels = q.levels;
+        const int levels = q.levels, width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* later = grad + this->later(row) - offset(row);
         Vec<V> total = sums[0];
         if (!q.mixed) {
             Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
-            for (int c = 0; c < q.width; ++c) {
-                __builtin_prefetch(soon + size_t(c) * q.channels);
-                const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+            const Vec<V>*const of_a = a[0], *const of_b = b[0];
+            for (int c = 0; c < width; ++c) {
+                __builtin_prefetch(soon + c * stride);
+                __builtin_prefetch(later + c * kLanes, 0, 2);
+                const Vec<V> v = load<V>(grad + c * stride, lanes);
                 g[c] = v;
                 total += v;
-                to_a[c] = v * b[0][c];
-                to_b[c] = v * a[0][c];
+                to_a[c] = v * of_b[c];
+                to_b[c] = v * of_a[c];
             }
             sums[0] = total;
             return;
@@ -598,9 +611,10 @@ struct Task {
             to_b[j] = gb[j][row] + q.radius();
             products[j] = sums[1 + j];
         }
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels);
-            const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride);
+            __builtin_prefetch(later + c * kLanes, 0, 2);
+            const Vec<V> v = load<V>(grad + c * stride, lanes);
             g[c] = v;
             total += v;
             Vec<V> for_a{}, for_b{};
@@ -659,10 +673,12 @@ struct Task {
             count += collect(j, false, gb[j], weights + area, row, taps + count);
             if (count) ends[j](taps, count, line, line, scratch.wide);
         }
-        const float* soon = dx + size_t(2) * q.width * q.channels;
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels, 1);
-            store<V>(dx + size_t(c) * q.channels, line[c], group.count);
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* soon = dx + 2 * width * stride;
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride, 1);
+            store<V>(dx + c * stride, line[c], lanes);
         }
     }
 };
@@ -835,9 +851,13 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
                     with_lanes(q.group(group), [&](auto lanes) {
                         constexpr int V = decltype(lanes)::value;
                         auto* mine = reinterpret_cast<Vec<V>*>(own + size_t(group) * per_group * kLanes);
-                        const int after = !normed ? group : group + 1 < groups ? group + 1 : 0;
-                        const int follower = normed && after ? image : image + 1;
-                        Task<V>(q, scratch, group, image, after, follower, block)
+                        // what comes next: another image of the group or another group of the image,
+                        // and after the last one of these the other
+                        int next_group = group, next_image = image;
+                        int& inner = normed ? next_group : next_image;
+                        int& outer = normed ? next_image : next_group;
+                        if (++inner == (normed ? groups : end)) inner = normed ? 0 : begin, ++outer;
+                        Task<V>(q, scratch, group, image, next_group, next_image, 2)
                             .backward(grad, to.x, mine, block, to_weights);
                     });
                 }
