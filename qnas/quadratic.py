@@ -31,6 +31,8 @@ FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 # of a training step of small maps, and would save a megabyte or two.
 KEPT_ELEMENTS = 1 << 18
 
+_PLAIN = (Tensor, nn.Parameter)  # others may watch what is done with them
+
 
 def quadratic_conv2d(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply the quadratic depthwise convolution at stride 1, padded to keep the size.
@@ -81,12 +83,17 @@ def choose_form(x: Tensor, *weights: Tensor) -> Form:
     - triton: on a GPU, all of one of its types, Triton is installed and QNAS_KERNELS is not 0
     - reference: anywhere else
     """
-    tensors = (x, *weights)
-    if is_watched() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+    if is_watched():
         return "reference"
+    tensors = (x, *weights)
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return "reference"
     if x.is_cpu:
-        is_float = all(t.dtype == torch.float32 for t in weights)
-        return "native" if is_float and mixer.is_supported(x, weights[0].shape[-1]) else "lean"
+        for t in weights:
+            if t.dtype != torch.float32:
+                return "lean"
+        return "native" if mixer.is_supported(x, weights[0].shape[-1]) else "lean"
     served = x.dtype in triton_quadratic.DTYPES and all(t.dtype == x.dtype for t in tensors)
     if x.is_cuda and served and native.is_enabled() and triton_quadratic.available():
         return "triton"

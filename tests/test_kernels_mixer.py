@@ -112,12 +112,23 @@ def test_operator_is_its_definition(shape: tuple[int, ...], kernel: int) -> None
     assert_close(got, expected(quadratic, operator, grad))
 
 
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_minimal_filtering_loses_little(kernel: int) -> None:
+# direct sums have 1e-7 to 2e-7; for 5 and 7 taps other points than ours, or ten of them, have over 2e-6
+@pytest.mark.parametrize(("kernel", "most"), [(3, 3e-7), (5, 1.5e-6), (7, 1.5e-6)])
+def test_minimal_filtering_loses_little(kernel: int, most: float) -> None:
     operator, *_ = case((2, 32, 24, 24), kernel)
     exact = quadratic(*[t.double() for t in operator])
     error = (mixer.quadratic_forward(*operator) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error < 1.5e-6  # direct sums have 2e-7; other points than ours, or ten of them, have over 2e-6
+    assert error < most
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_a_column_is_the_same_bits_whatever_is_right_of_it(kernel: int) -> None:
+    (x, *weights), *_ = case((1, 40, 6, 40), kernel)
+    wide = mixer.quadratic_forward(x, *weights)
+    for width in range(12 + kernel, 40, 3):  # tiles in pairs and alone, whole and cut off
+        narrow = mixer.quadratic_forward(x[..., :width], *weights)
+        inside = width - kernel // 2 - 4  # the last tiles meet zeros where the others have columns
+        torch.testing.assert_close(narrow[..., :inside], wide[..., :inside], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
@@ -220,9 +231,10 @@ def test_empty_batch_has_zero_gradients(shape: tuple[int, ...]) -> None:
         assert ours.equal(torch.zeros_like(theirs))
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 40, 41), (37, 24, 12, 10), (1, 24, 50, 50)])
-def test_results_are_the_same_bits_for_any_number_of_threads(shape: tuple[int, ...]) -> None:
-    operator, bias, norm, shares, grad = case(shape, 5)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("shape", [(3, 40, 40, 41), (37, 24, 12, 13), (1, 24, 50, 50)])
+def test_results_are_the_same_bits_for_any_number_of_threads(shape: tuple[int, ...], kernel: int) -> None:
+    operator, bias, norm, shares, grad = case(shape, kernel)
 
     def everything() -> list[Tensor | None]:
         gradients, to_shares = mixer.nested_backward(grad, *operator, bias, norm, shares)

@@ -51,9 +51,14 @@ class MixerGradients(NamedTuple):
 
 def is_supported(x: Tensor, kernel: int) -> bool:
     """Say whether the kernels can be had, and take this input and kernel size."""
-    reach = 2 * max(x.shape[2:], default=0) - 1  # what lies beyond meets nothing but padding
-    fits = x.is_cpu and x.dtype == torch.float32 and x.ndim == 4 and min(kernel, reach) <= MAX_KERNEL
-    return fits and library() is not None
+    return _is_taken(x, kernel) and library() is not None
+
+
+def _is_taken(x: Tensor, kernel: int) -> bool:
+    if not (x.is_cpu and x.dtype == torch.float32 and x.ndim == 4):
+        return False
+    # what lies beyond the map's reach meets nothing but padding
+    return kernel <= MAX_KERNEL or 2 * max(x.shape[2:]) - 1 <= MAX_KERNEL
 
 
 def quadratic_forward(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
@@ -190,26 +195,29 @@ def _backward(
 
 def _inputs(
     x: Tensor, weights: Weights, bias: Tensor | None, norm: Norm | None, shares: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """Check shapes and return all inputs but x, dense: weights, bias, norm's weight and bias, shares."""
+    # loops and early exits: these lines are a tenth of a forward pass on a small map
     channels, kernel = x.shape[1], weights[0].shape[-1]
+    expected = (channels, 1, kernel, kernel)
     for weight in weights:
-        expected = (channels, 1, kernel, kernel)
         assert weight.shape == expected, f"weights must be {expected}, got {tuple(weight.shape)}"
     assert kernel % 2 == 1, f"the kernel must be odd, got {kernel}"
-    assert is_supported(x, kernel), f"no kernel of size {kernel} for {x.dtype} on {x.device}"
-    vectors = (bias, None if norm is None else norm.weight, None if norm is None else norm.bias)
-    for vector in vectors:
+    assert _is_taken(x, kernel), f"no kernel of size {kernel} for {x.dtype} on {x.device}"
+    everything = (*weights, bias, None if norm is None else norm.weight, None if norm is None else norm.bias)
+    for vector in everything[3:]:
         assert vector is None or vector.shape == (channels,), f"vectors must be ({channels},)"
     if shares is not None:
         assert 3 <= kernel <= MAX_NESTED, f"nested kernels are 3 to {MAX_NESTED}, got {kernel}"
         assert shares.shape == (kernel // 2,), f"shares must be ({kernel // 2},), got {tuple(shares.shape)}"
-    everything = (*weights, *vectors, shares)
-    for tensor in everything:
-        assert tensor is None or (tensor.dtype == x.dtype and tensor.is_cpu), (
-            "inputs must be float32 on the CPU"
-        )
-    return tuple(None if t is None else t.contiguous() for t in everything)
+    dense = []
+    for tensor in (*everything, shares):
+        if tensor is not None:
+            is_taken = tensor.dtype == torch.float32 and tensor.is_cpu
+            assert is_taken, "inputs must be float32 on the CPU"
+            tensor = tensor.contiguous()
+        dense.append(tensor)
+    return dense
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -83,8 +83,7 @@ struct Problem {
     }
     template <int V, int K>
     Vec<V>* factors_of(int group) const {
-        const size_t vectors = size_t(K) * Winograd<K>::kPoints * Winograd<K>::kBlocks * 3;
-        return reinterpret_cast<Vec<V>*>(factors.get() + group * vectors * kLanes);
+        return reinterpret_cast<Vec<V>*>(factors.get() + size_t(group) * K * kFactors<K> * kLanes);
     }
     // The level that a tap belongs to: how far it is from the centre decides.
     int level_of(int ky, int kx) const {
@@ -95,8 +94,8 @@ struct Problem {
     }
 };
 
-// `plain`: the forward direction of c without the shares.
-void pack(Problem& q, const float* const weights[3], bool plain) {
+// For the backward pass also the flipped weights, and those of c forward without the shares.
+void pack(Problem& q, const float* const weights[3], bool backward) {
     const int area = q.area(), cut = (q.kernel - q.taps) / 2;
     q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
     for (int index = 0; index < q.groups(); ++index) {
@@ -112,10 +111,14 @@ void pack(Problem& q, const float* const weights[3], bool plain) {
                         weights[f] + group.first * stride + (ky + cut) * q.kernel + kx + cut;
                     const int tap = ky * q.taps + kx;
                     float* forward = to + (f * area + tap) * lanes;
+                    if (!backward) {
+                        for (int i = 0; i < group.count; ++i) forward[i] = scale * from[i * stride];
+                        continue;
+                    }
                     float* flipped = to + 3 * area * kLanes + (f * area + area - 1 - tap) * lanes;
                     for (int i = 0; i < group.count; ++i) {
+                        forward[i] = from[i * stride];
                         flipped[i] = scale * from[i * stride];
-                        forward[i] = plain ? from[i * stride] : flipped[i];
                     }
                 }
             }
@@ -133,15 +136,13 @@ void with_lanes(const Group& group, Do&& run) {
 
 template <int K>
 void make_factors(Problem& q) {
-    using W = Winograd<K>;
-    constexpr int kRow = W::kPoints * W::kBlocks * 3;
-    q.factors = zeros(size_t(q.groups()) * K * kRow * kLanes);
+    q.factors = allocate(size_t(q.groups()) * K * kFactors<K> * kLanes);
     for (int index = 0; index < q.groups(); ++index) {
         with_lanes(q.group(index), [&](auto lanes) {
             constexpr int V = decltype(lanes)::value;
             const Vec<V>* weights = q.weights<V>(index, false);
             for (int ky = 0; ky < K; ++ky)
-                transform_weights<V, K>(weights + ky * K, q.area(), q.factors_of<V, K>(index) + ky * kRow);
+                transform_weights<V, K>(weights + ky * K, q.area(), q.factors_of<V, K>(index) + ky * kFactors<K>);
         });
     }
 }
@@ -209,35 +210,28 @@ struct Scratch {
     int rings;
 };
 
-// What minimal filtering needs: a padded row of x, a ring of transformed rows, products of one chunk.
-struct TileScratch {
-    int tiles = 0, chunk = 0;
-    size_t line_vectors = 0, ring_vectors = 0, half = 0;
-    Buffer memory;
+// What minimal filtering by K taps needs instead: a padded row of x and a ring of transformed ones.
+template <int K>
+struct TileScratch : Scratch {
+    using W = Winograd<K>;
+    int tiles, in_row;  // of a map's row; vectors of a transformed one
+    size_t line_vectors;
+    Buffer tile_memory;
 
-    TileScratch(const Problem& q, bool is_needed) {
-        if (!is_needed) return;
-        tiles = (q.width + kTile - 1) / kTile;
-        const int chunks = (tiles + kChunk - 1) / kChunk;
-        chunk = (tiles + chunks - 1) / chunks;
-        // of both forms the larger: 8 points, 2 blocks
-        line_vectors = size_t(kTile) * tiles + 8;
-        ring_vectors = size_t(q.taps) * 8 * (tiles + 1);
-        half = (line_vectors + ring_vectors + 3 * 8 * chunk) * kLanes;
-        const bool narrow = q.group(q.groups() - 1).narrow;
-        memory = zeros(narrow ? half + half / 2 : half);
+    explicit TileScratch(const Problem& q) : Scratch(q, 0, 0, 0) {
+        tiles = (q.width + W::kTile - 1) / W::kTile;
+        in_row = W::kPoints * (tiles + W::kBlocks - 1);
+        line_vectors = size_t(W::kTile) * (tiles + W::kBlocks - 1) + K;
+        // narrow groups have a line of their own, since the zeros at its ends must lie where they lie
+        tile_memory = zeros((2 * line_vectors + size_t(K) * in_row) * kLanes);
     }
     template <int V>
     Vec<V>* line() const {
-        return reinterpret_cast<Vec<V>*>(memory.get() + (V == kLanes ? 0 : half));
+        return reinterpret_cast<Vec<V>*>(tile_memory.get() + (V == kLanes ? 0 : line_vectors * kLanes));
     }
     template <int V>
     Vec<V>* ring() const {
-        return line<V>() + line_vectors;
-    }
-    template <int V>
-    Vec<V>* products() const {
-        return ring<V>() + ring_vectors;
+        return reinterpret_cast<Vec<V>*>(tile_memory.get() + 2 * line_vectors * kLanes);
     }
 };
 
@@ -285,24 +279,36 @@ struct Task {
                                  : following + size_t(target - q.height) * q.width * q.channels;
     }
 
+    // What goes to the second cache when `row` is at hand: the image that this thread comes to next, in the
+    // order of memory, which memory is faster at than at the places of one group, each group a part of it.
+    size_t later(int row) const {
+        const size_t places = size_t(index) * q.places() + size_t(row) * q.width;
+        return (image + q.threads) * q.places() * q.channels + places * kLanes;
+    }
+
     // A row of x, normalised, to `out`.
     void read(Vec<V>* out, int row) const {
         const float* x = q.x + offset(row);
         const float* soon = q.x + this->soon(row);
+        const float* later = q.x + this->later(row);
+        const int width = q.width, count = group.count;  // which are not read anew after each store
+        const size_t stride = q.channels;
         if (q.norm_weight == nullptr) {
-            for (int c = 0; c < q.width; ++c) {
-                __builtin_prefetch(soon + size_t(c) * q.channels);
-                out[c] = load<V>(x + size_t(c) * q.channels, group.count);
+            for (int c = 0; c < width; ++c) {
+                __builtin_prefetch(soon + c * stride);
+                __builtin_prefetch(later + c * kLanes, 0, 2);
+                out[c] = count == V ? load<V>(x + c * stride, V) : load<V>(x + c * stride, count);
             }
             return;
         }
         const Vec<V> weight = load<V>(q.norm_weight + group.first, group.count);
         const Vec<V> bias = load<V>(q.norm_bias + group.first, group.count);
         const size_t place = (size_t(image) * q.height + row) * q.width;
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels);
-            const Vec<V> v = load<V>(x + size_t(c) * q.channels, group.count);
-            out[c] = (v - q.mean[place + c]) * q.rstd[place + c] * weight + bias;
+        const float *mean = q.mean.get() + place, *rstd = q.rstd.get() + place;
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride);
+            const Vec<V> v = load<V>(x + c * stride, count);
+            out[c] = (v - mean[c]) * rstd[c] * weight + bias;
         }
     }
 
@@ -334,40 +340,6 @@ struct Task {
             count = collect(j, false, x, weights, row, taps);
             if (count) ends[j](taps, count, out[j], out[j], scratch.wide);
         }
-    }
-
-    // y of the rows [begin, end) for three taps across
-    void forward_together(float* y, int begin, int end) const {
-        const Rows<V> x = scratch.ring<V>(0);
-        const Vec<V>* weights = q.weights<V>(index, false);
-        Vec<V> bias{};
-        if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
-        int next = std::max(0, begin - 1);
-        with_columns(q.width, [&](auto tile) {
-            constexpr int T = decltype(tile)::value;
-            for (int row = begin; row < end; ++row) {
-                for (; next < std::min(row + 2, q.height); ++next) read(x[next] + 1, next);
-                const Vec<V>*rows[3], *of_row[3];
-                const int count = collect_three(x, weights, row, rows, of_row);
-                const float* in = q.x + offset(row);
-                float* out = y + offset(row);
-            const float* soon = y + this->soon(row);
-                convolve_together<V, 3, 3, T>(
-                    rows, of_row, count, q.area(), std::max(T, q.width), [&](int column, const Vec<V>* sums) {
-                        if (column >= q.width) return;
-                        const size_t at = size_t(column) * q.channels;
-                        __builtin_prefetch(soon + at, 1);
-                        write(sums[0], sums[1], sums[2] + bias, in + at, out + at);
-                    });
-            }
-        });
-    }
-
-    // One place of y from a, b and c
-    void write(Vec<V> a, Vec<V> b, Vec<V> c, const float* x, float* y) const {
-        Vec<V> v = a * b + c;
-        if (q.norm_weight != nullptr) v += load<V>(x, group.count);
-        store<V>(y, v, group.count);
     }
 
     // y of the rows [begin, end)
@@ -416,55 +388,82 @@ struct Task {
 
     // The same by minimal filtering, for K taps across.
     template <int K>
-    void forward_tiled(const TileScratch& tiled, float* y, int begin, int end) const {
+    void forward_tiled(const TileScratch<K>& tiled, float* y, int begin, int end) const {
         using W = Winograd<K>;
-        const int radius = K / 2, tiles = tiled.tiles, pitch = tiles + W::kBlocks - 1, chunk = tiled.chunk;
-        const int in_row = W::kPoints * pitch;  // vectors
-        Vec<V>* const line = tiled.line<V>();
-        Vec<V>* const ring = tiled.ring<V>();
-        Vec<V>* const products = tiled.products<V>();
+        constexpr int kRadius = K / 2;
+        const int tiles = tiled.tiles, in_row = tiled.in_row;
+        Vec<V>* const line = tiled.template line<V>();
+        Vec<V>* const ring = tiled.template ring<V>();
         const Vec<V>* const factors = q.factors_of<V, K>(index);
-        const MultiplyPoint<V> multiply = choose_multiply<V, W::kBlocks>(chunk);
         Vec<V> bias{};
         if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
-        int next = std::max(0, begin - radius);
+        int next = std::max(0, begin - kRadius);
         for (int row = begin; row < end; ++row) {
-            for (; next < std::min(row + radius + 1, q.height); ++next) {
-                read(line + radius, next);
+            for (; next < std::min(row + kRadius + 1, q.height); ++next) {
+                read(line + kRadius, next);
                 Vec<V>* const to = ring + size_t(next % K) * in_row;
-                for (int t = 0; t < pitch; ++t) W::input(line + kTile * t, to + t, pitch);
+                for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
+                    Vec<V> in[W::kInputs];  // read once: for all a compiler knows, writes may change them
+#pragma GCC unroll 8
+                    for (int i = 0; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
+                    W::input(in, to + W::kPoints * t);
+                }
             }
             const Vec<V>*rows[K], *of_row[K];
             int count = 0;
-            for (int ky = std::max(0, radius - row); ky < std::min(K, q.height - row + radius); ++ky) {
-                rows[count] = ring + size_t((row + ky - radius) % K) * in_row;
-                of_row[count++] = factors + ky * W::kPoints * W::kBlocks * 3;
+            for (int ky = std::max(0, kRadius - row); ky < std::min(K, q.height - row + kRadius); ++ky) {
+                rows[count] = ring + size_t((row + ky - kRadius) % K) * in_row;
+                of_row[count++] = factors + ky * kFactors<K>;
             }
-            const float* in = q.x + offset(row);
-            float* out = y + offset(row);
-            const float* soon = y + this->soon(row);
-            for (int start = 0;;) {
-                for (int p = 0; p < W::kPoints; ++p) {
-                    multiply(rows, of_row, count, p * pitch + start, p * W::kBlocks * 3,
-                             products + p * chunk, W::kPoints * chunk);
-                }
-                for (int t = 0; t < chunk; ++t) {
-                    Vec<V> a[kTile], b[kTile], c[kTile];
-                    W::output(products + t, chunk, a);
-                    W::output(products + W::kPoints * chunk + t, chunk, b);
-                    W::output(products + 2 * W::kPoints * chunk + t, chunk, c);
-                    const int first = kTile * (start + t);
-#pragma GCC unroll 4
-                    for (int i = 0; i < kTile; ++i) {
-                        if (first + i == q.width) break;
-                        const size_t at = size_t(first + i) * q.channels;
-                        __builtin_prefetch(soon + at, 1);
-                        write(a[i], b[i], c[i] + bias, in + at, out + at);
-                    }
-                }
-                if (start + chunk == tiles) break;
-                start = std::min(start + chunk, tiles - chunk);
+            const Line to_y = line_of(y, row);
+            int tile = 0;
+            for (; tile + kPair <= tiles; tile += kPair) put<K, kPair>(rows, of_row, count, tile, bias, to_y);
+            if (tile < tiles) put<K, 1>(rows, of_row, count, tile, bias, to_y);
+        }
+    }
+
+    // Where a row of y goes, and what is added to it.
+    struct Line {
+        const float* x;  // null without a norm
+        float* y;
+        const float* soon;
+        size_t stride;
+        int width, count;
+    };
+
+    Line line_of(float* y, int row) const {
+        const float* x = q.norm_weight == nullptr ? nullptr : q.x + offset(row);
+        return {x, y + offset(row), y + soon(row), size_t(q.channels), q.width, group.count};
+    }
+
+    // T tiles of y. The line is a copy, whose numbers need not be read anew after each store.
+    template <int K, int T>
+    void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Vec<V> bias,
+             Line line) const {
+        using W = Winograd<K>;
+        constexpr int kTile = W::kTile;
+        Vec<V> sums[3][T][kTile];
+        convolve_tiled<V, K, T>(rows, of_row, taps, tile * W::kPoints, sums);
+        const int first = tile * kTile;
+        if (line.x == nullptr && line.count == V && first + T * kTile <= line.width) {
+#pragma GCC unroll 8
+            for (int i = 0; i < T * kTile; ++i) {
+                const size_t at = (first + i) * line.stride;
+                __builtin_prefetch(line.soon + at, 1);
+                const int t = i / kTile, n = i % kTile;
+                store<V>(line.y + at, sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias), V);
             }
+            return;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < T * kTile; ++i) {
+            if (first + i >= line.width) break;
+            const size_t at = (first + i) * line.stride;
+            __builtin_prefetch(line.soon + at, 1);
+            const int t = i / kTile, n = i % kTile;
+            Vec<V> v = sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias);
+            if (line.x != nullptr) v += load<V>(line.x + at, line.count);
+            store<V>(line.y + at, v, line.count);
         }
     }
 
@@ -493,8 +492,8 @@ struct Task {
         int next = 0, next_dx = 0;
         for (int begin = 0; begin < q.height; begin += block) {
             const int end = std::min(begin + block, q.height);
-            for (; next < std::min(end + radius, q.height); ++next) read(x[next] + radius, next);
             for (int row = begin; row < end; ++row) {
+                for (; next < std::min(row + radius + 1, q.height); ++next) read(x[next] + radius, next);
                 if (together) {
                     spread_together(x, grad, row, g[row] + 1, ga[0][row] + 1, gb[0][row] + 1, sums[3 * area]);
                     continue;
@@ -535,17 +534,24 @@ struct Task {
         const int count = collect_three(x, q.weights<V>(index, false), row, rows, of_row);
         const float* soon = grad + this->soon(row);
         const float* from = grad + offset(row);
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels);
-            const Vec<V> v = load<V>(from + size_t(c) * q.channels, group.count);
+        const float* later = grad + this->later(row);
+        // copies, which are not read anew after each store
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        Vec<V> total = sum;
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride);
+            __builtin_prefetch(later + c * kLanes, 0, 2);
+            const Vec<V> v = load<V>(from + c * stride, lanes);
             g[c] = v;
-            sum += v;
+            total += v;
         }
-        with_columns(q.width, [&](auto tile) {
+        sum = total;
+        with_columns(width, [&](auto tile) {
             constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, q.width),
-                                          [&](int column, const Vec<V>* sums) {
-                                              if (column >= q.width) return;
+            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, width),
+                                          [=](int column, const Vec<V>* sums) {
+                                              if (column >= width) return;
                                               to_a[column] = g[column] * sums[1];
                                               to_b[column] = g[column] * sums[0];
                                           });
@@ -559,15 +565,17 @@ struct Task {
         int count = collect_three(ga, weights, row, rows, of_row);
         count += collect_three(gb, weights + 9, row, rows + count, of_row + count);
         count += collect_three(g, weights + 18, row, rows + count, of_row + count);
-        const float* soon = dx + size_t(2) * q.width * q.channels;
-        with_columns(q.width, [&](auto tile) {
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* soon = dx + 2 * width * stride;
+        with_columns(width, [&](auto tile) {
             constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, q.width),
-                                          [&](int column, const Vec<V>* sums) {
-                                              if (column >= q.width) return;
-                                              const size_t at = size_t(column) * q.channels;
+            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, width),
+                                          [=](int column, const Vec<V>* sums) {
+                                              if (column >= width) return;
+                                              const size_t at = column * stride;
                                               __builtin_prefetch(soon + at, 1);
-                                              store<V>(dx + at, sums[0], group.count);
+                                              store<V>(dx + at, sums[0], lanes);
                                           });
         });
     }
@@ -577,17 +585,21 @@ struct Task {
     void spread(const float* grad, const float* soon, Vec<V>* const* a, Vec<V>* const* b,
                 Vec<V>* const* linear, Vec<V>* g, const Rows<V>* ga, const Rows<V>* gb, int row,
                 Vec<V>* sums) const {
-        const int levels = q.levels;
+        const int levels = q.levels, width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* later = grad + this->later(row) - offset(row);
         Vec<V> total = sums[0];
         if (!q.mixed) {
             Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
-            for (int c = 0; c < q.width; ++c) {
-                __builtin_prefetch(soon + size_t(c) * q.channels);
-                const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+            const Vec<V>*const of_a = a[0], *const of_b = b[0];
+            for (int c = 0; c < width; ++c) {
+                __builtin_prefetch(soon + c * stride);
+                __builtin_prefetch(later + c * kLanes, 0, 2);
+                const Vec<V> v = load<V>(grad + c * stride, lanes);
                 g[c] = v;
                 total += v;
-                to_a[c] = v * b[0][c];
-                to_b[c] = v * a[0][c];
+                to_a[c] = v * of_b[c];
+                to_b[c] = v * of_a[c];
             }
             sums[0] = total;
             return;
@@ -599,9 +611,10 @@ struct Task {
             to_b[j] = gb[j][row] + q.radius();
             products[j] = sums[1 + j];
         }
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels);
-            const Vec<V> v = load<V>(grad + size_t(c) * q.channels, group.count);
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride);
+            __builtin_prefetch(later + c * kLanes, 0, 2);
+            const Vec<V> v = load<V>(grad + c * stride, lanes);
             g[c] = v;
             total += v;
             Vec<V> for_a{}, for_b{};
@@ -660,10 +673,12 @@ struct Task {
             count += collect(j, false, gb[j], weights + area, row, taps + count);
             if (count) ends[j](taps, count, line, line, scratch.wide);
         }
-        const float* soon = dx + size_t(2) * q.width * q.channels;
-        for (int c = 0; c < q.width; ++c) {
-            __builtin_prefetch(soon + size_t(c) * q.channels, 1);
-            store<V>(dx + size_t(c) * q.channels, line[c], group.count);
+        const int width = q.width, lanes = group.count;
+        const size_t stride = q.channels;
+        const float* soon = dx + 2 * width * stride;
+        for (int c = 0; c < width; ++c) {
+            __builtin_prefetch(soon + c * stride, 1);
+            store<V>(dx + c * stride, line[c], lanes);
         }
     }
 };
@@ -736,48 +751,66 @@ void set_up(Problem& q, const float* const weights[3], const float* shares, bool
     }
 }
 
-// Whether minimal filtering takes less time than the direct sums: not for three taps, whose transforms
-// cost as much as they save, nor on narrow maps, where the direct sums leave out what is padding.
+// Whether minimal filtering takes less time than the direct sums: with five and seven taps not on narrow
+// maps, where the direct sums leave out what is padding.
 bool is_tiled(const Problem& q) {
-    return !q.mixed && (q.taps == 5 || q.taps == 7) && q.width >= kTiledWidth;
+    return !q.mixed && (q.taps == 3 || ((q.taps == 5 || q.taps == 7) && q.width >= kTiledWidth));
 }
 
-void run_forward(Problem& q, float* y) {
-    const bool tiled = is_tiled(q);
-    if (tiled) q.taps == 5 ? make_factors<5>(q) : make_factors<7>(q);
-    const int threads = useful_threads(q, 3);
-    const int tasks = q.batch * q.groups();
+// Calls run(task, begin, end) for all tasks and their rows, in parallel; `make` gives a thread its scratch.
+template <class Make, class Run>
+void for_tasks(const Problem& q, Make&& make, Run&& run) {
+    const int threads = useful_threads(q, 3), groups = q.groups();
+    const int tasks = q.batch * groups;
     // bands of rows, where there are fewer images than threads
     const int wanted = tasks < 4 * threads && threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
     const int bands = std::max(1, std::min(wanted, q.height / q.taps));
-    const int step = threads == 1 ? 1 : q.batch;  // images whose places are measured together
+    // images whose places are measured together: one thread has what it measured still at hand
+    const int step = threads == 1 && q.norm_weight != nullptr ? 1 : q.batch;
+    // a thread takes the groups of an image one after another, since their places lie side by side
+    const int chunk = threads == 1 ? std::max(1, tasks) : tasks < 8 * threads * groups ? 1 : groups;
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch scratch(q, 1, q.taps, 2 * q.levels + 1);
-        const TileScratch tile_scratch(q, tiled);
+        const auto scratch = make();
         for (int first = 0; first < q.batch; first += step) {
             if (q.norm_weight != nullptr) {
 #pragma omp for schedule(static)
                 for (int line = first * q.height; line < (first + step) * q.height; ++line)
                     measure_places(q, size_t(line) * q.width, size_t(line + 1) * q.width);
             }
-#pragma omp for schedule(dynamic)
-            for (int task = first * q.groups() * bands; task < (first + step) * q.groups() * bands; ++task) {
-                const int band = task % bands, group = task / bands % q.groups();
-                const int image = task / bands / q.groups();
+#pragma omp for schedule(dynamic, chunk)
+            for (int task = first * groups * bands; task < (first + step) * groups * bands; ++task) {
+                const int band = task % bands, group = task / bands % groups;
+                const int image = task / bands / groups;
+                const int begin = q.height * band / bands, end = q.height * (band + 1) / bands;
                 with_lanes(q.group(group), [&](auto lanes) {
-                    const int after = group + 1 < q.groups() ? group + 1 : 0;
-                    const Task<decltype(lanes)::value> run(q, scratch, group, image, after,
-                                                           after ? image : image + 1, 2);
-                    const int begin = q.height * band / bands, end = q.height * (band + 1) / bands;
-                    if (!tiled && q.taps == 3 && !q.mixed) run.forward_together(y, begin, end);
-                    else if (!tiled) run.forward(y, begin, end);
-                    else if (q.taps == 5) run.template forward_tiled<5>(tile_scratch, y, begin, end);
-                    else run.template forward_tiled<7>(tile_scratch, y, begin, end);
+                    const int after = group + 1 < groups ? group + 1 : 0, next = after ? image : image + 1;
+                    const Task<decltype(lanes)::value> one(q, scratch, group, image, after, next, 2);
+                    run(one, scratch, begin, end);
                 });
             }
         }
     }
+}
+
+template <int K>
+void run_tiled(Problem& q, float* y) {
+    make_factors<K>(q);
+    for_tasks(
+        q, [&] { return TileScratch<K>(q); },
+        [&](const auto& task, const TileScratch<K>& scratch, int begin, int end) {
+            task.forward_tiled(scratch, y, begin, end);
+        });
+}
+
+void run_forward(Problem& q, float* y) {
+    if (is_tiled(q)) {
+        if (q.taps == 3) return run_tiled<3>(q, y);
+        return q.taps == 5 ? run_tiled<5>(q, y) : run_tiled<7>(q, y);
+    }
+    for_tasks(
+        q, [&] { return Scratch(q, 1, q.taps, 2 * q.levels + 1); },
+        [&](const auto& task, const Scratch&, int begin, int end) { task.forward(y, begin, end); });
 }
 
 struct Gradients {
@@ -818,9 +851,13 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
                     with_lanes(q.group(group), [&](auto lanes) {
                         constexpr int V = decltype(lanes)::value;
                         auto* mine = reinterpret_cast<Vec<V>*>(own + size_t(group) * per_group * kLanes);
-                        const int after = !normed ? group : group + 1 < groups ? group + 1 : 0;
-                        const int follower = normed && after ? image : image + 1;
-                        Task<V>(q, scratch, group, image, after, follower, block)
+                        // what comes next: another image of the group or another group of the image,
+                        // and after the last one of these the other
+                        int next_group = group, next_image = image;
+                        int& inner = normed ? next_group : next_image;
+                        int& outer = normed ? next_image : next_group;
+                        if (++inner == (normed ? groups : end)) inner = normed ? 0 : begin, ++outer;
+                        Task<V>(q, scratch, group, image, next_group, next_image, 2)
                             .backward(grad, to.x, mine, block, to_weights);
                     });
                 }

@@ -92,12 +92,12 @@ Convolve<V> convolve_for(int tile) {
 }
 
 // Convolutions of the same rows by the first F of three kernels, N taps across and `area` vectors apart,
-// T columns at a time: the sums do not leave the registers before done(column, sums) has them. Fills
-// the registers for N = 3 and T = 7 or 8. `rows` point to what the first tap of column 0 meets, `weights`
+// T columns at a time: the sums do not leave the registers before done(column, sums) has them. There
+// are registers enough for N = 3, F = 2 and T = 8. `rows` point to what the first tap of column 0 meets, `weights`
 // to the first kernel's row of taps; columns is at least T.
 template <int V, int N, int F, int T, class Done>
 void convolve_together(const Vec<V>* const* rows, const Vec<V>* const* weights, int count, int area,
-                       int columns, Done&& done) {
+                       int columns, Done done) {
     const int end = columns - T;
     for (int start = 0;;) {
         Vec<V> sums[T][F];
