@@ -436,7 +436,7 @@ class Searcher:
         loss = penalised(config.latency_loss, task_loss, ratio * self.limit_ms, self.limit_ms, strength)
         (supernet.alpha.grad,) = torch.autograd.grad(loss, supernet.alpha)
         self.world.average([supernet.alpha.grad])  # the latency's part is the same in all processes
-        task_loss, right = task_loss.detach(), (said.detach().argmax(1) == labels).float().mean()
+        task_loss, right = task_loss.detach(), _share_right(said.detach(), labels)
         self.world.average([task_loss, right])
         task_norm = float((supernet.alpha.grad - strength * pull).norm())
         state.arch_optimizer.param_groups[0]["lr"] = self.arch_learning_rate
@@ -579,3 +579,7 @@ def preset_for(data_kind: str, **changes: Any) -> SearchConfig:
     """Return the preset of a kind of data set, with the given fields changed; None changes nothing."""
     config = PRESETS[PRESET_OF_DATA[data_kind]]
     return replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _share_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()

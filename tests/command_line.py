@@ -14,3 +14,8 @@ def commands() -> dict[str, Any]:
         inner = getattr(command, "commands", {})
         found |= {f"{name} {sub}": c for sub, c in inner.items()} or {name: command}
     return found
+
+
+def joined(text: str) -> str:
+    """Return what a command printed as one line, the lines joined that were wrapped."""
+    return " ".join(text.replace("\\\n", " ").split())

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from command_line import joined
 from measured_networks import write_networks
 from pickled_forests import predictor_files, write_zip
 from PIL import Image
@@ -69,12 +70,12 @@ def test_from_a_budget_to_a_file_that_runs(
     assert document["latency_ms"] <= document["budget_ms"] == 1.0
     for word in ("stage 1", "of 1.000 ms", "from measurements", "MACs", "parameters", "random networks"):
         assert word in shown
-    assert f"next        qnas train-subnet {searched}" in shown
+    assert f"next qnas train-subnet {searched}" in joined(shown)
 
     assert qnas("train-subnet", searched, "--epochs", "2", "--resolution", "8", "-q") == 0
     shown = capsys.readouterr().out
     assert "from the supernet's weights" in " ".join(shown.split())
-    assert f"next        qnas export {searched}" in shown
+    assert f"next qnas export {searched}" in joined(shown)
     result = json.loads((searched / "subnet" / "result.json").read_text())
     assert f"{result['test_accuracy']:.2%}" in shown
     weights = load_file(searched / "subnet" / "weights.safetensors")
@@ -437,7 +438,7 @@ def test_broken_images_up_to_a_limit_are_left_out_and_listed(
     search = [*SEARCH, "--space", str(tiny_yaml), "--budget", "1ms", "--random-networks", "0"]
     asked = ["--data", f"imagefolder:{tmp_path / 'photos'}", "--max-broken", "0.03", "--out", str(run)]
     assert qnas(*search, *asked) == 0
-    assert f"1 broken image left out, listed in {run / 'broken.csv'}" in capsys.readouterr().out
+    assert f"1 broken image left out, listed in {run / 'broken.csv'}" in joined(capsys.readouterr().out)
     assert qnas("train-subnet", run, "--epochs", "1", "--resolution", "8", "-q") == 0
     assert "1 image left out: broken.csv" in capsys.readouterr().out
     for folder, result in ((run, "search.json"), (run / "subnet", "result.json")):
