@@ -16,6 +16,7 @@ from command_line import commands
 from conftest import TINY_SPACE
 from measured_networks import fill_in, write_networks
 from pickled_forests import predictor_files, write_zip
+from pictures import samples, write_tar
 from test_data import write_fashion
 
 from qnas import cli
@@ -89,6 +90,7 @@ SMALL = (
     ("--budget 30ms --latency nn-meter", "--budget 100s --latency nn-meter"),
     ("fashion-mnist:DIR", "fashion-mnist:fashion"),
     ("(cifar10|imagefolder):DIR", r"\1:digits"),
+    ("shards:DIR", "shards:shards"),
     ("runs/x/", "runs/quadranet-mobile-vpu-30ms/"),
     ("FILE.onnx", "runs/quadranet-mobile-vpu-30ms/export/model.onnx"),
     ("FILE.npz", "networks.npz"),
@@ -134,6 +136,9 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the worked example was run, with data, archives and measurements beside it."""
     place = tmp_path_factory.mktemp("readme")
     runpy.run_path(str(ROOT / "examples" / "digits_folder.py"))["main"](place / "digits", 10)
+    for part in ("train", "test"):
+        members = samples(place / "digits" / part, map(str, range(10)))
+        write_tar(place / "shards" / f"digits-{part}-000000.tar", members)
     (place / "tiny.yaml").write_text(TINY_SPACE)
     write_fashion(place / "fashion")
     write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
