@@ -586,6 +586,22 @@ def test_only_the_multiplier_settles(
     assert rows[-1]["expected_ms"] == searcher.expected_ms
 
 
+def test_the_held_out_accuracy_is_the_share_of_the_steps_batch_that_is_right(
+    tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
+) -> None:
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
+    said: list[torch.Tensor] = []
+    searcher.state.supernet.register_forward_hook(lambda module, inputs, output: said.append(output.detach()))
+    images = digits.heldout.read(torch.arange(64)).float() / 255
+    _, right = searcher._arch_step(images, digits.heldout.labels[:64])
+    (logits,) = said
+    expected = sum(
+        int(row.argmax()) == label
+        for row, label in zip(logits, digits.heldout.labels.tolist()[:64], strict=True)
+    )
+    assert right == pytest.approx(expected / 64)
+
+
 @pytest.mark.parametrize(("which", "step"), [("_weight_step", 7), ("_arch_step", 9)])
 def test_a_loss_that_is_no_number_stops_the_search_and_leaves_the_last_checkpoint(
     which: str,
