@@ -122,10 +122,20 @@ def test_minimal_filtering_loses_little(kernel: int, most: float) -> None:
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_gradients_lose_little(kernel: int) -> None:
+    operator, *_, grad = case((2, 32, 24, 24), kernel)
+    for got, exact in zip(
+        mixer.quadratic_backward(grad, *operator), expected(quadratic, operator, grad)[1:], strict=True
+    ):
+        assert got is not None
+        assert (got - exact).square().mean().sqrt() < 5e-7 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_a_column_is_the_same_bits_whatever_is_right_of_it(kernel: int) -> None:
     (x, *weights), *_ = case((1, 40, 6, 40), kernel)
     wide = mixer.quadratic_forward(x, *weights)
-    for width in range(12 + kernel, 40, 3):  # tiles in pairs and alone, whole and cut off
+    for width in range(12 + kernel, 40, 3):  # groups of tiles that overlap or not, the last whole or cut off
         narrow = mixer.quadratic_forward(x[..., :width], *weights)
         inside = width - kernel // 2 - 4  # the last tiles meet zeros where the others have columns
         torch.testing.assert_close(narrow[..., :inside], wide[..., :inside], rtol=0, atol=0)
@@ -269,6 +279,20 @@ def test_channel_does_not_leak_into_another() -> None:
     assert spoilt[:, 17].isnan().any()
     others = [c for c in range(40) if c != 17]
     assert spoilt[:, others].equal(y[:, others])
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_image_that_is_no_number_leaves_the_others_alone(kernel: int) -> None:
+    # what a thread computes one image with is used for the next; odd widths end within a tile
+    operator, *_, grad = case((3, 40, 6, 13), kernel)
+    clean = (mixer.quadratic_forward(*operator), mixer.quadratic_backward(grad, *operator)[0])
+    operator[0][1] = grad[1] = float("nan")
+    spoilt = (mixer.quadratic_forward(*operator), mixer.quadratic_backward(grad, *operator)[0])
+    for before, after in zip(clean, spoilt, strict=True):
+        assert before is not None
+        assert after is not None
+        assert after[1].isnan().all()
+        assert after[::2].equal(before[::2])
 
 
 def test_large_offset_of_the_channels_leaves_the_norm_exact() -> None:

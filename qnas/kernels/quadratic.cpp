@@ -9,9 +9,9 @@
 //
 // A task is one image and one group of channels (a vector's lanes). It streams rows: x (normalised
 // on the way) is copied into a ring buffer of dense padded rows, so that all products and their
-// gradients stay in cache whatever the stride between places. Three taps across are summed for all
-// kernels at once, in registers; the forward pass of five and seven is minimal filtering (winograd.h),
-// since direct sums run at the machine's peak as it is. The backward pass keeps only x and
+// gradients stay in cache whatever the stride between places. The forward pass of three, five and seven
+// taps across, and most of the backward pass of three, are minimal filtering (winograd.h), since direct
+// sums run at the machine's peak as it is. The backward pass keeps only x and
 // recomputes a and b. Images are divided into slices that do not depend on the number of threads;
 // every slice sums its weight gradients for itself, and the slices are added in order: results are
 // the same bit for bit for any number of threads.
@@ -210,7 +210,7 @@ struct Scratch {
     int rings;
 };
 
-// What minimal filtering by K taps needs instead: a padded row of x and a ring of transformed ones.
+// What minimal filtering by K taps needs beside: a padded row of x and a ring of transformed ones.
 template <int K>
 struct TileScratch : Scratch {
     using W = Winograd<K>;
@@ -218,20 +218,26 @@ struct TileScratch : Scratch {
     size_t line_vectors;
     Buffer tile_memory;
 
-    explicit TileScratch(const Problem& q) : Scratch(q, 0, 0, 0) {
+    TileScratch(const Problem& q, int rings, int slots) : Scratch(q, rings, slots, 0) {
         tiles = (q.width + W::kTile - 1) / W::kTile;
         in_row = W::kPoints * (tiles + W::kBlocks - 1);
         line_vectors = size_t(W::kTile) * (tiles + W::kBlocks - 1) + K;
         // narrow groups have a line of their own, since the zeros at its ends must lie where they lie
-        tile_memory = zeros((2 * line_vectors + size_t(K) * in_row) * kLanes);
+        tile_memory = zeros((2 * line_vectors + size_t(slots + 1) * in_row) * kLanes);
     }
     template <int V>
     Vec<V>* line() const {
         return reinterpret_cast<Vec<V>*>(tile_memory.get() + (V == kLanes ? 0 : line_vectors * kLanes));
     }
     template <int V>
-    Vec<V>* ring() const {
-        return reinterpret_cast<Vec<V>*>(tile_memory.get() + 2 * line_vectors * kLanes);
+    Rows<V> transformed() const {
+        return {reinterpret_cast<Vec<V>*>(tile_memory.get() + 2 * line_vectors * kLanes), slots, in_row};
+    }
+    // a transformed row of zeros
+    template <int V>
+    const Vec<V>* nothing() const {
+        const size_t at = (2 * line_vectors + size_t(slots) * in_row) * kLanes;
+        return reinterpret_cast<const Vec<V>*>(tile_memory.get() + at);
     }
 };
 
@@ -286,17 +292,28 @@ struct Task {
         return (image + q.threads) * q.places() * q.channels + places * kLanes;
     }
 
+    // What is fetched of one map when a row is at hand. Asked for column by column between the sums, since a row
+    // at once is more than a processor waits for at a time.
+    struct Ahead {
+        const float *soon, *later;
+        size_t stride;
+        void fetch(int column) const {
+            __builtin_prefetch(soon + column * stride);
+            __builtin_prefetch(later + column * kLanes, 0, 2);
+        }
+    };
+
+    Ahead ahead(const float* map, int row) const {
+        return {map + soon(row), map + later(row), size_t(q.channels)};
+    }
+
     // A row of x, normalised, to `out`.
     void read(Vec<V>* out, int row) const {
         const float* x = q.x + offset(row);
-        const float* soon = q.x + this->soon(row);
-        const float* later = q.x + this->later(row);
         const int width = q.width, count = group.count;  // which are not read anew after each store
         const size_t stride = q.channels;
         if (q.norm_weight == nullptr) {
             for (int c = 0; c < width; ++c) {
-                __builtin_prefetch(soon + c * stride);
-                __builtin_prefetch(later + c * kLanes, 0, 2);
                 out[c] = count == V ? load<V>(x + c * stride, V) : load<V>(x + c * stride, count);
             }
             return;
@@ -306,7 +323,6 @@ struct Task {
         const size_t place = (size_t(image) * q.height + row) * q.width;
         const float *mean = q.mean.get() + place, *rstd = q.rstd.get() + place;
         for (int c = 0; c < width; ++c) {
-            __builtin_prefetch(soon + c * stride);
             const Vec<V> v = load<V>(x + c * stride, count);
             out[c] = (v - mean[c]) * rstd[c] * weight + bias;
         }
@@ -371,7 +387,9 @@ struct Task {
             float* out = y + offset(row);
             const float* soon = y + this->soon(row);
             const float* in = q.x + offset(row);
+            const Ahead of_x = ahead(q.x, row + radius);
             for (int column = 0; column < q.width; ++column) {
+                of_x.fetch(column);
                 Vec<V> v = c[column] + bias;
                 if (!q.mixed) {
                     v += a[0][column] * b[0][column];
@@ -389,37 +407,53 @@ struct Task {
     // The same by minimal filtering, for K taps across.
     template <int K>
     void forward_tiled(const TileScratch<K>& tiled, float* y, int begin, int end) const {
-        using W = Winograd<K>;
-        constexpr int kRadius = K / 2;
-        const int tiles = tiled.tiles, in_row = tiled.in_row;
-        Vec<V>* const line = tiled.template line<V>();
-        Vec<V>* const ring = tiled.template ring<V>();
-        const Vec<V>* const factors = q.factors_of<V, K>(index);
+        const int tiles = tiled.tiles;
         Vec<V> bias{};
         if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
-        int next = std::max(0, begin - kRadius);
+        int next = std::max(0, begin - K / 2);
         for (int row = begin; row < end; ++row) {
-            for (; next < std::min(row + kRadius + 1, q.height); ++next) {
-                read(line + kRadius, next);
-                Vec<V>* const to = ring + size_t(next % K) * in_row;
-                for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
-                    Vec<V> in[W::kInputs];  // read once: for all a compiler knows, writes may change them
-#pragma GCC unroll 8
-                    for (int i = 0; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
-                    W::input(in, to + W::kPoints * t);
-                }
-            }
+            for (; next < std::min(row + K / 2 + 1, q.height); ++next) read_tiled(tiled, next);
             const Vec<V>*rows[K], *of_row[K];
-            int count = 0;
-            for (int ky = std::max(0, kRadius - row); ky < std::min(K, q.height - row + kRadius); ++ky) {
-                rows[count] = ring + size_t((row + ky - kRadius) % K) * in_row;
-                of_row[count++] = factors + ky * kFactors<K>;
-            }
-            const Line to_y = line_of(y, row);
-            int tile = 0;
-            for (; tile + kPair <= tiles; tile += kPair) put<K, kPair>(rows, of_row, count, tile, bias, to_y);
-            if (tile < tiles) put<K, 1>(rows, of_row, count, tile, bias, to_y);
+            const int count = collect_tiled(tiled, row, rows, of_row);
+            const Line to_y = line_of(y, row, K / 2);
+            for_tiles<Winograd<K>::kTiles>(tiles, [&](auto group, int tile) {
+                put<K, decltype(group)::value>(rows, of_row, count, tile, bias, to_y);
+            });
         }
+    }
+
+    // A row of x, normalised and transformed, to its place in the ring.
+    template <int K>
+    void read_tiled(const TileScratch<K>& tiled, int row) const {
+        using W = Winograd<K>;
+        const int tiles = tiled.tiles;
+        Vec<V>* const line = tiled.template line<V>();
+        Vec<V>* const to = tiled.template transformed<V>()[row];
+        read(line + K / 2, row);
+        constexpr int kKept = W::kInputs - W::kTile;
+        Vec<V> in[W::kInputs];  // each read once: for all a compiler knows, writes change the others
+#pragma GCC unroll 4
+        for (int i = 0; i < kKept; ++i) in[i] = line[i];
+        for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
+#pragma GCC unroll 4
+            for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
+            W::input(in, to + W::kPoints * t);
+#pragma GCC unroll 4
+            for (int i = 0; i < kKept; ++i) in[i] = in[i + W::kTile];
+        }
+    }
+
+    // The transformed rows of x that output row `row` meets, and the factors of each.
+    template <int K>
+    int collect_tiled(const TileScratch<K>& tiled, int row, const Vec<V>** rows, const Vec<V>** of_row) const {
+        const Rows<V> x = tiled.template transformed<V>();
+        const Vec<V>* const factors = q.factors_of<V, K>(index);
+        int count = 0;
+        for (int ky = std::max(0, K / 2 - row); ky < std::min(K, q.height - row + K / 2); ++ky) {
+            rows[count] = x[row + ky - K / 2];
+            of_row[count++] = factors + ky * kFactors<K>;
+        }
+        return count;
     }
 
     // Where a row of y goes, and what is added to it.
@@ -429,11 +463,13 @@ struct Task {
         const float* soon;
         size_t stride;
         int width, count;
+        Ahead of_x;
     };
 
-    Line line_of(float* y, int row) const {
+    Line line_of(float* y, int row, int radius) const {
         const float* x = q.norm_weight == nullptr ? nullptr : q.x + offset(row);
-        return {x, y + offset(row), y + soon(row), size_t(q.channels), q.width, group.count};
+        return {x, y + offset(row), y + soon(row), size_t(q.channels), q.width, group.count,
+                ahead(q.x, row + radius)};
     }
 
     // T tiles of y. The line is a copy, whose numbers need not be read anew after each store.
@@ -443,12 +479,13 @@ struct Task {
         using W = Winograd<K>;
         constexpr int kTile = W::kTile;
         Vec<V> sums[3][T][kTile];
-        convolve_tiled<V, K, T>(rows, of_row, taps, tile * W::kPoints, sums);
+        convolve_tiled<V, K, 3, T>(rows, of_row, taps, tile * W::kPoints, sums);
         const int first = tile * kTile;
         if (line.x == nullptr && line.count == V && first + T * kTile <= line.width) {
 #pragma GCC unroll 8
             for (int i = 0; i < T * kTile; ++i) {
                 const size_t at = (first + i) * line.stride;
+                line.of_x.fetch(first + i);
                 __builtin_prefetch(line.soon + at, 1);
                 const int t = i / kTile, n = i % kTile;
                 store<V>(line.y + at, sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias), V);
@@ -459,6 +496,7 @@ struct Task {
         for (int i = 0; i < T * kTile; ++i) {
             if (first + i >= line.width) break;
             const size_t at = (first + i) * line.stride;
+            line.of_x.fetch(first + i);
             __builtin_prefetch(line.soon + at, 1);
             const int t = i / kTile, n = i % kTile;
             Vec<V> v = sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias);
@@ -476,7 +514,7 @@ struct Task {
         const Rows<V> x = scratch.ring<V>(0), g = scratch.ring<V>(1);
         Rows<V> ga[kMaxLevels], gb[kMaxLevels];
         Vec<V>*a[kMaxLevels], *b[kMaxLevels], *c[kMaxLevels];
-        const bool linear = q.mixed && !to_weights, together = !q.mixed && q.taps == 3;
+        const bool linear = q.mixed && !to_weights;
         Correlate<V> all[kMaxLevels] = {}, two[kMaxLevels] = {};
         for (int j = 0; j < levels; ++j) {
             ga[j] = scratch.ring<V>(2 + 2 * j);
@@ -494,107 +532,136 @@ struct Task {
             const int end = std::min(begin + block, q.height);
             for (int row = begin; row < end; ++row) {
                 for (; next < std::min(row + radius + 1, q.height); ++next) read(x[next] + radius, next);
-                if (together) {
-                    spread_together(x, grad, row, g[row] + 1, ga[0][row] + 1, gb[0][row] + 1, sums[3 * area]);
-                    continue;
-                }
                 branch(x, weights, row, a);
                 branch(x, weights + area, row, b);
                 if (linear) branch(x, weights + 2 * area, row, c);
-                const float* soon = grad + this->soon(row);
-                spread(grad + offset(row), soon, a, b, linear ? c : nullptr, g[row] + radius, ga, gb, row,
-                       sums + 3 * area);
+                spread(grad, a, b, linear ? c : nullptr, g[row] + radius, ga, gb, row, sums + 3 * area);
             }
             for (int j = 0; j < levels && to_weights; ++j)
                 correlate_level(j, x, g, ga[j], gb[j], begin, end, all[j], two[j], sums);
             const int ready = end == q.height ? end : end - radius;
             for (; next_dx < ready; ++next_dx) {
-                if (dx == nullptr) continue;
-                if (together) gather_together(g, ga[0], gb[0], next_dx, dx + offset(next_dx));
-                else gather(g, ga, gb, next_dx, to_x, dx + offset(next_dx));
+                if (dx != nullptr) gather(g, ga, gb, next_dx, to_x, dx + offset(next_dx));
             }
         }
     }
 
-    // The rows of one map that three rows of taps meet, and these, at output row `row`.
-    int collect_three(const Rows<V>& from, const Vec<V>* weights, int row, const Vec<V>** rows,
-                      const Vec<V>** of_row) const {
-        int count = 0;
-        for (int ky = std::max(0, 1 - row); ky < std::min(3, q.height - row + 1); ++ky) {
-            rows[count] = from[row + ky - 1];
-            of_row[count++] = weights + 3 * ky;
+    // The same for three taps across: a, b and the weights' gradients by minimal filtering, x's by direct sums,
+    // since its three fields would each have to be transformed for one kernel alone.
+    void backward_tiled(const TileScratch<3>& tiled, const float* grad, float* dx, Vec<V>* sums, int block,
+                        bool to_weights) const {
+        const Rows<V> g = scratch.ring<V>(0), ga = scratch.ring<V>(1), gb = scratch.ring<V>(2);
+        const Rows<V> x = tiled.template transformed<V>();
+        Vec<V> at_points[3][3][Winograd<3>::kPoints] = {};  // by row of taps and kernel
+        const Vec<V>* rows[kBlockColumns + 2];
+        Fields<V> fields[kBlockColumns];
+        int next = 0, next_dx = 0;
+        for (int begin = 0; begin < q.height; begin += block) {
+            const int end = std::min(begin + block, q.height), count = end - begin;
+            for (int row = begin; row < end; ++row) {
+                for (; next < std::min(row + 2, q.height); ++next) read_tiled(tiled, next);
+                spread_tiled(tiled, grad, row, g[row] + 1, ga[row] + 1, gb[row] + 1, sums[3 * q.area()]);
+            }
+            if (to_weights) {
+                for (int i = 0; i < count + 2; ++i) {
+                    const int row = begin + i - 1;
+                    rows[i] = row < 0 || row == q.height ? tiled.template nothing<V>() : x[row];
+                }
+                for (int i = 0; i < count; ++i) {
+                    const int row = begin + i;
+                    fields[i][0] = ga[row] + 1, fields[i][1] = gb[row] + 1, fields[i][2] = g[row] + 1;
+                }
+                correlate_tiled<V, 3, 2>(rows, fields, count, tiled.tiles, at_points);
+                correlate_tiled<V, 3, 1>(rows + 2, fields, count, tiled.tiles, at_points + 2);
+            }
+            const int ready = end == q.height ? end : end - 1;
+            for (; next_dx < ready; ++next_dx)
+                if (dx != nullptr) gather_three(g, ga, gb, next_dx, dx + offset(next_dx));
         }
-        return count;
+        for (int ky = 0; ky < 3; ++ky)
+            for (int f = 0; f < 3; ++f)
+                transform_gradient<V, 3>(at_points[ky][f], sums + f * q.area() + 3 * ky);
     }
 
     // The gradients of c, a and b along one row, for three taps across.
-    void spread_together(const Rows<V>& x, const float* grad, int row, Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b,
-                         Vec<V>& sum) const {
-        const Vec<V>*rows[3], *of_row[3];
-        const int count = collect_three(x, q.weights<V>(index, false), row, rows, of_row);
-        const float* soon = grad + this->soon(row);
+    void spread_tiled(const TileScratch<3>& tiled, const float* grad, int row, Vec<V>* g, Vec<V>* to_a,
+                      Vec<V>* to_b, Vec<V>& sum) const {
         const float* from = grad + offset(row);
-        const float* later = grad + this->later(row);
         // copies, which are not read anew after each store
-        const int width = q.width, lanes = group.count;
+        const int width = q.width, lanes = group.count, tiles = tiled.tiles;
         const size_t stride = q.channels;
         Vec<V> total = sum;
         for (int c = 0; c < width; ++c) {
-            __builtin_prefetch(soon + c * stride);
-            __builtin_prefetch(later + c * kLanes, 0, 2);
             const Vec<V> v = load<V>(from + c * stride, lanes);
             g[c] = v;
             total += v;
         }
         sum = total;
-        with_columns(width, [&](auto tile) {
-            constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 2, T>(rows, of_row, count, q.area(), std::max(T, width),
-                                          [=](int column, const Vec<V>* sums) {
-                                              if (column >= width) return;
-                                              to_a[column] = g[column] * sums[1];
-                                              to_b[column] = g[column] * sums[0];
-                                          });
+        const Vec<V>*rows[3], *of_row[3];
+        const int count = collect_tiled(tiled, row, rows, of_row);
+        const Ahead of_x = ahead(q.x, row + 1), of_grad = ahead(grad, row);
+        for_tiles<Winograd<3>::kTiles>(tiles, [&](auto group, int tile) {
+            constexpr int T = decltype(group)::value, kTile = Winograd<3>::kTile;
+            spread_tiles<T>(rows, of_row, count, tile, g, to_a, to_b);
+#pragma GCC unroll 8
+            for (int i = 0; i < T * kTile; ++i) {
+                of_x.fetch(tile * kTile + i);
+                of_grad.fetch(tile * kTile + i);
+            }
         });
     }
 
+    // T tiles of them. Beyond the map's end g is zero, and so are they.
+    template <int T>
+    void spread_tiles(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile,
+                      const Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b) const {
+        using W = Winograd<3>;
+        Vec<V> sums[2][T][W::kTile];
+        convolve_tiled<V, 3, 2, T>(rows, of_row, taps, tile * W::kPoints, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < T * W::kTile; ++i) {
+            const int column = tile * W::kTile + i, t = i / W::kTile, n = i % W::kTile;
+            to_a[column] = g[column] * sums[1][t][n];
+            to_b[column] = g[column] * sums[0][t][n];
+        }
+    }
+
     // One row of the input's gradient, for three taps across.
-    void gather_together(const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb, int row, float* dx) const {
-        const Vec<V>*rows[9], *of_row[9];
+    void gather_three(const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb, int row, float* dx) const {
         const Vec<V>* weights = q.weights<V>(index, true);
-        int count = collect_three(ga, weights, row, rows, of_row);
-        count += collect_three(gb, weights + 9, row, rows + count, of_row + count);
-        count += collect_three(g, weights + 18, row, rows + count, of_row + count);
+        Taps<V> taps[9];
+        int count = collect(0, true, ga, weights, row, taps);
+        count += collect(0, true, gb, weights + 9, row, taps + count);
+        count += collect(0, true, g, weights + 18, row, taps + count);
         const int width = q.width, lanes = group.count;
         const size_t stride = q.channels;
         const float* soon = dx + 2 * width * stride;
         with_columns(width, [&](auto tile) {
             constexpr int T = decltype(tile)::value;
-            convolve_together<V, 3, 1, T>(rows, of_row, count, 0, std::max(T, width),
-                                          [=](int column, const Vec<V>* sums) {
-                                              if (column >= width) return;
-                                              const size_t at = column * stride;
-                                              __builtin_prefetch(soon + at, 1);
-                                              store<V>(dx + at, sums[0], lanes);
-                                          });
+            convolve_to<V, 3, T>(taps, count, std::max(T, width), [=](int column, Vec<V> sum) {
+                if (column >= width) return;
+                const size_t at = column * stride;
+                __builtin_prefetch(soon + at, 1);
+                store<V>(dx + at, sum, lanes);
+            });
         });
     }
 
     // The gradients of c, and of a and b at each level, along one row; `linear` is c at each level where
     // its part in the shares' gradient is wanted, else null.
-    void spread(const float* grad, const float* soon, Vec<V>* const* a, Vec<V>* const* b,
-                Vec<V>* const* linear, Vec<V>* g, const Rows<V>* ga, const Rows<V>* gb, int row,
-                Vec<V>* sums) const {
+    void spread(const float* of_map, Vec<V>* const* a, Vec<V>* const* b, Vec<V>* const* linear, Vec<V>* g,
+                const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* sums) const {
         const int levels = q.levels, width = q.width, lanes = group.count;
         const size_t stride = q.channels;
-        const float* later = grad + this->later(row) - offset(row);
+        const float* grad = of_map + offset(row);
+        const Ahead of_x = ahead(q.x, row + q.radius()), of_grad = ahead(of_map, row);
         Vec<V> total = sums[0];
         if (!q.mixed) {
             Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
             const Vec<V>*const of_a = a[0], *const of_b = b[0];
             for (int c = 0; c < width; ++c) {
-                __builtin_prefetch(soon + c * stride);
-                __builtin_prefetch(later + c * kLanes, 0, 2);
+                of_x.fetch(c);
+                of_grad.fetch(c);
                 const Vec<V> v = load<V>(grad + c * stride, lanes);
                 g[c] = v;
                 total += v;
@@ -612,8 +679,8 @@ struct Task {
             products[j] = sums[1 + j];
         }
         for (int c = 0; c < width; ++c) {
-            __builtin_prefetch(soon + c * stride);
-            __builtin_prefetch(later + c * kLanes, 0, 2);
+            of_x.fetch(c);
+            of_grad.fetch(c);
             const Vec<V> v = load<V>(grad + c * stride, lanes);
             g[c] = v;
             total += v;
@@ -797,7 +864,7 @@ template <int K>
 void run_tiled(Problem& q, float* y) {
     make_factors<K>(q);
     for_tasks(
-        q, [&] { return TileScratch<K>(q); },
+        q, [&] { return TileScratch<K>(q, 0, K); },
         [&](const auto& task, const TileScratch<K>& scratch, int begin, int end) {
             task.forward_tiled(scratch, y, begin, end);
         });
@@ -835,9 +902,8 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
         std::max(1, std::min(q.height, (kBlockColumns + q.width - 1) / std::max(1, q.width)));
     // a norm needs all channels of an image before its own backward
     const int parts = normed ? 1 : groups;
-#pragma omp parallel num_threads(threads)
-    {
-        const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 3 * q.levels + 1);
+    // divides the work among the threads that call it
+    const auto run = [&](const auto& scratch, auto&& backward) {
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < slices * parts; ++task) {
             const int slice = task / parts, part = task % parts;
@@ -857,13 +923,24 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
                         int& inner = normed ? next_group : next_image;
                         int& outer = normed ? next_image : next_group;
                         if (++inner == (normed ? groups : end)) inner = normed ? 0 : begin, ++outer;
-                        Task<V>(q, scratch, group, image, next_group, next_image, 2)
-                            .backward(grad, to.x, mine, block, to_weights);
+                        backward(Task<V>(q, scratch, group, image, next_group, next_image, 2), mine);
                     });
                 }
                 if (normed && to.x != nullptr) finish_norm(q, image, grad, to.x, for_norm, for_norm + padded);
             }
         }
+    };
+    const bool tiled = q.taps == 3 && is_tiled(q);
+    if (tiled) make_factors<3>(q);
+#pragma omp parallel num_threads(threads)
+    if (tiled) {
+        const TileScratch<3> scratch(q, 3, block + 2);
+        run(scratch, [&](const auto& task, auto* sums) {
+            task.backward_tiled(scratch, grad, to.x, sums, block, to_weights);
+        });
+    } else {
+        const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 3 * q.levels + 1);
+        run(scratch, [&](const auto& task, auto* sums) { task.backward(grad, to.x, sums, block, to_weights); });
     }
     // slices are added in order, whoever computed them
     const int cut = (q.kernel - q.taps) / 2;

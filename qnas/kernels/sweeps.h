@@ -91,37 +91,26 @@ Convolve<V> convolve_for(int tile) {
     __builtin_unreachable();
 }
 
-// Convolutions of the same rows by the first F of three kernels, N taps across and `area` vectors apart,
-// T columns at a time: the sums do not leave the registers before done(column, sums) has them. There
-// are registers enough for N = 3, F = 2 and T = 8. `rows` point to what the first tap of column 0 meets, `weights`
-// to the first kernel's row of taps; columns is at least T.
-template <int V, int N, int F, int T, class Done>
-void convolve_together(const Vec<V>* const* rows, const Vec<V>* const* weights, int count, int area,
-                       int columns, Done done) {
+// The same for N taps side by side, T columns at a time, whose sums go to done(column, sum) instead.
+template <int V, int N, int T, class Done>
+void convolve_to(const Taps<V>* taps, int count, int columns, Done done) {
     const int end = columns - T;
     for (int start = 0;;) {
-        Vec<V> sums[T][F];
+        Vec<V> sums[T];
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 3
-            for (int f = 0; f < F; ++f) sums[t][f] = Vec<V>{};
+        for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
         for (int i = 0; i < count; ++i) {
-            const Vec<V>* row = rows[i] + start;
-            Vec<V> weight[F][N];
+            const Vec<V>* row = taps[i].row + start;
+            Vec<V> weight[N];
 #pragma GCC unroll 3
-            for (int f = 0; f < F; ++f)
-#pragma GCC unroll 3
-                for (int n = 0; n < N; ++n) weight[f][n] = weights[i][f * area + n];
+            for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n];
 #pragma GCC unroll 16
             for (int j = 0; j < T + N - 1; ++j) {
                 const Vec<V> v = in_register(row[j]);
 #pragma GCC unroll 3
                 for (int n = 0; n < N; ++n) {
                     const int t = j - n;
-                    if (t >= 0 && t < T) {
-#pragma GCC unroll 3
-                        for (int f = 0; f < F; ++f) sums[t][f] += v * weight[f][n];
-                    }
+                    if (t >= 0 && t < T) sums[t] += v * weight[n];
                 }
             }
         }

@@ -21,43 +21,56 @@
 namespace qnas {
 
 constexpr int kPassPoints = 4;                  // of a pass; the points of the second are fewer
-constexpr int kPair = kLanes == 16 ? 2 : 1;     // tiles whose sums are in registers at once
 constexpr int kAtInfinity = 3;                  // its place among the points
+
+// The rows of gradients that a and b get, and c.
+template <int V>
+using Fields = const Vec<V>* [3];
 
 template <int K>
 struct Winograd;
 
 // Below, with N(x) the product of (x - p) over all finite points p, in the order named above: the weights'
 // transform is the powers of `point` over `slope`, N's derivative there; input() applies N(x) / (x - p),
-// at infinity N(x); first() and second() the powers 0 to kTile - 1 of the points of their pass.
+// at infinity N(x); first() and second() the powers 0 to kTile - 1 of the points of their pass; gradient(),
+// where there is one, is their transpose.
 
 template <>
 struct Winograd<3> {
     static constexpr int kInputs = 4, kTile = 2, kPoints = 4, kBlocks = 1, kTaps = 3;
-    static constexpr float point[4] = {0, 1, -1, 0};
-    static constexpr float slope[4] = {-1, 2, 2, 1};
+    static constexpr int kTiles = kLanes == 16 ? 4 : 2;  // whose sums are in registers at once
+    static constexpr float point[4] = {1, -1, 0, 0};
+    static constexpr float slope[4] = {2, 2, -1, 1};
 
     template <class F>
     static inline void input(const F* d, F* to) {
-        to[0] = d[2] - d[0];
-        to[1] = d[2] + d[1];
-        to[2] = d[2] - d[1];
+        to[0] = d[2] + d[1];
+        to[1] = d[2] - d[1];
+        to[2] = d[2] - d[0];
         to[3] = d[3] - d[1];
     }
 
+    // what the points 1 and -1 give; the others are a column each
     template <class F>
-    static inline void first(const F* m, F* y) {
-        y[0] = m[0] + (m[1] + m[2]);
-        y[1] = (m[1] - m[2]) + m[3];
+    static inline void first(F* y) {
+        const F s = y[0] + y[1];
+        y[1] = y[0] - y[1];
+        y[0] = s;
     }
 
     template <class F>
-    static inline void second(const F*, F*) {}
+    static inline void gradient(const F* g, F* to) {
+        to[0] = g[0] + g[1];
+        to[1] = g[0] - g[1];
+        to[2] = g[0];
+        to[3] = g[1];
+    }
 };
 
 template <>
 struct Winograd<5> {
     static constexpr int kInputs = 8, kTile = 4, kPoints = 8, kBlocks = 1, kTaps = 5;
+    static constexpr int kTiles = kLanes == 16 ? 2 : 1;
     static constexpr float point[8] = {0, 1, -1, 0, 2, -2, 0.5f, -0.5f};
     static constexpr float slope[8] = {-1.0f, -4.5f, -4.5f, 1.0f, 90.0f, 90.0f, 1.40625f, 1.40625f};
 
@@ -99,6 +112,7 @@ struct Winograd<5> {
 template <>
 struct Winograd<7> {
     static constexpr int kInputs = 7, kTile = 4, kPoints = 7, kBlocks = 2, kTaps = 4;
+    static constexpr int kTiles = kLanes == 16 ? 2 : 1;
     static constexpr float point[7] = {0, 1, -1, 0, 0.5f, -0.5f, 2};
     static constexpr float slope[7] = {-0.5f, -1.5f, -4.5f, 1.0f, 0.5625f, 0.9375f, 22.5f};
 
@@ -158,32 +172,26 @@ void transform_weights(const Vec<V>* weights, int area, Vec<V>* to) {
     }
 }
 
-// The products of T tiles with three kernels at P points from `First` on: sums[f][t][p] = sum over rows i and
-// blocks k of rows[i] at tile t + k times the factor of f. `rows` point to what the first tile meets.
-template <int V, int K, int First, int P, int T>
+// The products of T tiles with the first F kernels at P points from `First` on: sums[f][t][p] += sum over rows i
+// and blocks k of rows[i] at tile t + k times the factor of f. `rows` point to what the first tile meets.
+template <int V, int K, int First, int P, int F, int T>
 inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
-                            Vec<V> (&sums)[3][T][P]) {
+                            Vec<V> (&sums)[F][T][P]) {
     using W = Winograd<K>;
-#pragma GCC unroll 3
-    for (int f = 0; f < 3; ++f)
-#pragma GCC unroll 2
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sums[f][t][p] = Vec<V>{};
     for (int i = 0; i < count; ++i) {
         const Vec<V>* row = rows[i] + from + First;
         const Vec<V>* factor = factors[i] + First * W::kBlocks * 3;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
             Vec<V> v[T + W::kBlocks - 1];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int t = 0; t < T + W::kBlocks - 1; ++t) v[t] = in_register(row[t * W::kPoints + p]);
 #pragma GCC unroll 2
             for (int k = 0; k < W::kBlocks; ++k) {
 #pragma GCC unroll 3
-                for (int f = 0; f < 3; ++f) {
+                for (int f = 0; f < F; ++f) {
                     const Vec<V> by = in_register(factor[(p * W::kBlocks + k) * 3 + f]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) sums[f][t][p] += v[t + k] * by;
                 }
             }
@@ -191,24 +199,117 @@ inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* fact
     }
 }
 
-// T tiles of three convolutions by K taps across: y[f][t][column].
-template <int V, int K, int T>
+template <int V, int F, int T, int P>
+inline void clear(Vec<V> (&sums)[F][T][P]) {
+#pragma GCC unroll 3
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) sums[f][t][p] = Vec<V>{};
+}
+
+// T tiles of the first F convolutions by K taps across: y[f][t][column].
+template <int V, int K, int F, int T>
 inline void convolve_tiled(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
-                           Vec<V> (&y)[3][T][Winograd<K>::kTile]) {
+                           Vec<V> (&y)[F][T][Winograd<K>::kTile]) {
     using W = Winograd<K>;
-    Vec<V> sums[3][T][kPassPoints];
-    multiply_points<V, K, 0, kPassPoints, T>(rows, factors, count, from, sums);
+    if constexpr (K == 3) {
+        // as many sums as columns: twice as many tiles in registers, which load each factor for all of them
+        clear<V>(y);
+        multiply_points<V, K, 0, 2, F, T>(rows, factors, count, from, y);
 #pragma GCC unroll 3
-    for (int f = 0; f < 3; ++f)
+        for (int f = 0; f < F; ++f)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) W::first(y[f][t]);
+        multiply_points<V, K, 2, 2, F, T>(rows, factors, count, from, y);
+    } else {
+        Vec<V> sums[F][T][kPassPoints];
+        clear<V>(sums);
+        multiply_points<V, K, 0, kPassPoints, F, T>(rows, factors, count, from, sums);
+#pragma GCC unroll 3
+        for (int f = 0; f < F; ++f)
 #pragma GCC unroll 2
-        for (int t = 0; t < T; ++t) W::first(sums[f][t], y[f][t]);
-    if constexpr (W::kPoints > kPassPoints) {
-        Vec<V> others[3][T][W::kPoints - kPassPoints];
-        multiply_points<V, K, kPassPoints, W::kPoints - kPassPoints, T>(rows, factors, count, from, others);
+            for (int t = 0; t < T; ++t) W::first(sums[f][t], y[f][t]);
+        Vec<V> others[F][T][W::kPoints - kPassPoints];
+        clear<V>(others);
+        multiply_points<V, K, kPassPoints, W::kPoints - kPassPoints, F, T>(rows, factors, count, from, others);
 #pragma GCC unroll 3
-        for (int f = 0; f < 3; ++f)
+        for (int f = 0; f < F; ++f)
 #pragma GCC unroll 2
             for (int t = 0; t < T; ++t) W::second(others[f][t], y[f][t]);
+    }
+}
+
+// Calls run(T, tile) for groups of T tiles, T a constant and at most Most, that cover a row; the last one may
+// overlap the one before it.
+template <int Most, class Run>
+inline void for_tiles(int tiles, Run&& run) {
+    if constexpr (Most > 1) {
+        if (tiles < Most) return for_tiles<Most / 2>(tiles, run);
+    }
+    for (int tile = 0;; tile = tile + Most < tiles - Most ? tile + Most : tiles - Most) {
+        run(std::integral_constant<int, Most>(), tile);
+        if (tile + Most >= tiles) return;
+    }
+}
+
+// R rows of taps of the weights' gradients, at the points: to[r][f][p] += sum over rows i and tiles of the
+// transformed rows[i + r] of x times the transformed gradients fields[i][f], zero beyond the map's end.
+template <int V, int K, int R>
+void correlate_tiled(const Vec<V>* const* rows, const Fields<V>* fields, int count, int tiles,
+                     Vec<V> (*to)[3][Winograd<K>::kPoints]) {
+    using W = Winograd<K>;
+    constexpr int P = W::kPoints, F = kFields;
+    for (int first = 0; first < 3; first += F) {
+        Vec<V> sums[R][F][P];
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int f = 0; f < F; ++f)
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) sums[r][f][p] = to[r][first + f][p];
+        for (int i = 0; i < count; ++i) {
+            const Vec<V>*x[R], *of[F];
+#pragma GCC unroll 3
+            for (int r = 0; r < R; ++r) x[r] = rows[i + r];
+#pragma GCC unroll 3
+            for (int f = 0; f < F; ++f) of[f] = fields[i][first + f];
+            for (int t = 0; t < tiles; ++t) {
+                Vec<V> g[F][P];
+#pragma GCC unroll 3
+                for (int f = 0; f < F; ++f) W::gradient(of[f] + t * W::kTile, g[f]);
+#pragma GCC unroll 4
+                for (int p = P - 1; p >= 0; --p) {
+#pragma GCC unroll 3
+                    for (int r = 0; r < R; ++r) {
+                        const Vec<V> v = in_register(x[r][t * P + p]);
+#pragma GCC unroll 3
+                        for (int f = 0; f < F; ++f) sums[r][f][p] += v * g[f][p];
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int f = 0; f < F; ++f)
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) to[r][first + f][p] = sums[r][f][p];
+    }
+}
+
+// Adds to one row of K taps what it gets from its sums at the points: the transpose of transform_weights.
+template <int V, int K>
+void transform_gradient(const Vec<V> (&from)[Winograd<K>::kPoints], Vec<V>* to) {
+    using W = Winograd<K>;
+    for (int p = 0; p < W::kPoints; ++p) {
+        if (p == kAtInfinity) {
+            to[K - 1] += from[p];
+            continue;
+        }
+        Vec<V> value = from[p] / W::slope[p];
+        for (int n = 0; n < K; ++n, value = value * W::point[p]) to[n] += value;
     }
 }
 
