@@ -247,9 +247,10 @@ def middle_ms(table: LatencyTable) -> float:
     return (table.fastest_ms + table.slowest_ms) / 2
 
 
-def rivals(space: SearchSpace, table: LatencyTable, seed: int, count: int = RIVALS) -> list[Arch]:
+def rivals(
+    space: SearchSpace, table: LatencyTable, budget_ms: float, seed: int, count: int = RIVALS
+) -> list[Arch]:
     """Draw the networks of the budget's latency that a search of this seed is compared with."""
-    budget_ms = middle_ms(table)
     rng = np.random.default_rng([seed, count])
     return draw_networks(space, table, WINDOW * budget_ms, budget_ms, count, rng)
 
@@ -261,6 +262,7 @@ def rivals(space: SearchSpace, table: LatencyTable, seed: int, count: int = RIVA
 ARMS: dict[str, dict[str, Any]] = {
     "independent": {"weights": "independent"},
     "shared": {"weights": "shared"},
+    "shared-by-probabilities": {"weights": "shared", "paths": "probabilities"},
     "nested": {"weights": "nested", "nested_weight_steps": "sampled"},
     "nested-mixture": {"weights": "nested", "nested_weight_steps": "mixture"},
 }

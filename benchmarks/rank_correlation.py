@@ -8,8 +8,8 @@ warm-up) for the same time, and the same networks are scored on held-out images 
 figure is Kendall's tau between that and the accuracy on the test images of training alone.
 
 Size alone ranks networks of different sizes, and costs nothing: so the table has the taus of latency and
-MACs too, and the tau within the better half of the networks. `one latency` are other networks, those
-that search_quality.py trains, once they are there: to tell them apart is what a search needs. The row
+MACs too, and the tau within the better half of the networks. `one latency` are ten other networks of
+the middle of the range: to tell them apart is what a search needs. The row
 `another seed` is how well two seeds of training alone agree: no row can be expected to do better.
 
 What is there already is not done again: a run that was stopped goes on. --write puts the table into
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from experiments import (
-    ARMS,
     OUT,
     RESULTS,
     RIVALS,
@@ -64,7 +63,8 @@ from qnas.search import Searcher
 from qnas.space import SearchSpace
 from qnas.train import set_up_process
 
-PARTS = ("alone", "supernets", "ceiling")
+RANKED_ARMS = ("independent", "shared", "nested", "nested-mixture")
+PARTS = ("alone", "equal", "supernets", "ceiling")
 SEEDS = {"alone": 0, "ceiling": 1}  # of training alone
 DRAW = 0  # of the networks
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", action="append", required=True, help="fashion-mnist:DIR or cifar10:DIR")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(RANKED_ARMS), choices=RANKED_ARMS)
     parser.add_argument("--seconds", type=float, default=120.0, help="of training a supernet")
     parser.add_argument("--networks", type=int, default=24)
     parser.add_argument("--images", type=int, default=Recipe.images)
@@ -86,7 +86,7 @@ def main() -> None:
     table = compute_table(load_device("cpu"), space)
     recipe = Recipe(images=options.images, epochs=options.epochs)
     spread = spread_networks(space, table, options.networks, DRAW)
-    equal = [arch for seed in SEARCH_SEEDS for arch in rivals(space, table, seed)]
+    equal = [arch for seed in SEARCH_SEEDS for arch in rivals(space, table, middle_ms(table), seed)]
     trained, scored = Cache(options.out / "trainings.jsonl"), Cache(options.out / "supernets.jsonl")
     data = [load_images(spec, recipe.images) for spec in options.data]
     for part in options.parts:
@@ -94,6 +94,9 @@ def main() -> None:
             if part == "supernets":
                 for arm in options.arms:
                     score_networks(space, table, images, arm, [*spread, *equal], options.seconds, scored)
+            elif part == "equal":
+                for arch in equal[:RIVALS]:
+                    train_alone(space, arch, images, recipe, SEARCH_SEEDS[0], trained)
             else:
                 for arch in spread:
                     train_alone(space, arch, images, recipe, SEEDS[part], trained)
@@ -102,7 +105,7 @@ def main() -> None:
     for images in data:
         rows = {
             arm: scored.get(supernet_parts(space, images, arm, [*spread, *equal], options.seconds))
-            for arm in ARMS
+            for arm in RANKED_ARMS
         }
         found.append(summarise(space, table, images, recipe, spread, equal, trained, rows))
     facts = {"cpu": host.cpu_name(), "recipe": asdict(recipe), "seconds": options.seconds}
@@ -140,10 +143,11 @@ def score_networks(
     parts = supernet_parts(space, data, arm, networks, seconds)
     if cache.get(parts) is not None:
         return
-    limits = (latency_limit(table, middle_ms(table)),)  # nothing looks at it during the warm-up
+    # nothing looks at the budget: paths are drawn by probabilities, which stay as even as they begin
+    limits = (latency_limit(table, middle_ms(table)),)
     config = base_config(arm, seed=0)
     epochs = max(1, round(seconds / epoch_seconds(space, limits, data, config)))
-    searcher = Searcher(space, limits, data, replace(config, warmup_epochs=epochs))
+    searcher = Searcher(space, limits, data, replace(config, warmup_epochs=epochs, paths="probabilities"))
     start = time.process_time()
     while searcher.is_warming_up:
         searcher.step()

@@ -3,7 +3,7 @@
     python benchmarks/search_quality.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
 For each data set and seed a search of quadranet-tiny for each form of the weights, all for the same time,
-within one budget: the middle between the fastest and the slowest network on cpu. What they derive is
+within one budget on cpu: a fifth of the way from the fastest to the slowest network. What they derive is
 trained alone from scratch by one recipe, and so are
 
 - 10 random networks that take at least 97% of the budget;
@@ -15,9 +15,12 @@ trained alone from scratch by one recipe, and so are
 
 Of each search: the most probable network; the one of the least loss by the measured effects of its
 candidates; and of the 20 best by these the one that does best on held-out images with the supernet's
-weights (`re-ranked`), what qnas search ends with. What is there already is not done again: a run that was
-stopped goes on, and --write puts into RESULTS.md what is there. Four hours on one thread for two data
-sets and three seeds; --parts and --seeds do some of it.
+weights (`re-ranked`), what qnas search ends with. And what its supernet says of the random networks.
+What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
+what is there. HOURS on one thread for two data sets and three seeds; --parts and --seeds do some of it.
+
+All networks of a seed are trained with that seed: the same order of images, the same shifts and flips. What
+these do to all networks alike is no part of a gain.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from experiments import (
     ARMS,
     OUT,
@@ -44,7 +48,6 @@ from experiments import (
     load_images,
     markdown_table,
     mean_and_sd,
-    middle_ms,
     percent,
     plan_epochs,
     rivals,
@@ -52,6 +55,8 @@ from experiments import (
     train_alone,
     write_section,
 )
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
 
 from qnas import host
 from qnas.arch import Arch, arch_from_indices, make_arch
@@ -71,12 +76,18 @@ from qnas.train import set_up_process
 # networks of one latency differ in little that matters; at 96 px a 7x7 kernel costs twice a 3x3, and the
 # first stage up to four times the last, as in the shipped spaces at 224 px.
 DEPLOYED_PX = 96
+# Of the way from the fastest to the slowest network. At half of it there is nothing to be found: 5 blocks of
+# k3e2, of k5e4 or of k7e4 came to 62.9, 62.8 and 62.8% of CIFAR-10 (6.2, 9.1 and 11.4 ms), 6 or 7 blocks to
+# 63 or 64%, since 20,000 images say no more to larger networks. With 3 blocks or 4, each counts.
+BUDGET_SHARE = 0.2
 PARTS = ("random", "searches", "baselines")
 WARM_UP_SHARE = 0.4  # of the epochs of a search
-SEARCH_ARMS = ("independent", "shared", "nested")
-# What a search ends with is trained several times, as two trainings of a network differ by as much as two
-# networks; of the random ones there are many.
-REPEATS = 3
+SEARCH_ARMS = ("shared", "shared-by-probabilities", "independent", "nested")
+# Trained long enough for networks of one latency to differ by more than the trainings of one do: after the
+# 900 steps of rank_correlation.py they do not.
+RECIPE = Recipe(images=20_000, epochs=9, learning_rate=2e-3)
+# The first so many random networks of the first seed are trained with every seed, to tell the noise.
+REPEATED = 4
 BASELINE_ARM = "shared"  # of proxyless-tiny, whose epochs are those of the same arm here
 
 
@@ -105,14 +116,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEARCH_SEEDS))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--arms", nargs="+", default=list(SEARCH_ARMS), choices=ARMS)
-    parser.add_argument("--seconds", type=float, default=100.0, help="of a search")
-    parser.add_argument("--images", type=int, default=Recipe.images)
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="of training alone")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of a search")
+    parser.add_argument("--images", type=int, default=RECIPE.images)
+    parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help="of training alone")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
     options = parser.parse_args()
     set_up_process(threads=1)
-    recipe = Recipe(images=options.images, epochs=options.epochs)
+    recipe = replace(RECIPE, images=options.images, epochs=options.epochs)
     quadra = tiny_setting("quadranet-tiny")
     proxyless = tiny_setting("proxyless-tiny", quadra.limits[0].budget)
     trained, searched = Cache(options.out / "trainings.jsonl"), Cache(options.out / "searches.jsonl")
@@ -130,8 +141,11 @@ def main() -> None:
                     search(proxyless, images, BASELINE_ARM, seed, options.seconds, searched, like["epochs"])
                 for each in contenders(quadra, proxyless, images, seed, options.seconds, searched):
                     if each.part == part:
-                        for drawn in training_seeds(each, seed):
-                            train_alone(each.setting.space, each.arch, images, recipe, drawn, trained)
+                        train_alone(each.setting.space, each.arch, images, recipe, seed, trained)
+        if "random" in options.parts:
+            for images in data:
+                for arch in repeated(quadra):
+                    train_alone(quadra.space, arch, images, recipe, seed, trained)
     found = [
         summarise(quadra, proxyless, images, recipe, options.seconds, searched, trained) for images in data
     ]
@@ -149,10 +163,16 @@ def main() -> None:
 
 
 def tiny_setting(name: str, budget_ms: float | None = None) -> Setting:
-    """Return one of the experiments' spaces on cpu, within a budget or within the middle of its range."""
+    """Return one of the experiments' spaces on cpu, within a budget or within its share of the range."""
     space = tiny_space(name, DEPLOYED_PX)
     table = compute_table(load_device("cpu"), space)
-    return Setting(space, table, (latency_limit(table, budget_ms or middle_ms(table)),))
+    own_ms = table.fastest_ms + BUDGET_SHARE * (table.slowest_ms - table.fastest_ms)
+    return Setting(space, table, (latency_limit(table, budget_ms or own_ms),))
+
+
+def random_networks(quadra: Setting, seed: int) -> list[Arch]:
+    """Return the networks of the budget's latency that a seed's searches are compared with."""
+    return rivals(quadra.space, quadra.table, quadra.limits[0].budget, seed)
 
 
 # ---- searches
@@ -206,6 +226,7 @@ def search(
     effects = searcher.measure_effects()
     measured_s = time.process_time() - start - searched_s
     ranked = rerank(space, searcher.derive_best(effects), data, searcher.score)
+    randoms = random_networks(setting, seed)
     by_macs = macs_guided(space, effects.scores if effects else searcher.log_probabilities, limits)
     found = {
         "epochs": epochs,
@@ -217,6 +238,7 @@ def search(
         "ranked": [
             {"choices": r.arch.choices, "rank": r.solution.rank, "heldout": asdict(r.heldout)} for r in ranked
         ],
+        "random_heldout": [searcher.score(arch, data.heldout).accuracy for arch in randoms],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
         "most_probable": arch_from_indices(space, searcher.derive().indices).choices,
         "log_probabilities": searcher.log_probabilities,
@@ -232,7 +254,7 @@ def contenders(
 ) -> Iterator[Contender]:
     """Yield the networks of a seed, as far as the searches are done that they come from."""
     space = quadra.space
-    for arch in rivals(space, quadra.table, seed):
+    for arch in random_networks(quadra, seed):
         yield Contender("random", "random", quadra, arch)
     most = largest(space, quadra.limits)
     yield Contender("baselines", "most MACs", quadra, arch_from_indices(space, most.indices))
@@ -255,10 +277,9 @@ def contenders(
                 yield Contender(part, f"{name}, {how}", setting, make_arch(setting.space, tuple(choices)))
 
 
-def training_seeds(contender: Contender, seed: int) -> list[int]:
-    """Return the seeds of a contender's trainings, that of the search first."""
-    repeats = REPEATS if contender.kind.endswith("re-ranked") else 1
-    return [seed + len(SEARCH_SEEDS) * i for i in range(repeats)]
+def repeated(quadra: Setting) -> list[Arch]:
+    """Return the networks that are trained with every seed."""
+    return random_networks(quadra, SEARCH_SEEDS[0])[:REPEATED]
 
 
 # ---- figures
@@ -278,26 +299,36 @@ def summarise(
     for seed in SEARCH_SEEDS:
         for each in contenders(quadra, proxyless, data, seed, seconds, searched):
             space = each.setting.space
-            found = [
-                known_training(space, each.arch, data, recipe, drawn, trained)
-                for drawn in training_seeds(each, seed)
-            ]
-            accuracies = [row["accuracy"] for row in found if row is not None]
-            if not accuracies:
+            row = known_training(space, each.arch, data, recipe, seed, trained)
+            if row is None:
                 continue
             blocks = lower(space, each.arch)
             figures = {
-                "accuracy": statistics.fmean(accuracies),
-                "trainings": len(accuracies),
-                "variance": statistics.variance(accuracies) if len(accuracies) > 1 else math.nan,
+                "accuracy": row["accuracy"],
                 "latency_ms": each.setting.table.latency_ms(each.arch.indices(space)),
                 "macs": count_macs(blocks),
                 "params": count_params(blocks),
             }
             kinds.setdefault(each.kind, {}).setdefault(seed, []).append(figures)
+    known: dict[str, list[list[tuple[float, float]]]] = {}  # by arm and seed: in the supernet, alone
+    for arm in ARMS:
+        for seed in SEARCH_SEEDS:
+            row = known_search(quadra, data, arm, seed, seconds, searched)
+            alone = [
+                known_training(quadra.space, arch, data, recipe, seed, trained)
+                for arch in random_networks(quadra, seed)
+            ]
+            if row is not None and None not in alone:
+                accuracies = [found["accuracy"] for found in alone if found]
+                known.setdefault(arm, []).append(list(zip(row["random_heldout"], accuracies, strict=True)))
     # a seed whose random networks are not all trained has nothing to be compared with
     whole = [seed for seed, rows in kinds.get("random", {}).items() if len(rows) == RIVALS]
-    return {"data": data.name, "kinds": kinds, "seeds": whole}
+    again = [
+        [known_training(quadra.space, arch, data, recipe, seed, trained) for seed in SEARCH_SEEDS]
+        for arch in repeated(quadra)
+    ]
+    rows = [[row["accuracy"] for row in rows if row] for rows in again if None not in rows]
+    return {"data": data.name, "kinds": kinds, "seeds": whole, "repeated": rows, "in_supernet": known}
 
 
 def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
@@ -306,9 +337,10 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         "## Search quality",
         f"{describe_recipe(Recipe(**facts['recipe']))} Searches take {facts['seconds']:.0f} s; the budget is "
         f"{facts['budget_ms']:.2f} ms. Mean and standard deviation over seeds; of the random networks "
-        f"between them, within a seed. What a search ends with (re-ranked) is trained {REPEATS} times. "
-        "`gain` is over the mean of the seed's random networks, `beaten` how many of those have less "
-        "accuracy.",
+        "between them, within a seed. `gain` is over the mean of the seed's random networks, `beaten` how "
+        "many of those have less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is "
+        "the standard deviation of the ten random networks' held-out accuracies with the supernet's weights, "
+        "`tau` Kendall's with their accuracies of training alone.",
     ]
     for data in found:
         rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]
@@ -316,25 +348,34 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         parts.append(f"### {data['data']}")
         parts.append(describe_noise(data))
         parts.append(markdown_table(header, [*describe_random(data), *(row for row in rows if row)]))
+        if data["in_supernet"]:
+            header = ["what the supernets say of the random networks", "seeds", "spread, points", "tau"]
+            known = [describe_known(*each) for each in data["in_supernet"].items()]
+            parts.append(markdown_table(header, known))
     return "\n\n".join(parts)
 
 
 def describe_noise(data: Mapping[str, Any]) -> str:
     """Say how much of the differences between networks of one latency is the networks'."""
-    every = [row for seeds in data["kinds"].values() for rows in seeds.values() for row in rows]
-    repeated = [row["variance"] for row in every if not math.isnan(row["variance"])]
     by_seed = [data["kinds"]["random"][seed] for seed in data["seeds"]]
-    if not repeated or not by_seed:
+    if len(data["repeated"]) < 2 or not by_seed:
         return "How much two trainings of one network differ is not known yet."
-    noise = 100 * math.sqrt(statistics.fmean(repeated))
+    noise = 100 * interaction_sd(np.array(data["repeated"]))
     spread = 100 * math.sqrt(
         statistics.fmean(statistics.variance([row["accuracy"] for row in rows]) for rows in by_seed)
     )
     return (
-        f"Trainings of one network differ by {noise:.1f} points (standard deviation, {len(repeated)} "
-        f"networks trained {REPEATS} times), random networks of the budget's latency, each trained once, by "
-        f"{spread:.1f}: the networks themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}."
+        f"Trainings of one network differ by {noise:.1f} points but for what a seed does to all of them "
+        f"(standard deviation; {len(data['repeated'])} networks, {len(SEARCH_SEEDS)} seeds), random networks "
+        f"of the budget's latency, each trained once with the same seed, by {spread:.1f}: the networks "
+        f"themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}."
     )
+
+
+def interaction_sd(table: NDArray[np.float64]) -> float:
+    """Return the standard deviation that is left of (networks, seeds) after the effects of both."""
+    rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    return float(np.sqrt((rest**2).sum() / ((table.shape[0] - 1) * (table.shape[1] - 1))))
 
 
 def describe_random(data: Mapping[str, Any]) -> list[list[str]]:
@@ -366,6 +407,15 @@ def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
     gains = [own - statistics.fmean(values) for own, values in pairs]
     beaten = statistics.fmean(sum(own > value for value in values) for own, values in pairs)
     return [kind, str(len(seeds)), accuracy(rows), points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
+
+
+def describe_known(arm: str, by_seed: Sequence[Sequence[tuple[float, float]]]) -> list[str]:
+    """Return the row of an arm: how far apart it sees networks of one latency, and in which order."""
+    spreads = [statistics.stdev(seen for seen, _ in pairs) for pairs in by_seed]
+    taus = [kendalltau(*zip(*pairs, strict=True)).statistic for pairs in by_seed]
+    tau, sd = mean_and_sd(taus)
+    spread = f"{100 * statistics.fmean(spreads):.1f}"
+    return [arm, str(len(by_seed)), spread, f"{tau:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")]
 
 
 def accuracy(rows: Sequence[Mapping[str, float]]) -> str:

@@ -202,7 +202,7 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
 
 ACCURACY_NOTE = (
     "on test images, with 95% Wilson intervals of their number: another seed of the training moves an "
-    "accuracy too. Supernet weights flatter what was searched for"
+    "accuracy too. Supernet weights flatter what was chosen with them"
 )
 
 

@@ -1,8 +1,10 @@
 """The search: train the supernet's weights and its architecture in turn, then solve exactly.
 
 Warm-up trains weights only. After it, an architecture step on held-out images follows every few
-weight steps. The state between two steps is explicit, so that a run that was stopped goes on as if
-it had not been; batches depend only on the seed and their number.
+weight steps. Weights are trained by paths that are drawn evenly among networks within the limits, from
+beginning to end, so that no network has better weights for having been chosen. The state between two
+steps is explicit, so that a run that was stopped goes on as if it had not been; batches depend only on the
+seed and their number.
 """
 
 import math
@@ -39,6 +41,7 @@ from qnas.rerank import score_subnet
 from qnas.space import SearchSpace
 from qnas.supernet import (
     Supernet,
+    even_logits,
     expected_latency,
     largest_ratio,
     limit_tensors,
@@ -72,6 +75,9 @@ SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
 SETTLING_LOGIT = 0.5  # that a step of settling changes a logit by, at most
 
 
+Paths = Literal["even", "probabilities"]
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How long and how strongly to search. A preset names a whole set."""
@@ -91,6 +97,10 @@ class SearchConfig:
     gradient: GradientForm | None = None  # of the architecture; None is the default of the weights
     # with nested weights: what a weight step runs, the whole mixture or one drawn path
     nested_weight_steps: Literal["mixture", "sampled"] = "sampled"
+    # what draws the paths of weight steps: even probabilities, as far as the limits allow, or those of the
+    # architecture. With these what is chosen early is trained more and looks better for it: networks of one
+    # latency then differ in the supernet by how often they were drawn (benchmarks/RESULTS.md).
+    paths: Paths = "even"
     torch_device: TorchDevice = "auto"
     precision: Precision = "auto"
     compile: bool = False  # slower on CPUs
@@ -124,6 +134,8 @@ class SearchConfig:
             raise UsageError(
                 f"nested weight steps: expected mixture or sampled, got {self.nested_weight_steps!r}"
             )
+        if self.paths not in ("even", "probabilities"):
+            raise UsageError(f"unknown paths {self.paths!r}, expected one of even, probabilities")
         gradient_for(self.weights, self.gradient)
         check_acceleration(self.torch_device, self.precision)
 
@@ -216,7 +228,9 @@ class Searcher:
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
         self.total_steps = self.warmup_steps + config.search_epochs * self.steps_per_epoch
         self.state = self._initial_state()
-        self.limit_tensors = limit_tensors(limits, self.state.supernet.mask)
+        mask = self.state.supernet.mask
+        self.limit_tensors = limit_tensors(limits, mask)
+        self._even_logits = even_logits(self.limit_tensors, mask)
         self._weights = self.state.supernet.weights
         self._weight_batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._arch_batches: Iterator[tuple[Tensor, Tensor]] | None = None
@@ -405,7 +419,8 @@ class Searcher:
             with torch.no_grad():
                 routes = supernet.mixture(self.temperature)
         else:
-            routes = sample_path(self.logits, supernet.mask, state.generator)
+            logits = self._even_logits if self.config.paths == "even" else self.logits
+            routes = sample_path(logits, supernet.mask, state.generator)
         loss = weight_step(
             lambda x: supernet(x, routes),
             state.weight_optimizer,

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Generator, Tensor, nn
 
 from qnas.arch import Arch
@@ -34,6 +37,8 @@ from qnas.lower import BlockSpec, skeleton
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet, module_name, subnet_state
 
+# of a limit, in `even_logits`: a candidate of a hundredth of the limit is e^-10 as likely as a free one
+MOST_TILT = 1000.0
 ALPHA_STD = 1e-3  # of the initial architecture parameters, as in ProxylessNAS
 
 
@@ -267,6 +272,30 @@ def expected_latency_of_pairs(
     mass = probabilities(logits.detach(), mask)[rows, sample.pairs].sum(1)
     within = (mass[:, None] * sample.conditional * cells[..., rows, sample.pairs]).sum((-2, -1))
     return total + within - within.detach()
+
+
+def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
+    """Return the logits of the most even probabilities whose expected amounts are within the limits.
+
+    (positions, candidates), float64. Of all distributions that choose at each position by itself, that
+    of the largest entropy: p_i ~ exp(-sum_l strength_l cells_li / limit_l) with strengths that are 0 for
+    limits which uniform probabilities keep. Their convex dual is solved by L-BFGS.
+    """
+    cells, margin = limits.cells / limits.limit[:, None, None], 1 - limits.fixed / limits.limit
+
+    def logits(strengths: Tensor) -> Tensor:
+        return -(strengths[:, None, None] * cells).sum(0)
+
+    def dual(strengths: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        tilted = logits(torch.from_numpy(strengths)).masked_fill(~mask, -torch.inf)
+        slack = margin - (torch.softmax(tilted, 1) * cells).sum((1, 2))
+        value = torch.logsumexp(tilted, 1).sum() + (torch.from_numpy(strengths) * margin).sum()
+        return float(value), slack.numpy()
+
+    none = np.zeros(len(margin))
+    bounds = [(0.0, MOST_TILT)] * len(margin)
+    found = minimize(dual, none, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12})
+    return logits(torch.from_numpy(found.x))
 
 
 def largest_ratio(expected: Tensor, limit: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
 import experiments as ex  # type: ignore[import-not-found]  # noqa: E402
 import relinear  # type: ignore[import-not-found]  # noqa: E402
+import search_quality  # type: ignore[import-not-found]  # noqa: E402
 
 
 @pytest.fixture
@@ -190,13 +191,13 @@ def test_networks_are_spread_over_latencies_and_rivals_have_one() -> None:
     window = 0.9 * (table.slowest_ms - table.fastest_ms) / 12
     assert all(0 < gap < 2 * window for gap in gaps)
     budget_ms = ex.middle_ms(table)
-    rivals = [ex.rivals(space, table, seed) for seed in (0, 1)]
+    rivals = [ex.rivals(space, table, budget_ms, seed) for seed in (0, 1)]
     blocks = [json.dumps(ex.blocks_of(space, arch)) for found in rivals for arch in found]
     for arch in rivals[0]:
         assert 0.97 * budget_ms <= table.latency_ms(arch.indices(space)) <= budget_ms
     assert len(set(blocks[:10])) == 10
     assert blocks[:10] != blocks[10:]
-    assert [json.dumps(ex.blocks_of(space, a)) for a in ex.rivals(space, table, 0)] == blocks[:10]
+    assert [json.dumps(ex.blocks_of(space, a)) for a in ex.rivals(space, table, budget_ms, 0)] == blocks[:10]
 
 
 def test_the_spaces_of_the_experiments_have_one_layout() -> None:
@@ -248,6 +249,39 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
 def run_script(name: str, *arguments: object) -> str:
     command = [sys.executable, str(ROOT / "benchmarks" / name), "--data", "digits", *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_what_a_seed_or_a_network_does_alike_is_no_noise() -> None:
+    networks, seeds = np.array([[0.5], [0.6], [0.8], [0.7]]), np.array([0.0, 0.1, -0.2])
+    assert search_quality.interaction_sd(networks + seeds) == pytest.approx(0.0, abs=1e-12)
+    rng = np.random.default_rng(0)
+    noisy = [
+        search_quality.interaction_sd(networks + seeds + rng.normal(0, 0.01, (4, 3))) for _ in range(200)
+    ]
+    assert math.sqrt(np.mean(np.square(noisy))) == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_search_is_compared_with_the_random_networks_of_its_seed() -> None:
+    def row(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "latency_ms": 2.0, "macs": 3e6, "params": 5e3}
+
+    random = {seed: [row(0.5 + 0.1 * seed + 0.01 * i) for i in range(10)] for seed in (0, 1)}
+    kinds = {"random": random, "shared": {0: [row(0.555)], 1: [row(0.665)], 2: [row(0.9)]}}
+    data = {"kinds": kinds, "seeds": [0, 1]}  # the third seed has no random networks
+    assert search_quality.describe_kind("shared", data) == [
+        *["shared", "2", "61.0 ± 7.8%", "+1.5 ± 0.7", "6.5 of 10", "2.00", "3.00", "5"]
+    ]
+    mean, best = search_quality.describe_random(data)
+    assert mean[:3] == ["10 random, mean", "2", "59.5 ± 3.0%"]
+    assert best[:4] == ["10 random, best", "2", "64.0 ± 7.1%", "+4.5 ± 0.0"]
+
+
+def test_a_supernet_is_said_to_know_an_order_or_not() -> None:
+    truth = [0.60, 0.62, 0.61, 0.65]
+    right = list(zip([0.1, 0.3, 0.2, 0.4], truth, strict=True))
+    wrong = list(zip([0.4, 0.2, 0.3, 0.1], truth, strict=True))
+    assert search_quality.describe_known("shared", [right]) == ["shared", "1", "12.9", "1.00"]
+    assert search_quality.describe_known("shared", [right, wrong]) == ["shared", "2", "12.9", "0.00 ± 1.41"]
 
 
 @pytest.mark.slow

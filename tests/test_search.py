@@ -38,13 +38,14 @@ from qnas.search import (
     FINAL_TEMPERATURE,
     PRESETS,
     SNAPSHOTS,
+    Paths,
     SearchConfig,
     Searcher,
     check_searchable,
 )
 from qnas.space import SearchSpace, load_space
 from qnas.subnet import build_subnet
-from qnas.supernet import limit_tensors, log_probabilities
+from qnas.supernet import limit_tensors, log_probabilities, sample_path
 from qnas.train import Interval, run_to_end
 from qnas.train_subnet import inherit
 
@@ -393,6 +394,36 @@ def test_of_several_limits_the_furthest_exceeded_presses(
     assert searcher.expected_ms == float(searcher.expected[0]) > float(before[0])
 
 
+@pytest.mark.parametrize("paths", ["even", "probabilities"])
+def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
+    paths: Paths,
+    tiny_space: SearchSpace,
+    table: LatencyTable,
+    digits: ImageData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[list[Route]] = []
+
+    def draw(*arguments: Any) -> list[Route]:
+        drawn.append(sample_path(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("qnas.search.sample_path", draw)
+    config = replace(CONFIG, paths=paths, batch_size=8, arch_learning_rate=0.0)
+    searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
+    identity = [position.names.index("identity") for position in tiny_space.positions]
+    with torch.no_grad():
+        for row, index in enumerate(identity):
+            searcher.state.supernet.alpha[row, index] = 20.0
+    for _ in range(60):
+        searcher.step()
+    share = sum(path == identity for path in drawn) / len(drawn)
+    assert share < 0.5 if paths == "even" else share == 1.0
+    times = [table.latency_ms(tuple(int(i) for i in path)) for path in drawn]
+    if paths == "even":  # they take the budget, on average
+        assert sum(times) / len(times) == pytest.approx(middle(table), rel=0.1)
+
+
 def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(UsageError, match="unknown weights 'mixed', expected one of independent, shared"):
         replace(CONFIG, weights="mixed")  # type: ignore[arg-type]
@@ -400,6 +431,8 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
         replace(CONFIG, gradient="three-path")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="expected mixture or sampled, got 'both'"):
         replace(CONFIG, nested_weight_steps="both")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown paths 'odd', expected one of even, probabilities"):
+        replace(CONFIG, paths="odd")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="add --weights nested"):
         replace(CONFIG, gradient="exact")
 

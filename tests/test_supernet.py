@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from qnas.resources import stems
 from qnas.space import SearchSpace, load_space
 from qnas.supernet import (
     Factors,
+    LimitTensors,
     Supernet,
+    even_logits,
     expected_latency,
     expected_latency_of_pairs,
     largest_ratio,
@@ -199,6 +202,49 @@ def test_pair_latency_has_the_full_value_and_the_gradient_of_moving_within_the_p
                 renormalise_pair(moved, logits.detach(), sample)
                 change.append(float(expected_latency(moved, mask, 0.7, cells)))
             assert float(gradient[row, i]) == pytest.approx((change[0] - change[1]) / (2 * step), abs=1e-8)
+
+
+def even_case(shares: Sequence[float]) -> tuple[LimitTensors, Tensor]:
+    """Limits that lie this far between what the least and what uniform probabilities take."""
+    _, mask = random_logits()
+    cells = torch.rand((len(shares), *mask.shape), generator=generator(3), dtype=torch.float64) * mask
+    fixed = torch.full((len(shares),), 0.2, dtype=torch.float64)
+    least = fixed + cells.masked_fill(~mask, torch.inf).amin(2).sum(1)
+    uniform = expected_latency(torch.zeros(mask.shape, dtype=torch.float64), mask, fixed, cells)
+    return LimitTensors(fixed, cells, least + torch.tensor(shares) * (uniform - least)), mask
+
+
+def entropy(logits: Tensor, mask: Tensor) -> float:
+    log_p = log_probabilities(logits, mask)
+    return -float((log_p.exp() * log_p.masked_fill(~mask, 0.0)).sum())
+
+
+def test_probabilities_are_even_where_the_limits_allow_it() -> None:
+    limits, mask = even_case([1.01, 2.0])
+    p = probabilities(even_logits(limits, mask), mask)
+    torch.testing.assert_close(p, probabilities(torch.zeros_like(p), mask), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shares", [[0.6], [0.05], [0.5, 0.7], [0.6, 1.5]])
+def test_nothing_more_even_is_within_the_limits(shares: list[float]) -> None:
+    limits, mask = even_case(shares)
+    logits = even_logits(limits, mask)
+    expected = expected_latency(logits, mask, limits.fixed, limits.cells)
+    assert (expected <= limits.limit * (1 + 1e-4)).all()
+    assert float((expected / limits.limit).max()) == pytest.approx(1.0, abs=1e-4)
+    even, rng, tried = entropy(logits, mask), generator(1), 0
+    for _ in range(2000):
+        other = logits + 0.3 * torch.randn(mask.shape, generator=rng, dtype=torch.float64)
+        if (expected_latency(other, mask, limits.fixed, limits.cells) <= expected).all():
+            tried += 1
+            assert entropy(other, mask) < even
+    assert tried > 50
+
+
+def test_a_limit_that_one_network_alone_keeps_is_kept_nearly() -> None:
+    limits, mask = even_case([0.0])
+    expected = expected_latency(even_logits(limits, mask), mask, limits.fixed, limits.cells)
+    assert float(expected[0] / limits.limit[0]) == pytest.approx(1.0, abs=5e-3)
 
 
 @pytest.mark.parametrize("device", list(device_names()))

@@ -88,6 +88,15 @@ def search(
             show_default=False,
         ),
     ] = None,
+    paths: Annotated[
+        str | None,
+        typer.Option(
+            help="That train the weights: drawn even (within the limits), or by the architecture's"
+            " probabilities.  [default: even]",
+            autocompletion=completion.one_of("even", "probabilities"),
+            show_default=False,
+        ),
+    ] = None,
     effect_networks: Annotated[
         int | None,
         typer.Option(
@@ -134,6 +143,7 @@ def search(
         "latency_loss": latency_loss,
         "weights": weights,
         "gradient": gradient,
+        "paths": paths,
         "effect_networks": effect_networks,
         "k_best": k_best,
         "random_networks": random_networks,

@@ -36,6 +36,7 @@ OPTIONS = {
     "latency_loss": "--latency-loss",
     "weights": "--weights",
     "gradient": "--gradient",
+    "paths": "--paths",
     "effect_networks": "--effect-networks",
     "k_best": "--k-best",
     "random_networks": "--random-networks",
