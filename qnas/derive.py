@@ -38,6 +38,7 @@ BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would c
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
 Indices = tuple[int, ...]  # a network: the candidate's number at each position
+Labels = tuple[tuple[int, ...], ...]  # [position][candidate], of `block_labels`
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def solve_best(space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BE
     return _solutions(scores, limits, k, block_labels(space))
 
 
-def _solutions(
-    scores: Scores, limits: Limits, k: int, labels: tuple[tuple[int, ...], ...]
-) -> tuple[Solution, ...]:
+def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[Solution, ...]:
     check_limits(limits)
     found = k_best(scores, limits, k, labels)
     if not found.networks:
@@ -102,7 +101,7 @@ def _solutions(
     )
 
 
-def block_labels(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
+def block_labels(space: SearchSpace) -> Labels:
     """Return a number for each candidate of each position by which equal networks are recognised.
 
     0 is a candidate without layers. Positions that follow each other in one shape give one block one
@@ -129,6 +128,24 @@ def block_labels(space: SearchSpace) -> tuple[tuple[int, ...], ...]:
             )
         )
     return tuple(labels)
+
+
+def runs_of(labels: Labels) -> list[range]:
+    """Return the runs of positions of one shape and the same candidates; blocks can change places in them."""
+    kinds = [frozenset(row) for row in labels]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
+
+
+def place_blocks_first(labels: Labels, network: Indices) -> Indices:
+    """Return the same network with the blocks of each run in its first positions, in their order."""
+    placed = list(network)
+    for run in runs_of(labels):
+        blocks = [labels[i][network[i]] for i in run]
+        blocks.sort(key=lambda label: label == 0)  # keeps the order of all others
+        for i, label in zip(run, blocks, strict=True):
+            placed[i] = labels[i].index(label)
+    return tuple(placed)
 
 
 def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str | None:
