@@ -80,8 +80,9 @@ def measure_effects(
     """Draw networks within the limits by their probabilities, run them and fit the effects.
 
     Their blocks are put first. A batch is taken for every `TOGETHER` networks; `on_measured` is called with
-    the number of networks after each. None where too few networks are found, or where their losses follow no sum of effects: a
-    model that does not predict the networks it was not fitted to says nothing of others.
+    the number of networks after each. None where too few networks are found, or where their losses follow
+    no sum of effects: a model that does not predict the networks it was not fitted to says nothing of
+    others.
     """
     labels = block_labels(space)
     drawn = [
