@@ -310,7 +310,7 @@ def summarise(
                 "params": count_params(blocks),
             }
             kinds.setdefault(each.kind, {}).setdefault(seed, []).append(figures)
-    known: dict[str, list[list[tuple[float, float]]]] = {}  # by arm and seed: in the supernet, alone
+    known: dict[str, list[dict[str, Any]]] = {}  # by arm, for each seed
     for arm in ARMS:
         for seed in SEARCH_SEEDS:
             row = known_search(quadra, data, arm, seed, seconds, searched)
@@ -320,7 +320,9 @@ def summarise(
             ]
             if row is not None and None not in alone:
                 accuracies = [found["accuracy"] for found in alone if found]
-                known.setdefault(arm, []).append(list(zip(row["random_heldout"], accuracies, strict=True)))
+                explained = row["effects"]["explained"] if row["effects"] else 0.0
+                facts = {"seen": row["random_heldout"], "alone": accuracies, "explained": explained}
+                known.setdefault(arm, []).append(facts)
     # a seed whose random networks are not all trained has nothing to be compared with
     whole = [seed for seed, rows in kinds.get("random", {}).items() if len(rows) == RIVALS]
     again = [
@@ -340,7 +342,8 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         "between them, within a seed. `gain` is over the mean of the seed's random networks, `beaten` how "
         "many of those have less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is "
         "the standard deviation of the ten random networks' held-out accuracies with the supernet's weights, "
-        "`tau` Kendall's with their accuracies of training alone.",
+        "`tau` Kendall's with their accuracies of training alone; `explained` is the share of the variance "
+        "between networks' losses that the sum of measured effects predicts, of networks left out.",
     ]
     for data in found:
         rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]
@@ -349,7 +352,7 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         parts.append(describe_noise(data))
         parts.append(markdown_table(header, [*describe_random(data), *(row for row in rows if row)]))
         if data["in_supernet"]:
-            header = ["what the supernets say of the random networks", "seeds", "spread, points", "tau"]
+            header = ["in the supernets", "seeds", "spread, points", "tau", "explained"]
             known = [describe_known(*each) for each in data["in_supernet"].items()]
             parts.append(markdown_table(header, known))
     return "\n\n".join(parts)
@@ -409,13 +412,13 @@ def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
     return [kind, str(len(seeds)), accuracy(rows), points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
 
 
-def describe_known(arm: str, by_seed: Sequence[Sequence[tuple[float, float]]]) -> list[str]:
+def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the row of an arm: how far apart it sees networks of one latency, and in which order."""
-    spreads = [statistics.stdev(seen for seen, _ in pairs) for pairs in by_seed]
-    taus = [kendalltau(*zip(*pairs, strict=True)).statistic for pairs in by_seed]
-    tau, sd = mean_and_sd(taus)
-    spread = f"{100 * statistics.fmean(spreads):.1f}"
-    return [arm, str(len(by_seed)), spread, f"{tau:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")]
+    spread = statistics.fmean(statistics.stdev(row["seen"]) for row in by_seed)
+    tau, sd = mean_and_sd([kendalltau(row["seen"], row["alone"]).statistic for row in by_seed])
+    explained = statistics.fmean(row["explained"] for row in by_seed)
+    order = f"{tau:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
+    return [arm, str(len(by_seed)), f"{100 * spread:.1f}", order, f"{explained:.2f}"]
 
 
 def accuracy(rows: Sequence[Mapping[str, float]]) -> str:

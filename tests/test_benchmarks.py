@@ -277,11 +277,12 @@ def test_a_search_is_compared_with_the_random_networks_of_its_seed() -> None:
 
 
 def test_a_supernet_is_said_to_know_an_order_or_not() -> None:
-    truth = [0.60, 0.62, 0.61, 0.65]
-    right = list(zip([0.1, 0.3, 0.2, 0.4], truth, strict=True))
-    wrong = list(zip([0.4, 0.2, 0.3, 0.1], truth, strict=True))
-    assert search_quality.describe_known("shared", [right]) == ["shared", "1", "12.9", "1.00"]
-    assert search_quality.describe_known("shared", [right, wrong]) == ["shared", "2", "12.9", "0.00 ± 1.41"]
+    alone = [0.60, 0.62, 0.61, 0.65]
+    right = {"seen": [0.1, 0.3, 0.2, 0.4], "alone": alone, "explained": 0.5}
+    wrong = {"seen": [0.4, 0.2, 0.3, 0.1], "alone": alone, "explained": 0.6}
+    describe = search_quality.describe_known
+    assert describe("shared", [right]) == ["shared", "1", "12.9", "1.00", "0.50"]
+    assert describe("shared", [right, wrong]) == ["shared", "2", "12.9", "0.00 ± 1.41", "0.55"]
 
 
 @pytest.mark.slow
