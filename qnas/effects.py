@@ -12,10 +12,10 @@ Networks that are compared with each other are run on the same images, as images
 networks do. They are run with the blocks of each stage in its first positions, wherever the draw had put
 them: what stands at a stage's third position is then its third block. The first block of a stage is worth
 many times the third, and that is most of what tells networks of one latency apart: where blocks stand
-anywhere, the same sum explains half as much. The model is a ridge regression whose strength is chosen by leaving each
-network out: a candidate has a coefficient for itself and one for its stage, and so has being a block at all,
-which has one for its position too. Within a stage a further block is taken to be worth at most what the one
-before it is: of all placements of a network the one that was measured then scores best.
+anywhere, the same sum explains half as much. The model is a ridge regression whose strength is chosen by
+leaving each network out: a candidate has a coefficient for itself and one for its stage, and so has being a
+block at all, which has one for its position too. Within a stage a further block is taken to be worth at most
+what the one before it is: of all placements of a network the one that was measured then scores best.
 """
 
 from collections.abc import Callable, Iterator, Sequence
