@@ -19,8 +19,8 @@ weights (`re-ranked`), what qnas search ends with. And what its supernet says of
 What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
 what is there. HOURS on one thread for two data sets and three seeds; --parts and --seeds do some of it.
 
-All networks of a seed are trained with that seed: the same order of images, the same shifts and flips. What
-these do to all networks alike is no part of a gain.
+All networks are trained with one seed: the same order of images, the same shifts and flips. What these do
+to all networks alike is no part of a gain. The seeds are the searches'.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,17 @@ DEPLOYED_PX = 96
 # k3e2, of k5e4 or of k7e4 came to 62.9, 62.8 and 62.8% of CIFAR-10 (6.2, 9.1 and 11.4 ms), 6 or 7 blocks to
 # 63 or 64%, since 20,000 images say no more to larger networks. With 3 blocks or 4, each counts.
 BUDGET_SHARE = 0.2
-PARTS = ("random", "searches", "baselines")
+PARTS = ("random", "searches", "noise", "baselines")
 WARM_UP_SHARE = 0.4  # of the epochs of a search
 SEARCH_ARMS = ("shared", "shared-by-probabilities", "independent", "nested")
 # Trained long enough for networks of one latency to differ by more than the trainings of one do: after the
 # 900 steps of rank_correlation.py they do not.
 RECIPE = Recipe(images=20_000, epochs=9, learning_rate=2e-3)
-# The first so many random networks of the first seed are trained with every seed, to tell the noise.
+TRAINING_SEED = 0
+# The first so many random networks are trained with other seeds too, to tell the noise.
 REPEATED = 4
+OTHER_SEEDS = (1, 2)
+TRAINED_SEEDS = (TRAINING_SEED, *OTHER_SEEDS)
 BASELINE_ARM = "shared"  # of proxyless-tiny, whose epochs are those of the same arm here
 
 
@@ -105,6 +109,7 @@ class Contender:
     """A network that is trained alone, and what it stands for."""
 
     part: str
+    arm: str | None  # of the search of quadranet-tiny that it is from
     kind: str
     setting: Setting
     arch: Arch
@@ -128,24 +133,23 @@ def main() -> None:
     proxyless = tiny_setting("proxyless-tiny", quadra.limits[0].budget)
     trained, searched = Cache(options.out / "trainings.jsonl"), Cache(options.out / "searches.jsonl")
     data = [load_images(spec, recipe.images) for spec in options.data]
-    for seed in options.seeds:
-        for images in data:
-            for part in options.parts:
-                if part == "searches":
-                    for arm in options.arms:
-                        search(quadra, images, arm, seed, options.seconds, searched)
-                if part == "baselines":
-                    search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
-                    like = known_search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
-                    assert like is not None
-                    search(proxyless, images, BASELINE_ARM, seed, options.seconds, searched, like["epochs"])
-                for each in contenders(quadra, proxyless, images, seed, options.seconds, searched):
-                    if each.part == part:
-                        train_alone(each.setting.space, each.arch, images, recipe, seed, trained)
-        if "random" in options.parts:
-            for images in data:
-                for arch in repeated(quadra):
-                    train_alone(quadra.space, arch, images, recipe, seed, trained)
+    for part in options.parts:
+        if part == "noise":
+            for arch, seed, images in product(random_networks(quadra)[:REPEATED], OTHER_SEEDS, data):
+                train_alone(quadra.space, arch, images, recipe, seed, trained)
+            continue
+        for seed, images in product(options.seeds if part != "random" else [0], data):
+            if part == "searches":
+                for arm in options.arms:
+                    search(quadra, images, arm, seed, options.seconds, searched)
+            if part == "baselines":
+                search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
+                like = known_search(quadra, images, BASELINE_ARM, seed, options.seconds, searched)
+                assert like is not None
+                search(proxyless, images, BASELINE_ARM, seed, options.seconds, searched, like["epochs"])
+            for each in contenders(quadra, proxyless, images, seed, options.seconds, searched):
+                if each.part == part and each.arm in (None, *options.arms):
+                    train_alone(each.setting.space, each.arch, images, recipe, TRAINING_SEED, trained)
     found = [
         summarise(quadra, proxyless, images, recipe, options.seconds, searched, trained) for images in data
     ]
@@ -170,9 +174,9 @@ def tiny_setting(name: str, budget_ms: float | None = None) -> Setting:
     return Setting(space, table, (latency_limit(table, budget_ms or own_ms),))
 
 
-def random_networks(quadra: Setting, seed: int) -> list[Arch]:
-    """Return the networks of the budget's latency that a seed's searches are compared with."""
-    return rivals(quadra.space, quadra.table, quadra.limits[0].budget, seed)
+def random_networks(quadra: Setting) -> list[Arch]:
+    """Return the networks of the budget's latency that all searches are compared with."""
+    return rivals(quadra.space, quadra.table, quadra.limits[0].budget, seed=0)
 
 
 # ---- searches
@@ -226,7 +230,7 @@ def search(
     effects = searcher.measure_effects()
     measured_s = time.process_time() - start - searched_s
     ranked = rerank(space, searcher.derive_best(effects), data, searcher.score)
-    randoms = random_networks(setting, seed)
+    randoms = random_networks(setting)
     by_macs = macs_guided(space, effects.scores if effects else searcher.log_probabilities, limits)
     found = {
         "epochs": epochs,
@@ -252,12 +256,16 @@ def search(
 def contenders(
     quadra: Setting, proxyless: Setting, data: ImageData, seed: int, seconds: float, searched: Cache
 ) -> Iterator[Contender]:
-    """Yield the networks of a seed, as far as the searches are done that they come from."""
+    """Yield the networks of a seed, as far as the searches are done that they come from.
+
+    What no search is needed for comes with seed 0.
+    """
     space = quadra.space
-    for arch in random_networks(quadra, seed):
-        yield Contender("random", "random", quadra, arch)
-    most = largest(space, quadra.limits)
-    yield Contender("baselines", "most MACs", quadra, arch_from_indices(space, most.indices))
+    if seed == 0:
+        for arch in random_networks(quadra):
+            yield Contender("random", None, "random", quadra, arch)
+        most = largest(space, quadra.limits)
+        yield Contender("baselines", None, "most MACs", quadra, arch_from_indices(space, most.indices))
     for part, setting, arms in (("searches", quadra, list(ARMS)), ("baselines", proxyless, [BASELINE_ARM])):
         for arm in arms:
             row = known_search(setting, data, arm, seed, seconds, searched)
@@ -273,13 +281,10 @@ def contenders(
             if setting is quadra and row["by_macs"]:
                 chosen["by MACs"] = row["by_macs"]
             name = arm if setting is quadra else setting.space.name
+            of_arm = arm if setting is quadra else None
             for how, choices in chosen.items():
-                yield Contender(part, f"{name}, {how}", setting, make_arch(setting.space, tuple(choices)))
-
-
-def repeated(quadra: Setting) -> list[Arch]:
-    """Return the networks that are trained with every seed."""
-    return random_networks(quadra, SEARCH_SEEDS[0])[:REPEATED]
+                arch = make_arch(setting.space, tuple(choices))
+                yield Contender(part, of_arm, f"{name}, {how}", setting, arch)
 
 
 # ---- figures
@@ -295,11 +300,11 @@ def summarise(
     trained: Cache,
 ) -> dict[str, Any]:
     """Return by kind what there is of each seed of one data set."""
-    kinds: dict[str, dict[int, list[dict[str, float]]]] = {}
+    kinds: dict[str, list[dict[str, float]]] = {}
     for seed in SEARCH_SEEDS:
         for each in contenders(quadra, proxyless, data, seed, seconds, searched):
             space = each.setting.space
-            row = known_training(space, each.arch, data, recipe, seed, trained)
+            row = known_training(space, each.arch, data, recipe, TRAINING_SEED, trained)
             if row is None:
                 continue
             blocks = lower(space, each.arch)
@@ -309,28 +314,21 @@ def summarise(
                 "macs": count_macs(blocks),
                 "params": count_params(blocks),
             }
-            kinds.setdefault(each.kind, {}).setdefault(seed, []).append(figures)
+            kinds.setdefault(each.kind, []).append(figures)
     known: dict[str, list[dict[str, Any]]] = {}  # by arm, for each seed
-    for arm in ARMS:
-        for seed in SEARCH_SEEDS:
-            row = known_search(quadra, data, arm, seed, seconds, searched)
-            alone = [
-                known_training(quadra.space, arch, data, recipe, seed, trained)
-                for arch in random_networks(quadra, seed)
-            ]
-            if row is not None and None not in alone:
-                accuracies = [found["accuracy"] for found in alone if found]
-                explained = row["effects"]["explained"] if row["effects"] else 0.0
-                facts = {"seen": row["random_heldout"], "alone": accuracies, "explained": explained}
-                known.setdefault(arm, []).append(facts)
-    # a seed whose random networks are not all trained has nothing to be compared with
-    whole = [seed for seed, rows in kinds.get("random", {}).items() if len(rows) == RIVALS]
+    alone = [row["accuracy"] for row in kinds.get("random", [])]
+    for arm, seed in product(ARMS, SEARCH_SEEDS):
+        row = known_search(quadra, data, arm, seed, seconds, searched)
+        if row is not None and len(alone) == RIVALS:
+            explained = row["effects"]["explained"] if row["effects"] else 0.0
+            facts = {"seen": row["random_heldout"], "alone": alone, "explained": explained}
+            known.setdefault(arm, []).append(facts)
     again = [
-        [known_training(quadra.space, arch, data, recipe, seed, trained) for seed in SEARCH_SEEDS]
-        for arch in repeated(quadra)
+        [known_training(quadra.space, arch, data, recipe, seed, trained) for seed in TRAINED_SEEDS]
+        for arch in random_networks(quadra)[:REPEATED]
     ]
     rows = [[row["accuracy"] for row in rows if row] for rows in again if None not in rows]
-    return {"data": data.name, "kinds": kinds, "seeds": whole, "repeated": rows, "in_supernet": known}
+    return {"data": data.name, "kinds": kinds, "repeated": rows, "in_supernet": known}
 
 
 def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
@@ -338,11 +336,11 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
     parts = [
         "## Search quality",
         f"{describe_recipe(Recipe(**facts['recipe']))} Searches take {facts['seconds']:.0f} s; the budget is "
-        f"{facts['budget_ms']:.2f} ms. Mean and standard deviation over seeds; of the random networks "
-        "between them, within a seed. `gain` is over the mean of the seed's random networks, `beaten` how "
-        "many of those have less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is "
-        "the standard deviation of the ten random networks' held-out accuracies with the supernet's weights, "
-        "`tau` Kendall's with their accuracies of training alone; `explained` is the share of the variance "
+        f"{facts['budget_ms']:.2f} ms. Mean and standard deviation over seeds of the search, or between the "
+        "random networks. `gain` is over the mean of the random networks, `beaten` how many of them have "
+        "less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is the standard "
+        "deviation of the random networks' held-out accuracies with the supernet's weights, `tau` Kendall's "
+        "with their accuracies of training alone; `explained` is the share of the variance "
         "between networks' losses that the sum of measured effects predicts, of networks left out.",
     ]
     for data in found:
@@ -360,18 +358,16 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
 
 def describe_noise(data: Mapping[str, Any]) -> str:
     """Say how much of the differences between networks of one latency is the networks'."""
-    by_seed = [data["kinds"]["random"][seed] for seed in data["seeds"]]
-    if len(data["repeated"]) < 2 or not by_seed:
+    random = data["kinds"].get("random", [])
+    if len(data["repeated"]) < 2 or len(random) < RIVALS:
         return "How much two trainings of one network differ is not known yet."
     noise = 100 * interaction_sd(np.array(data["repeated"]))
-    spread = 100 * math.sqrt(
-        statistics.fmean(statistics.variance([row["accuracy"] for row in rows]) for rows in by_seed)
-    )
+    spread = 100 * statistics.stdev(row["accuracy"] for row in random)
     return (
         f"Trainings of one network differ by {noise:.1f} points but for what a seed does to all of them "
-        f"(standard deviation; {len(data['repeated'])} networks, {len(SEARCH_SEEDS)} seeds), random networks "
-        f"of the budget's latency, each trained once with the same seed, by {spread:.1f}: the networks "
-        f"themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}."
+        f"(standard deviation; {len(data['repeated'])} networks, {len(TRAINED_SEEDS)} seeds), random "
+        f"networks of the budget's latency, each trained once with the same seed, by {spread:.1f}: the "
+        f"networks themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}."
     )
 
 
@@ -382,34 +378,29 @@ def interaction_sd(table: NDArray[np.float64]) -> float:
 
 
 def describe_random(data: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of the random networks' mean and best."""
-    by_seed = [data["kinds"]["random"][seed] for seed in data["seeds"]]
-    if not by_seed:
+    """Return the rows of the random networks' mean and best; none before all are trained."""
+    rows = data["kinds"].get("random", [])
+    if len(rows) < RIVALS:
         return []
-    accuracies = [[row["accuracy"] for row in rows] for rows in by_seed]
-    within = statistics.fmean(statistics.stdev(values) for values in accuracies)
-    mean = statistics.fmean(statistics.fmean(values) for values in accuracies)
-    best = [max(rows, key=lambda row: row["accuracy"]) for rows in by_seed]
-    gains = [max(values) - statistics.fmean(values) for values in accuracies]
-    count = str(len(by_seed))
-    every = [row for rows in by_seed for row in rows]
+    mean, sd = mean_and_sd([row["accuracy"] for row in rows])
+    best = max(rows, key=lambda row: row["accuracy"])
+    gain = points([best["accuracy"] - mean])
     return [
-        [f"{RIVALS} random, mean", count, percent(mean, within), "", "", *sizes(every)],
-        [f"{RIVALS} random, best", count, accuracy(best), points(gains), "", *sizes(best)],
+        [f"{RIVALS} random, mean", "", percent(mean, sd), "", "", *sizes(rows)],
+        [f"{RIVALS} random, best", "", percent(best["accuracy"]), gain, "", *sizes([best])],
     ]
 
 
 def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
-    """Return the row of a kind of network; empty where no seed has it and its random networks."""
-    seeds = [seed for seed in data["seeds"] if seed in data["kinds"][kind]]
-    if not seeds:
+    """Return the row of a kind of network; empty before the random networks are trained."""
+    rows, others = data["kinds"][kind], [row["accuracy"] for row in data["kinds"].get("random", [])]
+    if len(others) < RIVALS:
         return []
-    rows = [data["kinds"][kind][seed][0] for seed in seeds]
-    others = [[row["accuracy"] for row in data["kinds"]["random"][seed]] for seed in seeds]
-    pairs = list(zip((row["accuracy"] for row in rows), others, strict=True))
-    gains = [own - statistics.fmean(values) for own, values in pairs]
-    beaten = statistics.fmean(sum(own > value for value in values) for own, values in pairs)
-    return [kind, str(len(seeds)), accuracy(rows), points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
+    own = [row["accuracy"] for row in rows]
+    gains = [accuracy - statistics.fmean(others) for accuracy in own]
+    beaten = statistics.fmean(sum(accuracy > other for other in others) for accuracy in own)
+    accuracy = percent(*mean_and_sd(own))
+    return [kind, str(len(rows)), accuracy, points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
 
 
 def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -419,10 +410,6 @@ def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]]) -> list[str]:
     explained = statistics.fmean(row["explained"] for row in by_seed)
     order = f"{tau:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
     return [arm, str(len(by_seed)), f"{100 * spread:.1f}", order, f"{explained:.2f}"]
-
-
-def accuracy(rows: Sequence[Mapping[str, float]]) -> str:
-    return percent(*mean_and_sd([row["accuracy"] for row in rows]))
 
 
 def points(gains: Sequence[float]) -> str:

@@ -261,19 +261,21 @@ def test_what_a_seed_or_a_network_does_alike_is_no_noise() -> None:
     assert math.sqrt(np.mean(np.square(noisy))) == pytest.approx(0.01, rel=0.1)
 
 
-def test_a_search_is_compared_with_the_random_networks_of_its_seed() -> None:
+def test_searches_are_compared_with_the_random_networks() -> None:
     def row(accuracy: float) -> dict[str, float]:
         return {"accuracy": accuracy, "latency_ms": 2.0, "macs": 3e6, "params": 5e3}
 
-    random = {seed: [row(0.5 + 0.1 * seed + 0.01 * i) for i in range(10)] for seed in (0, 1)}
-    kinds = {"random": random, "shared": {0: [row(0.555)], 1: [row(0.665)], 2: [row(0.9)]}}
-    data = {"kinds": kinds, "seeds": [0, 1]}  # the third seed has no random networks
+    random = [row(0.5 + 0.01 * i) for i in range(10)]
+    data = {"kinds": {"random": random, "shared": [row(0.555), row(0.605)]}}
     assert search_quality.describe_kind("shared", data) == [
-        *["shared", "2", "61.0 ± 7.8%", "+1.5 ± 0.7", "6.5 of 10", "2.00", "3.00", "5"]
+        *["shared", "2", "58.0 ± 3.5%", "+3.5 ± 3.5", "8.0 of 10", "2.00", "3.00", "5"]
     ]
     mean, best = search_quality.describe_random(data)
-    assert mean[:3] == ["10 random, mean", "2", "59.5 ± 3.0%"]
-    assert best[:4] == ["10 random, best", "2", "64.0 ± 7.1%", "+4.5 ± 0.0"]
+    assert mean[:3] == ["10 random, mean", "", "54.5 ± 3.0%"]
+    assert best[:4] == ["10 random, best", "", "59.0%", "+4.5"]
+    part = {"kinds": {"random": random[:9], "shared": [row(0.555)]}}  # not all trained yet
+    assert not search_quality.describe_kind("shared", part)
+    assert not search_quality.describe_random(part)
 
 
 def test_a_supernet_is_said_to_know_an_order_or_not() -> None:
@@ -295,7 +297,7 @@ def test_both_experiments_run_and_do_nothing_twice(tmp_path: Path) -> None:
     quality = ("search_quality.py", *small, "--seeds", 0, "--arms", "shared", "--parts", "random", "searches")
     printed += run_script(*quality)
     for row in ("10 random, mean", "10 random, best", "shared, re-ranked", "shared, by MACs"):
-        assert re.search(rf"^\| {row} \| 1 \|", printed, re.MULTILINE), row
+        assert re.search(rf"^\| {row} \| 1? ?\|", printed, re.MULTILINE), row
     done = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
     assert run_script(*quality).startswith("## ")
     # the rivals are trained now: the ranks of networks of one latency follow, though no seed is complete
