@@ -18,6 +18,7 @@ from qnas.data import ImageData, load_data, normalise
 from qnas.derive import Indices, Scores, block_labels, place_blocks_first, runs_of, sample_near
 from qnas.effects import (
     IMAGES,
+    NETWORKS_PER_EFFECT,
     TOGETHER,
     WINDOW,
     count_effects,
@@ -291,7 +292,7 @@ def test_the_number_of_networks_follows_the_effects_and_the_length_of_the_search
         Searcher(tiny_space, limits, digits, replace(CONFIG, search_epochs=epochs)).effect_networks
         for epochs in (4, 400)
     )
-    assert short < long == 8 * count_effects(tiny_space)
+    assert short < long == NETWORKS_PER_EFFECT * count_effects(tiny_space)
     assert count_effects(tiny_space) == 2 * 4 + 2 * 1
 
 
