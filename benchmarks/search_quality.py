@@ -17,7 +17,8 @@ Of each search: the most probable network; the one of the least loss by the meas
 candidates; and of the 20 best by these the one that does best on held-out images with the supernet's
 weights (`re-ranked`), what qnas search ends with. And what its supernet says of the random networks.
 What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
-what is there. HOURS on one thread for two data sets and three seeds; --parts and --seeds do some of it.
+what is there. Four hours on one thread for two data sets and three seeds; --parts, --arms and --seeds do
+some of it.
 
 All networks are trained with one seed: the same order of images, the same shifts and flips. What these do
 to all networks alike is no part of a gain. The seeds are the searches'.

@@ -99,7 +99,7 @@ class SearchConfig:
     nested_weight_steps: Literal["mixture", "sampled"] = "sampled"
     # what draws the paths of weight steps: even probabilities, as far as the limits allow, or those of the
     # architecture. With these what is chosen early is trained more and looks better for it: networks of one
-    # latency then differ in the supernet by how often they were drawn (benchmarks/RESULTS.md).
+    # latency then differ in the supernet by how often they were drawn.
     paths: Paths = "even"
     torch_device: TorchDevice = "auto"
     precision: Precision = "auto"
