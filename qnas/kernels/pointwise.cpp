@@ -306,7 +306,7 @@ void run_backward(const Half& q, const float* grad, const float* kept, const Gra
     const int64_t padded = (channels + kTileTerms - 1) / kTileTerms * kTileTerms;
     const Buffer of_weights = zeros(2 * wide * padded * kPanel), of_shift = zeros(wide * kPanel);
     const Panels to_expand{of_weights.get(), padded}, to_project{to_expand.at(wide, 0), padded};
-    const Buffer of_bias = zeros(narrow * kPanel), of_norm = zeros(2 * wide * channels);
+    const Buffer of_bias = zeros(narrow * kPanel), of_norm = allocate(2 * wide * channels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #ifdef _OPENMP
@@ -376,19 +376,23 @@ void run_backward(const Half& q, const float* grad, const float* kept, const Gra
                 std::copy_n(to_project.at(p, c), count, to.project + c * hidden + first);
             float* const by_scale = of_norm.get() + 2 * p * channels;
             float* const by_shift = by_scale + channels;
-            for (int64_t start = 0; expand_too && start < channels; start += V) {  // a cache line at a time
-                const int64_t end = std::min(start + V, channels);
+            for (int64_t c = 0; expand_too && c < channels; c += V) {
+                const int n = int(std::min<int64_t>(V, channels - c));
+                float turned[kPanel][V] = {};  // panels lie the other way round
+                for (int64_t term = 0; term < n; ++term)
+                    for (int64_t i = 0; i < kPanel; ++i) turned[i][term] = to_expand.at(p, c + term)[i];
+                const Floats scale = load<V>(q.norm_weight + c, n), bias = load<V>(q.norm_bias + c, n);
+                Floats scales{}, shifts{};
                 for (int64_t i = 0; i < count; ++i) {
-                    const float* weight = q.expand + (first + i) * channels;
-                    const float shifted = of_shift[first + i];
-                    for (int64_t c = start; c < end; ++c) {
-                        const float scaled = to_expand.at(p, c)[i];
-                        by_scale[c] += weight[c] * scaled;
-                        by_shift[c] += weight[c] * shifted;
-                        to.expand[(first + i) * channels + c] =
-                            scaled * q.norm_weight[c] + shifted * q.norm_bias[c];
-                    }
+                    const int64_t at = (first + i) * channels + c;
+                    const Floats weight = load<V>(q.expand + at, n), scaled = load<V>(turned[i], V);
+                    const Floats shifted = broadcast<V>(of_shift[first + i]);
+                    scales += weight * scaled;
+                    shifts += weight * shifted;
+                    store<V>(to.expand + at, scaled * scale + shifted * bias, n);
                 }
+                store<V>(by_scale + c, scales, n);
+                store<V>(by_shift + c, shifts, n);
             }
         }
     }

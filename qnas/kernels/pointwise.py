@@ -122,7 +122,9 @@ class _Native:
         """Return the gradients of x, (rows, C), and of the parameters, None where not wanted."""
         parameters = [p.contiguous() for p in parameters]
         wanted = [expand_too] * 4 + [project_too] * 2
-        found = [torch.zeros_like(p) if w else None for p, w in zip(parameters, wanted, strict=True)]
+        # the kernel writes all of them, but of no rows there is nothing to do
+        new = torch.empty_like if len(rows) else torch.zeros_like
+        found = [new(p) if w else None for p, w in zip(parameters, wanted, strict=True)]
         grad_x = torch.empty_like(rows)
         if len(rows):
             sizes = self._sizes(rows, len(parameters[2]))

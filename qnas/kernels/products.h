@@ -34,6 +34,13 @@ inline void pack_weights(const float* from, int64_t terms, int64_t columns, int6
                          float* to) {
     for (int64_t first = 0; first < columns; first += kPanel, to += terms * kPanel) {
         const int64_t count = columns - first < kPanel ? columns - first : kPanel;
+        if (by_column == 1) {
+            for (int64_t k = 0; k < terms; ++k) {
+                const float* term = from + k * by_term + first;
+                for (int64_t n = 0; n < kPanel; ++n) to[k * kPanel + n] = n < count ? term[n] : 0.0f;
+            }
+            continue;
+        }
         for (int64_t start = 0; start < terms; start += kLanes) {  // of a transpose, what a cache line has
             const int64_t end = start + kLanes < terms ? start + kLanes : terms;
             for (int64_t n = 0; n < kPanel; ++n) {
