@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from qnas import blocks
 from qnas.arch import Arch, arch_from_indices
 from qnas.data import ImageData, Split, batches, load_data
 from qnas.derive import sample_near
@@ -172,6 +173,7 @@ def training_parts(
         "blocks": blocks_of(space, arch),
         "data": data.digest,
         "recipe": asdict(recipe),
+        "start_taps": blocks.ENVELOPE_TAPS,
         "seed": seed,
     }
 

@@ -51,7 +51,7 @@ from experiments import (
     write_section,
 )
 
-from qnas import host
+from qnas import blocks, host
 from qnas.arch import Arch
 from qnas.data import ImageData
 from qnas.files import write_json
@@ -125,6 +125,7 @@ def supernet_parts(
         "data": data.digest,
         "images": len(data.train),
         "arm": arm,
+        "start_taps": blocks.ENVELOPE_TAPS,
         "seconds": seconds,
         "networks": cache_key({"blocks": [blocks_of(space, arch) for arch in networks]}),
     }

@@ -34,7 +34,7 @@ from experiments import (
     write_section,
 )
 
-from qnas import host
+from qnas import blocks, host
 from qnas.arch import Arch
 from qnas.blocks import start_linear
 from qnas.data import ImageData
@@ -118,6 +118,7 @@ def train(
         "data": data.digest,
         "images": len(data.train_and_heldout),
         "recipe": recipe.values(),
+        "start_taps": blocks.ENVELOPE_TAPS,
         "seed": seed,
     }
     known = cache.get(parts)

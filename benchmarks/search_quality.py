@@ -13,9 +13,9 @@ trained alone from scratch by one recipe, and so are
 - what a search of proxyless-tiny, inverted residuals at the same layout, derives within the same budget
   after as many epochs (the comparison of QuadraNet's Table III).
 
-Of each search: the most probable network; the one of the least loss by the measured effects of its
-candidates; and of the 20 best by these the one that does best on held-out images with the supernet's
-weights (`re-ranked`), what qnas search ends with. And what its supernet says of the random networks.
+Of each search: the network of the least loss by the measured effects of its candidates; and of the 20 best
+by these the one that does best on held-out images with the supernet's weights (`re-ranked`), what qnas
+search ends with. And what its supernet says of the random networks.
 What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
 what is there. Four hours on one thread for two data sets and three seeds; --parts, --arms and --seeds do
 some of it.
@@ -60,7 +60,7 @@ from experiments import (
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from qnas import host
+from qnas import blocks, host
 from qnas.arch import Arch, arch_from_indices, make_arch
 from qnas.data import ImageData
 from qnas.derive import largest, macs_guided
@@ -192,6 +192,7 @@ def search_parts(setting: Setting, data: ImageData, arm: str, seed: int, seconds
         "images": len(data.train),
         "arm": arm,
         "config": ARMS[arm],
+        "start_taps": blocks.ENVELOPE_TAPS,
         "seconds": seconds,
         "seed": seed,
     }
@@ -275,7 +276,6 @@ def contenders(
             ranked = row["ranked"]
             first = min(ranked, key=lambda entry: int(entry["rank"]))
             chosen = {
-                "most probable": row["most_probable"],
                 "by effects": first["choices"],
                 "re-ranked": ranked[0]["choices"],
             }
@@ -308,12 +308,12 @@ def summarise(
             row = known_training(space, each.arch, data, recipe, TRAINING_SEED, trained)
             if row is None:
                 continue
-            blocks = lower(space, each.arch)
+            lowered = lower(space, each.arch)
             figures = {
                 "accuracy": row["accuracy"],
                 "latency_ms": each.setting.table.latency_ms(each.arch.indices(space)),
-                "macs": count_macs(blocks),
-                "params": count_params(blocks),
+                "macs": count_macs(lowered),
+                "params": count_params(lowered),
             }
             kinds.setdefault(each.kind, []).append(figures)
     known: dict[str, list[dict[str, Any]]] = {}  # by arm, for each seed
