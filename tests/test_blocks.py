@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from qnas.blocks import (
     start_linear,
 )
 from qnas.errors import UsageError
-from qnas.layer import OPS
+from qnas.layer import OPS, LayerSpec
 from qnas.lower import BlockSpec, Place, mbconv_layers, quadra_layers
 from qnas.neurons import NEURONS
 from qnas.space import Neuron, block_kind, load_space
@@ -233,6 +235,27 @@ def test_a_fresh_mixer_adds_about_as_much_as_a_linear_one(neuron: Neuron) -> Non
         y = block.mix(image(4, 256, 12, 12))[:, :, 2:-2, 2:-2]  # normal, as a norm leaves it; no borders
     # a third of the second moment of x is what torch's own convolution has
     assert 0.25 < float((y**2).mean()) < 1.0
+
+
+def mean_squares(kernel: int) -> Tensor:
+    """Return the mean square of fresh depthwise weights at each place of a kernel."""
+    conv = MODULES["dwconv"](LayerSpec("conv_a", "dwconv", 8, 20_000, 20_000, kernel))
+    assert isinstance(conv, nn.Conv2d)
+    return conv.weight.detach().square().mean((0, 1))
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_fresh_depthwise_kernels_are_about_their_centres(kernel: int) -> None:
+    torch.manual_seed(0)
+    squares, smallest = (mean_squares(k) for k in (kernel, 3))
+    centre, off = kernel // 2, kernel // 2 - 1
+    assert float(squares.sum()) == pytest.approx(1 / 3, rel=0.03)  # as torch draws them
+    falling = math.exp(1 / 0.7**2)
+    assert float(squares[centre, centre] / squares[centre, off]) == pytest.approx(falling, rel=0.05)
+    assert float(squares[off, centre] / squares[off, off]) == pytest.approx(falling, rel=0.05)
+    # the centre of a large kernel, a smaller one's weights in a supernet, is as the smaller one starts
+    inner = squares[centre - 1 : centre + 2, centre - 1 : centre + 2]
+    torch.testing.assert_close(inner, smallest, rtol=0.05, atol=0.0)
 
 
 def with_linear_part(neuron: Neuron) -> tuple[QuadraBlock, QuadraBlock]:
