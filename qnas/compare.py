@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qnas.arch import FoundArch, find_arch
-from qnas.derive import SEARCH_FILE, block_labels
+from qnas.derive import SEARCH_FILE
 from qnas.errors import CheckpointError, TableError, UsageError
 from qnas.files import read_json
 from qnas.intervals import wilson
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import load_table
 from qnas.lower import count_macs, count_params, lower
+from qnas.placement import block_labels
 
 RESULT_FILE = "subnet/result.json"  # of a run: how well its network does, trained by itself
 

@@ -3,9 +3,7 @@
 A network's score is the sum of its candidates', the effects that were measured of them (`effects`) or
 the logarithms of their probabilities, so it is a multiple-choice knapsack (REFERENCE: maximise sum x s
 under sum x t <= T - fixed), which `knapsack` solves with proof. Where identities sit in a stage does not
-change a network: block X in the second position and identity in the third is the network that has them
-the other way round. `solve_best` counts such placements once, as the one that scores highest: its
-positions are those that the search trained and trusted most.
+change a network (`placement`): `solve_best` counts such placements once, as the one that scores highest.
 """
 
 import math
@@ -23,7 +21,8 @@ from qnas.files import read_json
 from qnas.knapsack import k_best
 from qnas.latency.table import LatencyTable
 from qnas.limits import Limit, Limits, check_limits, count_limit
-from qnas.lower import BlockSpec, count_macs, count_params, fill, lower, skeleton
+from qnas.lower import count_macs, count_params, lower
+from qnas.placement import Labels, block_labels
 from qnas.space import SearchSpace
 
 SEARCH_FILE = "search.json"  # of a run: what the search ended with
@@ -38,7 +37,6 @@ BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would c
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
 Indices = tuple[int, ...]  # a network: the candidate's number at each position
-Labels = tuple[tuple[int, ...], ...]  # [position][candidate], of `block_labels`
 
 
 @dataclass(frozen=True)
@@ -99,53 +97,6 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
         Solution(network, score, limits, bound, SOLVER, rank, len(found.networks))
         for rank, (network, score) in enumerate(zip(found.networks, found.scores, strict=True), 1)
     )
-
-
-def block_labels(space: SearchSpace) -> Labels:
-    """Return a number for each candidate of each position by which equal networks are recognised.
-
-    0 is a candidate without layers. Positions that follow each other in one shape give one block one
-    number, so that two networks are the same if and only if their labels without zeros are.
-    """
-    numbers: dict[Any, int] = {}
-    labels = []
-    run, before = 0, None
-    for part in skeleton(space):
-        if isinstance(part, BlockSpec):
-            before = None
-            continue
-        position = part.position
-        shape = (position.c_out, part.resolution_px) if position.keeps_shape else None
-        if shape is None or shape != before:
-            run += 1
-        before = shape
-        labels.append(
-            tuple(
-                numbers.setdefault((run, candidate), len(numbers) + 1)
-                if fill(space, part, candidate).layers
-                else 0
-                for candidate in position.candidates
-            )
-        )
-    return tuple(labels)
-
-
-def runs_of(labels: Labels) -> list[range]:
-    """Return the runs of positions of one shape and the same candidates; blocks can change places in them."""
-    kinds = [frozenset(row) for row in labels]
-    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
-
-
-def place_blocks_first(labels: Labels, network: Indices) -> Indices:
-    """Return the same network with the blocks of each run in its first positions, in their order."""
-    placed = list(network)
-    for run in runs_of(labels):
-        blocks = [labels[i][network[i]] for i in run]
-        blocks.sort(key=lambda label: label == 0)  # keeps the order of all others
-        for i, label in zip(run, blocks, strict=True):
-            placed[i] = labels[i].index(label)
-    return tuple(placed)
 
 
 def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str | None:

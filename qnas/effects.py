@@ -9,10 +9,10 @@ in the additive model that fits them best. The sum of effects, smallest within t
 derivation solves for.
 
 Networks that are compared with each other are run on the same images, as images differ more than
-networks do. They are run with the blocks of each stage in its first positions, wherever the draw had put
-them: what stands at a stage's third position is then its third block. The first block of a stage is worth
-many times the third, and that is most of what tells networks of one latency apart: where blocks stand
-anywhere, the same sum explains half as much. The model is a ridge regression whose strength is chosen by
+networks do. They are taken with the blocks of each stage in its first positions, as they run
+(`placement`): what stands at a stage's third position is its third block. The first block of a stage is
+worth many times the third, and that is most of what tells networks of one latency apart: where blocks
+stand anywhere, the same sum explains half as much. The model is a ridge regression whose strength is chosen by
 leaving each network out: a candidate has a coefficient for itself and one for its stage, and so has being a
 block at all, which has one for its position too. Within a stage a further block is taken to be worth at most
 what the one before it is: of all placements of a network the one that was measured then scores best.
@@ -28,9 +28,10 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from qnas.derive import Indices, Scores, block_labels, place_blocks_first, runs_of, sample_near, solve
+from qnas.derive import Indices, Scores, sample_near, solve
 from qnas.limits import Limits
 from qnas.lower import BlockSpec, fill, skeleton
+from qnas.placement import block_labels, place_blocks_first, runs_of
 from qnas.space import SearchSpace
 
 # What 128 images say of a network is mostly noise, which many networks average out: with 8 an effect, the

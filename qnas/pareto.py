@@ -17,7 +17,6 @@ from qnas.arch import arch_from_indices
 from qnas.derive import (
     Indices,
     Solution,
-    block_labels,
     expected_amount,
     far_from_searched,
     near_searched,
@@ -27,6 +26,7 @@ from qnas.errors import InfeasibleBudgetError
 from qnas.intervals import wilson
 from qnas.limits import Limit, Limits
 from qnas.lower import count_macs, count_params, lower
+from qnas.placement import block_labels
 from qnas.record import Record
 from qnas.space import SearchSpace
 

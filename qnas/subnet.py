@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qnas.arch import Arch
 from qnas.blocks import build_block
 from qnas.lower import BlockSpec, lower
+from qnas.placement import block_labels, take_first_places
 from qnas.space import SearchSpace
 
 
@@ -33,34 +34,38 @@ def build_subnet(space: SearchSpace, arch: Arch, classes: int) -> nn.Sequential:
 def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch: Arch) -> dict[str, Tensor]:
     """Pick one network's weights out of a supernet's state, under the names that the network has.
 
-    The names say how the supernet keeps them: `parts.POSITION.CANDIDATE.` each candidate its own,
+    Each block's are those of the position where it stands when blocks come first (`qnas.placement`). The
+    names say how the supernet keeps them: `parts.POSITION.CANDIDATE.` each candidate its own,
     `parts.POSITION.shared.KIND.` slices of one module a kind of block. Slices are views.
     """
-    blocks = {block.name: block for block in lower(space, arch)}
-    chosen = {
-        module_name(blocks[position.name]): (f"{candidate}.", blocks[position.name])
-        for position, candidate in zip(space.positions, arch.choices, strict=True)
-    }
+    by_name = {block.name: block for block in lower(space, arch)}
+    blocks = [by_name[position.name] for position in space.positions]
+    prefixes = [position.name.replace(".", "_") for position in space.positions]
+    places = take_first_places(block_labels(space), arch.indices(space))
+    chosen = {prefixes[place]: i for i, place in enumerate(places)}  # whose block runs at each position
     shapes = {
-        prefix: state_shapes(block)
-        for prefix, (_, block) in chosen.items()
-        if any(key.startswith(f"parts.{prefix}.shared.{block.kind}.") for key in supernet_state)
+        prefix: state_shapes(blocks[i])
+        for prefix, i in chosen.items()
+        if any(key.startswith(f"parts.{prefix}.shared.{blocks[i].kind}.") for key in supernet_state)
     }
     state = {}
     for key, tensor in supernet_state.items():
         prefix, _, rest = key.removeprefix("parts.").partition(".")
         if not key.startswith("parts."):
             continue
+        if prefix not in chosen:
+            state[f"{prefix}.{rest}"] = tensor
+            continue
+        i = chosen[prefix]
+        kept_as = f"shared.{blocks[i].kind}." if prefix in shapes else f"{arch.choices[i]}."
+        name = rest.removeprefix(kept_as)
         if prefix in shapes:
-            rest = rest.removeprefix(f"shared.{chosen[prefix][1].kind}.")
-            if rest not in shapes[prefix]:  # of another kind of block, or of larger candidates only
+            if name not in shapes[prefix]:  # of another kind of block, or of larger candidates only
                 continue
-            tensor = take_slice(tensor, shapes[prefix][rest])
-        elif prefix in chosen:
-            if not rest.startswith(chosen[prefix][0]):
-                continue
-            rest = rest.removeprefix(chosen[prefix][0])
-        state[f"{prefix}.{rest}"] = tensor
+            tensor = take_slice(tensor, shapes[prefix][name])
+        elif not rest.startswith(kept_as):
+            continue
+        state[f"{prefixes[i]}.{name}"] = tensor
     return state
 
 

@@ -10,7 +10,7 @@ block or identity, and a candidate's probability is the product of three.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ from qnas.choices import (
 )
 from qnas.limits import Limits
 from qnas.lower import BlockSpec, skeleton
+from qnas.placement import Labels, block_labels, take_first_places
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet, module_name, subnet_state
 
@@ -59,6 +60,7 @@ class Supernet(nn.Module):
     ) -> None:
         super().__init__()
         self.space = space
+        self.labels = block_labels(space)
         self.parts = nn.ModuleDict()
         for part in skeleton(space, classes=classes):
             if isinstance(part, BlockSpec):
@@ -101,8 +103,12 @@ class Supernet(nn.Module):
         return routes
 
     def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
-        """Run a route a position: (B, channels, H, W) -> (B, classes)."""
-        remaining = iter(routes)
+        """Run a route a position: (B, channels, H, W) -> (B, classes).
+
+        Of routes with one active candidate a position, those whose candidate is a block run in the first
+        positions of their stage (`qnas.placement`).
+        """
+        remaining = iter(_blocks_first(self.labels, routes))
         for part in self.parts.values():
             x = part(x, next(remaining)) if isinstance(part, Choice) else part(x)
         assert next(remaining, None) is None, "more routes than positions"
@@ -113,6 +119,32 @@ class Supernet(nn.Module):
         network = build_subnet(self.space, arch, classes)
         network.load_state_dict(subnet_state(self.state_dict(), self.space, arch))
         return network
+
+
+def _blocks_first(labels: Labels, routes: Sequence[Route]) -> list[Route]:
+    """Return the routes as they run; mixtures, in which no candidate is the active one, stay in place."""
+    active = []
+    for route in routes:
+        if isinstance(route, Gated):
+            active.append(route.candidates[route.active])
+        elif isinstance(route, int):
+            active.append(route)
+        else:
+            return list(routes)
+    moved = list(routes)
+    for i, place in enumerate(take_first_places(labels, active)):
+        moved[place] = _renumbered(routes[i], labels[i], labels[place])
+    return moved
+
+
+def _renumbered(route: Route, here: Sequence[int], there: Sequence[int]) -> Route:
+    """Return a route of one position, of candidates with these labels, as one of another."""
+    if here == there:
+        return route
+    if isinstance(route, Gated):
+        return replace(route, candidates=tuple(there.index(here[c]) for c in route.candidates))
+    assert isinstance(route, int)
+    return there.index(here[route])
 
 
 class Factors(nn.Module):

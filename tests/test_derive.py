@@ -11,13 +11,10 @@ from qnas.arch import arch_from_indices
 from qnas.derive import (
     Scores,
     Solution,
-    block_labels,
     check_feasible,
     far_from_searched,
     largest,
     macs_guided,
-    place_blocks_first,
-    runs_of,
     sample_near,
     solution_document,
     solve,
@@ -28,7 +25,7 @@ from qnas.latency.device import load_device
 from qnas.latency.table import Cell, LatencyTable, compute_table
 from qnas.limits import Limits, check_limits, count_limit, latency_limit
 from qnas.lower import count_macs, lower
-from qnas.space import SearchSpace, load_space, parse_space
+from qnas.space import SearchSpace, load_space
 
 
 def within(table: LatencyTable, budget_ms: float) -> Limits:
@@ -240,38 +237,6 @@ stages:
   - {channels: 8, positions: 3, stride: 2}
 head: {classes: 10}
 """
-
-
-@pytest.mark.parametrize("text", ["", WITH_BLOCK_TRANSITIONS])
-def test_labels_are_equal_for_equal_networks_only(text: str, tiny_space: SearchSpace) -> None:
-    space = parse_space(text, "blocks.yaml") if text else tiny_space
-    labels = block_labels(space)
-    classes: dict[object, set[tuple[int, ...]]] = {}
-    for indices in all_networks(space):
-        key = tuple(row[i] for row, i in zip(labels, indices, strict=True) if row[i])
-        classes.setdefault(same_network(space, indices), set()).add(key)
-    assert all(len(keys) == 1 for keys in classes.values())
-    assert len(set().union(*classes.values())) == len(classes)
-    assert len(classes) < len(list(all_networks(space)))
-
-
-@pytest.mark.parametrize("text", ["", WITH_BLOCK_TRANSITIONS])
-def test_blocks_placed_first_are_the_same_network(text: str, tiny_space: SearchSpace) -> None:
-    space = parse_space(text, "blocks.yaml") if text else tiny_space
-    labels = block_labels(space)
-    runs = runs_of(labels)
-    assert [i for run in runs for i in run] == list(range(len(space.positions)))
-    placed: dict[object, set[tuple[int, ...]]] = {}
-    for indices in all_networks(space):
-        first = place_blocks_first(labels, indices)
-        assert place_blocks_first(labels, first) == first
-        for run in runs:
-            layers = [labels[i][first[i]] > 0 for i in run]
-            assert layers == sorted(layers, reverse=True)
-        assert same_network(space, first) == same_network(space, indices)
-        placed.setdefault(same_network(space, indices), set()).add(first)
-    if not text:  # elsewhere candidates differ between positions of one shape, and blocks stay within runs
-        assert all(len(each) == 1 for each in placed.values())
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qnas.arch import arch_from_indices
 from qnas.data import ImageData, load_data, normalise
-from qnas.derive import Indices, Scores, block_labels, place_blocks_first, runs_of, sample_near
+from qnas.derive import Indices, Scores, sample_near
 from qnas.effects import (
     IMAGES,
     NETWORKS_PER_EFFECT,
@@ -30,6 +30,7 @@ from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.limits import Limits, count_limit, latency_limit
 from qnas.originals import parse_data_spec
+from qnas.placement import block_labels, place_blocks_first, runs_of
 from qnas.search import SearchConfig, Searcher
 from qnas.space import SearchSpace, load_space
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from finished_runs import make_record
 
-from qnas.derive import block_labels
 from qnas.explain import CurvePoint, Explanation, OnDevice, explain, price_at, round_step
 from qnas.findings import describe_explanation
 from qnas.limits import Limit
+from qnas.placement import block_labels
 from qnas.record import Record
 from qnas.space import SearchSpace, load_space
 

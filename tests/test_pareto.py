@@ -10,7 +10,7 @@ from finished_runs import flat, make_record
 from PIL import Image
 
 from qnas.arch import Arch
-from qnas.derive import FAR, block_labels
+from qnas.derive import FAR
 from qnas.errors import InfeasibleBudgetError
 from qnas.findings import describe_fronts
 from qnas.latency.device import load_device
@@ -25,6 +25,7 @@ from qnas.pareto import (
     solve_budgets,
     spread_budgets,
 )
+from qnas.placement import block_labels
 from qnas.plots import draw_fronts
 from qnas.record import Record
 from qnas.space import SearchSpace

@@ -8,15 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qnas.arch import Arch, sample_arch
-from qnas.choices import WEIGHTS_MODES, Choice, FactoredMixture, Gated, Grid, IndependentChoice, WeightsMode
+from qnas.arch import Arch, arch_from_indices, sample_arch
+from qnas.choices import (
+    WEIGHTS_MODES,
+    Choice,
+    FactoredMixture,
+    Gated,
+    Grid,
+    IndependentChoice,
+    Route,
+    WeightsMode,
+)
 from qnas.errors import UsageError
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import compute_table
 from qnas.limits import count_limit, latency_limit
 from qnas.lower import count_macs, lower, smallest_resolution_px
+from qnas.placement import block_labels, place_blocks_first, runs_of
 from qnas.resources import stems
-from qnas.space import SearchSpace, load_space
+from qnas.space import SearchSpace, load_space, parse_space
 from qnas.supernet import (
     Factors,
     LimitTensors,
@@ -331,6 +341,73 @@ def test_subnet_matches_supernet(name: str, weights: WeightsMode) -> None:
         with torch.no_grad():
             expected = supernet(x, list(arch.indices(space)))
             torch.testing.assert_close(supernet.subnet(arch, 10).eval()(x), expected)
+
+
+# Two stages of one shape make one run of three positions; the last has its candidates in another order.
+REORDERED = """\
+schema: qnas.space/1
+name: reordered
+source: made for tests
+input: {channels: 3, resolution_px: 8}
+norm: batchnorm
+activation: relu6
+stem: {channels: 8, kernel: 3, stride: 2}
+transition: block
+candidates: [{block: mbconv, kernel: [3, 5], expansion: 2}, {block: identity}]
+stages:
+  - {channels: 8, positions: 2, stride: 1}
+  - channels: 8
+    positions: 1
+    stride: 1
+    candidates: [{block: identity}, {block: mbconv, kernel: [5, 3], expansion: 2}]
+head: {classes: 10}
+"""
+
+
+@pytest.mark.parametrize("weights", ["independent", "shared"])
+def test_a_network_is_the_same_wherever_its_blocks_stand(weights: WeightsMode) -> None:
+    space = parse_space(REORDERED, "reordered.yaml")
+    supernet = make_supernet(space, weights).eval()
+    labels = block_labels(space)
+    assert len(runs_of(labels)) == 1
+    x = torch.randn(2, 3, 8, 8)
+    outputs: dict[tuple[int, ...], Tensor] = {}
+    for path in itertools.product(range(3), repeat=3):
+        with torch.no_grad():
+            y = supernet(x, path)
+            arch = arch_from_indices(space, path)
+            torch.testing.assert_close(supernet.subnet(arch, 10).eval()(x), y)
+        first = place_blocks_first(labels, path)
+        torch.testing.assert_close(y, outputs.setdefault(first, y), rtol=0, atol=0)
+    assert len(outputs) == 1 + 2 + 4 + 8
+    different = torch.stack(list(outputs.values())).flatten(1)
+    assert (torch.cdist(different, different) + torch.eye(len(outputs)) > 1e-6).all()
+
+
+def test_a_path_trains_the_first_positions_of_its_stages(tiny_space: SearchSpace) -> None:
+    supernet = make_supernet(tiny_space)
+    identity = [len(position.candidates) - 1 for position in tiny_space.positions]
+    supernet(torch.randn(2, 3, 8, 8), [identity[0], 1, identity[2], identity[3]]).sum().backward()
+    trained = {name.split(".")[1] for name, w in supernet.named_parameters() if w.grad is not None}
+    assert "1_1" in trained
+    assert not trained & {"1_2", "2_1", "2_2"}
+
+
+def test_a_pair_that_moves_has_the_gradient_of_where_it_runs(
+    tiny_space: SearchSpace,
+) -> None:
+    supernet, x = make_supernet(tiny_space), torch.randn(2, 3, 8, 8)
+    identity = [len(position.candidates) - 1 for position in tiny_space.positions]
+    gradients = []
+    for moves in (False, True):
+        gates = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+        pair = Gated((1, identity[0]), 0, gates)
+        ends: list[Route] = [identity[0], pair] if moves else [pair, identity[1]]
+        supernet(x, [*ends, identity[2], identity[3]]).square().sum().backward()
+        gradients.append(gates.grad)
+    assert gradients[0] is not None
+    assert (gradients[0] != 0).all()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_masked_candidates_have_no_probability() -> None:
