@@ -231,7 +231,7 @@ def search(
     searched_s = time.process_time() - start
     effects = searcher.measure_effects()
     measured_s = time.process_time() - start - searched_s
-    ranked = rerank(space, searcher.derive_best(effects), data, searcher.score)
+    ranked = rerank(space, searcher.screen(searcher.derive_best(effects)), data, searcher.score)
     randoms = random_networks(setting)
     by_macs = macs_guided(space, effects.scores if effects else searcher.log_probabilities, limits)
     found = {

@@ -179,6 +179,7 @@ class Searched:
     log_probabilities: Scores
     effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
     pressed: bool  # whether its budget bound
+    screened: int  # networks that it solved for, of which it ranked some
 
     @property
     def scores(self) -> Scores:
@@ -202,7 +203,12 @@ def read_searched(folder: Path, space: SearchSpace) -> Searched:
         _rows(path, content, "log_probabilities", space),
         None if found is None else _rows(path, found, "nats", space),
         pressed=content.get("budget_binds") is not False,
+        screened=_count(content.get("screened")),
     )
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:

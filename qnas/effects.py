@@ -8,14 +8,14 @@ run on held-out images with the supernet's weights, and a candidate's effect is 
 in the additive model that fits them best. The sum of effects, smallest within the limits, is what
 derivation solves for.
 
-Networks that are compared with each other are run on the same images, as images differ more than
-networks do. They are taken with the blocks of each stage in its first positions, as they run
-(`placement`): what stands at a stage's third position is its third block. The first block of a stage is
-worth many times the third, and that is most of what tells networks of one latency apart: where blocks
-stand anywhere, the same sum explains half as much. The model is a ridge regression whose strength is chosen by
-leaving each network out: a candidate has a coefficient for itself and one for its stage, and so has being a
-block at all, which has one for its position too. Within a stage a further block is taken to be worth at most
-what the one before it is: of all placements of a network the one that was measured then scores best.
+Networks that are compared with each other are run on the same images, as images differ more than networks
+do. They are taken with the blocks of each stage in its first positions, as they run (`placement`): what
+stands at a stage's third position is its third block. The first block of a stage is worth many times the
+third, and that is most of what tells networks of one latency apart: where blocks stand anywhere, the same
+sum explains half as much. The model is a ridge regression whose strength is chosen by leaving each network
+out: a candidate has a coefficient for itself and one for its stage, and so has being a block at all, which
+has one for its position too. Within a stage a further block is taken to be worth at most what the one
+before it is: of all placements of a network the one that was measured then scores best.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +42,7 @@ IMAGES = 128
 WINDOW = 0.7  # of the latency of the most probable network: drawn networks take at least this
 TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
+
 
 # Losses in nats of networks, given by their candidates' numbers, on images (B, C, H, W) and labels (B,).
 Losses = Callable[[Sequence[Indices], Tensor, Tensor], list[float]]

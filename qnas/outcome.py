@@ -1,11 +1,11 @@
 """What a search ends with: the network, its certificate, and an honest comparison.
 
-The candidates' effects on the held-out loss are measured, and the k best networks by them are solved for
-(by the probabilities where effects cannot be told). These are ranked by their accuracy on the held-out
-images, and the first is the derived network. It is compared, on the test images and with the same
-supernet's weights, with what one could have had for less: random networks of its latency, the network
-that MACs alone would choose, and the largest within the budget; and with the same search under other
-seeds where such runs lie beside this one. None of these figures chooses anything.
+The candidates' effects on the held-out loss are measured, and the best networks by them are solved for (by
+the probabilities where effects cannot be told). Those of them that do best on some held-out images are
+ranked by their accuracy on all of these, and the first is the derived network. It is compared, on the test
+images and with the same supernet's weights, with what one could have had for less: random networks of its
+latency, the network that MACs alone would choose, and the largest within the budget; and with the same
+search under other seeds where such runs lie beside this one. None of these figures chooses anything.
 """
 
 import statistics
@@ -130,6 +130,9 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     with Progress(searcher.effect_networks, "measure", quiet=quiet) as progress:
         effects = searcher.measure_effects(progress.step_by)
     solutions = searcher.derive_best(effects)
+    if len(solutions) > searcher.config.k_best:
+        with Progress(len(solutions), "screen", quiet=quiet) as progress:
+            solutions = searcher.screen(solutions, progress.step)
     with Progress(len(solutions), "rank", quiet=quiet) as progress:
         ranking = rerank(searcher.space, solutions, searcher.data, searcher.score, progress.step)
     scores = effects.scores if effects else searcher.log_probabilities
@@ -240,6 +243,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
         "broken_images": len(result.searcher.data.broken),
         "log_probabilities": result.searcher.log_probabilities,
         "effects": asdict(result.effects) if result.effects else None,
+        "screened": result.searcher.screened,
         "ranking": ranking_document(result.ranking),
         "derived": entry(result.derived) | {"heldout_accuracy": result.ranking[0].heldout.accuracy},
         "random": [entry(score) for score in rivals.random],

@@ -1,9 +1,11 @@
 """Which of the best networks is the best on images that no weight was trained on.
 
 The search's probabilities order networks only roughly: they sum what each position prefers by itself.
-So the k best networks within the limits are solved for, each is evaluated on the held-out images with
-the supernet's weights, and the one of the highest accuracy is taken, the more probable one where two are
-equal. It is proven within the limits like the others; its rank among them stays with it.
+So the best networks within the limits are solved for, a few hundred where the search was long enough for
+that, and each is run on one batch of held-out images with the supernet's weights: a sum of effects does not
+know which blocks do well together. Those of least loss are evaluated on all held-out images, and the one of
+the highest accuracy is taken, the one that scored higher where two are equal. It is proven within the limits
+like the others; its rank among them stays with it.
 
 Held-out accuracies of such a winner are high by luck too: the figure to report is that on test images.
 """
@@ -14,21 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qnas import run
 from qnas.acceleration import choose_acceleration
 from qnas.arch import Arch, arch_from_indices
 from qnas.data import ImageData, Split, batches, load_data
-from qnas.derive import Solution
+from qnas.derive import Indices, Solution
+from qnas.effects import Losses
 from qnas.errors import DataError
 from qnas.intact import MAX_BROKEN
 from qnas.originals import parse_data_spec
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet, subnet_state
-from qnas.train import Score, evaluate, recalibrate
+from qnas.train import Score, batch_statistics, evaluate, recalibrate, stream
 from qnas.train_subnet import load_weights
 
+SCREEN_IMAGES = 1024  # held-out, the same for all networks
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
 Scorer = Callable[[Arch, Split], Score]
 
@@ -52,6 +57,30 @@ def score_subnet(network: nn.Module, data: ImageData, split: Split, device: torc
     first = (batch for batch, _ in zip(train, range(CALIBRATION_BATCHES), strict=False))
     recalibrate(network, network, first)
     return evaluate(network, batches(split, 256, device=device))
+
+
+def screen(
+    solutions: Sequence[Solution],
+    data: ImageData,
+    losses: Losses,
+    keep: int,
+    device: torch.device,
+    on_screened: Callable[[], None] = lambda: None,
+) -> tuple[Solution, ...]:
+    """Return the networks of least loss on one batch of held-out images, `keep` of them, by their score.
+
+    All where there are no more; nothing is run then. `on_screened` is called after each network.
+    """
+    if len(solutions) <= keep:
+        return tuple(solutions)
+    size = min(SCREEN_IMAGES, len(data.heldout))
+    images, labels = next(stream(data.heldout, size, 0, 0, augment=False, device=device))
+    found = []
+    for solution in solutions:
+        found += losses([solution.indices], images, labels)
+        on_screened()
+    least = sorted(range(len(solutions)), key=lambda i: found[i])[:keep]
+    return tuple(solutions[i] for i in sorted(least))
 
 
 def rerank(
@@ -92,11 +121,13 @@ def rerank_saved(
     config: Mapping[str, Any],
     space: SearchSpace,
     solutions: Sequence[Solution],
+    keep: int | None = None,
     on_scored: Callable[[], None] = lambda: None,
 ) -> tuple[Ranked, ...]:
     """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
 
-    `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or
+    Where there are more than `keep` they are screened first; `on_scored` is called after each network, once
+    or twice. `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or
     damaged, DataError where the data are, or are others than they were.
     """
     path = folder / run.SUPERNET
@@ -113,9 +144,22 @@ def rerank_saved(
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
     device = choose_acceleration("auto", "auto").device
 
-    def score(arch: Arch, split: Split) -> Score:
+    def build(arch: Arch) -> nn.Module:
         network = build_subnet(space, arch, len(data.classes))
         load_weights(network, subnet_state(tensors, space, arch), path)
-        return score_subnet(network, data, split, device)
+        return network
 
-    return rerank(space, solutions, data, score, on_scored)
+    def score(arch: Arch, split: Split) -> Score:
+        return score_subnet(build(arch), data, split, device)
+
+    @torch.no_grad()
+    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+        found = []
+        for indices in networks:
+            network = build(arch_from_indices(space, indices)).to(device).eval()
+            with batch_statistics(network):
+                found.append(float(F.cross_entropy(network(images), labels)))
+        return found
+
+    screened = screen(solutions, data, losses, keep or len(solutions), device, on_scored)
+    return rerank(space, screened, data, score, on_scored)

@@ -37,7 +37,7 @@ from qnas.errors import ArchError, CheckpointError, UsageError
 from qnas.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
 from qnas.limits import Limits
 from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised, settle
-from qnas.rerank import score_subnet
+from qnas.rerank import score_subnet, screen
 from qnas.space import SearchSpace
 from qnas.supernet import (
     Supernet,
@@ -71,6 +71,9 @@ FINAL_RATE = 0.3
 # Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
 # two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
 STEPS_PER_NETWORK = 4
+# The same of screened networks, of up to 1,024 images.
+STEPS_PER_SCREENED = 32
+SCREENED_PER_RANKED = 16
 SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
 SETTLING_LOGIT = 0.5  # that a step of settling changes a logit by, at most
 
@@ -107,7 +110,10 @@ class SearchConfig:
     # networks whose losses the candidates' effects are fitted to at the end, `qnas.effects`; None: as many
     # as the effects need, but no more than a share of the search; 0: none, probabilities are derived by
     effect_networks: int | None = None
-    k_best: int = K_BEST  # networks that are solved for at the end, to be ranked on held-out images
+    k_best: int = K_BEST  # networks that are ranked on all held-out images at the end
+    # networks that are solved for and run on some of these images, to find those; None: 16 times as many, but
+    # no more than a share of the search
+    screened: int | None = None
     random_networks: int = 10
     threads: int = 0  # of torch; 0 leaves that to torch, which takes all cores
     seed: int = 0
@@ -116,9 +122,10 @@ class SearchConfig:
         for name in ("resolution_px", "search_epochs", "batch_size", "arch_every", "k_best"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
-        if min(self.warmup_epochs, self.random_networks, self.threads, self.effect_networks or 0) < 0:
+        counts = (self.effect_networks or 0, self.screened or 0)
+        if min(self.warmup_epochs, self.random_networks, self.threads, *counts) < 0:
             raise UsageError(
-                "warm-up epochs, random networks, effect networks and threads: expected at least 0"
+                "warm-up epochs, random, effect and screened networks and threads: expected at least 0"
             )
         if self.latency_loss not in LATENCY_LOSSES:
             raise UsageError(
@@ -543,6 +550,14 @@ class Searcher:
             return self.config.effect_networks
         return min(NETWORKS_PER_EFFECT * count_effects(self.space), self.total_steps // STEPS_PER_NETWORK)
 
+    @property
+    def screened(self) -> int:
+        """How many networks are solved for."""
+        if self.config.screened is not None:
+            return max(self.config.screened, self.config.k_best)
+        most = min(SCREENED_PER_RANKED * self.config.k_best, self.total_steps // STEPS_PER_SCREENED)
+        return max(most, self.config.k_best)
+
     def measure_effects(self, on_measured: Callable[[int], None] = lambda _: None) -> Effects | None:
         """Measure what each candidate adds to the held-out loss; None where that cannot be told.
 
@@ -575,7 +590,14 @@ class Searcher:
     def derive_best(self, effects: Effects | None = None) -> tuple[Solution, ...]:
         """Solve for the best networks within the budget: of least loss by the effects, or most probable."""
         scores = effects.scores if effects else self.log_probabilities
-        return solve_best(self.space, scores, self.limits, self.config.k_best)
+        return solve_best(self.space, scores, self.limits, self.screened)
+
+    def screen(
+        self, solutions: Sequence[Solution], on_screened: Callable[[], None] = lambda: None
+    ) -> tuple[Solution, ...]:
+        """Return those of the networks that are to be ranked: of least loss on some held-out images."""
+        device = self.acceleration.device
+        return screen(solutions, self.data, self.losses, self.config.k_best, device, on_screened)
 
     def score(self, arch: Arch, split: Split | None = None) -> Score:
         """Evaluate a network with the supernet's weights, on the test images unless told otherwise."""

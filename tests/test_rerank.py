@@ -1,19 +1,20 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qnas.arch import Arch, sample_arch
 from qnas.data import ImageData, Split, load_data
-from qnas.derive import Solution, solve_best
+from qnas.derive import Indices, Solution, solve_best
 from qnas.errors import CheckpointError
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.limits import latency_limit
 from qnas.originals import parse_data_spec
-from qnas.rerank import ranking_document, rerank, rerank_saved, score_subnet
+from qnas.rerank import SCREEN_IMAGES, ranking_document, rerank, rerank_saved, score_subnet, screen
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet
 from qnas.train import Score
@@ -54,6 +55,25 @@ def test_the_winner_has_the_highest_accuracy_on_heldout_images_and_of_equals_the
     assert document[0]["score"] == solutions[2].score
     assert document[0]["amounts"] == [solutions[2].latency_ms]
     assert Arch(tuple(document[0]["choices"])).indices(tiny_space) == solutions[2].indices
+
+
+def test_networks_of_least_loss_on_one_batch_are_kept_by_their_score(
+    tiny_space: SearchSpace, digits: ImageData
+) -> None:
+    solutions = five_best(tiny_space)
+    by_network = dict(zip((s.indices for s in solutions), [0.5, 0.2, 0.9, 0.1, 0.3], strict=True))
+    batches: list[Tensor] = []
+
+    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+        batches.append(images)
+        assert len(images) == len(labels) == min(SCREEN_IMAGES, len(digits.heldout))
+        return [by_network[network] for network in networks]
+
+    assert [s.rank for s in screen(solutions, digits, losses, 3, CPU)] == [2, 4, 5]
+    assert len(batches) == 5
+    assert all(torch.equal(images, batches[0]) for images in batches)
+    assert screen(solutions, digits, losses, 5, CPU) == solutions
+    assert len(batches) == 5
 
 
 def test_batch_norms_are_measured_anew_before_a_network_is_scored(

@@ -99,13 +99,15 @@ def derive(
         raise CheckpointError(f"{folder / ARCH_FILE}: exists already: give --force to replace it")
     config = read_json(found.folder / "config.json", CheckpointError)
     started = time.perf_counter()
-    solutions = solve_best(space, searched.scores, limits, k_best or config["search"].get("k_best", K_BEST))
+    keep = k_best or config["search"].get("k_best", K_BEST)
+    solved = max(keep, 0 if rerank is False or k_best is not None else searched.screened)
+    solutions = solve_best(space, searched.scores, limits, solved)
     solve_s = time.perf_counter() - started
     ranking: list[dict[str, Any]] = []
     solution, chosen = solutions[0], "the first network by the search's scores"
     if rerank is not False:
         try:
-            ranking, solution = _rank(found.folder, config, space, solutions, quiet=quiet)
+            ranking, solution = _rank(found.folder, config, space, solutions, keep, quiet=quiet)
             chosen = choice_line(ranking[0]["heldout_accuracy"], solution.rank, len(solutions))
         except (CheckpointError, DataError, UsageError) as error:
             if rerank:
@@ -153,6 +155,7 @@ def _rank(
     config: Mapping[str, Any],
     space: "SearchSpace",
     solutions: Sequence["Solution"],
+    keep: int,
     *,
     quiet: bool,
 ) -> tuple[list[dict[str, Any]], "Solution"]:
@@ -162,6 +165,7 @@ def _rank(
     from qnas.train import set_up_process
 
     set_up_process(config["search"]["threads"])
-    with Progress(len(solutions), "rank", quiet=quiet) as progress:
-        ranked = rerank_saved(folder, config, space, solutions, progress.step)
+    steps = len(solutions) + (keep if len(solutions) > keep else 0)
+    with Progress(steps, "rank", quiet=quiet) as progress:
+        ranked = rerank_saved(folder, config, space, solutions, keep, progress.step)
     return ranking_document(ranked), ranked[0].solution

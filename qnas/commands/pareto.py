@@ -139,5 +139,5 @@ def _rank(record: "Record", solved: "Sequence[Solved]", *, quiet: bool) -> "Mapp
     networks = list({s.indices: s for each in solved for s in each.solutions}.values())
     set_up_process(record.config["search"]["threads"])
     with Progress(len(networks), "rank", quiet=quiet) as progress:
-        ranked = rerank_saved(record.folder, record.config, record.space, networks, progress.step)
+        ranked = rerank_saved(record.folder, record.config, record.space, networks, on_scored=progress.step)
     return {r.solution.indices: Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked}

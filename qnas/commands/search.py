@@ -110,7 +110,16 @@ def search(
         int | None,
         typer.Option(
             min=1,
-            help="Networks that are solved for, to be ranked on held-out images.  [default: 20]",
+            help="Networks that are ranked on all held-out images.  [default: 20]",
+            show_default=False,
+        ),
+    ] = None,
+    screened: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Networks that are solved for, of which those of least loss on some of these images are"
+            " ranked.  [default: 16 times as many, fewer in a short search]",
             show_default=False,
         ),
     ] = None,
@@ -146,6 +155,7 @@ def search(
         "paths": paths,
         "effect_networks": effect_networks,
         "k_best": k_best,
+        "screened": screened,
         "random_networks": random_networks,
         "threads": threads,
         "torch_device": torch_device,
@@ -305,7 +315,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     tested = len(result.searcher.data.test)
     yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
     yield field("solved", _solved_for(result))
-    chosen = choice_line(first.heldout.accuracy, first.solution.rank, len(result.ranking))
+    chosen = choice_line(first.heldout.accuracy, first.solution.rank, first.solution.solved)
     yield field("chosen", chosen)
     random = [score.accuracy for score in rivals.random]
     if random:

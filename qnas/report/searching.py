@@ -39,6 +39,7 @@ OPTIONS = {
     "paths": "--paths",
     "effect_networks": "--effect-networks",
     "k_best": "--k-best",
+    "screened": "--screened",
     "random_networks": "--random-networks",
     "threads": "--threads",
     "torch_device": "--torch-device",
@@ -251,7 +252,7 @@ def _accuracy_charts(record: Record) -> Iterator[Markup]:
         yield chart(
             [
                 Series(
-                    f"the {len(ranking)} that were solved for",
+                    f"the {len(ranking)} that were ranked",
                     [(entry["amounts"][0], entry["heldout_accuracy"]) for entry in others],
                     1,
                     "dots",
