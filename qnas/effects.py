@@ -43,7 +43,6 @@ WINDOW = 0.7  # of the latency of the most probable network: drawn networks take
 TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
-
 # Losses in nats of networks, given by their candidates' numbers, on images (B, C, H, W) and labels (B,).
 Losses = Callable[[Sequence[Indices], Tensor, Tensor], list[float]]
 
