@@ -63,7 +63,7 @@ from scipy.stats import kendalltau
 from qnas import blocks, host
 from qnas.arch import Arch, arch_from_indices, make_arch
 from qnas.data import ImageData
-from qnas.derive import largest, macs_guided
+from qnas.derive import Indices, largest, macs_guided, solve_best
 from qnas.files import write_json
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
@@ -274,9 +274,8 @@ def contenders(
             if row is None:
                 continue
             ranked = row["ranked"]
-            first = min(ranked, key=lambda entry: int(entry["rank"]))
             chosen = {
-                "by effects": first["choices"],
+                "by effects": arch_from_indices(setting.space, first_by_effects(setting, row)).choices,
                 "re-ranked": ranked[0]["choices"],
             }
             if setting is quadra and row["by_macs"]:
@@ -286,6 +285,14 @@ def contenders(
             for how, choices in chosen.items():
                 arch = make_arch(setting.space, tuple(choices))
                 yield Contender(part, of_arm, f"{name}, {how}", setting, arch)
+
+
+def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> Indices:
+    """Return the network of the least loss by a search's effects; by its probabilities without them."""
+    scores = row["log_probabilities"]
+    if row["effects"]:
+        scores = [[-nats for nats in candidates] for candidates in row["effects"]["nats"]]
+    return solve_best(setting.space, tuple(map(tuple, scores)), setting.limits, 1)[0].indices
 
 
 # ---- figures

@@ -45,7 +45,11 @@ def derive(
     latency: Latency = "device",
     k_best: Annotated[
         int | None,
-        typer.Option(min=1, help="Networks that are solved for. Default: as the search.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Networks that are solved for and ranked. Default: as the search, which screens more.",
+            show_default=False,
+        ),
     ] = None,
     rerank: Annotated[
         bool | None,
