@@ -13,9 +13,9 @@ trained alone from scratch by one recipe, and so are
 - what a search of proxyless-tiny, inverted residuals at the same layout, derives within the same budget
   after as many epochs (the comparison of QuadraNet's Table III).
 
-Of each search: the network of the least loss by the measured effects of its candidates; and of the 20 best
-by these the one that does best on held-out images with the supernet's weights (`re-ranked`), what qnas
-search ends with. And what its supernet says of the random networks.
+Of each search: the network of the least loss by the measured effects of its candidates; and of the best by
+these the one that does best on held-out images with the supernet's weights, screened and then re-ranked
+(`re-ranked`), what qnas search ends with. And what its supernet says of the random networks.
 What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
 what is there. Four hours on one thread for two data sets and three seeds; --parts, --arms and --seeds do
 some of it.
@@ -78,9 +78,9 @@ from qnas.train import set_up_process
 # networks of one latency differ in little that matters; at 96 px a 7x7 kernel costs twice a 3x3, and the
 # first stage up to four times the last, as in the shipped spaces at 224 px.
 DEPLOYED_PX = 96
-# Of the way from the fastest to the slowest network. At half of it there is nothing to be found: 5 blocks of
-# k3e2, of k5e4 or of k7e4 came to 62.9, 62.8 and 62.8% of CIFAR-10 (6.2, 9.1 and 11.4 ms), 6 or 7 blocks to
-# 63 or 64%, since 20,000 images say no more to larger networks. With 3 blocks or 4, each counts.
+# Of the way from the fastest to the slowest network. At half of it there was nothing to be found: five blocks
+# of any kind trained to the same accuracy, since 20,000 images say no more to larger networks. With three
+# blocks or four, each counts.
 BUDGET_SHARE = 0.2
 PARTS = ("random", "searches", "noise", "baselines")
 WARM_UP_SHARE = 0.4  # of the epochs of a search

@@ -52,8 +52,8 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     """Build a depthwise convolution whose kernels are about their centres to begin with.
 
     Drawn as torch does and weighted by a Gaussian of the distance, the sum of squares kept. Trained kernels
-    look like that (arXiv 2210.03651), and a 7x7 kernel starts as a 3x3 one instead of as noise from 49
-    places: all sizes learn alike from the first step (benchmarks/start.py).
+    look like that (arXiv 2210.03651), and a 7x7 kernel starts almost as a 3x3 one instead of as noise from
+    49 places (benchmarks/start.py compares starts).
     """
     conv = nn.Conv2d(
         spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, groups=spec.c_in, bias=spec.bias
