@@ -40,7 +40,7 @@ def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch:
     """
     by_name = {block.name: block for block in lower(space, arch)}
     blocks = [by_name[position.name] for position in space.positions]
-    prefixes = [position.name.replace(".", "_") for position in space.positions]
+    prefixes = [module_name(block) for block in blocks]
     places = take_first_places(block_labels(space), arch.indices(space))
     chosen = {prefixes[place]: i for i, place in enumerate(places)}  # whose block runs at each position
     shapes = {
