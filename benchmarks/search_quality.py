@@ -14,8 +14,9 @@ trained alone from scratch by one recipe, and so are
   after as many epochs (the comparison of QuadraNet's Table III).
 
 Of each search: the network of the least loss by the measured effects of its candidates; and of the best by
-these the one that does best on held-out images with the supernet's weights, screened and then re-ranked
-(`re-ranked`), what qnas search ends with. And what its supernet says of the random networks.
+these the one to prefer by held-out images with the supernet's weights, screened and then re-ranked
+(`re-ranked`), what qnas search ends with. With shared weights also the one of the highest accuracy among
+those that were ranked, whatever its size. And what the supernets say of the random networks.
 What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
 what is there. Four hours on one thread for two data sets and three seeds; --parts, --arms and --seeds do
 some of it.
@@ -57,8 +58,8 @@ from experiments import (
     train_alone,
     write_section,
 )
-from numpy.typing import NDArray
-from scipy.stats import kendalltau
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import kendalltau, rankdata
 
 from qnas import blocks, host
 from qnas.arch import Arch, arch_from_indices, make_arch
@@ -69,8 +70,8 @@ from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.limits import Limits, latency_limit
 from qnas.lower import count_macs, count_params, lower
-from qnas.rerank import rerank
-from qnas.search import Searcher
+from qnas.rerank import STANDARD_ERRORS, ranking_document
+from qnas.search import SearchConfig, Searcher
 from qnas.space import SearchSpace
 from qnas.train import set_up_process
 
@@ -193,6 +194,7 @@ def search_parts(setting: Setting, data: ImageData, arm: str, seed: int, seconds
         "arm": arm,
         "config": ARMS[arm],
         "start_taps": blocks.ENVELOPE_TAPS,
+        "standard_errors": STANDARD_ERRORS,
         "seconds": seconds,
         "seed": seed,
     }
@@ -229,30 +231,32 @@ def search(
     while searcher.steps_done < searcher.total_steps:
         row = searcher.step()
     searched_s = time.process_time() - start
+    facts = {"epochs": epochs, "searched_s": searched_s, "last_loss": row["loss"]}
+    found = cache.put(search_parts(setting, data, arm, seed, seconds), facts | derive(setting, searcher))
+    took = f"{epochs} epochs in {searched_s:.0f} + {found['derived_s']:.0f} s"
+    print(f"{data.name} {space.name} {arm}, seed {seed}: {took}", flush=True)
+
+
+def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
+    """Return what a trained supernet ends with, and what it says of the random networks."""
+    space, heldout = setting.space, searcher.data.heldout
+    start = time.process_time()
     effects = searcher.measure_effects()
-    measured_s = time.process_time() - start - searched_s
-    ranked = rerank(space, searcher.screen(searcher.derive_best(effects)), data, searcher.score)
-    randoms = random_networks(setting)
-    by_macs = macs_guided(space, effects.scores if effects else searcher.log_probabilities, limits)
-    found = {
-        "epochs": epochs,
-        "searched_s": searched_s,
-        "measured_s": measured_s,
+    ranked = searcher.rank(searcher.screen(searcher.derive_best(effects)))
+    derived_s = time.process_time() - start
+    scores = effects.scores if effects else searcher.log_probabilities
+    by_macs = macs_guided(space, scores, setting.limits)
+    return {
+        "derived_s": derived_s,
         "expected_ms": searcher.expected_ms,
         **searcher.describe_probabilities(),
-        "last_loss": row["loss"],
-        "ranked": [
-            {"choices": r.arch.choices, "rank": r.solution.rank, "heldout": asdict(r.heldout)} for r in ranked
-        ],
-        "random_heldout": [searcher.score(arch, data.heldout).accuracy for arch in randoms],
+        "ranked": ranking_document(ranked),
+        "random_heldout": [searcher.score(arch, heldout).accuracy for arch in random_networks(setting)],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
         "most_probable": arch_from_indices(space, searcher.derive().indices).choices,
         "log_probabilities": searcher.log_probabilities,
         "effects": effects and asdict(effects),
     }
-    cache.put(search_parts(setting, data, arm, seed, seconds), found)
-    took = f"{epochs} epochs in {searched_s:.0f} + {measured_s:.0f} s"
-    print(f"{data.name} {space.name} {arm}, seed {seed}: {took}", flush=True)
 
 
 def contenders(
@@ -278,6 +282,9 @@ def contenders(
                 "by effects": arch_from_indices(setting.space, first_by_effects(setting, row)).choices,
                 "re-ranked": ranked[0]["choices"],
             }
+            if setting is quadra and arm == SearchConfig.weights:
+                best = max(ranked, key=lambda entry: entry["heldout_accuracy"])
+                chosen["by accuracy"] = best["choices"]
             if setting is quadra and row["by_macs"]:
                 chosen["by MACs"] = row["by_macs"]
             name = arm if setting is quadra else setting.space.name
@@ -329,14 +336,22 @@ def summarise(
         row = known_search(quadra, data, arm, seed, seconds, searched)
         if row is not None and len(alone) == RIVALS:
             explained = row["effects"]["explained"] if row["effects"] else 0.0
-            facts = {"seen": row["random_heldout"], "alone": alone, "explained": explained}
+            facts = {"seen": row["random_heldout"], "explained": explained}
             known.setdefault(arm, []).append(facts)
+    sizes = [row["params"] for row in kinds.get("random", [])]
     again = [
         [known_training(quadra.space, arch, data, recipe, seed, trained) for seed in TRAINED_SEEDS]
         for arch in random_networks(quadra)[:REPEATED]
     ]
     rows = [[row["accuracy"] for row in rows if row] for rows in again if None not in rows]
-    return {"data": data.name, "kinds": kinds, "repeated": rows, "in_supernet": known}
+    return {
+        "data": data.name,
+        "kinds": kinds,
+        "repeated": rows,
+        "in_supernet": known,
+        "alone": alone,
+        "params": sizes,
+    }
 
 
 def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
@@ -348,7 +363,8 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         "random networks. `gain` is over the mean of the random networks, `beaten` how many of them have "
         "less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is the standard "
         "deviation of the random networks' held-out accuracies with the supernet's weights, `tau` Kendall's "
-        "with their accuracies of training alone; `explained` is the share of the variance "
+        "with their accuracies of training alone, and `tau with size` that of the sum of two ranks, by these and "
+        "by parameters; `explained` is the share of the variance "
         "between networks' losses that the sum of measured effects predicts, of networks left out.",
     ]
     for data in found:
@@ -358,9 +374,10 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         parts.append(describe_noise(data))
         parts.append(markdown_table(header, [*describe_random(data), *(row for row in rows if row)]))
         if data["in_supernet"]:
-            header = ["in the supernets", "seeds", "spread, points", "tau", "explained"]
-            known = [describe_known(*each) for each in data["in_supernet"].items()]
-            parts.append(markdown_table(header, known))
+            header = ["in the supernets", "seeds", "spread, points", "tau", "tau with size", "explained"]
+            known = [describe_known(*each, data) for each in data["in_supernet"].items()]
+            tau = f"{kendalltau(data['params'], data['alone']).statistic:.2f}"
+            parts.append(markdown_table(header, [*known, ["parameters alone", "", "", tau, "", ""]]))
     return "\n\n".join(parts)
 
 
@@ -411,13 +428,23 @@ def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
     return [kind, str(len(rows)), accuracy, points(gains), f"{beaten:.1f} of {RIVALS}", *sizes(rows)]
 
 
-def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[str]:
     """Return the row of an arm: how far apart it sees networks of one latency, and in which order."""
     spread = statistics.fmean(statistics.stdev(row["seen"]) for row in by_seed)
-    tau, sd = mean_and_sd([kendalltau(row["seen"], row["alone"]).statistic for row in by_seed])
+    sizes = rankdata(data["params"])
+    seen = [row["seen"] for row in by_seed]
+    orders = [
+        taus([*found], data["alone"])
+        for found in (seen, [rankdata(accuracies) + sizes for accuracies in seen])
+    ]
     explained = statistics.fmean(row["explained"] for row in by_seed)
-    order = f"{tau:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
-    return [arm, str(len(by_seed)), f"{100 * spread:.1f}", order, f"{explained:.2f}"]
+    return [arm, str(len(by_seed)), f"{100 * spread:.1f}", *orders, f"{explained:.2f}"]
+
+
+def taus(orders: Sequence[ArrayLike], alone: Sequence[float]) -> str:
+    """Write Kendall's tau of several orders of networks with the accuracies of training alone."""
+    mean, sd = mean_and_sd([kendalltau(order, alone).statistic for order in orders])
+    return f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
 
 
 def points(gains: Sequence[float]) -> str:

@@ -43,8 +43,9 @@ WINDOW = 0.7  # of the latency of the most probable network: drawn networks take
 TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
-# Losses in nats of networks, given by their candidates' numbers, on images (B, C, H, W) and labels (B,).
-Losses = Callable[[Sequence[Indices], Tensor, Tensor], list[float]]
+# Cross-entropies in nats, (networks, B), of networks given by their candidates' numbers, on each of some
+# images (B, C, H, W) with labels (B,).
+Losses = Callable[[Sequence[Indices], Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def measure_effects(
     measured, groups = [], []
     for start in range(0, len(drawn), TOGETHER):
         together = drawn[start : start + TOGETHER]
-        measured += losses(together, *next(images_and_labels))
+        measured += losses(together, *next(images_and_labels)).mean(1).tolist()
         groups += [start] * len(together)
         on_measured(len(together))
     effects = fit_effects(space, drawn, np.array(measured), np.array(groups))

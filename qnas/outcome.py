@@ -2,7 +2,7 @@
 
 The candidates' effects on the held-out loss are measured, and the best networks by them are solved for (by
 the probabilities where effects cannot be told). Those of them that do best on some held-out images are
-ranked by their accuracy on all of these, and the first is the derived network. It is compared, on the test
+ranked by all of these (`qnas.rerank`), and the first is the derived network. It is compared, on the test
 images and with the same supernet's weights, with what one could have had for less: random networks of its
 latency, the network that MACs alone would choose, and the largest within the budget; and with the same
 search under other seeds where such runs lie beside this one. None of these figures chooses anything.
@@ -39,7 +39,7 @@ from qnas.lower import count_macs, lower
 from qnas.plots import draw_budget, read_rows
 from qnas.progress import Progress
 from qnas.report.page import close_with_report
-from qnas.rerank import Ranked, ranking_document, rerank
+from qnas.rerank import Ranked, ranking_document
 from qnas.search import Searcher
 from qnas.space import SearchSpace
 from qnas.train import run_to_end
@@ -78,7 +78,7 @@ class SearchResult:
     searcher: Searcher
     folder: Path
     effects: Effects | None  # that were derived by; None: by the probabilities
-    ranking: tuple[Ranked, ...]  # the k best networks by held-out accuracy
+    ranking: tuple[Ranked, ...]  # the k best networks by held-out images
     derived: NetworkScore  # the first of them
     rivals: Rivals
     by_seed: Mapping[int, float]  # test accuracy of what this search derived, and its likes with other seeds
@@ -134,7 +134,7 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
         with Progress(len(solutions), "screen", quiet=quiet) as progress:
             solutions = searcher.screen(solutions, progress.step)
     with Progress(len(solutions), "rank", quiet=quiet) as progress:
-        ranking = rerank(searcher.space, solutions, searcher.data, searcher.score, progress.step)
+        ranking = searcher.rank(solutions, progress.step)
     scores = effects.scores if effects else searcher.log_probabilities
     derived, rivals = _compare(searcher, scores, ranking[0].solution, quiet=quiet)
     by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}

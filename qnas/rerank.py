@@ -1,11 +1,16 @@
 """Which of the best networks is the best on images that no weight was trained on.
 
-The search's probabilities order networks only roughly: they sum what each position prefers by itself.
-So the best networks within the limits are solved for, a few hundred where the search was long enough for
-that, and each is run on one batch of held-out images with the supernet's weights: a sum of effects does not
-know which blocks do well together. Those of least loss are evaluated on all held-out images, and the one of
-the highest accuracy is taken, the one that scored higher where two are equal. It is proven within the limits
-like the others; its rank among them stays with it.
+The search's scores order networks only roughly: they sum what each position prefers by itself. So the best
+networks within the limits are solved for, a few hundred where the search was long enough for that, and each
+is run on one batch of held-out images with the supernet's weights: a sum of effects does not know which
+blocks do well together. Those to prefer are evaluated on all held-out images, and the first of them by
+these is taken. It is proven within the limits like the others; its rank among them stays with it.
+
+To prefer is the network of least loss, but for this: of networks that the images cannot tell from it the one
+with the most parameters. A supernet's weights are trained less for each network than the network's own will
+be, and what that costs grows with its size: where networks were trained alone as well, size added to what the
+supernet said of them (benchmarks/RESULTS.md). All are within the limits, so that size costs nothing here. The
+same holds in both steps; by one batch more networks are level than by all images.
 
 Held-out accuracies of such a winner are high by luck too: the figure to report is that on test images.
 """
@@ -27,15 +32,18 @@ from qnas.derive import Indices, Solution
 from qnas.effects import Losses
 from qnas.errors import DataError
 from qnas.intact import MAX_BROKEN
+from qnas.lower import count_params, lower
 from qnas.originals import parse_data_spec
 from qnas.space import SearchSpace
 from qnas.subnet import build_subnet, subnet_state
-from qnas.train import Score, batch_statistics, evaluate, recalibrate, stream
+from qnas.train import ImageScores, Score, batch_statistics, evaluate_images, recalibrate, stream
 from qnas.train_subnet import load_weights
 
 SCREEN_IMAGES = 1024  # held-out, the same for all networks
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
-Scorer = Callable[[Arch, Split], Score]
+# By which the mean difference of two networks' losses must exceed 0 for one to be the worse.
+STANDARD_ERRORS = 2.0
+Scorer = Callable[[Arch, Split], ImageScores]
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,11 @@ class Ranked:
     solution: Solution
     arch: Arch
     heldout: Score
+    params: int
+    is_level: bool  # with the network of the least loss, as far as these images tell
 
 
-def score_subnet(network: nn.Module, data: ImageData, split: Split, device: torch.device) -> Score:
+def score_subnet(network: nn.Module, data: ImageData, split: Split, device: torch.device) -> ImageScores:
     """Evaluate a network with a supernet's weights, its batch norms first measured on training images.
 
     The network is moved to the device and put into evaluation mode.
@@ -56,10 +66,27 @@ def score_subnet(network: nn.Module, data: ImageData, split: Split, device: torc
     train = batches(data.train, 128, seed=0, device=device)
     first = (batch for batch, _ in zip(train, range(CALIBRATION_BATCHES), strict=False))
     recalibrate(network, network, first)
-    return evaluate(network, batches(split, 256, device=device))
+    return evaluate_images(network, batches(split, 256, device=device))
+
+
+def prefer(losses: Tensor, params: Sequence[int]) -> tuple[list[int], int]:
+    """Return the places of networks in the order in which they are taken, and how many are level.
+
+    losses: (networks, images) in nats. Level are those whose loss is not above the least by more than
+    `STANDARD_ERRORS` of the mean difference, image by image. They come first, those of most parameters
+    ahead; the others follow by their loss, as do equals.
+    """
+    means = losses.mean(1)
+    above = losses - losses[means.argmin()]
+    errors = above.std(1, correction=0) / losses.shape[1] ** 0.5
+    level = (above.mean(1) <= STANDARD_ERRORS * errors).tolist()
+    rows = zip(level, params, means.tolist(), strict=True)
+    keys = [(not same, -size if same else 0, loss) for same, size, loss in rows]
+    return sorted(range(len(keys)), key=keys.__getitem__), sum(level)
 
 
 def screen(
+    space: SearchSpace,
     solutions: Sequence[Solution],
     data: ImageData,
     losses: Losses,
@@ -67,7 +94,7 @@ def screen(
     device: torch.device,
     on_screened: Callable[[], None] = lambda: None,
 ) -> tuple[Solution, ...]:
-    """Return the networks of least loss on one batch of held-out images, `keep` of them, by their score.
+    """Return the networks to prefer by one batch of held-out images, `keep` of them, by their score.
 
     All where there are no more; nothing is run then. `on_screened` is called after each network.
     """
@@ -77,10 +104,11 @@ def screen(
     images, labels = next(stream(data.heldout, size, 0, 0, augment=False, device=device))
     found = []
     for solution in solutions:
-        found += losses([solution.indices], images, labels)
+        found.append(losses([solution.indices], images, labels))
         on_screened()
-    least = sorted(range(len(solutions)), key=lambda i: found[i])[:keep]
-    return tuple(solutions[i] for i in sorted(least))
+    sizes = [_count_params(space, solution) for solution in solutions]
+    order, _ = prefer(torch.cat(found), sizes)
+    return tuple(solutions[i] for i in sorted(order[:keep]))
 
 
 def rerank(
@@ -90,16 +118,30 @@ def rerank(
     score: Scorer,
     on_scored: Callable[[], None] = lambda: None,
 ) -> tuple[Ranked, ...]:
-    """Return the networks by falling held-out accuracy; where it is equal, by their score.
+    """Return the networks as `prefer` orders them by all held-out images.
 
     `on_scored` is called after each network.
     """
-    ranked = []
+    scores = []
     for solution in solutions:
-        arch = arch_from_indices(space, solution.indices)
-        ranked.append(Ranked(solution, arch, score(arch, data.heldout)))
+        scores.append(score(arch_from_indices(space, solution.indices), data.heldout))
         on_scored()
-    return tuple(sorted(ranked, key=lambda r: (-r.heldout.accuracy, r.solution.rank)))
+    sizes = [_count_params(space, solution) for solution in solutions]
+    order, level = prefer(torch.stack([s.losses for s in scores]), sizes)
+    return tuple(
+        Ranked(
+            solutions[i],
+            arch_from_indices(space, solutions[i].indices),
+            scores[i].score,
+            sizes[i],
+            is_level=place < level,
+        )
+        for place, i in enumerate(order)
+    )
+
+
+def _count_params(space: SearchSpace, solution: Solution) -> int:
+    return count_params(lower(space, arch_from_indices(space, solution.indices)))
 
 
 def ranking_document(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
@@ -110,6 +152,9 @@ def ranking_document(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
             "rank": r.solution.rank,
             "score": r.solution.score,
             "heldout_accuracy": r.heldout.accuracy,
+            "heldout_loss": r.heldout.loss,
+            "level": r.is_level,
+            "params": r.params,
             "amounts": [limit.amount(r.solution.indices) for limit in r.solution.limits],
         }
         for r in ranked
@@ -149,17 +194,17 @@ def rerank_saved(
         load_weights(network, subnet_state(tensors, space, arch), path)
         return network
 
-    def score(arch: Arch, split: Split) -> Score:
+    def score(arch: Arch, split: Split) -> ImageScores:
         return score_subnet(build(arch), data, split, device)
 
     @torch.no_grad()
-    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
         found = []
         for indices in networks:
             network = build(arch_from_indices(space, indices)).to(device).eval()
             with batch_statistics(network):
-                found.append(float(F.cross_entropy(network(images), labels)))
-        return found
+                found.append(F.cross_entropy(network(images), labels, reduction="none"))
+        return torch.stack(found).double().cpu()
 
-    screened = screen(solutions, data, losses, keep or len(solutions), device, on_scored)
+    screened = screen(space, solutions, data, losses, keep or len(solutions), device, on_scored)
     return rerank(space, screened, data, score, on_scored)

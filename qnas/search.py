@@ -37,7 +37,7 @@ from qnas.errors import ArchError, CheckpointError, UsageError
 from qnas.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
 from qnas.limits import Limits
 from qnas.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised, settle
-from qnas.rerank import score_subnet, screen
+from qnas.rerank import Ranked, rerank, score_subnet, screen
 from qnas.space import SearchSpace
 from qnas.supernet import (
     Supernet,
@@ -49,6 +49,7 @@ from qnas.supernet import (
     sample_path,
 )
 from qnas.train import (
+    ImageScores,
     PathAdamW,
     Score,
     batch_statistics,
@@ -578,14 +579,16 @@ class Searcher:
         )
 
     @torch.no_grad()
-    def losses(self, networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
-        """Return the cross-entropy of each network with the supernet's weights, in nats.
+    def losses(self, networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of each network on each image with the supernet's weights, in nats.
 
-        images: (B, C, H, W), labels: (B,); batch norms use the batch's own statistics.
+        images: (B, C, H, W), labels: (B,) -> (networks, B), float64 on the CPU; batch norms use the batch's
+        own statistics.
         """
         supernet = self.state.supernet.eval()
         with batch_statistics(supernet), self.acceleration.autocast_unscaled():
-            return [float(F.cross_entropy(supernet(images, network), labels)) for network in networks]
+            rows = [F.cross_entropy(supernet(images, n), labels, reduction="none") for n in networks]
+        return torch.stack(rows).double().cpu()
 
     def derive_best(self, effects: Effects | None = None) -> tuple[Solution, ...]:
         """Solve for the best networks within the budget: of least loss by the effects, or most probable."""
@@ -595,14 +598,24 @@ class Searcher:
     def screen(
         self, solutions: Sequence[Solution], on_screened: Callable[[], None] = lambda: None
     ) -> tuple[Solution, ...]:
-        """Return those of the networks that are to be ranked: of least loss on some held-out images."""
-        device = self.acceleration.device
-        return screen(solutions, self.data, self.losses, self.config.k_best, device, on_screened)
+        """Return those of the networks that are to be ranked: the best on some held-out images."""
+        keep, device = self.config.k_best, self.acceleration.device
+        return screen(self.space, solutions, self.data, self.losses, keep, device, on_screened)
+
+    def rank(
+        self, solutions: Sequence[Solution], on_scored: Callable[[], None] = lambda: None
+    ) -> tuple[Ranked, ...]:
+        """Rank networks by what they do on all held-out images, the first the one to take."""
+        return rerank(self.space, solutions, self.data, self.score_images, on_scored)
 
     def score(self, arch: Arch, split: Split | None = None) -> Score:
         """Evaluate a network with the supernet's weights, on the test images unless told otherwise."""
+        return self.score_images(arch, split or self.data.test).score
+
+    def score_images(self, arch: Arch, split: Split) -> ImageScores:
+        """Evaluate a network with the supernet's weights on each image of a split."""
         network = self.state.supernet.subnet(arch, len(self.data.classes))
-        return score_subnet(network, self.data, split or self.data.test, self.acceleration.device)
+        return score_subnet(network, self.data, split, self.acceleration.device)
 
 
 def check_searchable(space: SearchSpace, limits: Limits) -> None:

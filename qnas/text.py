@@ -289,14 +289,15 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
     return "\n".join(lines)
 
 
-def choice_line(heldout_accuracy: float, rank: int, solved: int) -> str:
-    """Say how a network was chosen from those that were solved for; `rank` is its number by score."""
+def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
+    """Say how the first network of a ranking (`rerank.ranking_document`) was chosen from those solved for."""
+    first, level = ranking[0], sum(entry["level"] for entry in ranking)
     if solved == 1:
-        return f"the only network within the budget; {heldout_accuracy:.1%} on held-out images"
-    return (
-        f"by held-out images ({heldout_accuracy:.1%}) from the {solved} best within the budget: "
-        f"number {rank} of them"
-    )
+        return f"the only network within the budget; {first['heldout_accuracy']:.1%} on held-out images"
+    how = f"by held-out images ({first['heldout_accuracy']:.1%}) from the {solved} best within the budget: "
+    if level == 1:
+        return how + f"number {first['rank']} of them"
+    return how + f"of {level} that are level the one with the most parameters, number {first['rank']} of all"
 
 
 def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:

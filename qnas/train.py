@@ -41,6 +41,20 @@ class Score:
     images: int
 
 
+@dataclass(frozen=True)
+class ImageScores:
+    """How well a network classifies each of some images, in their order. On the CPU."""
+
+    losses: Tensor  # (images,) float64, cross-entropy in nats
+    right: Tensor  # (images,) bool
+
+    @property
+    def score(self) -> Score:
+        """Return the figures of all images together."""
+        count = len(self.losses)
+        return Score(int(self.right.sum()) / count, float(self.losses.mean()), count)
+
+
 def set_up_process(threads: int) -> None:
     """Set torch's threads (0 leaves them) and keep freed memory. The program's to call, not ours."""
     if threads:
@@ -236,17 +250,21 @@ def weight_step(
     return loss
 
 
-@torch.no_grad()
 def evaluate(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
     """Score a network that is in evaluation mode."""
-    correct, loss, count = 0, 0.0, 0
+    return evaluate_images(forward, batches).score
+
+
+@torch.no_grad()
+def evaluate_images(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> ImageScores:
+    """Score a network that is in evaluation mode on each image."""
+    losses, right = [], []
     for images, labels in batches:
         logits = forward(images)
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += len(labels)
-    assert count > 0, "no images to evaluate on"
-    return Score(correct / count, loss / count, count)
+        losses.append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
+        right.append((logits.argmax(1) == labels).cpu())
+    assert losses, "no images to evaluate on"
+    return ImageScores(torch.cat(losses), torch.cat(right))
 
 
 @torch.no_grad()

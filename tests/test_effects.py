@@ -151,9 +151,9 @@ def test_no_placement_scores_above_the_one_that_was_measured(tiny_space: SearchS
 def test_networks_are_measured_with_their_blocks_first(tiny_space: SearchSpace, limits: Limits) -> None:
     measured: list[Indices] = []
 
-    def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+    def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
         measured.extend(together)
-        return list(total(planted(tiny_space, 0), together))
+        return torch.tensor(total(planted(tiny_space, 0), together))[:, None].repeat(1, 3)
 
     found = measure_effects(
         tiny_space, limits, flat(tiny_space), losses, endless(), 100, np.random.default_rng(0)
@@ -171,8 +171,8 @@ def test_losses_that_follow_no_effects_give_none(tiny_space: SearchSpace, limits
     def measure(noise: float, networks: int = 100) -> bool:
         true = planted(tiny_space, 0)
 
-        def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
-            return list(total(true, together) + rng.normal(0, noise, len(together)))
+        def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+            return torch.tensor(total(true, together) + rng.normal(0, noise, len(together)))[:, None]
 
         batches = iter([(torch.zeros(1), torch.zeros(1))] * networks)
         found = measure_effects(
@@ -242,10 +242,13 @@ def test_losses_are_those_of_the_subnets(tiny_space: SearchSpace, limits: Limits
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 10
     networks = random_networks(tiny_space, 4, 0)
-    for network, loss in zip(networks, searcher.losses(networks, images, labels), strict=True):
+    losses = searcher.losses(networks, images, labels)
+    assert losses.shape == (4, 16)
+    for network, found in zip(networks, losses, strict=True):
         subnet = searcher.state.supernet.subnet(arch_from_indices(tiny_space, network), 10).eval()
         with torch.no_grad():
-            assert loss == pytest.approx(float(F.cross_entropy(subnet(images), labels)), rel=1e-4)
+            expected = F.cross_entropy(subnet(images), labels, reduction="none").double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_serves_the_networks_that_are_compared(
@@ -255,7 +258,7 @@ def test_a_batch_serves_the_networks_that_are_compared(
     seen: list[tuple[int, int, Tensor]] = []
     losses = searcher.losses
 
-    def look(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> list[float]:
+    def look(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
         seen.append((len(networks), len(images), images))
         return losses(networks, images, labels)
 

@@ -20,6 +20,7 @@ from qnas.errors import CheckpointError, DataError
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.limits import Limits, count_limit, latency_limit
+from qnas.lower import count_params, lower
 from qnas.originals import parse_data_spec
 from qnas.outcome import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
 from qnas.plots import draw_budget, read_rows
@@ -77,12 +78,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(space, limits, data, result, folder, config, document)
 
 
+def arch_params(finished: Finished, choices: list[str]) -> int:
+    return count_params(lower(finished.space, Arch(tuple(choices))))
+
+
 def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) -> None:
     ranking = finished.document["ranking"]
     assert len(ranking) == 6
     assert len({entry["rank"] for entry in ranking}) == 6
     assert {entry["rank"] for entry in ranking} <= set(range(1, 13))
-    best = max(ranking, key=lambda entry: (entry["heldout_accuracy"], -entry["rank"]))
+    level = [entry for entry in ranking if entry["level"]]
+    assert level == ranking[: len(level)]
+    assert min(ranking, key=lambda entry: entry["heldout_loss"]) in level
+    best = max(level, key=lambda entry: (entry["params"], -entry["heldout_loss"]))
+    assert best["params"] == arch_params(finished, best["choices"])
     arch = find_arch(finished.folder)
     assert list(arch.arch.choices) == ranking[0]["choices"] == best["choices"]
     certificate = arch.document["certificate"]

@@ -26,6 +26,7 @@ from qnas.train import (
     Interval,
     ReLinear,
     evaluate,
+    evaluate_images,
     make_optimizer,
     make_schedule,
     recalibrate,
@@ -225,6 +226,11 @@ def test_the_score_counts_every_image_once() -> None:
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)))
     assert score.images == 3
+    each = evaluate_images(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    expected = F.cross_entropy(logits, labels, reduction="none").double()
+    torch.testing.assert_close(each.losses, expected)
+    assert each.right.tolist() == [True, False, True]
+    assert each.score == score
 
 
 def test_recalibrated_statistics_are_those_of_the_batches() -> None:

@@ -112,7 +112,7 @@ def derive(
     if rerank is not False:
         try:
             ranking, solution = _rank(found.folder, config, space, solutions, keep, quiet=quiet)
-            chosen = choice_line(ranking[0]["heldout_accuracy"], solution.rank, len(solutions))
+            chosen = choice_line(ranking, len(solutions))
         except (CheckpointError, DataError, UsageError) as error:
             if rerank:
                 raise

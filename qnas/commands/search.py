@@ -308,15 +308,15 @@ def _expected(searcher: "Searcher") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Say how well the derived network does, and its rivals, all with the supernet's weights."""
+    from qnas.rerank import ranking_document
     from qnas.text import choice_line, field, mean_and_spread
     from qnas.units import format_count, format_ms
 
-    derived, rivals, first = result.derived, result.rivals, result.ranking[0]
+    derived, rivals = result.derived, result.rivals
     tested = len(result.searcher.data.test)
     yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
     yield field("solved", _solved_for(result))
-    chosen = choice_line(first.heldout.accuracy, first.solution.rank, first.solution.solved)
-    yield field("chosen", chosen)
+    yield field("chosen", choice_line(ranking_document(result.ranking), result.solution.solved))
     random = [score.accuracy for score in rivals.random]
     if random:
         lowest = format_ms(min(score.latency_ms for score in rivals.random))
