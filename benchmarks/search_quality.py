@@ -363,9 +363,9 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         "random networks. `gain` is over the mean of the random networks, `beaten` how many of them have "
         "less accuracy. What `qnas search` ends with is `shared, re-ranked`. `spread` is the standard "
         "deviation of the random networks' held-out accuracies with the supernet's weights, `tau` Kendall's "
-        "with their accuracies of training alone, and `tau with size` that of the sum of two ranks, by these and "
-        "by parameters; `explained` is the share of the variance "
-        "between networks' losses that the sum of measured effects predicts, of networks left out.",
+        "with their accuracies of training alone, and `tau with size` that of the sum of two ranks, by the "
+        "supernet and by parameters; `explained` is the share of the variance between networks' losses that "
+        "the sum of measured effects predicts, of networks left out.",
     ]
     for data in found:
         rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]

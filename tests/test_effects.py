@@ -311,7 +311,7 @@ def test_networks_that_are_too_few_give_no_effects(tiny_space: SearchSpace, tabl
         tiny_space,
         tight,
         flat(tiny_space),
-        lambda networks, images, labels: [0.0] * len(networks),
+        lambda networks, images, labels: torch.zeros(len(networks), 1),
         endless(),
         100,
         np.random.default_rng(0),
