@@ -143,7 +143,7 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     draw_budget(read_rows(folder / run.METRICS), folder / run.BUDGET_PLOT, multiplier_bound=bound)
     layers = _layers(searcher.space, derived.arch, request)
     write_json(folder / run.SEARCH, _search_document(result) | {"layers": layers})
-    run.save_tensors(folder / run.SUPERNET, searcher.state.supernet.state_dict())
+    run.save_supernet(folder / run.SUPERNET, searcher.state.supernet.state_dict())
     document = _arch_document(result, request)
     close_with_report(folder, {run.ARCH: document})
     # last, since its presence says that the run is complete

@@ -176,7 +176,7 @@ def rerank_saved(
     damaged, DataError where the data are, or are others than they were.
     """
     path = folder / run.SUPERNET
-    tensors = run.load_tensors(path)
+    tensors = run.load_supernet(path)
     searched = config["search"]
     data = load_data(
         parse_data_spec(config["data"]),

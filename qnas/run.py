@@ -35,7 +35,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -54,6 +54,8 @@ METRICS = "metrics.jsonl"
 EPOCHS = "metrics.csv"
 LOCK = "run.lock"
 SUPERNET = "supernet.safetensors"
+# of its weights: second, since they are those of a stage's n-th block (`placement`) and no more of a position
+SUPERNET_SCHEMA = "qnas.supernet/2"
 SEARCH = SEARCH_FILE
 BUDGET_PLOT = "budget.png"
 REPORT = "report.html"
@@ -285,9 +287,10 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / made_from_it, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], schema: str | None = None) -> None:
     """Write named tensors as safetensors."""
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole, metadata=None if schema is None else {"schema": schema}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -298,6 +301,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+
+
+def save_supernet(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a supernet's state."""
+    save_tensors(path, state, SUPERNET_SCHEMA)
+
+
+def load_supernet(path: Path) -> dict[str, Tensor]:
+    """Read a supernet's state. Raises CheckpointError if it is missing, damaged or an earlier version's."""
+    state = load_tensors(path)
+    with safe_open(path, "pt") as file:
+        schema = (file.metadata() or {}).get("schema")
+    if schema != SUPERNET_SCHEMA:
+        raise CheckpointError(
+            f"{path}: of another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), which "
+            "keeps a block's weights elsewhere: search again"
+        )
+    return state
 
 
 def first_line(error: Exception) -> str:

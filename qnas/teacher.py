@@ -88,7 +88,7 @@ def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> 
         raise UsageError(f"--teacher {SUPERNET_LARGEST}: no {run.SUPERNET} in {source.folder}, name a run")
     arch = smallest_and_largest(source.space)[1]
     network = build_subnet(source.space, arch, len(data.classes))
-    load_weights(network, subnet_state(run.load_tensors(file), source.space, arch), file)
+    load_weights(network, subnet_state(run.load_supernet(file), source.space, arch), file)
     # statistics of the supernet's batch norms were gathered while other paths ran
     images = batches(data.train, min(128, len(data.train)), seed=0, device=device)
     network = network.to(device).eval()

@@ -111,7 +111,7 @@ def supernet_file(source: FoundArch) -> Path:
 def inherit(network: nn.Module, source: FoundArch) -> None:
     """Load the supernet's weights of the chosen candidates. Raises CheckpointError."""
     file = supernet_file(source)
-    state = subnet_state(run.load_tensors(file), source.space, source.arch)
+    state = subnet_state(run.load_supernet(file), source.space, source.arch)
     try:
         load_weights(network, state, file)
     except CheckpointError as error:  # data with other classes than those searched on, most likely

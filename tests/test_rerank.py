@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qnas import run
 from qnas.arch import Arch, arch_from_indices, sample_arch
 from qnas.data import ImageData, load_data
 from qnas.derive import Indices, Solution, solve_best
@@ -142,3 +143,16 @@ def test_without_a_supernet_there_is_nothing_to_rank_by(tiny_space: SearchSpace,
     config = {"search": {"resolution_px": 8}, "data": "digits", "data_digest": ""}
     with pytest.raises(CheckpointError, match=r"supernet\.safetensors: no such file"):
         rerank_saved(tmp_path, config, tiny_space, five_best(tiny_space))
+
+
+def test_a_supernet_whose_weights_lie_elsewhere_is_refused(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    path, state = tmp_path / run.SUPERNET, {"alpha": torch.ones(2)}
+    run.save_supernet(path, state)
+    assert torch.equal(run.load_supernet(path)["alpha"], state["alpha"])
+    for schema, said in ((None, "an early one"), ("qnas.supernet/1", "qnas.supernet/1")):
+        run.save_tensors(path, state, schema)
+        with pytest.raises(CheckpointError, match=rf"of another version of qnas \({said}, .*search again"):
+            run.load_supernet(path)
+    path.write_bytes(b"{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.load_supernet(path)

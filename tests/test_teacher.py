@@ -43,7 +43,7 @@ def test_the_supernets_largest_network_answers_as_it_does_in_it(
     source: FoundArch, digits: ImageData, tmp_path: Path
 ) -> None:
     supernet = Supernet(source.space, 10, torch.Generator().manual_seed(0)).eval()
-    run.save_tensors(tmp_path / run.SUPERNET, supernet.state_dict())
+    run.save_supernet(tmp_path / run.SUPERNET, supernet.state_dict())
     teacher, _ = load_teacher("supernet-largest", source, digits, **OPTIONS)
     largest = smallest_and_largest(source.space)[1]
     assert set(largest.choices) == {"quadra_k5_e4", "quadra_k3_e2"}
@@ -57,7 +57,7 @@ def test_the_supernets_batch_statistics_are_measured_for_its_largest(
 ) -> None:
     space = parse_space(tiny_space.to_yaml().replace("layernorm", "batchnorm"), "tiny.yaml")
     source = FoundArch(space, smallest_and_largest(space)[0], {}, tmp_path)
-    run.save_tensors(
+    run.save_supernet(
         tmp_path / run.SUPERNET, Supernet(space, 10, torch.Generator().manual_seed(0)).state_dict()
     )
     teacher, _ = load_teacher("supernet-largest", source, digits, **OPTIONS)
@@ -148,7 +148,7 @@ def test_a_teacher_that_is_not_there_is_refused(
 
 def test_a_teacher_does_not_learn(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     supernet = Supernet(source.space, 10, torch.Generator().manual_seed(0))
-    run.save_tensors(tmp_path / run.SUPERNET, supernet.state_dict())
+    run.save_supernet(tmp_path / run.SUPERNET, supernet.state_dict())
     teacher, _ = load_teacher("supernet-largest", source, digits, device=PLAIN.device, **OPTIONS)
     assert isinstance(teacher.forward, nn.Module)
     assert not any(weight.requires_grad for weight in teacher.forward.parameters())
