@@ -315,8 +315,8 @@ def load_supernet(path: Path) -> dict[str, Tensor]:
         schema = (file.metadata() or {}).get("schema")
     if schema != SUPERNET_SCHEMA:
         raise CheckpointError(
-            f"{path}: of another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), which "
-            "keeps a block's weights elsewhere: search again"
+            f"{path}: of another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), "
+            "which keeps a block's weights elsewhere: search again"
         )
     return state
 
