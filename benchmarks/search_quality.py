@@ -433,10 +433,8 @@ def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]], data: Mapping
     spread = statistics.fmean(statistics.stdev(row["seen"]) for row in by_seed)
     sizes = rankdata(data["params"])
     seen = [row["seen"] for row in by_seed]
-    orders = [
-        taus([*found], data["alone"])
-        for found in (seen, [rankdata(accuracies) + sizes for accuracies in seen])
-    ]
+    with_size = [rankdata(accuracies) + sizes for accuracies in seen]
+    orders = [taus(found, data["alone"]) for found in (seen, with_size)]
     explained = statistics.fmean(row["explained"] for row in by_seed)
     return [arm, str(len(by_seed)), f"{100 * spread:.1f}", *orders, f"{explained:.2f}"]
 

@@ -279,12 +279,14 @@ def test_searches_are_compared_with_the_random_networks() -> None:
 
 
 def test_a_supernet_is_said_to_know_an_order_or_not() -> None:
-    alone = [0.60, 0.62, 0.61, 0.65]
-    right = {"seen": [0.1, 0.3, 0.2, 0.4], "alone": alone, "explained": 0.5}
-    wrong = {"seen": [0.4, 0.2, 0.3, 0.1], "alone": alone, "explained": 0.6}
+    data = {"alone": [0.60, 0.62, 0.61, 0.65], "params": [200, 100, 300, 4000]}
+    right = {"seen": [0.1, 0.3, 0.2, 0.4], "explained": 0.5}
+    wrong = {"seen": [0.4, 0.2, 0.3, 0.1], "explained": 0.6}
     describe = search_quality.describe_known
-    assert describe("shared", [right]) == ["shared", "1", "12.9", "1.00", "0.50"]
-    assert describe("shared", [right, wrong]) == ["shared", "2", "12.9", "0.00 ± 1.41", "0.55"]
+    assert describe("shared", [right], data) == ["shared", "1", "12.9", "1.00", "0.67", "0.50"]
+    # sums of ranks of the second: 6, 3, 6, 5, whose tau-b is -3 of the root of 5 * 6
+    both = describe("shared", [right, wrong], data)
+    assert both == ["shared", "2", "12.9", "0.00 ± 1.41", "0.06 ± 0.86", "0.55"]
 
 
 @pytest.mark.slow
