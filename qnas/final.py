@@ -52,17 +52,17 @@ class Tally:
 def tally(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tally:
     """Count what a network that is in evaluation mode gets right, by class."""
     counts = torch.zeros(3, classes, dtype=torch.int64)
-    loss = 0.0
+    losses = []
     for images, labels in batches:
         logits = forward(images)
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        losses.append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
         hits = logits.topk(min(TOP, classes), dim=1).indices == labels[:, None]
         right = logits.argmax(1) == labels
         labels = labels.cpu()
         for row, which in zip(counts, (None, right, hits.any(1)), strict=True):
             row += torch.bincount(labels if which is None else labels[which.cpu()], minlength=classes)
-    assert counts[0].sum() > 0, "no images to evaluate on"
-    return Tally(loss / int(counts[0].sum()), *counts)
+    assert losses, "no images to evaluate on"
+    return Tally(float(torch.cat(losses).mean()), *counts)
 
 
 def share(count: int, of: int) -> dict[str, float]:
