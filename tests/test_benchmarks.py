@@ -265,14 +265,17 @@ def test_searches_are_compared_with_the_random_networks() -> None:
     def row(accuracy: float) -> dict[str, float]:
         return {"accuracy": accuracy, "latency_ms": 2.0, "macs": 3e6, "params": 5e3}
 
-    random = [row(0.5 + 0.01 * i) for i in range(10)]
+    random = [row(0.5 + 0.01 * i) for i in range(10)]  # their median is their mean
     data = {"kinds": {"random": random, "shared": [row(0.555), row(0.605)]}}
     assert search_quality.describe_kind("shared", data) == [
         *["shared", "2", "58.0 ± 3.5%", "+3.5 ± 3.5", "8.0 of 10", "2.00", "3.00", "5"]
     ]
-    mean, best = search_quality.describe_random(data)
+    mean, median, best = search_quality.describe_random(data)
     assert mean[:3] == ["10 random, mean", "", "54.5 ± 3.0%"]
+    assert median == ["10 random, median", "", "54.5%", "+0.0", "", "", "", ""]
     assert best[:4] == ["10 random, best", "", "59.0%", "+4.5"]
+    off = [row(0.1), *random[1:]]
+    assert search_quality.describe_random(data | {"kinds": {"random": off}})[1][2:4] == ["54.5%", "+4.0"]
     part = {"kinds": {"random": random[:9], "shared": [row(0.555)]}}  # not all trained yet
     assert not search_quality.describe_kind("shared", part)
     assert not search_quality.describe_random(part)
