@@ -308,6 +308,18 @@ def test_both_experiments_run_and_do_nothing_twice(tmp_path: Path) -> None:
     # the rivals are trained now: the ranks of networks of one latency follow, though no seed is complete
     assert "## " in run_script(*ranks)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == done
+    # another budget has other networks, and its figures stand beside the first
+    first = json.loads((tmp_path / "search_quality.json").read_text())
+    printed = run_script("search_quality.py", *small, "--parts", "random", "--share", 0.5)
+    assert "## Search quality at 0.5 of the range" in printed
+    second = json.loads((tmp_path / "search_quality_0.5.json").read_text())
+    assert json.loads((tmp_path / "search_quality.json").read_text()) == first
+    quadra = search_quality.tiny_setting("quadranet-tiny")
+    own = (quadra.limits[0].budget - quadra.table.fastest_ms) / search_quality.BUDGET_SHARE
+    assert second["budget_ms"] == pytest.approx(quadra.table.fastest_ms + 0.5 * own)
+    assert first["budget_ms"] == quadra.limits[0].budget
+    slower = [row["latency_ms"] for row in second["data"][0]["kinds"]["random"]]
+    assert min(slower) >= 0.97 * second["budget_ms"] > first["budget_ms"]
 
 
 def test_a_training_has_diverged_where_it_ends_as_a_guess_or_far_above_its_lowest() -> None:
