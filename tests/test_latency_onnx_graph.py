@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 import torchvision
-from exported import neural_space, trained
+from exported import digits, neural_space, trained
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -157,7 +157,8 @@ def neural_product(norm: str) -> tuple[Product, SearchSpace, Arch]:
     arch = all_candidates(space)
     px = space.input.resolution_px
     blocks = lower(space, arch, resolution_px=px, classes=10)
-    product = replace(trained(), network=settled(space, arch), blocks=blocks, resolution_px=px)
+    images, network = digits(128, "train").at(px), settled(space, arch)
+    product = replace(trained(), network=network, blocks=blocks, resolution_px=px, calibration=images)
     return product, space, arch
 
 
