@@ -12,7 +12,7 @@ STAMP = $(VENV)/.installed
 help:
 	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
 	@echo "make test       set up, then the tests"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes each, one to two hours in all"
 	@echo "make lint       ruff and strict mypy"
 	@echo "make tables     fit the device models again from DATA=$(DATA) and write latency_tables/"
 	@echo "make clean      remove the environment and caches"
