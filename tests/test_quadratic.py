@@ -306,11 +306,15 @@ def test_a_compiler_sees_one_operator_without_a_break(form: str) -> None:
 
 @pytest.mark.skipif(native.find_compiler() is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_default_compiler_computes_the_same_gradients(layout: torch.memory_format) -> None:
+def test_the_default_compiler_computes_the_same_gradients(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with CI set, torch refuses operators that its table has decompositions of, unless a cache has the code
+    monkeypatch.setenv("CI", "true")
     inputs = [t.float().requires_grad_() for t in random_inputs(2, 5, 6, 7, 5)]
     inputs[0] = inputs[0].detach().contiguous(memory_format=layout).requires_grad_()
     torch._dynamo.reset()
-    compiled = torch.compile(quadratic_conv2d, fullgraph=True)
+    compiled = torch.compile(quadratic_conv2d, fullgraph=True, options={"force_disable_caches": True})
     for used in (inputs, inputs[:4]):  # with and without a bias
         got = torch.autograd.grad(compiled(*used).square().sum(), used)
         expected = torch.autograd.grad(quadratic_conv2d_reference(*used).square().sum(), used)
