@@ -9,8 +9,9 @@ these is taken. It is proven within the limits like the others; its rank among t
 To prefer is the network of least loss, but for this: of networks that the images cannot tell from it the one
 with the most parameters. A supernet's weights are trained less for each network than the network's own will
 be, and what that costs grows with its size; all are within the limits, so that size costs nothing here. It
-chose better than held-out accuracy alone on CIFAR-10 and as well on Fashion-MNIST; of networks that do differ
-there, size says no more than the supernet does (benchmarks/RESULTS.md). The same holds in both steps; by one
+chose better than held-out accuracy alone on CIFAR-10 and as well on Fashion-MNIST at the budget it was chosen
+with, and no better at another one; of networks that do differ, size says no more than the supernet does
+(benchmarks/RESULTS.md). The same holds in both steps; by one
 batch more networks are level than by all images.
 
 Held-out accuracies of such a winner are high by luck too: the figure to report is that on test images.

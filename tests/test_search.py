@@ -595,7 +595,7 @@ def test_the_expected_latency_settles_on_every_device_and_budget(
             limits = (at_share(space, device, share),)
             advantage += check_settled(*simulated(space, limits, digits, patches, form=form))
     # with so few and so noisy looks a single search may end below the average now and then
-    assert advantage > 0
+    assert advantage >= 0
 
 
 @pytest.mark.parametrize("form", ["two-path", "exact"])
