@@ -8,7 +8,7 @@ kernels), keeping and recomputing (native, with recompute off and on instead of 
 (the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet (their papers' blocks). All
 take turns in every round, and a time is given as the median over rounds of its ratio to the naive one of
 the same round; with one thread it is the time on the processor, which other programs on the machine disturb
-less. Memory is as in a training run (`qnas.train.set_up_process`): what tensors freed is kept; --fresh is
+less. Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is kept; --fresh is
 the state of any other process, where the pages of each large tensor are cleared first, which costs the
 naive form most. Prints a table and PASS or MISS for every bar; the exit status is 1 where one is missed.
 """
@@ -28,13 +28,13 @@ import torch
 from hornet import HorNetBlock
 from torch import Tensor, nn
 
-from qnas.blocks import QuadraBlock
-from qnas.files import atomic_path
-from qnas.host import cpu_name
-from qnas.kernels import native
-from qnas.kernels.nested import nested_channel_half, nested_mixer_half
-from qnas.quadratic import quadratic_conv2d_reference
-from qnas.train import set_up_process
+from qnas.common.files import atomic_path
+from qnas.common.host import cpu_name
+from qnas.nn.blocks import QuadraBlock
+from qnas.nn.kernels import native
+from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.quadratic import quadratic_conv2d_reference
+from qnas.training.loop import set_up_process
 
 KERNEL, EXPANSION = 7, 4
 SHAPES = [(64, 32, 16), (32, 64, 32), (8, 64, 56), (8, 256, 14)]  # batch, channels, height and width

@@ -24,22 +24,23 @@ from pathlib import Path
 
 import numpy as np
 
-from qnas import host
-from qnas.arch import Arch, arch_from_indices, find_arch
-from qnas.assembly import assemble, export_block
-from qnas.derive import sample_near
-from qnas.files import write_bytes, write_text
-from qnas.latency.calibration import calibrate, write_calibrated
+from qnas.common import host
+from qnas.common.files import write_bytes, write_text
+from qnas.deploy.assembly import assemble, export_block
+from qnas.deploy.measurement import measure_sample, time_files
+from qnas.deploy.sampling import CSV_FILE, choose_networks, write_sample
+from qnas.deploy.timing import Timing
 from qnas.latency.device import load_device
-from qnas.latency.measured import Measured, read_measured
-from qnas.latency.networks import figures
-from qnas.latency.own_fit import fit_own, own_device
+from qnas.latency.evaluation import figures
+from qnas.latency.fitting.calibration import calibrate, write_calibrated
+from qnas.latency.fitting.measurements import Measured, read_measured
+from qnas.latency.fitting.own_device import fit_own, own_device
 from qnas.latency.table import RUNTIME, LatencyTable, load_table
-from qnas.latency.timing import Timing
-from qnas.lower import lower
-from qnas.measurement import measure_sample, time_files
-from qnas.sampling import CSV_FILE, choose_networks, write_sample
-from qnas.space import SearchSpace, load_space
+from qnas.runs.found_arch import find_arch
+from qnas.solver.derive import sample_near
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.lower import lower
+from qnas.spaces.space import SearchSpace, load_space
 
 SPACE = "quadranet-small"
 NETWORKS, FITTED = 120, 80
@@ -209,7 +210,7 @@ def times(rows: Sequence[Measured]) -> list[float]:
 
 
 def qnas(*arguments: object) -> None:
-    command = [sys.executable, "-m", "qnas.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "qnas.commands.cli", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr}")

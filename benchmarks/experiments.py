@@ -23,24 +23,20 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from qnas import blocks
-from qnas.arch import Arch, arch_from_indices
-from qnas.data import ImageData, Split, batches, load_data
-from qnas.derive import sample_near
-from qnas.files import write_text
+from qnas.common.files import write_text
+from qnas.data.images import ImageData, Split, batches, load_data
+from qnas.data.sources import parse_data_spec
 from qnas.latency.table import LatencyTable
-from qnas.limits import Limits
-from qnas.originals import parse_data_spec
-from qnas.search import SearchConfig, Searcher
-from qnas.space import SearchSpace, load_space
-from qnas.subnet import build_subnet
-from qnas.train import (
-    evaluate,
-    make_optimizer,
-    make_schedule,
-    stream,
-    weight_step,
-)
+from qnas.nn import blocks
+from qnas.nn.subnet import build_subnet
+from qnas.search.searcher import SearchConfig, Searcher
+from qnas.solver.derive import sample_near
+from qnas.solver.limits import Limits
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.space import SearchSpace, load_space
+from qnas.training.loop import stream
+from qnas.training.optimizer import make_optimizer, make_schedule, weight_step
+from qnas.training.scoring import evaluate
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"

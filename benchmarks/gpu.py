@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from hornet import hornet_tiny
 from torch import Tensor, nn
 
-from qnas.arch import only_arch
-from qnas.files import write_text
-from qnas.kernels.triton_quadratic import available, quadratic_backward, quadratic_forward
-from qnas.quadratic import quadratic_conv2d
-from qnas.space import load_space
-from qnas.subnet import build_subnet
+from qnas.common.files import write_text
+from qnas.nn.kernels.triton_quadratic import available, quadratic_backward, quadratic_forward
+from qnas.nn.quadratic import quadratic_conv2d
+from qnas.nn.subnet import build_subnet
+from qnas.spaces.arch import only_arch
+from qnas.spaces.space import load_space
 
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # (channels, height)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qnas.blocks import ChannelLayerNorm, GlobalAveragePool
+from qnas.nn.blocks import ChannelLayerNorm, GlobalAveragePool
 
 KERNEL, EXPANSION = 7, 4
 

@@ -21,9 +21,9 @@ from block import saved_multiples
 from gpu import network_builders
 from torch import nn
 
-from qnas.files import write_text
-from qnas.host import cpu_name
-from qnas.train import set_up_process
+from qnas.common.files import write_text
+from qnas.common.host import cpu_name
+from qnas.training.loop import set_up_process
 
 
 def main() -> None:

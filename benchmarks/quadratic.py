@@ -8,7 +8,7 @@ in multiples of x, and GFLOP/s and GB/s as shares of what this machine reaches i
 large matrix product and a large copy. PASS and MISS say whether a form is within its bar. --small
 measures the maps of the search spaces at 32 px instead, which have no bars.
 
-Memory is as in a training run (`qnas.train.set_up_process`): what tensors freed is kept. As glibc comes,
+Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is kept. As glibc comes,
 it returns large tensors to the system and clears the pages of each new one, which makes the reference,
 who allocates most, up to three times slower; --fresh shows that state. The bars are for the other,
 where the reference is at its best.
@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qnas.host import cpu_name
-from qnas.kernels import native
-from qnas.quadratic import choose_form, quadratic_conv2d, quadratic_conv2d_reference
-from qnas.train import set_up_process
+from qnas.common.host import cpu_name
+from qnas.nn.kernels import native
+from qnas.nn.quadratic import choose_form, quadratic_conv2d, quadratic_conv2d_reference
+from qnas.training.loop import set_up_process
 
 Shape = tuple[int, int, int]  # batch, channels, height = width
 

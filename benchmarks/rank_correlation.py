@@ -51,17 +51,18 @@ from experiments import (
     write_section,
 )
 
-from qnas import blocks, host
-from qnas.arch import Arch
-from qnas.data import ImageData
-from qnas.files import write_json
+from qnas.common import host
+from qnas.common.files import write_json
+from qnas.data.images import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
-from qnas.limits import latency_limit
-from qnas.lower import count_macs, lower
-from qnas.search import Searcher
-from qnas.space import SearchSpace
-from qnas.train import set_up_process
+from qnas.nn import blocks
+from qnas.search.searcher import Searcher
+from qnas.solver.limits import latency_limit
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import count_macs, lower
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import set_up_process
 
 RANKED_ARMS = ("independent", "shared", "nested", "nested-mixture")
 PARTS = ("alone", "equal", "supernets", "ceiling")

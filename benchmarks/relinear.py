@@ -7,8 +7,8 @@ rate, from some seeds, in each form: `off` (all weights alike), `linear start` (
 at first), and that with their rate at a tenth (`gamma`) and with an L1 shrinkage besides (`beta`).
 
 A training has diverged where its loss is no number, where the mean loss of its last epoch is that of
-guessing, or where it has risen from the lowest epoch's by what `qnas.watch` takes for a sign of an unstable
-one. Accuracies are on all test images, of those that have not diverged.
+guessing, or where it has risen from the lowest epoch's by what `search.diagnostics` takes for a sign of an
+unstable one. Accuracies are on all test images, of those that have not diverged.
 
 What is there already is not done again: a run that was stopped goes on. --write puts the table into
 RESULTS.md.
@@ -34,18 +34,19 @@ from experiments import (
     write_section,
 )
 
-from qnas import blocks, host
-from qnas.arch import Arch
-from qnas.blocks import start_linear
-from qnas.data import ImageData
-from qnas.errors import TrainingError
-from qnas.recipe import Recipe
-from qnas.space import SearchSpace
-from qnas.subnet import build_subnet
-from qnas.text import smallest_and_largest
-from qnas.train import set_up_process
-from qnas.train_subnet import SubnetTrainer, TrainConfig
-from qnas.watch import GUESSING, RISEN
+from qnas.common import host
+from qnas.common.errors import TrainingError
+from qnas.data.images import ImageData
+from qnas.nn import blocks
+from qnas.nn.blocks import start_linear
+from qnas.nn.subnet import build_subnet
+from qnas.search.diagnostics import GUESSING, RISEN
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import smallest_and_largest
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import set_up_process
+from qnas.training.recipe import Recipe
+from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig
 
 BASE = Recipe(epochs=5, batch_size=64, resolution_px=32, learning_rate=3e-3, warmup_epochs=0.5)
 RATES = (1.0, 3.0, 10.0)  # times the base's

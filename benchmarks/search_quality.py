@@ -61,19 +61,20 @@ from experiments import (
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import kendalltau, rankdata
 
-from qnas import blocks, host
-from qnas.arch import Arch, arch_from_indices, make_arch
-from qnas.data import ImageData
-from qnas.derive import Indices, largest, macs_guided, solve_best
-from qnas.files import write_json
+from qnas.common import host
+from qnas.common.files import write_json
+from qnas.data.images import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
-from qnas.limits import Limits, latency_limit
-from qnas.lower import count_macs, count_params, lower
-from qnas.rerank import STANDARD_ERRORS, ranking_document
-from qnas.search import SearchConfig, Searcher
-from qnas.space import SearchSpace
-from qnas.train import set_up_process
+from qnas.nn import blocks
+from qnas.search.rerank import STANDARD_ERRORS, ranking_document
+from qnas.search.searcher import SearchConfig, Searcher
+from qnas.solver.derive import Indices, largest, macs_guided, solve_best
+from qnas.solver.limits import Limits, latency_limit
+from qnas.spaces.arch import Arch, arch_from_indices, make_arch
+from qnas.spaces.lower import count_macs, count_params, lower
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import set_up_process
 
 # Latencies are those at this size. At 32 px every block of so narrow a network costs about the same, and
 # networks of one latency differ in little that matters; at 96 px a 7x7 kernel costs twice a 3x3, and the

@@ -42,22 +42,23 @@ import yaml
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from qnas.arch import arch_from_indices
-from qnas.blocks import count_parameters
-from qnas.choices import Mixture, Route
-from qnas.data import ImageData, Split, load_data
-from qnas.files import write_text
-from qnas.host import cpu_name
+from qnas.common.files import write_text
+from qnas.common.host import cpu_name
+from qnas.common.resources import stems
+from qnas.data.images import ImageData, Split, load_data
+from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
-from qnas.limits import latency_limit
-from qnas.originals import parse_data_spec
-from qnas.resources import stems
-from qnas.search import PRESETS, SearchConfig, Searcher
-from qnas.space import SearchSpace, load_space, parse_space
-from qnas.subnet import build_subnet
-from qnas.supernet import Supernet, sample_path
-from qnas.train import PathAdamW, make_optimizer, set_up_process, stream, weight_step
+from qnas.nn.blocks import count_parameters
+from qnas.nn.mixed_block import Mixture, Route
+from qnas.nn.subnet import build_subnet
+from qnas.nn.supernet import Supernet, sample_path
+from qnas.search.searcher import PRESETS, SearchConfig, Searcher
+from qnas.solver.limits import latency_limit
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.space import SearchSpace, load_space, parse_space
+from qnas.training.loop import set_up_process, stream
+from qnas.training.optimizer import PathAdamW, make_optimizer, weight_step
 
 SPACES = ("quadranet-small", "quadranet-mobile")
 RESOLUTION_PX, BATCH, CLASSES = 32, 64, 10

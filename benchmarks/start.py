@@ -3,7 +3,7 @@
     python benchmarks/start.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
 One network for each size of kernel, three blocks of it and nothing else, is trained alone by the recipe of
-search_quality.py from kernels under envelopes of several widths (`qnas.blocks.ENVELOPE_TAPS`); the widest is
+search_quality.py from kernels under envelopes of several widths (`nn.blocks.ENVELOPE_TAPS`); the widest is
 torch's own start, noise of one size in every place. By `--epochs` as many times as long: what a start does
 may be gone by the end of a longer training. What is there already is not done again.
 """
@@ -29,11 +29,11 @@ from experiments import (
 )
 from search_quality import RECIPE, TRAINING_SEED
 
-from qnas import blocks
-from qnas.arch import Arch, make_arch
-from qnas.data import ImageData
-from qnas.space import SearchSpace
-from qnas.train import set_up_process
+from qnas.data.images import ImageData
+from qnas.nn import blocks
+from qnas.spaces.arch import Arch, make_arch
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import set_up_process
 
 # The block of each space by the size of its kernels.
 SPACES = {"quadranet-tiny": "quadra_k{}_e2", "proxyless-tiny": "mbconv_k{}_e3"}

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from qnas.common.resources import stems
 from qnas.latency.device import SCHEMA, Device, Figures, KernelModel, load_device
-from qnas.latency.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
-from qnas.latency.forms import FORMS
+from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
+from qnas.latency.fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
+from qnas.latency.fitting.forms import FORMS
+from qnas.latency.fitting.layernorm import Block, fit_layernorm, read_blocks
+from qnas.latency.fitting.operators import MS_PER_ELEMENT, fit_operators, read_operators
 from qnas.latency.grid import Grid
-from qnas.latency.layernorm import Block, fit_layernorm, read_blocks
-from qnas.latency.networks import Networks, evaluate_networks, read_networks
-from qnas.latency.operators import MS_PER_ELEMENT, fit_operators, read_operators
 from qnas.latency.table import compute_table, write_table
-from qnas.resources import stems
-from qnas.space import load_space
+from qnas.spaces.space import load_space
 
 HERE = Path(__file__).resolve().parent
 DATE = "2026-11-21"  # of the fit

@@ -12,29 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path  # see above
 
 import pytest
+from helpers.tiny import TINY_SPACE
 
-from qnas.space import SearchSpace, parse_space
-
-TINY_SPACE = """\
-schema: qnas.space/1
-name: tiny
-source: made for tests
-input: {channels: 3, resolution_px: 32}
-norm: layernorm
-activation: gelu
-stem: {channels: 8, kernel: 2, stride: 2}
-transition: conv
-candidates:
-  - {block: quadra, kernel: [3, 5], expansion: [2, 4]}
-  - {block: identity}
-stages:
-  - {channels: 8, positions: 2, stride: 1}
-  - channels: 16
-    positions: 2
-    stride: 2
-    candidates: [{block: quadra, kernel: 3, expansion: 2}, {block: identity}]
-head: {classes: 10}
-"""
+from qnas.spaces.space import SearchSpace, parse_space
 
 
 @pytest.fixture

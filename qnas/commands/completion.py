@@ -50,14 +50,14 @@ def device_lists(incomplete: str) -> Words:
 
 def spaces(incomplete: str) -> Words:
     """Complete a shipped search space."""
-    from qnas.resources import stems
+    from qnas.common.resources import stems
 
     return _begin_with(incomplete, ((name, "a space") for name in stems("search_spaces", ".yaml")))
 
 
 def recipes(incomplete: str) -> Words:
     """Complete a shipped recipe."""
-    from qnas.resources import stems
+    from qnas.common.resources import stems
 
     return _begin_with(incomplete, ((name, "a recipe") for name in stems("recipes", ".yaml")))
 

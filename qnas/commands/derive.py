@@ -21,11 +21,12 @@ from qnas.commands.options import (
     Quiet,
     print_json,
 )
-from qnas.errors import CheckpointError, DataError, UsageError
+from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.runs.names import CONFIG_FILE, DERIVED_FOLDER, SUPERNET_FILE, table_file
 
 if TYPE_CHECKING:
-    from qnas.derive import Solution
-    from qnas.space import SearchSpace
+    from qnas.solver.derive import Solution
+    from qnas.spaces.space import SearchSpace
 
 
 def derive(
@@ -72,13 +73,14 @@ def derive(
 
     Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
     """
-    from qnas.arch import ARCH_FILE, SPACE_FILE, arch_from_indices, find_arch
-    from qnas.derive import K_BEST, far_from_searched, read_searched, solution_document, solve_best
-    from qnas.files import read_json, write_json, write_text
+    from qnas.common.files import read_json, write_json, write_text
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
     from qnas.latency.table import write_table
-    from qnas.text import (
+    from qnas.runs.finished_run import read_searched
+    from qnas.runs.found_arch import find_arch
+    from qnas.runs.names import ARCH_FILE, SPACE_FILE
+    from qnas.runs.text import (
         choice_line,
         choices_by_stage,
         describe_budgets,
@@ -88,9 +90,11 @@ def derive(
         next_command,
         size_line,
     )
+    from qnas.solver.derive import K_BEST, far_from_searched, solution_document, solve_best
+    from qnas.spaces.arch import arch_from_indices
 
     if source is None:
-        from qnas.run import latest_run  # imports torch, which the solve does without
+        from qnas.runs.run_folder import latest_run  # imports torch, which the solve does without
 
         source = latest_run()
     asked = AskedLimits.of(device, budget, max_params, max_macs)
@@ -98,10 +102,10 @@ def derive(
     space = found.space
     searched = read_searched(found.folder, space)
     limits = asked.limits(space, latency)
-    folder = out or found.folder / "derived" / asked.label
+    folder = out or found.folder / DERIVED_FOLDER / asked.label
     if (folder / ARCH_FILE).exists() and not force:
         raise CheckpointError(f"{folder / ARCH_FILE}: exists already: give --force to replace it")
-    config = read_json(found.folder / "config.json", CheckpointError)
+    config = read_json(found.folder / CONFIG_FILE, CheckpointError)
     started = time.perf_counter()
     keep = k_best or config["search"].get("k_best", K_BEST)
     solved = max(keep, 0 if rerank is False or k_best is not None else searched.screened)
@@ -120,7 +124,7 @@ def derive(
     warning = far_from_searched(searched.log_probabilities, limits, pressed=searched.pressed)
     details = {
         "latency_source": latency,
-        "supernet": os.path.relpath(found.folder / "supernet.safetensors", folder),
+        "supernet": os.path.relpath(found.folder / SUPERNET_FILE, folder),
         "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
         "ranking": ranking,
         "warning": warning,
@@ -132,7 +136,7 @@ def derive(
     write_text(folder / SPACE_FILE, space.to_yaml())
     for limit in limits:
         if limit.table is not None:
-            write_table(limit.table, space, folder / f"table-{limit.name}.csv")
+            write_table(limit.table, space, folder / table_file(limit.name))
     write_json(folder / ARCH_FILE, document)
     if as_json:
         print_json({"folder": str(folder), **document})
@@ -164,9 +168,9 @@ def _rank(
     quiet: bool,
 ) -> tuple[list[dict[str, Any]], "Solution"]:
     """Rank networks by the run's supernet; return the ranking, and its winner."""
-    from qnas.progress import Progress
-    from qnas.rerank import ranking_document, rerank_saved
-    from qnas.train import set_up_process
+    from qnas.common.progress import Progress
+    from qnas.search.rerank import ranking_document, rerank_saved
+    from qnas.training.loop import set_up_process
 
     set_up_process(config["search"]["threads"])
     steps = len(solutions) + (keep if len(solutions) > keep else 0)

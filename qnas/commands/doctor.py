@@ -42,7 +42,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: qnas doctor
     """
-    from qnas.text import wrapped
+    from qnas.runs.text import wrapped
 
     findings = list(examine())
     if as_json:
@@ -71,7 +71,7 @@ def examine() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from qnas.host import cpu_name, load
+    from qnas.common.host import cpu_name, load
 
     yield Finding("cpu", "ok", f"{cpu_name()}, {platform.system()}, {load()}")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
@@ -81,7 +81,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _cpu_kernels() -> Finding:
-    from qnas.kernels import native
+    from qnas.nn.kernels import native
 
     topic = "C++ kernels"
     if not native.is_enabled():
@@ -115,7 +115,7 @@ def _largest_difference() -> float:
     """Return how far the operator and its gradient by the kernels are from those by torch, of 1."""
     import torch
 
-    from qnas.quadratic import quadratic_conv2d, quadratic_conv2d_reference
+    from qnas.nn.quadratic import quadratic_conv2d, quadratic_conv2d_reference
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 24, 9, 9), *[(24, 1, 7, 7)] * 3]
@@ -134,7 +134,7 @@ def _largest_difference() -> float:
 def _gpu() -> Finding:
     import torch
 
-    from qnas.kernels import triton_quadratic
+    from qnas.nn.kernels import triton_quadratic
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -165,7 +165,7 @@ def _packages() -> Iterator[Finding]:
 
 def _latency_sources() -> Iterator[Finding]:
     from qnas.latency.device import device_names
-    from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
+    from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
 
     names = [" = ".join((name, *aliases)) for name, aliases in device_names().items()]
     yield Finding("devices", "ok", ", ".join(names))

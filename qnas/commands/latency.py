@@ -9,7 +9,7 @@ import typer
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Latency, Space, find_network, print_json
-from qnas.errors import CheckpointError
+from qnas.common.errors import CheckpointError
 
 
 def describe(
@@ -28,8 +28,8 @@ def describe(
 
     Example: qnas describe quadranet36-t
     """
-    from qnas.lower import lower
-    from qnas.text import describe_network, describe_space, network_facts, space_facts
+    from qnas.runs.text import describe_network, describe_space, network_facts, space_facts
+    from qnas.spaces.lower import lower
 
     found, arch = find_network(target, space)
     if arch is None:
@@ -75,11 +75,11 @@ def predict(
 
     Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
     """
-    from qnas.errors import ArchError
+    from qnas.common.errors import ArchError
     from qnas.latency.device import device_names, load_device
-    from qnas.latency.onnx_graph import read_onnx
+    from qnas.latency.onnx.networks import read_onnx
     from qnas.latency.prediction import can_predict, check_source, predict_arch, predict_file
-    from qnas.text import describe_predictions, wrapped
+    from qnas.runs.text import describe_predictions, wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -158,8 +158,8 @@ def eval_latency(
     Example: qnas eval-latency measured.npz --device vpu
     """
     from qnas.latency.device import load_device
-    from qnas.latency.networks import evaluate_networks, read_networks
-    from qnas.text import describe_figures, figures_facts, wrapped
+    from qnas.latency.evaluation import evaluate_networks, read_networks
+    from qnas.runs.text import describe_figures, figures_facts, wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -183,10 +183,10 @@ def table(
 
     Example: qnas table quadranet-small --device cpu
     """
-    from qnas.files import write_text
+    from qnas.common.files import write_text
     from qnas.latency.device import load_device
     from qnas.latency.table import load_table, table_text
-    from qnas.space import load_space
+    from qnas.spaces.space import load_space
 
     found = load_space(space)
     text = table_text(load_table(load_device(device), found), found)

@@ -26,12 +26,12 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas explain runs/quadranet-mobile-vpu-30ms
     """
-    from qnas.explain import explain as explain_record
-    from qnas.findings import describe_explanation
-    from qnas.record import read_record
+    from qnas.runs.explain import explain as explain_record
+    from qnas.runs.finished_run import read_record
+    from qnas.runs.run_text import describe_explanation
 
     if source is None:
-        from qnas.run import latest_run  # imports torch, which solving does without
+        from qnas.runs.run_folder import latest_run  # imports torch, which solving does without
 
         source = latest_run()
     explanation = explain_record(read_record(source))
@@ -46,11 +46,11 @@ def report(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """
-    from qnas import run
-    from qnas.report.page import write_report
-    from qnas.text import field
+    from qnas.runs.report.page import write_report
+    from qnas.runs.run_folder import latest_run
+    from qnas.runs.text import field
 
-    path = write_report(source or run.latest_run())
+    path = write_report(source or latest_run())
     if as_json:
         print_json({"file": str(path)})
     else:
@@ -62,11 +62,11 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
     """
-    from qnas import run
-    from qnas.events import write_events
-    from qnas.text import field, next_command
+    from qnas.runs.run_folder import latest_run
+    from qnas.runs.tensorboard import write_events
+    from qnas.runs.text import field, next_command
 
-    folder = write_events(source or run.latest_run())
+    folder = write_events(source or latest_run())
     logs = sorted(log.name for log in folder.iterdir())
     if as_json:
         print_json({"folder": str(folder), "logs": logs})
@@ -90,8 +90,8 @@ def compare(
 
     Example: qnas compare runs/quadranet-mobile-vpu-30ms runs/quadranet-mobile-vpu-30ms-2
     """
-    from qnas.compare import compare as compare_runs
-    from qnas.findings import describe_comparison
+    from qnas.runs.compare import compare as compare_runs
+    from qnas.runs.run_text import describe_comparison
 
     comparison = compare_runs(sources)
     if as_json:

@@ -14,12 +14,12 @@ import typer
 
 from qnas import __version__
 from qnas.commands import completion
-from qnas.errors import UsageError
+from qnas.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from qnas.arch import Arch
-    from qnas.limits import Limits
-    from qnas.space import SearchSpace
+    from qnas.solver.limits import Limits
+    from qnas.spaces.arch import Arch
+    from qnas.spaces.space import SearchSpace
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -168,10 +168,10 @@ class AskedLimits:
 
         Raises UsageError for what cannot be read, TableError where a device or its table is unknown.
         """
+        from qnas.common.units import parse_count, parse_latency
         from qnas.latency.device import load_device
         from qnas.latency.prediction import table_from
-        from qnas.limits import COUNTS, count_limit, latency_limit
-        from qnas.units import parse_count, parse_latency
+        from qnas.solver.limits import COUNTS, count_limit, latency_limit
 
         budgets_ms = [parse_latency(budget) for _, budget in self.devices]
         most = {
@@ -243,8 +243,9 @@ def strong(text: str) -> str:
 
 def find_network(target: str, space: str | None) -> "tuple[SearchSpace, Arch | None]":
     """Return a space and the architecture that is meant; None where the space has many."""
-    from qnas.arch import find_arch, only_arch
-    from qnas.space import load_space
+    from qnas.runs.found_arch import find_arch
+    from qnas.spaces.arch import only_arch
+    from qnas.spaces.space import load_space
 
     path = Path(target)
     if path.is_dir() or path.suffix == ".json":
@@ -271,6 +272,6 @@ def versions() -> dict[str, str]:
 
 def free_folder(*parts: str) -> Path:
     """Return a new run's folder, named for what is asked."""
-    from qnas import run
+    from qnas.runs.run_folder import free_folder
 
-    return run.free_folder("-".join(part.replace(" ", "") for part in parts))
+    return free_folder("-".join(part.replace(" ", "") for part in parts))

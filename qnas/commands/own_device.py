@@ -7,11 +7,11 @@ import typer
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Seed, Space, check_device_name, print_json
-from qnas.errors import CheckpointError, UsageError
+from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from qnas.latency.device import Figures
-    from qnas.space import SearchSpace
+    from qnas.spaces.space import SearchSpace
 
 Times = Annotated[
     Path,
@@ -67,12 +67,12 @@ def sample(
 
     Example: qnas sample --space quadranet-small --n 100 --format onnx --out board
     """
+    from qnas.common.units import format_ms
+    from qnas.deploy.sampling import choose_networks, write_sample
     from qnas.latency.device import load_device
     from qnas.latency.table import load_table
-    from qnas.sampling import choose_networks, write_sample
-    from qnas.space import load_space
-    from qnas.text import field, next_command
-    from qnas.units import format_ms
+    from qnas.runs.text import field, next_command
+    from qnas.spaces.space import load_space
 
     if file_format not in FORMATS:
         raise UsageError(f"--format {file_format!r}: expected {' or '.join(FORMATS)}")
@@ -124,9 +124,9 @@ def measure(
 
     Example: qnas measure board --runtime onnxruntime --threads 1
     """
-    from qnas.arch import ARCH_FILE
-    from qnas.measurement import measure_sample
-    from qnas.text import field, next_command
+    from qnas.deploy.measurement import measure_sample
+    from qnas.runs.names import ARCH_FILE
+    from qnas.runs.text import field, next_command
 
     if (target / ARCH_FILE).is_file():
         _measure_exported(target, runtime, threads, repeats, as_json=as_json)
@@ -150,9 +150,9 @@ def measure(
 
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
-    from qnas.deploy import measure_exported
-    from qnas.text import field
-    from qnas.units import format_ms
+    from qnas.common.units import format_ms
+    from qnas.deploy.export_run import measure_exported
+    from qnas.runs.text import field
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
     measured = document["measured"]
@@ -187,10 +187,10 @@ def fit_latency(
     """
     from datetime import date
 
-    from qnas.files import write_text
-    from qnas.latency.measured import measured_only, one_runtime, read_measured
-    from qnas.latency.own_fit import fit_own, own_device
-    from qnas.text import field, figures_facts, next_command
+    from qnas.common.files import write_text
+    from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
+    from qnas.latency.fitting.own_device import fit_own, own_device
+    from qnas.runs.text import field, figures_facts, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -247,13 +247,13 @@ def calibrate(
     """
     from datetime import date
 
-    from qnas.latency.calibration import calibrate as fit
-    from qnas.latency.calibration import check_margin, write_calibrated
+    from qnas.common.units import format_ms
     from qnas.latency.device import load_device
-    from qnas.latency.measured import measured_only, one_runtime, read_measured
+    from qnas.latency.fitting.calibration import calibrate as fit
+    from qnas.latency.fitting.calibration import check_margin, write_calibrated
+    from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME, load_table
-    from qnas.text import field, figures_facts, next_command
-    from qnas.units import format_ms
+    from qnas.runs.text import field, figures_facts, next_command
 
     if not 0 < level < 1:
         raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")
@@ -303,9 +303,9 @@ def calibrate(
 
 def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
     """Return a sample's CSV and its space: the one named, else the copy beside the CSV."""
-    from qnas.arch import SPACE_FILE
-    from qnas.sampling import CSV_FILE
-    from qnas.space import load_space
+    from qnas.deploy.sampling import CSV_FILE
+    from qnas.runs.names import SPACE_FILE
+    from qnas.spaces.space import load_space
 
     file = csv / CSV_FILE if csv.is_dir() else csv
     beside = file.parent / SPACE_FILE

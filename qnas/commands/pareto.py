@@ -9,12 +9,13 @@ import typer
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Latency, Quiet, print_json
-from qnas.errors import CheckpointError, DataError, UsageError
+from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.runs.names import PARETO_FOLDER
 
 if TYPE_CHECKING:
-    from qnas.derive import Indices
-    from qnas.pareto import Accuracy, Solved
-    from qnas.record import Record
+    from qnas.runs.finished_run import Record
+    from qnas.runs.pareto import Accuracy, Solved
+    from qnas.solver.derive import Indices
 
 
 def pareto(
@@ -60,13 +61,11 @@ def pareto(
 
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """
-    from qnas.files import write_json, write_text
-    from qnas.findings import describe_fronts
+    from qnas.common.files import write_json, write_text
     from qnas.latency.device import load_device
     from qnas.latency.prediction import table_from
-    from qnas.limits import latency_limit
-    from qnas.pareto import (
-        FOLDER,
+    from qnas.runs.finished_run import read_record
+    from qnas.runs.pareto import (
         front_points,
         fronts_csv,
         fronts_document,
@@ -74,16 +73,17 @@ def pareto(
         solve_budgets,
         spread_budgets,
     )
-    from qnas.plots import draw_fronts
-    from qnas.record import read_record
-    from qnas.text import field, files_in
+    from qnas.runs.plots import draw_fronts
+    from qnas.runs.run_text import describe_fronts
+    from qnas.runs.text import field, files_in
+    from qnas.solver.limits import latency_limit
 
     if source is None:
-        from qnas.run import latest_run  # imports torch, which solving does without
+        from qnas.runs.run_folder import latest_run  # imports torch, which solving does without
 
         source = latest_run()
     record = read_record(source)
-    folder = out or source / FOLDER
+    folder = out or source / PARETO_FOLDER
     if (folder / "pareto.json").exists() and not force:
         raise CheckpointError(f"{folder / 'pareto.json'}: exists already: give --force to replace it")
     searched_for = {limit.name: limit.budget for limit in record.limits if limit.table is not None}
@@ -120,7 +120,7 @@ def pareto(
     draw_fronts(document, folder / "pareto.png")
     write_json(folder / "pareto.json", document)
     if out is None:
-        from qnas.report.page import write_report  # imports torch, see above
+        from qnas.runs.report.page import write_report  # imports torch, see above
 
         write_report(source)
     if as_json:
@@ -131,10 +131,10 @@ def pareto(
 
 def _rank(record: "Record", solved: "Sequence[Solved]", *, quiet: bool) -> "Mapping[Indices, Accuracy]":
     """Return the held-out accuracy of every network that was solved for, each measured once."""
-    from qnas.pareto import Accuracy
-    from qnas.progress import Progress
-    from qnas.rerank import rerank_saved
-    from qnas.train import set_up_process
+    from qnas.common.progress import Progress
+    from qnas.runs.pareto import Accuracy
+    from qnas.search.rerank import rerank_saved
+    from qnas.training.loop import set_up_process
 
     networks = list({s.indices: s for each in solved for s in each.solutions}.values())
     set_up_process(record.config["search"]["threads"])

@@ -10,7 +10,7 @@ from qnas.commands import completion
 from qnas.commands.options import Json, Quiet, print_json
 
 if TYPE_CHECKING:
-    from qnas.latency.predictors import Predictors
+    from qnas.latency.nn_meter.predictors import Predictors
 
 app = typer.Typer(
     name="predictors",
@@ -46,8 +46,8 @@ def import_(
     """
     from contextlib import ExitStack
 
-    from qnas.latency.predictors import import_predictors
-    from qnas.progress import Progress
+    from qnas.common.progress import Progress
+    from qnas.latency.nn_meter.predictors import import_predictors
 
     with ExitStack() as stack:
         bars: list[Progress] = []
@@ -65,7 +65,7 @@ def import_(
     if as_json:
         print_json(_facts(found))
         return
-    from qnas.text import wrapped
+    from qnas.runs.text import wrapped
 
     typer.echo(wrapped(_line(found)))
     if found.ignored:
@@ -79,8 +79,8 @@ def list_(as_json: Json = False) -> None:
 
     Example: qnas predictors list
     """
-    from qnas.latency.predictors import PUBLISHED, download_hint, list_predictors
-    from qnas.text import wrapped
+    from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
+    from qnas.runs.text import wrapped
 
     known = list_predictors()
     if as_json:
@@ -98,7 +98,7 @@ def remove(device: Device, as_json: Json = False) -> None:
 
     Example: qnas predictors remove --device cpu
     """
-    from qnas.latency.predictors import remove_predictors
+    from qnas.latency.nn_meter.predictors import remove_predictors
 
     removed = remove_predictors(device)
     if as_json:

@@ -9,7 +9,7 @@ from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, check_device_name, print_json
 
 if TYPE_CHECKING:
-    from qnas.profiling import Profile
+    from qnas.deploy.profiling import Profile
 
 _SHOWN = 5  # names of what stayed noisy
 _BIASED = 0.05  # from here on sums of blocks are to be corrected
@@ -53,13 +53,13 @@ def profile(
 
     Example: qnas profile --space quadranet-small --runtime onnxruntime
     """
-    from qnas.space import load_space
+    from qnas.spaces.space import load_space
 
     if device_name is not None:
         check_device_name(device_name)
     searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
-    from qnas.profiling import REPEATS, profile_space
-    from qnas.runtimes import open_runtime
+    from qnas.deploy.profiling import REPEATS, profile_space
+    from qnas.deploy.runtimes import open_runtime
 
     opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph)
     suffix = "-cuda-graph" if cuda_graph else "-cuda" if target == "cuda" else ""
@@ -93,9 +93,9 @@ def profile(
 
 
 def _print_profile(measured: "Profile") -> None:
-    from qnas.latency.timing import TOLERANCE
-    from qnas.text import field, next_command
-    from qnas.units import format_ms
+    from qnas.common.units import format_ms
+    from qnas.deploy.timing import TOLERANCE
+    from qnas.runs.text import field, next_command
 
     table, device = measured.table, measured.device
     errors = [abs(total / whole - 1) for total, whole in measured.networks]

@@ -31,11 +31,11 @@ from qnas.commands.options import (
     print_json,
     versions,
 )
-from qnas.errors import CheckpointError, UsageError
+from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from qnas.outcome import SearchResult
-    from qnas.search import Searcher
+    from qnas.search.search_result import SearchResult
+    from qnas.search.searcher import Searcher
 
 
 def search(
@@ -184,7 +184,7 @@ def search(
 
 
 def _former_request(out: Path | None) -> dict[str, Any]:
-    from qnas.run import read_config
+    from qnas.runs.run_folder import read_config
 
     if out is None:
         raise UsageError("--resume needs --out: the folder of the run to go on with")
@@ -205,22 +205,22 @@ def _search(
     quiet: bool,
     announce: bool,
 ) -> "SearchResult":
-    from qnas.space import load_space
+    from qnas.spaces.space import load_space
 
     space = load_space(asked["space"])
     limits = asked_limits.limits(space, asked["latency"])
 
     # torch takes seconds to import: what can be refused is refused before
-    from qnas import run
-    from qnas.data import load_data
-    from qnas.distributed import world_of_environment
-    from qnas.intact import MAX_BROKEN
-    from qnas.lower import check_resolution
-    from qnas.originals import parse_data_spec
-    from qnas.outcome import run_search
-    from qnas.search import Searcher, check_searchable, preset_for
-    from qnas.text import describe_limits, wrapped
-    from qnas.train import run_to_end, set_up_process
+    from qnas.data.broken_images import MAX_BROKEN
+    from qnas.data.images import load_data
+    from qnas.data.sources import parse_data_spec
+    from qnas.runs.names import BROKEN_FILE
+    from qnas.runs.text import describe_limits, wrapped
+    from qnas.search.search_result import run_search
+    from qnas.search.searcher import Searcher, check_searchable, preset_for
+    from qnas.spaces.lower import check_resolution
+    from qnas.training.loop import run_to_end, set_up_process
+    from qnas.training.processes import world_of_environment
 
     check_searchable(space, limits)
     spec = parse_data_spec(asked["data"])
@@ -248,7 +248,7 @@ def _search(
         typer.echo(wrapped(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}"))
         if data.broken:
             count = f"{len(data.broken)} broken image{'s' * (len(data.broken) > 1)}"
-            typer.echo(wrapped(f"{count} left out, listed in {folder / run.BROKEN}"))
+            typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))
     first, table = limits[0], limits[0].table
     assert table is not None, "the first limit is a device's"
     device, budget = asked_limits.devices[0]
@@ -271,13 +271,13 @@ def _search(
 
 
 def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
-    from qnas import run
-    from qnas.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
+    from qnas.runs.names import ARCH_FILE, SEARCH_FILE
+    from qnas.runs.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
 
     searcher, derived, folder = result.searcher, result.derived, result.folder
-    document = json.loads((folder / run.ARCH).read_text(encoding="utf-8"))
+    document = json.loads((folder / ARCH_FILE).read_text(encoding="utf-8"))
     if as_json:
-        found = json.loads((folder / run.SEARCH).read_text(encoding="utf-8"))
+        found = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
         report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
         accuracies = [score.accuracy for score in result.rivals.random]
         print_json({"run": str(folder), **document, "random_accuracies": accuracies, **report})
@@ -298,7 +298,7 @@ def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool
 
 def _expected(searcher: "Searcher") -> Iterator[str]:
     """Say what a network drawn from the final probabilities takes on average, against each limit."""
-    from qnas.text import field
+    from qnas.runs.text import field
 
     for limit, amount in zip(searcher.limits, searcher.expected.tolist(), strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(searcher.limits) > 1 else ""
@@ -308,9 +308,9 @@ def _expected(searcher: "Searcher") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Say how well the derived network does, and its rivals, all with the supernet's weights."""
-    from qnas.rerank import ranking_document
-    from qnas.text import choice_line, field, mean_and_spread
-    from qnas.units import format_count, format_ms
+    from qnas.common.units import format_count, format_ms
+    from qnas.runs.text import choice_line, field, mean_and_spread
+    from qnas.search.rerank import ranking_document
 
     derived, rivals = result.derived, result.rivals
     tested = len(result.searcher.data.test)

@@ -24,7 +24,7 @@ from qnas.commands.options import (
     print_json,
     versions,
 )
-from qnas.errors import CheckpointError, UsageError
+from qnas.common.errors import CheckpointError, UsageError
 
 
 def _of_recipe(help_text: str, *names: str) -> Any:
@@ -33,7 +33,7 @@ def _of_recipe(help_text: str, *names: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from qnas.deploy import Deployed
+    from qnas.deploy.export_run import Deployed
 
 
 def train_subnet(
@@ -129,30 +129,31 @@ def train_subnet(
 
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
-    from qnas import run
-    from qnas.acceleration import choose_acceleration
-    from qnas.arch import find_arch
-    from qnas.data import load_data
-    from qnas.distributed import world_of_environment
-    from qnas.files import read_json
-    from qnas.intact import MAX_BROKEN
-    from qnas.lower import check_resolution
-    from qnas.originals import parse_data_spec
-    from qnas.recipe import DEFAULTS, Recipe, load_recipe
-    from qnas.teacher import load_teacher
-    from qnas.text import describe_training, files_in, next_command
-    from qnas.train import set_up_process
-    from qnas.train_subnet import TrainConfig, has_supernet, supernet_file
-    from qnas.train_subnet import train_subnet as train
+    from qnas.common.files import read_json
+    from qnas.data.broken_images import MAX_BROKEN
+    from qnas.data.images import load_data
+    from qnas.data.sources import parse_data_spec
+    from qnas.runs.found_arch import find_arch
+    from qnas.runs.names import RESULT_FILE, SPEED_FILE, SUBNET_FOLDER, SUPERNET_FILE
+    from qnas.runs.run_folder import latest_run, read_config
+    from qnas.runs.text import describe_training, files_in, next_command
+    from qnas.spaces.lower import check_resolution
+    from qnas.training.acceleration import choose_acceleration
+    from qnas.training.loop import set_up_process
+    from qnas.training.processes import world_of_environment
+    from qnas.training.recipe import DEFAULTS, Recipe, load_recipe
+    from qnas.training.subnet_trainer import TrainConfig, has_supernet, supernet_file
+    from qnas.training.subnet_trainer import train_subnet as train
+    from qnas.training.teacher import load_teacher
 
-    found = find_arch(source or run.latest_run(), space)
+    found = find_arch(source or latest_run(), space)
     searched = has_supernet(found)
     if weights not in (None, "supernet", "scratch"):
         raise UsageError(f"--weights {weights!r}: expected supernet or scratch")
     if weights == "supernet" and not searched:
-        raise UsageError(f"--weights supernet: no {run.SUPERNET} in {found.folder}, name a run's folder")
+        raise UsageError(f"--weights supernet: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
     from_supernet = searched and weights != "scratch"
-    former = run.read_config(supernet_file(found).parent) if searched else {}
+    former = read_config(supernet_file(found).parent) if searched else {}
     spec = parse_data_spec(data or former.get("data", "digits"))
     changes = {name: context.params.get(name) for name in Recipe.model_fields}
     resolved = load_recipe(recipe or DEFAULTS[spec.kind]).override(changes)
@@ -173,7 +174,7 @@ def train_subnet(
     world = world_of_environment()
     quiet = quiet or not world.is_main
     if out is None:
-        out = found.folder / run.SUBNET if searched else free_folder(found.space.name, "subnet")
+        out = found.folder / SUBNET_FOLDER if searched else free_folder(found.space.name, "subnet")
     max_broken = former.get("max_broken") if max_broken is None else max_broken
     images = load_data(
         spec,
@@ -217,12 +218,12 @@ def train_subnet(
     )
     if not world.is_main:
         return
-    result, speed = (read_json(out / name, CheckpointError) for name in (run.RESULT, run.SPEED))
+    result, speed = (read_json(out / name, CheckpointError) for name in (RESULT_FILE, SPEED_FILE))
     if as_json:
         print_json({"folder": str(out), **result, "speed": speed})
         return
     start = "the supernet's weights" if from_supernet else "scratch"
-    target = found.folder if out == found.folder / run.SUBNET else out
+    target = found.folder if out == found.folder / SUBNET_FOLDER else out
     learned = (
         f"{score.accuracy:.2%} on {score.images} test images, after {resolved.epochs} epochs from {start}"
     )
@@ -296,8 +297,8 @@ def export(
 
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
-    from qnas import run
-    from qnas.deploy import IMAGES, ExportRequest, export_trained
+    from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
+    from qnas.runs.run_folder import latest_run
 
     request = ExportRequest(
         formats=tuple(formats or ("onnx",)),
@@ -310,7 +311,7 @@ def export(
         threads=threads if measure else None,
         force=force,
     )
-    done = export_trained(source or run.latest_run(), out, request)
+    done = export_trained(source or latest_run(), out, request)
     if as_json:
         print_json(done.facts())
     else:
@@ -319,8 +320,8 @@ def export(
 
 def _exported(done: "Deployed") -> Iterator[str]:
     """Yield what to say of exported files, a line each."""
-    from qnas.text import field, files_in
-    from qnas.units import format_ms
+    from qnas.common.units import format_ms
+    from qnas.runs.text import field, files_in
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px

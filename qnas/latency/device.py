@@ -27,12 +27,12 @@ from pydantic import (
     model_validator,
 )
 
-from qnas.errors import TableError, nearest
+from qnas.common.documents import describe_problems
+from qnas.common.errors import TableError, nearest
+from qnas.common.resources import shipped, stems
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
-from qnas.resources import shipped, stems
-from qnas.space import describe_problems
 
 SCHEMA = "qnas.device/1"
 

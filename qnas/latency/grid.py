@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qnas.errors import nearest
+from qnas.common.errors import nearest
 from qnas.latency.kernels import Kernel
 
 

@@ -13,7 +13,7 @@ block with its norm in the next, so nothing is lost by it, and latency is a sum 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from qnas.layer import LayerSpec
+from qnas.spaces.layer import LayerSpec
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qnas.arch import Arch
-from qnas.errors import UsageError
-from qnas.latency import nn_meter, predictors
+from qnas.common.errors import UsageError
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel
-from qnas.latency.onnx_graph import OnnxNetwork, predict_onnx
+from qnas.latency.nn_meter import predictors
+from qnas.latency.nn_meter import tables as nn_meter
+from qnas.latency.onnx.networks import OnnxNetwork, predict_onnx
 from qnas.latency.table import KernelRow, LatencyTable, load_table, predict_blocks
-from qnas.lower import lower
-from qnas.space import SearchSpace
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import lower
+from qnas.spaces.space import SearchSpace
 
 # Where latencies come from.
 DEVICE = "device"

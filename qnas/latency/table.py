@@ -18,14 +18,14 @@ from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from qnas.errors import TableError
-from qnas.files import write_text
+from qnas.common.errors import TableError
+from qnas.common.files import write_text
+from qnas.common.resources import stems
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.layer import LayerSpec
-from qnas.lower import BlockSpec, Slot, fill, skeleton
-from qnas.resources import stems
-from qnas.space import Candidate, SearchSpace, load_space
+from qnas.spaces.layer import LayerSpec
+from qnas.spaces.lower import BlockSpec, Slot, fill, skeleton
+from qnas.spaces.space import Candidate, SearchSpace, load_space
 
 COLUMNS = (
     "position",

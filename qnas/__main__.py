@@ -1,6 +1,0 @@
-"""`python -m qnas`: the command line, for what starts modules, as torchrun does."""
-
-from qnas.cli import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,109 @@
+"""The command line: which commands there are, and how errors end.
+
+Exit codes: 0 done, 1 what the user can mend (one line on stderr), 2 usage, 130 interrupted with the
+state saved.
+"""
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from qnas import __version__
+from qnas.commands import (
+    derive,
+    doctor,
+    latency,
+    look,
+    own_device,
+    pareto,
+    predictors,
+    profile,
+    search,
+    subnet,
+)
+from qnas.common.errors import Interrupted, QnasError
+
+app = typer.Typer(
+    name="qnas",
+    help="Search for an image network inside a latency budget, train it, export it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qnas {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# what the list of commands says of each, in the width that it has there
+# from a budget to a network file
+app.command(short_help="Find the best network within a latency budget, or several.")(search.search)
+app.command(short_help="Solve a finished search again for other budgets.")(derive.derive)
+app.command("train-subnet", short_help="Train a derived network.")(subnet.train_subnet)
+app.command(short_help="Write a trained network as files to ship, each checked.")(subnet.export)
+# to look at it
+app.command(short_help="Latency against accuracy over each device's whole range.")(pareto.pareto)
+app.command(short_help="Write a run's page, report.html, again.")(look.report)
+app.command(short_help="What blocks cost, what latency buys, why identities.")(look.explain)
+app.command(short_help="Show runs side by side.")(look.compare)
+app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboard)
+# what is known of networks and devices
+app.command()(latency.describe)
+app.command(short_help="A network's latency on known devices, and where it goes.")(latency.predict)
+app.command()(latency.devices)
+app.command("eval-latency", short_help="Compare a device's predictions with measurements.")(
+    latency.eval_latency
+)
+app.command(short_help="A space's latency table on a device, as CSV.")(latency.table)
+app.add_typer(predictors.app)
+# a device of one's own
+app.command(short_help="Time a space's blocks here: this machine as a device.")(profile.profile)
+app.command(short_help="Write networks of a space, to be timed anywhere.")(own_device.sample)
+app.command(short_help="Time networks on this machine.")(own_device.measure)
+app.command("fit-latency")(own_device.fit_latency)
+app.command(short_help="Correct a device by some 20 measured networks.")(own_device.calibrate)
+# this machine
+app.command(short_help="What this machine has, and what to do about the rest.")(doctor.doctor)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    rank = os.environ.get("RANK", "0")  # of a process that torchrun started
+    who = "qnas" if rank == "0" else f"qnas, process {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend becomes one line and exit code 1."""
+    # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(prog_name="qnas")  # of `python -m qnas` too: usage and completion name it
+    except QnasError as error:
+        _fail(f"error: {error}", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"error: {where}{error.strerror or error}", 1)
+    except Interrupted as error:
+        _fail(f"interrupted: {error}", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()

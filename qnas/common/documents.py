@@ -1,0 +1,108 @@
+"""YAML and JSON files that people write: read as a mapping, with all their problems told in one line."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qnas.common.errors import QnasError, nearest
+
+
+def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
+    """Read a mapping from YAML text; `error` makes the exception that is raised where there is none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as cause:
+        mark = getattr(cause, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(cause, "problem", None) or "cannot be read"
+        raise error(f"{where}{line}: not YAML: {problem}") from cause
+    if not isinstance(content, dict):
+        found = "an empty file" if content is None else _show(content)
+        raise error(f"{where}: expected a mapping with schema: {schema}, got {found}")
+    return content
+
+
+# pydantic's kind of a problem -> what we say of it; other kinds keep pydantic's own words
+EXPECTATIONS = {
+    "missing": "missing",
+    "extra_forbidden": "unknown key",
+    "literal_error": "expected {expected}",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text",
+    "string_pattern_mismatch": "expected the form {pattern}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than_equal": "expected at most {le}",
+    "too_short": "expected at least {min_length}, got {actual_length}",
+    "too_long": "expected at most {max_length}, got {actual_length}",
+    "model_type": "expected a mapping",
+    "dict_type": "expected a mapping",
+    "tuple_type": "expected a list",
+}
+
+
+def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Put all problems of a file into one line: key, what was expected, the value found.
+
+    With the model that was read an unknown key is followed by the nearest known ones.
+    """
+    lines = []
+    for problem in error.errors():
+        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+        if kind in EXPECTATIONS:
+            message = EXPECTATIONS[kind].format(**problem.get("ctx", {}))
+        else:
+            message = message[:1].lower() + message[1:]
+        loc = problem["loc"]
+        if kind == "extra_forbidden" and model is not None:
+            known = _known_keys(model, loc[:-1])
+            message += f" ({nearest(str(loc[-1]), known)})" if known else ""
+        elif kind not in ("missing", "too_short", "too_long") and not isinstance(problem["input"], dict):
+            message += f", got {_show(problem['input'])}"
+        key = _key(loc)
+        lines.append(f"{key}: {message}" if key else message)
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """Write where a problem is: `stages[1].channels`."""
+    key = ""
+    for part in loc:
+        if isinstance(part, str):
+            key += f".{part}" if key else part
+        elif not key.endswith("candidates"):  # lists in them are written out: not the file's numbers
+            key += f"[{part}]"
+    return key
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the part of a model may have that lies at `loc`."""
+    for part in loc:
+        if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            parts = list(_models(fields[part].annotation)) if part in fields else []
+            if not parts:
+                return []
+            model = parts[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _show(found: Any) -> str:
+    """Write a value of a file shortly."""
+    if found is None:
+        return "nothing"
+    if isinstance(found, dict | list | tuple):
+        return "a mapping" if isinstance(found, dict) else "a list"
+    text = repr(found)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,114 @@
+"""Reading and writing files so that a reader never sees half of one."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import QnasError
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path into errors of writing that name no file, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it takes the place of `path` when the block ends without an error.
+
+    On an error what stood there before stays, and nothing half-written is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with naming(path):
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
+            _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give an empty folder; its files take their places in `folder` when the block ends without an error.
+
+    On an error what stood there before stays, and nothing half-written is left. What `folder` holds
+    besides stays too.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    try:
+        with naming(folder):
+            yield stage
+            written = sorted(stage.iterdir())
+            for path in written:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            for path in written:
+                path.replace(folder / path.name)
+            _sync_folder(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # what holds something stays
+                path.rmdir()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power, as fsync has it for a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, all of it or nothing."""
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Return a JSON file's text."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def read_json(path: Path, error: Callable[[str], QnasError]) -> dict[str, Any]:
+    """Read a JSON object; `error` makes the exception that is raised where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise error(f"{path}: expected a file, found a folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise error(f"{path}: not JSON: {cause}") from cause
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

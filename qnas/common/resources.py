@@ -1,0 +1,64 @@
+"""Where the files lie that ship with qnas, search spaces, recipes and latency tables, and the user's cache.
+
+In a wheel shipped files are inside the package; in a source tree they are the folders beside it.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from qnas.common.errors import QnasError, nearest
+
+
+def shipped(folder: str) -> Traversable:
+    """Return a folder of shipped data: `search_spaces`, `recipes` or `latency_tables`."""
+    inside = files("qnas").joinpath(folder)
+    if inside.is_dir():
+        return inside
+    beside = Path(__file__).resolve().parents[2] / folder
+    assert beside.is_dir(), f"the installation lacks {folder}"
+    return beside
+
+
+def user_cache(name: str) -> Path:
+    """Return a folder for what can be made again: $QNAS_HOME/NAME, else qnas/NAME in the user's cache."""
+    if os.environ.get("QNAS_HOME"):
+        return Path(os.environ["QNAS_HOME"]) / name
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # a relative one is to be passed over, says the XDG base directory specification
+    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return root / "qnas" / name
+
+
+def stems(folder: str, suffix: str) -> dict[str, Traversable]:
+    """Return the shipped files of a folder with that suffix, by name without it, sorted."""
+    found = {
+        entry.name.removesuffix(suffix): entry
+        for entry in shipped(folder).iterdir()
+        if entry.name.endswith(suffix)
+    }
+    return dict(sorted(found.items()))
+
+
+def read_named(
+    folder: str, name_or_path: str | Path, what: str, error: Callable[[str], QnasError]
+) -> tuple[str, str]:
+    """Read a shipped YAML file by name, or one's own by path: its text, and what messages call it.
+
+    `error` makes the exception that is raised where there is none.
+    """
+    shipped = stems(folder, ".yaml")
+    name = str(name_or_path)
+    if name in shipped:
+        return shipped[name].read_text(encoding="utf-8"), f"{what} {name}"
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as cause:
+            raise error(f"{path}: not a text file in UTF-8") from cause
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise error(f"{what} {name}: no such file")
+    raise error(f"unknown {what} {name!r}: {nearest(name, shipped)}")

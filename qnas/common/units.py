@@ -1,0 +1,80 @@
+"""Latencies, budgets and counts as people write them: `30ms`, `800us`, `312M`."""
+
+import math
+import re
+
+from qnas.common.errors import UsageError
+
+COUNT_OF_SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+MS_PER_UNIT = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_FORM = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ]*)\s*")
+
+
+def parse_latency(text: str) -> float:
+    """Return the milliseconds of a latency with a unit.
+
+    Raises UsageError, with the fix, when the unit is missing or unknown or the value not positive.
+
+    >>> parse_latency("800us")
+    0.8
+    """
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise UsageError(f"budget {text!r}: expected a number with a unit, such as 30ms, 800us or 0.03s")
+    number, unit = match.groups()
+    if not unit:
+        raise UsageError(f"budget {text!r} has no unit: write {number}ms, {number}us or {number}s")
+    unit = unit.replace("µ", "u").replace("μ", "u")
+    if unit not in MS_PER_UNIT:
+        raise UsageError(f"budget {text!r}: unknown unit {unit!r}, expected us, ms or s")
+    latency_ms = float(number) * MS_PER_UNIT[unit]
+    if not math.isfinite(latency_ms) or latency_ms <= 0:
+        raise UsageError(f"budget {text!r}: expected a latency above zero")
+    return latency_ms
+
+
+def parse_count(text: str, name: str) -> float:
+    """Return the number that a count of parameters or MACs stands for; `name` says where it was given.
+
+    Raises UsageError, with the fix, when it is no number above zero with K, M, G or nothing.
+
+    >>> parse_count("2.5M", "--max-params")
+    2500000.0
+    """
+    match = _FORM.fullmatch(text)
+    number, suffix = match.groups() if match else ("", "?")
+    if suffix.upper() not in COUNT_OF_SUFFIX:
+        raise UsageError(f"{name} {text!r}: expected a number, such as 2.5M, 300M or 1.2G")
+    count = float(number) * COUNT_OF_SUFFIX[suffix.upper()]
+    if not math.isfinite(count) or count <= 0:
+        raise UsageError(f"{name} {text!r}: expected a count above zero")
+    return count
+
+
+def format_ms(latency_ms: float, *, round_up: bool = False) -> str:
+    """Write milliseconds with four digits; with `round_up` never less than the value.
+
+    >>> format_ms(29.98765), format_ms(0.8)
+    ('29.99 ms', '0.8000 ms')
+    """
+    if latency_ms == 0 or not math.isfinite(latency_ms):
+        return f"{latency_ms:g} ms"
+    digits = max(0, 3 - math.floor(math.log10(abs(latency_ms))))
+    scale = 10.0**digits
+    text = f"{latency_ms:.{digits}f}"
+    if round_up and float(text) < latency_ms:
+        text = f"{float(text) + 1 / scale:.{digits}f}"
+    return f"{text} ms"
+
+
+def format_count(count: float) -> str:
+    """Write a number of parameters or MACs with three digits: `312M`.
+
+    >>> format_count(2899631104), format_count(16255912), format_count(999)
+    ('2.90G', '16.3M', '999')
+    """
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if count >= 0.9995 * scale:
+            value = count / scale
+            return f"{value:.{max(0, 2 - math.floor(math.log10(value) + 1e-9))}f}{suffix}"
+    return f"{count:.0f}"

@@ -1,0 +1,1 @@
+"""Images wherever they lie, decoded, split and batched."""

@@ -1,0 +1,117 @@
+"""What is done to training images beside shifting and mirroring them: torchvision's transforms, drawn anew.
+
+Random resized crops (arXiv 1409.4842) are drawn here as torchvision draws them, and not by it: they are cut
+while images are decoded in threads, which have one generator of torch's between them.
+
+RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change each image by itself, mixup
+(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's own random
+numbers: here these are seeded for every image and every batch, and given back afterwards, so that what
+is drawn depends on the given seeds alone, not on what ran before nor on how many processes share a batch.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from qnas.data.decoding import Box
+
+SEEDS = 1 << 62  # seeds are below it
+MAGNITUDES = 10  # RandAugment's scale: the paper's, and timm's, whose figures recipes quote
+_STEPS = 10  # of a magnitude of 1, as torchvision knows whole steps only
+_OPERATIONS = 2  # one after another
+_STRETCH = math.log(4 / 3)  # of a random crop: its width over its height is from 3/4 to 4/3
+_TRIES = 10  # of a crop that fits into the image
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done, as in a `recipe.Recipe`; 0 is nothing."""
+
+    classes: int  # of the labels
+    randaugment: float = 0.0  # mean magnitude, 0 to MAGNITUDES
+    randaugment_std: float = 0.0
+    random_erasing: float = 0.0  # share of the images
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_resized_crop: float = 0.0  # least share of the area
+
+    @property
+    def crops(self) -> bool:
+        """Whether each image is a random part of itself."""
+        return self.random_resized_crop > 0
+
+    def draw_box(self, seed: int, height: int, width: int) -> Box:
+        """Return the part of an image of this size that is taken: a share of the area from the least to all.
+
+        Where none that is drawn fits, it is the central one, no longer than 4/3 of its width or height.
+        """
+        rng = Random(seed)
+        for _ in range(_TRIES):
+            area = height * width * (self.random_resized_crop + (1 - self.random_resized_crop) * rng.random())
+            ratio = math.exp(_STRETCH * (2 * rng.random() - 1))
+            tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            top, left = rng.random(), rng.random()
+            if 0 < tall <= height and 0 < wide <= width:
+                return Box(int(top * (height - tall + 1)), int(left * (width - wide + 1)), tall, wide)
+        tall, wide = min(height, width * 4 // 3), min(width, height * 4 // 3)
+        return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed: each with the one before it, the first with the last."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def change_pixels(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Apply RandAugment to uint8 images (B, C, H, W), each drawn from its own seed, `seeds` (B,)."""
+        if self.randaugment == 0:
+            return images
+        changed = []
+        with _drawing():
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                drawn = self.randaugment + self.randaugment_std * float(torch.randn(()))
+                step = round(_STEPS * min(max(drawn, 0.0), MAGNITUDES))
+                changed.append(_randaugment(step)(image))
+        return torch.stack(changed)
+
+    def erase(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Put noise into a rectangle of some normalised images (B, C, H, W), in place; return them.
+
+        `seeds` (B,) are not those of `change_pixels`, or both would draw the same numbers.
+        """
+        if self.random_erasing == 0:
+            return images
+        erase = v2.RandomErasing(self.random_erasing, value="random", inplace=True)
+        with _drawing():
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                erase(image)
+        return images
+
+    def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mix images (B, C, H, W) with their predecessors; labels (B,) become shares (B, classes)."""
+        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+        mixers = [kind(alpha=float(alpha), num_classes=self.classes) for kind, alpha in kinds if alpha > 0]
+        with _drawing():
+            torch.default_generator.manual_seed(seed)
+            mixed: tuple[Tensor, Tensor] = v2.RandomChoice(mixers)(images, labels)
+        return mixed
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Give torch's own random numbers back as they were. torchvision draws on the CPU for any device."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@cache
+def _randaugment(step: int) -> v2.RandAugment:
+    return v2.RandAugment(_OPERATIONS, magnitude=step, num_magnitude_bins=_STEPS * MAGNITUDES + 1)

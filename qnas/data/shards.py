@@ -1,0 +1,207 @@
+"""Images in tar shards, as WebDataset lays them out, read in place: nothing is unpacked.
+
+    imagenet-train-000000.tar, ..., imagenet-val-000000.tar    or train/000000.tar, val/..., or no such word
+    KEY.jpg, KEY.cls, KEY2.png, KEY2.cls, ...                  in each: an image and its class
+    classes.txt                                                beside them: a class a line; may be missing
+
+A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are passed over.
+
+The headers are read once, at the start; then every image is a stretch of its shard. So an epoch is a
+shuffle of the whole set, and a split, a resumed run or one of several processes has the images that it
+would have of folders. The package webdataset reads shards from end to end instead, faster on disks that
+turn and over a network; but it shuffles in a buffer, and where it stopped it cannot go on exactly.
+"""
+
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from qnas.common.errors import DataError
+from qnas.data.image_files import (
+    IMAGE_SUFFIXES,
+    SPLIT_WORDS,
+    Indices,
+    OriginalFile,
+    Originals,
+    Stretch,
+    assemble,
+    check_exists,
+    number_classes,
+    one_line,
+)
+
+CLASSES = "classes.txt"
+_LABEL = "cls"
+_LABEL_BYTES = 1000  # a number or a name
+_CHUNK_BYTES = 1 << 20
+_WORD = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
+
+
+@dataclass(frozen=True, eq=False)
+class ShardImages(Sequence[OriginalFile]):
+    """The images of shards by place: numbers and a name for each, no matter how many there are."""
+
+    shards: tuple[Path, ...]
+    shard: "array[int]"  # of each image
+    start: "array[int]"
+    size: "array[int]"
+    names: bytes  # one after another, in UTF-8
+    name_ends: "array[int]"
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @overload
+    def __getitem__(self, place: int) -> OriginalFile: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[OriginalFile]: ...
+    def __getitem__(self, place: int | slice) -> OriginalFile | Sequence[OriginalFile]:
+        """Return an image where it lies."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        path = self.shards[self.shard[place]]
+        begin = self.name_ends[place - 1] if place > 0 else 0
+        name = self.names[begin : self.name_ends[place]].decode()
+        where = Stretch(path, self.start[place], self.size[place])
+        return OriginalFile(f"{path.name}/{name}", f"{path}: {name}", where)
+
+
+@dataclass
+class _Sample:
+    """The members of one key."""
+
+    key: str
+    image: tarfile.TarInfo | None = None
+    label: str | None = None
+
+
+def read_shards(path: Path) -> Originals:
+    """List the images of a folder of shards. Raises DataError where one is damaged or of another form."""
+    check_exists(path)
+    shards, words = _find_shards(path)
+    which, start, size, ends = array("i"), array("q"), array("q"), array("q")
+    names = bytearray()
+    labels: list[str] = []
+    label_of: dict[str, str] = {}  # one string a class, not one an image
+    for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
+        for image, label in _list_samples(shard):
+            which.append(number)
+            start.append(image.offset_data)
+            size.append(image.size)
+            names += image.name.encode(errors="replace")
+            ends.append(len(names))
+            labels.append(label_of.setdefault(label, label))
+    if not labels:
+        raise DataError(f"{path}: no images in its shards, expected KEY.jpg (or .png, ...) and KEY.cls")
+    images = ShardImages(tuple(shards), which, start, size, bytes(names), ends)
+    classes, numbers = _name_classes(labels, path / CLASSES)
+    each = [words[number] for number in which] if words else []
+    return assemble(images, classes, numbers, each, path)
+
+
+def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the shards of a folder, sorted, and the word of the split of each, or no words at all."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of .tar shards")
+    places = [folder, *(folder / word for word in SPLIT_WORDS)]
+    shards = [shard for place in places for shard in sorted(place.glob("*.tar"))]
+    if not shards:
+        packed = [*folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
+        hint = ": unpack .tar.gz shards to .tar, to be read in place" if packed else ""
+        raise DataError(f"{folder}: no .tar shards{hint}")
+    found = [_WORD.findall(str(shard.relative_to(folder)).lower()) for shard in shards]
+    if not any(found):
+        return shards, []
+    for shard, words in zip(shards, found, strict=True):
+        if len(set(words)) != 1:
+            raise DataError(
+                f"{shard}: expected one of train, val and test in its name, as in those of other shards"
+            )
+    return shards, [words[0] for words in found]
+
+
+def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], Indices]:
+    """Return the classes, and each label's number among them: those of classes.txt, else those that occur."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return number_classes(labels)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a text file in UTF-8: {one_line(error)}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    found = set(labels)
+    are_numbers = all(label.isdecimal() for label in found)
+    known = (
+        {str(i): i for i in range(len(names))} if are_numbers else {name: i for i, name in enumerate(names)}
+    )
+    numbers = {label: int(label) if are_numbers else known.get(label, -1) for label in found}
+    for label, number in numbers.items():
+        if not 0 <= number < len(names):
+            raise DataError(f"{path}: has {len(names)} classes, and not the class {label!r} of a shard")
+    return tuple(names), np.array([numbers[label] for label in labels], dtype=np.int64)
+
+
+def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield the images of a shard with their labels. Raises DataError."""
+    sample = _Sample("")
+    try:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile() or member.issparse():
+                    continue
+                folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
+                stem, _, suffix = name.partition(".")
+                if not stem:  # hidden
+                    continue
+                key = str(folder / stem)
+                if key != sample.key:
+                    yield from _whole(sample, shard)
+                    sample = _Sample(key)
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    if sample.image is not None:
+                        raise DataError(f"{shard}: {key} has two images")
+                    sample.image = member
+                elif suffix.lower() == _LABEL:
+                    sample.label = _read_label(file, member, f"{shard}: {member.name}")
+            yield from _whole(sample, shard)
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{shard}: damaged: {one_line(error)}") from error
+
+
+def _whole(sample: _Sample, shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield a sample's image and label, nothing of members that are neither. Raises DataError for a half."""
+    if sample.image is not None and sample.label is not None:
+        yield sample.image, sample.label
+    elif sample.image is not None or sample.label is not None:
+        lacking = f".{_LABEL}" if sample.label is None else "image"
+        raise DataError(f"{shard}: {sample.key} has no {lacking} right beside it")
+
+
+def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> str:
+    if member.size > _LABEL_BYTES:
+        raise DataError(f"{where}: {member.size} bytes, expected the number or name of a class")
+    file.seek(member.offset_data)
+    label = file.read(member.size).decode().strip()
+    if not label:
+        raise DataError(f"{where}: empty, expected the number or name of a class")
+    return label
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """Raise ReadError unless zeros end the tar: tarfile takes a damaged header for the end."""
+    file.seek(offset)
+    found = False
+    while chunk := file.read(_CHUNK_BYTES):
+        found = True
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(f"an unreadable header at byte {offset}")
+    if not found:
+        raise tarfile.ReadError("no end")

@@ -1,0 +1,185 @@
+"""Data sets by kind: which images and labels they hold, before any of it is decoded.
+
+IDX files, CIFAR-10 as published and the digits of scikit-learn are read here; `folders` and `shards`
+read the rest. Every problem of a data set is a DataError that names the file and what was expected.
+"""
+
+import gzip
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qnas.common.errors import DataError, nearest
+from qnas.data.folders import read_classes, read_folder
+from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Indices, Originals, check_exists, one_line
+from qnas.data.shards import read_shards
+
+FASHION_CLASSES = (
+    *("t-shirt/top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set as on the command line: `digits`, or a kind and where its files lie.
+
+    Raises DataError for an unknown kind, and for a path that is missing or too much.
+    """
+
+    kind: str
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DataError(f"unknown data {self.kind!r}: {nearest(self.kind, KINDS)}")
+        form = KINDS[self.kind].form
+        if (self.path is not None) != (":DIR" in form):
+            raise DataError(f"data {self}: expected {form}")
+
+    def __str__(self) -> str:
+        return self.kind if self.path is None else f"{self.kind}:{self.path}"
+
+
+def parse_data_spec(text: str) -> DataSpec:
+    """Read `KIND` or `KIND:DIR`; the path becomes absolute. Raises DataError.
+
+    >>> str(parse_data_spec("digits"))
+    'digits'
+    """
+    kind, _, folder = text.partition(":")
+    return DataSpec(kind, Path(folder).expanduser().resolve() if folder else None)
+
+
+def _read_digits(path: Path | None) -> Originals:
+    from sklearn.datasets import load_digits  # here, as it takes a second
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), values 0 to 16
+    labels = digits.target.astype(np.int64)
+    classes = tuple(str(i) for i in range(10))
+    return Originals(classes, torch.from_numpy(images)[:, None], labels, {"train": np.arange(len(labels))})
+
+
+def _read_fashion(path: Path | None) -> Originals:
+    assert path is not None
+    check_exists(path)
+    images: list[Tensor] = []
+    labels: list[Indices] = []
+    parts: dict[str, Indices] = {}
+    start = 0
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        image_file, part_images = _read_idx(path, f"{prefix}-images-idx3-ubyte", ndim=3)
+        label_file, part_labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", ndim=1)
+        if len(part_images) != len(part_labels):
+            raise DataError(f"{label_file}: {len(part_labels)} labels for {len(part_images)} images")
+        if images and images[0].shape[2:] != part_images.shape[1:]:
+            height, width = images[0].shape[2:]
+            raise DataError(
+                f"{image_file}: images of {part_images.shape[1]} x {part_images.shape[2]} pixels, expected "
+                f"{height} x {width} as in training"
+            )
+        if part_labels.max() >= len(FASHION_CLASSES):
+            raise DataError(f"{label_file}: label {part_labels.max()}, expected 0 to 9")
+        images.append(torch.from_numpy(part_images)[:, None])
+        labels.append(part_labels.astype(np.int64))
+        parts[part] = np.arange(start, start + len(part_labels))
+        start += len(part_labels)
+    return Originals(FASHION_CLASSES, torch.cat(images), np.concatenate(labels), parts)
+
+
+def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint8]]:
+    """Read an IDX file of bytes, plain or .gz: magic 0 0 8 ndim, sizes as big-endian uint32, values."""
+    found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    if not found:
+        raise DataError(f"{folder}: lacks {name} or {name}.gz")
+    path = found[0]
+    header_bytes = 4 + 4 * ndim
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(header_bytes)
+            magic = bytes((0, 0, 8, ndim))
+            if header[:4] != magic or len(header) < header_bytes:
+                found_hex, expected_hex = header[:4].hex(), magic.hex()
+                raise DataError(
+                    f"{path}: starts with {found_hex}, expected IDX magic {expected_hex} and {ndim} sizes"
+                )
+            shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
+            count = int(np.prod(shape, dtype=object))
+            if count == 0 or count > UNPACKED_LIMIT_BYTES:
+                raise DataError(f"{path}: header says {count} bytes, expected 1 to {UNPACKED_LIMIT_BYTES}")
+            content = file.read(count + 1)  # one more, to see the end and with it gzip's checksum
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged: {one_line(error)}") from error
+    if len(content) != count:
+        more = "or more " if len(content) > count else ""
+        raise DataError(f"{path}: header says {count} bytes, found {len(content)} {more}after it")
+    return path, np.frombuffer(bytearray(content), np.uint8).reshape(shape)
+
+
+def _read_cifar10(path: Path | None) -> Originals:
+    assert path is not None
+    official = path if path.name == "cifar-10-batches-py" else path / "cifar-10-batches-py"
+    if not official.is_dir():
+        return read_classes(path, needs_test=True)
+    from torchvision.datasets import CIFAR10
+
+    try:
+        # checks the MD5 of every file before it unpickles one
+        train, test = (CIFAR10(official.parent, train=train, download=False) for train in (True, False))
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{official}: not the official files: {one_line(error)}") from error
+    images = np.concatenate([train.data, test.data])  # (60000, 32, 32, 3)
+    labels = np.array([*train.targets, *test.targets], dtype=np.int64)
+    parts = {"train": np.arange(len(train.data)), "test": np.arange(len(train.data), len(images))}
+    return Originals(tuple(train.classes), torch.from_numpy(images).permute(0, 3, 1, 2), labels, parts)
+
+
+def _read_folder(path: Path | None) -> Originals:
+    assert path is not None
+    return read_folder(path)
+
+
+def _read_shards(path: Path | None) -> Originals:
+    assert path is not None
+    return read_shards(path)
+
+
+class _Kind(NamedTuple):
+    """How a kind of data is given, read and treated."""
+
+    form: str  # as on the command line, and what lies there
+    read: Callable[[Path | None], Originals]
+    flip: bool = True  # whether a mirrored image still shows its class
+    pads: bool = False  # whether slightly smaller images get a black border
+    is_folder: bool = False  # any images of anybody's: what they show has the folder's name
+
+
+KINDS: dict[str, _Kind] = {
+    "digits": _Kind("digits, without a folder", _read_digits, flip=False),
+    "fashion-mnist": _Kind(
+        "fashion-mnist:DIR, the folder of the four IDX files, .gz or not", _read_fashion, pads=True
+    ),
+    "cifar10": _Kind(
+        "cifar10:DIR with train/CLASS/* and test/CLASS/*, or the .tar.gz of it, or cifar-10-batches-py",
+        _read_cifar10,
+    ),
+    "imagefolder": _Kind(
+        "imagefolder:DIR with train/CLASS/* and val/CLASS/* or test/CLASS/*, or with CLASS/*, or with a CSV "
+        "of the columns file, label and possibly split",
+        _read_folder,
+        is_folder=True,
+    ),
+    "shards": _Kind(
+        "shards:DIR with tar shards of KEY.jpg and KEY.cls, train and val or test in their names, or neither",
+        _read_shards,
+        is_folder=True,
+    ),
+}

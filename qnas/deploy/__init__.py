@@ -1,0 +1,1 @@
+"""A trained network as files, and time measured on devices."""

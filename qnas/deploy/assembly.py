@@ -1,0 +1,104 @@
+"""Networks as ONNX put together from blocks that were exported once each.
+
+Exporting a network takes torch seconds, and a space has far fewer distinct blocks than networks: so
+each block goes through the exporter once, and a network is its blocks' graphs in a chain. The
+operators are those that `trace_onnx` writes for the whole network (tests/test_assembly.py), since
+the exporter's last pass, which removes what two blocks undo of each other, goes over the whole too.
+
+The files are to be timed, not to be used. Their weights are random, every one drawn anew, norms
+included: a runtime that drops scales of one and shifts of zero, or keeps equal weights once, would
+be faster than it is with a trained network.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from onnxscript.optimizer import optimize
+from torch import nn
+
+from qnas.deploy.export.tracing import INPUT, OPSET, OUTPUT, trace_onnx
+from qnas.nn.blocks import build_block
+from qnas.spaces.layer import LayerSpec
+from qnas.spaces.lower import BlockSpec
+
+_JITTER = 0.1  # of norms and biases, around 1 and 0
+
+Layers = tuple[LayerSpec, ...]
+
+
+def export_block(block: BlockSpec) -> onnx.ModelProto:
+    """Return a block's graph, `images` (batch, c_in, px, px) -> `logits`, with some weights.
+
+    Raises ExportError where torch cannot export it.
+    """
+    first = block.layers[0]
+    module = build_block(block).eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            # with a mean of zero the exporter would fold it into a convolution without a bias
+            assert norm.running_mean is not None
+            norm.running_mean.normal_(0.0, _JITTER, generator=generator)
+    shape = (first.c_in, first.resolution_px, first.resolution_px)
+    return trace_onnx(module, shape, f"block {block.name}")
+
+
+def assemble(
+    blocks: Iterable[BlockSpec],
+    graphs: Mapping[Layers, onnx.ModelProto],
+    rng: np.random.Generator,
+) -> onnx.ModelProto:
+    """Return the network of these blocks, `images` (1, channels, H, W) -> `logits` (1, classes).
+
+    `graphs` has the graph of every block by its layers (`export_block`). All weights are drawn anew.
+    """
+    run = [block for block in blocks if block.layers]
+    first, last = run[0].layers[0], run[-1].layers[-1]
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+    passed = INPUT
+    for block in run:
+        graph = graphs[block.layers].graph
+        at_end = OUTPUT if block is run[-1] else f"{block.name}/out"
+        names = {"": "", graph.input[0].name: passed, graph.output[0].name: at_end}
+        for template in graph.initializer:
+            names[template.name] = f"{block.name}/{template.name}"
+            weights.append(_drawn(template, names[template.name], rng))
+        for original in graph.node:
+            node = onnx.NodeProto()
+            node.CopyFrom(original)
+            node.name = f"{block.name}/{original.name}"
+            del node.input[:], node.output[:]
+            node.input.extend(names.setdefault(name, f"{block.name}/{name}") for name in original.input)
+            node.output.extend(names.setdefault(name, f"{block.name}/{name}") for name in original.output)
+            nodes.append(node)
+        passed = at_end
+    float32 = onnx.TensorProto.FLOAT
+    px = first.resolution_px
+    graph = onnx.helper.make_graph(
+        nodes,
+        "network",
+        [onnx.helper.make_tensor_value_info(INPUT, float32, (1, first.c_in, px, px))],
+        [onnx.helper.make_tensor_value_info(OUTPUT, float32, (1, last.c_out))],
+        weights,
+    )
+    of_blocks = graphs[run[0].layers]
+    assert [entry.version for entry in of_blocks.opset_import if entry.domain == ""] == [OPSET]
+    model = onnx.helper.make_model(
+        graph, opset_imports=of_blocks.opset_import, ir_version=of_blocks.ir_version, producer_name="qnas"
+    )
+    optimised: onnx.ModelProto = optimize(model)
+    return optimised
+
+
+def _drawn(template: onnx.TensorProto, name: str, rng: np.random.Generator) -> onnx.TensorProto:
+    """Return a tensor as random as the template; what is no weight (bounds, axes) stays as it is."""
+    values = numpy_helper.to_array(template)
+    if values.dtype == np.float32 and values.size > 1:
+        noise = rng.standard_normal(values.shape, dtype=np.float32)
+        drawn = values + _JITTER * noise if values.ndim == 1 else np.std(values, dtype=np.float32) * noise
+        values = drawn.astype(np.float32)
+    return numpy_helper.from_array(values, name)

@@ -1,0 +1,1 @@
+"""Exported files, one module a format, each checked against the network."""

@@ -1,0 +1,126 @@
+"""The card of a trained network: what it does, how it was made, what its files take; JSON and Markdown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import ExportError
+from qnas.common.files import read_json, write_json, write_text
+from qnas.common.units import format_count, format_ms
+
+JSON, MARKDOWN = "model-card.json", "model-card.md"
+SCHEMA = "qnas.card/1"
+
+
+def kept_files(folder: Path, weights_sha256: str) -> dict[str, Any]:
+    """Return what a folder's card says of its other files, those that are there and of the same weights."""
+    try:
+        card = read_json(folder / JSON, ExportError)
+    except ExportError:  # none, or a broken one: it is written anew
+        return {}
+    if card.get("schema") != SCHEMA or card.get("weights_sha256") != weights_sha256:
+        return {}
+    return {
+        name: entry
+        for name, entry in card["files"].items()
+        if all((folder / file).is_file() for file in entry["files"])
+    }
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write a card as JSON and as Markdown."""
+    write_json(folder / JSON, card)
+    write_text(folder / MARKDOWN, markdown(card))
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """Return a card as a page to read."""
+    task, data, accuracy, network = (card[key] for key in ("task", "data", "accuracy", "network"))
+    low, high = accuracy["interval95"]
+    trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
+    recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
+    sections = [
+        (
+            card["name"],
+            [
+                f"An image network of {len(task['classes'])} classes, made with qnas "
+                f"{card['versions'].get('qnas', '')}.",
+                "",
+                f"- Classes: {', '.join(task['classes'])}",
+                f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
+                f"- Data: {data['kind']}, digest {data['digest']}",
+                f"- Training: {trained}; {recipe}",
+                f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
+                f"(95% interval {low:.1%} to {high:.1%})",
+                f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
+                f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
+                f"{', '.join(network['choices'])}",
+            ],
+        ),
+        ("Latency", list(_latency(card))),
+        ("Files", list(_files(card["files"]))),
+    ]
+    text = "\n\n".join(
+        f"{'#' * (1 if i == 0 else 2)} {title}\n\n" + "\n".join(lines)
+        for i, (title, lines) in enumerate(sections)
+    )
+    return text + "\n"
+
+
+def _latency(card: Mapping[str, Any]) -> Iterator[str]:
+    if not card["limits"]:
+        yield "The network was not searched for: no device and no budget belong to it."
+        return
+    for limit in card["limits"]:
+        show = format_ms if limit["unit"] == "ms" else format_count
+        yield (
+            f"- {limit['name']}: {show(limit['amount'])} predicted for {card['predicted_px']} px, "
+            f"of a budget of {show(limit['budget'])}"
+            if limit["unit"] == "ms"
+            else f"- {limit['name']}: {show(limit['amount'])} of at most {show(limit['budget'])}"
+        )
+    certificate = card["certificate"]
+    if certificate:
+        yield (
+            f"- Certificate: number {certificate['rank']} of the {certificate['solved']} most probable "
+            f"networks within the limits, by {certificate['solver']}; log-probability "
+            f"{certificate['score']:.4f}, and no network within the limits exceeds "
+            f"{certificate['score_bound']:.4f}"
+        )
+
+
+_COLUMNS = (
+    *("file", "format", "size", "input", "checked on", "largest difference", "same top-1"),
+    *("accuracy (of the network)", "one image, p50 and p95"),
+)
+
+
+def _files(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
+    for entry in files.values():
+        parity, measured = entry["parity"], entry["measured"]
+        batch = entry["batch"] or "batch"
+        px = entry["resolution_px"]
+        cells = [
+            " + ".join(entry["files"]),
+            f"{entry['format']}, {entry['precision']}",
+            f"{entry['size_bytes'] / 1e6:.2f} MB",
+            f"({batch}, C, {px}, {px})",
+            f"{parity['images']} images, {entry['runtime']}",
+            f"{parity['max_difference'] / parity['scale']:.1e} of the largest logit",
+            f"{parity['agreement']:.2%}",
+            f"{parity['accuracy']:.2%} ({parity['network_accuracy']:.2%})",
+            _measured(measured) if measured else "not measured",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    threads = f"{measured['threads']} thread{'s' * (measured['threads'] > 1)}"
+    p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
+    return f"{p50}, {p95}; {measured['runtime']}, {threads}, {measured['machine']}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)

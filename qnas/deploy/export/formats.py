@@ -1,0 +1,157 @@
+"""The formats that a trained network can be exported in, behind one interface; written all or none."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, get_args
+
+from qnas.common.errors import ExportError, UsageError, nearest
+from qnas.common.files import write_json
+from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
+from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
+from qnas.deploy.export.product import Precision, Product, RealImages, Run
+from qnas.deploy.export.tracing import root_cause
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is written and read back.
+
+    `write` is given the path of the first of its files, whose suffix is the first of `suffixes`, and the
+    name to use in messages. `runtime` says what reads it, and raises UsageError where that is missing.
+    """
+
+    suffixes: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+    write: Callable[[Product, Precision, Path, str], None]
+    load: Callable[[Path], Run]
+    runtime: Callable[[], str]
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        (".onnx",), ("fp32", "fp16", "int8"), onnx_format.write, onnx_format.load, onnx_format.runtime
+    ),
+    "openvino": Format(
+        (".xml", ".bin"),
+        ("fp32", "fp16", "int8"),
+        openvino_format.write,
+        openvino_format.load,
+        openvino_format.version,
+    ),
+    "torch": Format((".pt2",), ("fp32", "fp16"), torch_format.write, torch_format.load, torch_format.runtime),
+    "standalone": Format(
+        (".py", standalone.WEIGHTS), ("fp32", "fp16"), standalone.write, standalone.load, torch_format.runtime
+    ),
+}
+
+PARITY = ".parity.json"  # behind a file's name
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A format's files in their folder, and how closely they compute what the network computes."""
+
+    format: str
+    precision: Precision
+    runtime: str  # that they were checked with
+    files: tuple[str, ...]  # names; the first is what is loaded
+    digests: tuple[str, ...]  # SHA-256 of each
+    size_bytes: int  # of all
+    resolution_px: int
+    batch: int | None
+    parity: Parity
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return asdict(self)
+
+
+def check_request(formats: Sequence[str], precision: str) -> Precision:
+    """Return the precision, checked. Raises UsageError for what is unknown, missing, or goes not together."""
+    known: tuple[Precision, ...] = get_args(Precision)
+    if precision not in known:
+        raise UsageError(f"--precision {precision!r}: {nearest(precision, known)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise UsageError(f"--format {name!r}: {nearest(name, FORMATS)}")
+        if precision not in FORMATS[name].precisions:
+            able = " or ".join(other for other in FORMATS if precision in FORMATS[other].precisions)
+            own = " or ".join(FORMATS[name].precisions)
+            raise UsageError(f"--format {name} has no {precision}: take {own}, or the format {able}")
+        FORMATS[name].runtime()
+    return next(p for p in known if p == precision)
+
+
+def file_names(name: str, precision: Precision) -> tuple[str, ...]:
+    """Return what a format's files are called: `model.onnx`, `model_int8.onnx`."""
+    stem = "model" if precision == "fp32" else f"model_{precision}"
+    return tuple(f"{stem}{suffix}" for suffix in FORMATS[name].suffixes)
+
+
+def export_files(
+    product: Product,
+    formats: Sequence[str],
+    precision: Precision,
+    folder: Path,
+    images: RealImages,
+    *,
+    tolerance: Tolerance | None = None,
+    shown: Path | None = None,
+) -> tuple[Exported, ...]:
+    """Write a product into a folder in these formats, read each file back and compare on real images.
+
+    Beside each file stands what came out, FILE.parity.json. `tolerance` is that of the precision unless
+    given; `shown` is the folder to name in messages, where files are moved on to it. Raises ExportError
+    where a file cannot be written or computes something else; the folder is then to be thrown away.
+    """
+    return tuple(
+        _export(product, name, precision, folder, images, tolerance or TOLERANCES[precision], shown or folder)
+        for name in dict.fromkeys(formats)
+    )
+
+
+def _export(
+    product: Product,
+    name: str,
+    precision: Precision,
+    folder: Path,
+    images: RealImages,
+    tolerance: Tolerance,
+    shown: Path,
+) -> Exported:
+    names = file_names(name, precision)
+    where, path, kind = str(shown / names[0]), folder / names[0], FORMATS[name]
+    kind.write(product, precision, path, where)
+    run = _load(kind, path, where)
+    parity = compare(
+        product.network,
+        run,
+        images,
+        tolerance,
+        where=where,
+        batch=product.batch,
+        noise=precision == "fp32",
+    )
+    contents = [(folder / file).read_bytes() for file in names]
+    exported = Exported(
+        name,
+        precision,
+        kind.runtime(),
+        names,
+        tuple(sha256(content).hexdigest() for content in contents),
+        sum(map(len, contents)),
+        product.resolution_px,
+        product.batch,
+        parity,
+    )
+    write_json(folder / f"{names[0]}{PARITY}", {"schema": "qnas.parity/1", **exported.facts()})
+    return exported
+
+
+def _load(kind: Format, path: Path, where: str) -> Run:
+    try:
+        return kind.load(path)
+    except Exception as error:  # runtimes raise kinds of their own
+        raise ExportError(f"{where}: {kind.runtime()} cannot load the file: {root_cause(error)}") from error

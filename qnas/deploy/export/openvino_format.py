@@ -1,0 +1,58 @@
+"""OpenVINO IR: the graph in an .xml, its weights in a .bin, by OpenVINO's own converter of ONNX."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qnas.common.errors import ExportError, UsageError
+from qnas.deploy.export import onnx_format
+from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.tracing import root_cause
+
+
+def import_openvino(who: str) -> Any:
+    """Return the module openvino, which is optional. Raises UsageError where it is not installed."""
+    try:
+        return importlib.import_module("openvino")  # without stubs
+    except ImportError as error:
+        raise UsageError(f"{who}: openvino is not installed ({error}): pip install openvino") from error
+
+
+def version() -> str:
+    """Return `OpenVINO 2026.4.1`."""
+    return f"OpenVINO {import_openvino('format openvino').__version__.partition('-')[0]}"
+
+
+def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+    """Write a product as `path`, .xml, with the .bin beside it. Raises ExportError, UsageError.
+
+    In fp16 the weights are kept in half precision; what is computed in it is the device's choice.
+    """
+    openvino = import_openvino("format openvino")
+    # the graph in float32: the converter makes halves of its weights
+    source = path.with_suffix(".float.onnx")
+    onnx_format.write(product, "int8" if precision == "int8" else "fp32", source, where)
+    try:
+        model = openvino.convert_model(str(source))
+        for key, value in product.metadata.items():
+            model.set_rt_info(value, ["model_info", key])
+        openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
+    except Exception as error:  # OpenVINO's own kinds derive from Exception alone
+        raise ExportError(f"{where}: OpenVINO cannot convert this network: {root_cause(error)}") from error
+    finally:
+        source.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Run:
+    """Return an IR as a function, on the CPU in float32."""
+    core = import_openvino("format openvino").Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(images.numpy())[0].copy())
+
+    return run

@@ -1,0 +1,176 @@
+"""Whether a written file computes what the trained network computes, on real images.
+
+A float32 file differs from the network by the order of its sums alone. What half precision and int8
+may cost is said in TOLERANCES; a file beyond that is refused.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnas.common.errors import ExportError
+from qnas.deploy.export.product import Precision, RealImages, Run
+from qnas.deploy.export.tracing import root_cause
+
+CHECKED_BATCHES = (1, 2, 5)  # a batch size that got frozen shows
+_BATCH = 32  # of the images after those
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a file may be from its network; one image may always change sides, as near ties do."""
+
+    difference: float  # of any logit, as a share of the largest
+    agreement: float  # share of images with the same class first, at least
+    drop: float  # of the accuracy on the images, a share of them
+
+    def __post_init__(self) -> None:
+        assert self.difference >= 0, self
+        assert 0 <= self.agreement <= 1, self
+        assert 0 <= self.drop <= 1, self
+
+
+# fp16: ten times what rounding of weights and maps came to in networks of the shipped spaces. int8:
+# logits move by some percent and images between two classes change sides; what counts is the accuracy.
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(1e-4, 0.99, 0.01),
+    "fp16": Tolerance(1e-2, 0.98, 0.01),
+    "int8": Tolerance(0.5, 0.8, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file is from its network on real images."""
+
+    images: int
+    source: str  # of the images
+    max_difference: float  # of the logits
+    mean_difference: float
+    scale: float  # the largest |logit| of the network
+    agreement: float  # share of images with the same class first
+    network_accuracy: float  # on these images
+    accuracy: float  # of the file
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return asdict(self)
+
+
+def compare(
+    network: nn.Module,
+    run: Run,
+    images: RealImages,
+    tolerance: Tolerance,
+    *,
+    where: str,
+    batch: int | None = None,
+    noise: bool = False,
+) -> Parity:
+    """Put images through a network and through its file; return how far the file is from it.
+
+    `batch` is the file's batch size, None where it is free: then several are tried. With `noise` the
+    first images under noise, on which no metric is taken, must agree too. Raises ExportError, with
+    `where` as the file's name, beyond the tolerance.
+    """
+    batches = [images.take(places) for places in _batches(len(images), batch)]
+    pairs = [_put_through(network, run, given, tolerance, where) for given in batches]
+    if noise:
+        _put_through(network, run, _noisy(network, batches[-1]), tolerance, where)
+    got, expected = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    n = len(images)
+    return _measure(got[:n], expected[:n], images, tolerance, where)
+
+
+def _batches(count: int, batch: int | None) -> list[list[int]]:
+    """Return the places of `count` images in batches; where images end, the first ones come again.
+
+    >>> _batches(9, None), _batches(3, 2)
+    ([[0], [1, 2], [3, 4, 5, 6, 7], [8]], [[0, 1], [2, 0]])
+    """
+    if batch is not None:
+        sizes = [batch] * -(-count // batch)
+    else:
+        rest = max(0, count - sum(CHECKED_BATCHES))
+        sizes = [*CHECKED_BATCHES, *[_BATCH] * (rest // _BATCH), *([rest % _BATCH] if rest % _BATCH else [])]
+    ends = list(accumulate(sizes))
+    return [
+        [place % count for place in range(end - size, end)] for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def _put_through(
+    network: nn.Module, run: Run, given: Tensor, tolerance: Tolerance, where: str
+) -> tuple[Tensor, Tensor]:
+    """Return the file's logits of a batch and the network's."""
+    with torch.no_grad():
+        expected: Tensor = network(given)
+    if not bool(expected.isfinite().all()):
+        raise ExportError(f"{where}: not written: the network's own logits are not finite numbers")
+    try:
+        got = run(given)
+    except Exception as error:  # runtimes raise kinds of their own
+        raise ExportError(f"{where}: the file cannot run {len(given)} images: {root_cause(error)}") from error
+    if got.shape != expected.shape:
+        raise ExportError(
+            f"{where}: not written: the file's logits have the shape {tuple(got.shape)}, "
+            f"expected {tuple(expected.shape)}"
+        )
+    difference, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    if not difference <= tolerance.difference * scale:  # so that NaN is refused too
+        raise ExportError(
+            f"{where}: not written: for {len(given)} images the file's logits differ from torch's by "
+            f"{difference:.3g}, expected at most {tolerance.difference:g} of the largest, {scale:.3g}"
+        )
+    return got, expected
+
+
+def _measure(got: Tensor, expected: Tensor, images: RealImages, tolerance: Tolerance, where: str) -> Parity:
+    difference = (got - expected).abs()
+    ours, theirs = expected.argmax(1), got.argmax(1)
+    parity = Parity(
+        len(images),
+        images.source,
+        float(difference.max()),
+        float(difference.mean()),
+        float(expected.abs().max()),
+        _share(ours == theirs),
+        _share(ours == images.labels),
+        _share(theirs == images.labels),
+    )
+    differing = int((ours != theirs).sum())
+    if differing > max(1, (1 - tolerance.agreement) * len(images) + 1e-6):
+        raise ExportError(
+            f"{where}: not written: it gives {parity.agreement:.1%} of {parity.images} images the class "
+            f"that the network gives them, expected at least {tolerance.agreement:.0%}"
+        )
+    lost = int((ours == images.labels).sum()) - int((theirs == images.labels).sum())
+    if lost > max(1, tolerance.drop * len(images) + 1e-6):  # two of a hundred are not more than 2%
+        raise ExportError(
+            f"{where}: not written: {parity.accuracy:.1%} of {parity.images} images are right, of the "
+            f"network {parity.network_accuracy:.1%}: expected at most {tolerance.drop:.1%} fewer"
+        )
+    return parity
+
+
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / len(right)
+
+
+@torch.no_grad()
+def _noisy(network: nn.Module, real: Tensor) -> Tensor:
+    """Return real images under noise, as much of it as leaves the logits of about their size.
+
+    Far from its training images a quadratic network's logits may grow, and rounding errors more than
+    they do, since products multiply them: a right file would be refused.
+    """
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    limit = 10 * network(real).abs().max()
+    for _ in range(20):
+        if network(real + noise).abs().max() <= limit:
+            break
+        noise *= 0.5
+    return real + noise

@@ -1,0 +1,103 @@
+"""What is exported: a trained network with what its users need to know."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
+
+from qnas.data.images import normalise
+from qnas.deploy.export.folding import fold_norms
+from qnas.spaces.lower import BlockSpec
+
+Precision = Literal["fp32", "fp16", "int8"]
+Run = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised float32 -> logits (B, classes), float32
+
+
+@dataclass(frozen=True, eq=False)
+class RealImages:
+    """Images of a data set with their labels, at the resolution of a file.
+
+    pixels: (n, C, H, W), uint8; labels: (n,), int64. `source` says which they are.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        assert self.pixels.dtype == torch.uint8, self.pixels.dtype
+        assert len(self.pixels) == len(self.labels) > 0, self.source
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, places: Sequence[int]) -> Tensor:
+        """Return these images normalised, as a network takes them: (B, C, H, W), float32."""
+        return normalise(self.pixels[list(places)], self.mean, self.std).contiguous()
+
+    def at(self, resolution_px: int) -> "RealImages":
+        """Return the same images at another resolution."""
+        if self.pixels.shape[-1] == resolution_px:
+            return self
+        pixels = tv.resize(self.pixels, [resolution_px, resolution_px], antialias=True)
+        return RealImages(pixels, self.labels, self.mean, self.std, self.source)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A trained network as formats write it.
+
+    `network` is on the CPU, in eval mode and float32, its norms as trained; `blocks` are what it was
+    built of. `batch` is None for a free batch size. `metadata` are strings, lists as JSON; int8 is
+    calibrated with `calibration`.
+    """
+
+    name: str  # that of a Python function: quadranet_mobile
+    network: nn.Module
+    blocks: tuple[BlockSpec, ...]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int
+    resolution_px: int
+    metadata: Mapping[str, str]
+    batch: int | None = None
+    calibration: RealImages | None = None
+
+    def __post_init__(self) -> None:
+        assert self.name.isidentifier(), self.name
+        assert not self.network.training, "in eval mode"
+        assert self.batch is None or self.batch >= 1, self.batch
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.resolution_px, self.resolution_px
+
+    def deployed(self, precision: Precision) -> nn.Module:
+        """Return a copy with norms folded, in contiguous memory; fp16 computes in it, from and to float32.
+
+        Norms are folded in float32: half precision has no room for the products of scales and weights.
+        """
+        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
+        fold_norms(network)
+        return _Half(network) if precision == "fp16" else network
+
+
+class _Half(nn.Module):
+    """A network in half precision that takes and gives float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, classes)."""
+        logits: Tensor = self.network(images.half())
+        return logits.float()

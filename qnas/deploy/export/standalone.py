@@ -1,0 +1,300 @@
+"""A readable model.py of plain torch modules, its weights beside it as safetensors; nothing imports qnas.
+
+The network is written out from the layers that it was lowered to, with the sources of the few classes
+that torch has not. Norms are not folded, so that it can be trained on.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from textwrap import indent
+from types import ModuleType
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from qnas import __version__
+from qnas.common.errors import ExportError
+from qnas.deploy.export import plain
+from qnas.deploy.export.product import Precision, Product, Run
+from qnas.nn.blocks import CLIP_RANGE, ChannelLayerNorm, GlobalAveragePool
+from qnas.spaces.layer import LayerSpec
+from qnas.spaces.lower import CONSTANTS, BlockSpec
+from qnas.spaces.space import Neuron, block_kind
+
+WEIGHTS = ".safetensors"
+_WIDTH = 75  # of a block that is written on one line, without what stands around it
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def _convolution(spec: LayerSpec) -> str:
+    groups = spec.c_in if spec.op == "dwconv" else 1
+    options = [
+        f"stride={spec.stride}" if spec.stride > 1 else "",
+        f"padding={spec.padding}" if spec.padding else "",
+        f"groups={groups}" if groups > 1 else "",
+        "" if spec.bias else "bias=False",
+    ]
+    return f"nn.Conv2d({', '.join([f'{spec.c_in}, {spec.c_out}, {spec.kernel}', *filter(None, options)])})"
+
+
+# Operators of layer.OPS as they are written; `add`, `mul` and `square` are in the blocks' forward.
+LAYERS: dict[str, Callable[[LayerSpec], str]] = {
+    "conv": _convolution,
+    "dwconv": _convolution,
+    "linear": lambda spec: f"nn.Linear({spec.c_in}, {spec.c_out}{'' if spec.bias else ', bias=False'})",
+    "layernorm": lambda spec: f"ChannelLayerNorm({spec.c_out}, eps=1e-6)",
+    "batchnorm": lambda spec: f"nn.BatchNorm2d({spec.c_out})",
+    "gelu": lambda _: "nn.GELU()",
+    "relu": lambda _: "nn.ReLU()",
+    "relu6": lambda _: "nn.ReLU6()",
+    "hswish": lambda _: "nn.Hardswish()",
+    "clip": lambda _: f"nn.Hardtanh({CLIP_RANGE[0]}, {CLIP_RANGE[1]})",
+    "gap": lambda _: "GlobalAveragePool()",
+}
+
+
+def _layer(spec: LayerSpec) -> str:
+    if spec.op not in LAYERS:
+        raise ExportError(f"format standalone: layer {spec.op} has no form in plain torch yet")
+    return f"nn.Linear({spec.c_in}, classes)" if spec.role == "classifier" else LAYERS[spec.op](spec)
+
+
+def _chain(block: BlockSpec) -> str:
+    adds = block.layers[-1].op == "add"
+    layers = [f"{spec.role}={_layer(spec)}," for spec in (block.layers[:-1] if adds else block.layers)]
+    body = indent("\n".join(layers), " " * 8)
+    return f"{'Residual' if adds else 'nn.Sequential'}(\n    OrderedDict(\n{body}\n    )\n)"
+
+
+def _quadra(block: BlockSpec, neuron: Neuron) -> str:
+    by_role = {spec.role: spec for spec in block.layers}
+    conv = next(spec for spec in block.layers if spec.op == "dwconv")
+    is_pre_norm = by_role["norm1"].op == "layernorm"
+    constant = f", constant={is_pre_norm}" if neuron in CONSTANTS else ""
+    arguments = [
+        str(conv.c_in),
+        f"expansion={by_role['expand'].c_out // conv.c_in}",
+        f"mixer={MIXERS[neuron].__name__}({conv.c_in}, kernel={conv.kernel}{constant})",
+        f"act={_layer(by_role['act'])}",
+    ]
+    if not is_pre_norm:
+        arguments.insert(3, f"clip={_layer(by_role['clip']) if 'clip' in by_role else 'nn.Identity()'}")
+    name = "QuadraBlock" if is_pre_norm else "QuadraBlockBN"
+    line = f"{name}({', '.join(arguments)})"
+    if len(line) <= _WIDTH:
+        return line
+    lines = "".join(f"\n    {argument}," for argument in arguments)
+    return f"{name}({lines}\n)"
+
+
+MIXERS: dict[Neuron, type[nn.Module]] = {
+    "quadranet": plain.QuadraNetNeuron,
+    "linear": plain.LinearNeuron,
+    "type2": plain.Type2Neuron,
+    "type3": plain.Type3Neuron,
+    "type4": plain.Type4Neuron,
+    "fan": plain.FanNeuron,
+    "compact": plain.CompactNeuron,
+}
+
+# Kinds of block that are not a plain chain of their layers.
+BLOCKS: dict[str, Callable[[BlockSpec], str]] = {
+    block_kind("quadra", neuron): partial(_quadra, neuron=neuron) for neuron in MIXERS
+}
+
+# Classes that torch has not, in the order in which a file defines them.
+CLASSES = (
+    ChannelLayerNorm,
+    GlobalAveragePool,
+    plain.Residual,
+    *MIXERS.values(),
+    plain.QuadraBlock,
+    plain.QuadraBlockBN,
+)
+
+
+def attribute(module: str) -> str:
+    """Return what a submodule of a network is called in the file.
+
+    >>> attribute("3_1"), attribute("stem")
+    ('stage3_1', 'stem')
+    """
+    return f"stage{module}" if module[0].isdigit() else module
+
+
+def _in_plain(key: str) -> str:
+    """Return what a tensor of a block is called in the file: the mixer's convolutions are its own.
+
+    >>> _in_plain("conv_a.weight"), _in_plain("norm1.weight")
+    ('mixer.conv_a.weight', 'norm1.weight')
+    """
+    return f"mixer.{key}" if key.startswith("conv_") else key
+
+
+def source(product: Product, precision: Precision) -> str:
+    """Return the text of model.py. Raises ExportError for a layer that has no plain form."""
+    built = "\n".join(_built(block) for block in product.blocks if block.layers)
+    constants = {
+        "CLASSES": _listed(product.classes),
+        "MEAN": repr(product.mean),
+        "STD": repr(product.std),
+        "CHANNELS, RESOLUTION_PX": f"{product.channels}, {product.resolution_px}",
+        "DTYPE": f"{_DTYPES[precision]}  # of the images and the logits",
+    }
+    return _FORM.format(
+        title=f"{product.name}, an image network of {len(product.classes)} classes, by qnas {__version__}.",
+        name=product.name,
+        constants="\n".join(f"{key} = {value}" for key, value in constants.items()),
+        definitions="\n\n".join(_definitions(built)),
+        built=indent(built, " " * 12),
+        mode="L" if product.channels == 1 else "RGB",
+    )
+
+
+def _built(block: BlockSpec) -> str:
+    """Write a block as an argument of an OrderedDict, with the resolution that reaches it."""
+    first, *rest = BLOCKS.get(block.kind, _chain)(block).splitlines()
+    name, px = attribute(block.name.replace(".", "_")), block.layers[0].resolution_px
+    if not rest:
+        return f"{name}={first},  # {px} px"
+    return "\n".join([f"{name}={first}  # {px} px", *rest]) + ","
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Write a tuple of names over as many lines as it needs."""
+    lines = [""]
+    for name in names:
+        item = f"{json.dumps(name, ensure_ascii=False)}, "
+        if lines[-1] and len(lines[-1]) + len(item) > 100:
+            lines.append("")
+        lines[-1] += item
+    text = "\n".join(line.rstrip() for line in lines)
+    return f"({text})" if len(lines) == 1 else "(\n" + indent(text, "    ") + "\n)"
+
+
+def _definitions(built: str) -> list[str]:
+    """Return the sources of the classes that are used, in the order in which a file defines them."""
+    sources: list[str] = []
+    for known in reversed(CLASSES):  # a class uses those before it
+        if f"{known.__name__}(" in "\n".join([built, *sources]):
+            lines = inspect.getsource(known).rstrip().splitlines()
+            sources.insert(0, "\n".join(line.partition("  # type: ignore")[0] for line in lines) + "\n")
+    return sources
+
+
+_FORM = '''"""{title}
+
+The weights lie beside this file. It needs torch and safetensors, and torchvision for photographs.
+
+    python model.py photo.jpg             # its likeliest classes
+    network = model.load()                # trained: images (B, C, H, W) -> logits (B, classes)
+    network = model.build(classes=7)      # untrained, of other classes
+
+A model of timm after `timm.models.register_model(model.{name})`:
+`timm.create_model("{name}", pretrained=True)`, with num_classes for a new classifier.
+"""
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+{constants}
+
+
+{definitions}
+
+def build(classes: int = len(CLASSES)) -> nn.Sequential:
+    """Build the network with freshly drawn weights."""
+    return nn.Sequential(
+        OrderedDict(
+{built}
+        )
+    )
+
+
+def load() -> nn.Sequential:
+    """Return the trained network, in eval mode."""
+    network = build()
+    network.load_state_dict(load_file(WEIGHTS))
+    return network.eval().to(DTYPE)
+
+
+def preprocess(image) -> Tensor:
+    """Return a PIL image as the network takes it: (1, C, H, W)."""
+    from torchvision.transforms.v2 import functional as tv
+
+    side = min(image.size)
+    pixels = tv.center_crop(tv.pil_to_tensor(image.convert("{mode}")), [side, side])
+    pixels = tv.resize(pixels, [RESOLUTION_PX, RESOLUTION_PX], antialias=True)
+    return tv.normalize(pixels / 255, MEAN, STD)[None].to(DTYPE)
+
+
+def {name}(
+    pretrained: bool = False,
+    num_classes: int = len(CLASSES),
+    pretrained_cfg=None,
+    pretrained_cfg_overlay=None,
+    cache_dir=None,
+) -> nn.Sequential:
+    """Build the network for timm's create_model; what timm says of weights and folders is not needed."""
+    network = build(num_classes)
+    if pretrained:
+        weights = load_file(WEIGHTS)
+        if num_classes != len(CLASSES):
+            weights = {{k: v for k, v in weights.items() if not k.startswith("head.classifier.")}}
+        network.load_state_dict(weights, strict=num_classes == len(CLASSES))
+    network.num_classes = num_classes
+    network.pretrained_cfg = {{
+        "input_size": (CHANNELS, RESOLUTION_PX, RESOLUTION_PX),
+        "mean": MEAN,
+        "std": STD,
+        "crop_pct": 1.0,
+        "num_classes": num_classes,
+    }}
+    return network
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    with torch.no_grad():
+        shares = load()(preprocess(Image.open(sys.argv[1]))).float().softmax(1)[0]
+    for share, index in zip(*shares.topk(min(5, len(CLASSES)))):
+        print(f"{{share:6.1%}}  {{CLASSES[index]}}")
+'''
+
+
+def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+    """Write a product as `path`, .py, with the .safetensors beside it. Raises ExportError."""
+    path.write_text(source(product, precision), encoding="utf-8")
+    weights = {}
+    for key, tensor in product.network.state_dict().items():
+        module, _, rest = key.partition(".")
+        halved = tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
+        weights[f"{attribute(module)}.{_in_plain(rest)}"] = halved.contiguous()
+    path.with_suffix(WEIGHTS).write_bytes(save(weights))
+
+
+def load(path: Path) -> Run:
+    """Return the trained network that a model.py defines, as a function of float32 images."""
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    # run here and not imported, which would leave compiled code beside the file
+    exec(compile(path.read_text(encoding="utf-8"), path.name, "exec"), vars(module))
+    network: nn.Module = module.load()
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = network(images.to(module.DTYPE))
+        return logits.float()
+
+    return run

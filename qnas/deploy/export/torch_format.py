@@ -1,0 +1,56 @@
+"""torch.export: a program of torch's own operators that loads without the code it came from."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qnas.common.errors import ExportError
+from qnas.common.files import json_text
+from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.tracing import BATCH, root_cause, silence
+from qnas.nn.quadratic import decompositions
+
+METADATA = "metadata.json"  # among the file's extra files
+_NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
+_EXPORTED_BATCH = 3  # of a free batch size
+
+
+def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+    """Write a product as a .pt2. Raises ExportError."""
+    shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
+    given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)
+    try:
+        with silence(), torch.no_grad():
+            program = torch.export.export(product.deployed(precision), (given,), dynamic_shapes=shapes)
+            program = program.run_decompositions(decompositions())
+            _strip(program)
+            torch.export.save(program, path, extra_files={METADATA: json_text(dict(product.metadata))})
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(f"{where}: torch cannot export this network: {root_cause(error)}") from error
+
+
+def load(path: Path) -> Run:
+    """Return a program as a function."""
+    program = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = program(images)
+        return logits
+
+    return run
+
+
+def runtime() -> str:
+    """Return what runs the file, with its version."""
+    return f"torch {torch.__version__}"
+
+
+def _strip(program: torch.export.ExportedProgram) -> None:
+    """Remove the exporter's notes: stack traces that name folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for note in _NOTES:
+                    node.meta.pop(note, None)

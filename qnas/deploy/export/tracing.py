@@ -1,0 +1,101 @@
+"""A module as a graph of standard ONNX operators with a free batch size.
+
+Batch normalisation after a quadratic sum is folded into the convolutions here, which is what the
+latency tables count; the exporter folds those that follow a single convolution, and computes what
+is constant.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import onnx
+import torch
+from torch import nn
+
+from qnas.common.errors import ExportError
+from qnas.deploy.export.folding import fold_quadratic_norms
+
+INPUT, OUTPUT = "images", "logits"
+BATCH = "batch"  # what the free dimension is called
+OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes the same operators
+_EXPORTED_BATCH = 3  # none of those that a file is checked with, so that one that got frozen is noticed
+
+
+def trace_onnx(reference: nn.Module, shape: tuple[int, ...], where: str) -> onnx.ModelProto:
+    """Return a module's graph, `images` (batch, *shape) -> `logits`, as it is deployed; not checked.
+
+    The module is left as it is; `where` names it in messages. Raises ExportError where torch cannot
+    export it.
+    """
+    # contiguous weights: the exporter would write a transposition for each channels_last one
+    network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
+    fold_quadratic_norms(network)
+    try:
+        with silence():
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(_EXPORTED_BATCH, *shape),),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(f"{where}: torch cannot export this network: {root_cause(error)}") from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    _strip(model)
+    return model
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the first line of what was raised first: the outer messages are advice on debugging."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove the exporter's notes: stack traces that name folders of this machine."""
+    graph = model.graph
+    for annotated in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        del annotated.metadata_props[:]
+        annotated.doc_string = ""
+
+
+def check_form(model: onnx.ModelProto, where: str) -> None:
+    """Raise ExportError where a graph is not valid, or not of standard operators alone."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{where}: not a valid ONNX graph: {root_cause(error)}") from error
+    foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
+    if foreign or model.functions:
+        names = foreign or sorted(function.name for function in model.functions)
+        raise ExportError(f"{where}: expected standard ONNX operators only, found {', '.join(names)}")
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Drop what the exporter prints, logs and warns; what it raises passes."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

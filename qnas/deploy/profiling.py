@@ -1,0 +1,344 @@
+"""A device file from measurements of this machine: every distinct block of a space, timed.
+
+A block of which the output fits the input is timed as a chain of COPIES blocks with weights of their
+own, and a share of the chain is what it costs. One block run again and again would find its weights
+in the nearest cache, which in a network the blocks before it have filled: on a server CPU that is a
+tenth of a small network's latency. Weights are random, norms and biases too: a runtime drops scales of
+one and shifts of zero, and would be faster than it is with a trained network.
+
+What a runtime adds to every call is no part of a block: it is measured with an empty graph,
+subtracted from each, and counted once, in the table's row `runtime`.
+
+Blocks are measured, their sum is an assumption: so a few whole networks are timed in the same rounds,
+and the device file says how far the sums are from them. Nothing is bent to fit: that is what
+calibration is for, and what comes out the wrong way round is reported as it is.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cache, partial
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from qnas import __version__
+from qnas.common import host
+from qnas.common.errors import CheckpointError
+from qnas.common.files import write_text
+from qnas.deploy.runtimes import Runtime, Shape
+from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy
+from qnas.deploy.timing_session import time_all
+from qnas.latency.device import SCHEMA, Device, load_device, parse_device
+from qnas.latency.evaluation import figures
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
+from qnas.nn.blocks import build_block
+from qnas.nn.subnet import build_network
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
+from qnas.spaces.space import Candidate, SearchSpace
+
+COPIES = 4  # blocks of a chain
+LOADS = 3  # of each chain
+REPEATS = 150  # in all loads together
+NETWORKS = 8  # whole ones
+_JITTER = 0.1  # of norms and biases
+_OUTLIER = 3.0  # standard errors by which a larger block is faster
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A distinct block, and how many of it are timed in a chain."""
+
+    name: str  # of the first place where it stands: "2.1 quadra_k3_e2"
+    block: BlockSpec
+    copies: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of its input."""
+        first = self.block.layers[0]
+        return first.c_in, first.resolution_px, first.resolution_px
+
+    def build(self) -> nn.Module:
+        """Build the chain, with weights drawn from torch's generator."""
+        return _drawn(nn.Sequential(*(build_block(self.block) for _ in range(self.copies))))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A measured space on a device."""
+
+    device: Device
+    table: LatencyTable
+    parts: tuple[Part, ...]
+    timings: dict[str, Timing]  # of the chains and whole networks, and of the empty graph as "runtime"
+    networks: tuple[tuple[float, float], ...]  # whole ones: milliseconds as a sum, and as measured
+    noisy: tuple[str, ...]  # what stayed noisy
+    outliers: tuple[str, ...]  # larger blocks that are faster, in words
+    device_file: Path
+    table_file: Path
+
+    @property
+    def bias(self) -> float:
+        """By what share the sums of blocks are above whole networks, on average."""
+        return float(np.mean([total / whole for total, whole in self.networks])) - 1.0
+
+
+def distinct_parts(space: SearchSpace) -> dict[BlockSpec, Part]:
+    """Return the blocks of a space that differ in more than their name, by themselves without it."""
+    parts: dict[BlockSpec, Part] = {}
+    for block, candidate in _all_blocks(space):
+        key = replace(block, name="")
+        if block.layers and key not in parts:
+            name = f"{block.name} {candidate.name}" if candidate else block.name
+            parts[key] = Part(name, block, COPIES if _fits_itself(block) else 1)
+    return parts
+
+
+def _all_blocks(space: SearchSpace) -> list[tuple[BlockSpec, Candidate | None]]:
+    blocks: list[tuple[BlockSpec, Candidate | None]] = []
+    for part in skeleton(space):
+        if isinstance(part, Slot):
+            blocks += [(fill(space, part, c), c) for c in part.position.candidates]
+        else:
+            blocks.append((part, None))
+    return blocks
+
+
+def _fits_itself(block: BlockSpec) -> bool:
+    first, last = block.layers[0], block.layers[-1]
+    return (first.c_in, first.resolution_px) == (last.c_out, last.out_px)
+
+
+def profile_space(
+    space: SearchSpace,
+    runtime: Runtime,
+    *,
+    name: str,
+    folder: Path,
+    repeats: int = REPEATS,
+    tolerance: float = TOLERANCE,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> Profile:
+    """Measure a space and write `folder/name.json` and `folder/name/SPACE.csv`.
+
+    A file that is there for another space of the same device is kept and added to. Raises
+    CheckpointError where a measurement would be replaced and `force` is not given, where the file is
+    another device's, and where what is to be resumed is missing or was asked otherwise; Interrupted,
+    once the samples so far are saved, after Ctrl-C or SIGTERM.
+    """
+    file, table_file = folder / f"{name}.json", folder / name / f"{space.name}.csv"
+    state_file = table_file.with_suffix(".samples.json")
+    device = _device(runtime, name, repeats)  # a bad name is refused before anything is measured
+    former = _former_device(device, file, table_file, force=force)
+    if state_file.exists() and not (resume or force):
+        raise CheckpointError(
+            f"{state_file}: an interrupted measurement: give --resume to go on, --force to start anew"
+        )
+    parts, networks = distinct_parts(space), _some_networks(space)
+    px = space.input.resolution_px
+    image = (space.input.channels, px, px)
+    makers = {
+        RUNTIME: _maker(runtime, nn.Identity, (1, 1, 1)),
+        **{part.name: _maker(runtime, part.build, part.shape) for part in parts.values()},
+        **{title: _maker(runtime, partial(_build, space, i), image) for title, i in networks.items()},
+    }
+    request = {
+        "space_digest": space.digest,
+        "device": name,
+        "machine": device.title,
+        "runtime": device.runtime,
+        "copies": COPIES,
+    }
+    timings = time_all(
+        makers,
+        loads=LOADS,
+        repeats=repeats,
+        tolerance=tolerance,
+        stopwatch=runtime.stopwatch,
+        state_file=state_file,
+        request=request,
+        resume=resume,
+        quiet=quiet,
+    )
+    still_noisy = noisy(timings, tolerance)
+    table = _table(device, space, parts, timings, still_noisy)
+    whole = tuple((table.latency_ms(i), timings[title].median_ms) for title, i in networks.items())
+    device = _completed(device, former, space, whole, keeps_calibration=not table_file.exists())
+    write_table(table, space, table_file)
+    write_text(file, device.to_json())
+    outliers = _outliers(space, parts, timings)
+    return Profile(
+        device=load_device(file),
+        table=table,
+        parts=tuple(parts.values()),
+        timings=timings,
+        networks=whole,
+        noisy=still_noisy,
+        outliers=outliers,
+        device_file=file,
+        table_file=table_file,
+    )
+
+
+def _some_networks(space: SearchSpace) -> dict[str, Indices]:
+    """Return random networks of a space, all different; all of them where there are few."""
+    rng = np.random.default_rng(0)
+    sizes = [len(position.candidates) for position in space.positions]
+    possible = math.prod(sizes)
+    found: dict[Indices, None] = {}
+    for _ in range(100 * NETWORKS):
+        if len(found) == min(NETWORKS, possible):
+            break
+        found[tuple(int(rng.integers(size)) for size in sizes)] = None
+    return {f"network {i + 1}": indices for i, indices in enumerate(found)}
+
+
+def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Maker:
+    """Return what makes instances of a module, which is built and compiled when the first is made."""
+
+    @cache
+    def compiled() -> Maker:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return runtime.compile(build(), shape)
+
+    return lambda: compiled()()
+
+
+def _build(space: SearchSpace, indices: Indices) -> nn.Module:
+    return _drawn(build_network(lower(space, arch_from_indices(space, indices))))
+
+
+def _drawn(module: nn.Module) -> nn.Module:
+    """Move norms and biases off one and zero, in place."""
+    with torch.no_grad():
+        for parameter in (p for p in module.parameters() if p.ndim == 1):
+            parameter.add_(_JITTER * torch.randn_like(parameter))
+        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+            assert norm.running_mean is not None
+            norm.running_mean.normal_(0.0, _JITTER)
+    return module
+
+
+def _device(runtime: Runtime, name: str, repeats: int) -> Device:
+    """Return the device that this machine is with this runtime. Raises TableError for a bad name."""
+    threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+    clock = host.gpu_clock() if runtime.target == "cuda" else host.cpu_clock()
+    content = {
+        "schema": SCHEMA,
+        "name": name,
+        "title": f"{host.cpu_name()}, {threads}",
+        "runtime": f"{runtime.version}, {runtime.settings}",
+        "precision": "float32",
+        "batch": 1,
+        "unit": "ms",
+        "kind": "measured",
+        "source": f"qnas profile {__version__}: chains of {COPIES} blocks, {LOADS} loads, medians "
+        f"of {repeats} or more interleaved runs; {host.load()}, {clock}",
+        "date": date.today().isoformat(),
+    }
+    return parse_device(json.dumps(content), f"device {name}")
+
+
+def _former_device(device: Device, file: Path, table_file: Path, *, force: bool) -> Device | None:
+    """Return what is there of this device; None where it is new, or another is replaced."""
+    former = load_device(file) if file.exists() else None
+    if former is not None and (former.title, former.runtime) != (device.title, device.runtime):
+        others = any(path != table_file for path in table_file.parent.glob("*.csv"))
+        if others or not force:
+            differs = [
+                f"{getattr(former, key)}, this one is {getattr(device, key)}"
+                for key in ("title", "runtime")
+                if getattr(former, key) != getattr(device, key)
+            ]
+            raise CheckpointError(
+                f"{file}: is another device: {'; '.join(differs)}: "
+                f"give {'another' if others else '--force or another'} --device-name"
+            )
+        former = None
+    if table_file.exists() and not force:
+        raise CheckpointError(
+            f"{table_file}: exists already: give --force to measure again, or another --device-name"
+        )
+    return former
+
+
+def _completed(
+    device: Device,
+    former: Device | None,
+    space: SearchSpace,
+    whole: Sequence[tuple[float, float]],
+    *,
+    keeps_calibration: bool,
+) -> Device:
+    """Return the device with what was there, and how sums of this space's blocks compare with networks.
+
+    A calibration does not outlive the table that it was made for.
+    """
+    update: dict[str, object] = {"date": device.date, "source": device.source}
+    accuracy = dict((former or device).accuracy)
+    if len(whole) > 1:
+        sums, measured = np.array(whole).T
+        accuracy[f"whole networks of {space.name}"] = {"all": figures(sums, measured)}
+    update["accuracy"] = accuracy
+    if not keeps_calibration:
+        update["calibration"] = None
+    return (former or device).model_copy(update=update)
+
+
+def _table(
+    device: Device,
+    space: SearchSpace,
+    parts: Mapping[BlockSpec, Part],
+    timings: Mapping[str, Timing],
+    still_noisy: Sequence[str],
+) -> LatencyTable:
+    empty_ms = timings[RUNTIME].median_ms
+
+    def cell(block: BlockSpec) -> Cell:
+        if not block.layers:
+            return Cell(0.0, 0.0, "no operator")
+        part = parts[replace(block, name="")]
+        timing = timings[part.name]
+        latency_ms = (timing.median_ms - empty_ms) / part.copies
+        source = f"measured{', noisy' if part.name in still_noisy else ''}: +-{timing.spread:.1%}"
+        return Cell(max(round(latency_ms, DECIMALS), 10**-DECIMALS), 0.0, source)
+
+    fixed = [(RUNTIME, Cell(round(empty_ms, DECIMALS), 0.0, "measured: an empty graph"))]
+    cells = []
+    for part in skeleton(space):
+        if isinstance(part, Slot):
+            cells.append(tuple(cell(fill(space, part, c)) for c in part.position.candidates))
+        else:
+            fixed.append((part.name, cell(part)))
+    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(cells))
+
+
+def _outliers(
+    space: SearchSpace, parts: Mapping[BlockSpec, Part], timings: Mapping[str, Timing]
+) -> tuple[str, ...]:
+    """Say which blocks take less than one of smaller kernel and expansion, by more than the noise."""
+    found: dict[str, None] = {}  # positions of a stage are alike
+    for slot in (part for part in skeleton(space) if isinstance(part, Slot)):
+        blocks = {c: fill(space, slot, c) for c in slot.position.candidates}
+        for small, large in permutations((c for c, block in blocks.items() if block.layers), 2):
+            if small.kind != large.kind or small.kernel > large.kernel or small.expansion > large.expansion:
+                continue
+            low, high = (parts[replace(blocks[c], name="")] for c in (small, large))
+            low_t, high_t = timings[low.name], timings[high.name]
+            error_ms = math.hypot(*(t.spread * t.median_ms for t in (low_t, high_t)))
+            if low_t.median_ms - high_t.median_ms > _OUTLIER * error_ms:
+                share = 1 - high_t.median_ms / low_t.median_ms
+                found[f"{high.name} takes {share:.1%} less than {small.name}"] = None
+    return tuple(found)

@@ -1,0 +1,291 @@
+"""Modules and ONNX files as calls on a runtime of this machine, ready to be timed.
+
+A call computes one image that lies where the runtime wants it: copies from and to Python are no part
+of it, since a block inside a network makes none. All compute in float32. What is timed is what is
+deployed: batch normalisation is folded. ONNX files run with a free batch size, as they are exported.
+
+The settings are the runtimes' own for lowest latency, where they do not disturb what runs next to
+them; every one is written into `Runtime.settings`. torch runs in channels_last memory, as `subnet`
+builds networks. CUDA, eager and as a CUDA graph, is timed by events on the stream. It is written by
+torch's documentation and has not run on a GPU so far.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from qnas.common.errors import UsageError, first_line, nearest
+from qnas.deploy.export.folding import fold_norms
+from qnas.deploy.export.openvino_format import import_openvino
+from qnas.deploy.export.tracing import trace_onnx
+from qnas.deploy.timing import Call, Maker, Stopwatch, host_stopwatch
+
+Shape = tuple[int, int, int]  # channels, height, width of one image
+
+TARGETS = ("cpu", "cuda")
+SEED = 0  # of the images
+_CAPTURE_WARM_UP = 3  # runs before a CUDA graph is captured, in which libraries choose their kernels
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that is ready: how it makes a module a call, and how its calls are timed."""
+
+    name: str
+    target: str
+    threads: int
+    version: str  # "onnxruntime 1.31.1"
+    settings: str  # whatever else a latency depends on
+    compile: Callable[[nn.Module, Shape], Maker]
+    stopwatch: Stopwatch
+
+
+def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph: bool = False) -> Runtime:
+    """Return a runtime by name: `torch`, `onnxruntime` or `openvino`. Sets torch's threads.
+
+    With `cuda_graph` torch replays a graph instead of launching every kernel. Raises UsageError where
+    the runtime is unknown, not installed, or has no such target here.
+    """
+    if name not in RUNTIMES:
+        raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}: {nearest(target, TARGETS)}")
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise UsageError(f"{threads} threads: expected 1 to {cores}, the cores of this machine")
+    if cuda_graph and target != "cuda":
+        raise UsageError("a CUDA graph needs the target cuda")
+    if target == "cuda":
+        if name != "torch":
+            raise UsageError(f"runtime {name} runs on the target cpu only: take runtime torch for cuda")
+        if not torch.cuda.is_available():
+            raise UsageError(f"target cuda: torch {torch.__version__} finds no CUDA device on this machine")
+    torch.set_num_threads(threads)
+    if target == "cuda":
+        return _cuda(threads, cuda_graph)
+    return RUNTIMES[name](threads)
+
+
+def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
+    """Return a call of an ONNX file in onnxruntime, on a fixed random image.
+
+    The file, or its content, has one input of float32 with a free or fixed first dimension, which
+    becomes 1. Raises UsageError where it is missing, broken or of another form.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # errors
+    # threads that spin on after a run would take the cores of what is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        content = file if isinstance(file, bytes) else str(file)
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds derive from Exception alone
+        raise UsageError(f"{_where(file)}: onnxruntime cannot load it: {first_line(error)}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+        found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
+        raise UsageError(f"{_where(file)}: expected one input of float32, found {found or 'none'}")
+    image = _random_image(_fixed_shape(inputs[0].shape, _where(file)))
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(inputs[0].name, onnxruntime.OrtValue.ortvalue_from_numpy(image))
+    names = [output.name for output in session.get_outputs()]
+    for name, value in zip(names, session.run(names, {inputs[0].name: image}), strict=True):
+        binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+    return lambda: session.run_with_iobinding(binding)
+
+
+def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
+    """Return a call of an ONNX file in OpenVINO, on a fixed random image. The batch becomes 1.
+
+    Raises UsageError as `onnx_session` does, and where OpenVINO is not installed.
+    """
+    openvino = _openvino()
+    core = openvino.Core()
+    try:
+        model = core.read_model(file if isinstance(file, bytes) else str(file))
+        shape = _fixed_shape(
+            [d.get_length() if d.is_static else None for d in model.input(0).partial_shape], _where(file)
+        )
+        model.reshape(list(shape))
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            # the default on processors with bfloat16 is bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+    except RuntimeError as error:
+        raise UsageError(f"{_where(file)}: OpenVINO cannot load it: {first_line(error)}") from error
+    request.set_input_tensor(openvino.Tensor(_random_image(shape)))
+
+    # results stay where they are; start_async and wait would hand over to another thread and back
+    return lambda: request.infer(share_outputs=True)
+
+
+def function_session(function: Callable[[torch.Tensor], object], shape: Shape, threads: int = 1) -> Call:
+    """Return a call of a function of images in torch, on a fixed random image. Sets torch's threads."""
+    torch.set_num_threads(threads)
+    image = torch.from_numpy(_random_image((1, *shape)))
+    return lambda: function(image)
+
+
+def _torch_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
+    deployed = copy.deepcopy(module).eval()
+    fold_norms(deployed)
+
+    def make() -> Call:
+        network: nn.Module = copy.deepcopy(deployed)
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        image = torch.from_numpy(_random_image((1, *shape)))
+        image = image.to(device=device, memory_format=torch.channels_last)
+
+        @torch.inference_mode()
+        def call() -> object:
+            return network(image)
+
+        return call
+
+    return make
+
+
+def _cuda_graph_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
+    make = _torch_maker(module, shape, device)
+    return lambda: _captured(make())
+
+
+def _captured(run: Call) -> Call:
+    """Return what replays a call as a CUDA graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_CAPTURE_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def call() -> object:
+        graph.replay()
+        return output, run  # what the graph reads and writes lives as long as it
+
+    return call
+
+
+def event_stopwatch(cuda: Any = torch.cuda) -> Stopwatch:
+    """Return a stopwatch of events on the current stream. `cuda` is torch.cuda, or alike.
+
+    The time is that between two events on the device, so it has what the device waits for its
+    host to launch, but no wait of the host for the device.
+    """
+    start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+
+    def run(call: Call, loops: int) -> float:
+        cuda.synchronize()  # nothing of what ran before
+        start.record()
+        for _ in range(loops):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return run
+
+
+def _cuda(threads: int, cuda_graph: bool) -> Runtime:
+    compile_ = _cuda_graph_maker if cuda_graph else _torch_maker
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: let cuDNN choose by measuring
+    tf32 = "TF32" if torch.backends.cudnn.allow_tf32 else "no TF32"
+    return Runtime(
+        "torch",
+        "cuda",
+        threads,
+        f"torch {torch.__version__}",
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
+        f"{'CUDA graph' if cuda_graph else 'eager'}, channels_last, {tf32} in convolutions, "
+        "cuDNN benchmarked, timed by events",
+        partial(compile_, device="cuda"),
+        event_stopwatch(),
+    )
+
+
+def _torch(threads: int) -> Runtime:
+    return Runtime(
+        "torch",
+        "cpu",
+        threads,
+        f"torch {torch.__version__}",
+        "eager, inference mode, channels_last",
+        partial(_torch_maker, device="cpu"),
+        host_stopwatch(),
+    )
+
+
+def _onnxruntime(threads: int) -> Runtime:
+    return Runtime(
+        "onnxruntime",
+        "cpu",
+        threads,
+        f"onnxruntime {onnxruntime.__version__}",
+        "CPU provider, all graph optimisations, sequential, no spinning between runs",
+        lambda module, shape: partial(onnx_session, _to_onnx(module, shape), threads),
+        host_stopwatch(),
+    )
+
+
+def _openvino_runtime(threads: int) -> Runtime:
+    return Runtime(
+        "openvino",
+        "cpu",
+        threads,
+        f"OpenVINO {_openvino().__version__.partition('-')[0]}",
+        "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1",
+        lambda module, shape: partial(openvino_session, _to_onnx(module, shape), threads),
+        host_stopwatch(),
+    )
+
+
+RUNTIMES: dict[str, Callable[[int], Runtime]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino_runtime,
+}
+
+
+def _to_onnx(module: nn.Module, shape: Shape) -> bytes:
+    model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
+    return cast(bytes, model.SerializeToString())
+
+
+def _openvino() -> Any:
+    return import_openvino("runtime openvino")
+
+
+def _random_image(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
+
+
+def _fixed_shape(found: list[Any], where: str) -> tuple[int, ...]:
+    """Return an input's shape at batch 1; names and None are free dimensions."""
+    if not found or not all(isinstance(size, int) for size in found[1:]):
+        raise UsageError(f"{where}: the input is {found}, expected only the batch to be free")
+    return (1, *found[1:])
+
+
+def _where(file: Path | bytes) -> str:
+    return "model" if isinstance(file, bytes) else str(file)

@@ -1,0 +1,246 @@
+"""Networks that were timed as wholes: the file that holds them, and predictions against it.
+
+The format is that of edge_models.npz (the measurements published with nn-Meter, MobiSys 2021):
+networks as sequences of single operators, not fused, with their latency on some devices.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.stats import spearmanr
+
+from qnas.common.errors import TableError
+from qnas.latency.device import Device, Figures
+from qnas.latency.kernels import Kernel, fuse_operators
+
+Array = npt.NDArray[np.float64]
+
+OPERATOR_COLUMNS = ("op", "h_in", "c_in", "h_out", "c_out", "kernel", "stride", "broadcast")
+_MOST_BYTES = 2**31  # of an array: a file that claims more is not one of measured networks
+
+# array -> kind of its values, number of dimensions
+_ARRAYS: dict[str, tuple[str, int]] = {
+    "devices": ("text", 1),
+    "latency_ms": ("numbers", 2),
+    "family": ("text", 1),
+    "ops": ("integers", 2),
+    "op_names": ("text", 1),
+    "indptr": ("integers", 1),
+    "indices": ("integers", 1),
+}
+_DTYPES = {"text": "U", "numbers": "fiu", "integers": "iu"}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks that were timed as wholes.
+
+    Network i runs the operators `operators[of_network[start[i] : start[i + 1]]]`, in that order.
+    `latency_ms` has a value for each network, by device, NaN where it was not measured.
+    """
+
+    families: npt.NDArray[np.str_]
+    operators: tuple[Kernel, ...]
+    start: npt.NDArray[np.int64]
+    of_network: npt.NDArray[np.int64]
+    latency_ms: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.families)
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> "Networks":
+        """Return the networks for which `chosen`, a value for each, is true."""
+        rows = np.flatnonzero(chosen)
+        lengths = self.start[rows + 1] - self.start[rows]
+        parts = [self.of_network[self.start[i] : self.start[i + 1]] for i in rows]
+        return Networks(
+            self.families[rows],
+            self.operators,
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.concatenate(parts) if parts else np.array([], dtype=np.int64),
+            {device: ms[rows] for device, ms in self.latency_ms.items()},
+        )
+
+    def fused(self, fusion: str) -> tuple[tuple[Kernel, ...], sparse.csr_matrix]:
+        """Return the distinct kernels of all networks, and how often each occurs in each network.
+
+        Shape of the counts: (networks, kernels).
+        """
+        column: dict[Kernel, int] = {}
+        rows, columns = [], []
+        for row in range(len(self)):
+            operators = self.of_network[self.start[row] : self.start[row + 1]].tolist()
+            for kernel in fuse_operators([self.operators[j] for j in operators], fusion):
+                rows.append(row)
+                columns.append(column.setdefault(kernel, len(column)))
+        counts = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(self), len(column)))
+        return tuple(column), counts
+
+
+def read_networks(path: Path, *, every: int = 1) -> Networks:
+    """Read a file of measured networks, or one network in `every` of it.
+
+    Raises TableError where there is no such file, and where it is none of this format: the message
+    names the array that is missing or is not as expected. Nothing in the file is unpickled.
+    """
+    arrays = _load(path)
+    count = len(arrays["family"])
+    names = [str(name) for name in arrays["op_names"]]
+    devices = [str(device) for device in arrays["devices"]]
+    _check(path, arrays, count)
+    operators = []
+    for op, h_in, c_in, _, c_out, kernel, stride, broadcast in arrays["ops"].tolist():
+        # a product with one value a channel is another operator than one of two maps
+        kind = "scale" if names[op] == "mul" and broadcast else names[op]
+        operators.append(Kernel(kind, h_in, c_in, c_out, kernel, stride))
+    measured = arrays["latency_ms"].astype(np.float64)
+    networks = Networks(
+        arrays["family"].astype(np.str_),
+        tuple(operators),
+        arrays["indptr"].astype(np.int64),
+        arrays["indices"].astype(np.int64),
+        {device: measured[:, d] for d, device in enumerate(devices)},
+    )
+    return networks if every == 1 else networks.only(np.arange(count) % every == 0)
+
+
+def _load(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise TableError(f"{path}: not an npz file of measured networks")
+        with np.load(path, allow_pickle=False) as content:
+            missing = [name for name in _ARRAYS if name not in content.files]
+            if missing:
+                raise TableError(
+                    f"{path}: not a file of measured networks: no array {', '.join(missing)} in it; "
+                    f"expected {', '.join(_ARRAYS)}"
+                )
+            arrays = {}
+            wanted = [*_ARRAYS, *(["op_columns"] if "op_columns" in content.files else [])]
+            for name in wanted:
+                arrays[name] = _array(path, content, name)
+    except (FileNotFoundError, IsADirectoryError):
+        raise TableError(f"{path}: no such file, expected the measured networks") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise TableError(f"{path}: not an npz file of measured networks: {error}") from error
+    columns = arrays.pop("op_columns", None)
+    if columns is not None and tuple(map(str, columns.ravel())) != OPERATOR_COLUMNS:
+        raise TableError(f"{path}: op_columns: expected {', '.join(OPERATOR_COLUMNS)}")
+    return arrays
+
+
+def _array(path: Path, content: "np.lib.npyio.NpzFile", name: str) -> npt.NDArray[np.generic]:
+    try:
+        assert content.zip is not None
+        if content.zip.getinfo(f"{name}.npy").file_size > _MOST_BYTES:
+            raise TableError(f"{path}: {name}: more than {_MOST_BYTES >> 30} GB")
+        array: npt.NDArray[np.generic] = content[name]
+    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise TableError(f"{path}: {name}: cannot be read: {error}") from error
+    if name in _ARRAYS:
+        values, dimensions = _ARRAYS[name]
+        if array.dtype.kind not in _DTYPES[values] or array.ndim != dimensions:
+            raise TableError(
+                f"{path}: {name}: expected {values} in {dimensions} dimension{'s'[: dimensions - 1]}, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
+    return array
+
+
+def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int) -> None:
+    """Raise TableError for the first array that does not fit the others."""
+
+    def expect(name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise TableError(f"{path}: {name}: expected {expected}, got shape {arrays[name].shape}")
+
+    def expect_values(name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise TableError(f"{path}: {name}: expected {expected}")
+
+    devices, ops, start, of_network = (arrays[n] for n in ("devices", "ops", "indptr", "indices"))
+    measured: Array = arrays["latency_ms"].astype(np.float64)
+    expect("latency_ms", measured.shape == (count, len(devices)), f"shape {(count, len(devices))}")
+    expect_values("devices", len(set(map(str, devices))) == len(devices), "each name once")
+    fine = bool(np.all(np.isnan(measured) | (np.isfinite(measured) & (measured > 0))))
+    expect_values("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
+    columns = len(OPERATOR_COLUMNS)
+    expect("ops", ops.shape[1] == columns, f"{columns} columns ({', '.join(OPERATOR_COLUMNS)})")
+    kinds, sizes = ops[:, 0].astype(np.int64), ops[:, 1:7].astype(np.int64)
+    fine = bool(np.all((kinds >= 0) & (kinds < len(arrays["op_names"]))))
+    expect_values("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
+    expect_values("ops", bool(np.all(sizes >= 1)), "sizes, kernels and strides of 1 and more")
+    expect("indptr", len(start) == count + 1, f"shape {(count + 1,)}")
+    bounds = start.astype(np.int64)
+    fine = bounds[0] == 0 and bounds[-1] == len(of_network) and bool(np.all(np.diff(bounds) >= 0))
+    expect_values("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")
+    chosen = of_network.astype(np.int64)
+    fine = bool(np.all((chosen >= 0) & (chosen < len(ops))))
+    expect_values("indices", fine, f"rows of ops, 0 to {len(ops) - 1}")
+
+
+def predict_networks(device: Device, networks: Networks) -> Array:
+    """Return what each network takes on a device, in ms, from the device's model.
+
+    Raises TableError for an operator that the device has no cost for.
+    """
+    kernels, counts = networks.fused(device.fusion)
+    ms = np.array([device.kernel_ms(kernel) for kernel in kernels], dtype=np.float64)
+    return np.asarray(counts @ ms + device.network_ms, dtype=np.float64)
+
+
+def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
+    """Compare predictions with measurements: for "all" networks, then for each family by name.
+
+    Networks that were not measured on the device are passed over. Raises TableError where none was.
+    """
+    measured = networks.latency_ms.get(_column(device, networks.latency_ms))
+    assert measured is not None
+    known = np.isfinite(measured)
+    if not known.any():
+        raise TableError(f"none of the {len(networks)} networks was measured on {device.name}")
+    measured, networks = measured[known], networks.only(known)
+    predicted = predict_networks(device, networks)
+    families = networks.families.astype(np.str_)
+    return {"all": figures(predicted, measured)} | {
+        str(family): figures(predicted[families == family], measured[families == family])
+        for family in sorted(set(families.tolist()))
+    }
+
+
+def _column(device: Device, measured: Mapping[str, Array]) -> str:
+    for name in (device.name, *device.aliases):
+        if name in measured:
+            return name
+    raise TableError(
+        f"device {device.name} is not among those of the file: {', '.join(sorted(measured)) or 'none'}"
+    )
+
+
+def figures(predicted_ms: Array | Sequence[float], measured_ms: Array | Sequence[float]) -> Figures:
+    """Compare predictions with measurements, both in ms; one of them at least.
+
+    The rank correlation is None where it is undefined: of one network, or of equal ones.
+    """
+    predicted, measured = np.asarray(predicted_ms, np.float64), np.asarray(measured_ms, np.float64)
+    assert len(predicted) == len(measured) > 0
+    error = predicted / measured - 1.0
+    rank = math.nan
+    if np.ptp(predicted) > 0 and np.ptp(measured) > 0:
+        rank = float(spearmanr(predicted, measured)[0])
+    return Figures(
+        n=len(error),
+        rmspe_pct=round(100 * float(np.sqrt(np.mean(error**2))), 2),
+        within_5_pct=round(100 * float(np.mean(np.abs(error) <= 0.05)), 1),
+        within_10_pct=round(100 * float(np.mean(np.abs(error) <= 0.10)), 1),
+        bias_pct=round(100 * float(np.mean(error)), 2),
+        spearman=None if math.isnan(rank) else round(rank, 4),
+    )

@@ -1,0 +1,1 @@
+"""Device models fitted to measurements."""

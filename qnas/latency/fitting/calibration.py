@@ -1,0 +1,190 @@
+"""A device's predictions against some measured networks: scale, offset, and a margin that holds.
+
+The networks are split at random. On one part scale and offset are fitted (non-negative least squares
+on the relative error), on the other the errors of the corrected predictions are measured; the margin
+is their conformal quantile (split conformal prediction, Lei et al., JASA 2018). For a new network that
+is exchangeable with those measured, the probability that it takes at most (1 + margin) times its
+prediction is at least the level, for any model and any distribution of errors and as few networks as
+there are. That holds on average over calibrations. A network that a search chose is not quite
+exchangeable with a sample: measure it too.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from qnas.common.errors import CheckpointError, TableError
+from qnas.common.files import write_text
+from qnas.latency.device import Calibration, Device, Figures, parse_device
+from qnas.latency.evaluation import figures
+
+CALIBRATED = "calibrated"  # the entry of a device's accuracy
+
+LEAST_FITTED = 8  # networks for scale and offset
+SEED = 0
+MOST_MARGIN = 1.0  # beyond it a budget would be halved: no correction of a device, but another device
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration, and how predictions compare on the networks that gave the margin."""
+
+    calibration: Calibration
+    before: Figures
+    after: Figures
+
+
+def margin_networks(level: float) -> int:
+    """Return the least number of networks whose largest error is a margin of this level.
+
+    The quantile is the k-th smallest of n errors, k = ceil((n + 1) level), so k <= n must hold.
+
+    >>> margin_networks(0.9), margin_networks(0.95)
+    (9, 19)
+    """
+    n = max(1, math.ceil(level / (1.0 - level)) - 1)
+    while _rank(n, level) > n:
+        n += 1
+    return n
+
+
+def _rank(n: int, level: float) -> int:
+    # a little less, so that 0.9 of 10 is 9 although 0.9 is a little more than nine tenths
+    return math.ceil((n + 1) * level - 1e-9)
+
+
+def conformal_margin(errors: NDArray[np.float64], level: float) -> float:
+    """Return what a new error is at most, with a probability of at least `level`; 0 if it is below.
+
+    errors: measured / predicted - 1 of networks that the predictions were not fitted to, enough of
+    them (`margin_networks`).
+    """
+    rank = _rank(len(errors), level)
+    assert rank <= len(errors), f"{len(errors)} errors cannot give a level of {level}"
+    return max(0.0, float(np.sort(errors)[rank - 1]))
+
+
+def calibrate(
+    predicted_ms: Sequence[float],
+    measured_ms: Sequence[float],
+    level: float,
+    *,
+    fixed_ms: float,
+    source: str,
+    where: str,
+    day: date,
+) -> Calibrated:
+    """Fit scale, offset and margin to measured networks, a prediction and a measurement each, in ms.
+
+    `fixed_ms` is the part of every prediction that belongs to no kernel: the offset is never so low
+    that it, scaled, falls below zero. `source` is for the file, `where` names the networks in messages.
+    Raises TableError where the networks are too few for the level, with the number needed, and where
+    measurements do not grow with predictions.
+    """
+    assert 0 < level < 1, level
+    predicted, measured = np.array(predicted_ms), np.array(measured_ms)
+    assert len(predicted) == len(measured)
+    assert (predicted > 0).all()
+    assert (measured > 0).all()
+    needed = margin_networks(level) + LEAST_FITTED
+    if len(measured) < needed:
+        raise TableError(
+            f"{where}: {len(measured)} networks are too few for a level of {level:g}: measure at least "
+            f"{needed} ({LEAST_FITTED} for scale and offset, {needed - LEAST_FITTED} for the margin), or "
+            "give a lower --level"
+        )
+    order = np.random.default_rng(SEED).permutation(len(measured))
+    last = order[-max(margin_networks(level), len(measured) // 2) :]
+    first = order[: len(measured) - len(last)]
+    scale, offset_ms = _fit_line(predicted[first], measured[first], fixed_ms)
+    if scale <= 0:
+        raise TableError(
+            f"{where}: measured latencies do not grow with the predicted ones: check that each time "
+            "stands in its network's row, and that the device is the one that was measured"
+        )
+    corrected = scale * predicted[last] + offset_ms
+    margin = conformal_margin(measured[last] / corrected - 1.0, level)
+    calibration = Calibration(
+        scale=scale,
+        offset_ms=offset_ms,
+        margin=float(f"{margin:.6g}"),
+        level=level,
+        n=len(measured),
+        date=day.isoformat(),
+        source=source,
+    )
+    return Calibrated(
+        calibration, figures(predicted[last], measured[last]), figures(corrected, measured[last])
+    )
+
+
+def check_margin(calibration: Calibration, where: str) -> None:
+    """Raise TableError where the margin is so large that the times are not of what was predicted."""
+    if calibration.margin > MOST_MARGIN:
+        raise TableError(
+            f"{where}: measured latencies are up to {calibration.margin:.0%} above the corrected "
+            "predictions, so they are not of what was predicted: check that each time stands in its "
+            "network's row, in milliseconds"
+        )
+
+
+def write_calibrated(
+    device: Device, found: Calibrated, path: Path, *, name: str, force: bool = False
+) -> None:
+    """Write a copy of a device with this calibration, under a name of its own.
+
+    Tables that were measured are copied too, as they were measured, into the folder beside the file,
+    so that the copy predicts from the same cells; the calibration is applied when they are read.
+    Tables that the model gives are not: it gives them again. Raises CheckpointError where a table
+    stands in the way, TableError where the name is none.
+    """
+    tables = _measured_tables(device)
+    folder = path.with_suffix("")
+    in_the_way = [folder / table.name for table in tables if (folder / table.name).exists()]
+    if in_the_way and not force:
+        raise CheckpointError(
+            f"{in_the_way[0]}: exists already: give --force to replace it, or another --out"
+        )
+    accuracy = {**device.accuracy, CALIBRATED: {"all": found.after}}
+    content = json.loads(device.to_json()) | {
+        "name": name,
+        "aliases": [],
+        "title": f"{device.title}, calibrated",
+        "accuracy": {held: {k: v.model_dump() for k, v in of.items()} for held, of in accuracy.items()},
+        "calibration": found.calibration.model_dump(),
+    }
+    text = parse_device(json.dumps(content), str(path)).to_json()
+    for table in tables:
+        write_text(folder / table.name, table.read_text(encoding="utf-8"))
+    write_text(path, text)
+
+
+def _measured_tables(device: Device) -> list[Traversable]:
+    """Return the tables of a device that its model cannot give: all of one's own device."""
+    if device.tables is None or not device.tables.is_dir() or (device.is_shipped and device.model):
+        return []
+    return sorted(
+        (table for table in device.tables.iterdir() if table.name.endswith(".csv")), key=lambda t: t.name
+    )
+
+
+def _fit_line(
+    predicted: NDArray[np.float64], measured: NDArray[np.float64], fixed_ms: float
+) -> tuple[float, float]:
+    """Return scale >= 0 and offset >= -scale * fixed_ms with the least squared relative error."""
+    # as scale * (predicted - fixed) + rest, with rest = scale * fixed + offset
+    rows = np.stack([(predicted - fixed_ms) / measured, 1.0 / measured], axis=1)
+    size = np.linalg.norm(rows, axis=0)
+    size[size == 0] = 1.0
+    found, _ = nnls(rows / size, np.ones(len(rows)))
+    scale, rest = (float(f"{value:.6g}") for value in found / size)
+    # rounding must not put it below zero again
+    return scale, max(rest - scale * fixed_ms, -scale * fixed_ms)

@@ -1,0 +1,178 @@
+"""Fitting a device's model to networks timed as wholes: least squares with weights at or above zero.
+
+A network's latency is a fixed part plus the sum over its kernels, so whole networks, of which
+nothing is known but their total, pin down what kernels cost (the additive model of nn-Meter,
+MobiSys 2021, without timing kernels one by one). Errors are relative: 1 ms off in 10 ms weighs as
+much as 10 ms off in 100 ms. Networks that lie far off count less from round to round, as what makes
+them differ is in no term; the others are then met the better.
+
+Totals do not pin down the cost of a kernel that is rare or always in the same company. Three things
+stand for what they cannot tell, and hold up when a whole family of networks is left out: few terms a
+kernel, each with a meaning on the device; weights that kinds of kernels share, such as one pass over
+a map; and floors, such as a launch. qnas.latency.fitting.forms has them for each device.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.optimize import nnls
+
+from qnas.latency.features import FEATURES
+from qnas.latency.kernels import Kernel
+
+Array = npt.NDArray[np.float64]
+Terms = dict[str, dict[str, float]]  # kernel kind -> feature -> milliseconds
+Column = tuple[str, str]  # kernel kind, feature
+
+HELD_OUT = 0.2  # share of the measurements that a fit does not see
+SEED = 0
+
+_ROUNDS = 6
+_FAR = 0.05  # relative error at which a network counts half
+_FIXED: Column = ("", "fixed")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the cost of kernels may depend on, on one device.
+
+    `own` has the features of each kind of kernel that have a weight of their own. `shared` has
+    weights that stand for several: name -> kind and feature -> how often the weight counts there.
+    `floors` has the least milliseconds of a weight: by the name of a shared one, by "kind.feature" or
+    by the feature of any kind; others may be zero.
+    """
+
+    own: Mapping[str, tuple[str, ...]]
+    shared: Mapping[str, Mapping[Column, float]]
+    floors: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        names = {name for features in self.own.values() for name in features}
+        names |= {feature for columns in self.shared.values() for _, feature in columns}
+        assert names <= set(FEATURES), names - set(FEATURES)
+        assert self.kinds == {kind for kind, feature in self.columns if feature == "launch"}
+
+    @property
+    def columns(self) -> set[Column]:
+        """Every kind with each of its features."""
+        own = {(kind, feature) for kind, features in self.own.items() for feature in features}
+        return own.union(*self.shared.values())
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of kernels that the form knows."""
+        return {kind for kind, _ in self.columns}
+
+    def floor(self, column: Column) -> float:
+        """Return the least weight of a kind's own feature."""
+        kind, feature = column
+        return self.floors.get(f"{kind}.{feature}", self.floors.get(feature, 0.0))
+
+
+@dataclass(frozen=True)
+class Design:
+    """The form's features of networks, summed over their kernels: a column for each weight."""
+
+    form: Form
+    names: tuple[Column | str, ...]  # kind and feature, or the name of a shared weight
+    matrix: Array  # (networks, weights)
+    lowest: Array  # (weights,)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted additive model: what each kind costs, and the weights that kinds share."""
+
+    terms: Terms
+    shared: Mapping[str, float]
+    fixed_ms: float
+
+
+def design(form: Form, kernels: Sequence[Kernel], counts: sparse.csr_matrix) -> Design:
+    """Count the features of networks, given how often each kernel occurs in each."""
+    kinds = np.array([kernel.kind for kernel in kernels])
+    unknown = set(kinds.tolist()) - form.kinds
+    assert not unknown, f"no terms for {unknown}"
+    totals: dict[Column, Array] = {}
+    for kind in sorted(form.kinds):
+        of_kind = np.flatnonzero(kinds == kind).tolist()
+        features = sorted(feature for k, feature in form.columns if k == kind)
+        values = counts[:, of_kind] @ feature_matrix([kernels[j] for j in of_kind], features)
+        totals |= {(kind, feature): values[:, f] for f, feature in enumerate(features)}
+    own = [(kind, feature) for kind, features in form.own.items() for feature in features]
+    columns = [totals[column] for column in own]
+    for multiples in form.shared.values():
+        columns.append(sum((times * totals[c] for c, times in multiples.items()), np.zeros(counts.shape[0])))
+    columns.append(np.ones(counts.shape[0]))
+    lowest = [form.floor(column) for column in own] + [form.floors.get(name, 0.0) for name in form.shared]
+    return Design(form, (*own, *form.shared, _FIXED), np.stack(columns, axis=1), np.array([*lowest, 0.0]))
+
+
+def fit_networks(of: Design, latency_ms: Array, rows: npt.NDArray[np.bool_]) -> Fit:
+    """Fit what kernels cost to the latencies of the networks for which `rows` is true."""
+    weights = dict(
+        zip(of.names, fit_robust(of.matrix[rows], latency_ms[rows], of.lowest).tolist(), strict=True)
+    )
+    shared = {name: weights[name] for name in of.form.shared}
+    terms: Terms = {kind: {} for kind in sorted(of.form.kinds)}
+    for kind, features in of.form.own.items():
+        terms[kind] |= {feature: weights[kind, feature] for feature in features}
+    for name, multiples in of.form.shared.items():
+        for (kind, feature), times in multiples.items():
+            terms[kind][feature] = terms[kind].get(feature, 0.0) + times * shared[name]
+    return Fit({kind: scaled(of_kind, 1.0) for kind, of_kind in terms.items()}, shared, weights[_FIXED])
+
+
+def fit_robust(matrix: Array, latency_ms: Array, lowest: Array) -> Array:
+    """Return weights >= lowest as `fit_relative`, in rounds in which networks far off count less.
+
+    A row counts 1 / (1 + (error / 5%)^2): iteratively reweighted least squares with Cauchy's weights.
+    """
+    counts = np.ones(len(latency_ms))
+    weights = lowest
+    for _ in range(_ROUNDS):
+        weights = fit_relative(matrix, latency_ms, lowest, counts)
+        counts = 1.0 / (1.0 + ((matrix @ weights / latency_ms - 1.0) / _FAR) ** 2)
+    return weights
+
+
+def fit_relative(matrix: Array, latency_ms: Array, lowest: Array, counts: Array | None = None) -> Array:
+    """Return weights >= lowest with the least squared relative error of `matrix @ weights`.
+
+    `counts` weighs the rows. The problem is solved on its normal equations: thousands of rows become
+    as many as there are columns. A millionth of ridge keeps them regular where columns are alike.
+    """
+    root = np.ones(len(latency_ms)) if counts is None else np.sqrt(counts)
+    rows = matrix / latency_ms[:, None] * root[:, None]
+    target = root - rows @ lowest
+    scale = np.sqrt((rows**2).sum(axis=0))
+    scale[scale == 0] = 1.0
+    rows = rows / scale
+    gram = rows.T @ rows + 1e-6 * np.eye(rows.shape[1])
+    factor = np.linalg.cholesky(gram).T
+    weights, _ = nnls(factor, np.linalg.solve(factor.T, rows.T @ target), maxiter=300 * len(scale))
+    return np.asarray(weights / scale + lowest, dtype=np.float64)
+
+
+def feature_matrix(kernels: Sequence[Kernel], features: Iterable[str]) -> Array:
+    """Return features of kernels. -> (kernels, features)"""
+    counts = [FEATURES[name] for name in features]
+    values = [[count(kernel) for count in counts] for kernel in kernels]
+    return np.array(values, dtype=np.float64).reshape(len(kernels), len(counts))
+
+
+def scaled(terms: Mapping[str, float], times: float) -> dict[str, float]:
+    """Return a multiple of a kernel's terms, those above zero, to six digits: more mean nothing."""
+    return {feature: float(f"{times * weight:.6g}") for feature, weight in terms.items() if weight > 0}
+
+
+def summed(*parts: Mapping[str, float]) -> dict[str, float]:
+    """Return the terms of kernels that run one after the other."""
+    total: dict[str, float] = {}
+    for terms in parts:
+        for feature, weight in terms.items():
+            total[feature] = total.get(feature, 0.0) + weight
+    return scaled(total, 1.0)

@@ -1,0 +1,259 @@
+"""What kernels may cost on each edge device: the terms that are fitted, and what stands beside them.
+
+Each term has a meaning on the device, and elementwise operators are counted in passes over a map, by
+what they move: a read and a write are one, an operand more is half of one. Which operators are one
+pass, or none, is how the runtimes run them; the multiples are not fitted.
+"""
+
+from collections.abc import Mapping
+
+from qnas.latency.fitting.fit import Column, Form
+
+
+def _passes(name: str, multiples: Mapping[str, float]) -> dict[str, dict[Column, float]]:
+    """Share what one pass over a map costs: its launch, and its elements."""
+    return {
+        f"{name}.launch": {(kind, "launch"): times for kind, times in multiples.items()},
+        f"{name}.kelements": {(kind, "kelements_in"): times for kind, times in multiples.items()},
+    }
+
+
+_DEPTHWISE = (
+    "launch",
+    "mmacs",
+    "mmacs_row",
+    "kelements_in",
+    "kelements_in_above_256",
+    "kelements_out",
+    "kelements_out_k5",
+    "klines",
+    "kchannels_out",
+    "strided_kelements_out_k3",
+    "strided_kelements_out_k5",
+)
+
+# TFLite runs a dense convolution as im2col (kcolumns) and a matrix product in tiles of 4 pixels and 8
+# channels, folds a ReLU into the operator before it, and batch normalisation that no convolution
+# takes up is a product and a sum.
+CORTEX_A76 = Form(
+    own={
+        "conv1x1": (
+            "launch",
+            "mmacs",
+            "mmacs_c8",
+            "mmacs_r4_c8",
+            "mmacs_c32",
+            "mmacs_beyond_c512",
+            "kelements_in",
+            "kelements_in_above_256",
+            "kelements_in_above_1024",
+            "kelements_out",
+            "kelements_out_above_128",
+            "kelements_out_above_1024",
+            "kweights",
+            "kweights_above_64",
+            "kpixels",
+            "kchannels_in",
+            "kchannels_out",
+        ),
+        "conv": (
+            "launch",
+            "mmacs",
+            "mmacs_c8",
+            "mmacs_r4_c8",
+            "mmacs_beyond_c512",
+            "mmacs_row",
+            "mmacs_k5",
+            "mmacs_k7",
+            "kelements_out",
+            "kweights",
+            "kweights_above_64",
+            "kcolumns",
+            "strided_kelements_in",
+        ),
+        "dwconv": (
+            *_DEPTHWISE,
+            "kelements_out_k3",
+            "klines_k3",
+            "klines_k5",
+            "kchannels_out_k3",
+            "kchannels_out_k5",
+            "strided_kchannels_out_k3",
+        ),
+        "linear": ("launch", "kweights", "kweights_above_1024"),
+        "maxpool": ("launch", "kelements_in", "kchannels_out"),
+        "reshape": ("launch",),
+    },
+    shared=_passes(
+        "pass",
+        {
+            "add": 1.5,
+            "addrelu": 1.5,
+            "batchnorm": 2,
+            "hswish": 3.5,
+            "hsigmoid": 2,
+            "scale": 1,
+            "gap": 1,
+            "avgpool": 1,
+            "split": 1,
+            "concat": 1,
+            "shuffle": 6,  # two reshapes, and a transpose that reads with strides
+        },
+    ),
+    floors={
+        "launch": 0.001,
+        "pass.launch": 0.001,
+        "pass.kelements": 0.00025,  # 8 bytes an element at 32 GB/s
+        "maxpool.kelements_in": 0.00025,
+    },
+)
+
+# Convolutions run on the engines (qnas.latency.myriad) at 700 MHz, all else in software: a pass over a
+# map; what broadcasts or reorders (strided) is ten times as dear. Partial sums of a convolution whose
+# input channels come in groups, and the gathering of a strided convolution's input, are passes, too.
+# A concatenation or split is mostly a view. Weights stream from memory at one rate.
+_MYRIAD_PASSES = _passes(
+    "pass",
+    {
+        "add": 1.5,
+        "addrelu": 1.5,
+        "batchnorm": 1,
+        "hswish": 4.5,
+        "hsigmoid": 3,
+        "scale": 1,
+        "gap": 1,
+    },
+)
+_MYRIAD_PASSES["pass.kelements"] |= {("conv", "strided_kelements_in"): 1, ("conv", "engine_ksums"): 1}
+MYRIAD_VPU = Form(
+    own={
+        "conv1x1": (
+            "launch",
+            "engine_1x1_mcycles",
+            "mmacs",
+            "mmacs_c8",
+            "mmacs_c32",
+            "mmacs_c64",
+            "kelements_in",
+            "kelements_in_above_1024",
+            "kelements_out",
+            "kelements_out_above_128",
+            "kelements_out_above_1024",
+            "klines",
+        ),
+        "conv": (
+            "launch",
+            "engine_mcycles",
+            "engine_ktiles",
+            "engine_kborders",
+            "kelements_out",
+            "kelements_out_above_1024",
+        ),
+        "dwconv": (
+            *_DEPTHWISE,
+            "kpixels",
+            "kelements_out_k3",
+            "kchannels_out_k3",
+            "kchannels_out_k5",
+            "strided_kchannels_out_k3",
+        ),
+        "linear": ("launch", "kweights_above_1024"),
+        "maxpool": ("launch", "kelements_in", "kchannels_out"),
+        "avgpool": ("launch", "kelements_in"),
+        "concat": ("launch", "kelements_in"),
+        "split": ("launch", "kelements_in"),
+        "reshape": ("launch",),
+    },
+    shared={
+        **_MYRIAD_PASSES,
+        **_passes("strided", {"scale": 1, "shuffle": 1}),
+        "weights": {("conv", "engine_kweights"): 1, ("conv1x1", "kweights"): 1, ("linear", "kweights"): 1},
+        "software": {("conv", "engine_missed_mmacs"): 1, ("conv1x1", "engine_1x1_missed_mmacs"): 1},
+    },
+    floors={
+        "launch": 0.02,
+        "pass.launch": 0.02,
+        "pass.kelements": 0.0006,  # 6 bytes an element (float16) at 10 GB/s
+        "strided.launch": 0.02,
+        "strided.kelements": 0.0006,
+        "weights": 0.0001,  # 2 bytes at 20 GB/s
+        "conv.engine_mcycles": 0.9 / 0.7,  # 700 MHz, and a margin
+        "avgpool.kelements_in": 0.0006,
+        "maxpool.kelements_in": 0.0001,  # on the engines
+        "concat.kelements_in": 0.0001,
+        "split.kelements_in": 0.0001,
+    },
+)
+
+# The GPU delegate computes groups of pixels and channels in fours, and merges what is elementwise with
+# one operand (a hard swish, a batch normalisation) into the kernel before it: a tenth of a pass, so
+# that it is not free.
+ADRENO = Form(
+    own={
+        "conv1x1": (
+            "launch",
+            "mmacs",
+            "mmacs_i4_c4",
+            "mmacs_r4_i4_c4",
+            "mmacs_r4_i4_c8",
+            "mmacs_r8_i4_c16",
+            "kelements_in",
+            "kelements_in_above_256",
+            "kelements_in_above_1024",
+            "kelements_out",
+            "kelements_out_above_128",
+            "kweights",
+            "kweights_above_64",
+            "kweights_above_1024",
+            "kfan_in",
+            "kchannels_out",
+        ),
+        "conv": (
+            "launch",
+            "mmacs",
+            "mmacs_r4_i4_c8",
+            "mmacs_r8_i4_c16",
+            "mmacs_t16x8",
+            "mmacs_row",
+            "kelements_in_above_256",
+            "kelements_out_above_128",
+            "kweights",
+            "kweights_above_1024",
+            "kfan_in",
+            "strided_kelements_in",
+        ),
+        "dwconv": _DEPTHWISE,
+        "linear": ("launch", "kweights", "kweights_above_1024", "kchannels_out"),
+        "maxpool": ("launch", "kelements_in", "kchannels_out"),
+        "reshape": ("launch",),
+    },
+    shared=_passes(
+        "pass",
+        {
+            "add": 1.5,
+            "addrelu": 1.5,
+            "batchnorm": 0.1,
+            "hswish": 0.1,
+            "hsigmoid": 1,
+            "scale": 1,
+            "gap": 1,
+            "avgpool": 1,
+            "split": 1,
+            "concat": 1.5,
+            "shuffle": 3,
+        },
+    ),
+    floors={
+        "launch": 0.01,
+        "pass.launch": 0.01,
+        "pass.kelements": 0.0002,  # 8 bytes an element at 40 GB/s
+        "maxpool.kelements_in": 0.0002,
+    },
+)
+
+FORMS: dict[str, Form] = {
+    "cortex-a76": CORTEX_A76,
+    "myriad-vpu": MYRIAD_VPU,
+    "adreno-640": ADRENO,
+    "adreno-630": ADRENO,
+}

@@ -1,0 +1,1 @@
+"""nn-Meter's predictors: archives, forests, and tables made by them."""

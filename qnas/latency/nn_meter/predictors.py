@@ -1,0 +1,313 @@
+"""nn-Meter's published predictors in qnas: what there is to download, its import, and the store.
+
+nn-Meter (MobiSys 2021, github.com/microsoft/nn-Meter, MIT) publishes a random forest for each kind of
+kernel of each device: a ZIP archive with a pickle KERNEL.pkl each. An import reads them without
+running anything (`pickles`) and writes one file a device, DEVICE.npz, whole or not at all, in the
+user's data folder: $QNAS_HOME/predictors, else qnas/predictors in $XDG_DATA_HOME or ~/.local/share.
+"""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qnas.common.errors import TableError, nearest
+from qnas.common.files import atomic_path
+from qnas.latency.nn_meter.archives import Archive, Member, open_archive
+from qnas.latency.nn_meter.forests import Forest
+from qnas.latency.nn_meter.pickles import read_forest
+
+SCHEMA = "qnas.predictors/1"
+DOWNLOAD = "https://github.com/microsoft/nn-Meter/releases/tag/v1.0-data"
+MAX_PICKLE_BYTES = 8 << 30  # the published forests of one device have some 2 GB together
+_ABOUT = "about"  # the member of the store's file that says what it is
+
+# Predictor -> number of its features, in nn-Meter's order (see `nn_meter`).
+FEATURE_COUNTS = {
+    "conv-bn-relu": 7,
+    "dwconv-bn-relu": 7,
+    "fc": 4,
+    "maxpool": 5,
+    "avgpool": 5,
+    "global-avgpool": 2,
+    "add": 3,
+    "addrelu": 3,
+    "concat": 6,
+    "bn": 2,
+    "bnrelu": 2,
+    "relu": 2,
+    "hswish": 2,
+    "se": 2,
+    "split": 2,
+    "channelshuffle": 2,
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published set of predictors: the archive's name without .zip, and the kernels it must have."""
+
+    title: str
+    kernels: tuple[str, ...]
+
+
+_VPU = (
+    *("conv-bn-relu", "dwconv-bn-relu", "fc", "hswish", "relu", "se", "addrelu"),
+    *("maxpool", "avgpool", "bn", "bnrelu", "channelshuffle"),
+)
+_GPU = (
+    *("conv-bn-relu", "dwconv-bn-relu", "hswish", "relu", "se"),
+    *("maxpool", "avgpool", "bn", "bnrelu", "concat"),
+)
+PUBLISHED = {  # as nn-Meter's own list has them (its configs/predictors.yaml)
+    "cortex-a76": Published("cortexA76cpu_tflite21", (*_VPU, "global-avgpool", "split", "add", "concat")),
+    "myriad-vpu": Published("myriadvpu_openvino2019r2", _VPU),
+    "adreno-640": Published("adreno640gpu_tflite21", _GPU),
+    "adreno-630": Published("adreno630gpu_tflite21", _GPU),
+}
+ALIASES = {"cpu": "cortex-a76", "vpu": "myriad-vpu"}
+
+
+def published_name(device: str) -> str:
+    """Return the name of a device that predictors are published for. Raises TableError for others."""
+    name = ALIASES.get(device, device)
+    if name not in PUBLISHED:
+        raise TableError(
+            f"nn-Meter has no predictors for {device!r}: {nearest(device, [*PUBLISHED, *ALIASES])}"
+        )
+    return name
+
+
+def store_folder() -> Path:
+    """Return the folder that imported predictors lie in, which need not exist."""
+    if os.environ.get("QNAS_HOME"):
+        return Path(os.environ["QNAS_HOME"]) / "predictors"
+    data = os.environ.get("XDG_DATA_HOME", "")
+    # a relative one is to be passed over, says the XDG base directory specification
+    base = Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share"
+    return base / "qnas" / "predictors"
+
+
+def _path(device: str) -> Path:
+    return store_folder() / f"{published_name(device)}.npz"
+
+
+def download_hint(device: str) -> str:
+    """Say which file to download for a device, and the command that imports it."""
+    name = published_name(device)
+    file = f"{PUBLISHED[name].title}.zip"
+    return f"download {file} from {DOWNLOAD} and run: qnas predictors import {file} --device {name}"
+
+
+# Called while importing with the kernel, the bytes read so far, and the bytes there are.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ForestFacts:
+    """The size of a forest."""
+
+    trees: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """What is known of imported predictors."""
+
+    device: str
+    title: str
+    source: str  # the name of the archive or folder
+    date: str  # of the import
+    forests: dict[str, ForestFacts]
+    ignored: tuple[str, ...]  # files of the archive that were not read
+    path: Path
+    size_bytes: int
+
+
+def import_predictors(source: Path, device: str, report: Report | None = None) -> Predictors:
+    """Read the published predictors of a device from a ZIP archive or folder into the store.
+
+    One forest is in memory at a time. Raises TableError where the archive is not that of the device,
+    lacks a kernel, or holds anything but forests with the expected features; the predictors that
+    were imported before then stay as they were.
+    """
+    name = published_name(device)
+    path = _path(name)
+    with open_archive(source) as archive:
+        _check_titles(archive, source, name)
+        chosen = _choose(archive, source, name)
+        ignored = tuple(m.name for m in archive.members if m not in chosen.values())
+        counted = _Counted(sum(member.size for member in chosen.values()), report)
+        facts = {}
+        with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as store:
+            for kernel, member in chosen.items():
+                forest = _read_member(member, kernel, source, counted)
+                facts[kernel] = ForestFacts(len(forest.roots), forest.n_nodes)
+                for field, array in forest.arrays().items():
+                    _write_array(store, f"{kernel}.{field}", array)
+            about = {
+                "schema": SCHEMA,
+                "device": name,
+                "title": PUBLISHED[name].title,
+                "source": source.name,
+                "date": date.today().isoformat(),
+                "forests": {kernel: asdict(fact) for kernel, fact in facts.items()},
+                "ignored": list(ignored),
+            }
+            _write_array(store, _ABOUT, np.array(json.dumps(about)))
+    return describe_predictors(name)
+
+
+def _check_titles(archive: Archive, source: Path, device: str) -> None:
+    """Refuse the archive of another device: the two Adrenos' have the same kernels."""
+    titles = {published.title: name for name, published in PUBLISHED.items()}
+    for title in archive.titles:
+        if titles.get(title, device) != device:
+            raise TableError(
+                f"{source}: the predictors of {titles[title]}, not of {device} "
+                f"({PUBLISHED[device].title}); import them with --device {titles[title]}"
+            )
+
+
+def _choose(archive: Archive, source: Path, device: str) -> dict[str, Member]:
+    found = {member.name.removesuffix(".pkl"): member for member in archive.members}
+    pickles = {name: member for name, member in found.items() if member.name == f"{name}.pkl"}
+    chosen = {kernel: pickles[kernel] for kernel in FEATURE_COUNTS if kernel in pickles}
+    missing = [kernel for kernel in PUBLISHED[device].kernels if kernel not in chosen]
+    if missing:
+        raise TableError(
+            f"{source}: not the predictors of {device} ({PUBLISHED[device].title}): "
+            f"no {', '.join(f'{kernel}.pkl' for kernel in missing)}"
+        )
+    for kernel, member in chosen.items():
+        if member.size > MAX_PICKLE_BYTES:
+            raise TableError(
+                f"{source}: {kernel}.pkl has {member.size} bytes, expected at most {MAX_PICKLE_BYTES}"
+            )
+    return chosen
+
+
+class _Counted:
+    """Bytes of all pickles, counted as they are read."""
+
+    def __init__(self, total: int, report: Report | None) -> None:
+        self._total, self._report, self._done = total, report, 0
+
+    def add(self, kernel: str, count: int) -> None:
+        self._done += count
+        if self._report is not None:
+            self._report(kernel, self._done, self._total)
+
+
+class _CountedStream(io.RawIOBase):
+    """A stream that is counted, to be buffered in large pieces."""
+
+    def __init__(self, stream: BinaryIO, kernel: str, counted: _Counted) -> None:
+        self._stream, self._kernel, self._counted = stream, kernel, counted
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._counted.add(self._kernel, len(content))
+        return len(content)
+
+
+def _read_member(member: Member, kernel: str, source: Path, counted: _Counted) -> Forest:
+    where = f"{source}: {member.name}"
+    with member.open() as opened:
+        stream = io.BufferedReader(_CountedStream(opened, kernel, counted), 1 << 20)
+        forest = read_forest(stream, where)
+    if forest.n_features != FEATURE_COUNTS[kernel]:
+        raise TableError(
+            f"{where}: a forest with {forest.n_features} features, expected {FEATURE_COUNTS[kernel]}"
+        )
+    return forest
+
+
+def _write_array(store: zipfile.ZipFile, name: str, array: np.ndarray[Any, Any]) -> None:
+    with store.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def list_predictors() -> tuple[Predictors, ...]:
+    """Return what was imported, by device. Raises TableError where a file of the store is damaged."""
+    return tuple(describe_predictors(name) for name in PUBLISHED if _path(name).is_file())
+
+
+def describe_predictors(device: str) -> Predictors:
+    """Return what is known of a device's imported predictors.
+
+    Raises TableError where there are none, or their file is damaged.
+    """
+    with _stored(device) as content:
+        about = json.loads(str(content[_ABOUT]))
+        if about["schema"] != SCHEMA:
+            raise ValueError(f"schema {about['schema']}, expected {SCHEMA}")
+        path = _path(device)
+        return Predictors(
+            about["device"],
+            about["title"],
+            about["source"],
+            about["date"],
+            {kernel: ForestFacts(**fact) for kernel, fact in about["forests"].items()},
+            tuple(about["ignored"]),
+            path,
+            path.stat().st_size,
+        )
+
+
+def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
+    """Return those of a device's imported forests that are asked for, by kernel.
+
+    Raises TableError where nothing was imported, or the file is damaged.
+    """
+    members = [field.name for field in fields(Forest)]
+    with _stored(device) as content:
+        return {
+            kernel: Forest.from_arrays({name: content[f"{kernel}.{name}"] for name in members})
+            for kernel in kernels
+        }
+
+
+@contextmanager
+def _stored(device: str) -> Iterator[Any]:
+    """Give the arrays of a device's file, which are read when they are asked for."""
+    name, path = published_name(device), _path(device)
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            yield content
+    except FileNotFoundError:
+        raise TableError(f"no nn-Meter predictors for {name}: {download_hint(name)}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+        raise TableError(
+            f"{path}: damaged ({error}): import the predictors again, "
+            f"or run: qnas predictors remove --device {name}"
+        ) from error
+
+
+def is_imported(device: str) -> bool:
+    """Whether a device's predictors were imported; no, where there are none for it."""
+    return ALIASES.get(device, device) in PUBLISHED and _path(device).is_file()
+
+
+def remove_predictors(device: str) -> Path:
+    """Delete a device's imported predictors and return the file. Raises TableError where none are."""
+    path = _path(device)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        raise TableError(f"no predictors for {published_name(device)} in {path.parent}") from None
+    return path

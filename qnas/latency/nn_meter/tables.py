@@ -1,0 +1,357 @@
+"""Latencies by nn-Meter (MobiSys 2021): its own prediction code, with the imported forests.
+
+nn-Meter prices a network as the sum of its fused kernels, each by a random forest of its kind; it has
+nothing for what every network takes besides, so the fixed part of a table is zero. How a kernel of
+ours is priced is its coverage:
+
+- direct: by the forest of its operator. nn-Meter has one forest for a convolution, folded norm and
+  ReLU or not, and so have we; a sum is priced with or without a ReLU, which costs nothing once fused.
+- stand-in: by the forest of another operator that touches as many elements.
+- uncovered: nn-Meter has no forest to offer, and would count 0 ms without a word. The kernel takes
+  what the device's own model says.
+
+Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
+and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
+counted (`in_range`).
+
+nn-Meter's package is imported when the first latency is asked for: it takes a second, and writes its
+configuration into the home folder, for which it gets a temporary one.
+"""
+
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from qnas.common.errors import TableError
+from qnas.latency import table
+from qnas.latency.device import Device
+from qnas.latency.kernels import Kernel, fuse
+from qnas.latency.nn_meter import predictors
+from qnas.latency.nn_meter.forests import Forest
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, KernelRow, LatencyTable
+from qnas.spaces.lower import BlockSpec, fill, skeleton
+from qnas.spaces.space import SearchSpace
+
+REQUIREMENTS = '"nn-meter>=2.0,<3" "setuptools>=77.0.3,<81"'  # nn-Meter needs its pkg_resources
+
+Mapped = Literal["direct", "stand-in", "uncovered"]
+MAPPINGS: tuple[Mapped, ...] = ("direct", "stand-in", "uncovered")
+
+
+class Choice(NamedTuple):
+    """A forest that can price a kernel."""
+
+    predictor: str
+    mapped: Mapped
+
+
+# Kind of kernel -> what prices it: the first that the device has.
+CHOICES: dict[str, tuple[Choice, ...]] = {
+    "conv": (Choice("conv-bn-relu", "direct"),),
+    "conv1x1": (Choice("conv-bn-relu", "direct"),),
+    "patch": (Choice("conv-bn-relu", "direct"),),
+    "dwconv": (Choice("dwconv-bn-relu", "direct"),),
+    "linear": (Choice("fc", "direct"),),
+    "gap": (Choice("global-avgpool", "direct"),),
+    "maxpool": (Choice("maxpool", "direct"),),
+    "avgpool": (Choice("avgpool", "direct"),),
+    "batchnorm": (Choice("bn", "direct"),),
+    "relu": (Choice("relu", "direct"),),
+    "hswish": (Choice("hswish", "direct"),),
+    "add": (Choice("add", "direct"), Choice("addrelu", "direct")),
+    "addrelu": (Choice("addrelu", "direct"),),
+    "split": (Choice("split", "direct"),),
+    "shuffle": (Choice("channelshuffle", "direct"),),
+    "mul": (Choice("add", "stand-in"), Choice("addrelu", "stand-in")),  # two maps in, one out
+    "square": (Choice("relu", "stand-in"),),  # a map in, a map out
+    "scale": (Choice("bn", "stand-in"),),  # a factor a channel
+    "layernorm": (Choice("bn", "stand-in"),),
+    "gelu": (Choice("hswish", "stand-in"),),
+    "hsigmoid": (Choice("hswish", "stand-in"),),
+    "clip": (Choice("relu", "stand-in"),),
+    # concat: its forest asks for the channels of each part, which a kernel does not hold
+}
+
+# What nn-Meter calls an operator that the predictor prices, where that is another name.
+_OPERATORS = {"addrelu": "add-relu"}
+
+
+class _Trained(NamedTuple):
+    """The sizes that forests were trained on: input pixels, kernel sizes, strides."""
+
+    px: tuple[int, ...]
+    kernels: tuple[int, ...] = (1,)
+    strides: tuple[int, ...] = (1,)
+
+
+# As nn-Meter samples its training data (its prior_distribution_sampler). fc and the global pool are
+# priced by their channels alone.
+_PX = (1, 3, 7, 14, 28, 56, 112, 224)
+_POOL = _Trained((14, 28, 56, 112, 224), (2, 3), (1, 2))
+_MAP = _Trained(_PX)
+TRAINED: dict[str, _Trained] = {
+    "conv-bn-relu": _Trained((1, 3, 7, 8, 13, 14, 27, 28, 32, 56, 112, 224), (1, 3, 5, 7), (1, 2, 4)),
+    "dwconv-bn-relu": _Trained(_PX, (1, 3, 5, 7), (1, 2)),
+    "maxpool": _POOL,
+    "avgpool": _POOL,
+    **dict.fromkeys(("add", "addrelu", "bn", "relu", "hswish", "split", "channelshuffle"), _MAP),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a kernel takes, what said so (empty: the device's model), and whether it knows the size."""
+
+    latency_ms: float
+    mapped: Mapped
+    predictor: str
+    in_range: bool
+
+
+@dataclass(frozen=True)
+class MappedRow(KernelRow):
+    """A kernel of a network with its latency; `kind` is fitted where direct, else estimated."""
+
+    mapped: Mapped
+    predictor: str  # nn-Meter's name; empty where uncovered
+    in_range: bool  # whether the forest was trained on kernels of this size
+
+
+def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow, ...]:
+    """Return what the kernels of these blocks take by nn-Meter; a network takes their sum.
+
+    Raises TableError as `map_kernels`.
+    """
+    return map_kernels(
+        device, [(block.name, kernel) for block in blocks for kernel in fuse(block.layers, device.fusion)]
+    )
+
+
+def map_kernels(device: Device, kernels: Sequence[tuple[str, Kernel]]) -> tuple[MappedRow, ...]:
+    """Return what these kernels take by nn-Meter, each given with the name of its block or node.
+
+    Raises TableError where the device's predictors were not imported, which says how to and what the
+    device's own model says, and where neither nn-Meter nor that model knows a kernel.
+    """
+
+    def default() -> str:
+        return (
+            f"{math.fsum([device.network_ms, *(device.kernel_ms(kernel) for _, kernel in kernels)]):.4g} ms"
+        )
+
+    _check_imported(device, default)
+    estimates = estimate(device, (kernel for _, kernel in kernels))
+    return tuple(_row(name, kernel, estimates[kernel]) for name, kernel in kernels)
+
+
+def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
+    """Return the table of a space's deployed networks by nn-Meter. Raises TableError as `map_kernels`."""
+
+    def default() -> str:
+        own = table.load_table(device, space)
+        bounds = dict.fromkeys(f"{ms:.4g}" for ms in (own.fastest_ms, own.slowest_ms))
+        return f"{' to '.join(bounds)} ms for {space.name}"
+
+    _check_imported(device, default)
+    parts = skeleton(space)
+    rows_of = [
+        [part] if isinstance(part, BlockSpec) else [fill(space, part, c) for c in part.position.candidates]
+        for part in parts
+    ]
+    kernels = [[fuse(block.layers, device.fusion) for block in row] for row in rows_of]
+    estimates = estimate(device, (kernel for row in kernels for block in row for kernel in block))
+    cells = [
+        [_cell([_row("", kernel, estimates[kernel]) for kernel in block]) for block in row] for row in kernels
+    ]
+    fixed = [(RUNTIME, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"))]
+    fixed += [
+        (part.name, row[0]) for part, row in zip(parts, cells, strict=True) if isinstance(part, BlockSpec)
+    ]
+    choices = [tuple(row) for part, row in zip(parts, cells, strict=True) if not isinstance(part, BlockSpec)]
+    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(choices))
+
+
+def _row(name: str, kernel: Kernel, found: Estimate) -> MappedRow:
+    kind = "fitted" if found.mapped == "direct" else "estimated"
+    return MappedRow(
+        block=name,
+        kernel=kernel,
+        latency_ms=found.latency_ms,
+        kind=kind,
+        mapped=found.mapped,
+        predictor=found.predictor,
+        in_range=found.in_range,
+    )
+
+
+def _cell(rows: Sequence[MappedRow]) -> Cell:
+    latency = round(math.fsum(row.latency_ms for row in rows), DECIMALS)
+    estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), DECIMALS)
+    return Cell(latency, min(estimated, latency), describe_mapping(rows) or "no operator")
+
+
+def describe_mapping(rows: Iterable[MappedRow]) -> str:
+    """Name the operators of these kernels by how they were priced.
+
+    For instance `direct: dwconv add; stand-in: gelu by hswish; uncovered: concat; 2 of 9 kernels of
+    sizes that the forests were not trained on`.
+    """
+    rows = tuple(rows)
+    parts = []
+    for mapped in MAPPINGS:
+        names = [
+            f"{row.kernel.kind} by {row.predictor}" if mapped == "stand-in" else row.kernel.kind
+            for row in rows
+            if row.mapped == mapped
+        ]
+        if names:
+            parts.append(f"{mapped}: {', '.join(dict.fromkeys(names))}")
+    outside = sum(not row.in_range for row in rows)
+    if outside:
+        parts.append(f"{outside} of {len(rows)} kernels of sizes that the forests were not trained on")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the latency of a network is made up, as shares of it (0 to 1), and kernels out of range."""
+
+    shares: Mapping[Mapped, float]
+    kernels: int
+    outside: int  # kernels of sizes that their forests were not trained on
+    outside_share: float
+
+
+def cover(rows: Sequence[MappedRow]) -> Coverage:
+    """Return the coverage of these kernels' latency."""
+    total = math.fsum(row.latency_ms for row in rows) or 1.0
+    shares = {
+        mapped: math.fsum(row.latency_ms for row in rows if row.mapped == mapped) / total
+        for mapped in MAPPINGS
+    }
+    outside = [row.latency_ms for row in rows if not row.in_range]
+    return Coverage(shares, len(rows), len(outside), math.fsum(outside) / total)
+
+
+def _check_imported(device: Device, default: Callable[[], str]) -> None:
+    """Raise TableError where there are no predictors, with what is said without nn-Meter."""
+    if predictors.is_imported(device.name):
+        return
+    try:
+        without = f"; without --latency nn-meter, {device.name}'s own model says {default()}"
+    except TableError:  # it has none
+        without = ""
+    raise TableError(
+        f"no nn-Meter predictors for {device.name}: {predictors.download_hint(device.name)}{without}"
+    )
+
+
+def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, Estimate]:
+    """Return what each of these kernels takes, asking nn-Meter once.
+
+    Raises TableError where a kernel is priced neither by nn-Meter nor by the device's model.
+    """
+    distinct = tuple(dict.fromkeys(kernels))
+    has = predictors.describe_predictors(device.name).forests
+    chosen = {kernel: choice for kernel in distinct if (choice := _choose(kernel, has)) is not None}
+    priced = _ask(device.name, {kernel: choice.predictor for kernel, choice in chosen.items()})
+    found = {}
+    for kernel in distinct:
+        # a forest trained on noise may say 0 or less, which no kernel takes
+        if priced.get(kernel, 0.0) > 0:
+            predictor, mapped = chosen[kernel]
+            found[kernel] = Estimate(priced[kernel], mapped, predictor, in_range(kernel, predictor))
+        else:
+            found[kernel] = Estimate(device.kernel_ms(kernel), "uncovered", "", True)
+    return found
+
+
+def _choose(kernel: Kernel, has: Iterable[str]) -> Choice | None:
+    if kernel.batch != 1:  # what nn-Meter measured
+        return None
+    return next((choice for choice in CHOICES.get(kernel.kind, ()) if choice.predictor in has), None)
+
+
+def in_range(kernel: Kernel, predictor: str) -> bool:
+    """Whether a predictor was trained on kernels of this size; what it knows of channels is not told."""
+    trained = TRAINED.get(predictor)
+    return trained is None or (
+        kernel.resolution_px in trained.px
+        and kernel.kernel in trained.kernels
+        and kernel.stride in trained.strides
+    )
+
+
+@dataclass
+class _Recorder:
+    """A predictor as nn-Meter calls it, which keeps what it said of each kernel.
+
+    nn-Meter adds all kernels up; what each takes is what is wanted here.
+    """
+
+    forest: Forest
+    said: list[float] = field(default_factory=list)
+
+    def predict(self, rows: Sequence[Sequence[float]]) -> list[float]:
+        values: list[float] = self.forest.predict(rows).tolist()
+        self.said += values
+        return values
+
+
+def _ask(device: str, asked: Mapping[Kernel, str]) -> dict[Kernel, float]:
+    """Return what nn-Meter's code says each kernel takes, by the predictor of this name."""
+    if not asked:
+        return {}
+    forests = predictors.load_forests(device, dict.fromkeys(asked.values()))
+    recorders = {name: _Recorder(forest) for name, forest in forests.items()}
+    total = _nn_predict()(recorders, [_unit(kernel, name) for kernel, name in asked.items()])
+    # it keeps the order of kernels within a predictor
+    said = {name: iter(recorder.said) for name, recorder in recorders.items()}
+    priced = {kernel: next(said[name]) for kernel, name in asked.items()}
+    assert math.isclose(total, math.fsum(priced.values()), rel_tol=1e-9, abs_tol=1e-9), "kernels left out"
+    return priced
+
+
+def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
+    """Return a kernel as nn-Meter's kernel detector does: it takes what it needs of this."""
+    px, channels = kernel.resolution_px, kernel.c_in
+    return {
+        "op": _OPERATORS.get(predictor, predictor),
+        "inputh": px,
+        "cin": channels,
+        "cout": kernel.c_out,
+        "ks": [kernel.kernel, kernel.kernel],
+        "strides": [kernel.stride, kernel.stride],
+        "input_tensors": [[1, px, px, channels], [1, px, px, channels]],
+    }
+
+
+def _nn_predict() -> Callable[[Mapping[str, Any], list[dict[str, Any]]], float]:
+    """Import nn-Meter's prediction.
+
+    Its package writes ~/.nn_meter when it is imported and fails where it cannot; the code that is used
+    here needs none of it. Its import of pkg_resources warns. Raises TableError where it is not installed
+    in full.
+    """
+    kept = {name: os.environ.get(name) for name in ("HOME", "USERPROFILE")}
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.environ.update(dict.fromkeys(kept, home))
+        try:
+            from nn_meter.predictor.prediction.predict_by_kernel import (  # type: ignore[import-untyped]
+                nn_predict,
+            )
+        except ImportError as error:
+            raise TableError(f"nn-Meter cannot be imported ({error}): pip install {REQUIREMENTS}") from error
+        finally:
+            for name, value in kept.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+    predict: Callable[[Mapping[str, Any], list[dict[str, Any]]], float] = nn_predict
+    return predict

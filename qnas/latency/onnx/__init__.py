@@ -1,0 +1,1 @@
+"""ONNX files read as operators, for prediction."""

@@ -1,0 +1,147 @@
+"""Operators that exporters write as several: a GELU, a norm, a split.
+
+A composition of elementwise operators (or of means) of one tensor is what it computes: it is put
+through numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` where it
+agrees with one. Its parts have no other readers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from qnas.latency.onnx.graph_file import Array, Node, evaluate
+from qnas.latency.onnx.tensors import Reader
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Nodes, by position, that together are one operator of one tensor."""
+
+    kind: str
+    positions: tuple[int, ...]
+    source: str
+    view: str  # of the source, in the shape in which the nodes read it
+
+
+_COMPOSABLE = (
+    *("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Exp", "Min", "Max"),
+    *("Erf", "Tanh", "Sigmoid", "HardSigmoid", "Clip", "Relu", "ReduceMean"),
+)
+_LONGEST = 16  # nodes of a composition
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def _normal_cdf(x: Array) -> Array:
+    return np.asarray(np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x))
+
+
+def _normalised(x: Array, axis: int) -> Array:
+    return np.asarray((x - x.mean(axis, keepdims=True)) / x.std(axis, keepdims=True))
+
+
+_FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
+    ("gelu", lambda x: x * _normal_cdf(x)),  # its form with tanh agrees to 5e-4
+    ("hswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
+    ("hsigmoid", lambda x: np.clip(x / 6 + 0.5, 0, 1)),
+    ("swish", lambda x: x * _sigmoid(x)),
+    ("swish", lambda x: x * _sigmoid(1.702 * x)),  # some call it a quick GELU; it costs as much
+    ("sigmoid", _sigmoid),
+)
+_AGREEMENT = 2e-3  # of values in the order of one; the functions differ by more than ten times that
+
+
+def compositions(reader: Reader) -> dict[int, Composition]:
+    """Return the compositions of a graph by the position of their last node, the largest first."""
+    found: dict[int, Composition] = {}
+    taken: set[int] = set()
+    for end in reversed(range(len(reader.nodes))):
+        if end not in taken and _is_composable(reader, reader.nodes[end]):
+            composition = _largest(reader, end, taken)
+            if composition is not None:
+                found[end] = composition
+                taken |= set(composition.positions)
+    return found
+
+
+def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
+    """Return the largest composition that ends at a node, without those that are taken."""
+    inside = {end}
+    best = None
+    while len(inside) <= _LONGEST:
+        nodes = tuple(reader.nodes[i] for i in sorted(inside))
+        outside = {s for s in reader.sources(nodes) if reader.writer.get(s) not in inside}
+        if len(outside) == 1 and len(inside) > 1:
+            (source,) = outside
+            views = [n for node in nodes for n in reader.activations(node) if reader.root(n) == source]
+            same = {reader.shapes[view] for view in views}
+            kind = _kind(reader, nodes, views[0]) if len(same) == 1 else None
+            if kind is not None:
+                best = Composition(kind, tuple(sorted(inside)), source, views[0])
+        # all else is computed from the source: what ran last is not it
+        latest = max(reader.writer.get(s, -1) for s in outside)
+        if latest < 0 or latest in taken or not _is_composable(reader, reader.nodes[latest]):
+            break
+        output = reader.nodes[latest].outputs[0]
+        if not reader.readers[output] <= inside or output in reader.outputs:
+            break
+        inside.add(latest)
+    return best
+
+
+def _is_composable(reader: Reader, node: Node) -> bool:
+    """Whether a node applies arithmetic to tensors and scalars, or a mean."""
+    if node.op not in _COMPOSABLE:
+        return False
+    constants = [name for name in node.inputs if name in reader.graph.constants]
+    values = [reader.graph.values.get(name) for name in constants]
+    return all(v is not None and (v.size == 1 or node.op == "ReduceMean") for v in values)
+
+
+def _kind(reader: Reader, nodes: Sequence[Node], view: str) -> str | None:
+    """Return what nodes compute of a tensor, by putting numbers through them."""
+    rank = len(reader.shapes[view])
+    shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
+    sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    feeds: dict[str, Array] = {reader.root(view): sample}
+    protos = []
+    for node in nodes:
+        proto = NodeProto()
+        proto.CopyFrom(node.proto)
+        for place, name in enumerate(node.inputs):
+            proto.input[place] = reader.root(name)
+            if name in reader.graph.values:
+                value = reader.graph.values[name]
+                feeds[name] = value.astype(np.float32) if value.dtype.kind == "f" else value
+        protos.append(proto)
+    result = evaluate(protos, feeds, nodes[-1].outputs[0], reader.graph.opset)
+    if result is None or result.shape != shape:
+        return None
+    if any(node.op == "ReduceMean" for node in nodes):
+        is_norm = np.allclose(result, _normalised(sample, reader.channel_axis(view)), atol=_AGREEMENT)
+        return "layernorm" if is_norm else None
+    for kind, function in _FUNCTIONS:
+        if np.allclose(result, function(sample.astype(np.float64)), rtol=0, atol=_AGREEMENT):
+            return kind
+    return None
+
+
+def splits(reader: Reader) -> dict[int, Composition]:
+    """Return slices that together are all of a tensor, once: exporters write a split so."""
+    by_source: dict[str, list[int]] = {}
+    for position, node in enumerate(reader.nodes):
+        if node.op == "Slice":
+            by_source.setdefault(reader.root(node.inputs[0]), []).append(position)
+    found = {}
+    for source, positions in by_source.items():
+        view = reader.nodes[positions[0]].inputs[0]
+        parts = {reader.nodes[i].outputs[0] for i in positions}
+        sizes = sum(math.prod(reader.shapes[part]) for part in parts)
+        if len(positions) > 1 and sizes == math.prod(reader.shapes[source]):
+            found[positions[0]] = Composition("split", tuple(positions), source, view)
+    return found

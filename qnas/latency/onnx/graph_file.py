@@ -1,0 +1,346 @@
+"""An ONNX file as a graph for one image: the nodes that run, and the shape of every tensor.
+
+What is known before the first image arrives does not run: a node whose inputs are all constants
+(weights, arithmetic on shapes) is computed when a runtime loads the file, and is left out here. Such
+values are followed as far as shapes depend on them. Weights themselves are never read, so that a
+file whose weights lie in another one is priced without them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx itself needs it
+from onnx import external_data_helper, helper, inliner, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+from qnas.common.errors import ArchError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+LARGEST_VALUE = 1024  # elements of a constant that is followed: shapes and scalars, not weights
+_LARGEST_IMAGE_CHANNELS = 4  # tells (1, C, H, W) from (1, H, W, C)
+_STANDARD = ("", "ai.onnx")
+# functions of others that onnx gives no shape for; they keep that of their input
+_KEEP_SHAPE = ("GroupNormalization", "InstanceNormalization", "MeanVarianceNormalization")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that runs for every image. An input that is left out is an empty string."""
+
+    name: str
+    op: str  # with its domain where that is not the standard one: "com.microsoft.FusedConv"
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    proto: onnx.NodeProto
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """Return an attribute's value, text as str."""
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                value = helper.get_attribute_value(attribute)
+                return value.decode() if isinstance(value, bytes) else value
+        return default
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What runs, in running order, for one image of shape (1, C, H, W) or (1, H, W, C)."""
+
+    nodes: tuple[Node, ...]
+    input: str
+    is_channels_last: bool  # of the input
+    outputs: frozenset[str]
+    shapes: Mapping[str, Shape]  # of activations and of constants
+    types: Mapping[str, int]  # onnx element types
+    constants: frozenset[str]
+    values: Mapping[str, Array]  # of the small constants
+    opset: int
+
+
+def read_graph(path: Path, *, resolution_px: int | None = None) -> Graph:
+    """Read an ONNX file for a batch of one image.
+
+    `resolution_px` is taken for a height and width that the file leaves free. Raises ArchError where
+    the file is no ONNX, has not one image as its only input, a batch of more than one, or tensors
+    whose shape depends on data; and where free sizes need a resolution, or fixed ones forbid it.
+    """
+    model = _load(path)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    walk = _Walk(model, path)
+    name, is_last = walk.set_image(resolution_px)
+    for proto in model.graph.node:
+        walk.step(proto)
+    outputs = frozenset(output.name for output in model.graph.output)
+    return Graph(
+        _used(walk.nodes, outputs),
+        name,
+        is_last,
+        outputs,
+        walk.shapes,
+        walk.types,
+        frozenset(walk.constants),
+        walk.values,
+        walk.opset,
+    )
+
+
+def _used(nodes: Sequence[Node], outputs: frozenset[str]) -> tuple[Node, ...]:
+    """Return the nodes that an output depends on."""
+    read = set(outputs)
+    used = []
+    for node in reversed(nodes):
+        if read.intersection(node.outputs):
+            read.update(node.inputs)
+            used.append(node)
+    return tuple(reversed(used))
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+    except FileNotFoundError:
+        raise ArchError(f"{path}: no such file, expected an ONNX file") from None
+    except IsADirectoryError:
+        raise ArchError(f"{path}: a folder, expected an ONNX file") from None
+    except DecodeError as error:
+        raise ArchError(f"{path}: not an ONNX file, or a damaged one") from error
+    if not model.graph.node or not model.opset_import:
+        raise ArchError(f"{path}: not an ONNX file, or one without operators")
+    return model
+
+
+def evaluate(
+    protos: Sequence[onnx.NodeProto], feeds: Mapping[str, Array], output: str, opset: int
+) -> Array | None:
+    """Return what standard operators compute from `feeds`; None where onnx cannot evaluate them."""
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in feeds.items()
+    ]
+    graph = helper.make_graph(list(protos), "part", inputs, [helper.make_empty_tensor_value_info(output)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    try:
+        with np.errstate(all="ignore"):
+            (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
+    except Exception:  # what it raises is of many kinds, and means that the operator is not known
+        return None
+    return np.asarray(value)
+
+
+class _Walk:
+    """What is known of each tensor while the nodes are passed in running order."""
+
+    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        self.path = path
+        self.graph = model.graph
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self.ir_version = model.ir_version
+        self.context = onnx.checker.C.CheckerContext()
+        self.context.ir_version = model.ir_version
+        self.context.opset_imports = self.opsets
+        self.nodes: list[Node] = []
+        self.shapes: dict[str, Shape] = {}
+        self.types: dict[str, int] = {}
+        self.values: dict[str, Array] = {}
+        self.constants: set[str] = set()
+        self.stated = {info.name: info.type for info in (*model.graph.value_info, *model.graph.output)}
+        for tensor in model.graph.initializer:
+            self._set_constant(tensor.name, tuple(tensor.dims), tensor.data_type)
+            if math.prod(tensor.dims) <= LARGEST_VALUE:
+                self._set_value(tensor.name, self._read(tensor))
+        for sparse in model.graph.sparse_initializer:
+            self._set_constant(sparse.values.name, tuple(sparse.dims), sparse.values.data_type)
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators."""
+        return int(self.opsets.get("", 1))
+
+    def _set_constant(self, name: str, shape: Shape, element: int) -> None:
+        self.constants.add(name)
+        self.shapes[name] = shape
+        self.types[name] = element
+
+    def _set_value(self, name: str, value: Array) -> None:
+        self._set_constant(name, value.shape, helper.np_dtype_to_tensor_dtype(value.dtype))
+        self.values[name] = value
+
+    def _read(self, tensor: onnx.TensorProto) -> Array:
+        try:
+            if external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+            return numpy_helper.to_array(tensor)
+        except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
+            raise ArchError(
+                f"{self.path}: the values of {tensor.name!r} cannot be read: put the data file that "
+                "belongs to this ONNX file beside it"
+            ) from error
+
+    def set_image(self, resolution_px: int | None) -> tuple[str, bool]:
+        """Give the input its shape for one image; return its name and whether channels come last."""
+        inputs = [i for i in self.graph.input if i.name not in self.constants]
+        if len(inputs) != 1:
+            names = ", ".join(i.name for i in inputs) or "none"
+            raise ArchError(f"{self.path}: expected one input, a batch of images; found {names}")
+        (image,) = inputs
+        dims = [d.dim_value if d.HasField("dim_value") else 0 for d in image.type.tensor_type.shape.dim]
+        if len(dims) != 4:
+            shape = ", ".join(str(d or "?") for d in dims)
+            raise ArchError(
+                f"{self.path}: input {image.name!r} has the shape ({shape}), expected images: four dimensions"
+            )
+        if dims[0] > 1:
+            raise ArchError(
+                f"{self.path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
+                "export it so"
+            )
+        is_last = dims[1] not in range(1, _LARGEST_IMAGE_CHANNELS + 1) and dims[3] in range(
+            1, _LARGEST_IMAGE_CHANNELS + 1
+        )
+        channels, places = (3, (1, 2)) if is_last else (1, (2, 3))
+        if not dims[channels]:
+            raise ArchError(f"{self.path}: input {image.name!r} has a free number of channels, not a fixed")
+        free = [i for i in places if not dims[i]]
+        if free and resolution_px is None:
+            raise ArchError(f"{self.path}: height and width of the images are free: give a resolution in px")
+        for i in free:
+            dims[i] = resolution_px or 0
+        if resolution_px is not None and any(dims[i] != resolution_px for i in places):
+            size = " x ".join(str(dims[i]) for i in places)
+            raise ArchError(
+                f"{self.path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
+            )
+        self.shapes[image.name] = (1, *dims[1:])
+        self.types[image.name] = image.type.tensor_type.elem_type
+        return image.name, is_last
+
+    def step(self, proto: onnx.NodeProto) -> None:
+        """Learn what a node's outputs are; keep the node if it runs for every image."""
+        inputs = tuple(proto.input)
+        operands = [name for name in inputs if name]
+        standard = proto.domain in _STANDARD
+        name = proto.name or next(filter(None, proto.output), proto.op_type)
+        self._check(proto, name)
+        if standard and proto.op_type == "Constant":
+            self._set_stated_value(proto)
+            return
+        if standard and proto.op_type in ("Shape", "Size") and proto.input[0] in self.shapes:
+            self._set_shape_value(proto)
+            return
+        is_constant = bool(operands) and all(operand in self.constants for operand in operands)
+        for output, (shape, element) in self._infer(proto, name, is_constant):
+            self.shapes[output] = shape
+            self.types[output] = element
+        if is_constant:
+            self._fold(proto, operands)
+            return
+        op = proto.op_type if standard else f"{proto.domain}.{proto.op_type}"
+        self.nodes.append(Node(name, op, inputs, tuple(proto.output), proto))
+
+    def _check(self, proto: onnx.NodeProto, name: str) -> None:
+        try:
+            onnx.checker.check_node(proto, self.context)
+        except onnx.checker.ValidationError as error:
+            problem = str(error).strip().splitlines()[0]
+            raise ArchError(f"{self.path}: not a valid ONNX graph: {name!r}: {problem}") from error
+        if proto.op_type == "Constant" and len(proto.attribute) != 1:
+            raise ArchError(f"{self.path}: not a valid ONNX graph: {name!r}: a constant without a value")
+        unknown = [operand for operand in proto.input if operand and operand not in self.shapes]
+        if unknown:
+            raise ArchError(
+                f"{self.path}: {proto.op_type} {name!r} reads {unknown[0]!r}, whose shape is not known: "
+                "expected operators in running order, with shapes that follow from the image's"
+            )
+
+    def _set_stated_value(self, proto: onnx.NodeProto) -> None:
+        (attribute,) = proto.attribute
+        value = helper.get_attribute_value(attribute)
+        if attribute.name == "sparse_value":
+            self._set_constant(proto.output[0], tuple(value.dims), value.values.data_type)
+        elif isinstance(value, onnx.TensorProto):
+            self._set_constant(proto.output[0], tuple(value.dims), value.data_type)
+            if math.prod(value.dims) <= LARGEST_VALUE:
+                self._set_value(proto.output[0], self._read(value))
+        else:
+            kind = {"value_float": np.float32, "value_floats": np.float32}.get(attribute.name, np.int64)
+            is_text = attribute.name.startswith("value_string")
+            self._set_value(proto.output[0], np.array(value, dtype=object if is_text else kind))
+
+    def _set_shape_value(self, proto: onnx.NodeProto) -> None:
+        shape = self.shapes[proto.input[0]]
+        if proto.op_type == "Size":
+            self._set_value(proto.output[0], np.array(math.prod(shape), dtype=np.int64))
+            return
+        limits = {a.name: a.i for a in proto.attribute}
+        part = shape[limits.get("start", 0) : limits.get("end", len(shape))]
+        self._set_value(proto.output[0], np.array(part, dtype=np.int64))
+
+    def _fold(self, proto: onnx.NodeProto, operands: Sequence[str]) -> None:
+        self.constants.update(filter(None, proto.output))
+        output = proto.output[0]
+        size = math.prod(self.shapes[output]) if output in self.shapes else LARGEST_VALUE + 1
+        if size > LARGEST_VALUE or len(proto.output) > 1 or not all(name in self.values for name in operands):
+            return
+        value = evaluate([proto], {name: self.values[name] for name in operands}, output, self.opset)
+        if value is not None:
+            self._set_value(output, value)
+
+    def _infer(
+        self, proto: onnx.NodeProto, name: str, is_constant: bool
+    ) -> Iterator[tuple[str, tuple[Shape, int]]]:
+        """Yield shape and element type of the outputs, of constants where they are known."""
+        inferred = self._inferred_types(proto)
+        for output in filter(None, proto.output):
+            found = _static(inferred.get(output)) or _static(self.stated.get(output))
+            if found is None and proto.op_type in _KEEP_SHAPE and proto.input[0] in self.shapes:
+                found = self.shapes[proto.input[0]], self.types[proto.input[0]]
+            if found is not None:
+                yield output, found
+            elif not is_constant:
+                raise ArchError(
+                    f"{self.path}: the shape of {output!r}, which {proto.op_type} {name!r} gives, is not "
+                    "known before it runs: expected standard operators whose shapes follow from the image's"
+                )
+
+    def _inferred_types(self, proto: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+        domain = "" if proto.domain in _STANDARD else proto.domain
+        try:
+            schema = onnx.defs.get_schema(proto.op_type, self.opsets.get(domain, 1), domain)
+            return shape_inference.infer_node_outputs(
+                schema,
+                proto,
+                {
+                    i: helper.make_tensor_type_proto(self.types[i], self.shapes[i])
+                    for i in proto.input
+                    if i in self.shapes
+                },
+                {i: numpy_helper.from_array(self.values[i]) for i in proto.input if i in self.values},
+                opset_imports=[helper.make_opsetid(d, v) for d, v in self.opsets.items()],
+                ir_version=self.ir_version,
+            )
+        except (
+            onnx.defs.SchemaError,
+            shape_inference.InferenceError,
+            onnx.checker.ValidationError,
+            RuntimeError,
+        ):
+            return {}
+
+
+def _static(kind: onnx.TypeProto | None) -> tuple[Shape, int] | None:
+    """Return shape and element type of a tensor type without free sizes."""
+    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+        return None
+    dims = kind.tensor_type.shape.dim
+    if not all(d.HasField("dim_value") for d in dims):
+        return None
+    return tuple(d.dim_value for d in dims), kind.tensor_type.elem_type

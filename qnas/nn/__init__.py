@@ -1,0 +1,1 @@
+"""Modules: the quadratic operator, blocks, subnets and the supernet."""

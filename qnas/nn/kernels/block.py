@@ -1,0 +1,130 @@
+"""The two halves of a QuadraBlock with layer normalisation, keeping an input each and nothing else.
+
+x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))) of pointwise.py. Autograd keeps x and x1
+and computes the rest again in the backward pass: 2 times x where the plain modules keep 14.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qnas.nn.kernels import mixer
+from qnas.nn.kernels.lean_quadratic import quadratic_backward, quadratic_forward
+
+
+def can_run(x: Tensor) -> bool:
+    """Say whether the halves take x: float32 on a CPU, and nobody traces, exports or casts."""
+    return (
+        type(x) is Tensor  # not the stand-in of a tracer or a compiler
+        and x.ndim == 4
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def mixer_half(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return x + (w_a * n) . (w_b * n) + w_c * n of n = LN(x), with LN over channels.
+
+    x: (B, C, H, W), brought to channels_last memory if it is not; norm weight and bias: (C,); w_a, w_b, w_c:
+    (C, 1, k, k) with k odd. Returns (B, C, H, W) in channels_last memory. The gradient itself is not
+    differentiable.
+    """
+    arguments = (x.contiguous(memory_format=torch.channels_last), norm_weight, norm_bias, w_a, w_b, w_c)
+    if not torch.is_grad_enabled():
+        return _forward(*arguments, eps=eps)
+    y: Tensor = _MixerHalf.apply(*arguments, eps)
+    return y
+
+
+class _MixerHalf(torch.autograd.Function):
+    """The half with a backward pass from x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.eps = arguments
+        ctx.save_for_backward(*tensors)
+        return _forward(*tensors, eps=ctx.eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors, eps=ctx.eps, needed=ctx.needs_input_grad[:6]), None)
+
+
+def _forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, *, eps: float
+) -> Tensor:
+    if mixer.is_supported(x, w_a.shape[-1]):
+        return mixer.mixer_forward(x, w_a, w_b, w_c, None, mixer.Norm(norm_weight, norm_bias, eps))
+    normed = _layer_norm(x, norm_weight, norm_bias, eps)[0]
+    return quadratic_forward(normed, w_a, w_b, w_c)[0].add_(x)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    *,
+    eps: float,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and of the five parameters, None where not `needed`."""
+    if mixer.is_supported(x, w_a.shape[-1]):
+        got = mixer.mixer_backward(
+            grad,
+            x,
+            w_a,
+            w_b,
+            w_c,
+            None,
+            mixer.Norm(norm_weight, norm_bias, eps),
+            needs_x=needed[0],
+            needs_weights=any(needed[1:]),
+        )
+        return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
+    through_norm = any(needed[:3])
+    inner, *weights = quadratic_backward(grad, normed, w_a, w_b, w_c, (through_norm, *needed[3:]))
+    if inner is None:
+        return (None, None, None, *weights)
+    grad_x, *norm = torch.ops.aten.native_layer_norm_backward(
+        inner.permute(0, 2, 3, 1),
+        x.permute(0, 2, 3, 1),
+        [x.shape[1]],
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        list(needed[:3]),
+    )
+    if needed[0]:
+        grad_x = grad_x.permute(0, 3, 1, 2).add_(grad)
+    return (*(g if n else None for g, n in zip((grad_x, *norm), needed, strict=False)), *weights)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return LN(x) over channels, (B, C, H, W), with the means and reciprocal deviations."""
+    normed, mean, rstd = torch.native_layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], weight, bias, eps)
+    return normed.permute(0, 3, 1, 2), mean, rstd
+
+
+__all__ = ["can_run", "mixer_half"]

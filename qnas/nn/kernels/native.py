@@ -1,0 +1,172 @@
+"""The C++ kernels: built on first use where a compiler exists, then loaded from a cache.
+
+All .cpp files of this folder are one shared object with a plain C interface: torch's extension
+headers alone take a compiler 18 s. It is kept by a digest of sources, compiler, flags and processor
+in $QNAS_HOME/kernels, else qnas/kernels in $XDG_CACHE_HOME or ~/.cache. Importing this module
+builds nothing. A build that fails is one warning, and `library` returns None from then on.
+QNAS_KERNELS=0 turns the kernels off.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qnas.common.files import atomic_path
+from qnas.common.host import cpu_name
+from qnas.common.resources import user_cache
+
+FOLDER = Path(__file__).parent
+COMPILERS = ("g++", "clang++", "c++")
+# Not all of -ffast-math: sums keep their order, so that results are the same on every run and for any
+# number of threads, and NaN and infinity stay what they are.
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-std=c++17",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+BUILD_SECONDS = 600  # a build that takes longer has failed
+
+Signature = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded kernels, and the file that they were loaded from."""
+
+    path: Path
+    lanes: int  # floats in a vector: 16 with AVX-512
+    _library: ctypes.CDLL
+
+    def function(self, name: str, *arguments: Any) -> Signature:
+        """Return the C function `name` that takes `arguments` (ctypes types) and returns nothing."""
+        function = self._library[name]  # a new object each time: signatures are not shared
+        function.argtypes = arguments
+        function.restype = None
+        return function
+
+
+def library() -> Native | None:
+    """Return the kernels, built if they never were; None where they are off or cannot be had."""
+    return _load() if is_enabled() else None
+
+
+def is_enabled() -> bool:
+    """Say whether the environment allows the kernels: QNAS_KERNELS is not 0."""
+    return os.environ.get("QNAS_KERNELS", "") != "0"
+
+
+def describe() -> dict[str, Any]:
+    """Say what there is without building: enabled, compiler, file, built (it exists), loaded."""
+    compiler = find_compiler()
+    try:
+        version = None if compiler is None else _version(compiler)
+    except (OSError, subprocess.SubprocessError):
+        version = None
+    path = None if compiler is None or version is None else cached_path(compiler)
+    return {
+        "enabled": is_enabled(),
+        "compiler": version,
+        "file": None if path is None else str(path),
+        "built": path is not None and path.exists(),
+        "loaded": _load.cache_info().currsize > 0 and _load() is not None,
+    }
+
+
+def find_compiler() -> str | None:
+    """Return the path of the compiler: $CXX, else the first of COMPILERS that is installed."""
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        found = shutil.which(name) if name else None
+        if found is not None:
+            return found
+    return None
+
+
+def cache_folder() -> Path:
+    """Return the folder of built kernels: $QNAS_HOME/kernels, else qnas/kernels in the user's cache."""
+    return user_cache("kernels")
+
+
+def cached_path(compiler: str) -> Path:
+    """Return where this compiler's build of these sources for this processor lies, or would lie."""
+    digest = hashlib.sha256()
+    for part in (_version(compiler), cpu_name(), *FLAGS):
+        digest.update(part.encode() + b"\0")
+    for source in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"))):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return cache_folder() / f"qnas-{digest.hexdigest()[:24]}.so"
+
+
+def build(compiler: str, path: Path) -> None:
+    """Compile the sources into the shared object `path`, all of it or nothing.
+
+    Several processes may build the same file at once: each writes its own and the last one stays.
+    Raises OSError or subprocess.SubprocessError.
+    """
+    with atomic_path(path) as partial:
+        sources = [str(source) for source in sorted(FOLDER.glob("*.cpp"))]
+        command = [compiler, *FLAGS, *sources, "-o", str(partial)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+
+
+@lru_cache(maxsize=1)
+def _load() -> Native | None:
+    compiler = find_compiler()
+    if compiler is None:
+        return None  # nothing went wrong: most machines that only run qnas have none
+    try:
+        path = cached_path(compiler)
+        if not path.exists():
+            build(compiler, path)
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # damaged
+            build(compiler, path)
+            loaded = ctypes.CDLL(str(path))
+        return Native(path, int(loaded.qnas_lanes()), loaded)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        warnings.warn(
+            f"the C++ kernels could not be built ({_reason(error)}); torch's operators are used instead, "
+            "which is slower. QNAS_KERNELS=0 turns the attempt off",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+@lru_cache(maxsize=8)
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.partition("\n")[0].strip()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
+        return lines[0].strip() if lines else f"{error.cmd[0]} ended with {error.returncode}"
+    return str(error)
+
+
+__all__ = [
+    "Native",
+    "build",
+    "cache_folder",
+    "cached_path",
+    "describe",
+    "find_compiler",
+    "is_enabled",
+    "library",
+]

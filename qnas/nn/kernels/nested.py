@@ -1,0 +1,124 @@
+"""The two halves of a QuadraBlock relaxed over kernels, expansions and identity, in one pass each.
+
+Candidates are nested: a smaller kernel is the centre of the largest one's weights, a smaller expansion its
+leading hidden channels. So the mixture of all mixers, x + s sum_k p_k q_k(LN(x)), is partial sums of one
+sweep, and that of all channel halves is one with a gate on each hidden channel: 1 on those that every
+expansion has, the probability of the larger ones beyond. s, the share that is not identity, scales both.
+Gradients are exact, those of the shares and gates too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qnas.nn.kernels import mixer
+from qnas.nn.kernels.block import can_run
+from qnas.nn.kernels.pointwise import channel_half
+
+SMALLEST_KERNEL = 3  # of the C++ kernel's partial sums
+
+
+def nested_mixer_half(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    shares: Tensor,
+    kernels: Sequence[int],
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return x + sum_k p_k q_k(LN(x)), q_k the quadratic operator by the k x k centres of the weights.
+
+    x: (B, C, H, W); norm weight and bias: (C,), over channels; w_a, w_b, w_c: (C, 1, K, K); shares: p, a
+    number for each of `kernels`, odd sizes up to K, of any sum. Returns (B, C, H, W). Float32 on the CPU
+    with kernels from 3 to 7 takes the C++ kernel, whose gradient is not itself differentiable; all else
+    torch's operators.
+    """
+    assert shares.shape == (len(kernels),), f"a share a kernel, got {tuple(shares.shape)} for {kernels}"
+    largest = w_a.shape[-1]
+    fits = min(kernels) >= SMALLEST_KERNEL and max(kernels) <= largest <= mixer.MAX_NESTED
+    if fits and can_run(x) and mixer.is_supported(x, largest):
+        places = torch.tensor([k // 2 - 1 for k in kernels])
+        every = shares.new_zeros(largest // 2).index_add(0, places, shares)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y: Tensor = _NestedMixerHalf.apply(x, norm_weight, norm_bias, w_a, w_b, w_c, every, eps)
+        return y
+    normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
+    normed = normed.permute(0, 3, 1, 2)
+    for share, kernel in zip(shares, kernels, strict=True):
+        cut = (largest - kernel) // 2
+        a, b, c = (
+            F.conv2d(
+                normed, w[..., cut : largest - cut, cut : largest - cut], None, 1, kernel // 2, 1, len(w)
+            )
+            for w in (w_a, w_b, w_c)
+        )
+        x = x + share * (a * b + c)
+    return x
+
+
+class _NestedMixerHalf(torch.autograd.Function):
+    """The C++ mixture with a backward pass from x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.eps = arguments
+        ctx.save_for_backward(*tensors)
+        x, norm_weight, norm_bias, w_a, w_b, w_c, shares = tensors
+        norm = mixer.Norm(norm_weight, norm_bias, ctx.eps)
+        return mixer.nested_forward(x, w_a, w_b, w_c, None, norm, shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, w_a, w_b, w_c, shares = ctx.saved_tensors
+        got, of_shares = mixer.nested_backward(
+            grad,
+            x,
+            w_a,
+            w_b,
+            w_c,
+            None,
+            mixer.Norm(norm_weight, norm_bias, ctx.eps),
+            shares,
+            needs_x=ctx.needs_input_grad[0],
+            needs_weights=any(ctx.needs_input_grad[1:6]),  # not in an architecture step
+        )
+        return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c, of_shares, None)
+
+
+def nested_channel_half(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    gates: Tensor,
+    share: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return x + s (PW2(g . GELU(PW1(LN(x)))) + b), with a gate g for each hidden channel.
+
+    Shapes as in `pointwise.channel_half`; gates: (E,); share: s, a scalar. Both are folded into PW2, whose
+    weight gradient is all that their own gradients need.
+    """
+    project = project_weight * (share * gates)[:, None, None]
+    shift = share * project_bias
+    if can_run(x):
+        return channel_half(x, norm_weight, norm_bias, expand_weight, expand_bias, project, shift, eps=eps)
+    normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
+    hidden = F.gelu(F.conv2d(normed.permute(0, 3, 1, 2), expand_weight, expand_bias))
+    return x + F.conv2d(hidden, project, shift)
+
+
+__all__ = ["nested_channel_half", "nested_mixer_half"]

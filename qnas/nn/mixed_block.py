@@ -1,0 +1,357 @@
+"""The candidates of one position in one module, and the routes through it.
+
+Three ways to keep their weights:
+
+- independent: a module for each candidate, as ProxylessNAS has it (arXiv 1812.00332);
+- shared: the largest module of each kind of block; a candidate's weights are slices of its tensors, the
+  centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free.
+  QuadraBlocks of another neuron are another kind, pointwise convolutions included: these follow a map of
+  another distribution, and kernels that were trained to be multiplied are none to be summed;
+- nested: weights as shared, and all candidates at once cost one pass of the largest, where they are a grid
+  of kernels and expansions (`qnas.nn.kernels.nested`).
+
+What a nested mixture is: each half of the block mixed by itself, x + (1 - P(identity)) sum_k P(k)
+mixer_k(x), then the same with the expansions. It is not the mixture of whole blocks under one
+probability each: the channel half sees the mixed mixer, and P(k, e) is the product P(k) P(e) (1 -
+P(identity)). Where each of the three is certain, both are the one block.
+
+Where weights are slices a sampled path leaves a gradient of zero on the rest of a tensor, so an optimiser
+with momentum moves that on.
+
+A module is told which route to run and keeps nothing of an architecture.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qnas.common.errors import UsageError
+from qnas.nn.blocks import QuadraBlock, build_block
+from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.subnet import state_shapes, take_slice
+from qnas.spaces.lower import BlockSpec, Slot, fill
+from qnas.spaces.space import Candidate, Position, SearchSpace
+
+WeightsMode = Literal["independent", "shared", "nested"]
+WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Several candidates, one of them active: `gates` is 1 for it and 0 for the others.
+
+    The output is the active one's. The others' enter the gates' gradient only, dL/dg_k = sum(o_k .
+    dL/dy), and are computed in the backward pass, so that memory does not grow with their number.
+    """
+
+    candidates: tuple[int, ...]
+    active: int  # its place among `candidates`
+    gates: Tensor  # (candidates,), carries the gradient to the architecture
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """All candidates of a position, each in its share: what DARTS runs (arXiv 1806.09055)."""
+
+    shares: Tensor  # (candidates,)
+
+
+@dataclass(frozen=True)
+class FactoredMixture:
+    """All candidates of a position with nested weights."""
+
+    kernels: Tensor  # (kernels,) shares, smallest first, of sum 1
+    expansions: Tensor  # (expansions,) likewise
+    block: Tensor  # scalar: the share that is not identity
+
+
+Route = int | Gated | Mixture | FactoredMixture  # a number is a candidate's, run alone
+
+
+class Choice(nn.Module, ABC):
+    """The candidates of one position."""
+
+    @abstractmethod
+    def run_candidate(self, x: Tensor, index: int) -> Tensor:
+        """Run one candidate: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """Run a route: (B, C_in, H, W) -> (B, C_out, H, W)."""
+        if isinstance(route, int):
+            return self.run_candidate(x, route)
+        if isinstance(route, Gated):
+            y = self.run_candidate(x, route.candidates[route.active])
+            gated: Tensor = _Gate.apply(y, route.gates, x.detach(), self, route)
+            return gated
+        if isinstance(route, Mixture):
+            outputs = (share.to(x) * self.run_candidate(x, i) for i, share in enumerate(route.shares))
+            return torch.stack(list(outputs)).sum(0)
+        assert isinstance(self, NestedChoice), "only nested weights have a factored mixture"
+        return self.run_mixture(x, route)
+
+
+class _Gate(torch.autograd.Function):
+    """The active candidate's output as it is; the gates' gradient from all gated candidates'."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gates: Tensor, x: Tensor, choice: Choice, route: Gated) -> Tensor:
+        ctx.save_for_backward(y, x)
+        ctx.choice, ctx.route = choice, route
+        device = x.device.type
+        ctx.casts = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, x = ctx.saved_tensors
+        route: Gated = ctx.route
+        products = []
+        with torch.autocast(x.device.type, **ctx.casts):  # backward passes are not under it by themselves
+            for i, index in enumerate(route.candidates):
+                output = y if i == route.active else ctx.choice.run_candidate(x, index)
+                dtype = torch.promote_types(grad.dtype, torch.float32)
+                products.append((grad * output).sum(dtype=dtype))
+        return grad, torch.stack(products).to(route.gates), None, None, None
+
+
+class IndependentChoice(Choice):
+    """A module for each candidate, under its name."""
+
+    def __init__(self, blocks: Sequence[tuple[str, BlockSpec]]) -> None:
+        super().__init__()
+        for name, block in blocks:
+            self.add_module(name, build_block(block))
+
+    def run_candidate(self, x: Tensor, index: int) -> Tensor:
+        """See Choice."""
+        y: Tensor = list(self.children())[index](x)
+        return y
+
+
+class SharedChoice(Choice):
+    """One largest module a kind of block (`shared`); candidates are its slices.
+
+    `candidates` holds a module for each candidate whose tensors are all None: a run lends it slices.
+    """
+
+    def __init__(self, space: SearchSpace, slot: Slot) -> None:
+        super().__init__()
+        candidates = slot.position.candidates
+        blocks = [fill(space, slot, candidate) for candidate in candidates]
+        self.kinds = [block.kind for block in blocks]
+        largest = {
+            kind: build_block(fill(space, slot, _largest(kind, candidates)))
+            for kind, block in zip(self.kinds, blocks, strict=True)
+            if block.layers
+        }
+        self.shared = nn.ModuleDict(largest)  # `subnet.subnet_state` knows the name
+        self.candidates = nn.ModuleDict()
+        self.loans: list[_Loans] = []
+        for candidate, block in zip(candidates, blocks, strict=True):
+            with torch.device("meta"):
+                module = build_block(block)
+            self.candidates[candidate.name] = _without_tensors(module)
+            lender = self.shared[block.kind] if block.layers else module
+            self.loans.append(_loans(lender, module, state_shapes(block)))
+
+    def run_candidate(self, x: Tensor, index: int) -> Tensor:
+        """See Choice. Statistics of batch norms are slices too, and updated in place."""
+        module, loans = list(self.candidates.children())[index], self.loans[index]
+        # torch.func.functional_call would do, but takes 0.1 ms more a block
+        try:
+            loans.lend()
+            y: Tensor = module(x)
+        finally:
+            loans.take_back()
+        return y
+
+
+@dataclass(frozen=True)
+class _Loan:
+    """A tensor of a candidate: its name, the submodules that lend and borrow it, and its shape."""
+
+    name: str
+    lender: nn.Module
+    borrower: nn.Module
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class _Loans:
+    """What one candidate borrows. Written past setattr, which takes parameters that are leaves only."""
+
+    parameters: tuple[_Loan, ...]
+    buffers: tuple[_Loan, ...]
+
+    def lend(self) -> None:
+        """Set the candidate's tensors to slices of the largest module's."""
+        if self.parameters:
+            whole = (loan.lender._parameters[loan.name] for loan in self.parameters)
+            slices = _Slices.apply([loan.shape for loan in self.parameters], *whole)
+            for loan, part in zip(self.parameters, slices, strict=True):
+                loan.borrower._parameters[loan.name] = part
+        for loan in self.buffers:
+            tensor = loan.lender._buffers[loan.name]
+            assert tensor is not None
+            loan.borrower._buffers[loan.name] = take_slice(tensor, loan.shape)
+
+    def take_back(self) -> None:
+        """Leave the candidate without tensors."""
+        for loan in self.parameters:
+            loan.borrower._parameters[loan.name] = None
+        for loan in self.buffers:
+            loan.borrower._buffers[loan.name] = None
+
+
+def _loans(lender: nn.Module, borrower: nn.Module, shapes: dict[str, torch.Size]) -> _Loans:
+    lenders, borrowers = dict(lender.named_modules()), dict(borrower.named_modules())
+    parameters: list[_Loan] = []
+    buffers: list[_Loan] = []
+    for key, shape in shapes.items():
+        owner, _, name = key.rpartition(".")
+        is_parameter = name in lenders[owner]._parameters
+        loan = _Loan(name, lenders[owner], borrowers[owner], shape)
+        (parameters if is_parameter else buffers).append(loan)
+    return _Loans(tuple(parameters), tuple(buffers))
+
+
+class _Slices(torch.autograd.Function):
+    """Slices of several tensors as one operation: a dozen of torch's own would take as long as a block."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(take_slice(t, shape).contiguous() for t, shape in zip(tensors, shapes, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None]
+        for grad, shape in zip(grads, ctx.shapes, strict=True):
+            if grad is not None and grad.shape != shape:
+                whole = grad.new_zeros(shape)
+                take_slice(whole, grad.shape).copy_(grad)
+                grad = whole
+            found.append(grad)
+        return tuple(found)
+
+
+def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
+    """Return a candidate with the largest kernel and the largest expansion of its kind."""
+    same = [c for c in candidates if c.kind == kind]
+    kernel, expansion = max(c.kernel for c in same), max(c.expansion for c in same)
+    return same[0].model_copy(update={"kernel": kernel, "expansion": expansion})
+
+
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """Set all parameters and buffers of a module to None, in place, and return it."""
+    for part in module.modules():
+        for name, _ in list(part.named_parameters(recurse=False)):
+            setattr(part, name, None)
+        for name, _ in list(part.named_buffers(recurse=False)):
+            setattr(part, name, None)
+    return module
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Candidates as the product of kernels and expansions, and identity."""
+
+    kernels: tuple[int, ...]  # ascending
+    expansions: tuple[int, ...]  # ascending
+    # of each candidate: its kernel's and expansion's place above, None for identity
+    places: tuple[tuple[int, int] | None, ...]
+
+
+def grid_of(space: SearchSpace, position: Position) -> Grid:
+    """Return a position's candidates as a grid; a single candidate is one, whatever it is.
+
+    Raises UsageError where the weights of this position cannot be nested.
+    """
+    candidates = position.candidates
+    if len(candidates) == 1:
+        return Grid((candidates[0].kernel,), (candidates[0].expansion,), ((0, 0),))
+    blocks = [c for c in candidates if c.block != "identity"]
+    kernels = tuple(sorted({c.kernel for c in blocks}))
+    expansions = tuple(sorted({c.expansion for c in blocks}))
+    if (
+        any(c.kind != "quadra" for c in blocks)
+        or (space.norm, space.activation) != ("layernorm", "gelu")
+        or len(blocks) != len(kernels) * len(expansions)
+        or not blocks
+    ):
+        raise UsageError(
+            f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
+            f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
+            "kernels and expansions of QuadraBlocks (neuron quadranet) with layer normalisation and GELU; "
+            "--weights shared takes any"
+        )
+    places = tuple(
+        None if c.block == "identity" else (kernels.index(c.kernel), expansions.index(c.expansion))
+        for c in candidates
+    )
+    return Grid(kernels, expansions, places)
+
+
+class NestedChoice(SharedChoice):
+    """Shared weights whose candidates form a grid: all of them in one pass."""
+
+    def __init__(self, space: SearchSpace, slot: Slot) -> None:
+        super().__init__(space, slot)
+        self.grid = grid_of(space, slot.position)
+
+    def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
+        """Run the relaxed block: (B, C, H, W) -> (B, C, H, W)."""
+        block = cast(QuadraBlock, self.shared["quadra"])
+        norm1, norm2 = cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
+        expand, project = cast(nn.Conv2d, block.expand), cast(nn.Conv2d, block.project)
+        assert expand.bias is not None
+        assert project.bias is not None
+        kernels, expansions, share = (
+            shares.to(expand.weight) for shares in (route.kernels, route.expansions, route.block)
+        )
+        x = nested_mixer_half(
+            x,
+            norm1.weight,
+            norm1.bias,
+            block.conv_a.weight,
+            block.conv_b.weight,
+            block.conv_c.weight,
+            share * kernels,
+            self.grid.kernels,
+            eps=norm1.eps,
+        )
+        return nested_channel_half(
+            x,
+            norm2.weight,
+            norm2.bias,
+            expand.weight,
+            expand.bias,
+            project.weight,
+            project.bias,
+            self._hidden_gates(expansions, x.shape[1]),
+            share,
+            eps=norm2.eps,
+        )
+
+    def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
+        """Return the probability that a hidden channel is there: (expansions,) -> (E,)."""
+        at_least = shares.flip(0).cumsum(0).flip(0)
+        sizes = self.grid.expansions
+        added = [channels * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
+        return at_least.repeat_interleave(torch.tensor(added, device=shares.device))
+
+
+def make_choice(space: SearchSpace, slot: Slot, weights: WeightsMode) -> Choice:
+    """Build the module of a position, with freshly drawn weights. Raises UsageError as `grid_of` does."""
+    if weights == "independent":
+        candidates = slot.position.candidates
+        return IndependentChoice([(c.name, fill(space, slot, c)) for c in candidates])
+    return (NestedChoice if weights == "nested" else SharedChoice)(space, slot)

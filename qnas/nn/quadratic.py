@@ -1,0 +1,244 @@
+"""The quadratic depthwise convolution: Y = (W_a * X) . (W_b * X) + W_c * X.
+
+`*` is a depthwise convolution and `.` the elementwise product (QuadraNet, arXiv 2311.17956, eq. 6
+and 7). `quadratic_conv2d_reference` is three convolutions under torch's own autograd: what is
+exported and what faster forms are compared with. `quadratic_conv2d` takes the fastest form that can
+be had (`choose_form`), with a backward pass that needs x alone.
+
+In eager mode that is an autograd.Function; only what traces a program sees the operators
+`qnas::quadratic_conv2d` and `qnas::quadratic_conv2d_backward`, since torch.library takes 25 us more a
+training step (65 against 40 us for empty kernels), a tenth of a native step on a map of 2 x 2.
+Compilers keep the operators whole; exporters may decompose them (`decompositions`), and that to ONNX never
+sees them. They are not in torch's own table of decompositions: inductor refuses what is there and is compiled
+whole, though only with CI set in the environment.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qnas.nn.kernels import lean_quadratic, mixer, native, triton_quadratic
+
+Form = Literal["native", "triton", "lean", "reference"]
+
+FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "native": mixer.quadratic_forward,
+    "triton": triton_quadratic.quadratic_forward,
+}
+
+# Up to this many elements of x the lean form keeps the factors too: to compute them anew costs a fifth
+# of a training step of small maps, and would save a megabyte or two.
+KEPT_ELEMENTS = 1 << 18
+
+_PLAIN = (Tensor, nn.Parameter)  # others may watch what is done with them
+
+
+def quadratic_conv2d(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply the quadratic depthwise convolution at stride 1, padded to keep the size.
+
+    x: (B, C, H, W); weights: (C, 1, k, k) with k odd; bias: (C,), added at the end. Returns (B, C, H, W).
+    Under autocast it runs in autocast's type, as a convolution does.
+    """
+    channels, kernel = w_a.shape[0], w_a.shape[-1]
+    assert w_a.shape == w_b.shape == w_c.shape == (channels, 1, kernel, kernel), (
+        "weights must be (C, 1, k, k)"
+    )
+    assert kernel % 2 == 1, f"kernel must be odd, got {kernel}"
+    if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_a, w_b, w_c = (t.to(dtype) for t in (x, w_a, w_b, w_c))
+        bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator
+            return quadratic_conv2d_reference(x, w_a, w_b, w_c, bias)
+        whole: Tensor = torch.ops.qnas.quadratic_conv2d.default(x, w_a, w_b, w_c, bias)
+        return whole
+    form = choose_form(x, w_a, w_b, w_c)
+    if form == "reference":
+        return quadratic_conv2d_reference(x, w_a, w_b, w_c, bias)
+    if torch.is_grad_enabled():
+        y: Tensor = _Quadratic.apply(form, x, w_a, w_b, w_c)
+        return y if bias is None else y + bias[:, None, None]
+    return _forward(form, x, w_a, w_b, w_c, bias)
+
+
+def quadratic_conv2d_reference(
+    x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Compute the same as `quadratic_conv2d` by its definition, under torch's own autograd."""
+    a, b, c = (
+        F.conv2d(x, w, b, padding=w.shape[-1] // 2, groups=w.shape[0])
+        for w, b in ((w_a, None), (w_b, None), (w_c, bias))
+    )
+    return a * b + c
+
+
+def choose_form(x: Tensor, *weights: Tensor) -> Form:
+    """Return the form that serves these tensors; the first that holds:
+
+    - reference: something watches torch's operators (torch.func, a dispatch mode, torch.jit.trace, a
+      subclass of Tensor) and would not see what a kernel does, or would keep its result as a constant
+    - native: on a CPU, all float32, a kernel that the C++ kernels serve, and they can be had (not with
+      QNAS_KERNELS=0)
+    - lean: on a CPU
+    - triton: on a GPU, all of one of its types, Triton is installed and QNAS_KERNELS is not 0
+    - reference: anywhere else
+    """
+    if is_watched():
+        return "reference"
+    tensors = (x, *weights)
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return "reference"
+    if x.is_cpu:
+        for t in weights:
+            if t.dtype != torch.float32:
+                return "lean"
+        return "native" if mixer.is_supported(x, weights[0].shape[-1]) else "lean"
+    served = x.dtype in triton_quadratic.DTYPES and all(t.dtype == x.dtype for t in tensors)
+    if x.is_cuda and served and native.is_enabled() and triton_quadratic.available():
+        return "triton"
+    return "reference"
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return torch.export's default decompositions and the operator's, into three convolutions.
+
+    `torch.export.export(network, inputs).run_decompositions(decompositions())` is a program that runs
+    without qnas.
+    """
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table[torch.ops.qnas.quadratic_conv2d.default] = quadratic_conv2d_reference
+    return table
+
+
+def is_watched() -> bool:
+    """Say whether something follows torch's operators one by one, and would not see a kernel's work."""
+    # torch has no public names for these
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
+
+
+def _forward(form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    if form in FORWARD:
+        y = FORWARD[form](x, w_a, w_b, w_c)
+        return y if bias is None else y.add_(bias[:, None, None])
+    return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+
+
+def _backward(
+    form: Form,
+    grad: Tensor,
+    x: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    needed: Sequence[bool],
+    factors: lean_quadratic.Factors | None = None,
+) -> lean_quadratic.Gradients:
+    if torch.is_autocast_enabled(x.device.type):
+        # types were settled in the forward pass; torch's operators would settle them anew
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(form, grad, x, w_a, w_b, w_c, needed, factors)
+    if form == "native":
+        return mixer.quadratic_backward(
+            grad, x, w_a, w_b, w_c, needs_x=needed[0], needs_weights=any(needed[1:])
+        )
+    if form == "triton":
+        return triton_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c)
+    return lean_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c, needed, factors)
+
+
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    inputs = (x, w_a, w_b, w_c)
+    wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    y = quadratic_conv2d_reference(*inputs)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return (next(found) if is_needed else None for is_needed in needed)
+
+
+class _Quadratic(torch.autograd.Function):
+    """The operator in eager mode; keeps x and the weights, and of a small map the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
+        ctx.form = form
+        if form == "lean" and x.numel() <= KEPT_ELEMENTS:
+            y, factors = lean_quadratic.quadratic_forward(x, w_a, w_b, w_c)
+            ctx.save_for_backward(x, w_a, w_b, w_c, *factors)
+            return y
+        ctx.save_for_backward(x, w_a, w_b, w_c)
+        return _forward(form, x, w_a, w_b, w_c, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_a, w_b, w_c, *factors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
+            return (None, *_differentiable_backward(grad, x, w_a, w_b, w_c, needed))
+        kept = (factors[0], factors[1]) if factors else None
+        return (None, *_backward(ctx.form, grad, x, w_a, w_b, w_c, needed, kept))
+
+
+# What traces a program sees these two. Their results are in x's layout, dense, whatever the form gives.
+
+
+@torch.library.custom_op("qnas::quadratic_conv2d", mutates_args=())
+def _operator(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # in the types that it is given
+        y = _forward(choose_form(x, w_a, w_b, w_c), x, w_a, w_b, w_c, bias)
+    return y.contiguous(memory_format=_layout(x))
+
+
+@torch.library.custom_op("qnas::quadratic_conv2d_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of x, w_a, w_b and w_c, empty where not needed: operators cannot return None."""
+    found = _backward(choose_form(x, w_a, w_b, w_c), grad, x, w_a, w_b, w_c, needed)
+    layouts = (_layout(x), *[torch.contiguous_format] * 3)
+    return [
+        g.contiguous(memory_format=layout) if wanted and g is not None else x.new_empty(0)
+        for g, wanted, layout in zip(found, needed, layouts, strict=True)
+    ]
+
+
+@_operator.register_fake
+def _(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]) -> list[Tensor]:
+    layouts = (_layout(x), *[torch.contiguous_format] * 3)
+    return [
+        torch.empty_like(t, memory_format=layout) if wanted else x.new_empty(0)
+        for t, layout, wanted in zip((x, w_a, w_b, w_c), layouts, needed, strict=True)
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    found = _backward_operator(grad, *ctx.saved_tensors, needed[:4])
+    bias = grad.sum((0, 2, 3)) if needed[4] else None
+    return (*(g if wanted else None for g, wanted in zip(found, needed[:4], strict=True)), bias)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

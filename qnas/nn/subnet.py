@@ -1,0 +1,87 @@
+"""A network of one architecture as a module, and its weights out of a supernet's."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qnas.nn.blocks import build_block
+from qnas.spaces.arch import Arch
+from qnas.spaces.block_order import block_labels, take_first_places
+from qnas.spaces.lower import BlockSpec, lower
+from qnas.spaces.space import SearchSpace
+
+
+def module_name(block: BlockSpec) -> str:
+    """Return the name of a block's submodule: `stem`, `3_transition`, `3_1`, `head`."""
+    return block.name.replace(".", "_")
+
+
+def build_network(blocks: Iterable[BlockSpec]) -> nn.Sequential:
+    """Build the module of lowered blocks: (B, channels, H, W) -> (B, classes). Identities vanish."""
+    network = nn.Sequential()
+    for block in blocks:
+        if block.layers:
+            network.add_module(module_name(block), build_block(block))
+    return network.to(memory_format=torch.channels_last)
+
+
+def build_subnet(space: SearchSpace, arch: Arch, classes: int) -> nn.Sequential:
+    """Build the network of an architecture with freshly drawn weights."""
+    return build_network(lower(space, arch, classes=classes))
+
+
+def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch: Arch) -> dict[str, Tensor]:
+    """Pick one network's weights out of a supernet's state, under the names that the network has.
+
+    Each block's are those of the position where it stands when blocks come first (`spaces.block_order`). The
+    names say how the supernet keeps them: `parts.POSITION.CANDIDATE.` each candidate its own,
+    `parts.POSITION.shared.KIND.` slices of one module a kind of block. Slices are views.
+    """
+    by_name = {block.name: block for block in lower(space, arch)}
+    blocks = [by_name[position.name] for position in space.positions]
+    prefixes = [module_name(block) for block in blocks]
+    places = take_first_places(block_labels(space), arch.indices(space))
+    chosen = {prefixes[place]: i for i, place in enumerate(places)}  # whose block runs at each position
+    shapes = {
+        prefix: state_shapes(blocks[i])
+        for prefix, i in chosen.items()
+        if any(key.startswith(f"parts.{prefix}.shared.{blocks[i].kind}.") for key in supernet_state)
+    }
+    state = {}
+    for key, tensor in supernet_state.items():
+        prefix, _, rest = key.removeprefix("parts.").partition(".")
+        if not key.startswith("parts."):
+            continue
+        if prefix not in chosen:
+            state[f"{prefix}.{rest}"] = tensor
+            continue
+        i = chosen[prefix]
+        kept_as = f"shared.{blocks[i].kind}." if prefix in shapes else f"{arch.choices[i]}."
+        name = rest.removeprefix(kept_as)
+        if prefix in shapes:
+            if name not in shapes[prefix]:  # of another kind of block, or of larger candidates only
+                continue
+            tensor = take_slice(tensor, shapes[prefix][name])
+        elif not rest.startswith(kept_as):
+            continue
+        state[f"{prefixes[i]}.{name}"] = tensor
+    return state
+
+
+def state_shapes(block: BlockSpec) -> dict[str, torch.Size]:
+    """Return the shapes of a block's parameters and buffers by name; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build_block(block).state_dict().items()}
+
+
+def take_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the part of a larger candidate's tensor that a smaller one of this shape uses, a view.
+
+    Channels, the first two dimensions, are the leading ones; the kernel, the last two, is the centre:
+    (C, 1, 7, 7) -> (C, 1, 3, 3), (4C, C, 1, 1) -> (2C, C, 1, 1).
+    """
+    for dim, (whole, part) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if whole != part:
+            tensor = tensor.narrow(dim, (whole - part) // 2 if dim >= 2 else 0, part)
+    return tensor

@@ -1,0 +1,151 @@
+"""Runs side by side: what each chose, what it takes on every known device, how well it does.
+
+Latencies are those of the known devices' tables, the same for all; of a device that only some of the runs
+know, those that their folders hold.
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import CheckpointError, TableError, UsageError
+from qnas.common.files import read_json
+from qnas.common.intervals import wilson
+from qnas.latency.device import device_names, load_device
+from qnas.latency.table import load_table
+from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.names import SEARCH_FILE
+from qnas.spaces.block_order import block_labels
+from qnas.spaces.lower import count_macs, count_params, lower
+
+RESULT_FILE = "subnet/result.json"  # of a run: how well its network does, trained by itself
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An accuracy on test images, with its 95% interval where their number is known."""
+
+    accuracy: float
+    images: int | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the runs."""
+
+    label: str  # A, B, ...
+    run: str
+    space: str
+    limits: tuple[dict[str, Any], ...]  # as in its arch.json
+    choices: tuple[str, ...]
+    macs: int
+    params: int
+    latencies_ms: dict[str, float | None]  # by device; None where it is not known
+    supernet: Measured | None  # with the supernet's weights
+    trained: Measured | None  # trained by itself
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: tuple[Contestant, ...]
+    positions: tuple[str, ...]  # names; empty where the runs are of different spaces
+    differ: tuple[bool, ...]  # whether the choices at a position do
+    same_network: tuple[tuple[str, ...], ...]  # labels of runs that came to one network
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return asdict(self)
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Compare the networks of runs, or of anything that holds an arch.json.
+
+    Raises UsageError for fewer than two or more than 26, ArchError where a folder holds none.
+    """
+    if not 2 <= len(folders) <= len(string.ascii_uppercase):
+        raise UsageError(f"{len(folders)} runs: expected 2 to {len(string.ascii_uppercase)} to compare")
+    found = [find_arch(folder) for folder in folders]
+    devices = list(device_names())
+    devices += dict.fromkeys(
+        entry["name"]
+        for each in found
+        for entry in each.document.get("limits", [])
+        if entry["unit"] == "ms" and entry["name"] not in devices
+    )
+    runs = tuple(
+        _contestant(label, folder, each, devices)
+        for label, folder, each in zip(string.ascii_uppercase, folders, found, strict=False)
+    )
+    first = found[0].space
+    comparable = all(each.space.digest == first.digest for each in found)
+    columns = list(zip(*(run.choices for run in runs), strict=True)) if comparable else []
+    return Comparison(
+        runs,
+        tuple(position.name for position in first.positions) if comparable else (),
+        tuple(len(set(column)) > 1 for column in columns),
+        _same_networks(found, runs) if comparable else (),
+    )
+
+
+def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[str]) -> Contestant:
+    blocks = lower(found.space, found.arch)
+    own = {entry["name"]: entry["amount"] for entry in found.document.get("limits", [])}
+    return Contestant(
+        label,
+        str(folder),
+        found.space.name,
+        tuple(found.document.get("limits", ())),
+        found.arch.choices,
+        count_macs(blocks),
+        count_params(blocks),
+        {name: _latency_ms(name, found, own.get(name)) for name in devices},
+        _supernet_accuracy(found),
+        _trained_accuracy(found.folder / RESULT_FILE),
+    )
+
+
+def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | None:
+    """Return what a network takes on a known device, else what its own folder says."""
+    if device not in device_names():
+        return own_ms
+    try:
+        return load_table(load_device(device), found.space).latency_ms(found.arch.indices(found.space))
+    except TableError:  # its model lacks an operator of this space
+        return own_ms
+
+
+def _measured(accuracy: float, images: int | None) -> Measured:
+    low, high = (None, None) if images is None else wilson(accuracy, images)
+    return Measured(accuracy, images, low, high)
+
+
+def _supernet_accuracy(found: FoundArch) -> Measured | None:
+    path = found.folder / SEARCH_FILE
+    if not path.is_file():
+        return None
+    document = read_json(path, CheckpointError)
+    return _measured(document["derived"]["accuracy"], document.get("images", {}).get("test"))
+
+
+def _trained_accuracy(path: Path) -> Measured | None:
+    if not path.is_file():
+        return None
+    document = read_json(path, CheckpointError)
+    return _measured(document["test_accuracy"], document["test_images"])
+
+
+def _same_networks(found: Sequence[FoundArch], runs: Sequence[Contestant]) -> tuple[tuple[str, ...], ...]:
+    """Return the labels of runs whose networks are one, wherever their identities sit."""
+    labels = block_labels(found[0].space)
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for each, run in zip(found, runs, strict=True):
+        indices = each.arch.indices(each.space)
+        key = tuple(row[i] for row, i in zip(labels, indices, strict=True) if row[i])
+        alike.setdefault(key, []).append(run.label)
+    return tuple(tuple(names) for names in alike.values() if len(names) > 1)

@@ -1,0 +1,383 @@
+"""Why a search ended with its network: what blocks cost, what latency is worth, and what would be otherwise.
+
+The network of least loss by the search's effects (or, without effects, the most probable one) is solved
+for again at other budgets of one device after another, with all other limits as they were. What is optimal
+for a budget stays so down to its own latency, so that between two neighbours of the curve nothing is missed
+near the search's own budget, where the curve is followed network by network.
+
+The price of a millisecond there is the slope of the curve's lower convex hull, in nats of loss: the
+multiplier of the Lagrangian relaxation (Everett, 1963). A block pays where it lowers the loss by more
+than its latencies cost at the prices of all devices. Effects are additive and were measured near the
+budget: the further from it, the less the curve can be trusted.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from qnas.common.errors import InfeasibleBudgetError
+from qnas.latency.table import RUNTIME
+from qnas.runs.finished_run import Record
+from qnas.solver.derive import Indices, Scores, far_from_searched, solve
+from qnas.solver.limits import Limit, Limits
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.lower import BlockSpec, skeleton
+
+BUDGETS = 40  # over the device's range, besides those near the search's own
+NEAR = 100  # networks at most that the curve is followed by near it
+STEP_SHARE = 0.05  # of the budget: what "a little more latency" is, rounded down to 1, 2 or 5
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The network of least loss for budgets from its own latency to `budget_ms`."""
+
+    budget_ms: float
+    latency_ms: float
+    loss: float  # nats, less that of the network for the search's own budget
+    far: bool  # from what was searched for, at both of these
+    indices: Indices
+
+
+@dataclass(frozen=True)
+class Change:
+    """A position where two networks differ."""
+
+    position: str
+    before: str
+    after: str
+    latency_ms: float  # that `after` takes more
+    loss: float  # nats that it adds
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What another budget leads to, against the network for the search's own."""
+
+    budget_ms: float
+    latency_ms: float
+    loss: float  # nats that it adds
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """A block of the derived network on the device."""
+
+    name: str
+    choice: str  # empty for what every network has
+    latency_ms: float
+    share: float  # of the network's latency
+    source: str  # what the latency rests on
+
+
+@dataclass(frozen=True)
+class Flip:
+    """The budget from which a position holds another choice."""
+
+    from_ms: float  # the latency of the first network of the curve that has it
+    choice: str
+
+
+@dataclass(frozen=True)
+class PositionStory:
+    """Why a position holds what it does."""
+
+    name: str
+    choice: str  # in the derived network
+    solved: str  # in the network of least loss for the budget; another where images decided
+    loss: float  # nats that the choice adds against the position's cheapest candidate
+    best_block: str | None  # of an identity: the candidate that comes nearest to paying
+    best_loss: float  # nats that it adds
+    best_latencies_ms: tuple[float, ...]  # that it takes, a device each
+    reason: str  # why it is not there, in words; empty for blocks
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a network takes on one device, and what other budgets of this device lead to."""
+
+    device: str
+    budget_ms: float
+    latency_ms: float  # of the derived network
+    price: float  # nats of loss that a millisecond takes away at the budget
+    step_ms: float
+    more: Exchange | None  # what a step more buys; None: nothing
+    less: Exchange | None  # what a step less costs; None: nothing, or no network is that fast
+    can_be_less: bool  # whether there is a network that takes a step less
+    next_better: Exchange | None  # the cheapest network that is better at all
+    blocks: tuple[BlockCost, ...]
+    flips: tuple[tuple[Flip, ...], ...]  # a position each, by rising budget, the first at the fastest network
+    curve: tuple[CurvePoint, ...]
+
+    @property
+    def no_less(self) -> str:
+        """What a step less does where it does not lead to another network."""
+        return "changes nothing" if self.can_be_less else "leaves no network"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a search ended with its network."""
+
+    measured: bool  # whether losses are measured effects; else negative log probabilities
+    explained: float | None  # of the variance between networks, by the effects
+    devices: tuple[OnDevice, ...]  # that were searched for
+    positions: tuple[PositionStory, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return asdict(self)
+
+
+def explain(record: Record) -> Explanation:
+    """Explain a finished search by what its folder holds."""
+    limits = record.limits
+    for at, limit in enumerate(limits):
+        # what was derived may be over a limit by the rounding of the table's file
+        limits = _within(limits, at, max(limit.limit, limit.amount(record.indices)))
+    record = replace(record, limits=limits)
+    own = _solve(record, 0, limits[0].limit)
+    assert own is not None, "the derived network itself is within the limits"
+    devices = tuple(_on_device(record, own, at) for at, limit in enumerate(limits) if limit.table is not None)
+    found = record.found.get("effects")
+    return Explanation(
+        measured=record.searched.effects is not None,
+        explained=found["explained"] if isinstance(found, Mapping) else None,
+        devices=devices,
+        positions=tuple(_stories(record, own, [device.price for device in devices])),
+    )
+
+
+def _on_device(record: Record, own: Indices, at: int) -> OnDevice:
+    limit = record.limits[at]
+    step_ms = round_step(STEP_SHARE * limit.limit)
+    curve = trace_curve(record, own, at, step_ms)
+    return OnDevice(
+        limit.name,
+        limit.budget,
+        limit.amount(record.indices),
+        price=price_at(curve, limit.limit),
+        step_ms=step_ms,
+        more=_exchange(record, own, at, limit.limit + step_ms),
+        less=_exchange(record, own, at, limit.limit - step_ms),
+        can_be_less=_solve(record, at, limit.limit - step_ms) is not None,
+        next_better=_next_better(record, own, at, curve),
+        blocks=_block_costs(record, limit),
+        flips=tuple(_flips(record, curve, at)),
+        curve=curve,
+    )
+
+
+def round_step(latency_ms: float) -> float:
+    """Round a latency down to 1, 2 or 5 times a power of ten.
+
+    >>> round_step(1.5), round_step(0.12), round_step(3)
+    (1.0, 0.1, 2.0)
+    """
+    scale = 10.0 ** math.floor(math.log10(latency_ms))
+    return float(max(n for n in (1, 2, 5) if n * scale <= latency_ms * (1 + 1e-9)) * scale)
+
+
+def _solve(record: Record, at: int, most_ms: float) -> Indices | None:
+    """Return the network of highest score with at most this latency on a device, if there is one."""
+    try:
+        return solve(record.searched.scores, _within(record.limits, at, most_ms)).indices
+    except InfeasibleBudgetError:
+        return None
+
+
+def _within(limits: Limits, at: int, most_ms: float) -> Limits:
+    """Return the limits with another one in the place of one of them."""
+    other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
+    return (*limits[:at], other, *limits[at + 1 :])
+
+
+def _loss(scores: Scores, indices: Indices) -> float:
+    return -math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+
+
+def trace_curve(record: Record, own: Indices, at: int, step_ms: float) -> tuple[CurvePoint, ...]:
+    """Return the networks of least loss over the range of the limit `at`, a device's, by rising latency.
+
+    A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
+    """
+    limit, scores = record.limits[at], record.searched.scores
+    low, high = limit.limit - step_ms, limit.limit + step_ms
+    grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
+    solved: dict[Indices, float] = {}  # the largest limit that a network was found for
+
+    def add(most_ms: float) -> float:
+        network = _solve(record, at, most_ms)
+        if network is None:
+            return -math.inf
+        solved[network] = max(most_ms, solved.get(network, most_ms))
+        return limit.amount(network)
+
+    for most_ms in (*grid, limit.limit):
+        add(most_ms)
+    most_ms = high
+    for _ in range(NEAR):
+        most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
+        if most_ms < low:
+            break
+    margin, own_loss = limit.budget / limit.limit, _loss(scores, own)
+    points = []
+    for network, most_ms in solved.items():
+        latency_ms, loss = limit.amount(network), _loss(scores, network) - own_loss
+        far = _is_far(record, at, latency_ms) and _is_far(record, at, most_ms)
+        points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
+    points.sort(key=lambda point: (point.latency_ms, point.loss))
+    # solves are exact to rounding: what is no better than a faster one is the same by another placement
+    kept: list[CurvePoint] = []
+    for point in points:
+        if not kept or point.loss < kept[-1].loss - 1e-12:
+            kept.append(point)
+    return tuple(kept)
+
+
+def _is_far(record: Record, at: int, limit_ms: float) -> bool:
+    within, searched = _within(record.limits, at, limit_ms), record.searched
+    return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
+
+
+def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:
+    """Return by how much the curve's lower convex hull falls a millisecond, in nats, at a latency.
+
+    0 beyond the curve's end: more latency buys nothing there.
+    """
+    hull: list[CurvePoint] = []
+    for point in curve:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    for before, after in pairwise(hull):
+        if before.latency_ms <= latency_ms < after.latency_ms:
+            return max(0.0, -_slope(before, after))
+    return 0.0
+
+
+def _slope(before: CurvePoint, after: CurvePoint) -> float:
+    return (after.loss - before.loss) / max(after.latency_ms - before.latency_ms, 1e-12)
+
+
+def _exchange(record: Record, own: Indices, at: int, most_ms: float) -> Exchange | None:
+    """Say what another limit leads to; None where to the same network or to none."""
+    network = _solve(record, at, most_ms)
+    return None if network is None or network == own else _between(record, own, network, at, most_ms)
+
+
+def _between(record: Record, own: Indices, network: Indices, at: int, most_ms: float) -> Exchange:
+    limit, scores = record.limits[at], record.searched.scores
+    names = [arch_from_indices(record.space, indices).choices for indices in (own, network)]
+    changes = tuple(
+        Change(position.name, before, after, row[j] - row[i], score[i] - score[j])
+        for position, before, after, row, score, i, j in zip(
+            record.space.positions, *names, limit.cells, scores, own, network, strict=True
+        )
+        if i != j
+    )
+    loss = _loss(scores, network) - _loss(scores, own)
+    return Exchange(most_ms * limit.budget / limit.limit, limit.amount(network), loss, changes)
+
+
+def _next_better(record: Record, own: Indices, at: int, curve: Sequence[CurvePoint]) -> Exchange | None:
+    """Return the cheapest network beyond the limit that is known to be better."""
+    limit = record.limits[at]
+    better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
+    if not better:
+        return None
+    # between the limit and the first one known others may lie: down from it until none is left
+    network, found = better[0].indices, _solve(record, at, better[0].latency_ms)
+    for _ in range(NEAR):
+        if found is None or limit.amount(found) <= limit.limit:
+            break
+        network = found
+        found = _solve(record, at, limit.amount(network) * (1 - 1e-12))
+    return _between(record, own, network, at, limit.amount(network))
+
+
+def _block_costs(record: Record, limit: Limit) -> tuple[BlockCost, ...]:
+    """Return the blocks of the derived network as they run, and what the runtime takes besides."""
+    table = limit.table
+    assert table is not None
+    total = limit.amount(record.indices)
+    chosen = {
+        position.name: (choice, row[i])
+        for position, choice, row, i in zip(
+            record.space.positions, record.arch.choices, table.cells, record.indices, strict=True
+        )
+    }
+    fixed = {name: ("", cell) for name, cell in table.fixed}
+    parts = skeleton(record.space)
+    order = [part.name if isinstance(part, BlockSpec) else part.position.name for part in parts]
+    blocks = {**fixed, **chosen}
+    return tuple(
+        BlockCost(name, choice, cell.latency_ms, cell.latency_ms / total, cell.source)
+        for name, (choice, cell) in ((name, blocks[name]) for name in (*order, RUNTIME))
+    )
+
+
+def _flips(record: Record, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
+    """Yield for each position what it holds along the curve of the limit `at`."""
+    limit = record.limits[at]
+    for number, position in enumerate(record.space.positions):
+        flips: list[Flip] = []
+        for point in curve:
+            name = position.names[point.indices[number]]
+            if not flips or flips[-1].choice != name:
+                flips.append(Flip(point.latency_ms * limit.budget / limit.limit, name))
+        yield tuple(flips)
+
+
+def _stories(record: Record, own: Indices, prices: Sequence[float]) -> Iterator[PositionStory]:
+    """Yield why each position holds what it does; `prices` are those of the devices, in their order."""
+    devices = [limit for limit in record.limits if limit.table is not None]
+    for at, position in enumerate(record.space.positions):
+        names, row, choice = position.names, record.searched.scores[at], record.indices[at]
+        cells = [limit.cells[at] for limit in devices]
+        cheapest = min(range(len(names)), key=lambda j: (cells[0][j], j))
+        # what each candidate takes more than the choice, on each device, and what that is worth
+        more = [[of[j] - of[choice] for of in cells] for j in range(len(names))]
+        worth = [sum(p * ms for p, ms in zip(prices, each, strict=True)) for each in more]
+        best, reason = None, ""
+        others = [j for j in range(len(names)) if names[j] != "identity"]
+        if names[choice] == "identity" and others:
+            best = max(others, key=lambda j: row[j] - row[choice] - worth[j])
+            reason = _why_identity(record, own, at, best, worth[best])
+        yield PositionStory(
+            position.name,
+            names[choice],
+            names[own[at]],
+            row[cheapest] - row[choice],
+            names[best] if best is not None else None,
+            row[choice] - row[best] if best is not None else 0.0,
+            tuple(more[best]) if best is not None else (),
+            reason,
+        )
+
+
+def _why_identity(record: Record, own: Indices, at: int, best: int, worth: float) -> str:
+    """Say why a block is not where identity is, of all its candidates the one that pays best.
+
+    `worth` is what its latency is worth on all devices, in nats.
+    """
+    row, choice = record.searched.scores[at], record.indices[at]
+    gain = row[best] - row[choice]
+    if gain <= 0:
+        return "no block lowers the loss here"
+    if gain < worth:
+        return f"too dear: its latency is worth {worth:.3f} nats"
+    left = []
+    for limit in record.limits:
+        room = max(0.0, limit.limit - limit.amount(record.indices))
+        if limit.cells[at][best] - limit.cells[at][choice] > room:
+            left.append(limit.describe(room) + (f" on {limit.name}" if limit.table is not None else ""))
+    if left:
+        dear = f"pays, but only {' and '.join(left)} are left"
+        return dear if own != record.indices else f"{dear}, and no exchange of blocks gains"
+    return "pays and would fit: the network was chosen by its accuracy on held-out images"

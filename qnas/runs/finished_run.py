@@ -1,0 +1,128 @@
+"""A finished search as its folder holds it: what was asked, what was found, and the tables it rests on.
+
+Nothing but the folder is read, and no torch imported: a run can be explained years later, on a machine
+that knows neither its device nor its data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import ArchError, CheckpointError
+from qnas.common.files import read_json
+from qnas.latency.table import read_table
+from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
+from qnas.solver.derive import Scores
+from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.spaces.arch import Arch, make_arch, read_arch_document
+from qnas.spaces.space import SearchSpace, load_space
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a finished search knows of the networks of its space."""
+
+    log_probabilities: Scores
+    effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
+    pressed: bool  # whether its budget bound
+    screened: int  # networks that it solved for, of which it ranked some
+
+    @property
+    def scores(self) -> Scores:
+        """Return what derivation maximises."""
+        if self.effects is None:
+            return self.log_probabilities
+        return tuple(tuple(-nats for nats in row) for row in self.effects)
+
+
+def read_searched(folder: Path, space: SearchSpace) -> Searched:
+    """Read what a finished search ended with.
+
+    Raises CheckpointError where the folder holds none for this space.
+    """
+    path = folder / SEARCH_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
+    content = read_json(path, CheckpointError)
+    found = content.get("effects")
+    return Searched(
+        _rows(path, content, "log_probabilities", space),
+        None if found is None else _rows(path, found, "nats", space),
+        pressed=content.get("budget_binds") is not False,
+        screened=_count(content.get("screened")),
+    )
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
+    """Return a file's numbers of each candidate of each position."""
+    rows = content.get(name) if isinstance(content, dict) else None
+    sizes = [len(position.candidates) for position in space.positions]
+    if (
+        not isinstance(rows, list)
+        or [len(row) if isinstance(row, list) else -1 for row in rows] != sizes
+        or not all(isinstance(value, float | int) for row in rows for value in row)
+    ):
+        raise CheckpointError(f"{path}: no {name} for each candidate of space {space.name}: search again")
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished search."""
+
+    folder: Path
+    config: Mapping[str, Any]  # config.json
+    document: Mapping[str, Any]  # arch.json
+    found: Mapping[str, Any]  # search.json
+    space: SearchSpace
+    arch: Arch  # that was derived
+    limits: Limits  # that it was searched within, the first a device's
+    searched: Searched
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The derived network's candidates by number."""
+        return self.arch.indices(self.space)
+
+
+def read_record(folder: Path, document: Mapping[str, Any] | None = None) -> Record:
+    """Read a finished search; `document` is its arch.json where that is about to be written.
+
+    Raises CheckpointError, ArchError, SpaceError or TableError where the folder holds no whole search.
+    """
+    if not (folder / SEARCH_FILE).is_file():
+        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
+    document = document or read_arch_document(folder / ARCH_FILE)
+    space = load_space(folder / SPACE_FILE)
+    if document["space_digest"] != space.digest:
+        raise ArchError(f"{folder / ARCH_FILE}: of another space than {folder / SPACE_FILE}")
+    return Record(
+        folder,
+        read_json(folder / CONFIG_FILE, CheckpointError),
+        document,
+        read_json(folder / SEARCH_FILE, CheckpointError),
+        space,
+        make_arch(space, tuple(document["choices"]), str(folder / ARCH_FILE)),
+        read_limits(folder, document, space),
+        read_searched(folder, space),
+    )
+
+
+def read_limits(folder: Path, document: Mapping[str, Any], space: SearchSpace) -> Limits:
+    """Return what the network of an arch.json is within, with latencies from the tables beside it."""
+    return tuple(_limit(folder, entry, space) for entry in document["limits"])
+
+
+def _limit(folder: Path, entry: Mapping[str, Any], space: SearchSpace) -> Limit:
+    name = entry["name"]
+    if entry["unit"] != "ms":
+        return count_limit(space, name, entry["budget"])
+    table = read_table(folder / table_file(name), space, device=name)
+    # a table's file does not hold the margin that is kept on it
+    table = replace(table, margin=entry["budget"] / entry["limit"] - 1)
+    return replace(latency_limit(table, entry["budget"]), limit=entry["limit"])

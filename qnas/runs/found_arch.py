@@ -1,0 +1,36 @@
+"""An architecture read from a run's folder or an arch.json, with its space."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import ArchError
+from qnas.runs.names import ARCH_FILE, SPACE_FILE
+from qnas.spaces.arch import Arch, read_arch, read_arch_document
+from qnas.spaces.space import SearchSpace, load_space
+
+
+@dataclass(frozen=True)
+class FoundArch:
+    """An architecture read from a file, with its space."""
+
+    space: SearchSpace
+    arch: Arch
+    document: Mapping[str, Any]
+    folder: Path  # that holds the file
+
+
+def find_arch(path: Path, space: str | None = None) -> FoundArch:
+    """Read the architecture of a run's folder or of an arch.json.
+
+    Its space is, in this order: the one named (by name or path), the copy beside it, the shipped one
+    of its name. Raises ArchError or SpaceError.
+    """
+    file = path / ARCH_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ArchError(f"{path}: no {ARCH_FILE} in this folder: not a run, or its search is not complete")
+    document = read_arch_document(file)
+    beside = file.parent / SPACE_FILE
+    found = load_space(space or (beside if beside.is_file() else document["space"]))
+    return FoundArch(found, read_arch(file, found), document, file.parent)

@@ -1,0 +1,253 @@
+"""The best networks of a finished search by budget, on one device after another: latency against accuracy.
+
+Budgets over a device's whole range are solved exactly by what the search knows of its candidates. Of
+networks that are equal the smallest budget stays. A search learns most of networks near its own budget:
+each point carries whether `derive.far_from_searched` takes it for far from that.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qnas.common.errors import InfeasibleBudgetError
+from qnas.common.intervals import wilson
+from qnas.runs.finished_run import Record
+from qnas.solver.derive import (
+    Indices,
+    Solution,
+    expected_amount,
+    far_from_searched,
+    near_searched,
+    solve_best,
+)
+from qnas.solver.limits import Limit, Limits
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.block_order import block_labels
+from qnas.spaces.lower import count_macs, count_params, lower
+from qnas.spaces.space import SearchSpace
+
+POINTS = 12  # budgets a device
+K_BEST = 5  # networks a budget, to be ranked on held-out images
+COLUMNS = (
+    "device",
+    "budget_ms",
+    "latency_ms",
+    "heldout_accuracy",
+    "heldout_low",
+    "heldout_high",
+    "score",
+    "macs",
+    "params",
+    "on_front",
+    "far",
+    "own_budget",
+    "choices",
+)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The best networks within a budget, by falling score."""
+
+    budget_ms: float
+    solutions: tuple[Solution, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well a network does with the supernet's weights on so many held-out images."""
+
+    share: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network that is the best within some budget."""
+
+    budget_ms: float  # the smallest that was solved for which it is
+    solution: Solution
+    macs: int
+    params: int
+    accuracy: Accuracy | None  # None: not ranked on images, and first by the search's scores
+    on_front: bool  # no network of the same device is faster and as good
+    far: bool  # from what was searched for
+    own_budget: bool  # found within the search's own budget
+
+    @property
+    def latency_ms(self) -> float:
+        """Return the latency on the device."""
+        return self.solution.latency_ms
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is best on a device, by rising latency."""
+
+    device: str
+    least_ms: float  # of the space
+    most_ms: float
+    expected_ms: float  # of a network drawn by the search's probabilities
+    trusted_ms: tuple[float, float | None]  # budgets that are not far from it; None: no end
+    own_budget_ms: float | None  # None: the device was not searched for
+    own_latency_ms: float  # of the network that the search derived
+    own_accuracy: float | None  # its accuracy on held-out images
+    points: tuple[Point, ...]
+
+
+def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
+    """Return n budgets from the fastest network to the slowest, each a share larger, and the search's own."""
+    margin = limit.budget / limit.limit
+    # a little larger, so that rounding leaves the networks at the ends within
+    least, most = ((1 + 1e-9) * margin * end for end in (limit.least, limit.most))
+    budgets = set(np.geomspace(least, most, n).tolist())
+    return sorted(budgets | ({own_ms} if own_ms is not None else set()))
+
+
+def solve_budgets(
+    record: Record, limit: Limit, others: Limits, budgets_ms: Iterable[float], k: int
+) -> tuple[Solved, ...]:
+    """Return the k best networks within each budget in place of the limit's own, and within the others.
+
+    Budgets that leave no network within the others are left out. Raises InfeasibleBudgetError where
+    all do.
+    """
+    found, refused = [], None
+    for budget_ms in budgets_ms:
+        share = budget_ms / limit.budget
+        within = (replace(limit, budget=budget_ms, limit=share * limit.limit), *others)
+        try:
+            found.append(Solved(budget_ms, solve_best(record.space, record.searched.scores, within, k)))
+        except InfeasibleBudgetError as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
+    return tuple(found)
+
+
+def front_points(
+    record: Record,
+    solved: Sequence[Solved],
+    accuracies: Mapping[Indices, Accuracy],
+    own_ms: float | None,
+) -> tuple[Point, ...]:
+    """Take the best network of each budget: of highest accuracy, or where none is known, of highest score.
+
+    Of budgets that lead to one network the smallest stays; where one of these is the search's own, the
+    point says so.
+    """
+    space, searched = record.space, record.searched
+    labels = block_labels(space)
+    points: dict[tuple[int, ...], Point] = {}
+    for each in solved:
+        best = min(each.solutions, key=lambda s: (-_share(accuracies.get(s.indices)), s.rank))
+        key = tuple(row[pick] for row, pick in zip(labels, best.indices, strict=True) if row[pick])
+        own = each.budget_ms == own_ms
+        if key in points:
+            points[key] = replace(points[key], own_budget=points[key].own_budget or own)
+            continue
+        blocks = lower(space, arch_from_indices(space, best.indices))
+        far = far_from_searched(searched.log_probabilities, best.limits, pressed=searched.pressed)
+        points[key] = Point(
+            each.budget_ms,
+            best,
+            count_macs(blocks),
+            count_params(blocks),
+            accuracies.get(best.indices),
+            on_front=True,
+            far=far is not None,
+            own_budget=own,
+        )
+    return _mark_front(sorted(points.values(), key=lambda point: point.latency_ms))
+
+
+def _share(accuracy: Accuracy | None) -> float:
+    return accuracy.share if accuracy is not None else 0.0
+
+
+def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Say of points by rising latency which no faster one is as good as."""
+    marked, best = [], float("-inf")
+    for point in points:
+        good = point.accuracy.share if point.accuracy is not None else point.solution.score
+        marked.append(replace(point, on_front=good > best))
+        best = max(best, good)
+    return tuple(marked)
+
+
+def make_front(record: Record, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
+    """Put together what is known of a device."""
+    log_probabilities, pressed = record.searched.log_probabilities, record.searched.pressed
+    return Front(
+        limit.name,
+        limit.least,
+        limit.most,
+        expected_amount(log_probabilities, limit),
+        near_searched(log_probabilities, limit, pressed=pressed),
+        own_ms,
+        limit.amount(record.indices),
+        record.found["derived"].get("heldout_accuracy"),
+        points,
+    )
+
+
+def fronts_document(
+    space: SearchSpace, fronts: Sequence[Front], details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of a pareto.json."""
+    return {
+        "schema": "qnas.pareto/1",
+        "space": space.name,
+        "space_digest": space.digest,
+        **details,
+        "devices": [
+            {
+                "device": front.device,
+                "fastest_ms": front.least_ms,
+                "slowest_ms": front.most_ms,
+                "expected_ms": front.expected_ms,
+                "trusted_ms": list(front.trusted_ms),
+                "own_budget_ms": front.own_budget_ms,
+                "own_latency_ms": front.own_latency_ms,
+                "own_accuracy": front.own_accuracy,
+                "points": [_entry(space, front.device, point) for point in front.points],
+            }
+            for front in fronts
+        ],
+    }
+
+
+def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
+    known = point.accuracy
+    low, high = wilson(known.share, known.images) if known is not None else (None, None)
+    return {
+        "device": device,
+        "budget_ms": point.budget_ms,
+        "latency_ms": point.latency_ms,
+        "heldout_accuracy": known.share if known is not None else None,
+        "heldout_low": low,
+        "heldout_high": high,
+        "score": point.solution.score,
+        "macs": point.macs,
+        "params": point.params,
+        "on_front": point.on_front,
+        "far": point.far,
+        "own_budget": point.own_budget,
+        "choices": list(arch_from_indices(space, point.solution.indices).choices),
+    }
+
+
+def fronts_csv(document: Mapping[str, Any]) -> str:
+    """Return the points of a pareto.json as CSV, a line each; choices are set apart by spaces."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for front in document["devices"]:
+        for point in front["points"]:
+            values = point | {"choices": " ".join(point["choices"])}
+            writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
+    return text.getvalue()

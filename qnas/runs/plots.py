@@ -1,0 +1,117 @@
+"""What a run's figures look like, as PNG files; matplotlib is imported when one is drawn."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qnas.common.files import naming, write_bytes
+
+UNSETTLED = 0.03  # of the limit: an expected amount further away once the search settles
+OF_LIMIT = "of_limit_"  # the start of the keys that hold an expected amount over its limit
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl that an architecture step wrote."""
+    with naming(metrics), metrics.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if "multiplier" in row]
+
+
+def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound: float) -> None:
+    """Draw how the expected amounts came to their limits, over the steps, as a PNG.
+
+    Three panels: each expected amount over its limit, with the band of the watch's tolerance; the
+    multiplier with its bounds; the temperature. Nothing is drawn where there are no rows.
+    """
+    if not rows:
+        return
+    # not pyplot, which keeps state and looks for a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    amounts, multiplier, temperature = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1])
+    steps = [row["step"] for row in rows]
+    amounts.axhspan(1 - UNSETTLED, 1 + UNSETTLED, color="0.9", label=f"within {UNSETTLED:.0%}")
+    for key in rows[-1]:
+        if key.startswith(OF_LIMIT):
+            amounts.plot(steps, [row[key] for row in rows], label=key.removeprefix(OF_LIMIT))
+    amounts.axhline(1, color="0.5", linewidth=0.8)
+    amounts.set_ylabel("expected amount / limit")
+    amounts.legend()
+    multiplier.plot(steps, [row["multiplier"] for row in rows], color="C3")
+    for bound in (-multiplier_bound, multiplier_bound):
+        multiplier.axhline(bound, color="0.5", linewidth=0.8, linestyle=":")
+    multiplier.set_ylabel("multiplier")
+    temperature.plot(steps, [row["temperature"] for row in rows], color="C2")
+    temperature.set_ylabel("temperature")
+    temperature.set_ylim(bottom=0)
+    temperature.set_xlabel("step")
+    image = io.BytesIO()
+    canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
+    write_bytes(path, image.getvalue())
+
+
+def draw_fronts(document: dict[str, Any], path: Path) -> None:
+    """Draw the points of a pareto.json as a PNG, a panel a device: accuracy over latency.
+
+    Filled points are on the front, small ones are not; hollow ones are far from what was searched for.
+    Where networks were not ranked on images their score stands in for the accuracy.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+    devices = document["devices"]
+    figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    ranked = document["ranked"]
+    for axes, front in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
+        points = front["points"]
+        value = "heldout_accuracy" if ranked else "score"
+        low, high = front["trusted_ms"]
+        ends = (front["fastest_ms"], front["slowest_ms"])
+        band = min(max(low, ends[0]), ends[1]), ends[1] if high is None else max(min(high, ends[1]), ends[0])
+        axes.axvspan(*band, color="0.93", label="budgets near what was searched for")
+        if front["own_budget_ms"] is not None:
+            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the search's budget")
+        best = [point for point in points if point["on_front"]]
+        axes.step([p["latency_ms"] for p in best], [p[value] for p in best], where="post", color="C0", lw=1)
+        for far, face in ((False, "C0"), (True, "none")):
+            shown = [point for point in points if point["far"] is far]
+            axes.scatter(
+                [point["latency_ms"] for point in shown],
+                [point[value] for point in shown],
+                s=[36 if point["on_front"] else 12 for point in shown],
+                facecolors=face,
+                edgecolors="C0",
+                zorder=3,
+                label=("far from it" if far else "the best within a budget") if shown else None,
+            )
+        if ranked:
+            if front["own_accuracy"] is not None:
+                own = (front["own_latency_ms"], front["own_accuracy"])
+                axes.scatter(*own, marker="*", s=110, color="C3", zorder=4, label="derived by the search")
+            for point in points:
+                error = (point["heldout_low"], point["heldout_high"])
+                axes.plot([point["latency_ms"]] * 2, error, color="C0", lw=0.6, alpha=0.5)
+        axes.set_xscale("log")
+        round_ms = (1, 2, 5) if ends[1] > 5 * ends[0] else range(1, 10)
+        axes.xaxis.set_major_locator(LogLocator(subs=tuple(round_ms)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        if ranked:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(front["device"])
+        axes.set_xlabel("latency, ms")
+    figure.axes[0].set_ylabel("accuracy on held-out images" if ranked else "score")
+    handles = {
+        label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+    image = io.BytesIO()
+    canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
+    write_bytes(path, image.getvalue())

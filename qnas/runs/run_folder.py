@@ -1,0 +1,213 @@
+"""A run's folder: who may write in it, when it can be resumed, and what a new run clears.
+
+`names` lists the files. Every file is written whole or not at all, and can be read without qnas.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qnas.common.changes import describe_changes
+from qnas.common.errors import CheckpointError, Interrupted
+from qnas.common.files import read_json, write_json, write_text
+from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.names import (
+    ARCH_FILE,
+    BEST_FILE,
+    BROKEN_FILE,
+    BUDGET_PLOT_FILE,
+    CONFIG_FILE,
+    DERIVED_FOLDER,
+    EPOCHS_FILE,
+    EXPORT_FOLDER,
+    LOCK_FILE,
+    METRICS_FILE,
+    PARETO_FOLDER,
+    PREDICTIONS_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    RUNS_FOLDER,
+    SAMPLE_FILE,
+    SEARCH_FILE,
+    SPEED_FILE,
+    SUBNET_FOLDER,
+    SUPERNET_FILE,
+    TENSORBOARD_FOLDER,
+    WEIGHTS_FILE,
+)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop (Ctrl-C, SIGTERM) instead of dying from them.
+
+    The loop inside looks at the list after each step. A second Ctrl-C does not wait.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_folder(stem: str) -> Path:
+    """Return the first folder of that name under runs/ that does not exist: stem, stem-2, ..."""
+    folder = RUNS_FOLDER / stem
+    number = 2
+    while folder.exists():
+        folder = RUNS_FOLDER / f"{stem}-{number}"
+        number += 1
+    return folder
+
+
+def latest_run() -> Path:
+    """Return the finished run under runs/ that was derived last. Raises CheckpointError if none."""
+    finished = sorted(RUNS_FOLDER.glob(f"*/{ARCH_FILE}"), key=lambda path: path.stat().st_mtime_ns)
+    if not finished:
+        raise CheckpointError(f"no finished run under {RUNS_FOLDER}/: name one, or run qnas search first")
+    return finished[-1].parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what a run was asked. Raises CheckpointError where the folder holds no run."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder}: not a run folder (no {CONFIG_FILE})")
+    return read_json(folder / CONFIG_FILE, CheckpointError)
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    request: Mapping[str, Any],
+    copies: Mapping[str, str],
+    *,
+    result: str,
+    resume: bool,
+    force: bool,
+) -> Iterator[None]:
+    """Make a run folder or enter one, and keep others out of it while the block runs.
+
+    `request` is what was asked, for config.json; `copies` are the texts of the files it rests on, by
+    name, which the run keeps; `result` is the file that is written last, whose presence says that the
+    run is complete. A folder that holds anything is refused without `resume` or `force`; `force`
+    removes the former run's files, and what was made from them. To resume, the former run must have
+    been asked the same. Raises CheckpointError, and Interrupted in place of KeyboardInterrupt.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder, found a file")
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder}: nothing to resume (no {CONFIG_FILE})")
+    with _locked(folder):
+        if resume:
+            _check_resumable(folder, request, copies, result)
+        else:
+            _check_free(folder, force=force)
+            _clear(folder)
+            write_json(folder / CONFIG_FILE, request)
+        for partial in _partials(folder):
+            partial.unlink()
+        for name, text in copies.items():
+            write_text(folder / name, text)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise interrupted(folder) from None
+
+
+def interrupted(folder: Path) -> Interrupted:
+    """Return what to raise when a run in a folder was asked to stop and can go on from it."""
+    return Interrupted(f"the state is saved in {folder}: --resume goes on from it")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the system releases when the process ends, however it does."""
+    path = folder / LOCK_FILE
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(f"{folder}: process {file.read() or '?'} is at work in it") from None
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it as we opened it
+            raise CheckpointError(f"{folder}: another process was at work in it just now: try again")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _check_resumable(
+    folder: Path, request: Mapping[str, Any], copies: Mapping[str, str], result: str
+) -> None:
+    """Raise CheckpointError where a run is complete, or was asked something else."""
+    if (folder / result).is_file():
+        Checkpoints(folder).remove()  # left where it was killed right after its result
+        what = "training" if result == RESULT_FILE else "search"
+        raise CheckpointError(f"{folder}: this {what} is complete, there is nothing to resume")
+    there = [folder / name for name in copies if (folder / name).is_file()]
+    kept = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in there}
+    changed = describe_changes(read_config(folder), request, kept, copies)
+    if changed:
+        raise CheckpointError(f"{folder}: cannot resume, changed since it started: {'; '.join(changed)}")
+
+
+def _check_free(folder: Path, *, force: bool) -> None:
+    """Raise CheckpointError where a folder holds anything that is not to be replaced, or is at work."""
+    holds_run = (folder / CONFIG_FILE).is_file()
+    ours = {folder / LOCK_FILE, *_partials(folder)}
+    if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
+        found = "already holds a run" if holds_run else "is not empty and holds no run"
+        fix = ": give --resume to go on, --force to replace it, or another --out" if holds_run else ""
+        raise CheckpointError(f"{folder}: {found}{fix}")
+    for lock in [*folder.glob(f"*/**/{LOCK_FILE}")]:
+        with _locked(lock.parent):  # such as subnet/, while a network is trained in it
+            pass
+
+
+def _partials(folder: Path) -> list[Path]:
+    """Return what a process left that was killed as it wrote (`files.atomic_path`)."""
+    return [*folder.glob(".*.*.partial")]
+
+
+def _clear(folder: Path) -> None:
+    """Remove a former run's files, and what was made from them."""
+    # first what says that the run is complete: a kill in between must not leave that alone
+    written = (
+        METRICS_FILE,
+        EPOCHS_FILE,
+        SUPERNET_FILE,
+        BUDGET_PLOT_FILE,
+        REPORT_FILE,
+        BROKEN_FILE,
+        SEARCH_FILE,
+        WEIGHTS_FILE,
+        BEST_FILE,
+        PREDICTIONS_FILE,
+        SAMPLE_FILE,
+        SPEED_FILE,
+    )
+    for stale in (ARCH_FILE, RESULT_FILE, *written):
+        (folder / stale).unlink(missing_ok=True)
+    Checkpoints(folder).remove()
+    for made_from_it in (SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER, TENSORBOARD_FOLDER):
+        shutil.rmtree(folder / made_from_it, ignore_errors=True)

@@ -1,0 +1,243 @@
+"""What `pareto`, `explain` and `compare` print: text of at most 80 columns."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from qnas.common.units import format_count, format_ms
+from qnas.runs.compare import Comparison, Contestant, Measured
+from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
+from qnas.runs.text import describe_budgets, field, short_name, table_rows, wrapped
+
+
+def describe_fronts(document: Mapping[str, Any]) -> str:
+    """Show the points of a pareto.json, a table a device, and what their marks mean."""
+    ranked, lines, used = document["ranked"], [], set()
+    for front in document["devices"]:
+        rows = []
+        for point in front["points"]:
+            marks = [m for m, key in (("b", "own_budget"), ("?", "far")) if point[key]]
+            marks += [] if point["on_front"] else ["-"]
+            used |= set(marks)
+            accuracy = "-"
+            if ranked:
+                low, high = point["heldout_low"], point["heldout_high"]
+                accuracy = measured_text(Measured(point["heldout_accuracy"], None, low, high))
+            counts = (format_count(point["macs"]), format_count(point["params"]))
+            took = format_ms(point["latency_ms"], round_up=True)
+            rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
+        range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
+        expected = format_ms(front["expected_ms"])
+        lines += [
+            wrapped(f"{front['device']}: networks take {range_}; the search expects {expected}"),
+            table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
+            "",
+        ]
+    if not ranked:
+        lines.append(field("order", f"by the search's scores, not ranked on images: {document['unranked']}"))
+    meaning = {
+        "b": "the best network within the search's own budget",
+        "?": "far from what was searched for: a search of its own would probably find better",
+        "-": "a faster network is as good",
+    }
+    lines += [field(mark, what) for mark, what in meaning.items() if mark in used]
+    return "\n".join(lines).rstrip()
+
+
+def describe_explanation(explanation: Explanation) -> str:
+    """Say what blocks cost, what latency buys, device by device, and why positions hold what they do."""
+    e = explanation
+    lines = []
+    for d in e.devices:
+        lines += [
+            wrapped(
+                f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss"
+            ),
+            table_rows(
+                ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
+                _block_rows(e, d),
+                left=(0, 1, 5),
+            ),
+            "",
+            *(field(name, text) for name, text in price_lines(d)),
+            "",
+        ]
+    lines += [field("nats", what_loss_is(e)), *([field("chosen", solved_line(e))] if solved_line(e) else [])]
+    return "\n".join([*lines, "", *_identity_lines(e)]).rstrip()
+
+
+def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
+    stories = {story.name: (story, flips) for story, flips in zip(e.positions, d.flips, strict=True)}
+    for block in d.blocks:
+        nats, others = "", ""
+        if block.name in stories:
+            story, flips = stories[block.name]
+            nats, others = f"{story.loss:+.3f}", other_budgets(flips, d.budget_ms)
+        yield (
+            block.name,
+            short_name(block.choice) if block.choice else "",
+            format_ms(block.latency_ms),
+            f"{block.share:.1%}",
+            nats,
+            others,
+        )
+
+
+def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
+    """Say what a position holds just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
+    at = max((i for i, flip in enumerate(flips) if flip.from_ms <= budget_ms), default=0)
+    parts = []
+    if at > 0:
+        parts.append(f"{short_name(flips[at - 1].choice)} < {flips[at].from_ms:.3g}")
+    if at + 1 < len(flips):
+        following = flips[at + 1]
+        parts.append(f"{short_name(following.choice)} > {following.from_ms:.3g}")
+    return ", ".join(parts)
+
+
+def _short_ms(latency_ms: float) -> str:
+    return f"{latency_ms:.3g} ms"
+
+
+def what_loss_is(e: Explanation) -> str:
+    """Say what the nats of an explanation are."""
+    if not e.measured:
+        return (
+            "here minus the logarithm of a choice's probability, since the search measured no effects: it "
+            "holds the pressure of the latency too"
+        )
+    explained = f", which explain {e.explained:.0%} of what networks differ by" if e.explained else ""
+    return f"of held-out images, by the effects of candidates measured near the budget{explained}"
+
+
+def solved_line(e: Explanation) -> str:
+    """Say where the derived network is not the one of least loss; empty where it is."""
+    others = [f"{s.name} {short_name(s.solved)}" for s in e.positions if s.solved != s.choice]
+    if not others:
+        return ""
+    return (
+        "held-out images chose another network than the effects alone, which would have "
+        f"{', '.join(others)}; what follows of other budgets is against that one"
+    )
+
+
+def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
+    """Say what a millisecond is worth at the budget, and what a little more or less of it leads to."""
+    step = _short_ms(d.step_ms)
+    yield "price", f"{d.price:.3g} nats a millisecond, at this budget"
+    if d.more is not None:
+        yield "more", f"{step} more {exchange_line(d.more)}"
+    elif d.next_better is None:
+        yield "more", "buys nothing: no slower network has less loss"
+    else:
+        yield "more", f"{step} more buys nothing"
+    if d.next_better is not None:
+        took = format_ms(d.next_better.latency_ms, round_up=True)
+        yield "", f"the next better network takes {took}: it {exchange_line(d.next_better)}"
+    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else d.no_less}"
+
+
+def exchange_line(exchange: Exchange) -> str:
+    """Say what another network does to the loss, and where it differs."""
+    verb = "takes away" if exchange.loss < 0 else "adds"
+    return f"{verb} {abs(exchange.loss):.3f} nats: {'; '.join(map(_change, exchange.changes))}"
+
+
+def _change(change: Change) -> str:
+    return (
+        f"{change.position} {short_name(change.before)} > {short_name(change.after)} "
+        f"({change.latency_ms:+.3g} ms, {change.loss:+.3f})"
+    )
+
+
+def _identity_lines(e: Explanation) -> Iterator[str]:
+    devices = [d.device for d in e.devices]
+    identities = [story for story in e.positions if story.best_block is not None]
+    if identities:
+        yield "identities, each with the block that comes nearest to paying:"
+    for story in identities:
+        yield field(f"  {story.name}", identity_line(story, devices))
+
+
+def identity_line(story: PositionStory, devices: Sequence[str]) -> str:
+    """Say why a position is identity, with the latency of the best block on these devices."""
+    assert story.best_block is not None
+    verb = "lowers the loss by" if story.best_loss < 0 else "raises the loss by"
+    took = [format_ms(latency_ms) for latency_ms in story.best_latencies_ms]
+    if len(devices) > 1:
+        took = [f"{ms} on {device}" for ms, device in zip(took, devices, strict=True)]
+    return (
+        f"{short_name(story.best_block)} {verb} {abs(story.best_loss):.3f} nats and takes "
+        f"{' and '.join(took)}: {story.reason}"
+    )
+
+
+RUNS_A_TABLE = 6  # columns of 80 characters
+
+
+def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = str) -> str:
+    """Show runs side by side; `strong` sets off the lines of choices that differ."""
+    c = comparison
+    lines = [field(run.label, _title(run)) for run in c.runs]
+    for names in c.same_network:
+        lines.append(field("", f"{' and '.join(names)} are the same network"))
+    if not c.positions:
+        lines += ["", "choices are not compared: the runs are of different spaces"]
+    for runs in _chunks(c.runs):
+        if c.positions:
+            lines += ["", *_choice_lines(c, runs, strong)]
+        lines += ["", _latency_table(runs)]
+    rows = [
+        (
+            run.label,
+            measured_text(run.supernet),
+            measured_text(run.trained),
+            format_count(run.macs),
+            format_count(run.params),
+        )
+        for run in c.runs
+    ]
+    header = ("", "with supernet weights", "trained by itself", "MACs", "params")
+    return "\n".join([*lines, "", table_rows(header, rows), "", field("accuracy", ACCURACY_NOTE)])
+
+
+ACCURACY_NOTE = (
+    "on test images, with 95% Wilson intervals of their number: another seed of the training moves an "
+    "accuracy too. Supernet weights flatter what was chosen with them"
+)
+
+
+def _title(run: Contestant) -> str:
+    within = f", within {describe_budgets(run.limits)}" if run.limits else ""
+    return f"{run.run}: {run.space}{within}"
+
+
+def _chunks(runs: Sequence[Contestant]) -> Iterator[Sequence[Contestant]]:
+    for start in range(0, len(runs), RUNS_A_TABLE):
+        yield runs[start : start + RUNS_A_TABLE]
+
+
+def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[str], str]) -> Iterator[str]:
+    rows = [
+        ("*" if differs else "", name, *(short_name(run.choices[at]) for run in runs))
+        for at, (name, differs) in enumerate(zip(c.positions, c.differ, strict=True))
+    ]
+    header, *table = table_rows(("", "position", *(run.label for run in runs)), rows).split("\n")
+    yield header
+    yield from (strong(line) if differs else line for line, differs in zip(table, c.differ, strict=True))
+
+
+def _latency_table(runs: Sequence[Contestant]) -> str:
+    rows = []
+    for device in runs[0].latencies_ms:
+        took = [run.latencies_ms[device] for run in runs]
+        rows.append((device, *("-" if ms is None else f"{ms:.4g} ms" for ms in took)))
+    return table_rows(("latency", *(run.label for run in runs)), rows)
+
+
+def measured_text(measured: Measured | None) -> str:
+    """Write an accuracy with its interval: `86.9% (83.0-90.0)`; a dash where there is none."""
+    if measured is None:
+        return "-"
+    if measured.low is None or measured.high is None:
+        return f"{measured.accuracy:.1%}"
+    return f"{measured.accuracy:.1%} ({100 * measured.low:.1f}-{100 * measured.high:.1f})"

@@ -1,0 +1,56 @@
+"""A run's metrics as event files for TensorBoard, as far as the run has come.
+
+metrics.jsonl stays the one record: it is cut back where a stopped run goes on, which event files are not.
+So they are written from it anew each time, also while the run is at work.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import CheckpointError, UsageError
+from qnas.runs.names import METRICS_FILE, SUBNET_FOLDER, TENSORBOARD_FOLDER
+from qnas.runs.report.figures import read_metrics
+from qnas.runs.run_folder import read_config
+
+
+def write_events(folder: Path) -> Path:
+    """Write the events of a run's folder, a log for its search and one for its training; return where.
+
+    Raises CheckpointError where it holds no metrics, UsageError where TensorBoard is not installed.
+    """
+    logs = dict(_logs(folder))
+    if not logs:
+        raise CheckpointError(f"{folder}: no {METRICS_FILE} here: not a run's folder")
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise UsageError("TensorBoard is not installed: pip install 'quadranet-nas[tensorboard]'") from error
+    out = folder / TENSORBOARD_FOLDER
+    shutil.rmtree(out, ignore_errors=True)
+    for name, rows in logs.items():
+        writer = SummaryWriter(str(out / name))
+        for row in rows:
+            for key, value in _scalars(row):
+                writer.add_scalar(key, value, row["step"])
+            for warning in row.get("warnings", ()):
+                writer.add_text("warnings", warning, row["step"])
+        writer.close()
+    return out
+
+
+def _logs(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the logs of a folder by name, those that have a row."""
+    rows = read_metrics(folder / METRICS_FILE)
+    if rows:
+        yield read_config(folder).get("command", "search"), rows
+    trained = read_metrics(folder / SUBNET_FOLDER / METRICS_FILE)
+    if trained:
+        yield "train-subnet", trained
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if key not in ("step", "epoch") and isinstance(value, int | float):
+            yield key, value

@@ -1,0 +1,1 @@
+"""The search: supernet training, measured effects, ranking, and the result."""

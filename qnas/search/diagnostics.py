@@ -1,0 +1,214 @@
+"""What goes wrong in a search, said while it happens.
+
+A search that stalls or collapses ends all the same, with a network within its budget, and looks like a
+success. Here every step's figures are compared with what a sound search shows. What the probabilities
+should be like is taken from the budget itself: of all probabilities whose expected amounts are the
+limits, the most undecided ones (`undecided`) have some share of identity and some entropy; a search
+moves away from these as it learns, but neither far beyond that share nor to no entropy at once.
+
+A condition is reported once, and again only after it has cleared. Nothing depends on the time that
+passed, so that a resumed search says the same as an undisturbed one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qnas.runs.plots import UNSETTLED
+from qnas.solver.limits import Limit, Limits
+from qnas.spaces.space import SearchSpace
+
+OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
+MOVED = 0.1  # of the distance to the limit: what counts as moving
+GUESSING = 0.99  # of ln(classes): a loss above it by half of the training has learnt nothing
+RISEN = 1.5  # times the lowest loss
+DECIDED = 0.01  # of the most undecided probabilities' entropy: nothing is open any more
+ONE_CANDIDATE = 0.95  # of all positions that have a choice
+EARLY = 0.4  # of the search: until here nothing may be decided
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """The most undecided probabilities whose expected amount is a limit."""
+
+    identity_share: float  # mean over the positions that have identity
+    entropy: float  # nats, mean over positions
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What an architecture step left behind."""
+
+    progress: float  # of the search, 0 to 1
+    settling: bool
+    ratio: float  # the largest expected amount over its limit
+    multiplier: float
+    entropy: float  # nats, mean over positions
+    identity_share: float  # mean over the positions that have identity
+    shares: Mapping[str, float]  # candidate's name -> its part of all positions that have a choice
+
+
+@dataclass
+class Watch:
+    """The conditions of one search, and what they need to remember."""
+
+    arch_window: int  # architecture steps without movement that make a stall
+    bound_window: int  # architecture steps at the multiplier's bound that are too many
+    weight_window: int  # weight steps
+    weight_windows: int  # of the whole training
+    classes: int
+    multiplier_bound: float
+    expects: Undecided | None  # None where the budget does not bind
+    violations: list[float] = field(default_factory=list)  # of the last arch_window steps
+    at_bound: int = 0  # architecture steps in a row
+    losses: list[float] = field(default_factory=list)  # of the window under way
+    lowest_loss: float = math.inf  # mean of a window
+    windows: int = 0  # weight windows so far
+    reported: list[str] = field(default_factory=list)  # conditions that have not cleared since
+
+    def after_weight_step(self, loss: float) -> list[str]:
+        """Take in the loss of a weight step; return what is to be said."""
+        self.losses.append(loss)
+        if len(self.losses) < self.weight_window:
+            return []
+        mean = math.fsum(self.losses) / len(self.losses)
+        self.losses, self.windows = [], self.windows + 1
+        self.lowest_loss = min(self.lowest_loss, mean)
+        guess = math.log(self.classes)
+        guesses = 2 * self.windows >= self.weight_windows and self.lowest_loss > GUESSING * guess
+        return self._new(
+            {
+                "guessing": guesses
+                and f"the loss is still that of guessing, {guess:.2f} nats: the labels may not belong to the "
+                "images, or the training is too short (--warmup-epochs, --epochs)",
+                "rising": not guesses
+                and mean > RISEN * self.lowest_loss
+                and f"the loss has risen to {mean:.2f} nats from {self.lowest_loss:.2f}: the paths that the "
+                "search prefers are trained too little (--warmup-epochs), or the training is unstable "
+                "(--batch-size)",
+            }
+        )
+
+    def after_arch_step(self, sight: Sight) -> list[str]:
+        """Take in what an architecture step left; return what is to be said."""
+        if self.expects is None:
+            return []
+        violation = sight.ratio - 1
+        self.violations = [*self.violations, violation][-self.arch_window :]
+        self.at_bound = self.at_bound + 1 if abs(sight.multiplier) >= self.multiplier_bound else 0
+        # halfway from what the budget asks for to nothing but identities
+        most = (1 + self.expects.identity_share) / 2
+        name, share = max(sight.shares.items(), key=lambda item: item[1], default=("", 0.0))
+        early = sight.progress < EARLY
+        gone = early and sight.entropy < DECIDED * self.expects.entropy
+        return self._new(
+            {
+                "stall": self._stalls(UNSETTLED if sight.settling else OFF_TARGET)
+                and f"the expected amount has stood at {sight.ratio:.0%} of the limit for "
+                f"{self.arch_window} architecture steps: the search is too short to reach it (--epochs)",
+                "bound": self.at_bound >= self.bound_window
+                and f"the multiplier has been at its bound, {sight.multiplier:+g}, for {self.at_bound} "
+                "architecture steps: the latency drowns what the task says (a longer search: --epochs)",
+                "identities": sight.identity_share > most
+                and f"identity has {sight.identity_share:.0%} of the probability, where the limit asks for "
+                f"{self.expects.identity_share:.0%}: the search collapses; its blocks may be trained too "
+                "little before it starts (--warmup-epochs)",
+                "one candidate": early
+                and name != "identity"
+                and share > ONE_CANDIDATE
+                and f"{name} has {share:.0%} of the probability everywhere at {sight.progress:.0%} of the "
+                "search: other candidates are no longer tried (--warmup-epochs)",
+                "decided": gone
+                and f"the probabilities are decided at {sight.progress:.0%} of the search (entropy "
+                f"{sight.entropy:.3f} nats): what comes after it changes nothing (--warmup-epochs)",
+            }
+        )
+
+    def _stalls(self, tolerance: float) -> bool:
+        distances = [abs(v) for v in self.violations]
+        if len(distances) < self.arch_window or min(distances) < tolerance:
+            return False
+        return max(distances) - min(distances) < MOVED * distances[0]
+
+    def _new(self, conditions: Mapping[str, str | bool]) -> list[str]:
+        """Return the messages of conditions that hold and did not before."""
+        found = []
+        for name, message in conditions.items():
+            if not message and name in self.reported:
+                self.reported.remove(name)
+            elif isinstance(message, str) and name not in self.reported:
+                self.reported.append(name)
+                found.append(message)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is remembered from step to step, as plain values."""
+        return {name: getattr(self, name) for name in REMEMBERED}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `to_dict` returned."""
+        for name in REMEMBERED:
+            value = saved[name]
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+
+REMEMBERED = ("violations", "at_bound", "losses", "lowest_loss", "windows", "reported")
+
+
+def make_watch(
+    space: SearchSpace,
+    limits: Limits,
+    *,
+    weight_steps: int,
+    arch_steps: int,
+    classes: int,
+    multiplier_bound: float,
+) -> Watch:
+    """Return the watch of a search of so many steps, none of them taken."""
+    bound = [undecided(space, limit) for limit in limits if limit.binds]
+    weight_window = max(10, weight_steps // 20)
+    return Watch(
+        arch_window=max(20, arch_steps // 8),
+        bound_window=max(60, arch_steps // 4),  # the way to a distant budget takes some 40
+        weight_window=weight_window,
+        weight_windows=weight_steps // weight_window,
+        classes=classes,
+        multiplier_bound=multiplier_bound,
+        # of several limits the one that asks for the most identities
+        expects=max(bound, key=lambda expected: expected.identity_share, default=None),
+    )
+
+
+def undecided(space: SearchSpace, limit: Limit) -> Undecided:
+    """Return the most undecided probabilities that keep a limit in expectation.
+
+    Their logits are -m times the cells (maximum entropy under a linear constraint), and m is found by
+    bisection, since the expected amount falls as m grows. Where even equal probabilities, m = 0, are
+    within the limit, it is negative.
+    """
+    scale = max(max(row) - min(row) for row in limit.cells)
+
+    def rows(strength: float) -> list[Sequence[float]]:
+        return [_softmax(-strength / scale * np.array(row)).tolist() for row in limit.cells]
+
+    low, high = -1e4, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        parts = (np.dot(p, row) for p, row in zip(rows(middle), limit.cells, strict=True))
+        low, high = (middle, high) if limit.fixed + math.fsum(parts) > limit.limit else (low, middle)
+    p = rows(high)
+    identities = [
+        row[position.names.index("identity")]
+        for row, position in zip(p, space.positions, strict=True)
+        if "identity" in position.names
+    ]
+    entropies = [-math.fsum(x * math.log(x) for x in row if x > 0) for row in p]
+    return Undecided(float(np.mean(identities)) if identities else 0.0, float(np.mean(entropies)))
+
+
+def _softmax(logits: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
+    shares = np.exp(logits - logits.max())
+    return np.asarray(shares / shares.sum())

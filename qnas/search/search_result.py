@@ -1,0 +1,281 @@
+"""What a search ends with: the network, its certificate, and an honest comparison.
+
+The candidates' effects on the held-out loss are measured, and the best networks by them are solved for (by
+the probabilities where effects cannot be told). Those of them that do best on some held-out images are
+ranked by all of these (`search.rerank`), and the first is the derived network. It is compared, on the test
+images and with the same supernet's weights, with what one could have had for less: random networks of its
+latency, the network that MACs alone would choose, and the largest within the budget; and with the same
+search under other seeds where such runs lie beside this one. None of these figures chooses anything.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qnas.common.errors import CheckpointError
+from qnas.common.files import read_json, write_json
+from qnas.common.progress import Progress
+from qnas.data.broken_images import broken_copies
+from qnas.latency.device import load_device
+from qnas.latency.prediction import predict_arch
+from qnas.latency.table import table_text
+from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.names import (
+    ARCH_FILE,
+    BROKEN_FILE,
+    BUDGET_PLOT_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    SEARCH_FILE,
+    SPACE_FILE,
+    SUPERNET_FILE,
+    table_file,
+)
+from qnas.runs.plots import draw_budget, read_rows
+from qnas.runs.report.page import close_with_report
+from qnas.runs.run_folder import opened, read_config
+from qnas.runs.tensors import save_supernet
+from qnas.search.effects import Effects
+from qnas.search.rerank import Ranked, ranking_document
+from qnas.search.searcher import Searcher
+from qnas.solver.derive import Indices, Scores, Solution, largest, macs_guided, sample_near, solution_document
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.lower import count_macs, lower
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import run_to_end
+
+RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
+
+
+@dataclass(frozen=True)
+class NetworkScore:
+    """A network of the supernet, and how well it does on the test images with inherited weights."""
+
+    arch: Arch
+    amounts: tuple[float, ...]  # by limit; the first is the latency on the first device
+    macs: int
+    accuracy: float
+
+    @property
+    def latency_ms(self) -> float:
+        """Return the latency on the first device."""
+        return self.amounts[0]
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What the derived network is compared with, all within the same limits."""
+
+    random: tuple[NetworkScore, ...]  # of nearly its latency
+    macs_guided: NetworkScore | None  # chosen by the same scores under a limit on MACs; None: none is
+    largest: NetworkScore  # of the most MACs
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a finished search found."""
+
+    searcher: Searcher
+    folder: Path
+    effects: Effects | None  # that were derived by; None: by the probabilities
+    ranking: tuple[Ranked, ...]  # the k best networks by held-out images
+    derived: NetworkScore  # the first of them
+    rivals: Rivals
+    by_seed: Mapping[int, float]  # test accuracy of what this search derived, and its likes with other seeds
+    expected_ms: float
+
+    @property
+    def solution(self) -> Solution:
+        """Return the derived network's certificate."""
+        return self.ranking[0].solution
+
+
+def run_search(
+    searcher: Searcher,
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> SearchResult:
+    """Search to the end in a run folder, and write what was found.
+
+    `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
+    used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
+    """
+    request = {"search": asdict(searcher.config), **request}
+    copies = {
+        SPACE_FILE: searcher.space.to_yaml(),
+        **{
+            table_file(limit.name): table_text(limit.table, searcher.space)
+            for limit in searcher.limits
+            if limit.table is not None
+        },
+        **broken_copies(BROKEN_FILE, searcher.data.broken),
+    }
+    with opened(folder, request, copies, result=ARCH_FILE, resume=resume, force=force):
+        run_to_end(
+            searcher,
+            folder,
+            seed=searcher.config.seed,
+            resume=resume,
+            quiet=quiet,
+            world=searcher.world,
+        )
+        return _finish(searcher, folder, request, quiet=quiet)
+
+
+def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
+    with Progress(searcher.effect_networks, "measure", quiet=quiet) as progress:
+        effects = searcher.measure_effects(progress.step_by)
+    solutions = searcher.derive_best(effects)
+    if len(solutions) > searcher.config.k_best:
+        with Progress(len(solutions), "screen", quiet=quiet) as progress:
+            solutions = searcher.screen(solutions, progress.step)
+    with Progress(len(solutions), "rank", quiet=quiet) as progress:
+        ranking = searcher.rank(solutions, progress.step)
+    scores = effects.scores if effects else searcher.log_probabilities
+    derived, rivals = _compare(searcher, scores, ranking[0].solution, quiet=quiet)
+    by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}
+    result = SearchResult(searcher, folder, effects, ranking, derived, rivals, by_seed, searcher.expected_ms)
+    bound = searcher.state.multiplier.bound
+    draw_budget(read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=bound)
+    layers = _layers(searcher.space, derived.arch, request)
+    write_json(folder / SEARCH_FILE, _search_document(result) | {"layers": layers})
+    save_supernet(folder / SUPERNET_FILE, searcher.state.supernet.state_dict())
+    document = _arch_document(result, request)
+    close_with_report(folder, {ARCH_FILE: document})
+    # last, since its presence says that the run is complete
+    write_json(folder / ARCH_FILE, document)
+    Checkpoints(folder).remove()
+    return result
+
+
+def _compare(
+    searcher: Searcher, scores: Scores, solution: Solution, *, quiet: bool
+) -> tuple[NetworkScore, Rivals]:
+    """Evaluate the derived network and its rivals on the test images; `scores` are what was derived by."""
+    space, limits, latency_ms = searcher.space, searcher.limits, solution.latency_ms
+    rng = np.random.default_rng(searcher.config.seed)
+    random = sample_near(
+        searcher.table,
+        RANDOM_WINDOW * latency_ms,
+        latency_ms,
+        searcher.config.random_networks,
+        rng,
+        within=limits[1:],
+    )
+    guided = macs_guided(space, scores, limits)
+    most = largest(space, limits)
+    networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
+    tested: dict[Indices, NetworkScore] = {}
+    with Progress(len(set(networks)), "compare", quiet=quiet) as progress:
+        for indices in networks:
+            if indices not in tested:
+                tested[indices] = network_score(searcher, indices)
+                progress.step()
+    return tested[solution.indices], Rivals(
+        random=tuple(tested[indices] for indices in random),
+        macs_guided=tested[guided.indices] if guided else None,
+        largest=tested[most.indices],
+    )
+
+
+def network_score(searcher: Searcher, indices: Indices) -> NetworkScore:
+    """Evaluate a network of the supernet, given by its candidates' numbers, on the test images."""
+    arch = arch_from_indices(searcher.space, indices)
+    return NetworkScore(
+        arch,
+        tuple(limit.amount(indices) for limit in searcher.limits),
+        count_macs(lower(searcher.space, arch)),
+        searcher.score(arch).accuracy,
+    )
+
+
+def seeds_beside(folder: Path) -> dict[int, float]:
+    """Return the derived networks' test accuracies of finished runs beside this one, by seed.
+
+    Only of those that were asked the same in all but the seed; versions may differ.
+    """
+    asked = _without_seed(read_config(folder))
+    found: dict[int, float] = {}
+    for path in sorted(folder.resolve().parent.glob(f"*/{CONFIG_FILE}")):
+        if path.parent == folder.resolve() or not (path.parent / ARCH_FILE).is_file():
+            continue
+        try:
+            config = read_json(path, CheckpointError)
+            if _without_seed(config) == asked:
+                document = read_json(path.parent / SEARCH_FILE, CheckpointError)
+                found[int(config["search"]["seed"])] = float(document["derived"]["accuracy"])
+        except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+            continue  # not a whole run of ours, which is nothing to stop for
+    return found
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    search = config.get("search")
+    rest = {key: value for key, value in config.items() if key not in ("versions", "search")}
+    return rest | {
+        "search": {key: value for key, value in search.items() if key != "seed"}
+        if isinstance(search, dict)
+        else search
+    }
+
+
+def _search_document(result: SearchResult) -> dict[str, Any]:
+    def entry(score: NetworkScore) -> dict[str, Any]:
+        return {
+            "choices": list(score.arch.choices),
+            "latency_ms": score.latency_ms,
+            "amounts": list(score.amounts),
+            "macs": score.macs,
+            "accuracy": score.accuracy,
+        }
+
+    rivals, accuracies = result.rivals, list(result.by_seed.values())
+    return {
+        "schema": "qnas.search/1",
+        "expected_ms": result.expected_ms,
+        "expected": [float(amount) for amount in result.searcher.expected],
+        "budget_binds": result.searcher.binds,
+        "images": result.searcher.data.counts,
+        "broken_images": len(result.searcher.data.broken),
+        "log_probabilities": result.searcher.log_probabilities,
+        "effects": asdict(result.effects) if result.effects else None,
+        "screened": result.searcher.screened,
+        "ranking": ranking_document(result.ranking),
+        "derived": entry(result.derived) | {"heldout_accuracy": result.ranking[0].heldout.accuracy},
+        "random": [entry(score) for score in rivals.random],
+        "macs_guided": entry(rivals.macs_guided) if rivals.macs_guided else None,
+        "largest": entry(rivals.largest),
+        "seeds": {
+            "accuracies": {str(seed): result.by_seed[seed] for seed in sorted(result.by_seed)},
+            "mean": statistics.mean(accuracies),
+            "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        },
+    }
+
+
+def _layers(space: SearchSpace, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return what each kernel of a network takes on each device that was asked for, where its source says."""
+    devices = [load_device(entry["device"]) for entry in request.get("limits", []) if "device" in entry]
+    return {
+        device.name: [vars(part) for part in predict_arch(request["latency"], device, space, arch).parts]
+        for device in devices
+    }
+
+
+def _arch_document(result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
+    details = {
+        "latency_source": request.get("latency"),
+        "supernet_accuracy": result.derived.accuracy,
+        "heldout_accuracy": result.ranking[0].heldout.accuracy,
+        "seed": result.searcher.config.seed,
+        "versions": request.get("versions", {}),
+    }
+    return solution_document(result.searcher.space, result.solution, details)

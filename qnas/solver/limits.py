@@ -1,0 +1,103 @@
+"""What a network may take: milliseconds on a device, parameters, multiply-accumulates.
+
+Each is a fixed part plus a cell for each position and candidate, like a latency table, so that one
+solver, one expected value and one pressure serve them all. Several hold at once: a network has to be
+within every one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from qnas.common.errors import InfeasibleBudgetError
+from qnas.common.units import format_count, format_ms
+from qnas.latency.table import LatencyTable
+from qnas.spaces.lower import BlockSpec, count_macs, count_params, fill, skeleton
+from qnas.spaces.space import SearchSpace
+
+Count = Literal["params", "macs"]
+COUNTS: tuple[Count, ...] = ("params", "macs")
+LABEL: dict[str, str] = {"params": "parameters", "macs": "MACs"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One resource, and how much of it a network may take."""
+
+    name: str  # a device's, "params" or "macs"
+    budget: float  # as it was asked: milliseconds on a device, else a count
+    limit: float  # what the sum may be: the budget less the device's margin
+    fixed: float  # what every network of the space takes
+    cells: tuple[tuple[float, ...], ...]  # [position][candidate]
+    table: LatencyTable | None = None  # of a device
+
+    def amount(self, indices: Sequence[int]) -> float:
+        """Return what the network with these candidates' numbers takes."""
+        return math.fsum([self.fixed, *(row[i] for row, i in zip(self.cells, indices, strict=True))])
+
+    @cached_property
+    def least(self) -> float:
+        """What the network takes that takes least."""
+        return math.fsum([self.fixed, *map(min, self.cells)])
+
+    @cached_property
+    def most(self) -> float:
+        """What the network takes that takes most."""
+        return math.fsum([self.fixed, *map(max, self.cells)])
+
+    @property
+    def unit(self) -> str:
+        """What amounts are counted in."""
+        return "ms" if self.table is not None else LABEL[self.name]
+
+    @property
+    def binds(self) -> bool:
+        """Whether some network of the space is over the limit."""
+        return self.limit < self.most
+
+    def describe(self, amount: float, *, round_up: bool = False) -> str:
+        """Put an amount of this resource into words: `29.5 ms`, `1.2M parameters`."""
+        if self.table is not None:
+            return format_ms(amount, round_up=round_up)
+        return f"{format_count(amount)} {LABEL[self.name]}"
+
+
+Limits = tuple[Limit, ...]  # at least one; of a search the first is a device's
+
+
+def latency_limit(table: LatencyTable, budget_ms: float) -> Limit:
+    """Return a device's limit: its table, and the budget less its margin."""
+    return Limit(table.device, budget_ms, table.limit_ms(budget_ms), table.fixed_ms, table.ms, table)
+
+
+def count_limit(space: SearchSpace, name: Count, most: float) -> Limit:
+    """Return the limit on parameters or MACs of a space's networks, at the space's own resolution."""
+    count = {"params": count_params, "macs": count_macs}[name]
+    fixed, rows = 0.0, []
+    for part in skeleton(space):
+        if isinstance(part, BlockSpec):
+            fixed += count([part])
+        else:
+            blocks = (fill(space, part, candidate) for candidate in part.position.candidates)
+            rows.append(tuple(float(count([block])) for block in blocks))
+    return Limit(name, most, most, fixed, tuple(rows))
+
+
+def check_limits(limits: Limits) -> None:
+    """Raise InfeasibleBudgetError, with what is possible, if no network meets one of the limits."""
+    for limit in limits:
+        if limit.least > limit.limit:
+            raise InfeasibleBudgetError(_too_little(limit))
+
+
+def _too_little(limit: Limit) -> str:
+    least = limit.describe(limit.least, round_up=True)
+    if limit.table is None:
+        return f"no network has at most {limit.describe(limit.budget)}: the smallest has {least}"
+    margin = f", and {limit.table.margin:.1%} of margin" if limit.table.margin else ""
+    return (
+        f"no network of {limit.table.space} runs in {format_ms(limit.budget)} on {limit.name}: "
+        f"the fastest takes {least}{margin}"
+    )

@@ -1,0 +1,1 @@
+"""Search spaces and architectures, and their lowering to layers."""

@@ -1,0 +1,101 @@
+"""An architecture: one candidate chosen for every position of a space.
+
+It is a value that is passed around, never a state of a module. As a file it is JSON with a schema
+and the digest of its space, so that it cannot be read into another space by mistake.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qnas.common.errors import ArchError, nearest
+from qnas.common.files import read_json
+from qnas.spaces.space import SearchSpace
+
+SCHEMA = "qnas.arch/1"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The names of the chosen candidates, a name a position, in order."""
+
+    choices: tuple[str, ...]
+
+    def indices(self, space: SearchSpace) -> tuple[int, ...]:
+        """Return the chosen candidate's number at each position."""
+        return tuple(p.names.index(c) for p, c in zip(space.positions, self.choices, strict=True))
+
+
+def make_arch(space: SearchSpace, choices: tuple[str, ...], where: str = "architecture") -> Arch:
+    """Check choices against a space. Raises ArchError with every problem in one line."""
+    if len(choices) != len(space.positions):
+        raise ArchError(
+            f"{where}: {len(choices)} choices, but space {space.name} has {len(space.positions)} positions"
+        )
+    problems = [
+        f"position {p.name}: {c!r} is not a candidate ({nearest(str(c), p.names)})"
+        for p, c in zip(space.positions, choices, strict=True)
+        if c not in p.names
+    ]
+    if problems:
+        raise ArchError(f"{where}: {'; '.join(problems)}")
+    return Arch(choices)
+
+
+def arch_from_indices(space: SearchSpace, indices: tuple[int, ...]) -> Arch:
+    """Return the architecture that holds these candidates' numbers."""
+    return Arch(tuple(p.names[i] for p, i in zip(space.positions, indices, strict=True)))
+
+
+def sample_arch(space: SearchSpace, rng: np.random.Generator) -> Arch:
+    """Draw an architecture, every candidate of a position equally likely."""
+    return arch_from_indices(space, tuple(int(rng.integers(len(p.candidates))) for p in space.positions))
+
+
+def only_arch(space: SearchSpace) -> Arch:
+    """Return the one network of a fixed space."""
+    assert space.is_fixed, space.name
+    return arch_from_indices(space, (0,) * len(space.positions))
+
+
+def arch_document(space: SearchSpace, arch: Arch, details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of an arch.json: the architecture and what is known of it."""
+    return {
+        "schema": SCHEMA,
+        "space": space.name,
+        "space_digest": space.digest,
+        "choices": list(arch.choices),
+        **details,
+    }
+
+
+def read_arch(path: Path, space: SearchSpace) -> Arch:
+    """Read an arch.json of this space.
+
+    Raises ArchError when the file is damaged, of another schema or of another space.
+    """
+    content = read_arch_document(path)
+    if content["space"] != space.name or content["space_digest"] != space.digest:
+        same = " (another version of it)" if content["space"] == space.name else ""
+        raise ArchError(
+            f"{path}: belongs to space {content['space']!r}, digest {content['space_digest']}{same}, "
+            f"expected {space.name!r}, digest {space.digest}"
+        )
+    return make_arch(space, tuple(content["choices"]), str(path))
+
+
+def read_arch_document(path: Path) -> dict[str, Any]:
+    """Read an arch.json without its space and check its form. Raises ArchError."""
+    content = read_json(path, ArchError)
+    if content.get("schema") != SCHEMA:
+        raise ArchError(f"{path}: expected schema {SCHEMA!r}, got {content.get('schema')!r}")
+    problems = [key for key in ("space", "space_digest") if not isinstance(content.get(key), str)]
+    choices = content.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        problems.append("choices")
+    if problems:
+        raise ArchError(f"{path}: missing or of the wrong type: {', '.join(problems)}")
+    return content

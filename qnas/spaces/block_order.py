@@ -1,0 +1,75 @@
+"""In which positions of a stage its blocks stand, which makes no difference to a network.
+
+Block X in the second position of a stage and identity in the third is the network that has them the other
+way round. What a block is worth, and which weights it should have, depends on how many stand before it. So
+a supernet's weights are those of the first block of a stage, of the second and so on, wherever these
+stand: a path of one block at a stage's third position runs with the weights of the first. Each weight is
+then trained by every path that has so many blocks, and not by those alone that leave the right positions
+empty: of three positions half of which are identity, the first is trained by seven paths of eight instead
+of four.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qnas.spaces.lower import BlockSpec, fill, skeleton
+from qnas.spaces.space import SearchSpace
+
+Labels = tuple[tuple[int, ...], ...]  # [position][candidate], of `block_labels`
+
+
+def block_labels(space: SearchSpace) -> Labels:
+    """Return a number for each candidate of each position by which equal networks are recognised.
+
+    0 is a candidate without layers. Positions that follow each other in one shape give one block one
+    number, so that two networks are the same if and only if their labels without zeros are.
+    """
+    numbers: dict[Any, int] = {}
+    labels = []
+    run, before = 0, None
+    for part in skeleton(space):
+        if isinstance(part, BlockSpec):
+            before = None
+            continue
+        position = part.position
+        shape = (position.c_out, part.resolution_px) if position.keeps_shape else None
+        if shape is None or shape != before:
+            run += 1
+        before = shape
+        labels.append(
+            tuple(
+                numbers.setdefault((run, candidate), len(numbers) + 1)
+                if fill(space, part, candidate).layers
+                else 0
+                for candidate in position.candidates
+            )
+        )
+    return tuple(labels)
+
+
+def runs_of(labels: Labels) -> list[range]:
+    """Return the runs of positions of one shape and the same candidates; blocks can change places in them."""
+    kinds = [frozenset(row) for row in labels]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
+
+
+def take_first_places(labels: Labels, network: Sequence[int]) -> list[int]:
+    """Return for each position the one whose part it takes when the blocks of each run come first.
+
+    A permutation within each run, in which blocks keep their order and so do the others.
+    """
+    places = list(range(len(labels)))
+    for run in runs_of(labels):
+        order = sorted(run, key=lambda i: labels[i][network[i]] == 0)
+        for place, i in zip(run, order, strict=True):
+            places[i] = place
+    return places
+
+
+def place_blocks_first(labels: Labels, network: Sequence[int]) -> tuple[int, ...]:
+    """Return the same network with the blocks of each run in its first positions, in their order."""
+    placed = list(network)
+    for i, place in enumerate(take_first_places(labels, network)):
+        placed[place] = labels[place].index(labels[i][network[i]])
+    return tuple(placed)

@@ -1,0 +1,1 @@
+"""Training of anything that has weights, and of one network by itself."""

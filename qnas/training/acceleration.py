@@ -1,0 +1,109 @@
+"""Where training runs and in what precision: a GPU if there is one, the CPU otherwise.
+
+On a GPU matrix products and convolutions are in bfloat16 by torch's autocast where it can; weights, their
+gradients and the architecture parameters stay in float32 and float64. float16 has a loss scale.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from qnas.common.errors import UsageError
+from qnas.nn.blocks import Chain, QuadraBlock
+
+TorchDevice = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A device, and the type of its matrix products and convolutions."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of a weight step's forward pass."""
+        return self._autocast(self.dtype)
+
+    def autocast_unscaled(self) -> AbstractContextManager[object]:
+        """Return the context of a forward pass whose gradient is taken without a loss scale.
+
+        That of an architecture step: float32 where a weight step is in float16, whose range it would
+        leave.
+        """
+        return self._autocast(torch.float32 if self.dtype == torch.float16 else self.dtype)
+
+    def _autocast(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def scaler(self) -> GradScaler:
+        """Return a loss scale, which does nothing but for float16."""
+        return GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+PLAIN = Acceleration(torch.device("cpu"), torch.float32)
+UNSCALED = PLAIN.scaler()
+
+
+def check_acceleration(torch_device: str, precision: str) -> None:
+    """Raise UsageError for an unknown device or precision."""
+    for name, value, known in (
+        ("torch device", torch_device, get_args(TorchDevice)),
+        ("precision", precision, get_args(Precision)),
+    ):
+        if value not in known:
+            raise UsageError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+
+
+def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_rank: int = 0) -> Acceleration:
+    """Return where to run: `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
+
+    `local_rank` is the number of the GPU. Raises UsageError where a GPU is asked for and missing, or
+    has no bfloat16.
+    """
+    has_gpu = torch.cuda.is_available()
+    if torch_device == "cuda" and not has_gpu:
+        raise UsageError("no CUDA device here that torch can use: --torch-device auto takes the CPU")
+    if torch_device == "cpu" or not has_gpu:
+        return Acceleration(torch.device("cpu"), _DTYPES["fp32" if precision == "auto" else precision])
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {local_rank} of this machine has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}: start as many processes as GPUs, or --torch-device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
+    if precision == "bf16" and not has_bf16:
+        raise UsageError(f"{torch.cuda.get_device_name(device)} has no bfloat16: --precision fp16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp16"
+    return Acceleration(device, _DTYPES[precision])
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Have torch.compile compile each block on its first run, in place; names of weights stay.
+
+    Blocks, not networks: a supernet's paths are ever new combinations of the same blocks, and each
+    combination would be compiled anew. Blocks of one shape share a program. On a CPU it does not pay:
+    a block is no faster than with the kernels of `qnas.nn.kernels`, and every shape takes tens of seconds to
+    compile; on a GPU it has not been measured.
+    """
+    blocks = [block for block in module.modules() if isinstance(block, QuadraBlock | Chain)]
+    # torch gives up on a function that it compiled 8 times, and one forward serves all these blocks; times
+    # 4, as each has programs for training, for architecture steps, without gradients and for evaluation
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()

@@ -1,0 +1,206 @@
+"""Training of whatever has weights: optimiser, schedule, step, evaluation, and the loop around it.
+
+Knows no search: the loop drives anything that is stepped, saves its state and takes it up again.
+"""
+
+import ctypes
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qnas.common.errors import TrainingError
+from qnas.common.progress import Progress
+from qnas.data.augmentation import Augmentation
+from qnas.data.images import Split, batch_count, batches
+from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.metrics import Metrics
+from qnas.runs.names import METRICS_FILE
+from qnas.runs.run_folder import interrupted, interruptible
+from qnas.training.processes import ALONE, World, joined
+
+
+def set_up_process(threads: int) -> None:
+    """Set torch's threads (0 leaves them) and keep freed memory. The program's to call, not ours."""
+    if threads:
+        torch.set_num_threads(threads)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what tensors freed instead of returning it to the system (glibc only).
+
+    A training step frees and asks for the same few megabytes over and over; as fresh pages they cost
+    more than the arithmetic on them: a quarter of a step of quadranet-small.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+        mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(m_top_pad, 64 << 20)
+
+
+def stream(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start: int,
+    *,
+    augment: bool,
+    augmentation: Augmentation | None = None,
+    device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches for ever, from number `start` of a sequence that depends on the seed only.
+
+    `augmentation`, `device` and `part` as in `data.batches`.
+    """
+    epoch, skip = divmod(start, batch_count(split, batch_size, drop_last=True))
+    while True:
+        yield from batches(
+            split,
+            batch_size,
+            seed=seed,
+            epoch=epoch,
+            augment=augment,
+            augmentation=augmentation,
+            drop_last=True,
+            start=skip,
+            device=device,
+            part=part,
+        )
+        epoch, skip = epoch + 1, 0
+
+
+class Stepper(Protocol):
+    """What the loop drives: a search or the training of a network."""
+
+    total_steps: int
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken so far, those of former processes included."""
+
+    @property
+    def phase(self) -> str:
+        """What the next step does, for the progress bar."""
+
+    def step(self) -> Mapping[str, Any]:
+        """Take a step; return what to log: figures, and `warnings` where there are any."""
+
+    def summary(self, row: Mapping[str, float]) -> str:
+        """Put the figures of a step into a few words; empty keeps those of the step before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that changes from step to step, as plain values and tensors."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over such a state."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """When an undisturbed run saves its state: after so many steps or seconds, whichever is first."""
+
+    steps: int = 500
+    seconds: float = 60.0
+
+
+def run_to_end(
+    stepper: Stepper,
+    folder: Path,
+    *,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    interval: Interval = Interval(),
+    world: World = ALONE,
+) -> None:
+    """Take all steps in a run folder, with metrics, checkpoints and a progress bar.
+
+    Of several processes only the main one reads and writes there; all stop after the same step.
+    What is drawn from torch's own random numbers, by a module of one's own for instance, depends on
+    the seed and the steps alone. Raises CheckpointError where no saved state is whole, Interrupted
+    once the state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
+    """
+    checkpoints = Checkpoints(folder)
+    with (
+        joined(world),
+        _own_random_numbers(seed),
+        interruptible() as signals,
+        Progress(stepper.total_steps, stepper.phase, quiet=quiet or not world.is_main) as progress,
+        world.watched(),
+    ):
+        saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
+        if saved is not None:
+            stepper.load(saved["stepper"])
+            _set_random_state(saved["random"])
+        if checkpoints.damage:
+            went_back = f"went back to the one before it, of step {stepper.steps_done}"
+            print(f"qnas: warning: {checkpoints.damage}: {went_back}", file=sys.stderr)
+        metrics = None
+        if world.is_main:
+            metrics = Metrics(folder / METRICS_FILE, keep_bytes=saved["metrics_bytes"] if saved else 0)
+        progress.skip(stepper.steps_done)
+        saved_step, saved_at = stepper.steps_done, time.monotonic()
+        while stepper.steps_done < stepper.total_steps:
+            progress.phase(stepper.phase)
+            row = stepper.step()
+            if metrics is not None:
+                metrics.write({"step": stepper.steps_done, **row})
+                for warning in row.get("warnings", []):
+                    progress.warn(warning)
+            progress.step(stepper.summary(row))
+            stops = world.any(bool(signals))
+            if metrics is not None and (
+                stops
+                or stepper.steps_done == stepper.total_steps  # what follows may take minutes
+                or stepper.steps_done - saved_step >= interval.steps
+                or time.monotonic() - saved_at >= interval.seconds
+            ):
+                # the lines first: a checkpoint must not know of more of them than there are
+                state = {"metrics_bytes": metrics.sync(), "random": _random_state()}
+                checkpoints.save({"stepper": stepper.to_dict(), **state})
+                saved_step, saved_at = stepper.steps_done, time.monotonic()
+            if stops:
+                raise interrupted(folder)
+        if world.any(bool(signals)):  # came as the last state was saved
+            raise interrupted(folder)
+        world.check_same(stepper.to_dict())
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Seed torch's own random numbers, and give the caller's back at the end."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of torch's own random numbers; no step draws from numpy's or Python's."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def check_finite(
+    loss: float, step: int, remedy: str = "A larger --batch-size or another --seed may help"
+) -> None:
+    """Raise TrainingError where a loss is not a number, before anything of it is saved."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {step}: the loss is {loss}, and the weights are lost with it; the last checkpoint is of a "
+            f"step before. {remedy}; at the first steps, look at the images"
+        )

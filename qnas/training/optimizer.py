@@ -1,0 +1,192 @@
+"""One optimiser step on a batch: AdamW for sampled paths, its schedule, and a teacher's loss."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from qnas.training.acceleration import PLAIN, UNSCALED, Acceleration
+from qnas.training.processes import ALONE, World
+from qnas.training.scoring import Forward
+
+GRADIENT_CLIP = 5.0  # of the total norm (QuadraNet's recipe)
+
+
+class PathAdamW(torch.optim.AdamW):
+    """AdamW that looks at the weights which the last backward pass reached, not at all there are.
+
+    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; to ask every other one
+    for its gradient, three times a step, takes longer the more candidates there are. A group may have a
+    `rate_share`, with which its rate is multiplied, and an `l1`, by which, times the rate, its weights
+    shrink to zero after a step (the proximal step of an L1 penalty, decoupled as AdamW's decay is).
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float) -> None:
+        # fused: one call for all tensors, a third of the time for a supernet's hundreds
+        super().__init__([dict(group) for group in groups], lr=learning_rate, fused=True)
+        self._reached: dict[int, nn.Parameter] = {}
+        self._group_of: list[int] = []
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                place = len(self._group_of)
+                self._group_of.append(number)
+                weight.register_post_accumulate_grad_hook(partial(self._reached.__setitem__, place))
+
+    @property
+    def used(self) -> list[nn.Parameter]:
+        """The weights that have a gradient, in the order of the groups, whatever the backward pass's."""
+        return [self._reached[place] for place in sorted(self._reached)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; in place they cannot be set to zero."""
+        assert set_to_none, "a weight without a gradient is left as it is, one of gradient 0 decays"
+        for weight in self._reached.values():
+            weight.grad = None
+        self._reached.clear()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would walk twice
+        """Update the weights that have a gradient."""
+        whole = [(group["params"], group["lr"]) for group in self.param_groups]
+        reached: list[list[nn.Parameter]] = [[] for _ in whole]
+        for place in sorted(self._reached):
+            reached[self._group_of[place]].append(self._reached[place])
+        try:
+            for group, weights in zip(self.param_groups, reached, strict=True):
+                group["params"] = weights
+                # the group's own rate stays the schedule's, whose end is one rate for all groups
+                group["lr"] *= group.get("rate_share", 1.0)
+            super().step()
+            for group in self.param_groups:
+                self._shrink(group["params"], group["lr"] * group.get("l1", 0.0))
+        finally:
+            for group, (weights, rate) in zip(self.param_groups, whole, strict=True):
+                group["params"], group["lr"] = weights, rate
+
+    @staticmethod
+    @torch.no_grad()
+    def _shrink(weights: Iterable[nn.Parameter], by: float) -> None:
+        if by > 0:
+            for weight in weights:
+                weight.copy_(F.softshrink(weight, by))
+
+
+@dataclass(frozen=True)
+class ReLinear:
+    """How the quadratic part of a network is let in (Fan et al., arXiv 2110.06081).
+
+    `weights` are those in the quadratic products. `gamma` is their rate as a share of the others': under
+    AdamW, which divides a gradient by its own size, a scale of the gradient itself would change nothing.
+    `alpha` adds to their decay (L2), `beta` shrinks them to zero (L1), both at their own rate.
+    """
+
+    weights: Sequence[nn.Parameter]
+    gamma: float
+    alpha: float
+    beta: float
+
+
+def make_optimizer(
+    weights: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    relinear: ReLinear | None = None,
+) -> PathAdamW:
+    """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
+    quadratic = {id(weight) for weight in relinear.weights} if relinear else set()
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for weight in weights:
+        if id(weight) not in quadratic:
+            (decayed if weight.ndim > 1 else plain).append(weight)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if relinear:
+        groups.append(
+            {
+                "params": list(relinear.weights),
+                "weight_decay": weight_decay + relinear.alpha,
+                "rate_share": relinear.gamma,
+                "l1": relinear.beta,
+            }
+        )
+    return PathAdamW(groups, learning_rate)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LRScheduler:
+    """Return a schedule a step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
+    warmup_steps = min(max(1, warmup_steps), max(1, steps - 1))
+    base = optimizer.param_groups[0]["lr"]
+    warmup = LinearLR(optimizer, start_factor=0.1, total_iters=warmup_steps)
+    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup_steps), eta_min=0.01 * base)
+    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network whose answers are learnt beside the labels (distillation, arXiv 1503.02531)."""
+
+    forward: Forward  # (B, channels, H, W) normalised as the data are -> (B, classes)
+    weight: float  # of its loss; the labels' has the rest
+    temperature: float
+
+    def loss(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Return the divergence from the teacher's answers, softened by the temperature, in nats.
+
+        Times the temperature's square, so that its gradients keep their size.
+        """
+        with torch.no_grad():
+            answers = self.forward(images)
+        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (logits, answers))
+        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return divergence * self.temperature**2
+
+
+def weight_step(
+    forward: Forward,
+    optimizer: PathAdamW,
+    images: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    *,
+    acceleration: Acceleration = PLAIN,
+    scaler: GradScaler = UNSCALED,
+    world: World = ALONE,
+    gradient_clip: float = GRADIENT_CLIP,
+    parts: int = 1,
+    teacher: Teacher | None = None,
+) -> Tensor:
+    """Take one optimiser step on a batch; return the mean loss, detached.
+
+    images: (B, channels, H, W); labels: (B,), or shares of the classes (B, classes); on the acceleration's
+    device, and of several processes this one's part. The batch is taken in so many `parts`, which must be
+    equal, and their gradients are accumulated. Weights that `forward` did not use are left as they are,
+    and are not looked at.
+    """
+    optimizer.zero_grad()
+    losses = []
+    pieces = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+    for number, (some, theirs) in enumerate(pieces, 1):
+        with world.averaging(forward, now=number == len(pieces)):
+            with acceleration.autocast():
+                logits = forward(some)
+                loss = F.cross_entropy(logits, theirs, label_smoothing=label_smoothing)
+                if teacher is not None:
+                    loss = (1 - teacher.weight) * loss + teacher.weight * teacher.loss(some, logits)
+            scaler.scale(loss / len(pieces)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        losses.append(loss.detach())
+    loss, used = torch.stack(losses).mean(), optimizer.used
+    world.average([loss, *(w.grad for w in used if w.grad is not None)])
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(used, gradient_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss

@@ -1,0 +1,138 @@
+"""The network that another one learns from: a supernet's largest, a trained run's, or one of timm's.
+
+It sees the same images, augmented and mixed as they are; only the normalisation is its own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qnas.common.errors import CheckpointError, UsageError, first_line
+from qnas.common.files import read_json
+from qnas.data.images import ImageData, batches
+from qnas.nn.subnet import build_subnet, subnet_state
+from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE, WEIGHTS_FILE
+from qnas.runs.tensors import load_supernet, load_tensors
+from qnas.spaces.lower import smallest_and_largest
+from qnas.training.optimizer import Teacher
+from qnas.training.processes import digest
+from qnas.training.scoring import CALIBRATION_BATCHES, recalibrate
+from qnas.training.subnet_trainer import load_weights, supernet_file
+
+SUPERNET_LARGEST = "supernet-largest"
+TIMM = "timm:"
+
+
+class Renormalised(nn.Module):
+    """A network that expects images normalised with other figures than those it is given with.
+
+    Grey images become three equal channels where the network's figures are of three.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        given: tuple[Sequence[float], Sequence[float]],
+        expected: tuple[Sequence[float], Sequence[float]],
+        size_px: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.size_px = size_px  # the only one that the network takes
+        for name, values in zip(("mean", "std"), given, strict=True):
+            self.register_buffer(f"given_{name}", torch.tensor(values)[:, None, None])
+        for name, values in zip(("mean", "std"), expected, strict=True):
+            self.register_buffer(f"expected_{name}", torch.tensor(values)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, classes)."""
+        given_mean, given_std = self.get_buffer("given_mean"), self.get_buffer("given_std")
+        expected_mean, expected_std = self.get_buffer("expected_mean"), self.get_buffer("expected_std")
+        x = (x * given_std + given_mean - expected_mean) / expected_std
+        if self.size_px is not None and x.shape[-1] != self.size_px:
+            x = nn.functional.interpolate(x, (self.size_px, self.size_px), mode="bilinear", antialias=True)
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def load_teacher(
+    spec: str,
+    source: FoundArch,
+    data: ImageData,
+    *,
+    weight: float,
+    temperature: float,
+    device: torch.device | str = "cpu",
+) -> tuple[Teacher, str]:
+    """Return the teacher that is asked for, and a digest of its weights.
+
+    `spec` is `supernet-largest` (of the run that the architecture is from), `timm:NAME` (its pretrained
+    weights) or the folder of a trained network. Raises UsageError or CheckpointError where there is none,
+    or where its classes are not those of the data.
+    """
+    if spec == SUPERNET_LARGEST:
+        network = _largest(source, data, device)
+    elif spec.startswith(TIMM):
+        network = _from_timm(spec.removeprefix(TIMM), data)
+    else:
+        network = _from_run(Path(spec), data)
+    network = network.to(device).eval().requires_grad_(False)
+    return Teacher(network, weight, temperature), digest(network.state_dict())[:16]
+
+
+def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> nn.Module:
+    file = supernet_file(source)
+    if not file.is_file():
+        raise UsageError(f"--teacher {SUPERNET_LARGEST}: no {SUPERNET_FILE} in {source.folder}, name a run")
+    arch = smallest_and_largest(source.space)[1]
+    network = build_subnet(source.space, arch, len(data.classes))
+    load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
+    # statistics of the supernet's batch norms were gathered while other paths ran
+    images = batches(data.train, min(128, len(data.train)), seed=0, device=device)
+    network = network.to(device).eval()
+    recalibrate(network, network, (b for b, _ in zip(images, range(CALIBRATION_BATCHES), strict=False)))
+    return network
+
+
+def _from_run(folder: Path, data: ImageData) -> nn.Module:
+    trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
+    if not (trained / RESULT_FILE).is_file():
+        raise UsageError(
+            f"--teacher {folder}: expected {SUPERNET_LARGEST}, {TIMM}NAME, or the folder of a trained network"
+        )
+    result = read_json(trained / RESULT_FILE, CheckpointError)
+    found = find_arch(trained)
+    if tuple(result["classes"]) != data.classes:
+        raise UsageError(f"--teacher {folder}: its classes are not those of the data")
+    if found.space.input.channels != data.channels:
+        raise UsageError(
+            f"--teacher {folder}: of images with {found.space.input.channels} channels, not {data.channels}"
+        )
+    network = build_subnet(found.space, found.arch, len(data.classes))
+    load_weights(network, load_tensors(trained / WEIGHTS_FILE), trained / WEIGHTS_FILE)
+    return Renormalised(network, (data.mean, data.std), (result["mean"], result["std"]))
+
+
+def _from_timm(name: str, data: ImageData) -> nn.Module:
+    try:
+        import timm  # an extra, and heavy
+    except ImportError:
+        raise UsageError(f"--teacher {TIMM}{name}: needs timm: pip install 'quadranet-nas[timm]'") from None
+    if data.channels not in (1, 3):
+        raise UsageError(f"--teacher {TIMM}{name}: takes images of 3 channels, not {data.channels}")
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # an unknown name, no such weights, no way to the hub: almost anything
+        raise UsageError(f"--teacher {TIMM}{name}: {first_line(error)}") from error
+    classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
+    if classes != len(data.classes):
+        raise UsageError(
+            f"--teacher {TIMM}{name}: knows {classes} classes, the data have {len(data.classes)}"
+        )
+    about = network.pretrained_cfg
+    assert isinstance(about, dict)
+    size_px = int(about["input_size"][-1]) if about.get("fixed_input_size") else None
+    return Renormalised(network, (data.mean, data.std), (about["mean"], about["std"]), size_px)

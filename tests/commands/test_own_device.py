@@ -1,0 +1,103 @@
+"""The commands from whole networks to a device, on times that a shipped device's model makes up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.measured_networks import fill_in
+
+from qnas.commands.own_device import calibrate, fit_latency, sample
+from qnas.common.errors import CheckpointError, TableError, UsageError
+from qnas.deploy.sampling import CSV_FILE
+from qnas.latency.device import load_device
+from qnas.latency.fitting.measurements import Measured, read_measured, write_measured
+from qnas.spaces.space import load_space
+
+SPACE = "quadranet-small"
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sample's folder with times: those of the VPU's model, and a percent of noise."""
+    monkeypatch.chdir(tmp_path)
+    sample(SPACE, 40, "cpu", "arch", Path("board"), seed=0, force=False, quiet=True)
+    fill_in(Path("board"), "vpu")
+    return Path("board")
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_sample_with_times_becomes_a_device_and_a_calibrated_one(
+    board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    fit_latency(board, "vpu-too", None, None, force=False, as_json=True)
+    facts = printed(capsys)
+    assert (facts["device"], facts["networks"], facts["within_10"]) == ("vpu-too", 40, 1.0)
+    calibrate(board, "vpu-too.json", "corrected", 0.9, None, None, force=False, as_json=True)
+    facts = printed(capsys)
+    assert facts["scale"] == pytest.approx(1, abs=0.02)
+    assert 0 < facts["margin"] < 0.05
+    device = load_device("corrected.json")
+    assert device.calibration is not None
+    assert device.margin == facts["margin"]
+    # a calibrated device is calibrated anew from its model, not on top of itself
+    calibrate(board, "corrected.json", "again", 0.9, None, None, force=False, as_json=True)
+    assert load_device("again.json").calibration == device.calibration
+
+
+def test_text_says_accuracy_margin_and_what_to_do_next(
+    board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_latency(board / CSV_FILE, "mine", None, None, force=False, as_json=False)
+    text = capsys.readouterr().out
+    assert "100.0% within 10%" in text
+    assert "next        qnas search --device mine.json --space quadranet-small" in text
+    calibrate(board, "vpu", "mine-2", 0.9, None, None, force=False, as_json=False)
+    text = capsys.readouterr().out
+    assert "90% of such networks stay within it (n = 40)" in text
+    # what is to be copied is not wrapped
+    assert max(len(line) for line in text.splitlines() if not line.startswith("next")) <= 80
+
+
+def test_what_is_there_is_not_replaced(board: Path) -> None:
+    Path("mine.json").touch()
+    with pytest.raises(CheckpointError, match=r"mine\.json: exists already: give --force"):
+        fit_latency(board, "mine", None, None, force=False)
+    with pytest.raises(CheckpointError, match=r"mine\.json: exists already: give --force"):
+        calibrate(board, "cpu", "mine", 0.9, None, None, force=False)
+    assert Path("mine.json").stat().st_size == 0
+
+
+@pytest.mark.parametrize("name", ["cpu", "cortex-a76"])
+def test_a_name_of_a_shipped_device_is_refused(name: str, board: Path) -> None:
+    with pytest.raises(UsageError, match="a device that ships has this name"):
+        fit_latency(board, name, None, None, force=False)
+
+
+def test_a_name_that_is_none_writes_nothing(board: Path) -> None:
+    before = sorted(Path().iterdir())
+    with pytest.raises(UsageError, match="--device-name 'a b': expected letters"):
+        fit_latency(board, "a b", None, None, force=False)
+    with pytest.raises(UsageError, match="--device-name 'a b': expected letters"):
+        calibrate(board, "cpu", "a b", 0.9, None, None, force=False)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
+    with pytest.raises(UsageError, match=r"--level 90: expected a share"):
+        calibrate(board, "cpu", "mine", 90.0, None, None, force=False)
+    with pytest.raises(UsageError, match="--format 'tflite': expected onnx or arch"):
+        sample(SPACE, 40, "cpu", "tflite", board)
+    alone = Path("alone.csv")
+    alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
+    Path("board", "space.yaml").unlink()
+    with pytest.raises(UsageError, match=r"no space\.yaml beside it: say with --space"):
+        fit_latency(board, "mine", None, None, force=False)
+    fit_latency(alone, "mine", SPACE, None, force=False)
+    write_measured(alone, [Measured(r.name, r.arch) for r in read_measured(alone, load_space(SPACE))])
+    with pytest.raises(TableError, match="latency_ms: empty for"):
+        calibrate(alone, "cpu", "other", 0.9, SPACE, None, force=False)

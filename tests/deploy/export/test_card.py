@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+from typing import Any
+
+from qnas.deploy.export.card import JSON, MARKDOWN, SCHEMA, kept_files, markdown, write_card
+
+CARD: dict[str, Any] = {
+    "schema": SCHEMA,
+    "name": "qnas_tiny",
+    "task": {
+        "kind": "image classification",
+        "classes": ["cat", "dog"],
+        "input": "RGB",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+    },
+    "data": {"kind": "cifar10", "digest": "abc"},
+    "recipe": {"epochs": 7, "learning_rate": 0.002},
+    "from_supernet": True,
+    "accuracy": {"top1": 0.9, "images": 100, "interval95": [0.826, 0.945]},
+    "network": {
+        "space": "tiny",
+        "space_digest": "d",
+        "choices": ["quadra_k3_e2"],
+        "resolution_px": 8,
+        "macs": 1_500_000,
+        "params": 20_000,
+    },
+    "limits": [
+        {"name": "myriad-vpu", "unit": "ms", "amount": 28.6, "budget": 30.0},
+        {"name": "params", "unit": "", "amount": 20_000, "budget": 25_000},
+    ],
+    "predicted_px": 224,
+    "certificate": {"solver": "knapsack", "rank": 2, "solved": 20, "score": -1.5, "score_bound": -1.25},
+    "weights_sha256": "w",
+    "versions": {"qnas": "9.9"},
+    "files": {
+        "model.onnx": {
+            "format": "onnx",
+            "precision": "int8",
+            "runtime": "onnxruntime 1.0",
+            "files": ["model.onnx"],
+            "size_bytes": 1_230_000,
+            "resolution_px": 8,
+            "batch": None,
+            "parity": {
+                "images": 99,
+                "max_difference": 0.1,
+                "scale": 2.0,
+                "agreement": 0.98,
+                "accuracy": 0.87,
+                "network_accuracy": 0.88,
+            },
+            "measured": {
+                "p50_ms": 1.25,
+                "p95_ms": 1.5,
+                "runtime": "onnxruntime 1.0",
+                "threads": 2,
+                "machine": "a processor",
+            },
+        }
+    },
+}
+
+
+def test_the_page_says_all_that_a_user_needs() -> None:
+    page = markdown(CARD)
+    for fact in (
+        *("# qnas_tiny", "cat, dog", "cifar10", "supernet", "epochs 7", "90.00% on 100 test images"),
+        *("82.6% to 94.5%", "1.50M MACs", "20.0K parameters", "9.9"),
+        *("myriad-vpu: 28.60 ms", "224 px", "30.00 ms", "params: 20.0K of at most 25.0K"),
+        *("number 2 of the 20", "-1.5000", "-1.2500"),
+        *(
+            "model.onnx",
+            "int8",
+            "1.23 MB",
+            "(batch, C, 8, 8)",
+            "99 images",
+            "5.0e-02",
+            "98.00%",
+            "87.00% (88.00%)",
+        ),
+        *("1.250 ms, 1.500 ms", "onnxruntime 1.0, 2 threads, a processor"),
+    ):
+        assert fact in page, fact
+
+
+def test_a_card_without_a_search_or_a_measurement_says_so() -> None:
+    entry = {**CARD["files"]["model.onnx"], "measured": None}
+    page = markdown({**CARD, "limits": [], "certificate": None, "files": {"model.onnx": entry}})
+    assert "not searched for" in page
+    assert "not measured" in page
+
+
+def test_a_card_keeps_what_it_said_of_other_files_of_the_same_weights(tmp_path: Path) -> None:
+    write_card(tmp_path, CARD)
+    assert json.loads((tmp_path / JSON).read_text()) == CARD
+    assert (tmp_path / MARKDOWN).read_text() == markdown(CARD)
+    assert kept_files(tmp_path, "w") == {}  # the file is gone
+    (tmp_path / "model.onnx").touch()
+    assert kept_files(tmp_path, "w") == CARD["files"]
+    assert kept_files(tmp_path, "of other weights") == {}
+    (tmp_path / JSON).write_text("broken")
+    assert kept_files(tmp_path, "w") == {}
+    assert kept_files(tmp_path / "none", "w") == {}

@@ -1,0 +1,44 @@
+import copy
+
+import pytest
+import torch
+from helpers.exported import digits, trained
+from torch import nn
+
+from qnas.deploy.export.folding import fold_norms
+from qnas.nn.blocks import QuadraBlock
+from qnas.spaces.space import NEURONS, Neuron
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_folding_a_norm_changes_no_output(neuron: Neuron) -> None:
+    torch.manual_seed(0)
+    block = QuadraBlock(6, 5, 2, norm="batchnorm", neuron=neuron).double().eval()
+    assert isinstance(block.norm1, nn.BatchNorm2d)
+    for tensor in (*block.parameters(), block.norm1.running_mean):
+        nn.init.normal_(tensor)  # type: ignore[arg-type]  # running_mean is None only without statistics
+    nn.init.uniform_(block.norm1.running_var, 0.5, 2.0)  # type: ignore[arg-type]  # as above
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        mixed = block.norm1(block.mix(x))
+        assert 0.1 < float((mixed.abs() > 6).float().mean()) < 0.9  # on both sides of the clip
+        expected = block(x)
+        fold_norms(block)
+        torch.testing.assert_close(block.norm1(block.mix(x)), mixed, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+    # a square or a product that comes last takes up no shift
+    stays = neuron in ("type3", "type4")
+    assert isinstance(block.norm1, nn.BatchNorm2d if stays else nn.Identity)
+    assert isinstance(block.norm2, nn.Identity)
+    assert neuron == "linear" or isinstance(block.clip, nn.Hardtanh)
+
+
+def test_all_norms_of_a_network_fold_away_and_change_no_output() -> None:
+    network = copy.deepcopy(trained("batchnorm").network).double()
+    images = digits(16).take(range(16)).double()
+    with torch.no_grad():
+        expected = network(images)
+        assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        fold_norms(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())

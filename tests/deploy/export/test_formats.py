@@ -1,0 +1,371 @@
+"""What every format promises; a new one joins by its entry in FORMATS."""
+
+import copy
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers.exported import METADATA, PX, digits, neural_space, trained
+from torch import Tensor, nn
+
+import qnas.deploy.export.product
+from qnas.common.errors import ExportError, UsageError
+from qnas.common.files import read_json
+from qnas.deploy.export import openvino_format, torch_format
+from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
+from qnas.deploy.export.parity import TOLERANCES
+from qnas.deploy.export.product import Precision, Product, RealImages
+from qnas.nn.blocks import QuadraBlock
+from qnas.nn.subnet import build_subnet
+from qnas.spaces.arch import sample_arch
+from qnas.spaces.lower import lower
+from qnas.spaces.space import load_space
+from qnas.training.scoring import recalibrate
+
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+NEEDS = {"openvino": pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed")}
+NAMES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in FORMATS]
+ALL = [
+    pytest.param(name, precision, marks=NEEDS.get(name, ()))
+    for name, known in FORMATS.items()
+    for precision in known.precisions
+]
+
+
+def export(
+    name: str, folder: Path, product: Product | None = None, precision: Precision = "fp32"
+) -> Exported:
+    (done,) = export_files(product or trained(), [name], precision, folder, digits(100))
+    return done
+
+
+Written = Callable[..., tuple[Path, Exported]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Return what exports once and gives the folder again whenever the same is asked: not to be changed."""
+
+    @cache
+    def write(name: str, precision: Precision = "fp32", norm: str = "layernorm") -> tuple[Path, Exported]:
+        folder = tmp_path_factory.mktemp(f"{name}-{precision}-{norm}")
+        return folder, export(name, folder, trained(norm), precision)
+
+    return write
+
+
+def top1(logits: Tensor) -> list[int]:
+    return logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(("name", "precision"), ALL)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_a_file_that_is_read_back_computes_what_the_network_computes(
+    name: str, precision: Precision, norm: str, written: Written
+) -> None:
+    folder, done = written(name, precision, norm)
+    run, product = FORMATS[name].load(folder / done.files[0]), trained(norm)
+    images = digits(359).take(range(359))
+    with torch.no_grad():
+        expected = product.network(images)
+    got = run(images)
+    same = sum(a == b for a, b in zip(top1(got), top1(expected), strict=True)) / len(images)
+    assert same >= {"fp32": 1.0, "fp16": 0.99, "int8": 0.9}[precision]
+    error = float((got - expected).abs().max() / expected.abs().max())
+    assert error <= {"fp32": 1e-5, "fp16": 1e-2, "int8": 0.2}[precision]
+    if precision != "fp32":
+        assert error > 1e-5  # it is of that precision
+
+
+@pytest.mark.parametrize(("name", "precision"), ALL)
+def test_beside_a_file_stands_how_close_it_is_and_no_more(
+    name: str, precision: Precision, written: Written
+) -> None:
+    folder, done = written(name, precision)
+    assert done.files == file_names(name, precision)
+    parity = f"{done.files[0]}.parity.json"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*done.files, parity])
+    facts = read_json(folder / parity, ExportError)
+    assert facts == {"schema": "qnas.parity/1", **json.loads(json.dumps(done.facts()))}
+    contents = [(folder / file).read_bytes() for file in done.files]
+    assert facts["digests"] == [sha256(content).hexdigest() for content in contents]
+    assert facts["size_bytes"] == sum(map(len, contents))
+    assert facts["parity"]["images"] == 100
+    assert 0 <= facts["parity"]["mean_difference"] <= facts["parity"]["max_difference"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_a_file_back_leaves_nothing_beside_it(
+    name: str, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    folder, done = written(name)
+    for file in done.files:
+        shutil.copy(folder / file, tmp_path)
+    FORMATS[name].load(tmp_path / done.files[0])(digits(1).take([0]))
+    assert {path.name for path in tmp_path.iterdir()} == set(done.files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_and_int8_are_smaller(name: str, tmp_path: Path) -> None:
+    space = load_space("quadranet-small")  # of some size, so that weights are most of a file
+    torch.manual_seed(0)
+    arch = sample_arch(space, np.random.default_rng(0))
+    product = replace(
+        trained(),
+        network=build_subnet(space, arch, 10).eval(),
+        blocks=lower(space, arch, resolution_px=PX, classes=10),
+    )
+    bytes_ = {}
+    for precision in FORMATS[name].precisions:
+        FORMATS[name].write(product, precision, tmp_path / file_names(name, precision)[0], "file")
+        bytes_[precision] = sum((tmp_path / file).stat().st_size for file in file_names(name, precision))
+    assert bytes_["fp16"] < 0.8 * bytes_["fp32"]
+    assert bytes_.get("int8", 0) < bytes_["fp16"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_says_nothing_of_this_machine(name: str, written: Written) -> None:
+    folder, done = written(name)
+    for file in done.files:
+        content = (folder / file).read_bytes()
+        for private in (str(Path(qnas.__file__).parent), "site-packages", str(folder), "exported.py"):
+            assert private.encode() not in content, file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fixed_batch_size_is_the_only_one(name: str, tmp_path: Path) -> None:
+    done = export(name, tmp_path, replace(trained(), batch=4))
+    assert done.batch == 4
+    run = FORMATS[name].load(tmp_path / done.files[0])
+    images = digits(4).take(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(run(images), trained().network(images), rtol=1e-4, atol=1e-4)
+    if name != "standalone":  # plain Python has no fixed sizes
+        with pytest.raises(Exception):  # noqa: B017, PT011  # of the runtimes' own kinds
+            run(images[:3])
+
+
+def test_an_int8_file_of_a_fixed_batch_size_runs(tmp_path: Path) -> None:
+    done = export("onnx", tmp_path, replace(trained(), batch=4), "int8")
+    assert FORMATS["onnx"].load(tmp_path / done.files[0])(digits(4).take(range(4))).shape == (4, 10)
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch", "standalone"])  # openvino's is made of onnx's
+def test_the_network_is_left_as_it_was(name: str, tmp_path: Path) -> None:
+    product = trained("batchnorm")
+    before = {key: tensor.clone() for key, tensor in product.network.state_dict().items()}
+    export(name, tmp_path, product, "fp16")
+    after = product.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not product.network.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_and_preprocessing_are_in_the_file(name: str, written: Written) -> None:
+    folder, done = written(name)
+    path = folder / done.files[0]
+    if name == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        assert session.get_modelmeta().custom_metadata_map == METADATA
+    elif name == "openvino":
+        model = openvino_format.import_openvino("test").Core().read_model(str(path))
+        found = {key: model.get_rt_info(["model_info", key]).value for key in METADATA}
+        assert found == METADATA
+    elif name == "torch":
+        extra = {torch_format.METADATA: ""}
+        torch.export.load(path, extra_files=extra)
+        assert json.loads(extra[torch_format.METADATA]) == METADATA
+    else:
+        text = path.read_text(encoding="utf-8")
+        assert f"MEAN = {trained().mean}" in text
+        assert 'CLASSES = ("0", "1"' in text
+
+
+RUNNERS = {
+    "onnx": "import onnxruntime; s = onnxruntime.InferenceSession(FILE, providers=['CPUExecutionProvider']); "
+    "import numpy; y = s.run(None, {'images': numpy.zeros((4, 3, PX, PX), numpy.float32)})[0]",
+    "openvino": "import numpy, openvino; m = openvino.Core().compile_model(FILE, 'CPU'); "
+    "y = m(numpy.zeros((4, 3, PX, PX), numpy.float32))[0]",
+    "torch": "import torch; y = torch.export.load(FILE).module()(torch.zeros(4, 3, PX, PX))",
+    "standalone": "import torch; sys.path.insert(0, FOLDER); import model; "
+    "y = model.load()(torch.zeros(4, 3, PX, PX))",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_runs_without_qnas(name: str, tmp_path: Path, written: Written) -> None:
+    folder, done = written(name)
+    path = folder / done.files[0]
+    code = (
+        f"import sys\nFILE, FOLDER, PX = {str(path)!r}, {str(folder)!r}, {PX}\n"
+        f"sys.modules['qnas'] = None  # so that to import it fails\n{RUNNERS[name]}\n"
+        "assert tuple(y.shape) == (4, 10)\n"
+    )
+    if name in ("onnx", "openvino"):
+        code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def spoil(product: Product) -> Product:
+    """Return the product with a network that gives each image the class after the one it gave."""
+    network = copy.deepcopy(product.network)
+    for tensor in network.get_submodule("head.classifier").parameters():
+        tensor.data = tensor.data.roll(1, 0)
+    return replace(product, network=network)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [(name, "fp32") for name in FORMATS if name != "openvino"] + [("onnx", "int8")]
+)
+def test_a_file_of_another_network_is_refused(
+    name: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FORMATS[name].write
+
+    def wrong(product: Product, *rest: Any) -> None:
+        right(spoil(product), *rest)
+
+    monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=wrong))
+    with pytest.raises(ExportError, match="not written: ") as error:
+        export_files(trained(), [name], precision, tmp_path, digits(50), shown=Path("elsewhere"))
+    assert str(error.value).startswith(f"{Path('elsewhere') / file_names(name, precision)[0]}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch"])  # openvino's is made of onnx's
+def test_a_wrong_folding_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # files are compared with the network as it was before anything was folded
+    def fold_wrongly(network: nn.Module) -> None:
+        for block in network.modules():
+            if isinstance(block, QuadraBlock):
+                block.norm1 = nn.Identity()
+
+    monkeypatch.setattr(qnas.deploy.export.product, "fold_norms", fold_wrongly)
+    with pytest.raises(ExportError, match="differ from torch's"):
+        export(name, tmp_path, trained("batchnorm"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_cannot_be_loaded_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(product: Product, precision: Precision, path: Path, where: str) -> None:
+        path.write_bytes(b"no such format")
+
+    monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=broken))
+    with pytest.raises(ExportError, match="cannot load the file: ") as error:
+        export(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_format_cannot_express_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    class Unexportable(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x) if float(x.sum()) > 0 else x.amax((2, 3))  # type: ignore[no-untyped-call]
+            return y
+
+    product = trained()
+    if name == "standalone":
+        (stem, *rest) = product.blocks
+        layers = (replace(stem.layers[0], op="mul", c_out=stem.layers[0].c_in), *stem.layers[1:])
+        product = replace(product, blocks=(replace(stem, layers=layers), *rest))
+    else:
+        product = replace(product, network=Unexportable(product.network).eval())
+    with pytest.raises(
+        ExportError, match=r"cannot export this network: |has no form in plain torch"
+    ) as error:
+        export(name, tmp_path, product)
+    assert "\n" not in str(error.value)
+
+
+def test_several_formats_are_written_once_each(tmp_path: Path) -> None:
+    done = export_files(trained(), ["torch", "standalone", "torch"], "fp32", tmp_path, digits(20))
+    assert [file.format for file in done] == ["torch", "standalone"]
+
+
+@pytest.mark.parametrize(
+    ("formats", "precision", "message"),
+    [
+        (["onyx"], "fp32", r"--format 'onyx': did you mean onnx\? known: onnx, openvino"),
+        (["onnx"], "fp8", r"--precision 'fp8': did you mean fp32 or fp16\? known"),
+        (
+            ["onnx", "torch"],
+            "int8",
+            "--format torch has no int8: take fp32 or fp16, or the format onnx or openv",
+        ),
+    ],
+)
+def test_what_is_unknown_or_does_not_go_together_is_refused(
+    formats: list[str], precision: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_request(formats, precision)
+
+
+def test_a_missing_openvino_is_said_with_the_fix_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match=r"format openvino: openvino is not installed.*pip install openvino"):
+        check_request(["onnx", "openvino"], "fp32")
+    assert check_request(["onnx"], "fp32") == "fp32"
+
+
+def test_every_precision_has_a_tolerance() -> None:
+    assert set(TOLERANCES) == set(get_args(Precision))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("px", [32, 224])
+@pytest.mark.parametrize(
+    "space",
+    [
+        *("quadranet-small", "quadranet-mobile", "quadranet-mobile-bn", "quadranet-gpu"),
+        *("proxyless-mobile", "quadranet-small-mixed", "all neurons", "all neurons, batch norm"),
+    ],
+)
+def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp_path: Path) -> None:
+    if space.startswith("all neurons"):
+        found = neural_space("batchnorm" if "batch" in space else "layernorm")
+    else:
+        found = load_space(space)
+    torch.manual_seed(1)
+    arch = sample_arch(found, np.random.default_rng(1))
+    network = build_subnet(found, arch, 10).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+    pixels = torch.randint(0, 256, (24, 3, px, px), generator=torch.Generator().manual_seed(0)).byte()
+    images = RealImages(pixels, torch.zeros(24, dtype=torch.int64), (0.5,) * 3, (0.29,) * 3, "noise")
+    recalibrate(network, network, [(images.take(range(24)), images.labels)])
+    product = Product(
+        "qnas_space",
+        network.eval(),
+        lower(found, arch, resolution_px=px, classes=10),
+        tuple("abcdefghij"),
+        images.mean,
+        images.std,
+        3,
+        px,
+        {},
+    )
+    formats = [name for name in FORMATS if name != "openvino" or HAS_OPENVINO]
+    for done in export_files(product, formats, "fp32", tmp_path, images):
+        assert done.parity.max_difference <= 1e-4 * done.parity.scale, done.format

@@ -1,0 +1,169 @@
+import ast
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from helpers.exported import PX, digits, trained
+from helpers.tiny import TINY_SPACE
+from PIL import Image
+from torch import nn
+
+from qnas.common.resources import stems
+from qnas.data.images import normalise
+from qnas.deploy.export import standalone
+from qnas.deploy.export.product import Product
+from qnas.nn.subnet import build_network
+from qnas.spaces.arch import make_arch, sample_arch
+from qnas.spaces.layer import OPS
+from qnas.spaces.lower import BLOCKS, lower
+from qnas.spaces.space import NEURONS, Neuron, block_kind, load_space, parse_space
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The file, imported as its user does."""
+    standalone.write(trained(), "fp32", tmp_path / "model.py", "file")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("model", None)
+    import model  # type: ignore[import-not-found]  # written above
+
+    yield model
+    sys.modules.pop("model", None)
+
+
+def product_of(space_name: str) -> Product:
+    space = load_space(space_name)
+    blocks = lower(space, sample_arch(space, np.random.default_rng(0)), classes=7)
+    with torch.device("meta"):
+        network = build_network(blocks).eval()
+    return replace(trained(), network=network, blocks=blocks, classes=tuple("abcdefg"))
+
+
+def test_every_layer_has_a_plain_form() -> None:
+    assert set(standalone.LAYERS) | {"mul", "add", "square"} == set(OPS)
+
+
+@pytest.mark.parametrize("name", stems("search_spaces", ".yaml"))
+def test_every_space_is_written_with_the_weights_that_its_networks_have(name: str) -> None:
+    product = product_of(name)
+    text = standalone.source(product, "fp32")
+    module: dict[str, object] = {"__file__": "model.py", "__name__": "model"}
+    exec(compile(text, "model.py", "exec"), module)
+    build = module["build"]
+    assert callable(build)
+    with torch.device("meta"):
+        built: nn.Module = build()
+    expected = Counter(tuple(tensor.shape) for tensor in product.network.state_dict().values())
+    assert Counter(tuple(tensor.shape) for tensor in built.state_dict().values()) == expected
+    assert max(map(len, text.splitlines())) <= 110
+    # only what is used is defined
+    defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert all(text.count(f"{name}(") > 1 for name in defined), defined
+    # a new one: has it a plain form?
+    assert set(BLOCKS) == {*(block_kind("quadra", neuron) for neuron in NEURONS), "mbconv", "identity"}
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_a_network_of_any_neuron_computes_the_same_from_its_file(
+    neuron: Neuron, norm: str, tmp_path: Path
+) -> None:
+    candidate = "{block: quadra, kernel: [3, 5], expansion: [2, 4]}"
+    text = TINY_SPACE.replace("norm: layernorm", f"norm: {norm}")
+    space = parse_space(text.replace(candidate, candidate.replace("{", f"{{neuron: {neuron}, ", 1)), "tiny")
+    arch = make_arch(space, (block_kind("quadra_k5_e2", neuron), "identity", "quadra_k3_e2", "identity"))
+    torch.manual_seed(0)
+    blocks = lower(space, arch, resolution_px=PX, classes=10)
+    network = build_network(blocks).eval()
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, *((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)))
+    standalone.write(
+        replace(trained(), network=network, blocks=blocks), "fp32", tmp_path / "model.py", "file"
+    )
+    images = digits(16).take(range(16))
+    with torch.no_grad():
+        expected = network(images)
+    assert float(expected.std()) > 1e-3
+    torch.testing.assert_close(standalone.load(tmp_path / "model.py")(images), expected, rtol=1e-4, atol=1e-4)
+    text = (tmp_path / "model.py").read_text()
+    assert f"mixer={standalone.MIXERS[neuron].__name__}(" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_a_network_of_other_classes_can_be_built_and_trained(model: ModuleType) -> None:
+    network = model.build(classes=7)
+    assert network.training
+    logits = network(torch.zeros(2, 3, PX, PX))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_photograph_is_prepared_as_the_training_images_were(model: ModuleType) -> None:
+    pixels = digits(1).pixels[0]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    expected = normalise(pixels[None], trained().mean, trained().std)
+    torch.testing.assert_close(model.preprocess(image), expected, rtol=1e-5, atol=1e-5)
+    # the central square of a wide one
+    square = image.resize((3 * PX, 3 * PX))
+    wide = Image.new("RGB", (7 * PX, 3 * PX), "red")
+    wide.paste(square, (2 * PX, 0))
+    torch.testing.assert_close(model.preprocess(wide), model.preprocess(square), rtol=0, atol=0)
+
+
+def test_the_file_is_a_command_that_names_the_class_of_a_photograph(
+    model: ModuleType, tmp_path: Path
+) -> None:
+    images = digits(50)
+    with torch.no_grad():
+        told = trained().network(images.take(range(50))).argmax(1)
+    for place in (0, 20):
+        Image.fromarray(images.pixels[place].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+        done = subprocess.run(
+            [sys.executable, "model.py", "photo.png"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[0].split()[1] == str(int(told[place]))
+        assert len(done.stdout.splitlines()) == 5
+
+
+def test_timm_creates_it_after_one_line(model: ModuleType) -> None:
+    timm = pytest.importorskip("timm")
+    timm.models.register_model(model.qnas_tiny)
+    network = timm.create_model("qnas_tiny", pretrained=True).eval()
+    images = digits(20).take(range(20))
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), trained().network(images), rtol=1e-4, atol=1e-4)
+    config = timm.data.resolve_model_data_config(network)
+    assert config["input_size"] == (3, PX, PX)
+    assert config["mean"] == trained().mean
+    assert config["std"] == trained().std
+    other = timm.create_model("qnas_tiny", pretrained=True, num_classes=3)
+    assert other(images).shape == (20, 3)
+    for key, tensor in network.state_dict().items():
+        if not key.startswith("head.classifier."):
+            assert torch.equal(tensor, other.state_dict()[key]), key
+    with pytest.raises(TypeError, match="drop_rat"):
+        timm.create_model("qnas_tiny", drop_rat=0.1)
+
+
+def test_class_names_of_any_kind_are_written_as_they_are(tmp_path: Path) -> None:
+    names = ('"', "\\", "größe", "'''", "{0}", '"""', "two words", "", "a" * 120, "\n")
+    text = standalone.source(replace(trained(), classes=names), "fp32")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CLASSES":
+            assert ast.literal_eval(node.value) == names
+            break
+    else:
+        raise AssertionError(text)

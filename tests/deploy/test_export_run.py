@@ -1,0 +1,330 @@
+"""From a trained run to files: what is asked, what is checked, and what is left when it fails."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers.tiny import TINY_SPACE
+from torch import Tensor
+
+import qnas.deploy.measurement
+from qnas.common.errors import CheckpointError, DataError, ExportError, UsageError
+from qnas.common.files import read_json, write_json
+from qnas.data.images import load_data, normalise
+from qnas.data.sources import parse_data_spec
+from qnas.deploy.export import quantization
+from qnas.deploy.export.formats import FORMATS
+from qnas.deploy.export.parity import TOLERANCES
+from qnas.deploy.export.product import RealImages
+from qnas.deploy.export_run import CALIBRATION_IMAGES, Deployed, ExportRequest, export_trained
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
+from qnas.runs.run_folder import read_config
+from qnas.spaces.arch import Arch, arch_document
+from qnas.spaces.space import parse_space
+from qnas.training.recipe import Recipe
+from qnas.training.subnet_trainer import TrainConfig, train_subnet
+
+FORMATS_HERE = tuple(
+    name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None
+)
+CERTIFICATE = {"solver": "knapsack", "rank": 1, "solved": 20, "score": -1.5, "score_bound": -1.5}
+SEARCHED = {
+    "device": "myriad-vpu",
+    "budget_ms": 30.0,
+    "latency_ms": 28.5,
+    "limits": [{"name": "myriad-vpu", "unit": "ms", "amount": 28.5, "budget": 30.0}],
+    "certificate": CERTIFICATE,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose network was trained on digits: not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    space = parse_space(TINY_SPACE, "tiny.yaml")
+    arch = Arch(("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))
+    document = arch_document(space, arch, SEARCHED)
+    write_json(folder / ARCH_FILE, document)
+    data = load_data(parse_data_spec("digits"), resolution_px=8)
+    config = TrainConfig(
+        Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
+    )
+    train_subnet(
+        FoundArch(space, arch, document, folder),
+        data,
+        config,
+        folder / SUBNET_FOLDER,
+        {"data": "digits", "data_digest": data.digest, "versions": {"qnas": "9.9"}},
+        from_supernet=False,
+        quiet=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def changed(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def set_result(folder: Path, **entries: Any) -> None:
+    path = folder / SUBNET_FOLDER / RESULT_FILE
+    write_json(path, {**read_json(path, CheckpointError), **entries})
+
+
+def export(source: Path, out: Path | None = None, **options: Any) -> Deployed:
+    return export_trained(source, out, ExportRequest(**options))
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_every_format_read_back_has_the_accuracy_of_the_training_on_all_test_images(
+    trained: Path, tmp_path: Path
+) -> None:
+    done = export(trained, tmp_path / "out", formats=FORMATS_HERE)
+    data = load_data(parse_data_spec("digits"), resolution_px=8)
+    result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
+    places = torch.arange(len(data.test))
+    images = normalise(data.test.read(places), result["mean"], result["std"]).contiguous()
+    assert result["test_accuracy"] > 0.7
+    for file in done.files:
+        load = FORMATS[file.format].load(tmp_path / "out" / file.files[0])
+        right = int((load(images).argmax(1) == data.test.labels).sum())
+        assert right == round(result["test_accuracy"] * result["test_images"]), file.format
+        assert file.parity.images == len(data.test)
+        assert file.parity.accuracy == file.parity.network_accuracy == result["test_accuracy"]
+        assert file.parity.source == "all 359 test images of digits"
+
+
+def test_int8_is_calibrated_with_training_images_and_its_accuracy_is_told_before_and_after(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    right = quantization.quantise
+
+    def quantise(model: onnx.ModelProto, images: RealImages, where: str) -> onnx.ModelProto:
+        seen.append(images)
+        return right(model, images, where)
+
+    monkeypatch.setattr("qnas.deploy.export.onnx_format.quantise", quantise)
+    (file,) = export(trained, tmp_path / "out", precision="int8").files
+    assert file.files == ("model_int8.onnx",)
+    (calibration,) = seen
+    data = load_data(parse_data_spec("digits"), resolution_px=8)
+    of_training = {bytes(image) for image in data.train_and_heldout.read(torch.arange(1438)).numpy()}
+    assert len(calibration) == CALIBRATION_IMAGES
+    assert all(bytes(image) in of_training for image in calibration.pixels.numpy())
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "out" / "model_int8.onnx"), providers=["CPUExecutionProvider"]
+    )
+    images = normalise(data.test.read(torch.arange(359)), calibration.mean, calibration.std)
+    (logits,) = session.run(None, {"images": images.contiguous().numpy()})
+    assert file.parity.accuracy == np.mean(logits.argmax(1) == data.test.labels.numpy())
+    result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
+    assert file.parity.network_accuracy == result["test_accuracy"]
+
+
+def test_where_the_data_are_gone_the_kept_images_check_a_file_and_int8_is_refused(
+    changed: Path, tmp_path: Path
+) -> None:
+    set_result(changed, data="cifar10:/gone")
+    (file,) = export(changed).files
+    assert file.parity.source == "the 16 test images that the training kept"
+    assert file.parity.images == 16
+    with pytest.raises(DataError, match=r"/gone.*--data says where its calibration images are"):
+        export(changed, precision="int8")
+    assert export(changed, precision="int8", data="digits").files[0].parity.images == 359
+
+
+def test_data_of_other_classes_are_refused(changed: Path) -> None:
+    set_result(changed, classes=[*"abcdefghij"])
+    with pytest.raises(DataError, match=r"classes are 0, 1, 2, 3, 4, \.\.\. \(10\), the network's a, b, c"):
+        export(changed, data="digits")
+    assert left(changed / EXPORT_FOLDER) == []
+
+
+def test_data_given_must_be_there(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="/gone"):
+        export(trained, tmp_path / "out", data="cifar10:/gone")
+
+
+@pytest.mark.parametrize("px", [8, 16])
+def test_kept_images_follow_the_resolution(px: int, changed: Path) -> None:
+    set_result(changed, data="cifar10:/gone")
+    (file,) = export(changed, resolution_px=px).files
+    assert file.resolution_px == px
+
+
+def test_the_number_of_images_can_be_chosen(trained: Path, tmp_path: Path) -> None:
+    (file,) = export(trained, tmp_path / "out", images=30).files
+    assert (file.parity.images, file.parity.source) == (30, "30 of the 359 test images of digits")
+
+
+@pytest.mark.parametrize("stood_before", [False, True])
+def test_a_failing_format_leaves_nothing_of_any(
+    stood_before: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "out"
+    if stood_before:
+        out.mkdir(parents=True)
+        (out / "model.onnx").write_bytes(b"an older file")
+    right = FORMATS["torch"].load
+
+    def wrong(path: Path) -> Any:
+        load = right(path)
+        return lambda images: -load(images)
+
+    monkeypatch.setitem(FORMATS, "torch", replace(FORMATS["torch"], load=wrong))
+    with pytest.raises(ExportError, match=rf"^{out}/model\.pt2: not written: "):
+        export(trained, out, formats=("onnx", "torch"), force=True)
+    if stood_before:
+        assert left(out) == ["model.onnx"]
+        assert (out / "model.onnx").read_bytes() == b"an older file"
+    else:
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_of_accuracy_beyond_what_is_allowed_is_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FORMATS["onnx"].load
+
+    def lossy(path: Path) -> Any:  # one image in eight gets another class
+        load, generator = right(path), torch.Generator().manual_seed(0)
+
+        def run(images: Tensor) -> Tensor:
+            logits: Tensor = load(images)
+            is_hit = torch.rand(len(logits), 1, generator=generator) < 1 / 8
+            return torch.where(is_hit, logits.roll(1, 1), logits)
+
+        return run
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], load=lossy))
+    loose = replace(TOLERANCES["int8"], difference=10.0)
+    monkeypatch.setitem(TOLERANCES, "int8", loose)
+    with pytest.raises(ExportError, match=r"expected at most 2\.0% fewer"):
+        export(trained, tmp_path / "out", precision="int8")
+    assert not (tmp_path / "out").exists()
+    (file,) = export(trained, tmp_path / "out", precision="int8", max_drop=0.3).files
+    assert file.parity.accuracy < file.parity.network_accuracy - 0.02
+
+
+def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(trained, out)
+    before = (out / "model.onnx").read_bytes()
+    with pytest.raises(CheckpointError, match=r"model\.onnx: exists already: give --force"):
+        export(trained, out, formats=("standalone", "onnx"))
+    assert (out / "model.onnx").read_bytes() == before
+    assert not (out / "model.py").exists()
+    export(trained, out, resolution_px=16, force=True)
+    assert (out / "model.onnx").read_bytes() != before
+
+
+@pytest.mark.parametrize("inner", ["", SUBNET_FOLDER, ARCH_FILE, f"{SUBNET_FOLDER}/{ARCH_FILE}"])
+def test_a_run_its_subnet_or_their_arch_json_is_meant(inner: str, changed: Path) -> None:
+    source = changed / inner
+    done = export(source)
+    folder = changed if SUBNET_FOLDER not in inner else changed / SUBNET_FOLDER
+    assert done.folder == folder / EXPORT_FOLDER
+    assert (folder / EXPORT_FOLDER / "model.onnx").is_file()
+    assert done.latency_ms == 28.5
+
+
+def test_the_card_has_the_search_the_training_and_every_file(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(trained, out, formats=("standalone",))
+    export(trained, out, formats=("torch",), batch=1, threads=1, images=20)
+    card = read_json(out / "model-card.json", ExportError)
+    result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
+    config = read_config(trained / SUBNET_FOLDER)
+    assert card["certificate"] == CERTIFICATE
+    assert card["limits"] == SEARCHED["limits"]
+    assert card["recipe"] == config["train"]["recipe"]
+    assert card["data"] == {"kind": "digits", "digest": config["data_digest"]}
+    assert card["accuracy"]["top1"] == result["test_accuracy"]
+    assert card["task"]["classes"] == [str(i) for i in range(10)]
+    assert card["network"]["params"] == result["params"]
+    assert set(card["files"]) == {"model.py", "model.pt2"}
+    for entry in card["files"].values():
+        contents = [(out / file).read_bytes() for file in entry["files"]]
+        assert entry["digests"] == [sha256(content).hexdigest() for content in contents]
+    assert card["files"]["model.py"]["measured"] is None
+    measured = card["files"]["model.pt2"]["measured"]
+    assert 0 < measured["p50_ms"] <= measured["p95_ms"]
+    assert measured["runtime"] == f"torch {torch.__version__}"
+    assert measured["threads"] == 1
+    page = (out / "model-card.md").read_text()
+    assert "model.pt2" in page
+    assert "model.py + model.safetensors" in page
+
+
+def test_the_card_keeps_where_the_data_lay_to_itself(changed: Path) -> None:
+    set_result(changed, data="cifar10:/home/somebody/data")
+    export(changed)
+    for path in (changed / EXPORT_FOLDER).iterdir():
+        assert b"somebody" not in path.read_bytes(), path.name
+
+
+def test_every_format_can_be_timed_on_one_image(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qnas.deploy.measurement, "LOADS", 1)
+    monkeypatch.setattr(qnas.deploy.measurement, "TOLERANCE", 1e3)
+    done = export(trained, tmp_path / "out", formats=FORMATS_HERE, threads=1, images=10)
+    assert set(done.measured) == {file.files[0] for file in done.files}
+    for file in done.files:
+        assert 0 < done.measured[file.files[0]]["p50_ms"] <= done.measured[file.files[0]]["p95_ms"]
+        assert done.measured[file.files[0]]["runtime"] == file.runtime
+    assert json.loads(json.dumps(done.facts()))["files"][0]["measured"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": ()}, "expected at least one format"),
+        ({"threads": 1, "batch": 2}, "--measure times one image: leave out --batch 2"),
+        ({"max_drop": 1.5}, r"--max-drop 1\.5: expected a share"),
+        ({"formats": ("onyx",)}, "--format 'onyx'"),
+        ({"precision": "int8", "formats": ("torch",)}, "--format torch has no int8"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    options: dict[str, Any], message: str, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export(trained, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_folder(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"mine\.onnx: expected a folder"):
+        export(trained, tmp_path / "mine.onnx")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: expected a folder, found a file"):
+        export(trained, tmp_path / "file")
+
+
+def test_what_is_not_trained_or_damaged_is_refused(changed: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no trained network here: run qnas train-subnet"):
+        export(tmp_path)
+    (changed / SUBNET_FOLDER / SAMPLE_FILE).unlink()
+    set_result(changed, data="cifar10:/gone")
+    with pytest.raises(CheckpointError, match=r"sample\.safetensors: no such file"):
+        export(changed)
+    path = changed / SUBNET_FOLDER / RESULT_FILE
+    write_json(path, {"classes": []})
+    with pytest.raises(CheckpointError, match=r"result\.json: missing: resolution_px, mean"):
+        export(changed)

@@ -1,0 +1,80 @@
+"""A small network that was trained on digits at 8 px, to be exported, and a space of all neurons."""
+
+import json
+from functools import cache
+
+import torch
+from helpers.tiny import TINY_SPACE
+from torch import nn
+from torch.nn import functional as F
+
+from qnas.data.images import load_data, sample_images
+from qnas.data.sources import parse_data_spec
+from qnas.deploy.export.product import Product, RealImages
+from qnas.nn.subnet import build_subnet
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import lower
+from qnas.spaces.space import NEURONS, SearchSpace, parse_space
+
+PX = 8
+CHOICES = ("quadra_k3_e2", "identity", "quadra_k3_e2", "identity")
+METADATA = {"classes": '["zero", "größe"]', "mean": "[0.5]", "latency_ms": "29.9"}
+
+
+@cache
+def digits(n: int, split: str = "test") -> RealImages:
+    """Return so many digits of the test or training images."""
+    data = load_data(parse_data_spec("digits"), resolution_px=PX)
+    pixels, labels = sample_images(getattr(data, split), n)
+    return RealImages(pixels, labels, data.mean, data.std, f"{n} digits")
+
+
+@cache
+def trained(norm: str = "layernorm") -> Product:
+    """Return a network that tells most digits apart."""
+    space = parse_space(TINY_SPACE.replace("norm: layernorm", f"norm: {norm}"), "tiny.yaml")
+    arch = Arch(CHOICES)
+    torch.manual_seed(0)
+    network = build_subnet(space, arch, 10)
+    data = digits(1000, "train")
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+    for step in range(60):
+        places = [(100 * step + i) % len(data) for i in range(100)]
+        loss = F.cross_entropy(network(data.take(places)), data.labels[places])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+    for norm_layer in network.modules():
+        if isinstance(norm_layer, nn.BatchNorm2d):
+            assert norm_layer.running_mean is not None
+            assert norm_layer.running_mean.abs().max() > 0  # so that to forget it shows
+    return Product(
+        "qnas_tiny",
+        network.eval(),
+        lower(space, arch, resolution_px=PX, classes=10),
+        tuple(str(i) for i in range(10)),
+        data.mean,
+        data.std,
+        3,
+        PX,
+        METADATA,
+        calibration=digits(128, "train"),
+    )
+
+
+def neural_space(norm: str) -> SearchSpace:
+    """Return a space whose positions may hold any neuron, and as many positions as neurons."""
+    content = {
+        "schema": "qnas.space/1",
+        "name": "neurons",
+        "source": "made for tests",
+        "input": {"channels": 3, "resolution_px": 32},
+        "norm": norm,
+        "activation": "gelu",
+        "stem": {"channels": 8, "kernel": 2, "stride": 2},
+        "transition": "conv",
+        "candidates": [{"block": "quadra", "neuron": list(NEURONS), "kernel": 5, "expansion": 2}],
+        "stages": [{"channels": 8, "positions": len(NEURONS), "stride": 1}],
+        "head": {"classes": 10},
+    }
+    return parse_space(json.dumps(content), "neurons.yaml")

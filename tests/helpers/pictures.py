@@ -1,0 +1,81 @@
+"""Small data sets of pictures on disk, for tests."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from qnas.data.images import ImageData, Split, load_data
+from qnas.data.sources import parse_data_spec
+
+PX = 16
+
+
+def png(colour: tuple[int, int, int], px: int = PX) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((px, px, 3), colour, dtype=np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def numbered(root: Path, counts: dict[str, int]) -> Path:
+    """Write folders of plain images; image number i of class number c has the colour (i, c, 7)."""
+    for c, (folder, count) in enumerate(counts.items()):
+        for i in range(count):
+            path = root / folder / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png((i, c, 7)))
+    return root
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_digits(folder: Path, shards: int = 4) -> Path:
+    """Write scikit-learn's digits as shards."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    members: list[tuple[str, bytes]] = []
+    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = io.BytesIO()
+        Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(file, "png")
+        members += [(f"{i:04}.png", file.getvalue()), (f"{i:04}.cls", b"%d" % label)]
+    size = 2 * -(-len(members) // (2 * shards))
+    for number in range(shards):
+        write_tar(folder / f"digits-{number:06}.tar", members[number * size : (number + 1) * size])
+    return folder
+
+
+def samples(root: Path, folders: Iterable[str]) -> list[tuple[str, bytes]]:
+    """Return class folders as members of a shard, a class after another, with names as labels."""
+    return [
+        member
+        for folder in folders
+        for image in sorted((root / folder).iterdir())
+        for member in (
+            (f"{folder.replace('/', '-')}-{image.stem}.png", image.read_bytes()),
+            (f"{folder.replace('/', '-')}-{image.stem}.cls", Path(folder).name.encode()),
+        )
+    ]
+
+
+def load(where: Path, kind: str = "imagefolder", **options: Any) -> ImageData:
+    return load_data(parse_data_spec(f"{kind}:{where}"), **{"resolution_px": PX, "quiet": True, **options})
+
+
+def numbers(split: Split) -> list[tuple[int, int]]:
+    """Return (image, class) as written into the colour by `numbered`."""
+    images = split.read(torch.arange(len(split)))
+    return [(int(i), int(c)) for i, c in images[:, :2, 0, 0]]

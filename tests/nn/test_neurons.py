@@ -1,0 +1,186 @@
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnas.nn.kernels import lean_quadratic
+from qnas.nn.neurons import NEURONS, Convolution, depthwise_conv2d
+from qnas.spaces.lower import MIXERS
+from qnas.spaces.space import Neuron
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """W * x, each channel by itself: the patch around every place times the weights, zeros outside."""
+    batch, channels, height, width = x.shape
+    kernel = weight.shape[-1]
+    patches = F.unfold(x.reshape(batch * channels, 1, height, width), kernel, padding=kernel // 2)
+    rows = weight.reshape(channels, kernel**2)
+    found = torch.einsum("bckp,ck->bcp", patches.view(batch, channels, kernel**2, -1), rows)
+    return found.view(x.shape)
+
+
+def constant(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+# The formulas as REFERENCE section 5 writes them; w(i) and b(i) are weights and biases.
+FORMULAS: dict[Neuron, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
+    "quadranet": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]) + convolve(x, w[2]),
+    "linear": lambda x, w, b: convolve(x, w[0]) + constant(b[0]),
+    "type2": lambda x, w, b: convolve(x**2, w[0]),
+    "type3": lambda x, w, b: convolve(x, w[0]) ** 2,
+    "type4": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]),
+    "fan": lambda x, w, b: (
+        (convolve(x, w[0]) + constant(b[0])) * (convolve(x, w[1]) + constant(b[1]))
+        + convolve(x**2, w[2])
+        + constant(b[2])
+    ),
+    "compact": lambda x, w, b: convolve(x, w[0]) + constant(b[0]) + convolve(x**2, w[1]) + constant(b[1]),
+}
+# what of the biases above the function is given with its convolutions; compact's two are one constant
+GIVEN: dict[Neuron, Callable[[list[Tensor]], list[Tensor | None]]] = {
+    "quadranet": lambda b: [None, None, None],
+    "linear": lambda b: [b[0]],
+    "type2": lambda b: [None],
+    "type3": lambda b: [None],
+    "type4": lambda b: [None, None],
+    "fan": lambda b: [*b],
+    "compact": lambda b: [b[0] + b[1], None],
+}
+
+
+def arguments(neuron: Neuron, kernel: int, channels: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    count = sum(role.startswith("conv_") for role in MIXERS[neuron])
+    weights = [drawn(channels, 1, kernel, kernel, seed=1 + i) for i in range(count)]
+    return weights, [drawn(channels, seed=10 + i) for i in range(3)]
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 2, 2)])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_a_neuron_is_its_formula(neuron: Neuron, shape: tuple[int, ...], kernel: int) -> None:
+    x = drawn(*shape)
+    weights, biases = arguments(neuron, kernel)
+    given = list(zip(weights, GIVEN[neuron](biases[: max(2, len(weights))]), strict=True))
+    expected = FORMULAS[neuron](x, weights, biases)
+    torch.testing.assert_close(NEURONS[neuron](x, *given), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_every_neuron_has_a_formula_here() -> None:
+    assert set(FORMULAS) == set(NEURONS) == set(MIXERS)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("kernel", [3, 5])  # torch's own gradient, and ours
+def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) -> None:
+    weights, biases = arguments(neuron, kernel, channels=2)
+    with_bias = [bias is not None for bias in GIVEN[neuron](biases[: max(2, len(weights))])]
+    inputs = [drawn(2, 2, 4, 3), *weights, *itertools.compress(biases, with_bias)]
+
+    def run(x: Tensor, *tensors: Tensor) -> Tensor:
+        left = iter(tensors[len(weights) :])
+        pairs: list[Convolution] = [
+            (weight, next(left) if has else None)
+            for weight, has in zip(tensors[: len(weights)], with_bias, strict=True)
+        ]
+        return NEURONS[neuron](x, *pairs)
+
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+SHAPES = [
+    (2, 17, 8, 8, 5),
+    (2, 16, 14, 13, 7),
+    (2, 5, 2, 2, 7),
+    (1, 4, 1, 1, 5),
+    (3, 6, 9, 7, 3),
+    (2, 8, 6, 6, 1),
+]
+
+
+def gradients(
+    run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+    y = run(*inputs)
+    return (y.detach(), *torch.autograd.grad(y, inputs, grad))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_the_convolution_and_its_gradients_are_torchs(
+    shape: tuple[int, int, int, int, int], memory: torch.memory_format
+) -> None:
+    batch, channels, height, width, kernel = shape
+    x = drawn(batch, channels, height, width).float().contiguous(memory_format=memory)
+    weight, bias = drawn(channels, 1, kernel, kernel, seed=1).float(), drawn(channels, seed=2).float()
+    grad = drawn(*x.shape, seed=3).float()
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=kernel // 2, groups=channels)
+
+    for got, want in zip(
+        gradients(depthwise_conv2d, x, weight, bias, grad),
+        gradients(stock, x, weight, bias, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_is_computed_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    form = lean_quadratic.weight_gradient_form
+
+    def counted(*arguments: object) -> object:
+        calls.append("weights")
+        return form(*arguments)  # type: ignore[arg-type]  # passed on as they are
+
+    monkeypatch.setattr(lean_quadratic, "weight_gradient_form", counted)
+    x, weight, bias = drawn(2, 3, 8, 8), drawn(3, 1, 5, 5, seed=1), drawn(3, seed=2)
+    depthwise_conv2d(x.requires_grad_(), weight, bias).sum().backward()  # type: ignore[no-untyped-call]
+    assert not calls
+    depthwise_conv2d(x.detach(), weight.requires_grad_(), bias).sum().backward()  # type: ignore[no-untyped-call]
+    assert calls == ["weights"]
+
+
+def test_under_autocast_it_runs_in_autocasts_type() -> None:
+    x, weight = drawn(2, 3, 8, 8).float(), drawn(3, 1, 5, 5, seed=1).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise_conv2d(x, weight)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_a_backward_pass_under_autocast_keeps_the_types_of_the_forward_pass() -> None:
+    x, weight = drawn(2, 3, 8, 8).float().requires_grad_(), drawn(3, 1, 5, 5, seed=1).float().requires_grad_()
+    y = depthwise_conv2d(x, weight)
+    expected = torch.autograd.grad(y.sum(), [x, weight], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), [x, weight])
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_torchs_transforms_see_through_a_neuron(neuron: Neuron) -> None:
+    weights, _ = arguments(neuron, 3)
+    x, direction = drawn(2, 3, 5, 5), drawn(2, 3, 5, 5, seed=5)
+
+    def run(x: Tensor) -> Tensor:
+        return NEURONS[neuron](x, *((weight, None) for weight in weights))
+
+    # forward differentiation, which no function with a backward pass of its own has
+    slope = torch.func.jvp(run, (x,), (direction,))[1]
+    # a neuron is a polynomial of degree 2, whose central difference is its slope at any step
+    torch.testing.assert_close(slope, (run(x + direction) - run(x - direction)) / 2)

@@ -1,0 +1,253 @@
+"""One small search, and everything that it says of itself."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.tiny import TINY_SPACE
+
+from qnas.common.errors import CheckpointError, DataError
+from qnas.data.images import ImageData, load_data
+from qnas.data.sources import parse_data_spec
+from qnas.latency.device import load_device
+from qnas.latency.table import compute_table
+from qnas.runs.finished_run import read_searched
+from qnas.runs.found_arch import find_arch
+from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
+from qnas.runs.plots import draw_budget, read_rows
+from qnas.runs.run_folder import read_config
+from qnas.search.rerank import ranking_document, rerank_saved
+from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
+from qnas.search.searcher import SearchConfig, Searcher
+from qnas.solver.derive import largest, macs_guided, solve_best
+from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import count_params, lower
+from qnas.spaces.space import SearchSpace, parse_space
+
+CONFIG = SearchConfig(
+    preset="test",
+    resolution_px=8,
+    warmup_epochs=1,
+    search_epochs=2,
+    batch_size=128,
+    learning_rate=5e-3,
+    arch_learning_rate=0.1,
+    arch_every=2,
+    effect_networks=60,
+    k_best=6,
+    screened=12,
+    random_networks=4,
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A search that ran, and what it wrote."""
+
+    space: SearchSpace
+    limits: Limits
+    data: ImageData
+    result: SearchResult
+    folder: Path
+    config: dict[str, Any]
+    document: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    space = parse_space(TINY_SPACE, "tiny.yaml")
+    data = load_data(parse_data_spec("digits"), resolution_px=8, quiet=True)
+    table, other = (compute_table(load_device(name), space) for name in ("vpu", "cpu"))
+    # on the second device kernels cost otherwise: of networks that are alike on the first some are over it
+    rng = np.random.default_rng(0)
+    shuffled = replace(other, cells=tuple(tuple(rng.permutation(np.array(row))) for row in other.cells))
+    limits = (
+        latency_limit(table, 0.8 * table.slowest_ms),
+        latency_limit(shuffled, (shuffled.fastest_ms + shuffled.slowest_ms) / 2),
+        count_limit(space, "params", 5000),
+    )
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    request = {"data": "digits", "data_digest": data.digest}
+    result = run_search(Searcher(space, limits, data, CONFIG), folder, request, quiet=True)
+    config = read_config(folder)
+    document = json.loads((folder / SEARCH_FILE).read_text())
+    return Finished(space, limits, data, result, folder, config, document)
+
+
+def arch_params(finished: Finished, choices: list[str]) -> int:
+    return count_params(lower(finished.space, Arch(tuple(choices))))
+
+
+def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) -> None:
+    ranking = finished.document["ranking"]
+    assert len(ranking) == 6
+    assert len({entry["rank"] for entry in ranking}) == 6
+    assert {entry["rank"] for entry in ranking} <= set(range(1, 13))
+    level = [entry for entry in ranking if entry["level"]]
+    assert level == ranking[: len(level)]
+    assert min(ranking, key=lambda entry: entry["heldout_loss"]) in level
+    best = max(level, key=lambda entry: (entry["params"], -entry["heldout_loss"]))
+    assert best["params"] == arch_params(finished, best["choices"])
+    arch = find_arch(finished.folder)
+    assert list(arch.arch.choices) == ranking[0]["choices"] == best["choices"]
+    certificate = arch.document["certificate"]
+    assert (certificate["rank"], certificate["score"]) == (best["rank"], best["score"])
+    assert certificate["solved"] == finished.document["screened"] == 12
+    assert certificate["score_bound"] >= max(entry["score"] for entry in ranking)
+    assert arch.document["heldout_accuracy"] == best["heldout_accuracy"]
+    solutions = solve_best(
+        finished.space, read_searched(finished.folder, finished.space).scores, finished.limits, 12
+    )
+    chosen = finished.result.searcher.screen(solutions)
+    assert [s.score for s in chosen] == sorted((entry["score"] for entry in ranking), reverse=True)
+
+
+def test_networks_are_derived_by_the_measured_effects(finished: Finished) -> None:
+    effects = finished.document["effects"]
+    assert finished.result.effects is not None
+    assert effects == asdict(finished.result.effects) | {"nats": [list(row) for row in effects["nats"]]}
+    assert finished.result.effects == finished.result.searcher.measure_effects()
+    for entry in finished.document["ranking"]:
+        indices = Arch(tuple(entry["choices"])).indices(finished.space)
+        assert entry["score"] == pytest.approx(-sum(effects["nats"][i][j] for i, j in enumerate(indices)))
+
+
+def test_without_effects_networks_are_derived_by_their_probabilities(
+    finished: Finished, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, search_epochs=1, effect_networks=0)
+    searcher = Searcher(finished.space, finished.limits, finished.data, config)
+    result = run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    assert json.loads((tmp_path / "run" / SEARCH_FILE).read_text())["effects"] is None
+    for ranked in result.ranking:
+        log_p = [searcher.log_probabilities[i][j] for i, j in enumerate(ranked.solution.indices)]
+        assert ranked.solution.score == pytest.approx(sum(log_p))
+    searched = read_searched(tmp_path / "run", finished.space)
+    assert searched.scores == searched.log_probabilities == searcher.log_probabilities
+
+
+def test_effects_that_are_damaged_are_said_to_be(finished: Finished, tmp_path: Path) -> None:
+    for damaged in ({"nats": [[0.0]]}, {"nats": "none"}, {}, 3):
+        document = finished.document | {"effects": damaged}
+        (tmp_path / SEARCH_FILE).write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=r"no nats for each candidate"):
+            read_searched(tmp_path, finished.space)
+
+
+def test_every_network_of_the_report_is_within_all_limits(finished: Finished) -> None:
+    networks = [finished.document[key] for key in ("derived", "macs_guided", "largest")]
+    for entry in [*filter(None, networks), *finished.document["random"], *finished.document["ranking"]]:
+        indices = Arch(tuple(entry["choices"])).indices(finished.space)
+        assert entry["amounts"] == [limit.amount(indices) for limit in finished.limits]
+        for amount, limit in zip(entry["amounts"], finished.limits, strict=True):
+            assert amount <= limit.limit
+    latency_ms = finished.document["derived"]["latency_ms"]
+    for entry in finished.document["random"]:
+        assert RANDOM_WINDOW * latency_ms <= entry["latency_ms"] <= latency_ms
+    assert finished.document["random"]
+    # of all networks in this window some are over another limit
+    alike = [
+        indices
+        for indices in product(*(range(len(p.candidates)) for p in finished.space.positions))
+        if RANDOM_WINDOW * latency_ms <= finished.limits[0].amount(indices) <= latency_ms
+    ]
+    assert any(limit.amount(indices) > limit.limit for limit in finished.limits for indices in alike)
+
+
+def test_the_rivals_are_what_they_are_called(finished: Finished) -> None:
+    scores = read_searched(finished.folder, finished.space).scores
+    guided = macs_guided(finished.space, scores, finished.limits)
+    most = largest(finished.space, finished.limits)
+    for key, solution in (("macs_guided", guided), ("largest", most)):
+        entry = finished.document[key]
+        if solution is None:  # MACs say so little of the second device that none may be found
+            assert entry is None
+        else:
+            assert Arch(tuple(entry["choices"])).indices(finished.space) == solution.indices
+    assert finished.document["largest"]["macs"] == most.score + count_limit(finished.space, "macs", 1.0).fixed
+    assert finished.document["largest"]["macs"] >= finished.document["derived"]["macs"]
+
+
+def test_accuracies_are_those_on_test_images(finished: Finished) -> None:
+    searcher = finished.result.searcher
+    for key in ("derived", "largest"):
+        entry = finished.document[key]
+        assert entry["accuracy"] == searcher.score(Arch(tuple(entry["choices"]))).accuracy
+    arch = Arch(tuple(finished.document["derived"]["choices"]))
+    heldout = searcher.score(arch, finished.data.heldout)
+    assert finished.document["derived"]["heldout_accuracy"] == heldout.accuracy
+
+
+def test_each_device_has_its_table_in_the_run(finished: Finished) -> None:
+    assert {path.name for path in finished.folder.glob("table-*.csv")} == {
+        "table-myriad-vpu.csv",
+        "table-cortex-a76.csv",
+    }
+
+
+def test_the_way_to_the_budget_is_drawn(finished: Finished, tmp_path: Path) -> None:
+    drawn = tmp_path / "again.png"
+    bound = finished.result.searcher.state.multiplier.bound
+    draw_budget(read_rows(finished.folder / METRICS_FILE), drawn, multiplier_bound=bound)
+    assert (finished.folder / BUDGET_PLOT_FILE).read_bytes() == drawn.read_bytes()
+
+
+def test_a_saved_supernet_ranks_as_the_search_did(finished: Finished) -> None:
+    searched, steps = read_searched(finished.folder, finished.space), Counter[str]()
+    solutions = solve_best(finished.space, searched.scores, finished.limits, searched.screened)
+    ranked = rerank_saved(
+        finished.folder, finished.config, finished.space, solutions, 6, lambda: steps.update(["one"])
+    )
+    assert ranking_document(ranked) == finished.document["ranking"]
+    assert steps["one"] == 12 + 6
+    other = finished.config | {"data_digest": "0" * 16}
+    with pytest.raises(DataError, match=r"not the images that .* was searched on"):
+        rerank_saved(finished.folder, other, finished.space, solutions)
+
+
+def test_only_finished_runs_that_differ_in_the_seed_alone_count_as_seeds(
+    finished: Finished, tmp_path: Path
+) -> None:
+    def put(name: str, accuracy: float, *, arch: bool = True, **changes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = json.loads(json.dumps(finished.config))
+        config["search"] |= {key: value for key, value in changes.items() if key in config["search"]}
+        config |= {key: value for key, value in changes.items() if key not in config["search"]}
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        (folder / SEARCH_FILE).write_text(json.dumps({"derived": {"accuracy": accuracy}}))
+        if arch:
+            shutil.copy(finished.folder / ARCH_FILE, folder)
+        return folder
+
+    this = put("this", 0.1)
+    put("a", 0.5, seed=1)
+    put("b", 0.6, seed=2, versions={"torch": "another"})
+    put("c", 0.7, seed=3, batch_size=64)
+    put("d", 0.8, seed=4, data="cifar10:x")
+    put("e", 0.9, seed=5, arch=False)
+    (put("f", 0.9, seed=6) / SEARCH_FILE).write_text("{")
+    (put("g", 0.9, seed=7) / CONFIG_FILE).write_text("[]")
+    (tmp_path / "file").write_text("")
+    assert seeds_beside(this) == {1: 0.5, 2: 0.6}
+
+
+def test_the_spread_over_seeds_is_in_the_report(finished: Finished, tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 2):
+        config = replace(CONFIG, seed=seed, search_epochs=1, warmup_epochs=0, random_networks=0, k_best=1)
+        searcher = Searcher(finished.space, finished.limits, finished.data, config)
+        run_search(searcher, tmp_path / f"run-{seed}", {"data": "digits"}, quiet=True)
+        found.append(json.loads((tmp_path / f"run-{seed}" / SEARCH_FILE).read_text()))
+    first, second = (document["derived"]["accuracy"] for document in found)
+    assert found[0]["seeds"] == {"accuracies": {"1": first}, "mean": first, "sd": None}
+    assert found[1]["seeds"]["accuracies"] == {"1": first, "2": second}
+    assert found[1]["seeds"]["mean"] == pytest.approx((first + second) / 2)
+    assert found[1]["seeds"]["sd"] == pytest.approx(abs(first - second) / 2**0.5)

@@ -1,0 +1,264 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qnas.common.errors import SpaceError
+from qnas.common.resources import stems
+from qnas.spaces.space import Candidate, SearchSpace, load_space, parse_space
+
+SHIPPED = list(stems("search_spaces", ".yaml"))
+
+SMALL: dict[str, Any] = {
+    "schema": "qnas.space/1",
+    "name": "mine",
+    "source": "A test.",
+    "input": {"channels": 3, "resolution_px": 32},
+    "norm": "batchnorm",
+    "activation": "relu6",
+    "stem": {"channels": 8, "kernel": 3, "stride": 2},
+    "transition": "block",
+    "candidates": [{"block": "mbconv", "kernel": [3, 5], "expansion": [3, 6]}, {"block": "identity"}],
+    "stages": [
+        {"channels": 8, "positions": 2, "stride": 1},
+        {"channels": 16, "positions": 2, "stride": 2},
+    ],
+    "head": {"classes": 10},
+}
+FOUR = ("mbconv_k3_e3", "mbconv_k3_e6", "mbconv_k5_e3", "mbconv_k5_e6")
+
+
+def space(**changes: Any) -> SearchSpace:
+    return parse_space(yaml.safe_dump({**SMALL, **changes}), "mine.yaml")
+
+
+def message_of(text: str) -> str:
+    with pytest.raises(SpaceError) as error:
+        parse_space(text, "mine.yaml")
+    message = str(error.value)
+    assert message.startswith("mine.yaml")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_space_loads_under_its_own_name(name: str) -> None:
+    assert load_space(name).name == name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_written_space_reads_back_to_the_same_networks(name: str) -> None:
+    before = load_space(name)
+    after = parse_space(before.to_yaml(), "copy")
+    assert after.digest == before.digest
+    assert after.positions == before.positions
+    assert after.source == before.source
+
+
+def test_the_digest_names_the_networks_and_not_the_words() -> None:
+    assert space(source="Other words.").digest == space().digest
+    changes: list[dict[str, Any]] = [
+        {"norm": "batchnorm", "activation": "relu"},
+        {"input": {"channels": 3, "resolution_px": 64}},
+        {"head": {"classes": 11}},
+        {"candidates": SMALL["candidates"][:1]},
+    ]
+    digests = {space(**change).digest for change in changes}
+    assert len(digests | {space().digest}) == len(changes) + 1
+
+
+def test_no_two_shipped_spaces_are_the_same() -> None:
+    assert len({load_space(name).digest for name in SHIPPED}) == len(SHIPPED)
+
+
+def test_lists_stand_for_all_their_combinations_in_order() -> None:
+    assert tuple(c.name for c in space().candidates) == (*FOUR, "identity")
+
+
+NEURAL: dict[str, Any] = {
+    **SMALL,
+    "transition": "conv",
+    "candidates": [
+        {"block": "quadra", "neuron": ["linear", "quadranet", "fan"], "kernel": [3, 5], "expansion": 2},
+        {"block": "quadra", "kernel": 3, "expansion": 4},
+    ],
+}
+
+
+def test_neurons_may_be_a_list_and_show_in_names_but_for_quadranets() -> None:
+    names = space(**NEURAL).positions[0].names
+    assert names == (
+        "quadra_k3_e2_linear",
+        "quadra_k5_e2_linear",
+        "quadra_k3_e2",
+        "quadra_k5_e2",
+        "quadra_k3_e2_fan",
+        "quadra_k5_e2_fan",
+        "quadra_k3_e4",
+    )
+
+
+def test_a_space_with_neurons_reads_back_to_the_same_networks() -> None:
+    before = space(**NEURAL)
+    after = parse_space(before.to_yaml(), "copy")
+    assert (after, after.digest) == (before, before.digest)
+
+
+def test_the_default_neuron_leaves_the_digest_as_it_was_before_there_were_neurons() -> None:
+    assert load_space("quadranet-small").digest == "00d9ce65978f0c96"  # as in every arch.json until then
+    named, other = (
+        space(**{**NEURAL, "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2, "neuron": n}]})
+        for n in ("quadranet", "linear")
+    )
+    silent = space(**{**NEURAL, "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2}]})
+    assert named.digest == silent.digest != other.digest
+
+
+def test_a_candidate_that_keeps_the_shape_is_left_out_where_the_shape_changes() -> None:
+    # the first stage goes from 8 to 8 channels at stride 1, the second changes both
+    names = {p.name: p.names for p in space().positions}
+    assert names == {
+        "1.1": (*FOUR, "identity"),
+        "1.2": (*FOUR, "identity"),
+        "2.1": FOUR,
+        "2.2": (*FOUR, "identity"),
+    }
+
+
+def test_a_conv_transition_leaves_every_position_all_candidates() -> None:
+    positions = space(transition="conv").positions
+    assert all(p.names == (*FOUR, "identity") and p.keeps_shape for p in positions)
+
+
+def test_a_stage_may_have_candidates_of_its_own() -> None:
+    own = [{"block": "mbconv", "kernel": 3, "expansion": 1}]
+    stages = [{**SMALL["stages"][0], "candidates": own}, SMALL["stages"][1]]
+    assert [p.names for p in space(stages=stages).positions][:2] == [("mbconv_k3_e1",)] * 2
+
+
+def test_a_space_with_one_candidate_a_position_is_fixed() -> None:
+    assert not space().is_fixed
+    assert space(candidates=[{"block": "mbconv", "kernel": 3, "expansion": 1}]).is_fixed
+
+
+def test_all_problems_of_a_file_come_in_one_line() -> None:
+    broken = {
+        **SMALL,
+        "name": "my space",
+        "norm": "batchnrom",
+        "input": {"channels": "3", "resolution_px": 0},
+        "stem": {"channels": 8, "kernal": 3, "stride": 2},
+        "candidates": [{"block": "mbconf", "kernel": [3, 4], "expansion": [3, 17]}],
+        "stages": [{"channels": 8.5, "positions": 2, "stride": 1}],
+        "head": None,
+        "actvation": "relu",
+    }
+    assert message_of(yaml.safe_dump(broken)).removeprefix("mine.yaml: ").split("; ") == [
+        "name: expected the form ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'my space'",
+        "input.channels: expected a whole number, got '3'",
+        "input.resolution_px: expected at least 1, got 0",
+        "norm: expected 'layernorm' or 'batchnorm', got 'batchnrom'",
+        "stem.kernel: missing",
+        "stem.kernal: unknown key (did you mean kernel? known: activation, channels, kernel, stride)",
+        "candidates.block: unknown block (did you mean mbconv? known: identity, mbconv, quadra), "
+        "got 'mbconf'",
+        "candidates.expansion: expected at most 16, got 17",
+        "candidates.kernel: expected an odd number, got 4",
+        "stages[0].channels: expected a whole number, got 8.5",
+        "head: expected a mapping, got nothing",
+        "actvation: unknown key (did you mean activation or transition? known: activation, candidates, head, "
+        "input, name, norm, schema, source, stages, stem, transition)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "layernorm"}, "candidates: mbconv needs norm: batchnorm, got layernorm"),
+        (
+            {"candidates": [*SMALL["candidates"], {"block": "mbconv", "kernel": 5, "expansion": 3}]},
+            "candidates: listed twice: mbconv_k5_e3",
+        ),
+        ({"candidates": [{"block": "identity", "kernel": 3}]}, "candidates: identity takes no kernel"),
+        ({"candidates": [{"block": "mbconv"}]}, "candidates: mbconv needs expansion and kernel"),
+        (
+            {"candidates": [{"block": "mbconv", "kernel": 3, "expansion": 3, "neuron": "fan"}]},
+            "candidates: mbconv takes no neuron",
+        ),
+        (
+            {"candidates": [{"block": "quadra", "kernel": 3, "expansion": 3, "neuron": ["fan", "fam"]}]},
+            "candidates.neuron: expected 'quadranet', 'linear', 'type2', 'type3', 'type4', 'fan' or "
+            "'compact', got 'fam'",
+        ),
+        ({"candidates": ["identity"]}, "candidates: expected a mapping, got 'identity'"),
+        ({"candidates": []}, "candidates: expected at least 1, got 0"),
+        ({"stages": []}, "stages: expected at least 1, got 0"),
+        ({"schema": "qnas.space/9"}, "schema: expected 'qnas.space/1', got 'qnas.space/9'"),
+        (
+            {"stem": {"channels": 8, "kernel": 4, "stride": 2}},
+            "stem.kernel: expected an odd number or the stride, got 4",
+        ),
+        (
+            {"stages": [{"channels": 16, "positions": 1, "stride": 3}]},
+            "stages[0].stride: expected at most 2 with transition: block, got 3",
+        ),
+        (
+            {
+                "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2}],
+                "stages": [SMALL["stages"][0], SMALL["stages"][1]],
+            },
+            "position 2.1: no candidate can go from 8 to 16 channels at stride 2",
+        ),
+    ],
+)
+def test_a_problem_is_named_with_its_key_and_what_was_expected(changes: dict[str, Any], message: str) -> None:
+    assert message_of(yaml.safe_dump({**SMALL, **changes})) == f"mine.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "mine.yaml: expected a mapping with schema: qnas.space/1, got an empty file"),
+        ("# nothing\n", "mine.yaml: expected a mapping with schema: qnas.space/1, got an empty file"),
+        ("- a\n", "mine.yaml: expected a mapping with schema: qnas.space/1, got a list"),
+        ("text", "mine.yaml: expected a mapping with schema: qnas.space/1, got 'text'"),
+        ("a: 1\nb: [1\n", "mine.yaml, line 3: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: \x00", "mine.yaml: not YAML: cannot be read"),
+    ],
+)
+def test_what_is_no_space_at_all_is_refused(text: str, message: str) -> None:
+    assert message_of(text) == message
+
+
+def test_a_missing_key_is_named() -> None:
+    text = yaml.safe_dump({key: value for key, value in SMALL.items() if key not in ("schema", "head")})
+    assert message_of(text) == "mine.yaml: schema: missing; head: missing"
+
+
+def test_an_unknown_space_is_answered_with_the_nearest_names() -> None:
+    with pytest.raises(SpaceError) as error:
+        load_space("quadranet-smal")
+    assert str(error.value).startswith("unknown search space 'quadranet-smal': did you mean quadranet-small")
+    assert str(error.value).endswith(", ".join(SHIPPED[-3:]))
+
+
+def test_a_space_of_ones_own_is_loaded_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    assert load_space(path) == load_space(str(path)) == space()
+    path.write_text("schema: qnas.space/1")
+    with pytest.raises(SpaceError, match=r"mine\.yaml: name: missing"):
+        load_space(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SpaceError, match=r"mine\.yaml: not a text file in UTF-8"):
+        load_space(path)
+    with pytest.raises(SpaceError, match=r"^search space .*other\.yaml: no such file$"):
+        load_space(tmp_path / "other.yaml")
+
+
+def test_a_space_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        space().norm = "layernorm"
+    with pytest.raises(ValueError, match="frozen"):
+        Candidate(block="identity").kernel = 3

@@ -1,0 +1,119 @@
+from inspect import signature
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from qnas.commands import cli
+from qnas.commands.subnet import train_subnet
+from qnas.common.errors import UsageError
+from qnas.common.resources import stems
+from qnas.data.sources import KINDS
+from qnas.training.recipe import DEFAULTS, Recipe, load_recipe, parse_recipe
+
+SHORTEST = "schema: qnas.recipe/1\nepochs: 3\nbatch_size: 8\nlearning_rate: 0.01\n"
+
+
+def test_every_shipped_recipe_can_be_read_and_written_back() -> None:
+    for name in stems("recipes", ".yaml"):
+        recipe = load_recipe(name)
+        assert parse_recipe(recipe.to_yaml(), name) == recipe
+
+
+def test_every_kind_of_data_has_a_recipe() -> None:
+    assert set(DEFAULTS) == set(KINDS)
+    for name in DEFAULTS.values():
+        assert load_recipe(name).resolution_px is not None
+
+
+def test_the_recipe_for_imagenet_is_the_papers() -> None:
+    """QuadraNet, arXiv 2311.17956, and the augmentations of ConvNeXt, arXiv 2201.03545."""
+    recipe = load_recipe("imagenet")
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.resolution_px) == (300, 20, 224)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.gradient_clip) == (4e-3, 0.05, 5)
+    assert (recipe.randaugment, recipe.randaugment_std) == (9, 0.5)
+    assert (recipe.mixup, recipe.cutmix, recipe.random_erasing) == (0.8, 1.0, 0.25)
+    assert recipe.label_smoothing == 0.1
+    assert recipe.random_resized_crop == 0.08
+    assert recipe.stochastic_depth > 0
+    assert recipe.ema_decay > 0
+
+
+def test_what_a_recipe_leaves_out_is_off() -> None:
+    recipe = parse_recipe(SHORTEST, "mine.yaml")
+    off = (
+        "random_resized_crop",
+        "randaugment",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "stochastic_depth",
+        "ema_decay",
+    )
+    assert all(getattr(recipe, name) == 0 for name in off)
+    assert recipe.accumulation == 1
+    assert not recipe.linear_start
+
+
+def test_every_field_has_a_flag_that_overrides_it() -> None:
+    fields = set(Recipe.model_fields) - {"file_schema"}
+    assert fields <= set(signature(train_subnet).parameters)
+    command = get_command(cli.app).commands["train-subnet"]  # type: ignore[attr-defined]  # a group
+    flags = {option for parameter in command.params for option in parameter.opts}
+    for name in fields:
+        assert f"--{name.removesuffix('_px').replace('_', '-')}" in flags
+    recipe = parse_recipe(SHORTEST, "mine.yaml").override({"mixup": 0.5, "cutmix": None})
+    assert (recipe.mixup, recipe.cutmix, recipe.epochs) == (0.5, 0, 3)
+
+
+def test_a_power_of_ten_without_a_point_is_a_number() -> None:
+    """YAML 1.1 has 4e-3 as text."""
+    assert parse_recipe(SHORTEST.replace("0.01", "1e-2"), "mine.yaml").learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("epoch: 3", r"epoch: unknown key \(did you mean epochs"),
+        ("mixup: lots", "mixup: expected a number, got 'lots'"),
+        ("mixup: 1e-x", "mixup: expected a number, got '1e-x'"),
+        ("accumulation: 1.5", r"accumulation: expected a whole number, got 1.5"),
+        ("accumulation: 0", "accumulation: expected at least 1, got 0"),
+        ("randaugment: 11", "randaugment: expected at most 10, got 11"),
+        ("ema_decay: 1.0", "ema_decay: .*less than 1, got 1.0"),
+        ("weight_decay: .nan", "weight_decay: .*got nan"),
+        ("linear_start: 1", "linear_start: .*got 1"),
+    ],
+)
+def test_a_problem_is_named_with_its_place(line: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=f"^mine.yaml: {problem}"):
+        parse_recipe(SHORTEST + line, "mine.yaml")
+
+
+def test_all_problems_are_said_together() -> None:
+    with pytest.raises(UsageError, match="epochs: expected at least 1, got 0; mixup: expected at least 0"):
+        parse_recipe(SHORTEST, "mine.yaml").override({"epochs": 0, "mixup": -1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "expected a mapping with schema: qnas.recipe/1, got an empty file"),
+        ("epochs: 3", "schema: missing, expected qnas.recipe/1"),
+        (SHORTEST.replace("recipe/1", "recipe/2"), "schema: expected 'qnas.recipe/1', got 'qnas.recipe/2'"),
+        ("a: [", "line 1: not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        parse_recipe(text, "mine.yaml")
+
+
+def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(SHORTEST, encoding="utf-8")
+    assert load_recipe(mine).epochs == 3
+    with pytest.raises(UsageError, match="unknown recipe 'cifer': did you mean cifar"):
+        load_recipe("cifer")
+    with pytest.raises(UsageError, match="no such file"):
+        load_recipe(tmp_path / "other.yaml")
