@@ -115,3 +115,26 @@ def _drawing() -> Iterator[None]:
 @cache
 def _randaugment(step: int) -> v2.RandAugment:
     return v2.RandAugment(_OPERATIONS, magnitude=step, num_magnitude_bins=_STEPS * MAGNITUDES + 1)
+
+
+def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Cut every image out of itself with a black border, mirrored where asked.
+
+    Images (B, C, H, W) are uint8, channels last in memory; so is what is returned. The border is
+    H // 8 wide; `shifts` (B, 2), from 0 to twice the border, say where the cut starts from the top
+    and from the left; `flips` (B,) are true where the cut is then mirrored.
+    """
+    batch, channels, height, width = images.shape
+    border = height // 8
+    device = images.device
+    # (B, H, W, C) -> (B, H + 2 border, W + 2 border, C)
+    padded = torch.nn.functional.pad(
+        images.permute(0, 2, 3, 1), (0, 0, border, border, border, border)
+    ).contiguous()
+    columns = torch.arange(width, device=device).expand(batch, width)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns) + shifts[:, 1:]
+    rows = torch.arange(height, device=device) + shifts[:, :1]
+    rows = rows + torch.arange(batch, device=device)[:, None] * padded.shape[1]
+    pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]  # (B, H, W), into all pixels
+    cut = padded.view(-1, channels).index_select(0, pixels.view(-1))
+    return cut.view(batch, height, width, channels).permute(0, 3, 1, 2)

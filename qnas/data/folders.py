@@ -16,18 +16,15 @@ from qnas.data.image_files import (
     SPLIT_WORDS,
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
-    Originals,
-    assemble,
     check_exists,
-    name_splits,
-    number_classes,
     one_line,
 )
+from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
 
 _COLUMNS = ("file", "label")  # of a CSV, and possibly `split`
 
 
-def read_folder(path: Path) -> Originals:
+def read_folder(path: Path) -> LabelledImages:
     """Read a folder of images: by its CSV, or the one given, where there is any, else by class folders."""
     check_exists(path)
     if path.suffix == ".csv":
@@ -55,7 +52,7 @@ def _columns(reader: "csv.DictReader[str]") -> list[str]:
     return [name.strip().lower() for name in reader.fieldnames or []]
 
 
-def _read_table(path: Path) -> Originals:
+def _read_table(path: Path) -> LabelledImages:
     """Read a CSV of `file` (from its folder on), `label`, and possibly `split`: train, val or test.
 
     Without splits, files that all lie in folders of these names are split by them.
@@ -104,7 +101,7 @@ def _split_word(text: str, where: str) -> str:
 _Tree = dict[tuple[str, ...], list[OriginalFile]]
 
 
-def read_classes(path: Path, *, needs_test: bool) -> Originals:
+def read_classes(path: Path, *, needs_test: bool) -> LabelledImages:
     """Read classes as folders, from a folder, a .tar.gz, or a folder that holds one .tar.gz."""
     check_exists(path)
     if path.is_dir():
@@ -138,7 +135,7 @@ def read_classes(path: Path, *, needs_test: bool) -> Originals:
             files += found[name]
             labels += [label] * len(found[name])
         indices[part] = np.arange(start, len(files))
-    return Originals(classes, tuple(files), np.array(labels, dtype=np.int64), indices)
+    return LabelledImages(classes, tuple(files), np.array(labels, dtype=np.int64), indices)
 
 
 def _find_parts(tree: _Tree, path: Path, *, needs_test: bool) -> dict[str, dict[str, list[OriginalFile]]]:
