@@ -7,7 +7,7 @@ the same again.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -70,7 +70,7 @@ class Datasets:
 def _check_map_style(name: str, dataset: Any) -> None:
     kind = type(dataset)
     is_map_style = hasattr(kind, "__len__") and hasattr(kind, "__getitem__")
-    if not is_map_style or isinstance(dataset, IterableDataset):
+    if not is_map_style or isinstance(dataset, IterableDataset | str | bytes | Mapping):
         raise DataError(
             f"{name}: expected a map-style Dataset with __len__ and __getitem__, got {kind.__name__}"
         )

@@ -85,17 +85,6 @@ class _Header(NamedTuple):
     size: int
     label: str
 
-    @classmethod
-    def checked(cls, name: str, start: int, size: int, label: str) -> "_Header":
-        """Return a header that was read from the cache. Raises ValueError where it is damaged."""
-        if (
-            [type(each) for each in (name, start, size, label)] != [str, int, int, str]
-            or start < 0
-            or size < 0
-        ):
-            raise ValueError(name)
-        return cls(name, start, size, label)
-
 
 @dataclass
 class _Sample:
@@ -139,15 +128,25 @@ def _hash(path: Path) -> str:
 def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
     """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
     stamp = file_stamp(shard)
-    try:
-        return [_Header.checked(*each) for each in recall(kept_at, SCHEMA, stamp)]
-    except (TypeError, ValueError):  # nothing, or damaged
-        pass
-    found = [
-        _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
-    ]
-    keep(kept_at, SCHEMA, stamp, found)
-    return found
+    headers = _recall_headers(kept_at, stamp)
+    if headers is None:
+        headers = [
+            _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
+        ]
+        keep(kept_at, SCHEMA, stamp, headers)
+    return headers
+
+
+def _recall_headers(kept_at: Path, stamp: str) -> list[_Header] | None:
+    """Return what the cache holds of a shard; None where that is nothing, or damaged."""
+    kept = recall(kept_at, SCHEMA, stamp)
+    if not isinstance(kept, list):
+        return None
+    for each in kept:
+        if not isinstance(each, list) or [type(value) for value in each] != [str, int, int, str]:
+            return None
+    headers = [_Header(*each) for each in kept]
+    return headers if all(min(each.start, each.size) >= 0 for each in headers) else None
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:

@@ -10,6 +10,7 @@ import torch
 from helpers.pictures import PX, load, numbered, numbers, png, samples, write_tar
 
 from qnas.common.errors import DataError
+from qnas.data import shards
 from qnas.data.batches import batches
 from qnas.data.lazy_images import LazyImages
 from qnas.data.shards import ShardImages, read_shards
@@ -217,3 +218,43 @@ def test_a_broken_image_of_a_shard_is_named_by_its_key(tmp_path: Path) -> None:
         assert [each.file for each in data.broken] == [f"{tmp_path / '0.tar'}: 05.png"]
         assert sum(data.counts.values()) == 19
         assert data.train.read(torch.arange(3)).shape == (3, 3, PX, PX)
+
+
+def test_headers_are_read_once_until_a_shard_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shards"
+    for number in range(3):
+        write_tar(folder / f"{number}.tar", [m for i in range(4) for m in _sample(f"{number}{i}", i % 2)])
+    opened: list[str] = []
+    list_samples = shards._list_samples
+
+    def look(shard: Path) -> Any:
+        opened.append(shard.name)
+        return list_samples(shard)
+
+    monkeypatch.setattr(shards, "_list_samples", look)
+
+    def read() -> tuple[list[Any], list[int]]:
+        opened.clear()
+        found = read_shards(folder)
+        return list(found.images), found.targets.tolist()
+
+    expected = read()
+    assert opened == ["0.tar", "1.tar", "2.tar"]
+    assert read() == expected
+    assert opened == []
+    kept = sorted((cache / "shards").glob("*.json"))
+    assert len(kept) == 3
+    for damage in ("{", "[]", kept[0].read_text().replace('"kept": [[', '"kept": [[3, ')):
+        for path in kept:
+            path.write_text(damage)
+        assert read() == expected
+        assert len(opened) == 3
+    write_tar(folder / "1.tar", [m for i in range(3) for m in _sample(f"1{i}", i % 2)])
+    assert len(read()[1]) == 11
+    assert opened == ["1.tar"]
+    (cache / "file").touch()
+    monkeypatch.setenv("QNAS_HOME", str(cache / "file"))  # where nothing can be kept
+    assert len(read()[1]) == 11
+    assert len(opened) == 3

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.fashion import idx, write_fashion
-from helpers.pictures import collect, load
+from helpers.pictures import collect, load, save
 from helpers.places import SHARED
 
 from qnas.common.errors import DataError
 from qnas.data.batches import batches
 from qnas.data.loading import load_data
-from qnas.data.sources import parse_data_spec
+from qnas.data.sources import open_dataset, parse_data_spec
 
 FASHION = os.environ.get("FASHION_MNIST_DIR", "")  # a folder of the four IDX files
 
@@ -214,3 +214,23 @@ def test_cifar10_has_its_published_statistics() -> None:
     assert loaded.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-3)
     assert loaded.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=3e-3)
     assert loaded.heldout.labels.bincount().tolist() == [1000] * 10
+
+
+def test_a_kind_is_a_dataset_of_whole_images_and_labels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 30, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        save(tmp_path / ("train", "test")[i // 8] / "ab"[i % 2] / f"{i:02}.png", image)
+    found = open_dataset(f"imagefolder:{tmp_path}")
+    assert len(found) == 12
+    assert found.classes == ("a", "b")
+    assert {split: numbers.tolist() for split, numbers in found.splits.items()} == {
+        "train": list(range(8)),
+        "test": list(range(8, 12)),
+    }
+    order = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 9, 11]  # by split, then class
+    for i, (image, label) in enumerate(found[i] for i in range(12)):
+        assert torch.equal(image, torch.from_numpy(pixels[order[i]]).permute(2, 0, 1))
+        assert label == found.targets[i] == order[i] % 2
+    assert torch.equal(found[-1][0], found[11][0])
+    with pytest.raises(IndexError):
+        found[12]
