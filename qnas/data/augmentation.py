@@ -1,12 +1,12 @@
-"""What is done to training images beside shifting and mirroring them: torchvision's transforms, drawn anew.
+"""Augmentation of training images: shifts and mirroring, and torchvision's transforms.
 
-Random resized crops (arXiv 1409.4842) are drawn here as torchvision draws them, and not by it: they are cut
-while images are decoded in threads, which have one generator of torch's between them.
+Random resized crops (arXiv 1409.4842) are drawn as torchvision draws them, but not by torchvision: images are
+cut while threads decode them, and all threads share one generator of torch.
 
 RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change each image by itself, mixup
-(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's own random
-numbers: here these are seeded for every image and every batch, and given back afterwards, so that what
-is drawn depends on the given seeds alone, not on what ran before nor on how many processes share a batch.
+(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's global generator:
+it is seeded for every image and every batch, and restored afterwards, so that the draws depend on the given
+seeds alone, and not on earlier draws or on the number of processes that share a batch.
 """
 
 import math
@@ -32,7 +32,7 @@ _TRIES = 10  # of a crop that fits into the image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done, as in a `recipe.Recipe`; 0 is nothing."""
+    """The strength of each augmentation, as in `training.recipe.Recipe`; 0 turns it off."""
 
     classes: int  # of the labels
     randaugment: float = 0.0  # mean magnitude, 0 to MAGNITUDES
@@ -48,9 +48,9 @@ class Augmentation:
         return self.random_resized_crop > 0
 
     def draw_box(self, seed: int, height: int, width: int) -> Box:
-        """Return the part of an image of this size that is taken: a share of the area from the least to all.
+        """Draw the part of an image of this size: a share of its area, from `random_resized_crop` to all.
 
-        Where none that is drawn fits, it is the central one, no longer than 4/3 of its width or height.
+        Where no draw fits, it is the central part, with an aspect ratio from 3/4 to 4/3.
         """
         rng = Random(seed)
         for _ in range(_TRIES):
@@ -65,7 +65,7 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed: each with the one before it, the first with the last."""
+        """Whether each image of a batch is mixed with the one before it, and the first with the last."""
         return self.mixup > 0 or self.cutmix > 0
 
     def change_pixels(self, images: Tensor, seeds: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Augmentation:
     def erase(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Put noise into a rectangle of some normalised images (B, C, H, W), in place; return them.
 
-        `seeds` (B,) are not those of `change_pixels`, or both would draw the same numbers.
+        `seeds` (B,) must not be those of `change_pixels`, as both would draw the same numbers.
         """
         if self.random_erasing == 0:
             return images
@@ -107,7 +107,7 @@ class Augmentation:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Give torch's own random numbers back as they were. torchvision draws on the CPU for any device."""
+    """Restore torch's global generator afterwards. torchvision draws on the CPU for any device."""
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -118,11 +118,11 @@ def _randaugment(step: int) -> v2.RandAugment:
 
 
 def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Cut every image out of itself with a black border, mirrored where asked.
+    """Shift images over a black background, and mirror some of them.
 
-    Images (B, C, H, W) are uint8, channels last in memory; so is what is returned. The border is
-    H // 8 wide; `shifts` (B, 2), from 0 to twice the border, say where the cut starts from the top
-    and from the left; `flips` (B,) are true where the cut is then mirrored.
+    Images (B, C, H, W) are uint8, channels last in memory; so is the result. Each
+    image gets a border of H // 8 pixels, from which its size is cut again: `shifts` (B, 2), from 0 to twice
+    the border, are the top and left of the cut; `flips` (B,) are true where the cut is then mirrored.
     """
     batch, channels, height, width = images.shape
     border = height // 8

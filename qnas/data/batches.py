@@ -42,16 +42,17 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised float32 images (B, C, H, W) and int64 labels (B,) on the device.
 
-    With a seed (0 or more) the order is shuffled; without, it is the split's. Order and augmentation
-    depend on seed and epoch only, and an image's augmentation not on the batch size; torch's and
-    numpy's own random numbers are not touched. `start` is the first batch to give: a resumed epoch goes
-    on as it would have. `part` is (which, of how many): only this part of every batch, the others are left
-    to other processes; the batch size must be a multiple. `augment` shifts each image by up to an eighth,
-    and mirrors half of them where the split allows it; `augmentation` is done besides, but its random crops
-    in place of the shifts, which needs a split with its originals. Where it mixes images, labels are float32
-    shares of the classes (B, classes). The parts of a mixed batch are those of the whole one.
+    With a seed (0 or more) the order is shuffled; without one it is the split's. Order and augmentation
+    depend on seed and epoch only, and the augmentation of an image does not depend on the batch size. The
+    global random states of torch and numpy do not change. `start` is the number of the first batch, for a resumed
+    epoch. `part` (i, n) yields the i-th of n equal parts of every batch, for one of n processes.
 
-    Raises DataError at once where there is no whole batch, and for a damaged file when it is met.
+    `augment` shifts each image by up to an eighth of its size, and mirrors half of them where the split
+    allows it. `augmentation` comes on top; its random crops replace the shifts, and need a split with originals.
+    Where it mixes images, labels are float32 shares of the classes (B, classes), and the parts of a mixed
+    batch are those of the whole batch.
+
+    Raises DataError at once where there is no whole batch, and for a damaged file when it is read.
     """
     assert batch_size >= 1, batch_size
     assert start >= 0, start
@@ -62,27 +63,8 @@ def batches(
     count = batch_count(split, batch_size, drop_last=drop_last)
     if count == 0:
         raise DataError(f"{split.name}: {len(split)} images are fewer than one batch of {batch_size}")
-    order = torch.arange(len(split))
-    draws = None
-    if seed is not None:
-        state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-        rng = torch.Generator().manual_seed(state >> 1)
-        order = torch.randperm(len(split), generator=rng)
-        if augment:
-            border = split.images.shape[2] // 8
-            shifts = torch.randint(0, 2 * border + 1, (len(split), 2), generator=rng)
-            flips = torch.rand(len(split), generator=rng) < (0.5 if split.flip else 0.0)
-            draws = _Draws(shifts, flips)
-            if augmentation is not None:
-                image_seeds = torch.randint(SEEDS, (len(split), 2), generator=rng)
-                batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
-                crop_seeds = None
-                if augmentation.crops:
-                    crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
-                    shifts.fill_(border)  # in the middle
-                draws = _Draws(shifts, flips, augmentation, image_seeds, batch_seeds, crop_seeds)
-    share = batch_size // parts
     mixes_parts = augmentation is not None and augmentation.mixes and parts > 1
+    share = batch_size // parts
     places = []
     for number in range(start, count):
         first = number * batch_size + which * share
@@ -91,12 +73,18 @@ def batches(
             before = first - 1 if which else first + batch_size - 1
             place = torch.cat((torch.tensor([before]), place))
         places.append(_Place(number, place, skip=int(mixes_parts)))
+    order, draws = torch.arange(len(split)), None
+    if seed is not None:
+        state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+        rng = torch.Generator().manual_seed(state >> 1)
+        order = torch.randperm(len(split), generator=rng)
+        draws = _draw(split, augmentation, count, rng) if augment else None
     return _batches(split, order, draws, places, channels_last, torch.device(device))
 
 
 @dataclass(frozen=True)
 class _Draws:
-    """What was drawn for an epoch's images, by their place in it, and for its batches."""
+    """The random numbers of an epoch, for its images in their order, and for its batches."""
 
     shifts: Tensor  # (N, 2)
     flips: Tensor  # (N,)
@@ -106,9 +94,25 @@ class _Draws:
     crop_seeds: Tensor | None = None  # (N,), where images are cropped
 
 
+def _draw(split: Split, augmentation: Augmentation | None, count: int, rng: torch.Generator) -> _Draws:
+    """Draw the random numbers of an epoch of `count` batches."""
+    border = split.images.shape[2] // 8
+    shifts = torch.randint(0, 2 * border + 1, (len(split), 2), generator=rng)
+    flips = torch.rand(len(split), generator=rng) < (0.5 if split.flip else 0.0)
+    if augmentation is None:
+        return _Draws(shifts, flips)
+    image_seeds = torch.randint(SEEDS, (len(split), 2), generator=rng)
+    batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
+    crop_seeds = None
+    if augmentation.crops:
+        crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
+        shifts.fill_(border)  # in the middle
+    return _Draws(shifts, flips, augmentation, image_seeds, batch_seeds, crop_seeds)
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where a batch lies in its epoch. The first `skip` images are there to be mixed into the next."""
+    """The place of a batch in its epoch. The first `skip` images are only mixed into the ones after them."""
 
     number: int
     images: Tensor
@@ -173,6 +177,6 @@ def _raw_batches(split: Split, order: Tensor, draws: _Draws | None, places: list
 
 
 def _cut(source: LazyImages, augmentation: Augmentation, drawn: tuple[int, int]) -> Tensor:
-    """Cut the box of a seed out of an image: (C, H, W)."""
+    """Return the part (C, H, W) of an image that its seed draws; `drawn` is (place of the image, seed)."""
     place, seed = drawn
     return source.cut(place, partial(augmentation.draw_box, seed))

@@ -96,7 +96,7 @@ class _Sample:
 
 
 def read_shards(path: Path) -> LabelledImages:
-    """List the images of a folder of shards. Raises DataError where one is damaged or of another form."""
+    """List the images of a folder of shards. Raises DataError for a damaged shard or one of another form."""
     check_exists(path)
     shards, words = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
@@ -220,7 +220,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
 
 
 def _whole(sample: _Sample, shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yield a sample's image and label, nothing of members that are neither. Raises DataError for a half."""
+    """Yield the image and label of a sample that has both or neither. Raises DataError for one alone."""
     if sample.image is not None and sample.label is not None:
         yield sample.image, sample.label
     elif sample.image is not None or sample.label is not None:

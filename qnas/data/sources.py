@@ -30,9 +30,9 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A data set as on the command line: `digits`, or a kind and where its files lie.
+    """A shipped kind of data and the path of its files: `digits`, `imagefolder:DIR`.
 
-    Raises DataError for an unknown kind, and for a path that is missing or too much.
+    Raises DataError for an unknown kind, and for a missing or a needless path.
     """
 
     kind: str
