@@ -44,13 +44,13 @@ def batches(
 
     With a seed (0 or more) the order is shuffled; without one it is the split's. Order and augmentation
     depend on seed and epoch only, and the augmentation of an image does not depend on the batch size. The
-    global random states of torch and numpy do not change. `start` is the number of the first batch, for a resumed
-    epoch. `part` (i, n) yields the i-th of n equal parts of every batch, for one of n processes.
+    global random states of torch and numpy do not change. `start` is the number of the first batch, for a
+    resumed epoch. `part` (i, n) yields the i-th of n equal parts of every batch, for one of n processes.
 
     `augment` shifts each image by up to an eighth of its size, and mirrors half of them where the split
-    allows it. `augmentation` comes on top; its random crops replace the shifts, and need a split with originals.
-    Where it mixes images, labels are float32 shares of the classes (B, classes), and the parts of a mixed
-    batch are those of the whole batch.
+    allows it. `augmentation` comes on top; its random crops replace the shifts, and need a split with
+    originals. Where it mixes images, labels are float32 shares of the classes (B, classes), and the parts of
+    a mixed batch are those of the whole batch.
 
     Raises DataError at once where there is no whole batch, and for a damaged file when it is read.
     """

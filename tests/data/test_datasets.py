@@ -215,6 +215,7 @@ def test_images_that_change_are_said_and_do_not_change_the_digest(plain: Path) -
     (note,) = first.notes
     assert note.startswith("data[0] was a different image when it was read again: this run keeps the images")
     assert torch.equal(collect(first.train)[0], collect(first.train)[0])
+    assert read(noisy, keep_originals=True).notes == first.notes  # crops are cut from what is kept
     (note,) = read(noisy, memory_limit_bytes=0).notes
     assert "images may differ in every epoch, and a resumed run is not exactly the same run" in note
 
