@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from qnas.common.files import write_text
-from qnas.data.images import ImageData, Split, batches, load_data
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.table import LatencyTable
 from qnas.nn import blocks

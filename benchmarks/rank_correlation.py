@@ -53,7 +53,7 @@ from experiments import (
 
 from qnas.common import host
 from qnas.common.files import write_json
-from qnas.data.images import ImageData
+from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.nn import blocks

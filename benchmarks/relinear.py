@@ -36,7 +36,7 @@ from experiments import (
 
 from qnas.common import host
 from qnas.common.errors import TrainingError
-from qnas.data.images import ImageData
+from qnas.data.image_data import ImageData
 from qnas.nn import blocks
 from qnas.nn.blocks import start_linear
 from qnas.nn.subnet import build_subnet

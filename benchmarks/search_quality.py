@@ -63,7 +63,7 @@ from scipy.stats import kendalltau, rankdata
 
 from qnas.common import host
 from qnas.common.files import write_json
-from qnas.data.images import ImageData
+from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.nn import blocks

@@ -45,7 +45,8 @@ from torch.profiler import ProfilerActivity, profile
 from qnas.common.files import write_text
 from qnas.common.host import cpu_name
 from qnas.common.resources import stems
-from qnas.data.images import ImageData, Split, load_data
+from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table

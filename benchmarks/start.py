@@ -29,7 +29,7 @@ from experiments import (
 )
 from search_quality import RECIPE, TRAINING_SEED
 
-from qnas.data.images import ImageData
+from qnas.data.image_data import ImageData
 from qnas.nn import blocks
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace

@@ -212,7 +212,7 @@ def _search(
 
     # torch takes seconds to import: what can be refused is refused before
     from qnas.data.broken_images import MAX_BROKEN
-    from qnas.data.images import load_data
+    from qnas.data.loading import load_data
     from qnas.data.sources import parse_data_spec
     from qnas.runs.names import BROKEN_FILE
     from qnas.runs.text import describe_limits, wrapped

@@ -131,7 +131,7 @@ def train_subnet(
     """
     from qnas.common.files import read_json
     from qnas.data.broken_images import MAX_BROKEN
-    from qnas.data.images import load_data
+    from qnas.data.loading import load_data
     from qnas.data.sources import parse_data_spec
     from qnas.runs.found_arch import find_arch
     from qnas.runs.names import RESULT_FILE, SPEED_FILE, SUBNET_FOLDER, SUPERNET_FILE

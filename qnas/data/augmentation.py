@@ -1,12 +1,12 @@
-"""What is done to training images beside shifting and mirroring them: torchvision's transforms, drawn anew.
+"""Augmentation of training images: shifts and mirroring, and torchvision's transforms.
 
-Random resized crops (arXiv 1409.4842) are drawn here as torchvision draws them, and not by it: they are cut
-while images are decoded in threads, which have one generator of torch's between them.
+Random resized crops (arXiv 1409.4842) are drawn as torchvision draws them, but not by torchvision: images are
+cut while threads decode them, and all threads share one generator of torch.
 
 RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change each image by itself, mixup
-(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's own random
-numbers: here these are seeded for every image and every batch, and given back afterwards, so that what
-is drawn depends on the given seeds alone, not on what ran before nor on how many processes share a batch.
+(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's global generator:
+it is seeded for every image and every batch, and restored afterwards, so that the draws depend on the given
+seeds alone, and not on earlier draws or on the number of processes that share a batch.
 """
 
 import math
@@ -32,7 +32,7 @@ _TRIES = 10  # of a crop that fits into the image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done, as in a `recipe.Recipe`; 0 is nothing."""
+    """The strength of each augmentation, as in `training.recipe.Recipe`; 0 turns it off."""
 
     classes: int  # of the labels
     randaugment: float = 0.0  # mean magnitude, 0 to MAGNITUDES
@@ -48,9 +48,9 @@ class Augmentation:
         return self.random_resized_crop > 0
 
     def draw_box(self, seed: int, height: int, width: int) -> Box:
-        """Return the part of an image of this size that is taken: a share of the area from the least to all.
+        """Draw the part of an image of this size: a share of its area, from `random_resized_crop` to all.
 
-        Where none that is drawn fits, it is the central one, no longer than 4/3 of its width or height.
+        Where no draw fits, it is the central part, with an aspect ratio from 3/4 to 4/3.
         """
         rng = Random(seed)
         for _ in range(_TRIES):
@@ -65,7 +65,7 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed: each with the one before it, the first with the last."""
+        """Whether each image of a batch is mixed with the one before it, and the first with the last."""
         return self.mixup > 0 or self.cutmix > 0
 
     def change_pixels(self, images: Tensor, seeds: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Augmentation:
     def erase(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Put noise into a rectangle of some normalised images (B, C, H, W), in place; return them.
 
-        `seeds` (B,) are not those of `change_pixels`, or both would draw the same numbers.
+        `seeds` (B,) must not be those of `change_pixels`, as both would draw the same numbers.
         """
         if self.random_erasing == 0:
             return images
@@ -107,7 +107,7 @@ class Augmentation:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Give torch's own random numbers back as they were. torchvision draws on the CPU for any device."""
+    """Restore torch's global generator afterwards. torchvision draws on the CPU for any device."""
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -115,3 +115,26 @@ def _drawing() -> Iterator[None]:
 @cache
 def _randaugment(step: int) -> v2.RandAugment:
     return v2.RandAugment(_OPERATIONS, magnitude=step, num_magnitude_bins=_STEPS * MAGNITUDES + 1)
+
+
+def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Shift images over a black background, and mirror some of them.
+
+    Images (B, C, H, W) are uint8, channels last in memory; so is the result. Each
+    image gets a border of H // 8 pixels, from which its size is cut again: `shifts` (B, 2), from 0 to twice
+    the border, are the top and left of the cut; `flips` (B,) are true where the cut is then mirrored.
+    """
+    batch, channels, height, width = images.shape
+    border = height // 8
+    device = images.device
+    # (B, H, W, C) -> (B, H + 2 border, W + 2 border, C)
+    padded = torch.nn.functional.pad(
+        images.permute(0, 2, 3, 1), (0, 0, border, border, border, border)
+    ).contiguous()
+    columns = torch.arange(width, device=device).expand(batch, width)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns) + shifts[:, 1:]
+    rows = torch.arange(height, device=device) + shifts[:, :1]
+    rows = rows + torch.arange(batch, device=device)[:, None] * padded.shape[1]
+    pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]  # (B, H, W), into all pixels
+    cut = padded.view(-1, channels).index_select(0, pixels.view(-1))
+    return cut.view(batch, height, width, channels).permute(0, 3, 1, 2)

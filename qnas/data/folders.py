@@ -1,4 +1,4 @@
-"""Images in folders: a folder a class, the same in a .tar.gz, or a CSV that says what each file shows."""
+"""Images in folders: a folder for each class, the same in a .tar.gz, or a CSV with the label of each file."""
 
 import csv
 import gzip
@@ -16,19 +16,16 @@ from qnas.data.image_files import (
     SPLIT_WORDS,
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
-    Originals,
-    assemble,
     check_exists,
-    name_splits,
-    number_classes,
     one_line,
 )
+from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
 
 _COLUMNS = ("file", "label")  # of a CSV, and possibly `split`
 
 
-def read_folder(path: Path) -> Originals:
-    """Read a folder of images: by its CSV, or the one given, where there is any, else by class folders."""
+def read_folder(path: Path) -> LabelledImages:
+    """Read a folder of images, by its CSV or else by class folders, or a CSV. Raises DataError."""
     check_exists(path)
     if path.suffix == ".csv":
         return _read_table(path)
@@ -42,7 +39,7 @@ def read_folder(path: Path) -> Originals:
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a CSV says what files show: others may lie there too."""
+    """Whether a CSV lists files and labels, as a folder may hold other CSVs too."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             columns = _columns(csv.DictReader(file))
@@ -55,10 +52,10 @@ def _columns(reader: "csv.DictReader[str]") -> list[str]:
     return [name.strip().lower() for name in reader.fieldnames or []]
 
 
-def _read_table(path: Path) -> Originals:
-    """Read a CSV of `file` (from its folder on), `label`, and possibly `split`: train, val or test.
+def _read_table(path: Path) -> LabelledImages:
+    """Read a CSV of `file` (relative to the CSV), `label`, and possibly `split`: train, val or test.
 
-    Without splits, files that all lie in folders of these names are split by them.
+    Without the column, files that all lie in folders of these names are split by them.
     """
     files: dict[str, int] = {}  # to the line
     labels: list[str] = []
@@ -104,7 +101,7 @@ def _split_word(text: str, where: str) -> str:
 _Tree = dict[tuple[str, ...], list[OriginalFile]]
 
 
-def read_classes(path: Path, *, needs_test: bool) -> Originals:
+def read_classes(path: Path, *, needs_test: bool) -> LabelledImages:
     """Read classes as folders, from a folder, a .tar.gz, or a folder that holds one .tar.gz."""
     check_exists(path)
     if path.is_dir():
@@ -138,11 +135,11 @@ def read_classes(path: Path, *, needs_test: bool) -> Originals:
             files += found[name]
             labels += [label] * len(found[name])
         indices[part] = np.arange(start, len(files))
-    return Originals(classes, tuple(files), np.array(labels, dtype=np.int64), indices)
+    return LabelledImages(classes, tuple(files), np.array(labels, dtype=np.int64), indices)
 
 
 def _find_parts(tree: _Tree, path: Path, *, needs_test: bool) -> dict[str, dict[str, list[OriginalFile]]]:
-    """Find the splits that the folders make: split -> class -> images."""
+    """Return the splits that the folders make: split -> class -> images."""
 
     def classes_in(*parents: str) -> dict[str, list[OriginalFile]]:
         depth = len(parents) + 1
@@ -195,9 +192,9 @@ def _list_folder(root: Path) -> _Tree:
 
 
 def _list_tar(path: Path) -> _Tree:
-    """Read a .tar.gz into memory and list its images; nothing is written, links are left out.
+    """Read a .tar.gz into memory and list its images. Nothing is written, and links are left out.
 
-    A folder around everything is taken off. Raises DataError for a damaged or too large tar.
+    A single folder around everything does not count. Raises DataError for a damaged or too large tar.
     """
     tree: _Tree = {}
     try:

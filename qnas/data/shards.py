@@ -6,37 +6,41 @@
 
 A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are passed over.
 
-The headers are read once, at the start; then every image is a stretch of its shard. So an epoch is a
-shuffle of the whole set, and a split, a resumed run or one of several processes has the images that it
-would have of folders. The package webdataset reads shards from end to end instead, faster on disks that
-turn and over a network; but it shuffles in a buffer, and where it stopped it cannot go on exactly.
+The headers of a shard are read once and kept in the user's cache until the shard changes; then every image
+is a stretch of its shard. So an epoch is a shuffle of the whole set, and splits, resumed runs and several
+processes work as with folders. The package webdataset reads shards from end to end instead, which is faster
+on rotating disks and over a network; but it shuffles in a buffer, and cannot resume exactly.
 """
 
+import hashlib
+import os
 import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, overload
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 from tqdm import tqdm
 
 from qnas.common.errors import DataError
+from qnas.common.resources import user_cache
+from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import (
     IMAGE_SUFFIXES,
     SPLIT_WORDS,
-    Indices,
+    Labels,
     OriginalFile,
-    Originals,
     Stretch,
-    assemble,
     check_exists,
-    number_classes,
+    file_stamp,
     one_line,
 )
+from qnas.data.labelled_images import LabelledImages, assemble, number_classes
 
+SCHEMA = "qnas.shards/1"
 CLASSES = "classes.txt"
 _LABEL = "cls"
 _LABEL_BYTES = 1000  # a number or a name
@@ -46,7 +50,7 @@ _WORD = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
 
 @dataclass(frozen=True, eq=False)
 class ShardImages(Sequence[OriginalFile]):
-    """The images of shards by place: numbers and a name for each, no matter how many there are."""
+    """The images of shards, of which only numbers and names are in memory."""
 
     shards: tuple[Path, ...]
     shard: "array[int]"  # of each image
@@ -63,7 +67,7 @@ class ShardImages(Sequence[OriginalFile]):
     @overload
     def __getitem__(self, place: slice) -> Sequence[OriginalFile]: ...
     def __getitem__(self, place: int | slice) -> OriginalFile | Sequence[OriginalFile]:
-        """Return an image where it lies."""
+        """Return an image as a stretch of its shard."""
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         path = self.shards[self.shard[place]]
@@ -71,6 +75,15 @@ class ShardImages(Sequence[OriginalFile]):
         name = self.names[begin : self.name_ends[place]].decode()
         where = Stretch(path, self.start[place], self.size[place])
         return OriginalFile(f"{path.name}/{name}", f"{path}: {name}", where)
+
+
+class _Header(NamedTuple):
+    """An image of a shard: the name, place and size of its member, and its label."""
+
+    name: str
+    start: int
+    size: int
+    label: str
 
 
 @dataclass
@@ -82,28 +95,58 @@ class _Sample:
     label: str | None = None
 
 
-def read_shards(path: Path) -> Originals:
-    """List the images of a folder of shards. Raises DataError where one is damaged or of another form."""
+def read_shards(path: Path) -> LabelledImages:
+    """List the images of a folder of shards. Raises DataError for a damaged shard or one of another form."""
     check_exists(path)
     shards, words = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
     names = bytearray()
     labels: list[str] = []
     label_of: dict[str, str] = {}  # one string a class, not one an image
-    for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
-        for image, label in _list_samples(shard):
-            which.append(number)
-            start.append(image.offset_data)
-            size.append(image.size)
-            names += image.name.encode(errors="replace")
-            ends.append(len(names))
-            labels.append(label_of.setdefault(label, label))
+    cache = user_cache("shards")
+    with one_at_a_time(cache / f"{_hash(path)}.json"):
+        for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
+            for image in _read_headers(shard, cache / f"{_hash(shard)}.json"):
+                which.append(number)
+                start.append(image.start)
+                size.append(image.size)
+                names += image.name.encode(errors="replace")
+                ends.append(len(names))
+                labels.append(label_of.setdefault(image.label, image.label))
     if not labels:
         raise DataError(f"{path}: no images in its shards, expected KEY.jpg (or .png, ...) and KEY.cls")
     images = ShardImages(tuple(shards), which, start, size, bytes(names), ends)
     classes, numbers = _name_classes(labels, path / CLASSES)
     each = [words[number] for number in which] if words else []
     return assemble(images, classes, numbers, each, path)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+
+
+def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
+    """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
+    stamp = file_stamp(shard)
+    headers = _recall_headers(kept_at, stamp)
+    if headers is None:
+        headers = [
+            _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
+        ]
+        keep(kept_at, SCHEMA, stamp, headers)
+    return headers
+
+
+def _recall_headers(kept_at: Path, stamp: str) -> list[_Header] | None:
+    """Return what the cache holds of a shard; None where that is nothing, or damaged."""
+    kept = recall(kept_at, SCHEMA, stamp)
+    if not isinstance(kept, list):
+        return None
+    for each in kept:
+        if not isinstance(each, list) or [type(value) for value in each] != [str, int, int, str]:
+            return None
+    headers = [_Header(*each) for each in kept]
+    return headers if all(min(each.start, each.size) >= 0 for each in headers) else None
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
@@ -127,8 +170,8 @@ def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
     return shards, [words[0] for words in found]
 
 
-def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], Indices]:
-    """Return the classes, and each label's number among them: those of classes.txt, else those that occur."""
+def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], Labels]:
+    """Return the classes, of classes.txt or else those that occur, and each label's number among them."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -177,7 +220,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
 
 
 def _whole(sample: _Sample, shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yield a sample's image and label, nothing of members that are neither. Raises DataError for a half."""
+    """Yield the image and label of a sample that has both or neither. Raises DataError for one alone."""
     if sample.image is not None and sample.label is not None:
         yield sample.image, sample.label
     elif sample.image is not None or sample.label is not None:

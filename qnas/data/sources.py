@@ -1,13 +1,13 @@
-"""Data sets by kind: which images and labels they hold, before any of it is decoded.
+"""The shipped kinds of data, opened as labelled data sets.
 
-IDX files, CIFAR-10 as published and the digits of scikit-learn are read here; `folders` and `shards`
-read the rest. Every problem of a data set is a DataError that names the file and what was expected.
+IDX files, CIFAR-10 as published and the digits of scikit-learn are read here; `folders` and `shards` read
+the rest. Every problem of a data set is a DataError that names the file and what was expected.
 """
 
 import gzip
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qnas.common.errors import DataError, nearest
 from qnas.data.folders import read_classes, read_folder
-from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Indices, Originals, check_exists, one_line
+from qnas.data.image_files import UNPACKED_LIMIT_BYTES, ImageNumbers, Labels, check_exists, one_line
+from qnas.data.labelled_images import LabelledImages
 from qnas.data.shards import read_shards
 
 FASHION_CLASSES = (
@@ -29,9 +30,9 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A data set as on the command line: `digits`, or a kind and where its files lie.
+    """A shipped kind of data and the path of its files: `digits`, `imagefolder:DIR`.
 
-    Raises DataError for an unknown kind, and for a path that is missing or too much.
+    Raises DataError for an unknown kind, and for a missing or a needless path.
     """
 
     kind: str
@@ -58,22 +59,38 @@ def parse_data_spec(text: str) -> DataSpec:
     return DataSpec(kind, Path(folder).expanduser().resolve() if folder else None)
 
 
-def _read_digits(path: Path | None) -> Originals:
+def open_dataset(data: str | DataSpec) -> LabelledImages:
+    """Open a shipped kind of data as a map-style Dataset of (uint8 image (C, H, W), label). Raises DataError.
+
+    >>> digits = open_dataset("digits")
+    >>> len(digits), digits[0][0].shape, digits.classes[:2]
+    (1797, torch.Size([1, 8, 8]), ('0', '1'))
+    """
+    spec = parse_data_spec(data) if isinstance(data, str) else data
+    kind = KINDS[spec.kind]
+    name = spec.path.name if kind.is_folder and spec.path else spec.kind
+    found = kind.read(spec.path)
+    return replace(found, name=name, source=str(spec), flip=kind.flip, pads=kind.pads)
+
+
+def _read_digits(path: Path | None) -> LabelledImages:
     from sklearn.datasets import load_digits  # here, as it takes a second
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), values 0 to 16
     labels = digits.target.astype(np.int64)
     classes = tuple(str(i) for i in range(10))
-    return Originals(classes, torch.from_numpy(images)[:, None], labels, {"train": np.arange(len(labels))})
+    return LabelledImages(
+        classes, torch.from_numpy(images)[:, None], labels, {"train": np.arange(len(labels))}
+    )
 
 
-def _read_fashion(path: Path | None) -> Originals:
+def _read_fashion(path: Path | None) -> LabelledImages:
     assert path is not None
     check_exists(path)
     images: list[Tensor] = []
-    labels: list[Indices] = []
-    parts: dict[str, Indices] = {}
+    labels: list[Labels] = []
+    parts: dict[str, ImageNumbers] = {}
     start = 0
     for part, prefix in (("train", "train"), ("test", "t10k")):
         image_file, part_images = _read_idx(path, f"{prefix}-images-idx3-ubyte", ndim=3)
@@ -92,7 +109,7 @@ def _read_fashion(path: Path | None) -> Originals:
         labels.append(part_labels.astype(np.int64))
         parts[part] = np.arange(start, start + len(part_labels))
         start += len(part_labels)
-    return Originals(FASHION_CLASSES, torch.cat(images), np.concatenate(labels), parts)
+    return LabelledImages(FASHION_CLASSES, torch.cat(images), np.concatenate(labels), parts)
 
 
 def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint8]]:
@@ -124,7 +141,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint
     return path, np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
-def _read_cifar10(path: Path | None) -> Originals:
+def _read_cifar10(path: Path | None) -> LabelledImages:
     assert path is not None
     official = path if path.name == "cifar-10-batches-py" else path / "cifar-10-batches-py"
     if not official.is_dir():
@@ -139,45 +156,45 @@ def _read_cifar10(path: Path | None) -> Originals:
     images = np.concatenate([train.data, test.data])  # (60000, 32, 32, 3)
     labels = np.array([*train.targets, *test.targets], dtype=np.int64)
     parts = {"train": np.arange(len(train.data)), "test": np.arange(len(train.data), len(images))}
-    return Originals(tuple(train.classes), torch.from_numpy(images).permute(0, 3, 1, 2), labels, parts)
+    return LabelledImages(tuple(train.classes), torch.from_numpy(images).permute(0, 3, 1, 2), labels, parts)
 
 
-def _read_folder(path: Path | None) -> Originals:
+def _read_folder(path: Path | None) -> LabelledImages:
     assert path is not None
     return read_folder(path)
 
 
-def _read_shards(path: Path | None) -> Originals:
+def _read_shards(path: Path | None) -> LabelledImages:
     assert path is not None
     return read_shards(path)
 
 
-class _Kind(NamedTuple):
-    """How a kind of data is given, read and treated."""
+class DataKind(NamedTuple):
+    """A kind of data: how it is written on the command line, read, and augmented."""
 
     form: str  # as on the command line, and what lies there
-    read: Callable[[Path | None], Originals]
+    read: Callable[[Path | None], LabelledImages]
     flip: bool = True  # whether a mirrored image still shows its class
     pads: bool = False  # whether slightly smaller images get a black border
-    is_folder: bool = False  # any images of anybody's: what they show has the folder's name
+    is_folder: bool = False  # holds images of any content, so that the data set has the folder's name
 
 
-KINDS: dict[str, _Kind] = {
-    "digits": _Kind("digits, without a folder", _read_digits, flip=False),
-    "fashion-mnist": _Kind(
+KINDS: dict[str, DataKind] = {
+    "digits": DataKind("digits, without a folder", _read_digits, flip=False),
+    "fashion-mnist": DataKind(
         "fashion-mnist:DIR, the folder of the four IDX files, .gz or not", _read_fashion, pads=True
     ),
-    "cifar10": _Kind(
+    "cifar10": DataKind(
         "cifar10:DIR with train/CLASS/* and test/CLASS/*, or the .tar.gz of it, or cifar-10-batches-py",
         _read_cifar10,
     ),
-    "imagefolder": _Kind(
+    "imagefolder": DataKind(
         "imagefolder:DIR with train/CLASS/* and val/CLASS/* or test/CLASS/*, or with CLASS/*, or with a CSV "
         "of the columns file, label and possibly split",
         _read_folder,
         is_folder=True,
     ),
-    "shards": _Kind(
+    "shards": DataKind(
         "shards:DIR with tar shards of KEY.jpg and KEY.cls, train and val or test in their names, or neither",
         _read_shards,
         is_folder=True,

@@ -16,7 +16,8 @@ from qnas.common import host
 from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import read_json, staged, write_json
 from qnas.common.intervals import wilson
-from qnas.data.images import ImageData, Split, load_data, sample_images
+from qnas.data.image_data import ImageData, Split, sample_images
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.card import SCHEMA, kept_files, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names

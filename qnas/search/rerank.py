@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnas.common.errors import DataError
+from qnas.data.batches import batches
 from qnas.data.broken_images import MAX_BROKEN
-from qnas.data.images import ImageData, Split, batches, load_data
+from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.names import SUPERNET_FILE

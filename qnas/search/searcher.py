@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from qnas.common.errors import ArchError, CheckpointError, UsageError, first_line
-from qnas.data.images import ImageData, Split, batch_count
+from qnas.data.batches import batch_count
+from qnas.data.image_data import ImageData, Split
 from qnas.nn.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
 from qnas.nn.mixed_block import WEIGHTS_MODES, WeightsMode
 from qnas.nn.supernet import (

@@ -19,7 +19,8 @@ from torch import Tensor
 from qnas.common.errors import TrainingError
 from qnas.common.progress import Progress
 from qnas.data.augmentation import Augmentation
-from qnas.data.images import Split, batch_count, batches
+from qnas.data.batches import batch_count, batches
+from qnas.data.image_data import Split
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.metrics import Metrics
 from qnas.runs.names import METRICS_FILE

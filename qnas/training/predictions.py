@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnas.data.images import Split, batches
+from qnas.data.batches import batches
+from qnas.data.image_data import Split
 
 WORST = 24  # mistakes of which the images are kept
 

@@ -24,8 +24,9 @@ from torchvision.ops import StochasticDepth
 from qnas.common.errors import CheckpointError, TrainingError, UsageError, first_line
 from qnas.common.files import json_text, write_json
 from qnas.data.augmentation import Augmentation
+from qnas.data.batches import batch_count, batches
 from qnas.data.broken_images import broken_copies
-from qnas.data.images import ImageData, batch_count, batches, sample_images
+from qnas.data.image_data import ImageData, sample_images
 from qnas.nn.blocks import Chain, QuadraBlock, count_parameters, quadratic_weights, start_linear
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.checkpoint import Checkpoints

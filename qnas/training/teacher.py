@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError, UsageError, first_line
 from qnas.common.files import read_json
-from qnas.data.images import ImageData, batches
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch
 from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE, WEIGHTS_FILE

@@ -1,11 +1,14 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from qnas.data.augmentation import Augmentation
-from qnas.data.images import ImageData, batches, load_data
+from qnas.data.augmentation import Augmentation, shift_and_flip
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 
 ALL = Augmentation(10, randaugment=9, randaugment_std=0.5, random_erasing=0.5, mixup=0.8, cutmix=1.0)
@@ -132,3 +135,19 @@ def test_a_batch_has_one_of_both_kinds_of_mixing() -> None:
     mixed = [Augmentation(2, mixup=1, cutmix=1).mix(images, labels, seed)[0] for seed in range(40)]
     kinds = [bool(((batch == 0) | (batch == 1)).all()) for batch in mixed]  # CutMix keeps whole pixels
     assert 10 < sum(kinds) < 30
+
+
+def test_shift_and_flip_is_pad_crop_mirror_of_each_image() -> None:
+    px, border = 17, 2
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (25, 3, px, px), dtype=torch.uint8, generator=rng)
+    shifts = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    flips = torch.arange(25) % 2 == 0
+    out = shift_and_flip(images, shifts, flips)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for image, (top, left), flip, found in zip(
+        images.numpy(), shifts.tolist(), flips, out.numpy(), strict=True
+    ):
+        padded = np.pad(image, ((0, 0), (border, border), (border, border)))
+        cut = padded[:, top : top + px, left : left + px]
+        np.testing.assert_array_equal(found, cut[:, :, ::-1] if flip else cut)

@@ -8,18 +8,11 @@ import torch
 from helpers.pictures import load, numbered, numbers
 
 from qnas.common.errors import DataError, UsageError
-from qnas.data.decoding import decode
+from qnas.data.image_data import ImageData, sample_images
 from qnas.data.image_files import OriginalFile
-from qnas.data.images import ImageData, sample_images
+from qnas.data.lazy_images import read_pixels
 
 LIMITS = pytest.mark.parametrize("memory_limit_bytes", [10**9, 0])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("qnas.data.broken_images.user_cache", lambda name: folder / name)
-    return folder
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def test_broken_images_are_left_out_of_splits_that_stay_what_they_are(
 def test_what_is_broken_changes_the_digest_of_a_large_set_too(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qnas.data.images.HASHED_BYTES", 0)
+    monkeypatch.setattr("qnas.data.digest.HASHED_BYTES", 0)
     whole = load(photos)
     content = spoil(photos / "ant" / "003.png")
     (photos / "ant" / "003.png").write_bytes(bytes(len(content)))  # of the size that it had
@@ -79,7 +72,7 @@ def test_more_broken_images_than_allowed_stop_it(count: int, memory_limit_bytes:
         assert len(load(photos, **options).broken) == 2
         return
     with pytest.raises(
-        DataError, match=r"3 of 40 images are broken, more than --max-broken 0\.05 allows: .*00\.png: not a"
+        DataError, match=r"3 of 40 images are broken, more than max_broken 0\.05 allows: .*00\.png: not a"
     ):
         load(photos, **options)
 
@@ -112,7 +105,7 @@ def test_a_class_or_a_split_of_broken_images_alone_is_refused(
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_the_limit_is_a_share(share: float, photos: Path) -> None:
-    with pytest.raises(UsageError, match=f"--max-broken {share}: expected a share"):
+    with pytest.raises(UsageError, match=f"max_broken {share}: expected a share"):
         load(photos, max_broken=share)
 
 
@@ -123,9 +116,9 @@ def test_a_large_set_is_looked_at_once_until_a_file_changes(
 
     def look(file: OriginalFile, px: int) -> torch.Tensor:
         looked.append(file.name)
-        return decode(file, px)
+        return read_pixels(file, px)
 
-    monkeypatch.setattr("qnas.data.broken_images.decode", look)
+    monkeypatch.setattr("qnas.data.broken_images.read_pixels", look)
     options: dict[str, Any] = {"memory_limit_bytes": 0, "max_broken": 0.1}
     broken = photos / "bee" / "007.png"
     content = spoil(broken)
@@ -154,7 +147,7 @@ def test_what_a_failing_disk_hides_is_broken_for_now_alone(
         return read(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qnas.data.images.HASHED_BYTES", 0)
+        patch.setattr("qnas.data.digest.HASHED_BYTES", 0)
         patch.setattr(OriginalFile, "read", fail)
         (broken,) = load(photos, **options).broken
         assert broken.problem == "cannot be read: Input/output error"
@@ -171,7 +164,7 @@ def test_a_damaged_or_missing_cache_is_done_without(
     kept.write_text("{")
     assert load(photos, **options).broken == expected
     (cache / "file").touch()
-    monkeypatch.setattr("qnas.data.broken_images.user_cache", lambda name: cache / "file" / name)
+    monkeypatch.setenv("QNAS_HOME", str(cache / "file"))
     assert load(photos, **options).broken == expected
 
 

@@ -1,8 +1,11 @@
+import gzip
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.pictures import load, numbered, numbers
+from helpers.pictures import load, numbered, numbers, pack
 
 from qnas.common.errors import DataError
 
@@ -100,3 +103,132 @@ def test_several_csvs_are_not_chosen_from(tmp_path: Path) -> None:
         write_csv(tmp_path / name, ["x.png,1"])
     with pytest.raises(DataError, match=r"several CSVs of labels: give one: .*a\.csv, .*b\.csv"):
         load(tmp_path)
+
+
+def test_other_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+    root = numbered(tmp_path, {"a": 5, "b": 5, ".thumbnails": 3})
+    (root / "a" / "readme.txt").write_text("text")
+    (root / "a" / "._000.png").write_text("left by an operating system")
+    loaded = load(root)
+    assert loaded.classes == ("a", "b")
+    assert sum(loaded.counts.values()) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "message"),
+    [
+        ("imagefolder", {}, r": no folders of images, expected train/CLASS/\* or CLASS/\*"),
+        ("imagefolder", {"a": 5}, ": 1 class folders, expected at least 2"),
+        ("imagefolder", {"a": 5, "b": 0}, ": class folder 'b' of train has no images"),
+        (
+            "imagefolder",
+            {"a": 5, "b": 2},
+            ": class 'b' has 2 training images, expected at least 3, as test and heldout images are split",
+        ),
+        (
+            "imagefolder",
+            {"train/a": 5, "train/b": 1, "val/a": 1, "val/b": 1},
+            ": class 'b' has 1 training images, expected at least 2, as heldout images are split off$",
+        ),
+        (
+            "imagefolder",
+            {"train/a": 5, "train/b": 5, "train/c": 5, "val/a": 1, "val/d": 1},
+            ": classes of test differ from those of train: lacks b, c; adds d",
+        ),
+        (
+            "imagefolder",
+            {"train/a": 5, "train/b": 5},
+            r": expected class folders in train and in val or test; or give .*/train to have it split",
+        ),
+        ("cifar10", {"a": 5, "b": 5}, ": expected class folders in train and in test$"),
+        (
+            "cifar10",
+            {"train/a": 5, "train/b": 5, "test/a": 1, "test/b": 0},
+            ": class folder 'b' of test has no images",
+        ),
+    ],
+)
+def test_a_folder_of_wrong_form_is_explained(
+    tmp_path: Path, kind: str, counts: dict[str, int], message: str
+) -> None:
+    numbered(tmp_path, counts)
+    for folder in counts:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(DataError, match=f"{tmp_path}{message}"):
+        load(tmp_path, kind)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "cifar10", "fashion-mnist"])
+def test_a_missing_folder_is_named(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(DataError, match=f"^{tmp_path}/nowhere: no such file or folder$"):
+        load(tmp_path / "nowhere", kind)
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "cifar10/"])
+def test_a_tar_holds_what_its_folder_holds(noise: Path, tmp_path: Path, prefix: str) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz", prefix)
+    expected = load(noise, "cifar10")
+    for path in (tar, tmp_path):  # the folder holds nothing but the tar
+        loaded = load(path, "cifar10")
+        assert loaded.digest == expected.digest
+        assert loaded.classes == expected.classes
+        assert torch.equal(loaded.train.read(torch.arange(32)), expected.train.read(torch.arange(32)))
+
+
+@pytest.mark.parametrize("left", [0.02, 0.5, 0.9, 0.9999])
+def test_a_cut_tar_is_damaged(noise: Path, tmp_path: Path, left: float) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz")
+    content = tar.read_bytes()
+    tar.write_bytes(content[: int(left * len(content))])
+    with pytest.raises(DataError, match=rf"^{tar}: damaged: [^\n]+$"):
+        load(tar, "cifar10")
+
+
+def test_a_tar_with_a_wrong_byte_is_damaged(noise: Path, tmp_path: Path) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz")
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    tar.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{tar}: damaged: "):
+        load(tar, "cifar10")
+
+
+@pytest.mark.parametrize("how", ["header", "no end"])
+def test_a_tar_that_ends_early_inside_whole_gzip_is_damaged(noise: Path, tmp_path: Path, how: str) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz")
+    content = bytearray(gzip.decompress(tar.read_bytes()))
+    with tarfile.open(tar) as listing:
+        last = listing.getmembers()[-2]
+    if how == "header":
+        content[last.offset : last.offset + 8] = b"scribble"
+    else:
+        del content[last.offset :]
+    tar.write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match=f"^{tar}: damaged: "):
+        load(tar, "cifar10")
+
+
+def test_a_tar_writes_no_files_and_follows_no_links(noise: Path, tmp_path: Path) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz")
+    png = (noise / "train" / "ant" / "0.png").read_bytes()
+    with tarfile.open(tar) as old, tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as new:
+        for member in old:
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
+        link = tarfile.TarInfo("train/ant/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(noise / "train" / "bee" / "0.png")
+        new.addfile(link)
+        outside = tarfile.TarInfo("train/ant/../../../outside.png")
+        outside.size = len(png)
+        new.addfile(outside, io.BytesIO(png))
+    before = sorted(tmp_path.parent.rglob("*"))
+    assert load(tmp_path / "evil.tar.gz").counts == load(tar).counts
+    assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+def test_a_tar_too_large_for_memory_is_refused(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = pack(noise, tmp_path / "images.tar.gz")
+    monkeypatch.setattr("qnas.data.folders.UNPACKED_LIMIT_BYTES", 1000)
+    with pytest.raises(DataError, match=f"{tar}: over 1000 bytes: unpack it, give the folder"):
+        load(tar)

@@ -10,14 +10,10 @@ import torch
 from helpers.pictures import PX, load, numbered, numbers, png, samples, write_tar
 
 from qnas.common.errors import DataError
-from qnas.data.decoding import LazyImages
-from qnas.data.images import batches
+from qnas.data import shards
+from qnas.data.batches import batches
+from qnas.data.lazy_images import LazyImages
 from qnas.data.shards import ShardImages, read_shards
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qnas.data.broken_images.user_cache", lambda name: tmp_path_factory.mktemp(name))
 
 
 def split_in(members: list[tuple[str, bytes]], pieces: int, folder: Path, stem: str) -> None:
@@ -99,7 +95,7 @@ def test_labels_are_names_or_numbers_and_the_classes_are_in_the_file_beside(tmp_
         if names is not None:
             (folder / "classes.txt").write_text(names, encoding="utf-8")
         found = read_shards(folder)
-        return found.classes, found.labels.tolist()
+        return found.classes, found.targets.tolist()
 
     by_number = [i % 3 for i in range(12)]
     texts = [str(i) for i in by_number]
@@ -128,7 +124,7 @@ def test_the_names_of_shards_say_their_split(
 ) -> None:
     for name in names:
         write_tar(tmp_path / name, [m for i in range(4) for m in _sample(f"{i}", i % 2)])
-    parts = read_shards(tmp_path).parts
+    parts = read_shards(tmp_path).splits
     assert tuple(len(parts.get(part, ())) for part in ("train", "heldout", "test")) == counts
 
 
@@ -152,7 +148,7 @@ def test_other_members_are_passed_over_in_any_order(tmp_path: Path) -> None:
     found = read_shards(tmp_path)
     assert isinstance(found.images, ShardImages)
     assert [file.name for file in found.images] == ["0.tar/./a/0.PNG", "0.tar/./b/0.png"]
-    assert found.labels.tolist() == [1, 0]
+    assert found.targets.tolist() == [1, 0]
     assert bytes(found.images[0].read()) == png((5, 1, 0))
 
 
@@ -222,3 +218,43 @@ def test_a_broken_image_of_a_shard_is_named_by_its_key(tmp_path: Path) -> None:
         assert [each.file for each in data.broken] == [f"{tmp_path / '0.tar'}: 05.png"]
         assert sum(data.counts.values()) == 19
         assert data.train.read(torch.arange(3)).shape == (3, 3, PX, PX)
+
+
+def test_headers_are_read_once_until_a_shard_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shards"
+    for number in range(3):
+        write_tar(folder / f"{number}.tar", [m for i in range(4) for m in _sample(f"{number}{i}", i % 2)])
+    opened: list[str] = []
+    list_samples = shards._list_samples
+
+    def look(shard: Path) -> Any:
+        opened.append(shard.name)
+        return list_samples(shard)
+
+    monkeypatch.setattr(shards, "_list_samples", look)
+
+    def read() -> tuple[list[Any], list[int]]:
+        opened.clear()
+        found = read_shards(folder)
+        return list(found.images), found.targets.tolist()
+
+    expected = read()
+    assert opened == ["0.tar", "1.tar", "2.tar"]
+    assert read() == expected
+    assert opened == []
+    kept = sorted((cache / "shards").glob("*.json"))
+    assert len(kept) == 3
+    for damage in ("{", "[]", kept[0].read_text().replace('"kept": [[', '"kept": [[3, ')):
+        for path in kept:
+            path.write_text(damage)
+        assert read() == expected
+        assert len(opened) == 3
+    write_tar(folder / "1.tar", [m for i in range(3) for m in _sample(f"1{i}", i % 2)])
+    assert len(read()[1]) == 11
+    assert opened == ["1.tar"]
+    (cache / "file").touch()
+    monkeypatch.setenv("QNAS_HOME", str(cache / "file"))  # where nothing can be kept
+    assert len(read()[1]) == 11
+    assert len(opened) == 3

@@ -8,7 +8,8 @@ from helpers.tiny import TINY_SPACE
 from torch import nn
 from torch.nn import functional as F
 
-from qnas.data.images import load_data, sample_images
+from qnas.data.image_data import sample_images
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.product import Product, RealImages
 from qnas.nn.subnet import build_subnet

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from qnas.data.images import ImageData, Split, load_data
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 
 PX = 16
@@ -79,3 +82,24 @@ def numbers(split: Split) -> list[tuple[int, int]]:
     """Return (image, class) as written into the colour by `numbered`."""
     images = split.read(torch.arange(len(split)))
     return [(int(i), int(c)) for i, c in images[:, :2, 0, 0]]
+
+
+def save(path: Path, pixels: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, quality=95)
+
+
+def flat(colour: tuple[int, int, int], px: int = PX) -> np.ndarray[Any, Any]:
+    return np.full((px, px, 3), colour, dtype=np.uint8)
+
+
+def pack(root: Path, target: Path, prefix: str = "") -> Path:
+    with tarfile.open(target, "w:gz") as tar:
+        for path in sorted(root.rglob("*"), reverse=True):
+            tar.add(path, f"{prefix}{path.relative_to(root)}", recursive=False)
+    return target
+
+
+def collect(split: Split, batch_size: int = 6, **options: Any) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*batches(split, batch_size, **options), strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.places import ROOT
 
-from qnas.data.images import ImageData
+from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.spaces.arch import arch_from_indices, sample_arch

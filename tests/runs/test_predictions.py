@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError
-from qnas.data.images import ImageData, batches, load_data
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.tensors import save_tensors

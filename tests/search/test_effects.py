@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnas.data.images import ImageData, load_data, normalise
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
+from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table

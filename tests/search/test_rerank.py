@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table

@@ -13,7 +13,8 @@ import pytest
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import CheckpointError, DataError
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table

@@ -22,7 +22,8 @@ from qnas.common.errors import (
     UsageError,
 )
 from qnas.common.resources import stems
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qnas.common.errors import CheckpointError, Interrupted, TrainingError
-from qnas.data.images import ImageData, batch_count, load_data
+from qnas.data.batches import batch_count
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import METRICS_FILE, RESULT_FILE, SAMPLE_FILE, WEIGHTS_FILE

@@ -20,7 +20,8 @@ from helpers.pictures import load, write_digits
 from torch import Tensor, nn
 
 from qnas.common.errors import Interrupted, ProcessError, UsageError
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table

@@ -16,7 +16,8 @@ from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from qnas.common.errors import Interrupted, TrainingError, UsageError
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.nn.blocks import QuadraBlock

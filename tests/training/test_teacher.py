@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import UsageError
-from qnas.data.images import ImageData, load_data
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import Supernet

@@ -86,7 +86,7 @@ def stop_after_step(step: int, number: int) -> None:
 
 
 def stop_in(where: str) -> None:
-    """Be asked to stop by SIGTERM as a function is called: `qnas.data.images.load_data`."""
+    """Be asked to stop by SIGTERM as a function is called: `qnas.data.loading.load_data`."""
     owner, _, name = where.rpartition(".")
     module, _, kind = owner.partition(":")
     holder = __import__(module, fromlist=["_"])
@@ -273,7 +273,7 @@ def test_asked_to_stop_it_saves_and_exits_130(
     assert_equal_runs(whole, out)
 
 
-@pytest.mark.parametrize("where", ["qnas.data.images.load_data", "qnas.nn.supernet:Supernet.subnet"])
+@pytest.mark.parametrize("where", ["qnas.data.loading.load_data", "qnas.nn.supernet:Supernet.subnet"])
 def test_asked_to_stop_outside_the_steps_it_exits_130(
     where: str, place: Workplace, whole: Path, out: Path
 ) -> None:

@@ -15,7 +15,7 @@ from helpers.tiny import TINY_SPACE
 from numpy.typing import NDArray
 from PIL import Image
 
-from qnas.data.images import load_data
+from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.formats import FORMATS, file_names
 from qnas.runs.names import EXPORT_FOLDER, PREDICTIONS_FILE, RESULT_FILE, SUBNET_FOLDER

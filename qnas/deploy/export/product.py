@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from qnas.data.images import normalise
+from qnas.data.normalisation import normalise
 from qnas.deploy.export.folding import fold_norms
 from qnas.spaces.lower import BlockSpec
 

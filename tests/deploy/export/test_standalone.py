@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from qnas.common.resources import stems
-from qnas.data.images import normalise
+from qnas.data.normalisation import normalise
 from qnas.deploy.export import standalone
 from qnas.deploy.export.product import Product
 from qnas.nn.subnet import build_network

@@ -1,0 +1,259 @@
+"""A user's map-style Datasets, read as one labelled data set.
+
+Items that fit into memory together at their full size are read once and kept, so that they are treated like
+the shipped kinds that lie in memory. Of larger Datasets each item is read when it is needed. Some items are
+read twice: an image that differs then is named, and the digest leaves out the images, as it could never be
+the same again.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm import tqdm
+
+from qnas.common.errors import BrokenImageError, DataError
+from qnas.data.broken_images import BrokenImage, BrokenImages, check_broken
+from qnas.data.dataset_items import DatasetItem, DatasetReader, Loader
+from qnas.data.decoding import chunked, in_threads, spread
+from qnas.data.digest import update_with_pixels
+from qnas.data.image_files import Labels
+from qnas.data.labelled_images import LabelledImages, check_training, name_splits
+
+SAMPLE = 32  # items that are read twice
+_UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not read, or cannot be
+
+
+class MapDataset(Protocol):
+    """A map-style Dataset: items by index, each (image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+AnyDataset = MapDataset | Dataset[Any]  # torch's Dataset declares no __len__
+
+
+@dataclass(frozen=True, eq=False)
+class Datasets:
+    """Map-style Datasets for training and, where there are any, validation and test, with their options.
+
+    Items are (image, label): the image as a PIL image, a uint8 tensor (C, H, W) or (H, W), a uint8 array
+    (H, W, C) or (H, W), or floats from 0 to 1 of these forms, which are rounded to bytes; the label as a
+    number from 0. `loader` makes such an image of the first part of an item where decoding is special; it
+    runs in several threads. `classes` are the names of the classes, by default those of `train.classes`,
+    else their numbers. `flip` says whether training may mirror images. Raises DataError for an argument that
+    is not a map-style Dataset, or is empty.
+    """
+
+    train: AnyDataset
+    validation: AnyDataset | None = None  # without `test`, it is the test split
+    test: AnyDataset | None = None
+    classes: Sequence[str] | None = None
+    name: str = ""  # by default the class of `train`
+    loader: Loader | None = None
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            dataset = getattr(self, name)
+            if dataset is not None or name == "train":
+                _check_map_style(name, dataset)
+
+
+def _check_map_style(name: str, dataset: Any) -> None:
+    kind = type(dataset)
+    is_map_style = hasattr(kind, "__len__") and hasattr(kind, "__getitem__")
+    if not is_map_style or isinstance(dataset, IterableDataset | str | bytes | Mapping):
+        raise DataError(
+            f"{name}: expected a map-style Dataset with __len__ and __getitem__, got {kind.__name__}"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{name}: the Dataset is empty")
+
+
+@dataclass(frozen=True, eq=False)
+class _Items(Sequence[DatasetItem]):
+    """The items of several readers, one after another."""
+
+    words: tuple[str, ...]  # train, val, test: of each reader
+    readers: tuple[DatasetReader, ...]
+    starts: tuple[int, ...]  # and the end
+    labels: Labels
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, number: Any) -> Any:
+        assert not isinstance(number, slice), number
+        reader, index = self.locate(range(len(self))[number])
+        return DatasetItem(reader, index, int(self.labels[number]))
+
+    def locate(self, number: int) -> tuple[DatasetReader, int]:
+        which = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.readers[which], number - self.starts[which]
+
+    def read(self, number: int) -> "Reading":
+        reader, index = self.locate(number)
+        try:
+            return reader.read(index)
+        except BrokenImageError as error:
+            return BrokenImage(error.where, error.problem)
+
+
+Reading = tuple[Tensor, int] | BrokenImage
+
+
+def read_datasets(
+    given: Datasets | AnyDataset, *, memory_limit_bytes: int, max_broken: float, quiet: bool
+) -> LabelledImages:
+    """Read the labels of Datasets, and the images too where they fit into memory at their full size.
+
+    Raises DataError, which names the argument and the index, for an item of another form, for labels that
+    do not fit the classes, and where more than a share `max_broken` of the items cannot be read.
+    """
+    if not isinstance(given, Datasets):
+        _check_map_style("data", given)
+    datasets = given if isinstance(given, Datasets) else Datasets(given)
+    name = datasets.name or type(datasets.train).__name__
+    items = _list_items(datasets, "train" if datasets is given else "data")
+    sample = spread(len(items), SAMPLE).tolist()
+    first, second = ([items.read(number) for number in sample] for _ in range(2))
+    changing = [n for n, a, b in zip(sample, first, second, strict=True) if not _are_equal(a, b)]
+    whole = {n: each for n, each in zip(sample, first, strict=True) if not isinstance(each, BrokenImage)}
+    if any(items.labels[n] not in (_UNKNOWN, label) for n, (_, label) in whole.items()):
+        items = replace(items, labels=np.full(len(items), _UNKNOWN))  # the labels that count are the items'
+
+    images: Tensor | Sequence[Any] = items
+    broken: BrokenImages = {}
+    fingerprint: str | None = _fingerprint(first)
+    bytes_each = sum(pixels.numel() for pixels, _ in whole.values()) / max(len(whole), 1)
+    fits = bytes_each * len(items) <= memory_limit_bytes
+    if fits or (items.labels == _UNKNOWN).any():
+        pixels, labels, broken = _read_all(items, max_broken, name, keep=fits, quiet=quiet)
+        images = items = replace(items, labels=labels)
+        if fits:
+            images, fingerprint = pixels, None
+    classes = _name_classes(datasets, items)
+    known = items.labels != _UNKNOWN
+    names = name_splits(items.words) or {"train": "train"}
+    splits = {}
+    for number, word in enumerate(items.words):
+        start, end = items.starts[number : number + 2]
+        splits[names[word]] = start + np.flatnonzero(known[start:end])
+    check_training(classes, items.labels[splits["train"]], name)
+    return LabelledImages(
+        classes,
+        images,
+        items.labels,
+        splits,
+        name=name,
+        source=name,
+        flip=datasets.flip,
+        broken=broken,
+        fingerprint="" if changing else fingerprint,
+        changing=items[changing[0]].where if changing else "",
+    )
+
+
+def _list_items(datasets: Datasets, argument: str) -> _Items:
+    """Return the items of all Datasets; `argument` is what messages call the training one."""
+    found = {"train": datasets.train, "val": datasets.validation, "test": datasets.test}
+    words = {word: dataset for word, dataset in found.items() if dataset is not None}
+    arguments = {"train": argument, "val": "validation", "test": "test"}
+    return _Items(
+        tuple(words),
+        tuple(DatasetReader(dataset, arguments[word], datasets.loader) for word, dataset in words.items()),
+        tuple(np.cumsum([0, *(len(dataset) for dataset in words.values())]).tolist()),  # type: ignore[arg-type]  # checked
+        np.concatenate([_own_labels(dataset) for dataset in words.values()]),
+    )
+
+
+def _own_labels(dataset: Any) -> Labels:
+    """Return the labels that a Dataset lists as `targets` or `labels`, so that no item is read for them."""
+    if isinstance(dataset, Subset):
+        labels: Labels = _own_labels(dataset.dataset)[np.asarray(dataset.indices)]
+        return labels
+    for attribute in ("targets", "labels"):
+        found = getattr(dataset, attribute, None)
+        if found is None or getattr(dataset, "target_transform", None) is not None:
+            continue
+        try:
+            labels = np.asarray(found)
+        except (TypeError, ValueError, RuntimeError):  # a list of unequal lengths, a tensor on a GPU
+            continue
+        if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
+            return labels.astype(np.int64)
+    return np.full(len(dataset), _UNKNOWN)
+
+
+def _are_equal(first: Reading, second: Reading) -> bool:
+    if isinstance(first, BrokenImage) or isinstance(second, BrokenImage):
+        return isinstance(first, BrokenImage) and isinstance(second, BrokenImage)
+    return torch.equal(first[0], second[0]) and first[1] == second[1]
+
+
+def _fingerprint(readings: Sequence[Reading]) -> str:
+    digest = hashlib.sha256()
+    for each in readings:
+        update_with_pixels(digest, torch.empty(0) if isinstance(each, BrokenImage) else each[0])
+    return digest.hexdigest()
+
+
+def _read_all(
+    items: _Items, max_broken: float, name: str, *, keep: bool, quiet: bool
+) -> tuple[Tensor | list[Tensor], Labels, BrokenImages]:
+    """Read every item once: its image where `keep`, its label, or why it cannot be read.
+
+    Images are one tensor (N, C, H, W) where all are of one size; broken ones are black. Raises DataError once
+    more than a share `max_broken` of the items is broken.
+    """
+    pixels: list[Tensor | None] = []
+    labels = items.labels.copy()
+    broken: dict[int, BrokenImage] = {}
+    with tqdm(total=len(items), desc="images", unit="", leave=False, disable=quiet or None) as bar:
+        for chunk, read in zip(chunked(len(items)), in_threads(items.read, chunked(len(items))), strict=True):
+            for number, each in zip(chunk, read, strict=True):
+                if isinstance(each, BrokenImage):
+                    broken[number] = each
+                else:
+                    labels[number] = each[1]
+                pixels.append(None if not keep or isinstance(each, BrokenImage) else each[0])
+            check_broken(broken, len(items), max_broken, name)
+            bar.update(len(chunk))
+    shapes = {each.shape for each in pixels if each is not None}
+    black = torch.zeros(next(iter(shapes), (1, 1, 1)), dtype=torch.uint8)
+    kept = [black if each is None else each for each in pixels]
+    return torch.stack(kept) if len(shapes) == 1 else kept, labels, broken
+
+
+def _name_classes(datasets: Datasets, items: _Items) -> tuple[str, ...]:
+    """Return the names of the classes. Raises DataError for a label that is not one of them."""
+    known = np.flatnonzero(items.labels != _UNKNOWN)
+    names = datasets.classes
+    if names is None:
+        own = [_own_classes(reader.dataset) for reader in items.readers]
+        for reader, found in zip(items.readers, own, strict=True):
+            if own[0] and found and found != own[0]:
+                raise DataError(f"{reader.name}: its classes are not those of {items.readers[0].name}")
+        names = own[0] or [str(i) for i in range(int(items.labels[known].max(initial=0)) + 1)]
+    if len(names) < 2:
+        raise DataError(f"{items.readers[0].name}: {len(names)} classes, expected at least 2")
+    for number in known[(items.labels[known] < 0) | (items.labels[known] >= len(names))]:
+        where, label = items[number].where, items.labels[number]
+        raise DataError(f"{where}: label {label}, expected 0 to {len(names) - 1}, for {len(names)} classes")
+    return tuple(str(name) for name in names)
+
+
+def _own_classes(dataset: Any) -> tuple[str, ...]:
+    """Return the names of the classes that a Dataset lists, or nothing."""
+    if isinstance(dataset, Subset):
+        return _own_classes(dataset.dataset)
+    found = getattr(dataset, "classes", ())
+    return tuple(map(str, found)) if isinstance(found, tuple | list) else ()

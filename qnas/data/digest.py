@@ -1,0 +1,68 @@
+"""The digest that identifies a data set: its classes, labels, own splits and original images."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qnas.common.errors import DataError
+from qnas.data.image_files import OriginalFile
+from qnas.data.labelled_images import LabelledImages
+
+HASHED_BYTES = 1_000_000_000  # larger folders are identified by the names and sizes of their files alone
+_MISSING = -1  # bytes of a file that is not there
+
+
+def digest_of(source: LabelledImages, broken: Iterable[int]) -> str:
+    """Return 16 hexadecimal digits that identify a data set without its broken images.
+
+    The images count with their bytes; files over HASHED_BYTES in all with names and sizes; a data set that
+    has a fingerprint with that. Raises DataError where a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    splits = {split: len(numbers) for split, numbers in source.splits.items()}
+    digest.update(json.dumps([source.classes, splits]).encode())
+    digest.update(source.targets.astype("<i8").tobytes())
+    if source.fingerprint is not None:
+        digest.update(source.fingerprint.encode())
+    elif isinstance(source.images, Tensor):
+        update_with_pixels(digest, source.images)
+    else:
+        files = [image for image in source.images if isinstance(image, OriginalFile)]
+        _update_with_files(digest, files)
+        for image in source.images:
+            if isinstance(image, Tensor):
+                update_with_pixels(digest, image)
+    # the digest of a large data set does not depend on its bytes, so the broken ones are named
+    left_out = sorted(broken)
+    if left_out:
+        digest = hashlib.sha256(json.dumps([digest.hexdigest()[:16], left_out]).encode())
+    return digest.hexdigest()[:16]
+
+
+def update_with_pixels(digest: Any, pixels: Tensor) -> None:
+    """Add the shape and the bytes of uint8 pixels to a digest of hashlib."""
+    digest.update(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.contiguous().numpy().data)
+
+
+def _update_with_files(digest: Any, files: Sequence[OriginalFile]) -> None:
+    where = ""
+    try:
+        sizes = []
+        for file in files:
+            where = file.where
+            try:
+                sizes.append(file.size_bytes())
+            except FileNotFoundError:  # a broken image like any other
+                sizes.append(_MISSING)
+        whole = sum(sizes) <= HASHED_BYTES
+        for file, size in zip(files, sizes, strict=True):
+            where = file.where
+            digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
+            if whole and size != _MISSING:
+                digest.update(file.read())
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read: {error.strerror}") from error

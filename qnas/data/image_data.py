@@ -1,0 +1,131 @@
+"""A data set at one resolution, split into training, held-out and test images.
+
+All images lie in one uint8 array, channels last in memory, in the order training, held-out, test: splits are
+views, and no image is held twice. Images that do not fit into memory are decoded when a batch needs them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qnas.common.errors import DataError
+from qnas.data.broken_images import BrokenImage, read_or_broken
+from qnas.data.decoding import in_threads, spread
+from qnas.data.lazy_images import LazyImages
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels of one split, with what is needed to normalise and augment them.
+
+    `images` (N, C, H, W) are uint8, channels last in memory, or decoded when they are read. `labels` (N,)
+    are int64. `mean` and `std` have one value for each channel, on a scale where the byte 255 is 1. `flip`
+    says whether a mirrored image still shows its class. `originals` are the same images at full size, for
+    random crops; None unless they were kept.
+    """
+
+    name: str
+    images: Tensor | LazyImages
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    originals: LazyImages | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.images) == len(self.labels) > 0, self.name
+        assert self.images.shape[1] == len(self.mean) == len(self.std), self.images.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Return these images (B, C, H, W) as uint8. Raises DataError for a damaged file."""
+        if isinstance(self.images, Tensor):
+            return take_images(self.images, indices)
+        return torch.stack([self.images[int(i)] for i in indices])
+
+
+def take_images(images: Tensor, indices: Tensor) -> Tensor:
+    """Return some images (N, C, H, W), channels last in memory as they are."""
+    # (N, H, W, C) has whole images as rows, so that the gather copies them at once
+    return images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set at one resolution, split three ways.
+
+    `train` is for the weights, `heldout` for architecture parameters and for choosing, and `test` only for
+    the final accuracy. `digest` identifies the original images, labels and classes, at any resolution.
+    `notes` are warnings for the user: whether a resumed run may see other images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    heldout: Split
+    test: Split
+    train_and_heldout: Split  # for the final training, once nothing is left to choose
+    resolution_px: int
+    channels: int
+    digest: str
+    broken: tuple[BrokenImage, ...] = ()  # left out of all splits
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over `train_and_heldout`, on a scale where the byte 255 is 1."""
+        return self.train.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, as `mean`."""
+        return self.train.std
+
+    @property
+    def flip(self) -> bool:
+        """Whether augmentation mirrors images."""
+        return self.train.flip
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each split."""
+        return {split.name: len(split) for split in (self.train, self.heldout, self.test)}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded."""
+        return isinstance(self.train.images, Tensor)
+
+
+def subset(split: Split, n: int) -> Split:
+    """Return `n` of the split's images, evenly over its order (all of them if there are fewer).
+
+    Folders are ordered by class, so the first `n` would show one class only.
+    """
+    assert n >= 1, n
+    places = spread(len(split), n)
+    images = split.images
+    some = images.take(places) if isinstance(images, LazyImages) else split.read(torch.from_numpy(places))
+    return replace(split, images=some, labels=split.labels[torch.from_numpy(places)])
+
+
+def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
+    """Return images (n, C, H, W) as uint8 and labels (n,) of `subset(split, n)`, without the broken ones.
+
+    Raises DataError where all of them are broken.
+    """
+    some = subset(split, n)
+    if isinstance(some.images, Tensor):
+        return some.read(torch.arange(len(some))), some.labels
+    ((*found,),) = in_threads(partial(read_or_broken, some.images), [range(len(some))])
+    whole = [place for place, image in enumerate(found) if isinstance(image, Tensor)]
+    if not whole:
+        problem = found[0]
+        assert isinstance(problem, BrokenImage)
+        why = f"{problem.file}: {problem.problem}"
+        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {why}")
+    return torch.stack([image for image in found if isinstance(image, Tensor)]), some.labels[whole]

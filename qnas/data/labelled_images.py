@@ -1,0 +1,110 @@
+"""A labelled data set before it is fitted to a resolution, as a map-style Dataset.
+
+Every shipped kind of data and every user's Dataset becomes a `LabelledImages`; `qnas.data.loading` knows
+nothing else.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qnas.common.errors import DataError
+from qnas.data.broken_images import BrokenImages
+from qnas.data.image_files import ImageNumbers, Labels, OriginalFile
+from qnas.data.lazy_images import Original, read_pixels
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Original images and their labels; item `i` is (uint8 image (C, H, W), label).
+
+    `splits` holds the image numbers of those of `train`, `heldout` and `test` that the data set itself
+    makes; an image in none of them is not used. `broken` images are known before any is decoded. `source` is
+    what messages call the data set.
+    """
+
+    classes: tuple[str, ...]
+    images: Tensor | Sequence[Original]  # uint8 (N, C, H, W), or one image each
+    targets: Labels
+    splits: Mapping[str, ImageNumbers]
+    name: str = ""
+    source: str = ""
+    flip: bool = True  # whether a mirrored image still shows its class
+    pads: bool = False  # whether slightly smaller images get a black border
+    broken: BrokenImages = field(default_factory=dict)
+    fingerprint: str | None = None  # identifies the images, where their bytes are not read for that
+    changing: str = ""  # an image that was different when it was read again
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        """Return an image at its full size and its label. Raises BrokenImageError."""
+        return read_pixels(self.images[range(len(self))[number]]), int(self.targets[number])
+
+
+def name_splits(words: Collection[str]) -> dict[str, str] | None:
+    """Return the split that each of `train`, `val` and `test` is, of those that a data set names.
+
+    `val` is the held-out split where there is `test` too, and the test split elsewhere. Returns None where
+    that leaves no training or no test images.
+
+    >>> name_splits(["train", "val"])
+    {'train': 'train', 'val': 'test'}
+    """
+    if {"train", "val", "test"} <= set(words):
+        return {"train": "train", "val": "heldout", "test": "test"}
+    for test in ("test", "val"):
+        if {"train", test} <= set(words):
+            return {"train": "train", test: "test"}
+    return None
+
+
+def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    """Return the classes that occur, and each label's number among them.
+
+    Whole numbers are sorted as such, all else as text.
+
+    >>> number_classes(["10", "9", "10"])[0]
+    ('9', '10')
+    """
+    found = set(labels)
+    order = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+    numbers = {name: number for number, name in enumerate(order)}
+    return tuple(order), np.array([numbers[label] for label in labels], dtype=np.int64)
+
+
+def assemble(
+    images: Sequence[OriginalFile],
+    classes: tuple[str, ...],
+    labels: Labels,
+    words: Sequence[str],
+    where: Path,
+) -> LabelledImages:
+    """Return a data set of images with their labels and the words of their splits, or no words at all.
+
+    Raises DataError for fewer than two classes, and for a class or a split that training lacks.
+    """
+    if len(classes) < 2:
+        raise DataError(f"{where}: {len(classes)} classes, expected at least 2")
+    splits: dict[str, ImageNumbers] = {"train": np.arange(len(labels))}
+    if words:
+        found = set(words)
+        names = {"train": "train"} if found == {"train"} else name_splits(found)
+        if names is None:
+            raise DataError(f"{where}: of train, val and test it has {' and '.join(sorted(found))} alone")
+        each = np.array(words)
+        splits = {split: np.flatnonzero(each == word) for word, split in names.items()}
+    check_training(classes, labels[splits["train"]], where)
+    return LabelledImages(classes, images, labels, splits)
+
+
+def check_training(classes: Sequence[str], labels: Labels, where: Path | str) -> None:
+    """Raise DataError where the training images, of these labels, lack a class."""
+    counts = np.bincount(labels, minlength=len(classes))
+    if not counts.all():
+        raise DataError(f"{where}: no training image of class {classes[int(counts.argmin())]!r}")

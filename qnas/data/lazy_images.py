@@ -1,0 +1,117 @@
+"""Images that are decoded and fitted to one resolution each time they are read."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tv
+
+from qnas.common.errors import DataError
+from qnas.data.dataset_items import DatasetItem
+from qnas.data.decoding import DrawBox, cut_out, decode
+from qnas.data.image_files import ImageNumbers, OriginalFile
+
+Original = Tensor | OriginalFile | DatasetItem  # an image before it is fitted to a resolution
+
+
+class LazyImages(Dataset[Tensor]):
+    """Original images as uint8 images of one resolution, decoded each time they are read.
+
+    `originals` are uint8 (N, C, H, W), or one image each; `order` holds the numbers of those that are here.
+    """
+
+    def __init__(
+        self,
+        originals: Tensor | Sequence[Original],
+        order: ImageNumbers,
+        *,
+        resolution_px: int,
+        channels: int,
+        pads: bool,
+    ) -> None:
+        self.originals = originals
+        self.order = order
+        self.resolution_px = resolution_px
+        self.channels = channels
+        self.pads = pads
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the decoded images."""
+        return len(self.order), self.channels, self.resolution_px, self.resolution_px
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one image (C, H, W) as uint8. Raises BrokenImageError for a damaged file."""
+        original = self.originals[int(self.order[index])]
+        return self.fit(read_pixels(original, self.resolution_px), _where(original))
+
+    def cut(self, index: int, draw: DrawBox) -> Tensor:
+        """Return the drawn box of one image, resized: (C, H, W), uint8. Raises BrokenImageError."""
+        original = self.originals[int(self.order[index])]
+        px = self.resolution_px
+        image = _to_channels(read_pixels(original, px, draw), self.channels, _where(original))
+        return tv.resize(image, [px, px], antialias=True)  # type: ignore[no-any-return]  # torchvision's
+
+    def take(self, places: slice | ImageNumbers) -> "LazyImages":
+        """Return some of these images, without decoding them."""
+        return LazyImages(
+            self.originals,
+            self.order[places],
+            resolution_px=self.resolution_px,
+            channels=self.channels,
+            pads=self.pads,
+        )
+
+    def fit(self, images: Tensor, where: str) -> Tensor:
+        """Convert images to channels and resolution: (..., C', H', W') -> (..., C, H, W)."""
+        images = _to_channels(images, self.channels, where)
+        return _to_resolution(images, self.resolution_px, pads=self.pads)
+
+
+def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:
+    """Repeat grey, or weigh colours to grey: (..., C', H, W) -> (..., C, H, W)."""
+    found = images.shape[-3]
+    if found == channels:
+        return images
+    if found == 1:
+        return images.expand(*images.shape[:-3], channels, *images.shape[-2:])
+    if channels == 1:
+        grey: Tensor = tv.rgb_to_grayscale(images)
+        return grey
+    raise DataError(f"{where}: {found} channels cannot become {channels}: expected 1 or {found}")
+
+
+def _to_resolution(images: Tensor, px: int, *, pads: bool) -> Tensor:
+    """Cut out the central square and resize it: (..., H', W') -> (..., px, px).
+
+    Cutting first is the usual resize of the shorter side and central crop, with memory that does not
+    grow with the longer side. Where `pads`, slightly smaller images get a black border instead: they
+    keep their pixels, and their background is black. Photographs have none, so they are resized.
+    """
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    if height != width:
+        images = tv.center_crop(images, [side, side])
+    if pads and side < px < 1.5 * side:
+        images = tv.center_crop(images, [px, px])
+    elif side != px:
+        images = tv.resize(images, [px, px], antialias=True)
+    return images
+
+
+def read_pixels(original: Original, resolution_px: int | None = None, draw: DrawBox | None = None) -> Tensor:
+    """Return an image, or the drawn box of it, as uint8 (C, H, W), not resized yet.
+
+    With a resolution, a large JPEG may be decoded at a fraction of its size. Raises BrokenImageError.
+    """
+    if isinstance(original, OriginalFile):
+        return decode(original, resolution_px, draw)
+    image = original if isinstance(original, Tensor) else original.read()
+    return image if draw is None else cut_out(image, draw(*image.shape[-2:]))
+
+
+def _where(original: Original) -> str:
+    return "images" if isinstance(original, Tensor) else original.where

@@ -1,0 +1,179 @@
+"""Loading of a data set: read, split, decoded to one resolution where it fits into memory."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qnas.common.errors import UsageError
+from qnas.data.broken_images import (
+    MAX_BROKEN,
+    BrokenImage,
+    BrokenImages,
+    check_broken,
+    find_broken,
+    read_or_broken,
+)
+from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
+from qnas.data.decoding import chunked, in_threads
+from qnas.data.digest import digest_of
+from qnas.data.image_data import ImageData, Split, take_images
+from qnas.data.image_files import ImageNumbers
+from qnas.data.labelled_images import LabelledImages
+from qnas.data.lazy_images import LazyImages
+from qnas.data.normalisation import channel_statistics
+from qnas.data.sources import DataSpec, open_dataset
+from qnas.data.splits import SPLITS, complete_splits, without_broken
+
+MEMORY_LIMIT_BYTES = 3_000_000_000  # decoded images of all splits together; above it they stay encoded
+
+
+def load_data(
+    data: str | DataSpec | Datasets | AnyDataset,
+    *,
+    resolution_px: int,
+    channels: int = 3,
+    heldout_fraction: float = 0.2,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    max_broken: float | None = MAX_BROKEN,
+    keep_originals: bool = False,
+    quiet: bool = False,
+) -> ImageData:
+    """Read, split and decode a data set.
+
+    `data` is a kind of data such as `digits` or `imagefolder:DIR`, a map-style Dataset, or `Datasets` for
+    several splits or with options. Held-out images are taken from the training images, the same ones in
+    every run, unless the data set has all of train, val and test: then val is the held-out split. From a data
+    set without test images a fifth of its images are taken first.
+
+    Where the pixels of all splits take up to `memory_limit_bytes`, every image is decoded now, once. Above,
+    images are decoded for each batch, and `mean` and `std` are those of some of the training images. With
+    `keep_originals` the images at full size are kept too, for random crops.
+
+    Broken images are left out, up to a share `max_broken` of all. With None they are not searched for where
+    images are not decoded now, and raise when they are read.
+
+    Raises DataError where images are missing, damaged or too few, and UsageError for a fraction outside
+    0 to 1.
+    """
+    assert resolution_px >= 1, resolution_px
+    assert channels >= 1, channels
+    if not 0 < heldout_fraction < 1:
+        raise UsageError(f"the held-out fraction must lie between 0 and 1, got {heldout_fraction}")
+    if max_broken is not None and not 0 <= max_broken <= 1:
+        raise UsageError(f"max_broken {max_broken}: expected a share of the images, 0 to 1")
+    most = 0.0 if max_broken is None else max_broken
+    source = _open(data, memory_limit_bytes, most, quiet=quiet)
+    splits = complete_splits(source, heldout_fraction)
+    if source.broken:
+        splits = without_broken(source, splits, source.broken)
+    order = np.concatenate([splits[split] for split in SPLITS])
+    lazy = LazyImages(source.images, order, resolution_px=resolution_px, channels=channels, pads=source.pads)
+    images: Tensor | LazyImages = lazy
+    broken: BrokenImages = {}
+    if int(np.prod(lazy.shape, dtype=object)) <= memory_limit_bytes:
+        images, broken = _decode_all(lazy, most, source.source, quiet=quiet)
+    elif max_broken is not None:
+        broken = find_broken(source.images, max_broken, source.source, quiet=quiet)
+    if broken:
+        splits = without_broken(source, splits, broken)
+        kept = np.flatnonzero(~np.isin(order, list(broken)))
+        lazy = lazy.take(kept)
+        images = lazy if isinstance(images, LazyImages) else take_images(images, torch.from_numpy(kept))
+    broken = {**source.broken, **broken}
+    check_broken(broken, len(source), most, source.source)
+    return _assemble(source, splits, images, lazy, broken, keep_originals=keep_originals)
+
+
+def _open(
+    data: str | DataSpec | Datasets | AnyDataset, memory_limit_bytes: int, most: float, *, quiet: bool
+) -> LabelledImages:
+    if isinstance(data, str | DataSpec):
+        return open_dataset(data)
+    if isinstance(data, LabelledImages):
+        return data
+    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
+
+
+def _assemble(
+    source: LabelledImages,
+    splits: Mapping[str, ImageNumbers],
+    images: Tensor | LazyImages,
+    lazy: LazyImages,
+    broken: BrokenImages,
+    *,
+    keep_originals: bool,
+) -> ImageData:
+    """Return the data set of images (N, C, H, W) that lie in the order of SPLITS."""
+    labels = torch.from_numpy(source.targets[lazy.order])
+    heldout, test, end = np.cumsum([len(splits[split]) for split in SPLITS]).tolist()
+    mean, std = channel_statistics(_part(images, 0, test))
+
+    def split(name: str, start: int, stop: int) -> Split:
+        originals = lazy.take(slice(start, stop)) if keep_originals else None
+        return Split(name, _part(images, start, stop), labels[start:stop], mean, std, source.flip, originals)
+
+    return ImageData(
+        name=source.name,
+        classes=source.classes,
+        train=split("train", 0, heldout),
+        heldout=split("heldout", heldout, test),
+        test=split("test", test, end),
+        train_and_heldout=split("train_and_heldout", 0, test),
+        resolution_px=lazy.resolution_px,
+        channels=lazy.channels,
+        digest=digest_of(source, broken),
+        broken=tuple(each for _, each in sorted(broken.items())),
+        notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),
+    )
+
+
+def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
+    """Return a warning where images change from one reading to the next, or where they may unnoticed.
+
+    `keeps` says whether every image is read once and kept.
+    """
+    if not source.changing:
+        if source.fingerprint is None:
+            return ()
+        compared = f"of {len(source)} images {SAMPLE} were compared"
+        return (f"{source.name}: a resumed run is exact if an index always gives the same image: {compared}",)
+    changing = f"{source.changing} was a different image when it was read again"
+    if keeps or isinstance(source.images[0], Tensor):
+        return (f"{changing}: this run keeps the images that it read, but a resumed run may see others",)
+    return (f"{changing}: images may differ in every epoch, and a resumed run is not exactly the same run",)
+
+
+def _part(images: Tensor | LazyImages, start: int, end: int) -> Tensor | LazyImages:
+    return images[start:end] if isinstance(images, Tensor) else images.take(slice(start, end))
+
+
+def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tuple[Tensor, BrokenImages]:
+    """Return all images in one array (N, C, H, W), channels last in memory, and the broken ones by number.
+
+    Broken images are black. Raises DataError once they are more than a share `most`.
+    """
+    count, channels, height, width = lazy.shape
+    images = torch.zeros((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+    broken: dict[int, BrokenImage] = {}
+    with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
+        if isinstance(lazy.originals, Tensor):
+            for chunk in chunked(count, 1024):
+                chosen = torch.from_numpy(lazy.order[chunk.start : chunk.stop])
+                images[chunk.start : chunk.stop] = lazy.fit(lazy.originals[chosen], "images")
+                bar.update(len(chunk))
+        else:
+            # in chunks, so that too many damaged files end it early
+            chunks = in_threads(partial(read_or_broken, lazy), chunked(count))
+            for chunk, decoded in zip(chunked(count), chunks, strict=True):
+                for place, image in zip(chunk, decoded, strict=True):
+                    if isinstance(image, Tensor):
+                        images[place] = image
+                    else:
+                        broken[int(lazy.order[place])] = image
+                check_broken(broken, count, most, where)
+                bar.update(len(chunk))
+    return images, broken
