@@ -29,7 +29,8 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.nn.subnet import build_subnet
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import Searcher
 from qnas.solver.derive import sample_near
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_from_indices

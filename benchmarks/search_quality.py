@@ -67,8 +67,9 @@ from qnas.data.images import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.nn import blocks
+from qnas.search.config import SearchConfig
 from qnas.search.rerank import STANDARD_ERRORS, ranking_document
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.searcher import Searcher
 from qnas.solver.derive import Indices, largest, macs_guided, solve_best
 from qnas.solver.limits import Limits, latency_limit
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch

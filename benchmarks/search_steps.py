@@ -53,7 +53,8 @@ from qnas.nn.blocks import count_parameters
 from qnas.nn.mixed_block import Mixture, Route
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import Supernet, sample_path
-from qnas.search.searcher import PRESETS, SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import PRESETS, Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space, parse_space

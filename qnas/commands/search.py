@@ -216,8 +216,9 @@ def _search(
     from qnas.data.sources import parse_data_spec
     from qnas.runs.names import BROKEN_FILE
     from qnas.runs.text import describe_limits, wrapped
+    from qnas.search.config import preset_for
     from qnas.search.search_result import run_search
-    from qnas.search.searcher import Searcher, check_searchable, preset_for
+    from qnas.search.searcher import Searcher, check_searchable
     from qnas.spaces.lower import check_resolution
     from qnas.training.loop import run_to_end, set_up_process
     from qnas.training.processes import world_of_environment

@@ -141,8 +141,8 @@ def train_subnet(
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.loop import set_up_process
     from qnas.training.processes import world_of_environment
-    from qnas.training.recipe import DEFAULTS, Recipe, load_recipe
-    from qnas.training.subnet_trainer import TrainConfig, has_supernet, supernet_file
+    from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
+    from qnas.training.subnet_trainer import has_supernet, supernet_file
     from qnas.training.subnet_trainer import train_subnet as train
     from qnas.training.teacher import load_teacher
 

@@ -27,10 +27,10 @@ from qnas.nn.mixed_block import (
     Grid,
     NestedChoice,
     Route,
-    WeightsMode,
     grid_of,
     make_choice,
 )
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet, module_name, subnet_state
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch

@@ -21,8 +21,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from qnas.common.errors import ArchError, CheckpointError, UsageError, first_line
 from qnas.data.images import ImageData, Split, batch_count
-from qnas.nn.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
-from qnas.nn.mixed_block import WEIGHTS_MODES, WeightsMode
+from qnas.nn.gradients import GRADIENTS
+from qnas.nn.modes import GRADIENT_FORMS, WEIGHTS_MODES, GradientForm, WeightsMode, gradient_for
 from qnas.nn.supernet import (
     Supernet,
     even_logits,
@@ -32,25 +32,21 @@ from qnas.nn.supernet import (
     log_probabilities,
     sample_path,
 )
+from qnas.search.config import LatencyLoss
 from qnas.search.diagnostics import Sight, Watch, make_watch
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, count_effects, measure_effects
-from qnas.search.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised, settle
+from qnas.search.penalty import LATENCY_LOSSES, Multiplier, penalised, settle
 from qnas.search.rerank import Ranked, rerank, score_subnet, screen
 from qnas.solver.derive import K_BEST, Indices, Scores, Solution, check_feasible, solve, solve_best
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
-from qnas.training.acceleration import (
-    Precision,
-    TorchDevice,
-    check_acceleration,
-    choose_acceleration,
-    compile_blocks,
-)
+from qnas.training.acceleration import check_acceleration, choose_acceleration, compile_blocks
 from qnas.training.loop import check_finite, stream
 from qnas.training.optimizer import PathAdamW, make_optimizer, make_schedule, weight_step
 from qnas.training.processes import ALONE, World
 from qnas.training.scoring import ImageScores, Score, batch_statistics
+from qnas.training.settings import Precision, TorchDevice
 
 # Second: ProxylessNAS has 0.999 for searches of many thousand steps; a short one must forget sooner
 # how strong the pressure was on the way to the budget.

@@ -46,13 +46,7 @@ from qnas.runs.names import (
 from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened
 from qnas.runs.tensors import load_supernet, save_tensors
-from qnas.training.acceleration import (
-    Precision,
-    TorchDevice,
-    check_acceleration,
-    choose_acceleration,
-    compile_blocks,
-)
+from qnas.training.acceleration import check_acceleration, choose_acceleration, compile_blocks
 from qnas.training.evaluation import Tally, accuracy_facts, measure_speed, size_facts, tally
 from qnas.training.loop import check_finite, run_to_end, stream
 from qnas.training.optimizer import ReLinear, Teacher, make_optimizer, make_schedule, weight_step
@@ -60,6 +54,7 @@ from qnas.training.predictions import predict
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe
 from qnas.training.scoring import Score
+from qnas.training.settings import Precision, TorchDevice
 
 SAMPLE_IMAGES = 16  # of the test images, kept to check an export with
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from qnas.common.errors import UsageError
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
-from qnas.nn.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
-from qnas.nn.mixed_block import FactoredMixture, Gated, WeightsMode
+from qnas.nn.gradients import GRADIENTS
+from qnas.nn.mixed_block import FactoredMixture, Gated
+from qnas.nn.modes import GRADIENT_FORMS, GradientForm, WeightsMode, gradient_for
 from qnas.nn.supernet import LimitTensors, Supernet, expected_latency, limit_tensors, probabilities
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.block_order import block_labels, take_first_places

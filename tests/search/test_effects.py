@@ -17,6 +17,7 @@ from qnas.data.images import ImageData, load_data, normalise
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
+from qnas.search.config import SearchConfig
 from qnas.search.effects import (
     IMAGES,
     NETWORKS_PER_EFFECT,
@@ -27,7 +28,7 @@ from qnas.search.effects import (
     fit_effects,
     measure_effects,
 )
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.searcher import Searcher
 from qnas.solver.derive import Indices, Scores, sample_near
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.arch import arch_from_indices

@@ -26,23 +26,17 @@ from qnas.data.images import ImageData, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
-from qnas.nn.mixed_block import Gated, Route, WeightsMode
+from qnas.nn.mixed_block import Gated, Route
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import limit_tensors, log_probabilities, sample_path
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUBNET_FOLDER, SUPERNET_FILE
+from qnas.search.config import Paths, SearchConfig
 from qnas.search.penalty import LATENCY_LOSSES
 from qnas.search.search_result import run_search
-from qnas.search.searcher import (
-    FINAL_TEMPERATURE,
-    PRESETS,
-    SNAPSHOTS,
-    Paths,
-    SearchConfig,
-    Searcher,
-    check_searchable,
-)
+from qnas.search.searcher import FINAL_TEMPERATURE, PRESETS, SNAPSHOTS, Searcher, check_searchable
 from qnas.solver.derive import sample_near
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
 from qnas.spaces.space import SearchSpace, load_space

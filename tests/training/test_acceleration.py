@@ -12,7 +12,8 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
 from qnas.nn.blocks import QuadraBlock
-from qnas.search.searcher import PRESETS, SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import PRESETS, Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import (

@@ -28,15 +28,16 @@ from qnas.nn.batch_norm import BatchNorm2d
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training import processes as distributed
 from qnas.training.loop import run_to_end
 from qnas.training.processes import ALONE, World, digest, joined, world_of_environment
-from qnas.training.recipe import Recipe
-from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.subnet_trainer import SubnetTrainer, train_subnet
 
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="torch does not fork once it has seen a GPU")
 
