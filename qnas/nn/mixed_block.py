@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import QuadraBlock, build_block
 from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
 from qnas.spaces.lower import BlockSpec, Slot, fill
 from qnas.spaces.space import Candidate, Position, SearchSpace

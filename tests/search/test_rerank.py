@@ -15,15 +15,8 @@ from qnas.latency.table import compute_table
 from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet, save_tensors
-from qnas.search.rerank import (
-    SCREEN_IMAGES,
-    prefer,
-    ranking_document,
-    rerank,
-    rerank_saved,
-    score_subnet,
-    screen,
-)
+from qnas.search.rerank import SCREEN_IMAGES, prefer, ranking_document, rerank, score_subnet, screen
+from qnas.search.selection import rerank_saved
 from qnas.solver.derive import Indices, Solution, solve_best
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch

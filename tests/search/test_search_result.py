@@ -23,7 +23,8 @@ from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FI
 from qnas.runs.plots import draw_budget, read_rows
 from qnas.runs.run_folder import read_config
 from qnas.search.config import SearchConfig
-from qnas.search.rerank import ranking_document, rerank_saved
+from qnas.search.rerank import ranking_document
+from qnas.search.selection import rerank_saved
 from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
 from qnas.search.searcher import Searcher
 from qnas.solver.derive import largest, macs_guided, solve_best

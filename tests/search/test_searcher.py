@@ -36,12 +36,14 @@ from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUBNET_FOLDER,
 from qnas.search.config import Paths, SearchConfig
 from qnas.search.penalty import LATENCY_LOSSES
 from qnas.search.search_result import run_search
-from qnas.search.searcher import FINAL_TEMPERATURE, PRESETS, SNAPSHOTS, Searcher, check_searchable
+from qnas.search.searcher import PRESETS, Searcher
+from qnas.search.schedule import FINAL_TEMPERATURE, SNAPSHOTS
+from qnas.search.problem import check_searchable
 from qnas.solver.derive import sample_near
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
-from qnas.training.subnet_trainer import inherit
+from qnas.training.supernet_weights import inherit
 
 CONFIG = SearchConfig(
     preset="test",

@@ -36,7 +36,9 @@ from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.optimizer import Teacher
 from qnas.training.recipe import Recipe, TrainConfig, parse_recipe
-from qnas.training.subnet_trainer import SubnetTrainer, drop_blocks, train_subnet
+from qnas.training.regularisation import drop_blocks
+from qnas.training.subnet_trainer import SubnetTrainer
+from qnas.training.trained_subnet import train_subnet
 
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 EVERYTHING: dict[str, Any] = {
