@@ -291,7 +291,7 @@ def epoch_seconds(space: SearchSpace, limits: Limits, data: ImageData, config: S
     start = time.process_time()
     for _ in range(PILOT_STEPS):
         searcher.step()
-    return (time.process_time() - start) / PILOT_STEPS * searcher.steps_per_epoch
+    return (time.process_time() - start) / PILOT_STEPS * searcher.schedule.steps_per_epoch
 
 
 def plan_epochs(warm_up_s: float, search_s: float, seconds: float, warm_up_share: float) -> tuple[int, int]:

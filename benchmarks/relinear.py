@@ -131,7 +131,7 @@ def train(
         network = build_subnet(space, arch, len(data.classes))
         if recipe.linear_start:
             start_linear(network)
-        trainer = SubnetTrainer(network, data, TrainConfig(recipe, torch_device="cpu", seed=seed))
+        trainer = SubnetTrainer(network, data, TrainConfig(recipe=recipe, torch_device="cpu", seed=seed))
         losses: list[float] = []
         failed = None
         try:

@@ -117,7 +117,7 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
         _whole: Any = None  # the same command with all its options, made when it is used
 
         @property
-        def params(self) -> list[Any]:  # type: ignore[override]  # an attribute of the base class
+        def params(self) -> list[Any]:
             return list(self._completed().params)
 
         @params.setter
@@ -125,7 +125,7 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
             pass
 
         @property
-        def callback(self) -> Any:  # type: ignore[override]  # an attribute of the base class
+        def callback(self) -> Any:
             return self._completed().callback
 
         @callback.setter

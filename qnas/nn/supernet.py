@@ -312,7 +312,8 @@ def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
 
     (positions, candidates), float64: the distribution of maximum entropy, `qnas.solver.max_entropy`.
     """
-    strengths = max_entropy_strengths(*(part.numpy() for part in limits), mask.numpy())
+    fixed, amounts, limit = (part.numpy() for part in limits)
+    strengths = max_entropy_strengths(fixed, amounts, limit, mask.numpy())
     cells = limits.cells / limits.limit[:, None, None]
     return -(torch.from_numpy(strengths)[:, None, None] * cells).sum(0)
 

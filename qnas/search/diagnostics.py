@@ -84,8 +84,8 @@ class Watch:
         return self._new(
             {
                 "guessing": guesses
-                and f"the loss is still that of guessing, {self.guess:.2f} nats: the labels may not belong to the "
-                "images, or the training is too short",
+                and f"the loss is still that of guessing, {self.guess:.2f} nats: the labels may not "
+                "belong to the images, or the training is too short",
                 "rising": not guesses
                 and mean > RISEN * self.lowest_loss
                 and f"the loss has risen to {mean:.2f} nats from {self.lowest_loss:.2f}: the paths that the "

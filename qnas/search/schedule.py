@@ -1,4 +1,4 @@
-"""The schedule of a search: when it warms up, searches and settles, and the temperature and rate of each step."""
+"""The schedule of a search: its warm-up and settling, and the temperature and rate of each step."""
 
 from dataclasses import dataclass
 

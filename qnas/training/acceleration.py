@@ -65,8 +65,8 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
         return Acceleration(torch.device("cpu"), _DTYPES["fp32" if precision == "auto" else precision])
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
-            f"process {local_rank} of this machine has no GPU, as there are {torch.cuda.device_count()}: start "
-            "as many processes as GPUs, or choose torch_device cpu"
+            f"process {local_rank} of this machine has no GPU, as there are {torch.cuda.device_count()}: "
+            "start as many processes as GPUs, or choose torch_device cpu"
         )
     device = torch.device("cuda", local_rank)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it

@@ -65,7 +65,7 @@ def balanced_loss(labels: Tensor, classes: int) -> WeightedCrossEntropy:
 
 
 def mean_loss(loss: LossFunction, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean loss of a batch, a scalar; smoothing spreads a share of each target over all classes."""
+    """Return the mean loss of a batch, a scalar; smoothing spreads a share of it over all classes."""
     if loss is cross_entropy:  # in one fused call
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if label_smoothing:
@@ -89,7 +89,9 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Return the mean over the classes of the share of their images that are classified correctly."""
     right = (predicted == labels).double()
-    return float(torch.stack([right[labels == label].mean() for label in labels.unique()]).mean())
+    return float(
+        torch.stack([right[labels == label].mean() for label in torch.bincount(labels).nonzero()]).mean()
+    )
 
 
 @dataclass(frozen=True)

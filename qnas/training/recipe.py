@@ -72,7 +72,8 @@ class Recipe(SettingsFile):
     randaugment_std: Number = Field(default=0.0, description="Standard deviation of that magnitude.")
     mixup: Number = Field(
         default=0.0,
-        description="Alpha of mixup's Beta distribution; 0 is off. With cutmix, each batch has one of the two.",
+        description="Alpha of mixup's Beta distribution; 0 is off. With cutmix, each batch has one of "
+        "the two.",
     )
     cutmix: Number = Field(default=0.0, description="Alpha of cutmix's Beta distribution; 0 is off.")
     random_erasing: Annotated[Number, Field(le=1)] = Field(

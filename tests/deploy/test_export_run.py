@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / ARCH_FILE, document)
     data = load_data(parse_data_spec("digits"), resolution_px=8)
     config = TrainConfig(
-        Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
+        recipe=Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
     )
     train_subnet(
         FoundArch(space, arch, document, folder),
@@ -66,7 +66,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / SUBNET_FOLDER,
         {"data": "digits", "data_digest": data.digest, "versions": {"qnas": "9.9"}},
         from_supernet=False,
-        quiet=True,
     )
     return folder
 

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError
-from qnas.data.images import ImageData, batches, load_data
+from qnas.data.images import ImageData, Split, batches, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.tensors import save_tensors
-from qnas.training.predictions import WORST, predict
-from qnas.training.scoring import evaluate
+from qnas.training.predictions import WORST, prediction_tensors
+from qnas.training.scoring import Forward, classify, evaluate
+
+
+def predict(forward: Forward, split: Split) -> dict[str, Tensor]:
+    return prediction_tensors(classify(forward, batches(split, 256)), split)
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,9 @@ def test_the_supernets_batch_statistics_are_measured_for_its_largest(
 def test_a_trained_network_teaches_with_its_own_normalisation(
     source: FoundArch, digits: ImageData, tmp_path: Path
 ) -> None:
-    how = TrainConfig(Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3))
+    how = TrainConfig(recipe=Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3))
     folder = tmp_path / "trained"
-    train_subnet(source, digits, how, folder, {"data": "digits"}, from_supernet=False, quiet=True)
+    train_subnet(source, digits, how, folder, {"data": "digits"}, from_supernet=False)
     network = build_subnet(source.space, source.arch, 10).eval()
     network.load_state_dict(load_tensors(folder / WEIGHTS_FILE))
     teacher, digest = load_teacher(str(folder), source, digits, **OPTIONS)
@@ -83,9 +83,7 @@ def test_a_trained_network_teaches_with_its_own_normalisation(
     assert load_teacher(str(folder), source, digits, **OPTIONS)[1] == digest
     # and a student of it learns with it
     again = tmp_path / "student"
-    train_subnet(
-        source, digits, how, again, {"data": "digits"}, from_supernet=False, teacher=teacher, quiet=True
-    )
+    train_subnet(source, digits, how, again, {"data": "digits"}, from_supernet=False, teacher=teacher)
     plain, taught = (
         [json.loads(line)["loss"] for line in (f / METRICS_FILE).read_text().splitlines()]
         for f in (folder, again)
@@ -125,7 +123,7 @@ def test_timms_models_teach_where_their_classes_fit(
     classes = 7
     with pytest.raises(UsageError, match="knows 7 classes, the data have 10"):
         load_teacher("timm:test_resnet", source, digits, **OPTIONS)
-    with pytest.raises(UsageError, match="--teacher timm:no_such: Unknown model"):
+    with pytest.raises(UsageError, match="teacher timm:no_such: Unknown model"):
         load_teacher("timm:no_such", source, digits, **OPTIONS)
 
 
