@@ -31,7 +31,8 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.nn.subnet import build_subnet
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import Searcher
 from qnas.solver.derive import sample_near
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_from_indices
@@ -292,7 +293,7 @@ def epoch_seconds(space: SearchSpace, limits: Limits, data: ImageData, config: S
     start = time.process_time()
     for _ in range(PILOT_STEPS):
         searcher.step()
-    return (time.process_time() - start) / PILOT_STEPS * searcher.steps_per_epoch
+    return (time.process_time() - start) / PILOT_STEPS * searcher.schedule.steps_per_epoch
 
 
 def plan_epochs(warm_up_s: float, search_s: float, seconds: float, warm_up_share: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ RESULTS.md. Two hours on one thread for two data sets; --parts does some of it.
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.nn import blocks
+from qnas.search.evaluator import evaluator_of
 from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import Arch
@@ -149,12 +150,15 @@ def score_networks(
     limits = (latency_limit(table, middle_ms(table)),)
     config = base_config(arm, seed=0)
     epochs = max(1, round(seconds / epoch_seconds(space, limits, data, config)))
-    searcher = Searcher(space, limits, data, replace(config, warmup_epochs=epochs, paths="probabilities"))
+    searcher = Searcher(
+        space, limits, data, config.override({"warmup_epochs": epochs, "paths": "probabilities"})
+    )
     start = time.process_time()
     while searcher.is_warming_up:
         searcher.step()
     spent = time.process_time() - start
-    scores = [asdict(searcher.score(arch, data.heldout)) for arch in networks]
+    evaluator = evaluator_of(searcher.state)
+    scores = [asdict(evaluator.score(arch, data.heldout)) for arch in networks]
     cache.put(parts, {"epochs": epochs, "trained_s": spent, "scores": scores})
     print(f"{data.name} {arm}: {epochs} epochs in {spent:.0f} s", flush=True)
 

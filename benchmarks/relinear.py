@@ -45,8 +45,8 @@ from qnas.spaces.arch import Arch
 from qnas.spaces.lower import smallest_and_largest
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
-from qnas.training.recipe import Recipe
-from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.subnet_trainer import SubnetTrainer
 
 BASE = Recipe(epochs=5, batch_size=64, resolution_px=32, learning_rate=3e-3, warmup_epochs=0.5)
 RATES = (1.0, 3.0, 10.0)  # times the base's
@@ -131,7 +131,7 @@ def train(
         network = build_subnet(space, arch, len(data.classes))
         if recipe.linear_start:
             start_linear(network)
-        trainer = SubnetTrainer(network, data, TrainConfig(recipe, torch_device="cpu", seed=seed))
+        trainer = SubnetTrainer(network, data, TrainConfig(recipe=recipe, torch_device="cpu", seed=seed))
         losses: list[float] = []
         failed = None
         try:

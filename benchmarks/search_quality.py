@@ -67,9 +67,13 @@ from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
 from qnas.nn import blocks
+from qnas.search.config import SearchConfig
+from qnas.search.evaluator import evaluator_of
+from qnas.search.figures import probability_figures
 from qnas.search.rerank import STANDARD_ERRORS, ranking_document
-from qnas.search.searcher import SearchConfig, Searcher
-from qnas.solver.derive import Indices, largest, macs_guided, solve_best
+from qnas.search.searcher import Searcher
+from qnas.search.selection import select
+from qnas.solver.derive import Indices, largest, macs_guided, solve, solve_best
 from qnas.solver.limits import Limits, latency_limit
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -229,9 +233,9 @@ def search(
     config = base_config(arm, seed)
     if epochs is None:
         warm_up_s = epoch_seconds(space, limits, data, config)
-        search_s = epoch_seconds(space, limits, data, replace(config, warmup_epochs=0))
+        search_s = epoch_seconds(space, limits, data, config.override({"warmup_epochs": 0}))
         epochs = plan_epochs(warm_up_s, search_s, seconds, WARM_UP_SHARE)
-    config = replace(config, warmup_epochs=epochs[0], search_epochs=epochs[1])
+    config = config.override({"warmup_epochs": epochs[0], "search_epochs": epochs[1]})
     searcher = Searcher(space, limits, data, config)
     start = time.process_time()
     while searcher.steps_done < searcher.total_steps:
@@ -245,22 +249,25 @@ def search(
 
 def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     """Return what a trained supernet ends with, and what it says of the random networks."""
-    space, heldout = setting.space, searcher.data.heldout
+    space, heldout = setting.space, searcher.problem.data.heldout
     start = time.process_time()
-    effects = searcher.measure_effects()
-    ranked = searcher.rank(searcher.screen(searcher.derive_best(effects)))
+    state, evaluator = searcher.state, evaluator_of(searcher.state)
+    selection = select(state)
+    effects, ranked = selection.effects, selection.ranking
     derived_s = time.process_time() - start
-    scores = effects.scores if effects else searcher.log_probabilities
+    scores = selection.scores
     by_macs = macs_guided(space, scores, setting.limits)
     return {
         "derived_s": derived_s,
-        "expected_ms": searcher.expected_ms,
-        **searcher.describe_probabilities(),
+        "expected_ms": float(state.expected[0]),
+        **probability_figures(state),
         "ranked": ranking_document(ranked),
-        "random_heldout": [searcher.score(arch, heldout).accuracy for arch in random_networks(setting)],
+        "random_heldout": [evaluator.score(arch, heldout).accuracy for arch in random_networks(setting)],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
-        "most_probable": arch_from_indices(space, searcher.derive().indices).choices,
-        "log_probabilities": searcher.log_probabilities,
+        "most_probable": arch_from_indices(
+            space, solve(state.log_probabilities, searcher.problem.limits).indices
+        ).choices,
+        "log_probabilities": state.log_probabilities,
         "effects": effects and asdict(effects),
     }
 
@@ -288,7 +295,7 @@ def contenders(
                 "by effects": arch_from_indices(setting.space, first_by_effects(setting, row)).choices,
                 "re-ranked": ranked[0]["choices"],
             }
-            if setting is quadra and arm == SearchConfig.weights:
+            if setting is quadra and arm == SearchConfig.model_fields["weights"].default:
                 best = max(ranked, key=lambda entry: entry["heldout_accuracy"])
                 chosen["by accuracy"] = best["choices"]
             if setting is quadra and row["by_macs"]:

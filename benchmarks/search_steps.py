@@ -54,7 +54,8 @@ from qnas.nn.blocks import count_parameters
 from qnas.nn.mixed_block import Mixture, Route
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import Supernet, sample_path
-from qnas.search.searcher import PRESETS, SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space, parse_space
@@ -229,7 +230,7 @@ def random_batch() -> tuple[Tensor, Tensor]:
 def searcher_of(space: SearchSpace, weights: Any, gradient: Any) -> Searcher:
     """Return a search that is past its warm-up."""
     config = SearchConfig(
-        "benchmark",
+        preset="benchmark",
         resolution_px=RESOLUTION_PX,
         warmup_epochs=0,
         search_epochs=1000,  # the temperature stays at its start
@@ -362,7 +363,7 @@ def measure_pipeline(space: SearchSpace, clock: Clock, steps: int = 60) -> dict[
     """Return what share of a weight step the batch takes."""
     shares = {}
     for name, split in (("digits", digits().train), ("50,000 images as CIFAR-10's", like_cifar10())):
-        batch_size = PRESETS["digits" if name == "digits" else "small"].batch_size
+        batch_size = SearchConfig.load("digits" if name == "digits" else "small").batch_size
         supernet = Supernet(space, CLASSES, torch.Generator().manual_seed(0)).train()
         optimizer = make_optimizer(supernet.weights, 1e-3, 0.01)
         generator = torch.Generator().manual_seed(1)

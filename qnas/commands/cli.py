@@ -52,9 +52,13 @@ def _root(
 
 # what the list of commands says of each, in the width that it has there
 # from a budget to a network file
-app.command(short_help="Find the best network within a latency budget, or several.")(search.search)
+app.command(cls=search.Command, short_help="Find the best network within a latency budget, or several.")(
+    search.search
+)
 app.command(short_help="Solve a finished search again for other budgets.")(derive.derive)
-app.command("train-subnet", short_help="Train a derived network.")(subnet.train_subnet)
+app.command("train-subnet", cls=subnet.TrainSubnetCommand, short_help="Train a derived network.")(
+    subnet.train_subnet
+)
 app.command(short_help="Write a trained network as files to ship, each checked.")(subnet.export)
 # to look at it
 app.command(short_help="Latency against accuracy over each device's whole range.")(pareto.pareto)

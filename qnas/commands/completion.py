@@ -62,6 +62,13 @@ def recipes(incomplete: str) -> Words:
     return _begin_with(incomplete, ((name, "a recipe") for name in stems("recipes", ".yaml")))
 
 
+def presets(incomplete: str) -> Words:
+    """Complete a shipped search preset."""
+    from qnas.common.resources import stems
+
+    return _begin_with(incomplete, ((name, "a search preset") for name in stems("recipes/search", ".yaml")))
+
+
 def runs(incomplete: str) -> Words:
     """Complete a finished run: those of the folder that is being typed, `runs/` where none is."""
     folder = incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "runs")

@@ -169,7 +169,8 @@ def _rank(
 ) -> tuple[list[dict[str, Any]], "Solution"]:
     """Rank networks by the run's supernet; return the ranking, and its winner."""
     from qnas.common.progress import Progress
-    from qnas.search.rerank import ranking_document, rerank_saved
+    from qnas.search.rerank import ranking_document
+    from qnas.search.selection import rerank_saved
     from qnas.training.loop import set_up_process
 
     set_up_process(config["search"]["threads"])

@@ -21,16 +21,33 @@ if TYPE_CHECKING:
     from qnas.spaces.arch import Arch
     from qnas.spaces.space import SearchSpace
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what a former run wrote.")]
+# panels of a command's help, in the order in which its options come
+BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
+    "Network and budget",
+    "Data",
+    "Length",
+    "Method (for experts)",
+    "Machine",
+    "Output and resuming",
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=OUTPUT)]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the interrupted run in --out.", rich_help_panel=OUTPUT)
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what a former run wrote.", rich_help_panel=OUTPUT)
+]
 Data = Annotated[
     str | None,
     typer.Option(
         help="digits, fashion-mnist:DIR, cifar10:DIR, imagefolder:DIR or shards:DIR. Default: digits for a "
-        "search, else what the run was searched on.",
+        "search, else the data of the search.",
         show_default=False,
+        rich_help_panel=DATA,
     ),
 ]
 MaxBroken = Annotated[
@@ -38,51 +55,22 @@ MaxBroken = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="Share of the images that may be broken: they are left out and listed in the run; with more it "
-        "stops.  [default: 0.01, or as searched]",
+        help="Share of the images that may be broken: they are left out and listed in the run; with more the "
+        "command stops.  [default: 0.01, or as searched]",
         show_default=False,
+        rich_help_panel=DATA,
     ),
 ]
 Space = Annotated[
     str | None,
     typer.Option(
-        help="A shipped space by name, or the path of your own YAML.",
+        help="A shipped search space by name, or the path of a YAML file.",
         autocompletion=completion.spaces,
         show_default=False,
+        rich_help_panel=BUDGET,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random. One seed, one result.")]
-Epochs = Annotated[int | None, typer.Option(min=1, show_default=False)]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Images a step.", show_default=False)]
-Threads = Annotated[
-    int | None, typer.Option(min=0, help="Of torch; 0 takes all cores.  [default: 1 for digits, else 0]")
-]
-TorchDevice = Annotated[
-    str | None,
-    typer.Option(
-        help="Where to train: auto (a GPU if there is one), cpu, cuda.  [default: auto]",
-        autocompletion=completion.one_of("auto", "cpu", "cuda"),
-    ),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="auto (bf16 on a GPU, fp32 on the CPU), fp32, bf16, fp16.  [default: auto]",
-        autocompletion=completion.one_of("auto", "fp32", "bf16", "fp16"),
-    ),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile", help="Compile blocks with torch.compile; does not pay on a CPU."),
-]
-Resolution = Annotated[
-    int | None,
-    typer.Option(
-        "--resolution", min=1, help="Height and width in pixels while training.", show_default=False
-    ),
-]
-
-
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Latency = Annotated[
     str,
     typer.Option(
@@ -97,10 +85,11 @@ Devices = Annotated[
     list[str] | None,
     typer.Option(
         "--device",
-        help="A device by name or alias (qnas devices), or the path of your own device file. Several, each "
+        help="A device by name or alias (qnas devices), or the path of a device file. Several, each "
         "with its --budget in the same order, must all be met.",
         autocompletion=completion.devices,
         show_default=False,
+        rich_help_panel=BUDGET,
     ),
 ]
 Budgets = Annotated[
@@ -109,14 +98,22 @@ Budgets = Annotated[
         "--budget",
         help="The latency that the network may take on the device, with its unit: 30ms, 800us.",
         show_default=False,
+        rich_help_panel=BUDGET,
     ),
 ]
 MaxParams = Annotated[
-    str | None, typer.Option(help="Parameters that the network may have: 2.5M.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Parameters that the network may have: 2.5M.", show_default=False, rich_help_panel=BUDGET
+    ),
 ]
 MaxMacs = Annotated[
     str | None,
-    typer.Option(help="Multiply-adds an image that the network may take: 300M.", show_default=False),
+    typer.Option(
+        help="Multiply-adds an image that the network may take: 300M.",
+        show_default=False,
+        rich_help_panel=BUDGET,
+    ),
 ]
 
 

@@ -133,7 +133,7 @@ def _rank(record: "Record", solved: "Sequence[Solved]", *, quiet: bool) -> "Mapp
     """Return the held-out accuracy of every network that was solved for, each measured once."""
     from qnas.common.progress import Progress
     from qnas.runs.pareto import Accuracy
-    from qnas.search.rerank import rerank_saved
+    from qnas.search.selection import rerank_saved
     from qnas.training.loop import set_up_process
 
     networks = list({s.indices: s for each in solved for s in each.solutions}.values())

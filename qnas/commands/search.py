@@ -1,4 +1,4 @@
-"""`qnas search`: from a budget to an architecture."""
+"""`qnas search`: a search from a budget to an architecture."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnas.commands import completion
+from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import (
+    BUDGET,
+    DATA,
+    EXPERT,
+    LENGTH,
+    MACHINE,
+    OUTPUT,
     AskedLimits,
-    BatchSize,
     Budgets,
-    Compile,
     Data,
     Devices,
     Force,
@@ -20,13 +25,9 @@ from qnas.commands.options import (
     MaxBroken,
     MaxMacs,
     MaxParams,
-    Precision,
     Quiet,
-    Resolution,
     Resume,
     Space,
-    Threads,
-    TorchDevice,
     free_folder,
     print_json,
     versions,
@@ -34,150 +35,107 @@ from qnas.commands.options import (
 from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from qnas.search.config import SearchConfig
     from qnas.search.search_result import SearchResult
-    from qnas.search.searcher import Searcher
+    from qnas.search.state import SearchState
+
+Command = field_command(
+    Fields(
+        "qnas.search.config:SearchConfig",
+        panels={
+            DATA: ("resolution_px", "batch_size"),
+            LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
+            EXPERT: (
+                "loss",
+                "metric",
+                "weights",
+                "gradient",
+                "paths",
+                "nested_weight_steps",
+                "latency_loss",
+                "learning_rate",
+                "arch_learning_rate",
+                "arch_every",
+                "weight_decay",
+                "label_smoothing",
+                "random_networks",
+            ),
+            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+        },
+        flags={"resolution_px": "--resolution", "search_epochs": "--epochs"},
+    )
+)
 
 
+@takes_fields
 def search(
     device: Devices = None,
     budget: Budgets = None,
     max_params: MaxParams = None,
     max_macs: MaxMacs = None,
+    space: Space = None,
     latency: Annotated[
         str | None,
         typer.Option(
             help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.  "
             "[default: device]",
             autocompletion=completion.one_of("device", "nn-meter"),
+            rich_help_panel=BUDGET,
         ),
     ] = None,
-    space: Space = None,
     data: Data = None,
     max_broken: MaxBroken = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one in runs/.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.  [default: 0]")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of searching, after the warm-up.", show_default=False)
-    ] = None,
-    warmup_epochs: Annotated[
-        int | None, typer.Option(min=0, help="Epochs of weights alone, before it.", show_default=False)
-    ] = None,
-    batch_size: BatchSize = None,
-    resolution: Resolution = None,
-    latency_loss: Annotated[
+    preset: Annotated[
         str | None,
         typer.Option(
-            help="multiplier, add-linear or mul-log.  [default: multiplier]",
-            autocompletion=completion.one_of("multiplier", "add-linear", "mul-log"),
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the candidates: independent, shared (slices of the largest) or nested (all at once)."
-            "  [default: shared]",
-            autocompletion=completion.one_of("independent", "shared", "nested"),
+            help="Search settings that options change: digits, small, photos, or the path of a YAML file. "
+            "Default: by the kind of data.",
             show_default=False,
+            autocompletion=completion.presets,
+            rich_help_panel=LENGTH,
         ),
     ] = None,
-    gradient: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the architecture: two-path, all-paths or gumbel; exact for nested weights.",
-            autocompletion=completion.one_of("two-path", "all-paths", "gumbel", "exact"),
-            show_default=False,
-        ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder. Default: a new one in runs/.", rich_help_panel=OUTPUT),
     ] = None,
-    paths: Annotated[
-        str | None,
-        typer.Option(
-            help="That train the weights: drawn even (within the limits), or by the architecture's"
-            " probabilities.  [default: even]",
-            autocompletion=completion.one_of("even", "probabilities"),
-            show_default=False,
-        ),
-    ] = None,
-    effect_networks: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Networks to measure the candidates' effects by; 0 derives by probabilities."
-            "  [default: as many as the effects need]",
-            show_default=False,
-        ),
-    ] = None,
-    k_best: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Networks that are ranked on all held-out images.  [default: 20]",
-            show_default=False,
-        ),
-    ] = None,
-    screened: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Networks that are solved for, of which those of least loss on some of these images are"
-            " ranked.  [default: 16 times as many, fewer in a short search]",
-            show_default=False,
-        ),
-    ] = None,
-    random_networks: Annotated[
-        int | None, typer.Option(min=0, help="Random networks of equal latency to compare with.")
-    ] = None,
-    threads: Threads = None,
-    torch_device: TorchDevice = None,
-    precision: Precision = None,
-    compile_: Compile = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    **changes: Any,
 ) -> None:
     """Search for the best network of a space within a latency budget, or several.
 
     Example: qnas search --device vpu --budget 30ms
     """
+    from qnas.data.sources import parse_data_spec
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
+    from qnas.search.config import PRESET_OF_DATA, SearchConfig
 
     asked: dict[str, Any] = {"space": space, "data": data, "latency": latency, "max_broken": max_broken}
-    config = {
-        "seed": seed,
-        "search_epochs": epochs,
-        "warmup_epochs": warmup_epochs,
-        "batch_size": batch_size,
-        "resolution_px": resolution,
-        "latency_loss": latency_loss,
-        "weights": weights,
-        "gradient": gradient,
-        "paths": paths,
-        "effect_networks": effect_networks,
-        "k_best": k_best,
-        "screened": screened,
-        "random_networks": random_networks,
-        "threads": threads,
-        "torch_device": torch_device,
-        "precision": precision,
-        "compile": compile_,
-    }
     former = _former_request(out) if resume else {}
     for key, default in (("space", "quadranet-mobile"), ("data", "digits"), ("latency", "device")):
         asked[key] = asked[key] or former.get(key, default)
     asked["max_broken"] = former.get("max_broken") if max_broken is None else max_broken
     asked_limits = AskedLimits.of(device, budget, max_params, max_macs, former)
-    if former:
-        config = {
-            # an older version may not have had this option; then what changed is said
-            key: former["search"].get(key) if value is None else value
-            for key, value in config.items()
-        }
+    if former and preset is None:
+        config = SearchConfig.check(former["search"], f"{out}: search")
+    else:
+        config = SearchConfig.load(preset or PRESET_OF_DATA[parse_data_spec(asked["data"]).kind])
     result = _search(
-        asked, asked_limits, config, out, resume=resume, force=force, quiet=quiet, announce=not as_json
+        asked,
+        asked_limits,
+        config.override(changes),
+        out,
+        resume=resume,
+        force=force,
+        quiet=quiet,
+        announce=not as_json,
     )
     notes = [
-        source_note(asked["latency"], load_device(name), result.searcher.space, result.derived.arch)
+        source_note(asked["latency"], load_device(name), result.searcher.problem.space, result.derived.arch)
         for name, _ in asked_limits.devices
     ]
     _print_search(result, notes, as_json=as_json)
@@ -197,7 +155,7 @@ def _former_request(out: Path | None) -> dict[str, Any]:
 def _search(
     asked: dict[str, Any],
     asked_limits: AskedLimits,
-    changes: dict[str, Any],
+    config: "SearchConfig",
     out: Path | None,
     *,
     resume: bool,
@@ -205,26 +163,28 @@ def _search(
     quiet: bool,
     announce: bool,
 ) -> "SearchResult":
+    from qnas.data.sources import parse_data_spec
     from qnas.spaces.space import load_space
 
     space = load_space(asked["space"])
     limits = asked_limits.limits(space, asked["latency"])
+    spec = parse_data_spec(asked["data"])
 
     # torch takes seconds to import: what can be refused is refused before
+    from qnas.common.progress import on_stderr, warnings_only
     from qnas.data.broken_images import MAX_BROKEN
     from qnas.data.loading import load_data
     from qnas.data.sources import parse_data_spec
     from qnas.runs.names import BROKEN_FILE
     from qnas.runs.text import describe_limits, wrapped
+    from qnas.search.problem import check_searchable
     from qnas.search.search_result import run_search
-    from qnas.search.searcher import Searcher, check_searchable, preset_for
+    from qnas.search.searcher import Searcher
     from qnas.spaces.lower import check_resolution
     from qnas.training.loop import run_to_end, set_up_process
     from qnas.training.processes import world_of_environment
 
     check_searchable(space, limits)
-    spec = parse_data_spec(asked["data"])
-    config = preset_for(spec.kind, **changes)
     check_resolution(space, config.resolution_px)
     set_up_process(config.threads)
     world = world_of_environment()
@@ -239,7 +199,7 @@ def _search(
     )
     searcher = Searcher(space, limits, data, config, world)
     if not world.is_main:  # takes the same steps, writes and says nothing
-        run_to_end(searcher, Path(), seed=config.seed, resume=resume, quiet=quiet, world=world)
+        run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
         raise typer.Exit
     folder = out or free_folder(space.name, asked_limits.label)
     if announce:
@@ -267,14 +227,15 @@ def _search(
         **({} if max_broken is None else {"max_broken": max_broken}),
         "versions": versions(),
     }
-    return run_search(searcher, folder, request, resume=resume, force=force, quiet=quiet)
+    display = warnings_only if quiet else on_stderr
+    return run_search(searcher, folder, request, resume=resume, force=force, display=display)
 
 
 def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
     from qnas.runs.names import ARCH_FILE, SEARCH_FILE
     from qnas.runs.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
 
-    searcher, derived, folder = result.searcher, result.derived, result.folder
+    problem, derived, folder = result.searcher.problem, result.derived, result.folder
     document = json.loads((folder / ARCH_FILE).read_text(encoding="utf-8"))
     if as_json:
         found = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
@@ -284,11 +245,11 @@ def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool
         return
     lines = [
         "",
-        choices_by_stage(searcher.space, derived.arch),
+        choices_by_stage(problem.space, derived.arch),
         "",
-        *latency_lines(searcher.limits, result.solution.indices, notes),
-        *_expected(searcher),
-        field("size", size_line(searcher.space, searcher.limits, document["macs"], document["params"])),
+        *latency_lines(problem.limits, result.solution.indices, notes),
+        *_expected(result.searcher.state),
+        field("size", size_line(problem.space, problem.limits, document["macs"], document["params"])),
         *_comparison(result),
         field("files", files_in(folder)),
         next_command(f"qnas train-subnet {folder}"),
@@ -296,25 +257,28 @@ def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool
     typer.echo("\n".join(lines))
 
 
-def _expected(searcher: "Searcher") -> Iterator[str]:
-    """Say what a network drawn from the final probabilities takes on average, against each limit."""
+def _expected(state: "SearchState") -> Iterator[str]:
+    """Describe the expected amounts of a network drawn from the final probabilities, against each limit."""
     from qnas.runs.text import field
 
-    for limit, amount in zip(searcher.limits, searcher.expected.tolist(), strict=True):
-        on = f" on {limit.name}" if limit.table is not None and len(searcher.limits) > 1 else ""
+    limits = state.problem.limits
+    for limit, amount in zip(limits, state.expected.tolist(), strict=True):
+        on = f" on {limit.name}" if limit.table is not None and len(limits) > 1 else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
 
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
-    """Say how well the derived network does, and its rivals, all with the supernet's weights."""
+    """Describe the accuracy of the derived network and its rivals, all with the supernet's weights."""
     from qnas.common.units import format_count, format_ms
     from qnas.runs.text import choice_line, field, mean_and_spread
     from qnas.search.rerank import ranking_document
 
     derived, rivals = result.derived, result.rivals
-    tested = len(result.searcher.data.test)
+    tested = len(result.searcher.problem.data.test)
     yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
+    for name, value in derived.metrics.items():
+        yield field("", f"{name} {value:.1%}")
     yield field("solved", _solved_for(result))
     yield field("chosen", choice_line(ranking_document(result.ranking), result.solution.solved))
     random = [score.accuracy for score in rivals.random]
@@ -346,8 +310,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
 
 
 def _solved_for(result: "SearchResult") -> str:
-    """Say what the derived network is the best by."""
-    effects = result.effects
+    """Describe the objective that the derived network is the best by."""
+    effects = result.selection.effects
     if effects is None:
         return "for the most probable networks: effects on the loss could not be told"
     return (

@@ -1,4 +1,4 @@
-"""`qnas train-subnet` and `qnas export`: from an architecture to a file to ship."""
+"""`qnas train-subnet` and `qnas export`: training of an architecture, and its files to ship."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,37 +7,71 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnas.commands import completion
+from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import (
-    Compile,
+    DATA,
+    MACHINE,
+    OUTPUT,
     Data,
     Force,
     Json,
     MaxBroken,
-    Precision,
     Quiet,
     Resume,
-    Seed,
     Space,
-    Threads,
-    TorchDevice,
     free_folder,
     print_json,
     versions,
 )
 from qnas.common.errors import CheckpointError, UsageError
 
-
-def _of_recipe(help_text: str, *names: str) -> Any:
-    """Return the option of a field of the recipe, which it overrides."""
-    return typer.Option(*names, help=help_text, show_default=False, rich_help_panel="Recipe")
-
-
 if TYPE_CHECKING:
     from qnas.deploy.export_run import Deployed
 
+RECIPE = "Recipe"
+TrainSubnetCommand = field_command(
+    Fields(
+        "qnas.training.recipe:Recipe",
+        panels={
+            DATA: ("resolution_px", "batch_size"),
+            RECIPE: (
+                "epochs",
+                "learning_rate",
+                "warmup_epochs",
+                "weight_decay",
+                "gradient_clip",
+                "accumulation",
+                "label_smoothing",
+                "stochastic_depth",
+                "ema_decay",
+                "teacher_weight",
+                "teacher_temperature",
+            ),
+            "Augmentation": (
+                "random_resized_crop",
+                "randaugment",
+                "randaugment_std",
+                "mixup",
+                "cutmix",
+                "random_erasing",
+            ),
+            "Quadratic weights": ("linear_start", "quadratic_gamma", "quadratic_alpha", "quadratic_beta"),
+        },
+        flags={"resolution_px": "--resolution"},
+        show_defaults=False,
+    ),
+    Fields(
+        "qnas.training.recipe:TrainConfig",
+        panels={
+            RECIPE: ("loss", "metric"),
+            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+        },
+    ),
+)
 
+
+@takes_fields
 def train_subnet(
-    context: typer.Context,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -55,15 +89,17 @@ def train_subnet(
         typer.Option(
             help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
             autocompletion=completion.one_of("supernet", "scratch"),
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of your own "
-            "YAML. Default: by the kind of data.",
+            help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML "
+            "file. Default: by the kind of data.",
             autocompletion=completion.recipes,
             show_default=False,
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     teacher: Annotated[
@@ -72,64 +108,29 @@ def train_subnet(
             help="A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on "
             "these classes), or a trained network's folder.",
             show_default=False,
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Default: RUN/subnet, or for an arch.json a new folder in runs/.", show_default=False
+            help="Default: RUN/subnet, or for an arch.json a new folder in runs/.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    seed: Seed = 0,
-    threads: Threads = None,
-    torch_device: TorchDevice = None,
-    precision: Precision = None,
-    compile_: Compile = None,
     resume: Resume = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
-    # the fields of a recipe by name, read from the context; tests hold that none is missing
-    epochs: Annotated[int | None, _of_recipe("Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, _of_recipe("Images a step, over all processes.")] = None,
-    resolution_px: Annotated[
-        int | None, _of_recipe("Height and width in pixels while training.", "--resolution")
-    ] = None,
-    learning_rate: Annotated[float | None, _of_recipe("Of AdamW, after the warm-up.")] = None,
-    warmup_epochs: Annotated[float | None, _of_recipe("In which the rate rises.")] = None,
-    weight_decay: Annotated[float | None, _of_recipe("Not on norms and biases.")] = None,
-    gradient_clip: Annotated[float | None, _of_recipe("Largest norm of all gradients.")] = None,
-    accumulation: Annotated[
-        int | None, _of_recipe("Parts that a batch is taken in, for less memory.")
-    ] = None,
-    label_smoothing: Annotated[float | None, _of_recipe("0 to 1.")] = None,
-    random_resized_crop: Annotated[
-        float | None, _of_recipe("Least share of an image's area that is cut out of it; 0 shifts instead.")
-    ] = None,
-    randaugment: Annotated[float | None, _of_recipe("Magnitude, 0 (off) to 10.")] = None,
-    randaugment_std: Annotated[float | None, _of_recipe("Of the magnitude.")] = None,
-    mixup: Annotated[float | None, _of_recipe("Alpha of the Beta distribution; 0 is off.")] = None,
-    cutmix: Annotated[float | None, _of_recipe("Alpha of the Beta distribution; 0 is off.")] = None,
-    random_erasing: Annotated[float | None, _of_recipe("Share of the images.")] = None,
-    stochastic_depth: Annotated[float | None, _of_recipe("Rate of the last block.")] = None,
-    ema_decay: Annotated[float | None, _of_recipe("Of the weights' moving average; 0 is off.")] = None,
-    linear_start: Annotated[
-        bool | None,
-        _of_recipe("Start with all quadratic products at zero.", "--linear-start/--no-linear-start"),
-    ] = None,
-    quadratic_gamma: Annotated[
-        float | None, _of_recipe("Rate of the quadratic weights, as a share of the others'.")
-    ] = None,
-    quadratic_alpha: Annotated[float | None, _of_recipe("Further decay of theirs (L2).")] = None,
-    quadratic_beta: Annotated[float | None, _of_recipe("Their shrinkage to zero (L1).")] = None,
-    teacher_weight: Annotated[float | None, _of_recipe("Of the teacher's loss, 0 to 1.")] = None,
-    teacher_temperature: Annotated[float | None, _of_recipe("That softens its answers.")] = None,
+    **changes: Any,
 ) -> None:
     """Train a derived network, from the supernet's weights or from scratch.
 
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas.common.files import read_json
+    from qnas.common.progress import on_stderr, warnings_only
     from qnas.data.broken_images import MAX_BROKEN
     from qnas.data.loading import load_data
     from qnas.data.sources import parse_data_spec
@@ -141,10 +142,10 @@ def train_subnet(
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.loop import set_up_process
     from qnas.training.processes import world_of_environment
-    from qnas.training.recipe import DEFAULTS, Recipe, load_recipe
-    from qnas.training.subnet_trainer import TrainConfig, has_supernet, supernet_file
-    from qnas.training.subnet_trainer import train_subnet as train
+    from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
+    from qnas.training.supernet_weights import has_supernet, supernet_file
     from qnas.training.teacher import load_teacher
+    from qnas.training.trained_subnet import train_subnet as train
 
     found = find_arch(source or latest_run(), space)
     searched = has_supernet(found)
@@ -155,20 +156,13 @@ def train_subnet(
     from_supernet = searched and weights != "scratch"
     former = read_config(supernet_file(found).parent) if searched else {}
     spec = parse_data_spec(data or former.get("data", "digits"))
-    changes = {name: context.params.get(name) for name in Recipe.model_fields}
-    resolved = load_recipe(recipe or DEFAULTS[spec.kind]).override(changes)
+    of_recipe = {name: changes.pop(name) for name in Recipe.model_fields if name in changes}
+    resolved = load_recipe(recipe or DEFAULTS[spec.kind]).override(of_recipe)
     if resolved.resolution_px is None:
         px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
         resolved = resolved.override({"resolution_px": px})
-    config = TrainConfig(
-        resolved,
-        seed=seed,
-        # for digits threads cost more than they do
-        threads=(1 if spec.kind == "digits" else 0) if threads is None else threads,
-        torch_device=torch_device or "auto",  # type: ignore[arg-type]  # checked
-        precision=precision or "auto",  # type: ignore[arg-type]  # checked
-        compile=bool(compile_),
-    )
+    # for digits threads cost more than they gain
+    config = TrainConfig(recipe=resolved, threads=1 if spec.kind == "digits" else 0).override(changes)
     check_resolution(found.space, config.resolution_px)
     set_up_process(config.threads)
     world = world_of_environment()
@@ -213,7 +207,7 @@ def train_subnet(
         teacher=taught,
         resume=resume,
         force=force,
-        quiet=quiet,
+        display=warnings_only if quiet else on_stderr,
         world=world,
     )
     if not world.is_main:

@@ -1,40 +1,95 @@
-"""Progress: a bar on a terminal, a line now and then in a log, nothing when quiet."""
+"""Progress of long work: a bar on a terminal, a line now and then in a log, or calls to a function."""
 
 import shutil
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # between two lines in a log
+# A time left is shown after so many seconds and this share of the steps, once the paces of the older and the
+# newer half of a window of steps differ by less than this factor: the first steps may be many times slower.
+LEAST_SECONDS = 5.0
+LEAST_SHARE = 0.02
+SETTLED_FACTOR = 1.5
+WINDOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far some work is."""
+
+    phase: str
+    done: int  # steps
+    total: int
+    figures: str = ""
+    seconds_left: float | None = None  # None until the pace has settled
+    warning: str | None = None
+
+
+OnProgress = Callable[[Report], None]
+
+
+class Pace:
+    """The pace of the latest steps, and the time left that follows from it."""
+
+    def __init__(self, now: float) -> None:
+        self._start = now
+        self._marks = deque([(now, 0)])  # seconds and steps done, of the window
+        self._settled = False
+
+    def seconds_left(self, done: int, total: int, now: float) -> float | None:
+        """Return the time that the steps left will take; None until the pace has settled."""
+        marks = self._marks
+        if now - marks[-1][0] >= WINDOW_SECONDS / 100:
+            marks.append((now, done))
+        while len(marks) > 2 and now - marks[0][0] > WINDOW_SECONDS:
+            marks.popleft()
+        seconds, steps = now - marks[0][0], done - marks[0][1]
+        if steps <= 0 or now - self._start < LEAST_SECONDS or done < LEAST_SHARE * total:
+            return None
+        middle, there = min(marks, key=lambda mark: abs(mark[0] - (now - seconds / 2)))
+        older, newer = there - marks[0][1], done - there
+        if not self._settled and older > 0 and newer > 0:
+            ratio = (middle - marks[0][0]) / older / ((now - middle) / newer)
+            self._settled = 1 / SETTLED_FACTOR < ratio < SETTLED_FACTOR
+        return seconds / steps * (total - done) if self._settled else None
 
 
 class Progress:
-    """Count steps of a known total; say what is being done, the figures of the day, and time left."""
+    """Count the steps of a known total, and show the phase, the latest figures and the time left.
 
-    def __init__(self, total: int, phase: str, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    With `on_progress` each step is reported to that function and nothing is printed; with `quiet` only
+    warnings are.
+    """
+
+    def __init__(
+        self, total: int, phase: str, *, quiet: bool = False, on_progress: OnProgress | None = None
+    ) -> None:
+        self._on_progress = on_progress
+        self._quiet = quiet or on_progress is not None
         self._terminal = sys.stderr.isatty()
         self._phase = phase
         self._figures = ""
-        self._last_line = time.monotonic()
         # not tqdm's own measure, which shows nothing on a terminal that reports no size
         size = shutil.get_terminal_size()
         self._bar = tqdm(
             total=total,
             desc=f"{phase}: ",
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             ncols=size.columns,
             nrows=size.lines,
-            disable=quiet or not self._terminal,
-            smoothing=0.05,
+            disable=self._quiet or not self._terminal,
         )
-        self._start = self._last_line
-        self._done = 0
+        self._total, self._skipped, self._done = total, 0, 0
+        self._last_line = time.monotonic()
+        self._pace = Pace(self._last_line)
         self._said: tuple[str, int] | None = None  # where the last line was
-        self._total = total
 
     def phase(self, name: str) -> None:
         """Name what is being done from here on."""
@@ -44,7 +99,7 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier process made."""
-        self._total -= steps
+        self._skipped = steps
         self._bar.initial = steps
         self._bar.n = steps
         self._bar.refresh()
@@ -52,29 +107,40 @@ class Progress:
     def step(self, figures: str = "") -> None:
         """Count one step."""
         self._figures = figures or self._figures
-        self._bar.set_postfix_str(self._figures, refresh=False)
         self.step_by(1)
 
     def step_by(self, steps: int) -> None:
         """Count several steps."""
         self._done += steps
-        self._bar.update(steps)
-        if not self._terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
-            self._line()
+        now = time.monotonic()
+        left = self._pace.seconds_left(self._done, self._total - self._skipped, now)
+        if self._on_progress is not None:
+            self._on_progress(self._report(left))
+        elif self._terminal:
+            self._bar.set_postfix_str(_joined(_time_left(left), self._figures), refresh=False)
+            self._bar.update(steps)
+        elif now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self._line(left)
 
     def warn(self, text: str) -> None:
-        """Say something that must not be missed, above the bar, when quiet too."""
-        self._bar.write(f"qnas: warning: {text}", file=sys.stderr)
+        """Show a warning that must not be missed, above the bar, when quiet too."""
+        if self._on_progress is not None:
+            self._on_progress(self._report(None, text))
+        else:
+            self._bar.write(f"qnas: warning: {text}", file=sys.stderr)
 
-    def _line(self) -> None:
+    def _report(self, left: float | None, warning: str | None = None) -> Report:
+        done = self._skipped + self._done
+        return Report(self._phase, done, self._total, self._figures, left, warning)
+
+    def _line(self, left: float | None) -> None:
         if self._quiet:
             return
-        now = time.monotonic()
-        self._last_line, self._said = now, (self._phase, self._done)
-        left = (now - self._start) / max(1, self._done) * (self._total - self._done)
-        share = self._done / max(1, self._total)
-        parts = [f"{self._phase}: {share:4.0%}", f"{left:.0f} s left", self._figures]
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        self._said = (self._phase, self._done)
+        share = self._done / max(1, self._total - self._skipped)
+        parts = _joined(f"{self._phase}: {share:4.0%}", _time_left(left), self._figures)
+        print(parts, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -84,4 +150,40 @@ class Progress:
     ) -> None:
         self._bar.close()
         if not self._terminal and error is None and self._said != (self._phase, self._done):
-            self._line()
+            self._line(None)
+
+
+# Makes the progress of some work from its number of steps and its first phase.
+Display = Callable[[int, str], Progress]
+
+
+def on_stderr(total: int, phase: str) -> Progress:
+    """Show a bar or lines on stderr."""
+    return Progress(total, phase)
+
+
+def warnings_only(total: int, phase: str) -> Progress:
+    """Show warnings on stderr, and nothing else."""
+    return Progress(total, phase, quiet=True)
+
+
+def reporting_to(on_progress: OnProgress) -> Display:
+    """Report steps and warnings to a function, and print nothing."""
+    return lambda total, phase: Progress(total, phase, on_progress=on_progress)
+
+
+def silent(total: int, phase: str) -> Progress:
+    """Show nothing."""
+    return Progress(total, phase, on_progress=lambda report: None)
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None or seconds < 0.5:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"

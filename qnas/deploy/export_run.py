@@ -33,7 +33,7 @@ from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, 
 from qnas.runs.run_folder import read_config
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, count_macs, lower
-from qnas.training.subnet_trainer import load_weights
+from qnas.training.supernet_weights import load_weights
 
 MODEL = "model.onnx"
 IMAGES = 512  # of the test images that files are checked with

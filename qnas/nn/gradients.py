@@ -17,13 +17,13 @@ All but two-path take the latency's gradient over all candidates.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from qnas.common.errors import UsageError
-from qnas.nn.mixed_block import Gated, Route, WeightsMode
+from qnas.nn.mixed_block import Gated, Route
+from qnas.nn.modes import GradientForm
 from qnas.nn.supernet import (
     LimitTensors,
     PairSample,
@@ -35,9 +35,6 @@ from qnas.nn.supernet import (
     sample_pairs,
     straight_through,
 )
-
-GradientForm = Literal["two-path", "all-paths", "gumbel", "exact"]
-GRADIENT_FORMS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 # The temperature of Gumbel-softmax. That of the search divides the logits before.
 GUMBEL_TEMPERATURE = 1.0
@@ -129,20 +126,6 @@ GRADIENTS: dict[GradientForm, Callable[[Supernet, float, Generator], Architectur
     "gumbel": gumbel,
     "exact": exact,
 }
-
-
-def gradient_for(weights: WeightsMode, form: GradientForm | None) -> GradientForm:
-    """Return the form of a mode of weights, the default where None is asked for.
-
-    Raises UsageError where the two do not go together.
-    """
-    if weights == "nested":
-        if form not in (None, "exact"):
-            raise UsageError(f"nested weights have the exact gradient, not {form}: leave it out")
-        return "exact"
-    if form == "exact":
-        raise UsageError(f"the exact gradient needs nested weights, not {weights}: add --weights nested")
-    return form or "two-path"
 
 
 def _gated(soft: Tensor, active: Tensor, mask: Tensor) -> list[Route]:

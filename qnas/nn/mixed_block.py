@@ -24,7 +24,7 @@ A module is told which route to run and keeps nothing of an architecture.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,10 @@ from torch.autograd.function import once_differentiable
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import QuadraBlock, build_block
 from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
 from qnas.spaces.lower import BlockSpec, Slot, fill
 from qnas.spaces.space import Candidate, Position, SearchSpace
-
-WeightsMode = Literal["independent", "shared", "nested"]
-WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Generator, Tensor, nn
 
 from qnas.nn.blocks import build_block
@@ -27,19 +24,18 @@ from qnas.nn.mixed_block import (
     Grid,
     NestedChoice,
     Route,
-    WeightsMode,
     grid_of,
     make_choice,
 )
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet, module_name, subnet_state
 from qnas.solver.limits import Limits
+from qnas.solver.max_entropy import max_entropy_strengths
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import Labels, block_labels, take_first_places
 from qnas.spaces.lower import BlockSpec, skeleton
 from qnas.spaces.space import SearchSpace
 
-# of a limit, in `even_logits`: a candidate of a hundredth of the limit is e^-10 as likely as a free one
-MOST_TILT = 1000.0
 ALPHA_STD = 1e-3  # of the initial architecture parameters, as in ProxylessNAS
 
 
@@ -69,11 +65,10 @@ class Supernet(nn.Module):
                 name = part.position.name.replace(".", "_")
                 self.parts[name] = make_choice(space, part, weights)
         self.to(memory_format=torch.channels_last)
-        counts = [len(p.candidates) for p in space.positions]
-        mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        mask = candidate_mask(space)
         self.register_buffer("mask", mask, persistent=False)
         self.factors = Factors([grid_of(space, p) for p in space.positions]) if weights == "nested" else None
-        shape = (len(counts), max(counts) if self.factors is None else sum(self.factors.sizes))
+        shape = (len(mask), mask.shape[1] if self.factors is None else sum(self.factors.sizes))
         alpha = ALPHA_STD * torch.randn(shape, generator=generator, dtype=torch.float64)
         self.alpha = nn.Parameter(alpha)
 
@@ -262,6 +257,12 @@ def renormalise_pair(alpha: Tensor, before: Tensor, sample: PairSample, temperat
     alpha[rows, sample.pairs] = (new - shift) * temperature
 
 
+def candidate_mask(space: SearchSpace) -> Tensor:
+    """Return which candidates there are, (positions, most candidates of a position), bool."""
+    counts = [len(p.candidates) for p in space.positions]
+    return torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+
+
 class LimitTensors(NamedTuple):
     """Limits side by side, each in its own unit."""
 
@@ -309,27 +310,14 @@ def expected_latency_of_pairs(
 def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
     """Return the logits of the most even probabilities whose expected amounts are within the limits.
 
-    (positions, candidates), float64. Of all distributions that choose at each position by itself, that
-    of the largest entropy: p_i ~ exp(-sum_l strength_l cells_li / limit_l) with strengths that are 0 for
-    limits which uniform probabilities keep. Their convex dual is solved by L-BFGS.
+    (positions, candidates), float64: the distribution of maximum entropy, `qnas.solver.max_entropy`.
     """
-    cells, margin = limits.cells / limits.limit[:, None, None], 1 - limits.fixed / limits.limit
-
-    def logits(strengths: Tensor) -> Tensor:
-        return -(strengths[:, None, None] * cells).sum(0)
-
-    def dual(strengths: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        tilted = logits(torch.from_numpy(strengths)).masked_fill(~mask, -torch.inf)
-        slack = margin - (torch.softmax(tilted, 1) * cells).sum((1, 2))
-        value = torch.logsumexp(tilted, 1).sum() + (torch.from_numpy(strengths) * margin).sum()
-        return float(value), slack.numpy()
-
-    none = np.zeros(len(margin))
-    bounds = [(0.0, MOST_TILT)] * len(margin)
-    found = minimize(dual, none, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12})
-    return logits(torch.from_numpy(found.x))
+    fixed, amounts, limit = (part.numpy() for part in limits)
+    strengths = max_entropy_strengths(fixed, amounts, limit, mask.numpy())
+    cells = limits.cells / limits.limit[:, None, None]
+    return -(torch.from_numpy(strengths)[:, None, None] * cells).sum(0)
 
 
 def largest_ratio(expected: Tensor, limit: Tensor) -> Tensor:
-    """Return the largest of E / limit, a scalar: what presses on a search that has to keep them all."""
+    """Return the largest of E / limit, a scalar, which is the pressure on a search that keeps all limits."""
     return (expected / limit).max()

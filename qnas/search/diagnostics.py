@@ -1,33 +1,36 @@
-"""What goes wrong in a search, said while it happens.
+"""Diagnostics of a search while it runs: stalls, collapses and unstable training.
 
-A search that stalls or collapses ends all the same, with a network within its budget, and looks like a
-success. Here every step's figures are compared with what a sound search shows. What the probabilities
-should be like is taken from the budget itself: of all probabilities whose expected amounts are the
-limits, the most undecided ones (`undecided`) have some share of identity and some entropy; a search
-moves away from these as it learns, but neither far beyond that share nor to no entropy at once.
+A search that stalls or collapses still ends with a network within its budget, and so looks like a success.
+Each step's figures are therefore compared with those of a sound search. The probabilities to expect follow
+from the budget: of all probabilities whose expected amounts are the limits, the most undecided ones
+(`undecided`) have some share of identity and some entropy. A search moves away from these as it learns, but
+neither far beyond that share nor to no entropy at once.
 
-A condition is reported once, and again only after it has cleared. Nothing depends on the time that
-passed, so that a resumed search says the same as an undisturbed one.
+A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so
+that a resumed search reports the same as an undisturbed one.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.special import entr, softmax
 
 from qnas.runs.plots import UNSETTLED
 from qnas.solver.limits import Limit, Limits
+from qnas.solver.max_entropy import max_entropy_strengths
 from qnas.spaces.space import SearchSpace
 
 OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
 MOVED = 0.1  # of the distance to the limit: what counts as moving
-GUESSING = 0.99  # of ln(classes): a loss above it by half of the training has learnt nothing
+GUESSING = 0.99  # of the loss of guessing: a loss above it by half of the training has learnt nothing
 RISEN = 1.5  # times the lowest loss
 DECIDED = 0.01  # of the most undecided probabilities' entropy: nothing is open any more
 ONE_CANDIDATE = 0.95  # of all positions that have a choice
 EARLY = 0.4  # of the search: until here nothing may be decided
+MOST_TILT = 1e4  # of the logits, over the range of a position's cells
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Undecided:
 
 @dataclass(frozen=True)
 class Sight:
-    """What an architecture step left behind."""
+    """The figures after an architecture step."""
 
     progress: float  # of the search, 0 to 1
     settling: bool
@@ -53,13 +56,13 @@ class Sight:
 
 @dataclass
 class Watch:
-    """The conditions of one search, and what they need to remember."""
+    """The conditions of one search, and the figures of former steps that they depend on."""
 
     arch_window: int  # architecture steps without movement that make a stall
     bound_window: int  # architecture steps at the multiplier's bound that are too many
     weight_window: int  # weight steps
     weight_windows: int  # of the whole training
-    classes: int
+    guess: float  # the loss of guessing
     multiplier_bound: float
     expects: Undecided | None  # None where the budget does not bind
     violations: list[float] = field(default_factory=list)  # of the last arch_window steps
@@ -70,30 +73,29 @@ class Watch:
     reported: list[str] = field(default_factory=list)  # conditions that have not cleared since
 
     def after_weight_step(self, loss: float) -> list[str]:
-        """Take in the loss of a weight step; return what is to be said."""
+        """Record the loss of a weight step; return new warnings."""
         self.losses.append(loss)
         if len(self.losses) < self.weight_window:
             return []
         mean = math.fsum(self.losses) / len(self.losses)
         self.losses, self.windows = [], self.windows + 1
         self.lowest_loss = min(self.lowest_loss, mean)
-        guess = math.log(self.classes)
-        guesses = 2 * self.windows >= self.weight_windows and self.lowest_loss > GUESSING * guess
+        guesses = 2 * self.windows >= self.weight_windows and self.lowest_loss > GUESSING * self.guess
         return self._new(
             {
                 "guessing": guesses
-                and f"the loss is still that of guessing, {guess:.2f} nats: the labels may not belong to the "
-                "images, or the training is too short (--warmup-epochs, --epochs)",
+                and f"the loss is still that of guessing, {self.guess:.2f} nats: the labels may not "
+                "belong to the images, or the training is too short",
                 "rising": not guesses
                 and mean > RISEN * self.lowest_loss
                 and f"the loss has risen to {mean:.2f} nats from {self.lowest_loss:.2f}: the paths that the "
-                "search prefers are trained too little (--warmup-epochs), or the training is unstable "
-                "(--batch-size)",
+                "search prefers are trained too little (a longer warm-up helps), or the training is unstable "
+                "(a larger batch helps)",
             }
         )
 
     def after_arch_step(self, sight: Sight) -> list[str]:
-        """Take in what an architecture step left; return what is to be said."""
+        """Record the figures after an architecture step; return new warnings."""
         if self.expects is None:
             return []
         violation = sight.ratio - 1
@@ -108,22 +110,22 @@ class Watch:
             {
                 "stall": self._stalls(UNSETTLED if sight.settling else OFF_TARGET)
                 and f"the expected amount has stood at {sight.ratio:.0%} of the limit for "
-                f"{self.arch_window} architecture steps: the search is too short to reach it (--epochs)",
+                f"{self.arch_window} architecture steps: the search is too short to reach it",
                 "bound": self.at_bound >= self.bound_window
                 and f"the multiplier has been at its bound, {sight.multiplier:+g}, for {self.at_bound} "
-                "architecture steps: the latency drowns what the task says (a longer search: --epochs)",
+                "architecture steps: the latency outweighs the task (a longer search helps)",
                 "identities": sight.identity_share > most
                 and f"identity has {sight.identity_share:.0%} of the probability, where the limit asks for "
                 f"{self.expects.identity_share:.0%}: the search collapses; its blocks may be trained too "
-                "little before it starts (--warmup-epochs)",
+                "little before it starts (a longer warm-up helps)",
                 "one candidate": early
                 and name != "identity"
                 and share > ONE_CANDIDATE
                 and f"{name} has {share:.0%} of the probability everywhere at {sight.progress:.0%} of the "
-                "search: other candidates are no longer tried (--warmup-epochs)",
+                "search: other candidates are no longer tried (a longer warm-up helps)",
                 "decided": gone
                 and f"the probabilities are decided at {sight.progress:.0%} of the search (entropy "
-                f"{sight.entropy:.3f} nats): what comes after it changes nothing (--warmup-epochs)",
+                f"{sight.entropy:.3f} nats): later steps change nothing (a longer warm-up helps)",
             }
         )
 
@@ -145,11 +147,11 @@ class Watch:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is remembered from step to step, as plain values."""
+        """Return what later steps depend on, as plain values."""
         return {name: getattr(self, name) for name in REMEMBERED}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `to_dict` returned."""
+        """Restore what `to_dict` returned."""
         for name in REMEMBERED:
             value = saved[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
@@ -164,10 +166,10 @@ def make_watch(
     *,
     weight_steps: int,
     arch_steps: int,
-    classes: int,
+    guess: float,
     multiplier_bound: float,
 ) -> Watch:
-    """Return the watch of a search of so many steps, none of them taken."""
+    """Return the watch of a search before its first step."""
     bound = [undecided(space, limit) for limit in limits if limit.binds]
     weight_window = max(10, weight_steps // 20)
     return Watch(
@@ -175,7 +177,7 @@ def make_watch(
         bound_window=max(60, arch_steps // 4),  # the way to a distant budget takes some 40
         weight_window=weight_window,
         weight_windows=weight_steps // weight_window,
-        classes=classes,
+        guess=guess,
         multiplier_bound=multiplier_bound,
         # of several limits the one that asks for the most identities
         expects=max(bound, key=lambda expected: expected.identity_share, default=None),
@@ -183,32 +185,26 @@ def make_watch(
 
 
 def undecided(space: SearchSpace, limit: Limit) -> Undecided:
-    """Return the most undecided probabilities that keep a limit in expectation.
+    """Return the most undecided probabilities whose expected amount is a limit.
 
-    Their logits are -m times the cells (maximum entropy under a linear constraint), and m is found by
-    bisection, since the expected amount falls as m grows. Where even equal probabilities, m = 0, are
-    within the limit, it is negative.
+    Where uniform probabilities are below the limit, those of larger cells are larger.
     """
-    scale = max(max(row) - min(row) for row in limit.cells)
-
-    def rows(strength: float) -> list[Sequence[float]]:
-        return [_softmax(-strength / scale * np.array(row)).tolist() for row in limit.cells]
-
-    low, high = -1e4, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        parts = (np.dot(p, row) for p, row in zip(rows(middle), limit.cells, strict=True))
-        low, high = (middle, high) if limit.fixed + math.fsum(parts) > limit.limit else (low, middle)
-    p = rows(high)
+    mask = np.array([[i < len(row) for i in range(max(map(len, limit.cells)))] for row in limit.cells])
+    cells = np.zeros(mask.shape)
+    cells[mask] = np.concatenate(limit.cells)
+    scale = max(max(row) - min(row) for row in limit.cells) / limit.limit
+    (strength,) = max_entropy_strengths(
+        np.array([limit.fixed]),
+        cells[None],
+        np.array([limit.limit]),
+        mask,
+        bounds=(-MOST_TILT / scale, MOST_TILT / scale),
+        tolerance=1e-9,
+    )
+    p = softmax(np.where(mask, -strength / limit.limit * cells, -np.inf), axis=1)
     identities = [
         row[position.names.index("identity")]
         for row, position in zip(p, space.positions, strict=True)
         if "identity" in position.names
     ]
-    entropies = [-math.fsum(x * math.log(x) for x in row if x > 0) for row in p]
-    return Undecided(float(np.mean(identities)) if identities else 0.0, float(np.mean(entropies)))
-
-
-def _softmax(logits: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-    shares = np.exp(logits - logits.max())
-    return np.asarray(shares / shares.sum())
+    return Undecided(float(np.mean(identities)) if identities else 0.0, float(entr(p).sum(1).mean()))

@@ -1,4 +1,4 @@
-"""How the expected latency enters the loss of an architecture step.
+"""The loss of an architecture step: the task's, and the pressure of the expected latency.
 
 Three forms. `multiplier` (the default) adds m (E/T - 1) and steers m so that E settles at the budget
 T. The other two are ProxylessNAS's with fixed strengths, in a form that is right at any scale:
@@ -13,13 +13,13 @@ away along the latency's own gradient: that is nonzero only where a position is 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
-LATENCY_LOSSES: tuple[LatencyLoss, ...] = ("multiplier", "add-linear", "mul-log")
+LATENCY_LOSSES: tuple[LatencyLoss, ...] = get_args(LatencyLoss)
 
 ADD_LINEAR_STRENGTH = 0.1  # lambda
 MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b

@@ -1,11 +1,11 @@
-"""What a search ends with: the network, its certificate, and an honest comparison.
+"""The result of a search: the network, its certificate, and a comparison with its rivals.
 
 The candidates' effects on the held-out loss are measured, and the best networks by them are solved for (by
-the probabilities where effects cannot be told). Those of them that do best on some held-out images are
-ranked by all of these (`search.rerank`), and the first is the derived network. It is compared, on the test
-images and with the same supernet's weights, with what one could have had for less: random networks of its
-latency, the network that MACs alone would choose, and the largest within the budget; and with the same
-search under other seeds where such runs lie beside this one. None of these figures chooses anything.
+the probabilities where effects cannot be told). Those that do best on some held-out images are ranked by all
+of these (`search.rerank`), and the first is the derived network. It is compared, on the test images and with
+the same supernet's weights, with cheaper alternatives: random networks of its latency, the network that MACs
+alone would choose, and the largest within the budget; and with the same search under other seeds where such
+runs lie beside this one. None of these figures chooses anything.
 """
 
 import statistics
@@ -18,7 +18,7 @@ import numpy as np
 
 from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json, write_json
-from qnas.common.progress import Progress
+from qnas.common.progress import Display, silent
 from qnas.data.broken_images import broken_copies
 from qnas.latency.device import load_device
 from qnas.latency.prediction import predict_arch
@@ -39,10 +39,13 @@ from qnas.runs.plots import draw_budget, read_rows
 from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened, read_config
 from qnas.runs.tensors import save_supernet
-from qnas.search.effects import Effects
+from qnas.search.evaluator import Evaluator, evaluator_of
+from qnas.search.problem import Problem
 from qnas.search.rerank import Ranked, ranking_document
 from qnas.search.searcher import Searcher
-from qnas.solver.derive import Indices, Scores, Solution, largest, macs_guided, sample_near, solution_document
+from qnas.search.selection import Selection, count_screened, select
+from qnas.search.state import SearchState
+from qnas.solver.derive import Indices, Solution, largest, macs_guided, sample_near, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace
@@ -53,22 +56,23 @@ RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived ne
 
 @dataclass(frozen=True)
 class NetworkScore:
-    """A network of the supernet, and how well it does on the test images with inherited weights."""
+    """A network of the supernet, and its score on the test images with inherited weights."""
 
     arch: Arch
     amounts: tuple[float, ...]  # by limit; the first is the latency on the first device
     macs: int
     accuracy: float
+    metrics: Mapping[str, float]  # beside it, by name, where there are any
 
     @property
     def latency_ms(self) -> float:
-        """Return the latency on the first device."""
+        """The latency on the first device."""
         return self.amounts[0]
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """What the derived network is compared with, all within the same limits."""
+    """The networks that the derived one is compared with, all within the same limits."""
 
     random: tuple[NetworkScore, ...]  # of nearly its latency
     macs_guided: NetworkScore | None  # chosen by the same scores under a limit on MACs; None: none is
@@ -77,20 +81,23 @@ class Rivals:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a finished search found."""
+    """The result of a finished search."""
 
     searcher: Searcher
     folder: Path
-    effects: Effects | None  # that were derived by; None: by the probabilities
-    ranking: tuple[Ranked, ...]  # the k best networks by held-out images
-    derived: NetworkScore  # the first of them
+    selection: Selection
+    derived: NetworkScore  # the first of its ranking
     rivals: Rivals
     by_seed: Mapping[int, float]  # test accuracy of what this search derived, and its likes with other seeds
-    expected_ms: float
+
+    @property
+    def ranking(self) -> tuple[Ranked, ...]:
+        """The k best networks by held-out images."""
+        return self.selection.ranking
 
     @property
     def solution(self) -> Solution:
-        """Return the derived network's certificate."""
+        """The derived network's certificate."""
         return self.ranking[0].solution
 
 
@@ -101,53 +108,43 @@ def run_search(
     *,
     resume: bool = False,
     force: bool = False,
-    quiet: bool = False,
+    display: Display = silent,
 ) -> SearchResult:
     """Search to the end in a run folder, and write what was found.
 
     `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
     used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
     """
-    request = {"search": asdict(searcher.config), **request}
+    problem = searcher.problem
+    request = {"search": problem.config.record() | problem.objective.record(), **request}
     copies = {
-        SPACE_FILE: searcher.space.to_yaml(),
+        SPACE_FILE: problem.space.to_yaml(),
         **{
-            table_file(limit.name): table_text(limit.table, searcher.space)
-            for limit in searcher.limits
+            table_file(limit.name): table_text(limit.table, problem.space)
+            for limit in problem.limits
             if limit.table is not None
         },
-        **broken_copies(BROKEN_FILE, searcher.data.broken),
+        **broken_copies(BROKEN_FILE, problem.data.broken),
     }
+    seed, world = problem.config.seed, problem.world
     with opened(folder, request, copies, result=ARCH_FILE, resume=resume, force=force):
-        run_to_end(
-            searcher,
-            folder,
-            seed=searcher.config.seed,
-            resume=resume,
-            quiet=quiet,
-            world=searcher.world,
-        )
-        return _finish(searcher, folder, request, quiet=quiet)
+        run_to_end(searcher, folder, seed=seed, resume=resume, display=display, world=world)
+        return _finish(searcher, folder, request, display)
 
 
-def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, quiet: bool) -> SearchResult:
-    with Progress(searcher.effect_networks, "measure", quiet=quiet) as progress:
-        effects = searcher.measure_effects(progress.step_by)
-    solutions = searcher.derive_best(effects)
-    if len(solutions) > searcher.config.k_best:
-        with Progress(len(solutions), "screen", quiet=quiet) as progress:
-            solutions = searcher.screen(solutions, progress.step)
-    with Progress(len(solutions), "rank", quiet=quiet) as progress:
-        ranking = searcher.rank(solutions, progress.step)
-    scores = effects.scores if effects else searcher.log_probabilities
-    derived, rivals = _compare(searcher, scores, ranking[0].solution, quiet=quiet)
-    by_seed = {**seeds_beside(folder), searcher.config.seed: derived.accuracy}
-    result = SearchResult(searcher, folder, effects, ranking, derived, rivals, by_seed, searcher.expected_ms)
-    bound = searcher.state.multiplier.bound
-    draw_budget(read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=bound)
-    layers = _layers(searcher.space, derived.arch, request)
+def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], display: Display) -> SearchResult:
+    """Select a network, compare it, and write the files of a search that has taken its last step."""
+    state, problem = searcher.state, searcher.problem
+    selection = select(state, display)
+    derived, rivals = _compare(state, selection, display)
+    by_seed = {**seeds_beside(folder), problem.config.seed: derived.accuracy}
+    result = SearchResult(searcher, folder, selection, derived, rivals, by_seed)
+    draw_budget(
+        read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=state.multiplier.bound
+    )
+    layers = _layers(problem.space, derived.arch, request)
     write_json(folder / SEARCH_FILE, _search_document(result) | {"layers": layers})
-    save_supernet(folder / SUPERNET_FILE, searcher.state.supernet.state_dict())
+    save_supernet(folder / SUPERNET_FILE, state.supernet.state_dict())
     document = _arch_document(result, request)
     close_with_report(folder, {ARCH_FILE: document})
     # last, since its presence says that the run is complete
@@ -156,28 +153,28 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     return result
 
 
-def _compare(
-    searcher: Searcher, scores: Scores, solution: Solution, *, quiet: bool
-) -> tuple[NetworkScore, Rivals]:
-    """Evaluate the derived network and its rivals on the test images; `scores` are what was derived by."""
-    space, limits, latency_ms = searcher.space, searcher.limits, solution.latency_ms
-    rng = np.random.default_rng(searcher.config.seed)
+def _compare(state: SearchState, selection: Selection, display: Display) -> tuple[NetworkScore, Rivals]:
+    """Evaluate the derived network and its rivals on the test images."""
+    problem, solution = state.problem, selection.ranking[0].solution
+    space, limits, latency_ms = problem.space, problem.limits, solution.latency_ms
+    table = limits[0].table
+    assert table is not None, "the first limit is a device's"
     random = sample_near(
-        searcher.table,
+        table,
         RANDOM_WINDOW * latency_ms,
         latency_ms,
-        searcher.config.random_networks,
-        rng,
+        problem.config.random_networks,
+        np.random.default_rng(problem.config.seed),
         within=limits[1:],
     )
-    guided = macs_guided(space, scores, limits)
+    guided = macs_guided(space, selection.scores, limits)
     most = largest(space, limits)
     networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
-    tested: dict[Indices, NetworkScore] = {}
-    with Progress(len(set(networks)), "compare", quiet=quiet) as progress:
+    evaluator, tested = evaluator_of(state), dict[Indices, NetworkScore]()
+    with display(len(set(networks)), "compare") as progress:
         for indices in networks:
             if indices not in tested:
-                tested[indices] = network_score(searcher, indices)
+                tested[indices] = network_score(problem, evaluator, indices)
                 progress.step()
     return tested[solution.indices], Rivals(
         random=tuple(tested[indices] for indices in random),
@@ -186,21 +183,23 @@ def _compare(
     )
 
 
-def network_score(searcher: Searcher, indices: Indices) -> NetworkScore:
-    """Evaluate a network of the supernet, given by its candidates' numbers, on the test images."""
-    arch = arch_from_indices(searcher.space, indices)
+def network_score(problem: Problem, evaluator: Evaluator, indices: Indices) -> NetworkScore:
+    """Evaluate a network of the supernet, given by its candidates' indices, on the test images."""
+    arch = arch_from_indices(problem.space, indices)
+    found = evaluator.classify(arch, problem.data.test)
     return NetworkScore(
         arch,
-        tuple(limit.amount(indices) for limit in searcher.limits),
-        count_macs(lower(searcher.space, arch)),
-        searcher.score(arch).accuracy,
+        tuple(limit.amount(indices) for limit in problem.limits),
+        count_macs(lower(problem.space, arch)),
+        found.score.accuracy,
+        problem.objective.figures(found.predicted, found.labels),
     )
 
 
 def seeds_beside(folder: Path) -> dict[int, float]:
     """Return the derived networks' test accuracies of finished runs beside this one, by seed.
 
-    Only of those that were asked the same in all but the seed; versions may differ.
+    Only runs count whose requests differ in nothing but the seed; versions may differ.
     """
     asked = _without_seed(read_config(folder))
     found: dict[int, float] = {}
@@ -235,19 +234,21 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
             "amounts": list(score.amounts),
             "macs": score.macs,
             "accuracy": score.accuracy,
+            **({"metrics": score.metrics} if score.metrics else {}),
         }
 
     rivals, accuracies = result.rivals, list(result.by_seed.values())
+    state, problem, effects = result.searcher.state, result.searcher.problem, result.selection.effects
     return {
         "schema": "qnas.search/1",
-        "expected_ms": result.expected_ms,
-        "expected": [float(amount) for amount in result.searcher.expected],
-        "budget_binds": result.searcher.binds,
-        "images": result.searcher.data.counts,
-        "broken_images": len(result.searcher.data.broken),
-        "log_probabilities": result.searcher.log_probabilities,
-        "effects": asdict(result.effects) if result.effects else None,
-        "screened": result.searcher.screened,
+        "expected_ms": float(state.expected[0]),
+        "expected": [float(amount) for amount in state.expected],
+        "budget_binds": problem.binds,
+        "images": problem.data.counts,
+        "broken_images": len(problem.data.broken),
+        "log_probabilities": state.log_probabilities,
+        "effects": asdict(effects) if effects else None,
+        "screened": count_screened(problem),
         "ranking": ranking_document(result.ranking),
         "derived": entry(result.derived) | {"heldout_accuracy": result.ranking[0].heldout.accuracy},
         "random": [entry(score) for score in rivals.random],
@@ -262,7 +263,7 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
 
 
 def _layers(space: SearchSpace, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return what each kernel of a network takes on each device that was asked for, where its source says."""
+    """Return the latency of each kernel on each device of the request, where its source tells."""
     devices = [load_device(entry["device"]) for entry in request.get("limits", []) if "device" in entry]
     return {
         device.name: [vars(part) for part in predict_arch(request["latency"], device, space, arch).parts]
@@ -275,7 +276,7 @@ def _arch_document(result: SearchResult, request: Mapping[str, Any]) -> dict[str
         "latency_source": request.get("latency"),
         "supernet_accuracy": result.derived.accuracy,
         "heldout_accuracy": result.ranking[0].heldout.accuracy,
-        "seed": result.searcher.config.seed,
+        "seed": result.searcher.problem.config.seed,
         "versions": request.get("versions", {}),
     }
-    return solution_document(result.searcher.space, result.solution, details)
+    return solution_document(result.searcher.problem.space, result.solution, details)

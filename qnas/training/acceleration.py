@@ -1,12 +1,11 @@
-"""Where training runs and in what precision: a GPU if there is one, the CPU otherwise.
+"""The device and precision of training: a GPU if there is one, the CPU otherwise.
 
-On a GPU matrix products and convolutions are in bfloat16 by torch's autocast where it can; weights, their
-gradients and the architecture parameters stay in float32 and float64. float16 has a loss scale.
+On a GPU torch's autocast runs matrix products and convolutions in bfloat16 where the GPU supports it.
+Weights and their gradients stay in float32, architecture parameters in float64. float16 has a loss scale.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -14,9 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import Chain, QuadraBlock
-
-TorchDevice = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+from qnas.training.settings import Precision, TorchDevice
 
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -37,10 +34,9 @@ class Acceleration:
         return self._autocast(self.dtype)
 
     def autocast_unscaled(self) -> AbstractContextManager[object]:
-        """Return the context of a forward pass whose gradient is taken without a loss scale.
+        """Return the context of a forward pass without a loss scale, as of an architecture step.
 
-        That of an architecture step: float32 where a weight step is in float16, whose range it would
-        leave.
+        It is float32 where a weight step is in float16, whose range unscaled gradients would leave.
         """
         return self._autocast(torch.float32 if self.dtype == torch.float16 else self.dtype)
 
@@ -48,22 +44,12 @@ class Acceleration:
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def scaler(self) -> GradScaler:
-        """Return a loss scale, which does nothing but for float16."""
+        """Return a loss scale, which has an effect in float16 only."""
         return GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
 PLAIN = Acceleration(torch.device("cpu"), torch.float32)
 UNSCALED = PLAIN.scaler()
-
-
-def check_acceleration(torch_device: str, precision: str) -> None:
-    """Raise UsageError for an unknown device or precision."""
-    for name, value, known in (
-        ("torch device", torch_device, get_args(TorchDevice)),
-        ("precision", precision, get_args(Precision)),
-    ):
-        if value not in known:
-            raise UsageError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
 
 
 def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_rank: int = 0) -> Acceleration:
@@ -74,18 +60,20 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
     """
     has_gpu = torch.cuda.is_available()
     if torch_device == "cuda" and not has_gpu:
-        raise UsageError("no CUDA device here that torch can use: --torch-device auto takes the CPU")
+        raise UsageError("torch_device cuda: torch finds no CUDA device here; auto takes the CPU")
     if torch_device == "cpu" or not has_gpu:
         return Acceleration(torch.device("cpu"), _DTYPES["fp32" if precision == "auto" else precision])
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
-            f"process {local_rank} of this machine has no GPU of its own, there are "
-            f"{torch.cuda.device_count()}: start as many processes as GPUs, or --torch-device cpu"
+            f"process {local_rank} of this machine has no GPU, as there are {torch.cuda.device_count()}: "
+            "start as many processes as GPUs, or choose torch_device cpu"
         )
     device = torch.device("cuda", local_rank)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     if precision == "bf16" and not has_bf16:
-        raise UsageError(f"{torch.cuda.get_device_name(device)} has no bfloat16: --precision fp16 or fp32")
+        raise UsageError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: choose precision fp16 or fp32"
+        )
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"
     return Acceleration(device, _DTYPES[precision])

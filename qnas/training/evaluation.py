@@ -1,20 +1,18 @@
-"""What is known of a network once it is trained: its accuracy, its size, its latencies, its speed here.
+"""The facts of a trained network: its accuracy, its size, its latencies, and its speed on this machine.
 
-Accuracies come with Wilson's interval (1927): that of a share near 0 or 1, and of the few images of one
-class, which the usual normal interval gets wrong. It says what another test set of the same kind and size
-could have shown, not what another seed would.
+Accuracies have Wilson's interval (1927), since the usual normal interval is wrong for shares near 0 or 1
+and for the few images of one class. The interval covers other test sets of the same kind and size, not
+other seeds.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from qnas.common import host
 from qnas.common.errors import TableError
@@ -24,45 +22,12 @@ from qnas.latency.table import load_table
 from qnas.runs.found_arch import FoundArch
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.training.acceleration import Acceleration
-from qnas.training.scoring import Forward, Score
+from qnas.training.losses import CROSS_ENTROPY, Objective
+from qnas.training.scoring import TOP, Classified
 
-TOP = 5
 SPEED_BATCH = 64  # images
 SPEED_SECONDS = 0.5  # at least so long, and so many passes
 SPEED_PASSES = 5
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How a network classified some images: counts (classes,) by their true class."""
-
-    loss: float  # mean cross-entropy in nats
-    images: Tensor
-    first: Tensor  # answered with the true class
-    among_top: Tensor  # true class among the first TOP answers
-
-    @property
-    def score(self) -> Score:
-        """The same as `train.evaluate` gives."""
-        count = int(self.images.sum())
-        return Score(int(self.first.sum()) / count, self.loss, count)
-
-
-@torch.no_grad()
-def tally(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tally:
-    """Count what a network that is in evaluation mode gets right, by class."""
-    counts = torch.zeros(3, classes, dtype=torch.int64)
-    losses = []
-    for images, labels in batches:
-        logits = forward(images)
-        losses.append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
-        hits = logits.topk(min(TOP, classes), dim=1).indices == labels[:, None]
-        right = logits.argmax(1) == labels
-        labels = labels.cpu()
-        for row, which in zip(counts, (None, right, hits.any(1)), strict=True):
-            row += torch.bincount(labels if which is None else labels[which.cpu()], minlength=classes)
-    assert losses, "no images to evaluate on"
-    return Tally(float(torch.cat(losses).mean()), *counts)
 
 
 def share(count: int, of: int) -> dict[str, float]:
@@ -71,17 +36,23 @@ def share(count: int, of: int) -> dict[str, float]:
     return {"value": count / of, "low": low, "high": high}
 
 
-def accuracy_facts(tally: Tally, classes: Sequence[str]) -> dict[str, Any]:
-    """Return accuracies with their intervals, as JSON values; classes without images have none."""
-    total = int(tally.images.sum())
-    rows = zip(classes, tally.images.tolist(), tally.first.tolist(), strict=True)
+def accuracy_facts(
+    found: Classified, classes: Sequence[str], objective: Objective = CROSS_ENTROPY
+) -> dict[str, Any]:
+    """Return accuracies with their intervals, as JSON values; a class without images has none."""
+    total = len(found.labels)
+    images, right = (
+        torch.bincount(labels, minlength=len(classes)).tolist()
+        for labels in (found.labels, found.labels[found.right])
+    )
     return {
         "interval_level": LEVEL,
-        "top1": share(int(tally.first.sum()), total),
-        f"top{TOP}": share(int(tally.among_top.sum()), total) if len(classes) > TOP else None,
+        "top1": share(int(found.right.sum()), total),
+        f"top{TOP}": share(int(found.among_top.sum()), total) if len(classes) > TOP else None,
+        **({"metrics": figures} if (figures := objective.figures(found.predicted, found.labels)) else {}),
         "per_class": [
-            {"class": name, "images": images} | (share(correct, images) if images else {})
-            for name, images, correct in rows
+            {"class": name, "images": count} | (share(correct, count) if count else {})
+            for name, count, correct in zip(classes, images, right, strict=True)
         ],
     }
 
@@ -89,8 +60,8 @@ def accuracy_facts(tally: Tally, classes: Sequence[str]) -> dict[str, Any]:
 def size_facts(source: FoundArch) -> dict[str, Any]:
     """Return the deployed network's counts and its latency on each known device, as JSON values.
 
-    At the space's own resolution and classes, as searched for. Known are the shipped devices that can say,
-    and one's own that it was searched for.
+    All are for the space's own resolution and classes, as searched for. The devices are the shipped ones
+    that can predict the space, and those that the network was searched for.
     """
     space, arch = source.space, source.arch
     blocks = lower(space, arch)
@@ -117,9 +88,9 @@ def size_facts(source: FoundArch) -> dict[str, Any]:
 def measure_speed(
     network: nn.Module, acceleration: Acceleration, channels: int, resolution_px: int
 ) -> dict[str, Any]:
-    """Return how many images a second torch classifies with the network here, as JSON values.
+    """Return how many images a second torch classifies on this machine, as JSON values.
 
-    The median over passes of a batch, in float32 as the test images are classified.
+    This is the median over passes of a batch, in float32 as the test images are classified.
     """
     device = acceleration.device
     shape = (SPEED_BATCH, channels, resolution_px, resolution_px)

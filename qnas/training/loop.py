@@ -1,7 +1,4 @@
-"""Training of whatever has weights: optimiser, schedule, step, evaluation, and the loop around it.
-
-Knows no search: the loop drives anything that is stepped, saves its state and takes it up again.
-"""
+"""The loop that drives a search or a training: steps, metrics, checkpoints, interruption and resuming."""
 
 import ctypes
 import math
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qnas.common.errors import TrainingError
-from qnas.common.progress import Progress
+from qnas.common.progress import Display, silent
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
 from qnas.data.image_data import Split
@@ -29,16 +26,16 @@ from qnas.training.processes import ALONE, World, joined
 
 
 def set_up_process(threads: int) -> None:
-    """Set torch's threads (0 leaves them) and keep freed memory. The program's to call, not ours."""
+    """Set torch's threads (0 leaves them) and keep freed memory. Only a program calls this, no library."""
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors freed instead of returning it to the system (glibc only).
+    """Let the C library keep freed memory instead of returning it to the system (glibc only).
 
-    A training step frees and asks for the same few megabytes over and over; as fresh pages they cost
+    A training step frees and requests the same few megabytes over and over; as fresh pages they cost
     more than the arithmetic on them: a quarter of a step of quadranet-small.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -60,7 +57,7 @@ def stream(
     device: torch.device | str = "cpu",
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for ever, from number `start` of a sequence that depends on the seed only.
+    """Yield batches without end, from number `start` of a sequence that depends on the seed only.
 
     `augmentation`, `device` and `part` as in `data.batches`.
     """
@@ -82,7 +79,7 @@ def stream(
 
 
 class Stepper(Protocol):
-    """What the loop drives: a search or the training of a network."""
+    """The search or training that the loop drives."""
 
     total_steps: int
 
@@ -92,24 +89,24 @@ class Stepper(Protocol):
 
     @property
     def phase(self) -> str:
-        """What the next step does, for the progress bar."""
+        """The name of what the next step does."""
 
     def step(self) -> Mapping[str, Any]:
         """Take a step; return what to log: figures, and `warnings` where there are any."""
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Put the figures of a step into a few words; empty keeps those of the step before."""
+        """Describe the figures of a step in a few words; an empty text keeps the former ones."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that changes from step to step, as plain values and tensors."""
+        """Return the state between two steps, as plain values and tensors."""
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over such a state."""
+        """Restore such a state."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """When an undisturbed run saves its state: after so many steps or seconds, whichever is first."""
+    """How often a run saves its state: after so many steps or seconds, whichever comes first."""
 
     steps: int = 500
     seconds: float = 60.0
@@ -121,23 +118,23 @@ def run_to_end(
     *,
     seed: int,
     resume: bool,
-    quiet: bool,
+    display: Display = silent,
     interval: Interval = Interval(),
     world: World = ALONE,
 ) -> None:
-    """Take all steps in a run folder, with metrics, checkpoints and a progress bar.
+    """Take all steps in a run folder, with metrics, checkpoints and progress.
 
     Of several processes only the main one reads and writes there; all stop after the same step.
-    What is drawn from torch's own random numbers, by a module of one's own for instance, depends on
-    the seed and the steps alone. Raises CheckpointError where no saved state is whole, Interrupted
-    once the state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
+    Draws from torch's own random numbers, for instance by a user's module, depend on the seed and the
+    steps alone. Raises CheckpointError where no saved state is whole, Interrupted once the state is
+    saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
     """
     checkpoints = Checkpoints(folder)
     with (
         joined(world),
         _own_random_numbers(seed),
         interruptible() as signals,
-        Progress(stepper.total_steps, stepper.phase, quiet=quiet or not world.is_main) as progress,
+        (display if world.is_main else silent)(stepper.total_steps, stepper.phase) as progress,
         world.watched(),
     ):
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
@@ -146,7 +143,7 @@ def run_to_end(
             _set_random_state(saved["random"])
         if checkpoints.damage:
             went_back = f"went back to the one before it, of step {stepper.steps_done}"
-            print(f"qnas: warning: {checkpoints.damage}: {went_back}", file=sys.stderr)
+            progress.warn(f"{checkpoints.damage}: {went_back}")
         metrics = None
         if world.is_main:
             metrics = Metrics(folder / METRICS_FILE, keep_bytes=saved["metrics_bytes"] if saved else 0)
@@ -197,11 +194,11 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def check_finite(
-    loss: float, step: int, remedy: str = "A larger --batch-size or another --seed may help"
+    loss: float, step: int, remedy: str = "A larger batch size or another seed may help"
 ) -> None:
-    """Raise TrainingError where a loss is not a number, before anything of it is saved."""
+    """Raise TrainingError where a loss is not finite, before anything of it is saved."""
     if not math.isfinite(loss):
         raise TrainingError(
-            f"step {step}: the loss is {loss}, and the weights are lost with it; the last checkpoint is of a "
-            f"step before. {remedy}; at the first steps, look at the images"
+            f"step {step}: the loss is {loss} and the weights are lost; the last checkpoint is of an earlier "
+            f"step. {remedy}; if it happens at the first steps, check the images"
         )

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from qnas.training.acceleration import PLAIN, UNSCALED, Acceleration
+from qnas.training.losses import LossFunction, cross_entropy, mean_loss
 from qnas.training.processes import ALONE, World
 from qnas.training.scoring import Forward
 
@@ -20,12 +21,12 @@ GRADIENT_CLIP = 5.0  # of the total norm (QuadraNet's recipe)
 
 
 class PathAdamW(torch.optim.AdamW):
-    """AdamW that looks at the weights which the last backward pass reached, not at all there are.
+    """AdamW that visits only the weights which the last backward pass reached.
 
-    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; to ask every other one
-    for its gradient, three times a step, takes longer the more candidates there are. A group may have a
-    `rate_share`, with which its rate is multiplied, and an `l1`, by which, times the rate, its weights
-    shrink to zero after a step (the proximal step of an L1 penalty, decoupled as AdamW's decay is).
+    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; asking all others for
+    their gradients, three times a step, takes longer the more candidates there are. A group's rate is
+    multiplied by its `rate_share`, if any. Its weights shrink to zero after a step by its `l1` times the
+    rate, if any (the proximal step of an L1 penalty, decoupled like AdamW's decay).
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float) -> None:
@@ -41,11 +42,11 @@ class PathAdamW(torch.optim.AdamW):
 
     @property
     def used(self) -> list[nn.Parameter]:
-        """The weights that have a gradient, in the order of the groups, whatever the backward pass's."""
+        """The weights that have a gradient, in the order of the groups."""
         return [self._reached[place] for place in sorted(self._reached)]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; in place they cannot be set to zero."""
+        """Drop the gradients; they cannot be set to zero in place."""
         assert set_to_none, "a weight without a gradient is left as it is, one of gradient 0 decays"
         for weight in self._reached.values():
             weight.grad = None
@@ -79,11 +80,11 @@ class PathAdamW(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class ReLinear:
-    """How the quadratic part of a network is let in (Fan et al., arXiv 2110.06081).
+    """The separate training of the quadratic weights (ReLinear, Fan et al., arXiv 2110.06081).
 
-    `weights` are those in the quadratic products. `gamma` is their rate as a share of the others': under
-    AdamW, which divides a gradient by its own size, a scale of the gradient itself would change nothing.
-    `alpha` adds to their decay (L2), `beta` shrinks them to zero (L1), both at their own rate.
+    `weights` are those in the quadratic products. `gamma` is their rate as a share of the others'; scaling
+    the gradient itself would change nothing, as AdamW divides it by its own size. `alpha` adds to their
+    decay (L2), and `beta` shrinks them to zero (L1), both at their own rate.
     """
 
     weights: Sequence[nn.Parameter]
@@ -122,7 +123,7 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LRScheduler:
-    """Return a schedule a step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
+    """Return a schedule by step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
     warmup_steps = min(max(1, warmup_steps), max(1, steps - 1))
     base = optimizer.param_groups[0]["lr"]
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=warmup_steps)
@@ -141,7 +142,7 @@ class _Schedule(SequentialLR):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network whose answers are learnt beside the labels (distillation, arXiv 1503.02531)."""
+    """A network that is learned from beside the labels (distillation, arXiv 1503.02531)."""
 
     forward: Forward  # (B, channels, H, W) normalised as the data are -> (B, classes)
     weight: float  # of its loss; the labels' has the rest
@@ -172,13 +173,13 @@ def weight_step(
     gradient_clip: float = GRADIENT_CLIP,
     parts: int = 1,
     teacher: Teacher | None = None,
+    loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
     """Take one optimiser step on a batch; return the mean loss, detached.
 
-    images: (B, channels, H, W); labels: (B,), or shares of the classes (B, classes); on the acceleration's
-    device, and of several processes this one's part. The batch is taken in so many `parts`, which must be
-    equal, and their gradients are accumulated. Weights that `forward` did not use are left as they are,
-    and are not looked at.
+    images: (B, channels, H, W); labels: (B,), or shares of the classes (B, classes); both on the
+    acceleration's device, and of several processes this one's part. The batch is split into `parts`, which
+    must be equal, and their gradients are accumulated. Weights that `forward` did not use stay as they are.
     """
     optimizer.zero_grad()
     losses = []
@@ -187,7 +188,7 @@ def weight_step(
         with world.averaging(forward, now=number == len(pieces)):
             with acceleration.autocast():
                 logits = forward(some)
-                loss = F.cross_entropy(logits, theirs, label_smoothing=label_smoothing)
+                loss = mean_loss(loss_function, logits, theirs, label_smoothing)
                 if teacher is not None:
                     loss = (1 - teacher.weight) * loss + teacher.weight * teacher.loss(some, logits)
             scaler.scale(loss / len(pieces)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -1,4 +1,4 @@
-"""A run on several processes, each with its share of every batch: torchrun starts them, `joined` connects.
+"""Runs on several processes, each with a part of every batch: torchrun starts them, `joined` connects them.
 
     torchrun --nproc-per-node 2 -m qnas search --device vpu --budget 30ms
 
@@ -64,7 +64,7 @@ class World:
             fits = batch_size // self.size * self.size or self.size
             raise UsageError(
                 f"batches of {batch_size} images cannot be split over {self.size} processes: "
-                f"--batch-size {fits}, for instance"
+                f"batch_size {fits}, for instance"
             )
 
     def average(self, tensors: Sequence[Tensor]) -> None:

@@ -1,21 +1,29 @@
-"""How one network is trained: a YAML file as a frozen value.
+"""The recipe of one network's training: a YAML file as a frozen value.
 
-A recipe says what is done to weights and images, nothing of the machine; what it leaves out is off, or
-as for a short training on small images. `recipes/` holds the shipped ones, each to be copied and changed.
+A recipe says what is done to weights and images, and nothing about the machine. Fields that it leaves
+out are off, or suit a short training on small images. `recipes/` holds the shipped ones, which are meant
+to be copied and changed.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from qnas.common.documents import describe_problems, read_mapping
-from qnas.common.errors import UsageError
-from qnas.common.resources import read_named
-
-SCHEMA: Literal["qnas.recipe/1"] = "qnas.recipe/1"
+from qnas.training.settings import (
+    CompileField,
+    Count,
+    LossField,
+    MetricField,
+    Number,
+    PrecisionField,
+    SeedField,
+    Settings,
+    SettingsFile,
+    Share,
+    ThreadsField,
+    TorchDeviceField,
+)
 
 # By kind of data, where none is named; for two CPU cores or one GPU.
 DEFAULTS = {
@@ -27,65 +35,95 @@ DEFAULTS = {
 }
 
 
-def _scientific(value: Any) -> Any:
-    """Take `4e-3` for the number it means: YAML 1.1 has it as text, for want of a point."""
-    if not isinstance(value, str) or "e" not in value.lower():
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+class Recipe(SettingsFile):
+    """How to train a network. A field of 0 is off, except for counts, rates and the temperature."""
+
+    WHAT: ClassVar[str] = "recipe"
+    SCHEMA: ClassVar[str] = "qnas.recipe/1"
+    FOLDER: ClassVar[str] = "recipes"
+
+    file_schema: Literal["qnas.recipe/1"] = Field(default="qnas.recipe/1", alias="schema", repr=False)
+    epochs: Count = Field(description="Passes over the training images.")
+    batch_size: Count = Field(description="Images a step, over all processes and parts.")
+    resolution_px: Count | None = Field(
+        default=None,
+        description="Height and width of images in pixels. Default: those of the search, else of the space.",
+    )
+    learning_rate: Number = Field(description="Learning rate of AdamW at the end of the warm-up.")
+    warmup_epochs: Number = Field(default=1.0, description="Epochs in which the learning rate rises.")
+    weight_decay: Number = Field(default=0.05, description="Weight decay, not on norms and biases.")
+    gradient_clip: Annotated[Number, Field(gt=0)] = Field(
+        default=5.0, description="Largest norm of all gradients together."
+    )
+    accumulation: Count = Field(
+        default=1,
+        description="Parts that a batch is taken in, one after another, to save memory; batch norms see "
+        "one part at a time.",
+    )
+    label_smoothing: Share = Field(default=0.1, description="Share of a label spread over all classes.")
+    random_resized_crop: Annotated[Number, Field(le=1)] = Field(
+        default=0.0,
+        description="Least share of an image's area that is cut out and resized; 0 shifts images by up to "
+        "an eighth instead.",
+    )
+    randaugment: Annotated[Number, Field(le=10)] = Field(
+        default=0.0, description="Magnitude of RandAugment; 0 is off."
+    )
+    randaugment_std: Number = Field(default=0.0, description="Standard deviation of that magnitude.")
+    mixup: Number = Field(
+        default=0.0,
+        description="Alpha of mixup's Beta distribution; 0 is off. With cutmix, each batch has one of "
+        "the two.",
+    )
+    cutmix: Number = Field(default=0.0, description="Alpha of cutmix's Beta distribution; 0 is off.")
+    random_erasing: Annotated[Number, Field(le=1)] = Field(
+        default=0.0, description="Share of images of which a rectangle is erased."
+    )
+    stochastic_depth: Share = Field(
+        default=0.0, description="Drop rate of the last block; it rises linearly from 0 at the first."
+    )
+    ema_decay: Share = Field(
+        default=0.0,
+        description="Decay a step of the weights' moving average, which is the result; 0 is off.",
+    )
+    linear_start: bool = Field(default=False, description="Start with all quadratic products at zero.")
+    quadratic_gamma: Number = Field(
+        default=1.0, description="Learning rate of the quadratic weights, as a share of the others'."
+    )
+    quadratic_alpha: Number = Field(
+        default=0.0, description="Additional weight decay (L2) of the quadratic weights."
+    )
+    quadratic_beta: Number = Field(
+        default=0.0, description="Shrinkage to zero (L1) of the quadratic weights."
+    )
+    teacher_weight: Annotated[Number, Field(le=1)] = Field(
+        default=0.5, description="Weight of the teacher's loss, where there is a teacher."
+    )
+    teacher_temperature: Annotated[Number, Field(gt=0)] = Field(
+        default=1.0, description="Temperature that softens the teacher's answers."
+    )
 
 
-Number = Annotated[float, BeforeValidator(_scientific), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_scientific), Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+class TrainConfig(Settings):
+    """How to train a network, and on what machine. The recipe has its resolution."""
 
+    WHAT: ClassVar[str] = "training"
+    LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
 
-class Recipe(BaseModel):
-    """How to train a network. A field of 0 is off, but for counts, rates and the temperature."""
+    recipe: Recipe
+    torch_device: TorchDeviceField = "auto"
+    precision: PrecisionField = "auto"
+    compile: CompileField = False
+    threads: ThreadsField = 0
+    seed: SeedField = 0
+    loss: LossField = "cross-entropy"
+    metric: MetricField = "accuracy"
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    file_schema: Literal["qnas.recipe/1"] = Field(default=SCHEMA, alias="schema", repr=False)
-    epochs: Count
-    batch_size: Count  # images a step, over all processes and parts
-    resolution_px: Count | None = None  # None: of the search, else of the space
-    learning_rate: Number  # of AdamW, at the end of the warm-up
-    warmup_epochs: Number = 1.0
-    weight_decay: Number = 0.05  # not on norms and biases
-    gradient_clip: Annotated[Number, Field(gt=0)] = 5.0  # of the total norm
-    # parts that a batch is taken in, one after another, for less memory; batch norms see a part at a time
-    accumulation: Count = 1
-    label_smoothing: Share = 0.1
-    # least share of an image's area that is cut out and resized; 0: images are shifted by up to an eighth
-    random_resized_crop: Annotated[Number, Field(le=1)] = 0.0
-    randaugment: Annotated[Number, Field(le=10)] = 0.0  # magnitude
-    randaugment_std: Number = 0.0
-    mixup: Number = 0.0  # alpha of the Beta distribution; with cutmix, each batch has one of the two
-    cutmix: Number = 0.0  # alpha
-    random_erasing: Annotated[Number, Field(le=1)] = 0.0  # share of the images
-    stochastic_depth: Share = 0.0  # of the last block, from 0 at the first, linearly
-    ema_decay: Share = 0.0  # a step; the averaged weights are the result
-    linear_start: bool = False  # ReLinear: the quadratic product is zero at first
-    quadratic_gamma: Number = 1.0  # ReLinear: rate of the weights in the product, as a share of the others'
-    quadratic_alpha: Number = 0.0  # ReLinear: their further decay (L2)
-    quadratic_beta: Number = 0.0  # ReLinear: their shrinkage to zero (L1)
-    teacher_weight: Annotated[Number, Field(le=1)] = 0.5  # of the teacher's loss, where there is a teacher
-    teacher_temperature: Annotated[Number, Field(gt=0)] = 1.0
-
-    def override(self, changes: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe with these fields instead; None changes nothing. Raises UsageError."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        return _validate(self.values() | given, "recipe")
-
-    def values(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def to_yaml(self) -> str:
-        """Return the recipe as text that `parse_recipe` reads back to an equal value."""
-        return str(yaml.safe_dump(self.values(), sort_keys=False))
+    @property
+    def resolution_px(self) -> int:
+        """Height and width of the images."""
+        assert self.recipe.resolution_px is not None, "left open"
+        return self.recipe.resolution_px
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -93,19 +131,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
     Raises UsageError with every problem of the file in one line.
     """
-    content = read_mapping(text, where, SCHEMA, UsageError)
-    if "schema" not in content:
-        raise UsageError(f"{where}: schema: missing, expected {SCHEMA}")
-    return _validate(content, where)
+    return Recipe.parse(text, where)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Load a shipped recipe by name, or one's own by the path of its YAML file. Raises UsageError."""
-    return parse_recipe(*read_named("recipes", name_or_path, "recipe", UsageError))
-
-
-def _validate(content: Mapping[str, Any], where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(dict(content))
-    except ValidationError as error:
-        raise UsageError(f"{where}: {describe_problems(error, Recipe)}") from error
+    """Load a shipped recipe by name, or a YAML file by its path. Raises UsageError."""
+    return Recipe.load(name_or_path)

@@ -1,13 +1,15 @@
-"""Scores of a network on images, and the batch-norm statistics that a score needs."""
+"""Classification of images by a network, its score, and the batch-norm statistics that it needs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qnas.training.losses import LossFunction, cross_entropy
+
+TOP = 5
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
 
 Forward = Callable[[Tensor], Tensor]
@@ -18,47 +20,66 @@ class Score:
     """How well a network classifies some images."""
 
     accuracy: float  # share of 1
-    loss: float  # mean cross-entropy in nats
+    loss: float  # the mean; cross-entropy in nats unless another loss was asked for
     images: int
 
 
 @dataclass(frozen=True)
-class ImageScores:
-    """How well a network classifies each of some images, in their order. On the CPU."""
+class Classified:
+    """How a network classifies each of some images, in their order. On the CPU."""
 
-    losses: Tensor  # (images,) float64, cross-entropy in nats
-    right: Tensor  # (images,) bool
+    labels: Tensor  # (images,) the true classes
+    predicted: Tensor  # (images,) classes
+    confidence: Tensor  # (images,) the probability of the predicted class
+    among_top: Tensor  # (images,) bool: whether the label is among the TOP most probable classes
+    losses: Tensor  # (images,) float64
+
+    @property
+    def right(self) -> Tensor:
+        """Which images are classified correctly, (images,) bool."""
+        return self.predicted == self.labels
 
     @property
     def score(self) -> Score:
-        """Return the figures of all images together."""
+        """The figures of all images together."""
         count = len(self.losses)
         return Score(int(self.right.sum()) / count, float(self.losses.mean()), count)
 
 
-def evaluate(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Score a network that is in evaluation mode."""
-    return evaluate_images(forward, batches).score
-
-
 @torch.no_grad()
-def evaluate_images(forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> ImageScores:
-    """Score a network that is in evaluation mode on each image."""
-    losses, right = [], []
+def classify(
+    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
+) -> Classified:
+    """Classify images with a network that is in evaluation mode, in one pass."""
+    parts = []
     for images, labels in batches:
         logits = forward(images)
-        losses.append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
-        right.append((logits.argmax(1) == labels).cpu())
-    assert losses, "no images to evaluate on"
-    return ImageScores(torch.cat(losses), torch.cat(right))
+        top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+        found = (
+            labels,
+            logits.argmax(1),
+            logits.float().softmax(1).max(1).values,
+            (top == labels[:, None]).any(1),
+            loss(logits, labels).double(),
+        )
+        parts.append([tensor.cpu() for tensor in found])
+    assert parts, "no images to classify"
+    return Classified(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def evaluate(
+    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
+) -> Score:
+    """Score a network that is in evaluation mode."""
+    return classify(forward, batches, loss).score
 
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Measure the batch norms' statistics anew on these batches; no other state changes.
 
-    Statistics gathered while other paths ran upstream do not fit this one. Nothing happens where
-    there is no batch normalisation.
+    Statistics that were gathered while other paths ran do not fit this one. Without batch normalisation
+    nothing happens.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
@@ -77,9 +98,9 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
 
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms use the statistics of what is put through, as in training, and keep none of them.
+    """Let batch norms use each batch's own statistics, as in training, and keep none of them.
 
-    For comparing many paths of a supernet, each of which would need statistics of its own.
+    This compares many paths of a supernet, each of which would need statistics of its own.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.training, norm.track_running_stats) for norm in norms]

@@ -188,7 +188,7 @@ def test_a_recipe_is_overridden_by_flags_and_kept_in_the_run(
     assert json.loads(Path("again/config.json").read_text())["train"] == asked["train"]
     (searched / "subnet" / "result.json").unlink()  # as if stopped
     assert "batch size was 100, is 50" in complaint(capsys, *train, "--batch-size", "50", "--resume")
-    assert "recipe: mixup: expected at least 0, got -1.0" in complaint(capsys, *train, "--mixup", "-1")
+    assert "recipe: ema_decay: " in complaint(capsys, *train, "--ema-decay", "1")
 
 
 def test_one_seed_gives_one_arch_json_in_separate_processes(tiny_yaml: Path, tmp_path: Path) -> None:

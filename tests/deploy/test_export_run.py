@@ -32,8 +32,8 @@ from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, 
 from qnas.runs.run_folder import read_config
 from qnas.spaces.arch import Arch, arch_document
 from qnas.spaces.space import parse_space
-from qnas.training.recipe import Recipe
-from qnas.training.subnet_trainer import TrainConfig, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.trained_subnet import train_subnet
 
 FORMATS_HERE = tuple(
     name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / ARCH_FILE, document)
     data = load_data(parse_data_spec("digits"), resolution_px=8)
     config = TrainConfig(
-        Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
+        recipe=Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
     )
     train_subnet(
         FoundArch(space, arch, document, folder),
@@ -67,7 +67,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / SUBNET_FOLDER,
         {"data": "digits", "data_digest": data.digest, "versions": {"qnas": "9.9"}},
         from_supernet=False,
-        quiet=True,
     )
     return folder
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnas.common.errors import UsageError
 from qnas.latency.device import load_device
 from qnas.latency.table import compute_table
-from qnas.nn.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
-from qnas.nn.mixed_block import FactoredMixture, Gated, WeightsMode
+from qnas.nn.gradients import GRADIENTS
+from qnas.nn.mixed_block import FactoredMixture, Gated
+from qnas.nn.modes import GRADIENT_FORMS, GradientForm, WeightsMode, gradient_for
 from qnas.nn.supernet import LimitTensors, Supernet, expected_latency, limit_tensors, probabilities
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.block_order import block_labels, take_first_places
@@ -241,7 +241,7 @@ def test_forms_that_do_not_go_with_the_weights_are_refused_with_the_fix() -> Non
     assert gradient_for("independent", None) == gradient_for("shared", None) == "two-path"
     assert gradient_for("nested", None) == gradient_for("nested", "exact") == "exact"
     assert gradient_for("shared", "gumbel") == "gumbel"
-    with pytest.raises(UsageError, match="not two-path: leave it out"):
+    with pytest.raises(ValueError, match="the exact gradient, not two-path"):
         gradient_for("nested", "two-path")
-    with pytest.raises(UsageError, match="not shared: add --weights nested"):
+    with pytest.raises(ValueError, match="exact needs nested weights, not shared"):
         gradient_for("shared", "exact")

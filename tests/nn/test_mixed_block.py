@@ -19,10 +19,10 @@ from qnas.nn.mixed_block import (
     NestedChoice,
     Route,
     SharedChoice,
-    WeightsMode,
     grid_of,
     make_choice,
 )
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import take_slice
 from qnas.nn.supernet import Supernet
 from qnas.spaces.arch import Arch

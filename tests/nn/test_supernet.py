@@ -12,16 +12,8 @@ from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import compute_table
-from qnas.nn.mixed_block import (
-    WEIGHTS_MODES,
-    Choice,
-    FactoredMixture,
-    Gated,
-    Grid,
-    IndependentChoice,
-    Route,
-    WeightsMode,
-)
+from qnas.nn.mixed_block import Choice, FactoredMixture, Gated, Grid, IndependentChoice, Route
+from qnas.nn.modes import WEIGHTS_MODES, WeightsMode
 from qnas.nn.supernet import (
     Factors,
     LimitTensors,

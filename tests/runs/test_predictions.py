@@ -7,13 +7,17 @@ from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError
 from qnas.data.batches import batches
-from qnas.data.image_data import ImageData
+from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.tensors import save_tensors
-from qnas.training.predictions import WORST, predict
-from qnas.training.scoring import evaluate
+from qnas.training.predictions import WORST, prediction_tensors
+from qnas.training.scoring import Forward, classify, evaluate
+
+
+def predict(forward: Forward, split: Split) -> dict[str, Tensor]:
+    return prediction_tensors(classify(forward, batches(split, 256)), split)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def fresh() -> Watch:
         bound_window=60,
         weight_window=10,
         weight_windows=10,
-        classes=10,
+        guess=math.log(10),
         multiplier_bound=3.0,
         expects=Undecided(identity_share=0.4, entropy=1.5),
     )
@@ -216,7 +216,7 @@ def test_of_several_limits_the_tightest_is_expected_to_be_met(tiny_space: Search
 
     def expects(*limits: Limit) -> Undecided | None:
         return make_watch(
-            tiny_space, limits, weight_steps=100, arch_steps=40, classes=10, multiplier_bound=3.0
+            tiny_space, limits, weight_steps=100, arch_steps=40, guess=math.log(10), multiplier_bound=3.0
         ).expects
 
     assert expects(slow) is None
@@ -225,6 +225,6 @@ def test_of_several_limits_the_tightest_is_expected_to_be_met(tiny_space: Search
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_is_refused_with_its_step(loss: float) -> None:
-    with pytest.raises(TrainingError, match=r"step 7: the loss is .* last checkpoint .* --batch-size"):
+    with pytest.raises(TrainingError, match=r"step 7: the loss is .* last checkpoint .* batch size"):
         check_finite(loss, 7)
     check_finite(0.0, 7)

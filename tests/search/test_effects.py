@@ -19,6 +19,7 @@ from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.table import LatencyTable, compute_table
+from qnas.search.config import SearchConfig
 from qnas.search.effects import (
     IMAGES,
     NETWORKS_PER_EFFECT,
@@ -29,7 +30,9 @@ from qnas.search.effects import (
     fit_effects,
     measure_effects,
 )
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.evaluator import evaluator_of
+from qnas.search.searcher import Searcher
+from qnas.search.selection import count_effect_networks, effects_of
 from qnas.solver.derive import Indices, Scores, sample_near
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.arch import arch_from_indices
@@ -224,15 +227,16 @@ def test_measuring_changes_nothing_and_comes_out_the_same(
         space = tiny_space.with_norm(norm)
         table = compute_table(load_device("vpu"), space)
         within = (latency_limit(table, table.slowest_ms),)
-        searcher = Searcher(space, within, digits, replace(CONFIG, effect_networks=30))
+        searcher = Searcher(space, within, digits, CONFIG.override({"effect_networks": 30}))
         for _ in range(3):
             searcher.step()
         before = {key: value.clone() for key, value in searcher.state.supernet.state_dict().items()}
         drawn = searcher.state.generator.get_state()
         counted: list[int] = []
-        first = searcher.measure_effects(counted.append)
+        evaluator = evaluator_of(searcher.state)
+        first = effects_of(searcher.state, evaluator, counted.append)
         assert sum(counted) == 30
-        assert first == searcher.measure_effects()
+        assert first == effects_of(searcher.state, evaluator)
         assert torch.equal(drawn, searcher.state.generator.get_state())
         for key, value in searcher.state.supernet.state_dict().items():
             assert torch.equal(value, before[key]), key
@@ -244,7 +248,7 @@ def test_losses_are_those_of_the_subnets(tiny_space: SearchSpace, limits: Limits
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 10
     networks = random_networks(tiny_space, 4, 0)
-    losses = searcher.losses(networks, images, labels)
+    losses = evaluator_of(searcher.state).losses(networks, images, labels)
     assert losses.shape == (4, 16)
     for network, found in zip(networks, losses, strict=True):
         subnet = searcher.state.supernet.subnet(arch_from_indices(tiny_space, network), 10).eval()
@@ -256,16 +260,16 @@ def test_losses_are_those_of_the_subnets(tiny_space: SearchSpace, limits: Limits
 def test_a_batch_serves_the_networks_that_are_compared(
     tiny_space: SearchSpace, limits: Limits, digits: ImageData
 ) -> None:
-    searcher = Searcher(tiny_space, limits, digits, replace(CONFIG, effect_networks=25))
+    searcher = Searcher(tiny_space, limits, digits, CONFIG.override({"effect_networks": 25}))
     seen: list[tuple[int, int, Tensor]] = []
-    losses = searcher.losses
+    evaluator = evaluator_of(searcher.state)
+    losses = evaluator.losses
 
     def look(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
         seen.append((len(networks), len(images), images))
         return losses(networks, images, labels)
 
-    searcher.losses = look  # type: ignore[method-assign]
-    searcher.measure_effects()
+    effects_of(searcher.state, replace(evaluator, losses=look))
     assert [count for count, _, _ in seen] == [TOGETHER, TOGETHER, 5]
     assert all(size == min(IMAGES, len(digits.heldout)) for _, size, _ in seen)
     assert not torch.equal(seen[0][2], seen[1][2])
@@ -281,12 +285,12 @@ def test_networks_are_drawn_by_probabilities_that_no_temperature_sharpened(
     searcher = Searcher(tiny_space, limits, digits, CONFIG)
     while searcher.steps_done < searcher.total_steps:
         searcher.step()
-    assert searcher.temperature < 1
+    assert searcher.state.temperature < 1
     asked: list[Scores] = []
     monkeypatch.setattr(
-        "qnas.search.searcher.measure_effects", lambda space, limits, log_p, *rest: asked.append(log_p)
+        "qnas.search.selection.measure_effects", lambda space, limits, log_p, *rest: asked.append(log_p)
     )
-    searcher.measure_effects()
+    effects_of(searcher.state, evaluator_of(searcher.state))
     for found, alpha in zip(asked[0], searcher.state.supernet.alpha.detach(), strict=True):
         assert found == pytest.approx(torch.log_softmax(alpha[: len(found)], 0).tolist())
 
@@ -295,7 +299,9 @@ def test_the_number_of_networks_follows_the_effects_and_the_length_of_the_search
     tiny_space: SearchSpace, limits: Limits, digits: ImageData
 ) -> None:
     short, long = (
-        Searcher(tiny_space, limits, digits, replace(CONFIG, search_epochs=epochs)).effect_networks
+        count_effect_networks(
+            Searcher(tiny_space, limits, digits, CONFIG.override({"search_epochs": epochs})).problem
+        )
         for epochs in (4, 400)
     )
     assert short < long == NETWORKS_PER_EFFECT * count_effects(tiny_space)

@@ -5,7 +5,8 @@ from math import isfinite
 import pytest
 import torch
 
-from qnas.search.penalty import LATENCY_LOSSES, SETTLED, LatencyLoss, Multiplier, penalised, settle
+from qnas.search.config import LatencyLoss
+from qnas.search.penalty import LATENCY_LOSSES, SETTLED, Multiplier, penalised, settle
 
 SCALES_MS = [10.0**exponent for exponent in range(-3, 5)]
 

@@ -16,21 +16,16 @@ from qnas.latency.table import compute_table
 from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet, save_tensors
-from qnas.search.rerank import (
-    SCREEN_IMAGES,
-    prefer,
-    ranking_document,
-    rerank,
-    rerank_saved,
-    score_subnet,
-    screen,
-)
+from qnas.search.evaluator import Evaluator
+from qnas.search.rerank import SCREEN_IMAGES, prefer, ranking_document, rerank, screen
+from qnas.search.selection import rerank_saved
 from qnas.solver.derive import Indices, Solution, solve_best
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
-from qnas.training.scoring import ImageScores
+from qnas.training.losses import CROSS_ENTROPY
+from qnas.training.scoring import Classified
 
 CPU = torch.device("cpu")
 
@@ -38,6 +33,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data(parse_data_spec("digits"), resolution_px=8, quiet=True)
+
+
+def classified(losses: Tensor, right: int) -> Classified:
+    labels = torch.zeros(len(losses), dtype=torch.int64)
+    predicted = (torch.arange(len(losses)) >= right).long()
+    return Classified(labels, predicted, torch.ones(len(losses)), predicted == labels, losses)
 
 
 def five_best(space: SearchSpace) -> tuple[Solution, ...]:
@@ -75,7 +76,7 @@ def test_networks_are_ranked_by_all_heldout_images_and_by_their_parameters(
     for lead, first in ((0.0, max(range(5), key=sizes.__getitem__)), (1.0, least)):
         losses = 5 + noise
         losses[least] -= lead
-        said = [ImageScores(row, torch.arange(images) < 10 * (i + 1)) for i, row in enumerate(losses)]
+        said = [classified(row, 10 * (i + 1)) for i, row in enumerate(losses)]
         score = Mock(side_effect=said)
         ranked = rerank(tiny_space, solutions, digits, score)
         assert [call.args[1].name for call in score.call_args_list] == ["heldout"] * 5
@@ -127,7 +128,9 @@ def test_batch_norms_are_measured_anew_before_a_network_is_scored(
     tiny_space: SearchSpace, digits: ImageData
 ) -> None:
     space = tiny_space.with_norm("batchnorm")
-    network = build_subnet(space, sample_arch(space, np.random.default_rng(0)), 10)
+    arch = sample_arch(space, np.random.default_rng(0))
+    network = build_subnet(space, arch, 10)
+    evaluator = Evaluator(digits, CPU, CROSS_ENTROPY, lambda arch: network, Mock())
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     found = []
@@ -135,7 +138,7 @@ def test_batch_norms_are_measured_anew_before_a_network_is_scored(
         for norm in norms:
             assert norm.running_mean is not None
             norm.running_mean.fill_(mean)
-        found.append(score_subnet(network, digits, digits.heldout, CPU))
+        found.append(evaluator.classify(arch, digits.heldout))
     assert torch.equal(found[0].losses, found[1].losses)
     assert len(found[0].losses) == len(digits.heldout)
     assert not network.training

@@ -23,9 +23,12 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
 from qnas.runs.plots import draw_budget, read_rows
 from qnas.runs.run_folder import read_config
-from qnas.search.rerank import ranking_document, rerank_saved
+from qnas.search.config import SearchConfig
+from qnas.search.evaluator import evaluator_of
+from qnas.search.rerank import ranking_document
 from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.searcher import Searcher
+from qnas.search.selection import effects_of, rerank_saved, screen_solutions
 from qnas.solver.derive import largest, macs_guided, solve_best
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.arch import Arch
@@ -76,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     )
     folder = tmp_path_factory.mktemp("runs") / "run"
     request = {"data": "digits", "data_digest": data.digest}
-    result = run_search(Searcher(space, limits, data, CONFIG), folder, request, quiet=True)
+    result = run_search(Searcher(space, limits, data, CONFIG), folder, request)
     config = read_config(folder)
     document = json.loads((folder / SEARCH_FILE).read_text())
     return Finished(space, limits, data, result, folder, config, document)
@@ -103,18 +106,20 @@ def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) 
     assert certificate["solved"] == finished.document["screened"] == 12
     assert certificate["score_bound"] >= max(entry["score"] for entry in ranking)
     assert arch.document["heldout_accuracy"] == best["heldout_accuracy"]
+    problem = finished.result.searcher.problem
     solutions = solve_best(
         finished.space, read_searched(finished.folder, finished.space).scores, finished.limits, 12
     )
-    chosen = finished.result.searcher.screen(solutions)
+    chosen = screen_solutions(problem, evaluator_of(finished.result.searcher.state), solutions)
     assert [s.score for s in chosen] == sorted((entry["score"] for entry in ranking), reverse=True)
 
 
 def test_networks_are_derived_by_the_measured_effects(finished: Finished) -> None:
     effects = finished.document["effects"]
-    assert finished.result.effects is not None
-    assert effects == asdict(finished.result.effects) | {"nats": [list(row) for row in effects["nats"]]}
-    assert finished.result.effects == finished.result.searcher.measure_effects()
+    found, state = finished.result.selection.effects, finished.result.searcher.state
+    assert found is not None
+    assert effects == asdict(found) | {"nats": [list(row) for row in effects["nats"]]}
+    assert found == effects_of(state, evaluator_of(state))
     for entry in finished.document["ranking"]:
         indices = Arch(tuple(entry["choices"])).indices(finished.space)
         assert entry["score"] == pytest.approx(-sum(effects["nats"][i][j] for i, j in enumerate(indices)))
@@ -123,15 +128,15 @@ def test_networks_are_derived_by_the_measured_effects(finished: Finished) -> Non
 def test_without_effects_networks_are_derived_by_their_probabilities(
     finished: Finished, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, search_epochs=1, effect_networks=0)
+    config = CONFIG.override({"search_epochs": 1, "effect_networks": 0})
     searcher = Searcher(finished.space, finished.limits, finished.data, config)
-    result = run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    result = run_search(searcher, tmp_path / "run", {"data": "digits"})
     assert json.loads((tmp_path / "run" / SEARCH_FILE).read_text())["effects"] is None
     for ranked in result.ranking:
-        log_p = [searcher.log_probabilities[i][j] for i, j in enumerate(ranked.solution.indices)]
+        log_p = [searcher.state.log_probabilities[i][j] for i, j in enumerate(ranked.solution.indices)]
         assert ranked.solution.score == pytest.approx(sum(log_p))
     searched = read_searched(tmp_path / "run", finished.space)
-    assert searched.scores == searched.log_probabilities == searcher.log_probabilities
+    assert searched.scores == searched.log_probabilities == searcher.state.log_probabilities
 
 
 def test_effects_that_are_damaged_are_said_to_be(finished: Finished, tmp_path: Path) -> None:
@@ -177,12 +182,12 @@ def test_the_rivals_are_what_they_are_called(finished: Finished) -> None:
 
 
 def test_accuracies_are_those_on_test_images(finished: Finished) -> None:
-    searcher = finished.result.searcher
+    evaluator = evaluator_of(finished.result.searcher.state)
     for key in ("derived", "largest"):
         entry = finished.document[key]
-        assert entry["accuracy"] == searcher.score(Arch(tuple(entry["choices"]))).accuracy
+        assert entry["accuracy"] == evaluator.score(Arch(tuple(entry["choices"]))).accuracy
     arch = Arch(tuple(finished.document["derived"]["choices"]))
-    heldout = searcher.score(arch, finished.data.heldout)
+    heldout = evaluator.score(arch, finished.data.heldout)
     assert finished.document["derived"]["heldout_accuracy"] == heldout.accuracy
 
 
@@ -243,9 +248,11 @@ def test_only_finished_runs_that_differ_in_the_seed_alone_count_as_seeds(
 def test_the_spread_over_seeds_is_in_the_report(finished: Finished, tmp_path: Path) -> None:
     found = []
     for seed in (1, 2):
-        config = replace(CONFIG, seed=seed, search_epochs=1, warmup_epochs=0, random_networks=0, k_best=1)
+        config = CONFIG.override(
+            {"seed": seed, "search_epochs": 1, "warmup_epochs": 0, "random_networks": 0, "k_best": 1}
+        )
         searcher = Searcher(finished.space, finished.limits, finished.data, config)
-        run_search(searcher, tmp_path / f"run-{seed}", {"data": "digits"}, quiet=True)
+        run_search(searcher, tmp_path / f"run-{seed}", {"data": "digits"})
         found.append(json.loads((tmp_path / f"run-{seed}" / SEARCH_FILE).read_text()))
     first, second = (document["derived"]["accuracy"] for document in found)
     assert found[0]["seeds"] == {"accuracies": {"1": first}, "mean": first, "sd": None}

@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,31 @@ from qnas.common.errors import (
     TrainingError,
     UsageError,
 )
+from qnas.common.progress import warnings_only
 from qnas.common.resources import stems
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import device_names, load_device
 from qnas.latency.table import LatencyTable, compute_table, load_table
-from qnas.nn.mixed_block import Gated, Route, WeightsMode
+from qnas.nn.mixed_block import Gated, Route
+from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import limit_tensors, log_probabilities, sample_path
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUBNET_FOLDER, SUPERNET_FILE
+from qnas.search.config import Paths, SearchConfig
 from qnas.search.penalty import LATENCY_LOSSES
+from qnas.search.problem import check_searchable
+from qnas.search.schedule import FINAL_TEMPERATURE, SNAPSHOTS
 from qnas.search.search_result import run_search
-from qnas.search.searcher import (
-    FINAL_TEMPERATURE,
-    PRESETS,
-    SNAPSHOTS,
-    Paths,
-    SearchConfig,
-    Searcher,
-    check_searchable,
-)
-from qnas.solver.derive import sample_near
+from qnas.search.searcher import Searcher
+from qnas.solver.derive import sample_near, solve
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
-from qnas.training.subnet_trainer import inherit
+from qnas.training.supernet_weights import inherit
 
 CONFIG = SearchConfig(
     preset="test",
@@ -85,7 +81,7 @@ def search(
     space: SearchSpace, table: LatencyTable, data: ImageData, folder: Path, config: SearchConfig = CONFIG
 ) -> Path:
     searcher = Searcher(space, within(table, middle(table)), data, config)
-    run_search(searcher, folder, {"data": "digits"}, quiet=True)
+    run_search(searcher, folder, {"data": "digits"})
     return folder
 
 
@@ -116,7 +112,9 @@ def test_a_search_over_linear_and_quadratic_blocks_derives_a_network_within_budg
 ) -> None:
     space = load_space("quadranet-small-mixed")
     table = load_table(load_device("cpu"), space)
-    config = replace(CONFIG, search_epochs=1, random_networks=1, effect_networks=40, weights=weights)
+    config = CONFIG.override(
+        {"search_epochs": 1, "random_networks": 1, "effect_networks": 40, "weights": weights}
+    )
     found = find_arch(search(space, table, digits, tmp_path / "run", config))
     assert found.document["latency_ms"] == table.latency_ms(found.arch.indices(space)) <= middle(table)
     neurons = {
@@ -143,9 +141,9 @@ def test_probabilities_are_logged_from_the_first_to_the_last(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    config = replace(CONFIG, search_epochs=16, effect_networks=0)
+    config = CONFIG.override({"search_epochs": 16, "effect_networks": 0})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
-    run_search(searcher, folder, {"data": "digits"}, quiet=True)
+    run_search(searcher, folder, {"data": "digits"})
     rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     steps = [row for row in rows if "multiplier" in row]
     logged = [row for row in steps if "probabilities" in row]
@@ -159,7 +157,7 @@ def test_probabilities_are_logged_from_the_first_to_the_last(
             assert sum(shares) == pytest.approx(1, abs=3e-4)
         logs = [p * np.log(p) for shares in row["probabilities"] for p in shares if p > 0]
         assert -sum(logs) / len(tiny_space.positions) == pytest.approx(row["entropy"], abs=3e-3)
-    for shares, log_p in zip(logged[-1]["probabilities"], searcher.log_probabilities, strict=True):
+    for shares, log_p in zip(logged[-1]["probabilities"], searcher.state.log_probabilities, strict=True):
         assert shares == pytest.approx(np.exp(log_p).tolist(), abs=5.1e-5)
 
 
@@ -170,7 +168,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(
     for file in (ARCH_FILE, METRICS_FILE, SUPERNET_FILE, SEARCH_FILE):
         first, second = ((folder / file).read_bytes() for folder in folders)
         assert first == second, file
-    other = search(tiny_space, table, digits, tmp_path / "c", replace(CONFIG, seed=1))
+    other = search(tiny_space, table, digits, tmp_path / "c", CONFIG.override({"seed": 1}))
     assert (other / METRICS_FILE).read_bytes() != (folders[0] / METRICS_FILE).read_bytes()
 
 
@@ -191,13 +189,13 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
 
     searcher.step = step_and_stop  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="state is saved"):
-        run_search(searcher, folder, {"data": "digits"}, quiet=True)
+        run_search(searcher, folder, {"data": "digits"})
     assert not (folder / ARCH_FILE).exists()
     # what came after the checkpoint does not count
     with (folder / METRICS_FILE).open("a") as file:
         file.write('{"step": 1000}\n')
     fresh = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
-    run_search(fresh, folder, {"data": "digits"}, resume=True, quiet=True)
+    run_search(fresh, folder, {"data": "digits"}, resume=True)
     for file_name in (ARCH_FILE, METRICS_FILE, SUPERNET_FILE, SEARCH_FILE):
         assert (whole / file_name).read_bytes() == (folder / file_name).read_bytes(), file_name
 
@@ -228,10 +226,10 @@ def test_a_state_is_all_that_the_next_steps_depend_on(
     if weights == "nested" and norm == "batchnorm":
         pytest.skip("nested weights are for layer normalisation")
     space = tiny_space.with_norm(norm)  # type: ignore[arg-type]  # from a list
-    config = replace(CONFIG, weights=weights, gradient=gradient, latency_loss=latency_loss)  # type: ignore[arg-type]
+    config = CONFIG.override({"weights": weights, "gradient": gradient, "latency_loss": latency_loss})
     table = compute_table(load_device("vpu"), space)
     searcher = Searcher(space, within(table, middle(table)), digits, config)
-    for _ in range(searcher.warmup_steps + 3):
+    for _ in range(searcher.schedule.warmup_steps + 3):
         searcher.step()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(searcher.to_dict())
@@ -256,16 +254,16 @@ def test_resuming_something_else_is_refused(
     before = (folder / ARCH_FILE).read_bytes()
     same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     with pytest.raises(CheckpointError, match="is complete, there is nothing to resume"):
-        run_search(same, folder, {"data": "digits"}, resume=True, quiet=True)
+        run_search(same, folder, {"data": "digits"}, resume=True)
     with pytest.raises(CheckpointError, match="already holds a run: give --resume"):
-        run_search(same, folder, {"data": "digits"}, quiet=True)
+        run_search(same, folder, {"data": "digits"})
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        run_search(same, tmp_path / "none", {"data": "digits"}, resume=True, quiet=True)
+        run_search(same, tmp_path / "none", {"data": "digits"}, resume=True)
     assert (folder / ARCH_FILE).read_bytes() == before
     (folder / ARCH_FILE).unlink()
-    other = Searcher(tiny_space, within(table, middle(table)), digits, replace(CONFIG, batch_size=64))
+    other = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG.override({"batch_size": 64}))
     with pytest.raises(CheckpointError, match=r"changed since it started: batch size was 128, is 64$"):
-        run_search(other, folder, {"data": "digits"}, resume=True, quiet=True)
+        run_search(other, folder, {"data": "digits"}, resume=True)
 
 
 def test_force_leaves_nothing_of_the_former_run(
@@ -279,7 +277,6 @@ def test_force_leaves_nothing_of_the_former_run(
         folder,
         {"data": "digits"},
         force=True,
-        quiet=True,
     )
     assert not (folder / SUBNET_FOLDER).exists()
 
@@ -302,9 +299,9 @@ def test_without_a_binding_budget_the_latency_does_not_press(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
 ) -> None:
     searcher = Searcher(tiny_space, within(table, 2 * table.slowest_ms), digits, CONFIG)
-    assert not searcher.binds
-    assert Searcher(tiny_space, within(table, middle(table)), digits, CONFIG).binds
-    for _ in range(searcher.warmup_steps + 1):
+    assert not searcher.problem.binds
+    assert Searcher(tiny_space, within(table, middle(table)), digits, CONFIG).problem.binds
+    for _ in range(searcher.schedule.warmup_steps + 1):
         searcher.step()
     assert searcher.state.multiplier.value == 0
     before = searcher.state.supernet.alpha.detach().clone()
@@ -321,7 +318,7 @@ def test_without_a_binding_budget_the_latency_does_not_press(
 def test_every_form_of_the_latency_loss_searches(
     form: str, tiny_space: SearchSpace, table: LatencyTable, digits: ImageData, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, latency_loss=form, search_epochs=1)  # type: ignore[arg-type]  # from a tuple
+    config = CONFIG.override({"latency_loss": form, "search_epochs": 1})
     folder = search(tiny_space, table, digits, tmp_path / "run", config)
     assert find_arch(folder).document["latency_ms"] <= middle(table)
 
@@ -344,10 +341,10 @@ def test_every_engine_searches_and_leaves_weights_for_its_network(
     digits: ImageData,
     tmp_path: Path,
 ) -> None:
-    config = replace(CONFIG, **engine)  # type: ignore[arg-type]  # from a dict
+    config = CONFIG.override({**engine})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
     start = searcher.state.supernet.alpha.detach().clone()
-    run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    run_search(searcher, tmp_path / "run", {"data": "digits"})
     found = find_arch(tmp_path / "run")
     assert found.document["latency_ms"] <= middle(table)
     assert (searcher.state.supernet.alpha != start).any(1).all()
@@ -363,7 +360,7 @@ def test_every_engine_searches_and_leaves_weights_for_its_network(
 def test_an_architecture_step_leaves_the_weights_alone(
     engine: dict[str, str], tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
 ) -> None:
-    config = replace(CONFIG, **engine)  # type: ignore[arg-type]  # from a dict
+    config = CONFIG.override({**engine})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
     weights = searcher.state.supernet.weights
     before = [weight.detach().clone() for weight in weights]
@@ -383,16 +380,16 @@ def test_of_several_limits_the_furthest_exceeded_presses(
     cells = tuple(tuple(max(row) - amount for amount in row) for row in table.ms)
     spared = Limit("params", budget=1.0, limit=1.0, fixed=0.5, cells=cells)
     limits = (latency_limit(table, 2 * table.slowest_ms), spared)
-    config = replace(CONFIG, weights=weights)  # type: ignore[arg-type]  # from a list
+    config = CONFIG.override({"weights": weights})
     searcher = Searcher(tiny_space, limits, digits, config)
-    before = searcher.expected
+    before = searcher.state.expected
     assert before[0] < limits[0].limit
     assert before[1] > spared.limit
-    assert searcher.expected_ratio == pytest.approx(float(before[1]) / spared.limit)
+    assert searcher.state.expected_ratio == pytest.approx(float(before[1]) / spared.limit)
     while searcher.steps_done < searcher.total_steps:
         searcher.step()
-    assert searcher.expected[1] < before[1]
-    assert searcher.expected_ms == float(searcher.expected[0]) > float(before[0])
+    assert searcher.state.expected[1] < before[1]
+    assert float(searcher.state.expected[0]) > float(before[0])
 
 
 @pytest.mark.parametrize("paths", ["even", "probabilities"])
@@ -410,8 +407,8 @@ def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
         drawn.append(tuple(index for index in path if isinstance(index, int)))
         return path
 
-    monkeypatch.setattr("qnas.search.searcher.sample_path", draw)
-    config = replace(CONFIG, paths=paths, batch_size=8, arch_learning_rate=0.0)
+    monkeypatch.setattr("qnas.search.steps.sample_path", draw)
+    config = CONFIG.override({"paths": paths, "batch_size": 8, "arch_learning_rate": 0.0})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
     identity = tuple(position.names.index("identity") for position in tiny_space.positions)
     with torch.no_grad():
@@ -427,16 +424,16 @@ def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
 
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(UsageError, match="unknown weights 'mixed', expected one of independent, shared"):
-        replace(CONFIG, weights="mixed")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="unknown gradient 'three-path', expected one of two-path"):
-        replace(CONFIG, gradient="three-path")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="expected mixture or sampled, got 'both'"):
-        replace(CONFIG, nested_weight_steps="both")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="unknown paths 'odd', expected one of even, probabilities"):
-        replace(CONFIG, paths="odd")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="add --weights nested"):
-        replace(CONFIG, gradient="exact")
+    for changes, problem in (
+        ({"weights": "mixed"}, "weights: expected 'independent', 'shared' or 'nested', got 'mixed'"),
+        ({"gradient": "three-path"}, "gradient: expected 'two-path', .*, got 'three-path'"),
+        ({"nested_weight_steps": "both"}, "expected 'mixture' or 'sampled', got 'both'"),
+        ({"paths": "odd"}, "paths: expected 'even' or 'probabilities', got 'odd'"),
+        ({"gradient": "exact"}, "gradient: exact needs nested weights, not shared"),
+        ({"gradient": "gumbel", "weights": "nested"}, "nested weights have the exact gradient, not gumbel"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            CONFIG.override(changes)
 
 
 def test_a_space_with_batch_norm_searches(digits: ImageData, tmp_path: Path) -> None:
@@ -444,16 +441,12 @@ def test_a_space_with_batch_norm_searches(digits: ImageData, tmp_path: Path) -> 
     space = load_space("proxyless-mobile")
     data = load_data(parse_data_spec("digits"), resolution_px=32, quiet=True)
     table = load_table(load_device("cpu"), space)
-    config = replace(CONFIG, resolution_px=32, warmup_epochs=0, search_epochs=1, random_networks=1)
-    searcher = Searcher(space, within(table, 60.0), data, replace(config, batch_size=512))
-    result = run_search(searcher, tmp_path / "run", {"data": "digits"}, quiet=True)
+    config = CONFIG.override(
+        {"resolution_px": 32, "warmup_epochs": 0, "search_epochs": 1, "random_networks": 1}
+    )
+    searcher = Searcher(space, within(table, 60.0), data, config.override({"batch_size": 512}))
+    result = run_search(searcher, tmp_path / "run", {"data": "digits"})
     assert result.solution.latency_ms <= 60.0
-
-
-def test_presets_are_sound() -> None:
-    assert {"digits", "small", "photos"} == set(PRESETS)
-    for name, preset in PRESETS.items():
-        assert preset.preset == name
 
 
 SEARCHABLE = [name for name in stems("search_spaces", ".yaml") if not load_space(name).is_fixed]
@@ -486,13 +479,14 @@ def simulated(
     All of it is real but for the task, which has a taste of its own: larger blocks are better, at some
     positions more than at others, and every look at a candidate is off by as much as they differ.
     """
-    config = replace(
-        CONFIG,
-        warmup_epochs=0,
-        search_epochs=48,
-        arch_learning_rate=PRESETS["digits"].arch_learning_rate,
-        seed=seed,
-        **FORMS[form],  # type: ignore[arg-type]  # from a dict
+    config = CONFIG.override(
+        {
+            "warmup_epochs": 0,
+            "search_epochs": 48,
+            "arch_learning_rate": SearchConfig.load("digits").arch_learning_rate,
+            "seed": seed,
+            **FORMS[form],
+        }
     )
     searcher = Searcher(space, limits, data, config)
     supernet = searcher.state.supernet
@@ -504,7 +498,7 @@ def simulated(
     def task_loss(images: torch.Tensor, routes: list[Route]) -> torch.Tensor:
         noise = LOOK * torch.randn(gain.shape, generator=generator, dtype=torch.float64)
         if form == "exact":  # which mixes all, and has no noise of drawing
-            p = log_probabilities(supernet.logits(searcher.temperature), supernet.mask).exp()
+            p = log_probabilities(supernet.logits(searcher.state.temperature), supernet.mask).exp()
             return -(p * (gain + 0.2 * noise)).sum()
         gated = [(row, route) for row, route in enumerate(routes) if isinstance(route, Gated)]
         looks = gain + noise
@@ -512,8 +506,8 @@ def simulated(
         return torch.stack(losses).sum()
 
     monkeypatch.setattr(supernet, "forward", task_loss)
-    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda loss, labels: loss)
-    monkeypatch.setattr("qnas.search.searcher._share_right", lambda loss, labels: torch.zeros(()))
+    monkeypatch.setattr("qnas.search.steps.mean_loss", lambda function, loss, labels: loss)
+    monkeypatch.setattr("qnas.search.steps._share_right", lambda loss, labels: torch.zeros(()))
     monkeypatch.setattr(supernet, "train", lambda: supernet)
     monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: 1.0)
     nothing = itertools.repeat((torch.empty(0), torch.empty(0)))
@@ -532,7 +526,7 @@ def check_settled(searcher: Searcher, gain: torch.Tensor) -> float:
     warnings = [warning for row in rows for warning in row.get("warnings", [])]
     # under a loose budget the task's taste for large blocks may rightly leave one candidate everywhere
     expected = ["of the probability everywhere"]
-    if searcher.config.gradient == "gumbel":
+    if searcher.problem.config.gradient == "gumbel":
         # where the limit leaves room for a block or two its noise may keep every position undecided about
         # them, so that hardly anything but identities is left, and that is said
         expected.append("the search collapses")
@@ -540,14 +534,17 @@ def check_settled(searcher: Searcher, gain: torch.Tensor) -> float:
     assert rows[-1]["temperature"] == pytest.approx(FINAL_TEMPERATURE)
     for row in rows[-len(rows) // 10 :]:
         assert abs(max(v for key, v in row.items() if key.startswith("of_limit_")) - 1) < 0.03
-    limit, solution = searcher.limits[0], searcher.derive()
+    problem = searcher.problem
+    limit = problem.limits[0]
+    solution = solve(searcher.state.log_probabilities, problem.limits)
     # the latency that was allowed is used, but for less than a block; a GPU's, which is mostly launches,
     # may be a fourth of the budget
     one_block = max(max(row) for row in limit.cells) / limit.limit
     # Gumbel's noise leaves more positions undecided, and so more latency unused
-    blocks = 3 if searcher.config.gradient == "gumbel" else 1
+    blocks = 3 if searcher.problem.config.gradient == "gumbel" else 1
     assert solution.latency_ms > (1 - max(0.15, blocks * one_block)) * limit.limit
-    table = searcher.table
+    table = limit.table
+    assert table is not None
     rivals = sample_near(table, 0.97 * solution.latency_ms, solution.latency_ms, 20, np.random.default_rng(0))
 
     def quality(indices: tuple[int, ...]) -> float:
@@ -626,11 +623,11 @@ def test_only_the_multiplier_settles(
         tiny_space,
         within(table, middle(table)),
         digits,
-        replace(CONFIG, latency_loss=form),  # type: ignore[arg-type]  # from a list
+        CONFIG.override({"latency_loss": form}),
     )
     rows = [searcher.step() for _ in range(searcher.total_steps)]
-    assert abs(searcher.expected_ratio - 1) > 0.01
-    assert rows[-1]["expected_ms"] == searcher.expected_ms
+    assert abs(searcher.state.expected_ratio - 1) > 0.01
+    assert rows[-1]["expected_ms"] == float(searcher.state.expected[0])
 
 
 def test_the_held_out_accuracy_is_the_share_of_the_steps_batch_that_is_right(
@@ -670,7 +667,7 @@ def test_a_loss_that_is_no_number_stops_the_search_and_leaves_the_last_checkpoin
 
     monkeypatch.setattr(searcher, which, break_then_take)
     with pytest.raises(TrainingError, match=f"step {step}: the loss is nan"):
-        run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True, interval=Interval(steps=5))
+        run_to_end(searcher, tmp_path, seed=0, resume=False, interval=Interval(steps=5))
     saved = Checkpoints(tmp_path).load()
     assert saved is not None
     twin = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
@@ -689,7 +686,7 @@ def test_what_goes_wrong_is_said_and_logged(
 ) -> None:
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: np.log(10))
-    run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True)
+    run_to_end(searcher, tmp_path, seed=0, resume=False, display=warnings_only)
     said = capsys.readouterr().err
     assert said.count("qnas: warning: the loss is still that of guessing, 2.30 nats") == 1
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]

@@ -13,8 +13,8 @@ from qnas.spaces.arch import sample_arch
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import PLAIN
-from qnas.training.evaluation import accuracy_facts, measure_speed, share, size_facts, tally
-from qnas.training.scoring import evaluate
+from qnas.training.evaluation import accuracy_facts, measure_speed, share, size_facts
+from qnas.training.scoring import classify
 
 
 def batches(count: int, classes: int) -> list[tuple[Tensor, Tensor]]:
@@ -24,29 +24,25 @@ def batches(count: int, classes: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(logits.chunk(4), labels.chunk(4), strict=True))
 
 
-def test_the_score_is_that_of_an_evaluation() -> None:
-    assert tally(lambda x: x, batches(100, 10), 10).score == evaluate(lambda x: x, batches(100, 10))
-
-
 def test_every_class_is_counted_by_its_true_label() -> None:
     given = batches(100, 10)
     logits, labels = (torch.cat(part) for part in zip(*given, strict=True))
-    found = tally(lambda x: x, given, 10)
+    found = classify(lambda x: x, given)
+    facts = accuracy_facts(found, [f"class {k}" for k in range(10)])
     order = logits.argsort(1, descending=True)
     for k in range(10):
-        assert int(found.images[k]) == int((labels == k).sum())
-        assert int(found.first[k]) == sum(
-            int(o[0]) == k for o, y in zip(order, labels, strict=True) if y == k
-        )
-        assert int(found.among_top[k]) == sum(k in o[:5].tolist() for o in order[labels == k])
-    facts = accuracy_facts(found, [f"class {k}" for k in range(10)])
-    assert [row["images"] for row in facts["per_class"]] == found.images.tolist()
+        row, images = facts["per_class"][k], int((labels == k).sum())
+        assert row["images"] == images
+        if images:
+            right = sum(int(o[0]) == k for o, y in zip(order, labels, strict=True) if y == k)
+            assert row["value"] == right / images
+        assert int(found.among_top[labels == k].sum()) == sum(k in o[:5].tolist() for o in order[labels == k])
     assert facts["per_class"][9] == {"class": "class 9", "images": 0}, "a class without images has no share"
     assert facts["top1"]["value"] == found.score.accuracy < facts["top5"]["value"]
 
 
 def test_few_classes_have_no_top_5() -> None:
-    found = tally(lambda x: x, batches(20, 5), 5)
+    found = classify(lambda x: x, batches(20, 5))
     assert accuracy_facts(found, list("abcde"))["top5"] is None
 
 

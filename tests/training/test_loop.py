@@ -26,12 +26,14 @@ from qnas.spaces.arch import arch_document, make_arch, sample_arch
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end, stream
 from qnas.training.optimizer import GRADIENT_CLIP, ReLinear, make_optimizer, make_schedule, weight_step
-from qnas.training.recipe import Recipe, load_recipe
-from qnas.training.scoring import evaluate, evaluate_images, recalibrate
-from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig, load_weights, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig, load_recipe
+from qnas.training.scoring import classify, evaluate, recalibrate
+from qnas.training.subnet_trainer import SubnetTrainer
+from qnas.training.supernet_weights import load_weights
+from qnas.training.trained_subnet import train_subnet
 
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
-CONFIG = TrainConfig(RECIPE)
+CONFIG = TrainConfig(recipe=RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,7 @@ def test_the_score_counts_every_image_once() -> None:
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)))
     assert score.images == 3
-    each = evaluate_images(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    each = classify(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
     expected = F.cross_entropy(logits, labels, reduction="none").double()
     torch.testing.assert_close(each.losses, expected)
     assert each.right.tolist() == [True, False, True]
@@ -250,11 +252,11 @@ def test_a_stream_goes_on_from_any_batch(start: int, digits: ImageData) -> None:
 
 
 def with_recipe(**changes: Any) -> TrainConfig:
-    return TrainConfig(RECIPE.override(changes))
+    return TrainConfig(recipe=RECIPE.override(changes))
 
 
 def train(source: FoundArch, data: ImageData, folder: Path, config: TrainConfig = CONFIG) -> Path:
-    train_subnet(source, data, config, folder, {"data": "digits"}, from_supernet=False, quiet=True)
+    train_subnet(source, data, config, folder, {"data": "digits"}, from_supernet=False)
     return folder
 
 
@@ -304,15 +306,11 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(
         patch.setattr(SubnetTrainer, "step", step_and_stop)
         with pytest.raises(Interrupted):
             train(source, digits, folder)
-    train_subnet(
-        source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True, quiet=True
-    )
+    train_subnet(source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True)
     for file in (WEIGHTS_FILE, RESULT_FILE, METRICS_FILE):
         assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
     with pytest.raises(CheckpointError, match="this training is complete"):
-        train_subnet(
-            source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True, quiet=True
-        )
+        train_subnet(source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, resume=True)
 
 
 OFTEN = Interval(steps=3)
@@ -352,7 +350,7 @@ class Drawing:
 
 def draw(folder: Path, stepper: Drawing, *, resume: bool = False, interval: Interval = OFTEN) -> str:
     folder.mkdir(exist_ok=True)
-    run_to_end(stepper, folder, seed=3, resume=resume, quiet=True, interval=interval)
+    run_to_end(stepper, folder, seed=3, resume=resume, interval=interval)
     return (folder / METRICS_FILE).read_text()
 
 
@@ -416,9 +414,7 @@ def test_forced_training_leaves_nothing_of_the_former_network(
 
     monkeypatch.setattr(SubnetTrainer, "step", fail)
     with pytest.raises(Interrupted):
-        train_subnet(
-            source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, force=True, quiet=True
-        )
+        train_subnet(source, digits, CONFIG, folder, {"data": "digits"}, from_supernet=False, force=True)
     for file in (WEIGHTS_FILE, RESULT_FILE, SAMPLE_FILE):
         assert not (folder / file).exists(), file
 
@@ -440,10 +436,9 @@ def test_a_network_reaches_97_percent_on_digits_from_scratch(tmp_path: Path) -> 
     score = train_subnet(
         source,
         data,
-        TrainConfig(load_recipe("digits"), threads=1),
+        TrainConfig(recipe=load_recipe("digits"), threads=1),
         tmp_path / "run",
         {"data": "digits"},
         from_supernet=False,
-        quiet=True,
     )
     assert score.accuracy >= 0.97

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,20 +28,22 @@ from qnas.nn.batch_norm import BatchNorm2d
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
-from qnas.search.searcher import SearchConfig, Searcher
+from qnas.search.config import SearchConfig
+from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training import processes as distributed
 from qnas.training.loop import run_to_end
 from qnas.training.processes import ALONE, World, digest, joined, world_of_environment
-from qnas.training.recipe import Recipe
-from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.subnet_trainer import SubnetTrainer
+from qnas.training.trained_subnet import train_subnet
 
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="torch does not fork once it has seen a GPU")
 
 CONFIG = SearchConfig(
-    "test",
+    preset="test",
     resolution_px=8,
     warmup_epochs=0,
     search_epochs=2,
@@ -141,13 +142,13 @@ def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
     norm: str, changes: dict[str, Any], tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
 ) -> None:
     space = parse_space(tiny_space.to_yaml().replace("layernorm", norm), "tiny.yaml")
-    config = replace(CONFIG, **changes)
+    config = CONFIG.override({**changes})
 
     def search(world: World) -> dict[str, Any]:
         searcher = searcher_of(space, digits, config, world)
         folder = tmp_path / f"of-{world.size}"
         folder.mkdir(exist_ok=True)
-        run_to_end(searcher, folder, seed=0, resume=False, quiet=True, world=world)
+        run_to_end(searcher, folder, seed=0, resume=False, world=world)
         return state_of(searcher)
 
     alone = search(ALONE)
@@ -197,7 +198,7 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     arch = make_arch(tiny_space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
     source = FoundArch(tiny_space, arch, arch_document(tiny_space, arch, {}), tmp_path)
     recipe = Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3)
-    config = TrainConfig(recipe.override(changes))
+    config = TrainConfig(recipe=recipe.override(changes))
 
     def train(world: World) -> tuple[float, float]:
         score = train_subnet(
@@ -207,7 +208,6 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
             tmp_path / f"of-{world.size}",
             {"data": "digits"},
             from_supernet=False,
-            quiet=True,
             world=world,
         )
         return score.loss, score.accuracy
@@ -238,7 +238,7 @@ def test_the_others_stop_at_once_when_a_process_is_killed(
             return step()
 
         searcher.step = step_and_die  # type: ignore[method-assign]
-        run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True, world=world)
+        run_to_end(searcher, tmp_path, seed=0, resume=False, world=world)
 
     start = time.monotonic()
     left, killed = in_two_processes(search)
@@ -267,7 +267,7 @@ def test_the_others_stop_after_the_timeout_when_a_process_hangs(
         searcher.step = step_and_hang  # type: ignore[method-assign]
         start = time.monotonic()
         with pytest.raises(ProcessError, match="was stopped or does not answer"):
-            run_to_end(searcher, tmp_path, seed=0, resume=False, quiet=True, world=world)
+            run_to_end(searcher, tmp_path, seed=0, resume=False, world=world)
         return time.monotonic() - start
 
     waited_s, hung_s = in_two_processes(search)
@@ -292,7 +292,7 @@ def test_all_processes_stop_after_the_same_step_and_go_on_as_if_they_had_not(
         searcher.step = step_and_stop  # type: ignore[method-assign]
         folder.mkdir(exist_ok=True)
         try:
-            run_to_end(searcher, folder, seed=0, resume=resume, quiet=True, world=world)
+            run_to_end(searcher, folder, seed=0, resume=resume, world=world)
         except Interrupted:
             return {"stopped after": searcher.steps_done}
         return state_of(searcher)
@@ -377,10 +377,10 @@ def test_alone_nothing_is_averaged_or_refused() -> None:
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tiny_space: SearchSpace, digits: ImageData) -> None:
-    with pytest.raises(UsageError, match=r"128 images cannot be split over 3 processes: --batch-size 126"):
+    with pytest.raises(UsageError, match=r"128 images cannot be split over 3 processes: batch_size 126"):
         searcher_of(tiny_space, digits, CONFIG, World(rank=0, size=3))
     network = nn.Linear(2, 2)
-    config = TrainConfig(Recipe(resolution_px=8, epochs=1, batch_size=9, learning_rate=5e-3))
+    config = TrainConfig(recipe=Recipe(resolution_px=8, epochs=1, batch_size=9, learning_rate=5e-3))
     with pytest.raises(UsageError, match="9 images cannot be split over 2"):
         SubnetTrainer(network, digits, config, World(rank=0, size=2))
 

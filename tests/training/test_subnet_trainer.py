@@ -36,8 +36,10 @@ from qnas.runs.tensors import load_tensors
 from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.optimizer import Teacher
-from qnas.training.recipe import Recipe, parse_recipe
-from qnas.training.subnet_trainer import SubnetTrainer, TrainConfig, drop_blocks, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig, parse_recipe
+from qnas.training.regularisation import drop_blocks
+from qnas.training.subnet_trainer import SubnetTrainer
+from qnas.training.trained_subnet import train_subnet
 
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 EVERYTHING: dict[str, Any] = {
@@ -70,14 +72,14 @@ def source(tiny_space: SearchSpace, tmp_path: Path) -> FoundArch:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(RECIPE.override(changes))
+    return TrainConfig(recipe=RECIPE.override(changes))
 
 
 def train(
     source: FoundArch, data: ImageData, folder: Path, how: TrainConfig, *, resume: bool = False
 ) -> Path:
     request = {"data": "digits"}
-    train_subnet(source, data, how, folder, request, from_supernet=False, resume=resume, quiet=True)
+    train_subnet(source, data, how, folder, request, from_supernet=False, resume=resume)
     return folder
 
 
@@ -194,7 +196,7 @@ def test_the_average_is_what_is_tested_and_kept(source: FoundArch, digits: Image
     trainer.network.requires_grad_(False)
     for weight in trainer.network.parameters():
         weight.zero_()
-    assert trainer.test().accuracy > 0.15, "of the average, not of the network"
+    assert trainer.test().score.accuracy > 0.15, "of the average, not of the network"
 
 
 def test_without_an_average_the_last_weights_are_kept(
@@ -309,10 +311,8 @@ def test_gamma_zero_leaves_a_linear_network(source: FoundArch, digits: ImageData
 def test_a_linear_start_keeps_off_trained_weights(
     source: FoundArch, digits: ImageData, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--weights scratch, or --no-linear-start"):
-        train_subnet(
-            source, digits, config(linear_start=True), tmp_path / "run", {}, from_supernet=True, quiet=True
-        )
+    with pytest.raises(UsageError, match="linear_start sets weights to zero"):
+        train_subnet(source, digits, config(linear_start=True), tmp_path / "run", {}, from_supernet=True)
 
 
 def test_a_network_without_quadratic_blocks_has_nothing_to_let_in(digits: ImageData) -> None:
@@ -360,7 +360,7 @@ def test_the_best_weights_are_those_of_the_best_epoch(
     trainer = trainer_of(source, digits)
     for file, accuracy in ((WEIGHTS_FILE, found[-1]), (BEST_FILE, max(found))):
         trainer.network.load_state_dict(load_tensors(folder / file))
-        assert trainer.test().accuracy == accuracy
+        assert trainer.test().score.accuracy == accuracy
 
 
 def test_the_csv_has_a_line_an_epoch(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.lower import smallest_and_largest
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.acceleration import PLAIN
-from qnas.training.recipe import Recipe
-from qnas.training.subnet_trainer import TrainConfig, train_subnet
+from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.teacher import Renormalised, load_teacher
+from qnas.training.trained_subnet import train_subnet
 
 CHOICES = ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2")
 OPTIONS: dict[str, Any] = {"weight": 0.5, "temperature": 2.0}
@@ -73,9 +73,9 @@ def test_the_supernets_batch_statistics_are_measured_for_its_largest(
 def test_a_trained_network_teaches_with_its_own_normalisation(
     source: FoundArch, digits: ImageData, tmp_path: Path
 ) -> None:
-    how = TrainConfig(Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3))
+    how = TrainConfig(recipe=Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3))
     folder = tmp_path / "trained"
-    train_subnet(source, digits, how, folder, {"data": "digits"}, from_supernet=False, quiet=True)
+    train_subnet(source, digits, how, folder, {"data": "digits"}, from_supernet=False)
     network = build_subnet(source.space, source.arch, 10).eval()
     network.load_state_dict(load_tensors(folder / WEIGHTS_FILE))
     teacher, digest = load_teacher(str(folder), source, digits, **OPTIONS)
@@ -84,9 +84,7 @@ def test_a_trained_network_teaches_with_its_own_normalisation(
     assert load_teacher(str(folder), source, digits, **OPTIONS)[1] == digest
     # and a student of it learns with it
     again = tmp_path / "student"
-    train_subnet(
-        source, digits, how, again, {"data": "digits"}, from_supernet=False, teacher=teacher, quiet=True
-    )
+    train_subnet(source, digits, how, again, {"data": "digits"}, from_supernet=False, teacher=teacher)
     plain, taught = (
         [json.loads(line)["loss"] for line in (f / METRICS_FILE).read_text().splitlines()]
         for f in (folder, again)
@@ -126,7 +124,7 @@ def test_timms_models_teach_where_their_classes_fit(
     classes = 7
     with pytest.raises(UsageError, match="knows 7 classes, the data have 10"):
         load_teacher("timm:test_resnet", source, digits, **OPTIONS)
-    with pytest.raises(UsageError, match="--teacher timm:no_such: Unknown model"):
+    with pytest.raises(UsageError, match="teacher timm:no_such: Unknown model"):
         load_teacher("timm:no_such", source, digits, **OPTIONS)
 
 

@@ -1,0 +1,122 @@
+"""The configuration of a search: a frozen value, with presets as YAML files under recipes/search/.
+
+Nothing here imports torch, so that the command line can build its help from the fields.
+"""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qnas.nn.modes import GradientForm, WeightsMode, check_gradient
+from qnas.training.settings import (
+    CompileField,
+    Count,
+    LossField,
+    MetricField,
+    Natural,
+    Number,
+    PrecisionField,
+    SeedField,
+    SettingsFile,
+    Share,
+    ThreadsField,
+    TorchDeviceField,
+)
+
+LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
+Paths = Literal["even", "probabilities"]
+
+# By kind of data, where none is named; for two CPU cores or one GPU.
+PRESET_OF_DATA = {
+    "digits": "digits",
+    "fashion-mnist": "small",
+    "cifar10": "small",
+    "imagefolder": "photos",
+    "shards": "photos",
+}
+
+
+class SearchConfig(SettingsFile):
+    """How long and how strongly to search. A preset names a whole set."""
+
+    WHAT: ClassVar[str] = "search preset"
+    SCHEMA: ClassVar[str] = "qnas.search-preset/1"
+    FOLDER: ClassVar[str] = "recipes/search"
+    LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
+
+    file_schema: Literal["qnas.search-preset/1"] = Field(
+        default="qnas.search-preset/1", alias="schema", repr=False
+    )
+    preset: str = Field(description="Name of the preset that the other fields started from.")
+    resolution_px: Count = Field(
+        description="Height and width of training images in pixels; latencies are always those of the "
+        "space's own resolution."
+    )
+    warmup_epochs: Natural = Field(description="Epochs that train weights alone, before the search.")
+    search_epochs: Count = Field(description="Epochs of searching, after the warm-up.")
+    batch_size: Count = Field(description="Images a step.")
+    learning_rate: Number = Field(description="Learning rate of the weights (AdamW).")
+    arch_learning_rate: Number = Field(description="Learning rate of the architecture parameters (Adam).")
+    arch_every: Count = Field(description="Weight steps for each architecture step.")
+    weight_decay: Number = Field(default=0.01, description="Weight decay, not on norms and biases.")
+    label_smoothing: Share = Field(
+        default=0.1, description="Share of a label spread over all classes, in weight steps only."
+    )
+    latency_loss: LatencyLoss = Field(
+        default="multiplier", description="How the expected latency enters the architecture's loss."
+    )
+    weights: WeightsMode = Field(
+        default="shared",
+        description="Weights of the candidates: independent, shared (slices of the largest) or nested (all "
+        "at once).",
+    )
+    gradient: GradientForm | None = Field(
+        default=None,
+        description="Gradient of the architecture. Default: exact for nested weights, else two-path.",
+    )
+    nested_weight_steps: Literal["mixture", "sampled"] = Field(
+        default="sampled",
+        description="With nested weights, what a weight step trains: the whole mixture or one drawn path.",
+    )
+    # With `probabilities` a candidate that is chosen early is trained more and looks better for it: networks
+    # of one latency then differ in the supernet by how often they were drawn.
+    paths: Paths = Field(
+        default="even",
+        description="How paths are drawn that train the weights: evenly within the limits, or by the "
+        "architecture's probabilities.",
+    )
+    torch_device: TorchDeviceField = "auto"
+    precision: PrecisionField = "auto"
+    compile: CompileField = False
+    effect_networks: Natural | None = Field(
+        default=None,
+        description="Networks that the candidates' effects on the loss are fitted to; 0 derives by "
+        "probabilities. Default: as many as the effects need, fewer in a short search.",
+    )
+    k_best: Count = Field(default=20, description="Networks that are ranked on all held-out images.")
+    screened: Count | None = Field(
+        default=None,
+        description="Networks that are solved for and screened on some held-out images before the ranking. "
+        "Default: 16 times as many as are ranked, fewer in a short search.",
+    )
+    random_networks: Natural = Field(
+        default=10, description="Random networks of equal latency to compare with."
+    )
+    threads: ThreadsField = 0
+    seed: SeedField = 0
+    loss: LossField = "cross-entropy"
+    metric: MetricField = "accuracy"
+
+    @model_validator(mode="after")
+    def _check_gradient(self) -> Self:
+        check_gradient(self.weights, self.gradient)
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as config.json keeps them."""
+        return {key: value for key, value in super().record().items() if key != "schema"}
+
+
+def preset_for(data_kind: str, **changes: Any) -> SearchConfig:
+    """Return the preset for a kind of data set, with some fields changed; None changes nothing."""
+    return SearchConfig.load(PRESET_OF_DATA[data_kind]).override(changes)

@@ -1,0 +1,120 @@
+"""Evaluation of a supernet's networks with its weights: of a search under way, or of a saved one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnas.common.errors import CheckpointError, DataError
+from qnas.data.batches import batches
+from qnas.data.broken_images import MAX_BROKEN
+from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import load_data
+from qnas.data.sources import parse_data_spec
+from qnas.nn.subnet import build_subnet, subnet_state
+from qnas.runs.names import SUPERNET_FILE
+from qnas.runs.tensors import load_supernet
+from qnas.search.effects import Losses
+from qnas.search.state import SearchState
+from qnas.solver.derive import Indices
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.space import SearchSpace
+from qnas.training.acceleration import choose_acceleration
+from qnas.training.losses import Objective, make_objective
+from qnas.training.scoring import (
+    CALIBRATION_BATCHES,
+    Classified,
+    Score,
+    batch_statistics,
+    classify,
+    recalibrate,
+)
+from qnas.training.supernet_weights import load_weights
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """The networks of one supernet, on the images of one data set."""
+
+    data: ImageData
+    device: torch.device
+    objective: Objective
+    build: Callable[[Arch], nn.Module]  # returns the network with the supernet's weights
+    losses: Losses  # with batch norms that use each batch's own statistics
+
+    def classify(self, arch: Arch, split: Split) -> Classified:
+        """Classify the images of a split with a network whose batch norms are measured on training images."""
+        network = self.build(arch).to(self.device).eval()
+        train = batches(self.data.train, 128, seed=0, device=self.device)
+        first = (batch for batch, _ in zip(train, range(CALIBRATION_BATCHES), strict=False))
+        recalibrate(network, network, first)
+        return classify(network, batches(split, 256, device=self.device), self.objective.loss)
+
+    def score(self, arch: Arch, split: Split | None = None) -> Score:
+        """Score a network, on the test images unless another split is given."""
+        return self.classify(arch, split or self.data.test).score
+
+
+def evaluator_of(state: SearchState) -> Evaluator:
+    """Return the evaluator of a search's networks, whose state it leaves as it is."""
+    problem, supernet = state.problem, state.supernet
+    classes = len(problem.data.classes)
+
+    @torch.no_grad()
+    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+        supernet.eval()
+        with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
+            rows = [problem.objective.loss(supernet(images, network), labels) for network in networks]
+        return torch.stack(rows).double().cpu()
+
+    return Evaluator(
+        problem.data,
+        problem.acceleration.device,
+        problem.objective,
+        lambda arch: supernet.subnet(arch, classes),
+        losses,
+    )
+
+
+def saved_evaluator(folder: Path, config: Mapping[str, Any], space: SearchSpace) -> Evaluator:
+    """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
+
+    `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or damaged,
+    DataError where the data are, or are others than they were.
+    """
+    path = folder / SUPERNET_FILE
+    tensors = load_supernet(path)
+    searched = config["search"]
+    data = load_data(
+        parse_data_spec(config["data"]),
+        resolution_px=searched["resolution_px"],
+        channels=space.input.channels,
+        max_broken=config.get("max_broken", MAX_BROKEN),
+        quiet=True,
+    )
+    if data.digest != config["data_digest"]:
+        raise DataError(f"{config['data']}: not the images that {folder} was searched on")
+    loss = searched.get("loss", "cross-entropy")
+    if loss not in ("cross-entropy", "balanced", "focal"):
+        raise CheckpointError(f"{folder}: was searched with the loss {loss}, which is not one of qnas")
+    objective = make_objective(loss, "accuracy", data.train.labels, len(data.classes))
+    device = choose_acceleration("auto", "auto").device
+
+    def build(arch: Arch) -> nn.Module:
+        network = build_subnet(space, arch, len(data.classes))
+        load_weights(network, subnet_state(tensors, space, arch), path)
+        return network
+
+    @torch.no_grad()
+    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+        found = []
+        for indices in networks:
+            network = build(arch_from_indices(space, indices)).to(device).eval()
+            with batch_statistics(network):
+                found.append(objective.loss(network(images), labels))
+        return torch.stack(found).double().cpu()
+
+    return Evaluator(data, device, objective, build, losses)

@@ -1,0 +1,61 @@
+"""The schedule of a search: its warm-up and settling, and the temperature and rate of each step."""
+
+from dataclasses import dataclass
+
+FINAL_TEMPERATURE = 0.3
+# Of the search, until the temperature is final. In the rest the expected latency is kept at the budget
+# (`penalty.settle`) and the rate of the architecture falls linearly to its last share: what is undecided
+# by then depends on noise.
+ANNEALED_SHARE = 0.85
+FINAL_RATE = 0.3
+SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The course of a search; its methods are told how many weight steps were taken."""
+
+    steps_per_epoch: int
+    warmup_steps: int
+    total_steps: int
+    arch_every: int  # weight steps for each architecture step
+    learning_rate: float  # of the architecture, at first
+
+    @property
+    def arch_steps(self) -> int:
+        """How many architecture steps there are."""
+        return (self.total_steps - self.warmup_steps) // self.arch_every
+
+    def is_warming_up(self, step: int) -> bool:
+        """Whether the next step trains weights only."""
+        return step < self.warmup_steps
+
+    def has_arch_step(self, step: int) -> bool:
+        """Whether an architecture step follows this weight step, the first being number 1."""
+        searched = step - self.warmup_steps
+        return searched > 0 and searched % self.arch_every == 0
+
+    def is_snapshot(self, arch_step: int) -> bool:
+        """Whether all probabilities are logged: after the first and the last step, and some between."""
+        return arch_step in (1, self.arch_steps) or arch_step % max(1, self.arch_steps // SNAPSHOTS) == 0
+
+    def progress(self, step: int) -> float:
+        """Return how far the search is, from 0 during the warm-up to 1 at its end."""
+        return max(0, step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+
+    def is_settling(self, step: int) -> bool:
+        """Whether the search is in its last part, in which the expected latency is kept at the budget."""
+        return self.progress(step) >= ANNEALED_SHARE
+
+    def arch_learning_rate(self, step: int) -> float:
+        """Return the learning rate of the architecture parameters."""
+        settled = max(0.0, self.progress(step) - ANNEALED_SHARE) / (1 - ANNEALED_SHARE)
+        return self.learning_rate * (1 - (1 - FINAL_RATE) * settled)
+
+    def temperature(self, step: int) -> float:
+        """Return the divisor of the architecture parameters, which falls from 1 during the search.
+
+        Probabilities that stay spread have their expected latency at the budget while the most
+        probable network, all identities, is far below it. Sharp ones have both at the budget.
+        """
+        return float(FINAL_TEMPERATURE ** min(1.0, self.progress(step) / ANNEALED_SHARE))

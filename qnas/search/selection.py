@@ -1,0 +1,119 @@
+"""The choice of a network after the search's last step: effects, exact solution, screening, ranking."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qnas.common.progress import Display, silent
+from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, count_effects, measure_effects
+from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
+from qnas.search.problem import Problem
+from qnas.search.rerank import Ranked, rerank, screen
+from qnas.search.state import SearchState
+from qnas.solver.derive import Scores, Solution, solve_best
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import stream
+
+# Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
+# two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
+STEPS_PER_NETWORK = 4
+# The same of screened networks, of up to 1,024 images.
+STEPS_PER_SCREENED = 32
+SCREENED_PER_RANKED = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was selected, and by what."""
+
+    effects: Effects | None  # that were derived by; None: by the probabilities
+    scores: Scores  # that the best networks have the largest sums of
+    ranking: tuple[Ranked, ...]  # the k best networks by held-out images, the first the one to take
+
+
+def select(state: SearchState, display: Display = silent) -> Selection:
+    """Select the best networks of a finished search within its limits. The state stays as it is."""
+    problem, evaluator = state.problem, evaluator_of(state)
+    with display(count_effect_networks(problem), "measure") as progress:
+        effects = effects_of(state, evaluator, progress.step_by)
+    scores = effects.scores if effects else state.log_probabilities
+    solutions = solve_best(problem.space, scores, problem.limits, count_screened(problem))
+    if len(solutions) > problem.config.k_best:
+        with display(len(solutions), "screen") as progress:
+            solutions = screen_solutions(problem, evaluator, solutions, progress.step)
+    with display(len(solutions), "rank") as progress:
+        ranking = rerank(problem.space, solutions, problem.data, evaluator.classify, progress.step)
+    return Selection(effects, scores, ranking)
+
+
+def count_effect_networks(problem: Problem) -> int:
+    """Return how many networks are drawn to measure the candidates' effects."""
+    asked = problem.config.effect_networks
+    if asked is not None:
+        return asked
+    needed = NETWORKS_PER_EFFECT * count_effects(problem.space)
+    return min(needed, problem.schedule.total_steps // STEPS_PER_NETWORK)
+
+
+def count_screened(problem: Problem) -> int:
+    """Return how many networks are solved for."""
+    config = problem.config
+    if config.screened is not None:
+        return max(config.screened, config.k_best)
+    most = min(SCREENED_PER_RANKED * config.k_best, problem.schedule.total_steps // STEPS_PER_SCREENED)
+    return max(most, config.k_best)
+
+
+def effects_of(
+    state: SearchState, evaluator: Evaluator, on_measured: Callable[[int], None] = lambda _: None
+) -> Effects | None:
+    """Measure what each candidate adds to the held-out loss; None where that cannot be told.
+
+    The state stays as it is, so that a second call returns the same.
+    """
+    problem = state.problem
+    split, seed = problem.data.heldout, problem.config.seed + 2  # other draws than those of the steps
+    return measure_effects(
+        problem.space,
+        problem.limits,
+        # before a temperature sharpens them: settled positions are to vary as well
+        state.log_probabilities_at(1.0),
+        evaluator.losses,
+        stream(split, min(IMAGES, len(split)), seed, 0, augment=False, device=evaluator.device),
+        count_effect_networks(problem),
+        np.random.default_rng(seed),
+        on_measured,
+    )
+
+
+def screen_solutions(
+    problem: Problem,
+    evaluator: Evaluator,
+    solutions: tuple[Solution, ...],
+    on_screened: Callable[[], None] = lambda: None,
+) -> tuple[Solution, ...]:
+    """Return those of the networks that are to be ranked: the best on some held-out images."""
+    keep, device = problem.config.k_best, evaluator.device
+    return screen(problem.space, solutions, problem.data, evaluator.losses, keep, device, on_screened)
+
+
+def rerank_saved(
+    folder: Path,
+    config: Mapping[str, Any],
+    space: SearchSpace,
+    solutions: Sequence[Solution],
+    keep: int | None = None,
+    on_scored: Callable[[], None] = lambda: None,
+) -> tuple[Ranked, ...]:
+    """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
+
+    More than `keep` networks are screened first; `on_scored` is called after each network, once or twice.
+    `config` is the folder's config.json. Raises what `saved_evaluator` does.
+    """
+    evaluator = saved_evaluator(folder, config, space)
+    keep = keep or len(solutions)
+    screened = screen(space, solutions, evaluator.data, evaluator.losses, keep, evaluator.device, on_scored)
+    return rerank(space, screened, evaluator.data, evaluator.classify, on_scored)

@@ -1,0 +1,131 @@
+"""Losses that networks are trained and ranked by, and metrics that they are reported by.
+
+A loss gives one value an image, so that ranking can compare networks image by image. Any callable of
+the same signature can stand in for the named ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qnas.training.settings import LossName, MetricName
+
+# logits (B, classes), targets as classes (B,) or as shares of the classes (B, classes) -> (B,)
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+# predicted classes (N,), labels (N,) -> a figure of which more is better
+Metric = Callable[[Tensor, Tensor], float]
+
+GUESSED_LABELS = 4096  # at most, from which the loss of guessing is estimated
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each image in nats: (B, classes), (B,) or (B, classes) -> (B,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedCrossEntropy:
+    """Cross-entropy times the weight of the image's class."""
+
+    weights: Tensor  # (classes,)
+    name: ClassVar[str] = "balanced"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B, classes), (B,) or (B, classes) -> (B,), in nats."""
+        weights = self.weights.to(logits.device, torch.float32)
+        return F.cross_entropy(logits.float(), targets, weight=weights, reduction="none")
+
+
+@dataclass(frozen=True)
+class FocalLoss:
+    """Cross-entropy times (1 - p)^gamma, which fades out what is classified well (arXiv 1708.02002)."""
+
+    gamma: float = 2.0
+    name: ClassVar[str] = "focal"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B, classes), (B,) or (B, classes) -> (B,), in nats."""
+        log_p = F.log_softmax(logits.float(), 1)
+        focal = -((1 - log_p.exp()) ** self.gamma) * log_p
+        if targets.ndim == 1:
+            return focal.gather(1, targets[:, None])[:, 0]
+        return (targets * focal).sum(1)
+
+
+def balanced_loss(labels: Tensor, classes: int) -> WeightedCrossEntropy:
+    """Return the loss that weights each class by its rarity among labels (N,), on average by 1."""
+    counts = torch.bincount(labels, minlength=classes).double()
+    present = counts > 0
+    weights = torch.where(present, len(labels) / (int(present.sum()) * counts.clamp_min(1)), 0.0)
+    return WeightedCrossEntropy(weights.float())
+
+
+def mean_loss(loss: LossFunction, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean loss of a batch, a scalar; smoothing spreads a share of it over all classes."""
+    if loss is cross_entropy:  # in one fused call
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    if label_smoothing:
+        classes = logits.shape[1]
+        shares = F.one_hot(targets, classes).float() if targets.ndim == 1 else targets
+        targets = (1 - label_smoothing) * shares + label_smoothing / classes
+    return loss(logits, targets).mean()
+
+
+def guessing_loss(loss: LossFunction, labels: Tensor, classes: int) -> float:
+    """Return the mean loss of a network that gives all classes the same probability."""
+    some = labels[:GUESSED_LABELS].cpu()
+    return float(loss(torch.zeros(len(some), classes, dtype=torch.float64), some).mean())
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Return the share of images whose predicted class (N,) is the label (N,)."""
+    return int((predicted == labels).sum()) / len(labels)
+
+
+def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Return the mean over the classes of the share of their images that are classified correctly."""
+    right = (predicted == labels).double()
+    return float(
+        torch.stack([right[labels == label].mean() for label in torch.bincount(labels).nonzero()]).mean()
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss that networks are trained and ranked by, and a metric to report beside the accuracy."""
+
+    loss: LossFunction = cross_entropy
+    metric: Metric | None = None
+
+    def record(self) -> dict[str, str]:
+        """Return the names of what is not the default, for a run's config.json."""
+        parts = {"loss": None if self.loss is cross_entropy else self.loss, "metric": self.metric}
+        return {key: name_of(part) for key, part in parts.items() if part is not None}
+
+    def figures(self, predicted: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the metric's value by its name; empty where there is no metric."""
+        return {} if self.metric is None else {name_of(self.metric): self.metric(predicted, labels)}
+
+
+CROSS_ENTROPY = Objective()
+
+
+def name_of(part: LossFunction | Metric) -> str:
+    """Return the name of a loss or metric: a short one of ours, the place of a caller's own."""
+    if part is balanced_accuracy:
+        return "balanced-accuracy"
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return str(getattr(part, "name", None) or f"{named.__module__}.{named.__qualname__}")
+
+
+def make_objective(loss: LossName, metric: MetricName, labels: Tensor, classes: int) -> Objective:
+    """Return the objective that two names mean, for training images with these labels (N,)."""
+    losses: dict[LossName, LossFunction] = {"cross-entropy": cross_entropy, "focal": FocalLoss()}
+    return Objective(
+        balanced_loss(labels, classes) if loss == "balanced" else losses[loss],
+        balanced_accuracy if metric == "balanced-accuracy" else None,
+    )

@@ -1,0 +1,110 @@
+"""Frozen models of settings: read from YAML, checked as a whole, and the source of command-line options.
+
+Nothing here imports torch, so that the command line can build its help from these models.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qnas.common.documents import describe_problems, read_mapping
+from qnas.common.errors import UsageError
+from qnas.common.resources import read_named
+
+TorchDevice = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LossName = Literal["cross-entropy", "balanced", "focal"]
+MetricName = Literal["accuracy", "balanced-accuracy"]
+
+
+def _scientific(value: Any) -> Any:
+    """Read `4e-3` as a number: YAML 1.1 has it as text, because it lacks a point."""
+    if not isinstance(value, str) or "e" not in value.lower():
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_scientific), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_scientific), Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+# fields that a search and the training of a single network share
+TorchDeviceField = Annotated[
+    TorchDevice, Field(description="Where to train: auto takes a GPU if there is one.")
+]
+PrecisionField = Annotated[
+    Precision, Field(description="Number format of products: auto is bf16 on a GPU and fp32 on a CPU.")
+]
+CompileField = Annotated[bool, Field(description="Compile blocks with torch.compile; slower on CPUs.")]
+ThreadsField = Annotated[Natural, Field(description="CPU threads of torch; 0 takes all cores.")]
+SeedField = Annotated[Natural, Field(description="Seed of all random numbers.")]
+LossField = Annotated[
+    LossName,
+    Field(description="Training and ranking loss; balanced weights each class by its rarity."),
+]
+MetricField = Annotated[
+    MetricName, Field(description="Metric to report; balanced-accuracy stands beside accuracy.")
+]
+
+
+class Settings(BaseModel):
+    """A frozen set of settings whose problems are reported together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    WHAT: ClassVar[str]  # the model's name in messages
+    LATER: ClassVar[tuple[str, ...]] = ()  # fields that config.json lacks at their default, as it once did
+
+    @classmethod
+    def check(cls, content: Mapping[str, Any], where: str) -> Self:
+        """Build the settings from their fields. Raises UsageError with every problem in one line."""
+        try:
+            return cls.model_validate(dict(content))
+        except ValidationError as error:
+            raise UsageError(f"{where}: {describe_problems(error, cls)}") from error
+
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """Return the settings with these fields changed; None changes nothing. Raises UsageError."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self.check(self.model_dump(by_alias=True) | given, self.WHAT)
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as config.json keeps them."""
+        defaults = type(self).model_fields
+        values = self.values().items()
+        return {k: v for k, v in values if k not in self.LATER or v != defaults[k].default}
+
+
+class SettingsFile(Settings):
+    """Settings that people write as a YAML file; a few ship under a folder of recipes."""
+
+    SCHEMA: ClassVar[str]
+    FOLDER: ClassVar[str]
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Self:
+        """Read the settings from YAML text; `where` names the text in messages. Raises UsageError."""
+        content = read_mapping(text, where, cls.SCHEMA, UsageError)
+        if "schema" not in content:
+            raise UsageError(f"{where}: schema: missing, expected {cls.SCHEMA}")
+        return cls.check(content, where)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Self:
+        """Load shipped settings by name, or a YAML file by its path. Raises UsageError."""
+        return cls.parse(*read_named(cls.FOLDER, name_or_path, cls.WHAT, UsageError))
+
+    def to_yaml(self) -> str:
+        """Return the settings as text that `parse` reads back to an equal value."""
+        return str(yaml.safe_dump(self.values(), sort_keys=False))

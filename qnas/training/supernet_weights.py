@@ -1,0 +1,41 @@
+"""The weights of a supernet that a network starts from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from qnas.common.errors import CheckpointError
+from qnas.nn.subnet import subnet_state
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import SUPERNET_FILE
+from qnas.runs.tensors import load_supernet
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """Load a network's weights. Raises CheckpointError if they are another network's."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: not the weights of this network: {problem}") from error
+
+
+def has_supernet(source: FoundArch) -> bool:
+    """Whether the weights of the supernet that the architecture was searched in are there."""
+    return supernet_file(source).is_file()
+
+
+def supernet_file(source: FoundArch) -> Path:
+    """Return the file of the supernet's weights: beside the architecture, or where its document says."""
+    return source.folder / str(source.document.get("supernet", SUPERNET_FILE))
+
+
+def inherit(network: nn.Module, source: FoundArch) -> None:
+    """Load the supernet's weights of the chosen candidates. Raises CheckpointError."""
+    file = supernet_file(source)
+    state = subnet_state(load_supernet(file), source.space, source.arch)
+    try:
+        load_weights(network, state, file)
+    except CheckpointError as error:  # data with other classes than those searched on, most likely
+        raise CheckpointError(f"{error}; training from scratch does without them") from error

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+
+from qnas.common.errors import UsageError
+from qnas.common.resources import stems
+from qnas.data.sources import KINDS
+from qnas.search.config import PRESET_OF_DATA, SearchConfig, preset_for
+
+SHORTEST = """\
+schema: qnas.search-preset/1
+preset: mine
+resolution_px: 8
+warmup_epochs: 0
+search_epochs: 1
+batch_size: 8
+learning_rate: 2e-3
+arch_learning_rate: 0.1
+arch_every: 1
+"""
+
+
+def test_every_shipped_preset_can_be_read_and_written_back_and_says_its_name() -> None:
+    assert set(stems("recipes/search", ".yaml")) == {"digits", "small", "photos"}
+    for name in stems("recipes/search", ".yaml"):
+        config = SearchConfig.load(name)
+        assert config.preset == name
+        assert SearchConfig.parse(config.to_yaml(), name) == config
+
+
+def test_every_kind_of_data_has_a_preset() -> None:
+    assert set(PRESET_OF_DATA) == set(KINDS)
+    assert preset_for("digits", seed=3, k_best=None).override({"seed": 0}) == SearchConfig.load("digits")
+
+
+def test_a_preset_of_a_file_is_read_with_all_its_problems(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(SHORTEST)
+    assert SearchConfig.load(mine).learning_rate == 2e-3
+    mine.write_text(SHORTEST.replace("search_epochs: 1", "search_epoch: 1") + "k_best: 0\n")
+    problems = "search_epochs: missing; k_best: expected at least 1, got 0; search_epoch: unknown key"
+    with pytest.raises(UsageError, match=f"mine.yaml: {problems}"):
+        SearchConfig.load(mine)
+
+
+def test_the_record_of_a_search_is_that_of_searches_before_losses_had_a_choice() -> None:
+    config = SearchConfig.parse(SHORTEST, "mine")
+    record = config.record()
+    assert list(record)[:3] == ["preset", "resolution_px", "warmup_epochs"]
+    assert not {"schema", "file_schema", "loss", "metric"} & set(record)
+    assert SearchConfig.check(record, "a run") == config
+    assert config.override({"loss": "focal"}).record() == {**record, "loss": "focal"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "gradient", "allowed"),
+    [
+        ("nested", None, True),
+        ("nested", "exact", True),
+        ("nested", "gumbel", False),
+        ("shared", "exact", False),
+        ("shared", "gumbel", True),
+    ],
+)
+def test_the_exact_gradient_goes_with_nested_weights_and_no_other(
+    weights: str, gradient: str | None, allowed: bool
+) -> None:
+    config = SearchConfig.parse(SHORTEST, "mine")
+    changes = {"weights": weights, "gradient": gradient}
+    if allowed:
+        assert config.override(changes).gradient == gradient
+    else:
+        with pytest.raises(UsageError, match="nested weights"):
+            config.override(changes)
