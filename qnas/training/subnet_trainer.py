@@ -26,7 +26,7 @@ from qnas.common.files import json_text, write_json
 from qnas.data.augmentation import Augmentation
 from qnas.data.broken_images import broken_copies
 from qnas.data.images import ImageData, batch_count, batches, sample_images
-from qnas.nn.blocks import Chain, QuadraBlock, count_parameters, quadratic_weights, start_linear
+from qnas.nn.blocks import count_parameters, quadratic_weights, start_linear
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.found_arch import FoundArch
@@ -131,11 +131,7 @@ def drop_blocks(network: nn.Module, rate: float) -> None:
     network as hooks: the weights keep their names, and a supernet or an exported network has none of it.
     What a QuadraBlock adds is left out as a whole, so that its fused halves stay as they are.
     """
-    blocks = [
-        block
-        for block in network.modules()
-        if isinstance(block, QuadraBlock) or (isinstance(block, Chain) and block.is_residual)
-    ]
+    blocks = [block for block in network.modules() if getattr(block, "is_residual", False)]
     for number, block in enumerate(blocks):
         depth = StochasticDepth(rate * number / max(len(blocks) - 1, 1), mode="row")
 
