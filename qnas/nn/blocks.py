@@ -104,10 +104,11 @@ class QuadraBlock(nn.Module):
     """Depthwise mixer of a neuron and pointwise expansion, each with a residual.
 
     QuadraNet, arXiv 2311.17956, figure 3, where the neuron is the quadratic one; `qnas.spaces.neurons` has
-    the others, `qnas.spaces.blocks` says where the norms stand and why batch normalisation needs a clip. While
-    training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its input
-    and the map between its halves, and computes the rest again in the backward pass (`qnas.nn.kernels`; of
-    other neurons the channel half alone); with `recompute` off it keeps the expanded activation too.
+    the others, `qnas.spaces.blocks` says where the norms stand and why batch normalisation needs a clip.
+    While training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its
+    input and the map between its halves, and computes the rest again in the backward pass
+    (`qnas.nn.kernels`; of other neurons the channel half alone); with `recompute` off it keeps the expanded
+    activation too.
     """
 
     is_residual = True  # what it adds can be left out

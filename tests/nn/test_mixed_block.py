@@ -33,7 +33,7 @@ QUADRA = "{block: quadra, kernel: [3, 5, 7], expansion: [2, 4]}"
 MIXED = (
     "{block: mbconv, kernel: [3, 7], expansion: [1, 3]}, {block: quadra, kernel: [3, 5], expansion: [2, 3]}"
 )
-NEURONS = "{block: quadra, neuron: [linear, quadranet, fan, type3], kernel: [3, 5], expansion: [2, 3]}"
+NEURAL = "{block: quadra, neuron: [linear, quadranet, fan, type3], kernel: [3, 5], expansion: [2, 3]}"
 
 
 def space_of(candidates: str, *, norm: str = "layernorm", stride: int = 1, channels: int = 6) -> SearchSpace:
@@ -83,8 +83,8 @@ def own_block(choice: SharedChoice, space: SearchSpace, index: int) -> nn.Module
 SPACES = {
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
-    "neurons": lambda: space_of(NEURONS),
-    "neurons, batch norm": lambda: space_of(NEURONS, norm="batchnorm"),
+    "neurons": lambda: space_of(NEURAL),
+    "neurons, batch norm": lambda: space_of(NEURAL, norm="batchnorm"),
     "two kinds": lambda: space_of(MIXED, norm="batchnorm"),
     "striding": lambda: space_of(
         "{block: mbconv, kernel: [3, 5], expansion: [3, 6]}", norm="batchnorm", stride=2
@@ -304,7 +304,7 @@ def test_a_nested_mixture_of_one_candidate_is_that_candidate(
         space_of("{block: quadra, kernel: 3, expansion: [2, 4]}, {block: quadra, kernel: 5, expansion: 2}"),
         space_of(QUADRA, norm="batchnorm"),
         space_of("{block: mbconv, kernel: [3, 5], expansion: 3}", norm="batchnorm"),
-        space_of(NEURONS),
+        space_of(NEURAL),
         space_of("{block: quadra, neuron: linear, kernel: [3, 5], expansion: [2, 4]}"),
     ],
     ids=["no grid", "batch norm", "mbconv", "neurons", "another neuron"],
@@ -323,10 +323,10 @@ def test_a_single_candidate_is_a_grid_whatever_it_is() -> None:
 
 
 def test_neurons_share_weights_within_their_own_kind_only() -> None:
-    choice = make(space_of(NEURONS), "shared")
+    choice = make(space_of(NEURAL), "shared")
     kinds = {key.split(".")[1] for key in choice.state_dict()}
     assert kinds == {"quadra", "quadra_linear", "quadra_fan", "quadra_type3"}
-    names = slot_of(space_of(NEURONS)).position.names
+    names = slot_of(space_of(NEURAL)).position.names
     x = image(2, 6, 8, 8)
     for index, name in enumerate(names):
         choice.zero_grad()
@@ -338,7 +338,7 @@ def test_neurons_share_weights_within_their_own_kind_only() -> None:
         assert used == {"_".join(name.split("_")[:1] + name.split("_")[3:])}
 
 
-@pytest.mark.parametrize("candidates", [MIXED, NEURONS], ids=["two kinds", "neurons"])
+@pytest.mark.parametrize("candidates", [MIXED, NEURAL], ids=["two kinds", "neurons"])
 @pytest.mark.parametrize("weights", ["shared", "independent"])
 def test_subnet_matches_supernet_where_a_position_has_several_kinds_of_block(
     candidates: str, weights: WeightsMode

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnas.nn.kernels import lean_quadratic
-from qnas.nn.neurons import NEURONS, Convolution, depthwise_conv2d
-from qnas.spaces.lower import MIXERS
-from qnas.spaces.space import Neuron
+from qnas.nn.neurons import Convolution, depthwise_conv2d, run_neuron
+from qnas.spaces.neurons import NEURONS
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +30,7 @@ def constant(values: Tensor) -> Tensor:
 
 
 # The formulas as REFERENCE section 5 writes them; w(i) and b(i) are weights and biases.
-FORMULAS: dict[Neuron, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
+FORMULAS: dict[str, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
     "quadranet": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]) + convolve(x, w[2]),
     "linear": lambda x, w, b: convolve(x, w[0]) + constant(b[0]),
     "type2": lambda x, w, b: convolve(x**2, w[0]),
@@ -45,7 +44,7 @@ FORMULAS: dict[Neuron, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] =
     "compact": lambda x, w, b: convolve(x, w[0]) + constant(b[0]) + convolve(x**2, w[1]) + constant(b[1]),
 }
 # what of the biases above the function is given with its convolutions; compact's two are one constant
-GIVEN: dict[Neuron, Callable[[list[Tensor]], list[Tensor | None]]] = {
+GIVEN: dict[str, Callable[[list[Tensor]], list[Tensor | None]]] = {
     "quadranet": lambda b: [None, None, None],
     "linear": lambda b: [b[0]],
     "type2": lambda b: [None],
@@ -56,8 +55,8 @@ GIVEN: dict[Neuron, Callable[[list[Tensor]], list[Tensor | None]]] = {
 }
 
 
-def arguments(neuron: Neuron, kernel: int, channels: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    count = sum(role.startswith("conv_") for role in MIXERS[neuron])
+def arguments(neuron: str, kernel: int, channels: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    count = len(NEURONS[neuron].roles)
     weights = [drawn(channels, 1, kernel, kernel, seed=1 + i) for i in range(count)]
     return weights, [drawn(channels, seed=10 + i) for i in range(3)]
 
@@ -65,21 +64,21 @@ def arguments(neuron: Neuron, kernel: int, channels: int = 3) -> tuple[list[Tens
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 2, 2)])
 @pytest.mark.parametrize("kernel", [1, 3, 7])
-def test_a_neuron_is_its_formula(neuron: Neuron, shape: tuple[int, ...], kernel: int) -> None:
+def test_a_neuron_is_its_formula(neuron: str, shape: tuple[int, ...], kernel: int) -> None:
     x = drawn(*shape)
     weights, biases = arguments(neuron, kernel)
     given = list(zip(weights, GIVEN[neuron](biases[: max(2, len(weights))]), strict=True))
     expected = FORMULAS[neuron](x, weights, biases)
-    torch.testing.assert_close(NEURONS[neuron](x, *given), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run_neuron(neuron, x, given), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_every_neuron_has_a_formula_here() -> None:
-    assert set(FORMULAS) == set(NEURONS) == set(MIXERS)
+    assert set(FORMULAS) == set(NEURONS)
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("kernel", [3, 5])  # torch's own gradient, and ours
-def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) -> None:
+def test_gradients_are_those_of_finite_differences(neuron: str, kernel: int) -> None:
     weights, biases = arguments(neuron, kernel, channels=2)
     with_bias = [bias is not None for bias in GIVEN[neuron](biases[: max(2, len(weights))])]
     inputs = [drawn(2, 2, 4, 3), *weights, *itertools.compress(biases, with_bias)]
@@ -90,7 +89,7 @@ def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) 
             (weight, next(left) if has else None)
             for weight, has in zip(tensors[: len(weights)], with_bias, strict=True)
         ]
-        return NEURONS[neuron](x, *pairs)
+        return run_neuron(neuron, x, pairs)
 
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(run, inputs)
@@ -173,12 +172,12 @@ def test_a_backward_pass_under_autocast_keeps_the_types_of_the_forward_pass() ->
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_torchs_transforms_see_through_a_neuron(neuron: Neuron) -> None:
+def test_torchs_transforms_see_through_a_neuron(neuron: str) -> None:
     weights, _ = arguments(neuron, 3)
     x, direction = drawn(2, 3, 5, 5), drawn(2, 3, 5, 5, seed=5)
 
     def run(x: Tensor) -> Tensor:
-        return NEURONS[neuron](x, *((weight, None) for weight in weights))
+        return run_neuron(neuron, x, [(weight, None) for weight in weights])
 
     # forward differentiation, which no function with a backward pass of its own has
     slope = torch.func.jvp(run, (x,), (direction,))[1]

@@ -7,11 +7,11 @@ from torch import nn
 
 from qnas.deploy.export.folding import fold_norms
 from qnas.nn.blocks import QuadraBlock
-from qnas.spaces.space import NEURONS, Neuron
+from qnas.spaces.neurons import NEURONS
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_folding_a_norm_changes_no_output(neuron: Neuron) -> None:
+def test_folding_a_norm_changes_no_output(neuron: str) -> None:
     torch.manual_seed(0)
     block = QuadraBlock(6, 5, 2, norm="batchnorm", neuron=neuron).double().eval()
     assert isinstance(block.norm1, nn.BatchNorm2d)
