@@ -7,6 +7,7 @@ The block is that of StarNet (Rewrite the Stars, arXiv 2403.19967): a depthwise 
 ones whose outputs are multiplied, and a projection back.
 """
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,12 +92,12 @@ def main(folder: Path) -> None:
     space, run = folder / "stars.yaml", folder / "run"
     space.write_text(star_space().to_yaml(), encoding="utf-8")
     for command in (
-        ["search", "--space", space, "--device", "cortex-a76", "--budget", "0.8ms", "--epochs", "6"]
-        + ["--warmup-epochs", "3", "--out", run],
-        ["train-subnet", run, "--epochs", "10"],
-        ["export", run, "--format", "onnx", "--format", "standalone"],
+        f"search --space {space} --device cortex-a76 --budget 0.8ms --epochs 6 --warmup-epochs 3 --out {run}",
+        f"train-subnet {run} --epochs 10",
+        f"export {run} --format onnx --format standalone",
     ):
-        subprocess.run([sys.executable, "-m", "qnas.commands", "--plugin", __file__, *command], check=True)
+        qnas = [sys.executable, "-m", "qnas.commands", "--plugin", __file__]
+        subprocess.run([*qnas, *shlex.split(command)], check=True)
 
 
 if __name__ == "__main__":

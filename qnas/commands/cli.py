@@ -51,8 +51,8 @@ def _root(
         list[str] | None,
         typer.Option(
             metavar="FILE.py|MODULE",
-            help="Run this Python code first, which registers blocks and neurons. May be given several times; "
-            "$QNAS_PLUGINS names more.",
+            help="Run this Python code first, which registers blocks and neurons. May be given several "
+            "times; $QNAS_PLUGINS names more.",
             show_default=False,
         ),
     ] = None,

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.own_blocks import Gate
 from torch import Tensor, nn
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.blocks import (
     MODULES,
     ChannelLayerNorm,
@@ -178,6 +179,23 @@ def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: str) 
         assert {name for name, _ in block.named_children()} == {spec.role for spec in expected}
         for spec in expected:
             assert sum(p.numel() for p in getattr(block, spec.role).parameters()) == spec.params
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_module_with_other_parameters_than_its_layers_is_refused() -> None:
+    class Wider(Gate):
+        def __init__(self, c_in: int, width: int) -> None:
+            super().__init__(c_in, 2 * width, "relu")
+
+        @staticmethod
+        def layers(place: Place, width: int) -> tuple[LayerSpec, ...]:
+            return Gate.layers(place, width)
+
+    register_block("wider", parameters={"width": (1, 2)})(Wider)
+    spec = make_block("1.1", "wider", Place(4, 4, 1, 8, "batchnorm", "relu"), width=1)
+    with pytest.raises(SpaceError) as error:
+        build_block(spec)
+    assert str(error.value) == "block wider_w1: its module has 72 parameters, its layers 36"
 
 
 def test_every_operator_has_a_module_or_is_written_out() -> None:

@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.own_blocks import Gate, register_gate
 from torch import Tensor, nn
 
 from qnas.common.errors import UsageError
@@ -26,9 +27,12 @@ from qnas.nn.mixed_block import (
 from qnas.nn.subnet import take_slice
 from qnas.nn.supernet import Supernet
 from qnas.spaces.arch import Arch
+from qnas.spaces.blocks import Place, register_block
+from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import SearchSpace, parse_space
 
+pytestmark = pytest.mark.usefixtures("_registries")
 QUADRA = "{block: quadra, kernel: [3, 5, 7], expansion: [2, 4]}"
 MIXED = (
     "{block: mbconv, kernel: [3, 7], expansion: [1, 3]}, {block: quadra, kernel: [3, 5], expansion: [2, 3]}"
@@ -80,7 +84,13 @@ def own_block(choice: SharedChoice, space: SearchSpace, index: int) -> nn.Module
     return block
 
 
+def with_registered_block(sliced: tuple[str, ...] = ("width",)) -> SearchSpace:
+    register_gate(sliced)
+    return space_of("{block: gate, width: [2, 4], act: [relu, relu6]}")
+
+
 SPACES = {
+    "registered": with_registered_block,
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
     "neurons": lambda: space_of(NEURAL),
@@ -126,6 +136,36 @@ def test_a_shared_candidate_is_its_own_block_with_slices_for_weights(name: str) 
                 take_slice(before[f"shared.{candidate.kind}.{key}"], buffer.shape)
             )
             torch.testing.assert_close(untouched, before[f"shared.{candidate.kind}.{key}"])
+
+
+def test_a_block_that_does_not_say_how_weights_are_shared_has_independent_ones_alone() -> None:
+    space = with_registered_block(sliced=())
+    choice = make(space, "independent")
+    assert choice(image(1, 6, 8, 8), 3).shape == (1, 6, 8, 8)
+    with pytest.raises(UsageError) as error:
+        make(space, "shared")
+    assert str(error.value) == (
+        "block gate does not say which of its parameters are slices of the largest: search with --weights "
+        "independent"
+    )
+
+
+def test_tensors_that_are_no_slices_are_named() -> None:
+    class Inverse(Gate):
+        @staticmethod
+        def layers(place: Place, width: int) -> tuple[LayerSpec, ...]:
+            return Gate.layers(place, 5 - width)
+
+        def __init__(self, c_in: int, width: int) -> None:
+            super().__init__(c_in, 5 - width, "relu")
+
+    register_block("inverse", parameters={"width": (1, 2)}, sliced=("width",))(Inverse)
+    with pytest.raises(UsageError) as error:
+        make(space_of("{block: inverse, width: [1, 2]}"), "shared")
+    assert str(error.value) == (
+        "inverse_w1: expand.weight, [24, 6, 1, 1], is no slice of that of the largest candidate, "
+        "[18, 6, 1, 1]: search with --weights independent"
+    )
 
 
 def test_the_centre_of_kernels_and_the_leading_channels_are_shared() -> None:

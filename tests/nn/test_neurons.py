@@ -1,14 +1,19 @@
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.neurons import check_neuron
 from torch import Tensor
 
+from qnas.common.errors import SpaceError
 from qnas.nn.kernels import lean_quadratic
 from qnas.nn.neurons import Convolution, depthwise_conv2d, run_neuron
-from qnas.spaces.neurons import NEURONS
+from qnas.spaces.neurons import NEURONS, register_neuron
+from qnas.spaces.space import Candidate
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -70,6 +75,50 @@ def test_a_neuron_is_its_formula(neuron: str, shape: tuple[int, ...], kernel: in
     given = list(zip(weights, GIVEN[neuron](biases[: max(2, len(weights))]), strict=True))
     expected = FORMULAS[neuron](x, weights, biases)
     torch.testing.assert_close(run_neuron(neuron, x, given), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_neuron_works_in_blocks_and_files_and_starts_as_it_says(neuron: str, tmp_path: Path) -> None:
+    check_neuron(neuron, tmp_path)
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_neuron_of_the_user_works_as_the_shipped_ones_do(tmp_path: Path) -> None:
+    def bent(x, a, b, c):  # type: ignore[no-untyped-def]  # as a user writes it
+        return a(x).relu() * b(x) + c(x)
+
+    layers = {"conv_a": "dwconv", "bend": "relu", "conv_b": "dwconv", "product": "mul"}
+    layers |= {"conv_c": "dwconv", "sum": "add"}
+    register_neuron("bent", layers, zeros=("conv_b",), constant="conv_c")(bent)
+    candidate = Candidate(block="quadra", kernel=3, expansion=2, neuron="bent")
+    assert candidate.name == "quadra_k3_e2_bent"
+    check_neuron("bent", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "properties", "problem"),
+    [
+        ("fan", {"conv_a": "dwconv"}, {}, "neuron fan: the name is taken"),
+        ("My", {"conv_a": "dwconv"}, {}, "neuron 'My': the name must be lower-case letters and digits"),
+        ("my", {"a": "dwconv", "s": "softmax"}, {}, "neuron my: unknown operator softmax, expected dwconv, "),
+        ("my", {"a": "dwconv", "act": "relu"}, {}, "neuron my: the block has a layer act already"),
+        ("my", {"s": "square"}, {}, "neuron my: its layers have no dwconv; the formula takes 2 arguments"),
+        ("my", {"a": "dwconv"}, {"folds": ("b",)}, "neuron my: no convolution b among a"),
+        (
+            "my",
+            {"a": "dwconv", "b": "dwconv", "sum": "add"},
+            {},
+            "neuron my: the formula takes 2 arguments, expected x and its 2 convolutions",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_registries")
+def test_a_neuron_whose_parts_do_not_fit_is_refused(
+    name: str, layers: dict[str, str], properties: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(SpaceError) as error:
+        register_neuron(name, layers, **properties)(lambda x, a: a(x))
+    assert str(error.value).startswith(problem)
 
 
 def test_every_neuron_has_a_formula_here() -> None:

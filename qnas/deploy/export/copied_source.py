@@ -30,8 +30,11 @@ class Copied:
     definitions: dict[str, str] = field(default_factory=dict)
     wanted: list[Any] = field(default_factory=list)
 
-    def add(self, original: Any, *, annotated: bool = True) -> None:
-        """Copy a function or class and what it uses. Raises ExportError where that cannot be done."""
+    def add(self, original: Any, *, annotated: bool = True, without: str = "") -> None:
+        """Copy a function or class, `without` one of its methods, and what it uses.
+
+        Raises ExportError where that cannot be done.
+        """
         name = original.__name__
         if name in self.definitions:
             return
@@ -43,7 +46,7 @@ class Copied:
             text = dedent(inspect.getsource(original))
         except (OSError, TypeError) as error:
             raise ExportError(f"format standalone: the source of {name} cannot be read: {error}") from error
-        text = _without_registration(text)
+        text = _without_registration(text, without)
         if not annotated:
             text = _without_annotations(text)
         self.definitions[name] = ""  # before it in the file: what it uses
@@ -92,8 +95,8 @@ def _is_constant(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _without_registration(text: str) -> str:
-    """Return a definition without the decorator that registers it, and a class without its `layers`."""
+def _without_registration(text: str, method: str) -> str:
+    """Return a definition without the decorator that registers it, and without a method."""
     (node,) = ast.parse(text).body
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     left_out: list[Iterable[int]] = [
@@ -101,11 +104,11 @@ def _without_registration(text: str) -> str:
         for decorator in node.decorator_list
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).split(".")[-1] in _REGISTRATIONS
     ]
-    if left_out and isinstance(node, ast.ClassDef):
+    if isinstance(node, ast.ClassDef):
         left_out += [
             range(min([part.lineno, *(d.lineno for d in part.decorator_list)]), (part.end_lineno or 0) + 1)
             for part in node.body
-            if isinstance(part, ast.FunctionDef) and part.name == "layers"
+            if isinstance(part, ast.FunctionDef) and part.name == method
         ]
     gone = {number for numbers in left_out for number in numbers}
     lines = [line for number, line in enumerate(text.splitlines(), 1) if number not in gone]

@@ -206,7 +206,9 @@ def _copied(product: Product) -> Copied:
             copied.add(NEURONS[str(block.parameters["neuron"])].formula, annotated=False)
         elif block.layers and block.block in BLOCKS and BLOCKS[block.block].module is not None:
             assert block.place is not None
-            copied.add(module_of(BLOCKS[block.block], block.place, block.parameters)[0])
+            kind = BLOCKS[block.block]
+            make, _ = module_of(kind, block.place, block.parameters)
+            copied.add(make, without="layers" if make is kind.definition else "")
     return copied
 
 
