@@ -61,8 +61,8 @@ class Star(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        y = self.mix(x)
-        y = x + self.project(self.act(self.factor1(y)) * self.factor2(y))
+        mixed = self.mix(x)
+        y: Tensor = x + self.project(self.act(self.factor1(mixed)) * self.factor2(mixed))
         return y
 
 

@@ -23,11 +23,12 @@ from qnas.spaces.space import SearchSpace, parse_space
 @pytest.fixture
 def _registries() -> Iterator[None]:
     """Forget, at the end of a test, the blocks and neurons that it registered."""
-    kept = [(registry, dict(registry)) for registry in (BLOCKS, NEURONS)]
+    blocks, neurons = dict(BLOCKS), dict(NEURONS)
     yield
-    for registry, before in kept:
-        registry.clear()  # type: ignore[attr-defined]  # mypy joins the two dicts to object
-        registry.update(before)  # type: ignore[attr-defined]
+    BLOCKS.clear()
+    BLOCKS.update(blocks)
+    NEURONS.clear()
+    NEURONS.update(neurons)
 
 
 @pytest.fixture

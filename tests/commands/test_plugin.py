@@ -32,7 +32,7 @@ def test_a_plugin_of_the_environment_does_the_same(
 ) -> None:
     monkeypatch.setenv("QNAS_PLUGINS", "own.py")
     assert qnas("describe", space) == 0
-    assert "gate" in capsys.readouterr().out
+    assert "gate w1, gate w3" in capsys.readouterr().out
 
 
 def test_without_its_plugin_a_space_is_refused_with_what_to_do(

@@ -18,7 +18,7 @@ from qnas.nn.blocks import (
 from qnas.nn.neurons import run_neuron
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
-from qnas.spaces.blocks import Place, quadra_layers
+from qnas.spaces.blocks import Place, quadra_layers, register_block
 from qnas.spaces.layer import OPS, LayerSpec
 from qnas.spaces.lower import make_block
 from qnas.spaces.neurons import NEURONS
@@ -184,14 +184,14 @@ def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: str) 
 @pytest.mark.usefixtures("_registries")
 def test_a_module_with_other_parameters_than_its_layers_is_refused() -> None:
     class Wider(Gate):
-        def __init__(self, c_in: int, width: int) -> None:
-            super().__init__(c_in, 2 * width, "relu")
+        def __init__(self, c_in: int, width: int, act: str) -> None:
+            super().__init__(c_in, 2 * width, act)
 
         @staticmethod
-        def layers(place: Place, width: int) -> tuple[LayerSpec, ...]:
+        def layers(place: Place, width: int, act: str = "relu") -> tuple[LayerSpec, ...]:
             return Gate.layers(place, width)
 
-    register_block("wider", parameters={"width": (1, 2)})(Wider)
+    register_block("wider", parameters={"width": (1, 2), "act": ("relu",)})(Wider)
     spec = make_block("1.1", "wider", Place(4, 4, 1, 8, "batchnorm", "relu"), width=1)
     with pytest.raises(SpaceError) as error:
         build_block(spec)

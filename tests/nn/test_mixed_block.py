@@ -89,7 +89,7 @@ def with_registered_block(sliced: tuple[str, ...] = ("width",)) -> SearchSpace:
     return space_of("{block: gate, width: [2, 4], act: [relu, relu6]}")
 
 
-SPACES = {
+SPACES: dict[str, Callable[[], SearchSpace]] = {
     "registered": with_registered_block,
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
@@ -153,13 +153,14 @@ def test_a_block_that_does_not_say_how_weights_are_shared_has_independent_ones_a
 def test_tensors_that_are_no_slices_are_named() -> None:
     class Inverse(Gate):
         @staticmethod
-        def layers(place: Place, width: int) -> tuple[LayerSpec, ...]:
+        def layers(place: Place, width: int, act: str = "relu") -> tuple[LayerSpec, ...]:
             return Gate.layers(place, 5 - width)
 
-        def __init__(self, c_in: int, width: int) -> None:
-            super().__init__(c_in, 5 - width, "relu")
+        def __init__(self, c_in: int, width: int, act: str) -> None:
+            super().__init__(c_in, 5 - width, act)
 
-    register_block("inverse", parameters={"width": (1, 2)}, sliced=("width",))(Inverse)
+    parameters = {"width": (1, 2), "act": ("relu",)}
+    register_block("inverse", parameters=parameters, sliced=("width",))(Inverse)
     with pytest.raises(UsageError) as error:
         make(space_of("{block: inverse, width: [1, 2]}"), "shared")
     assert str(error.value) == (
