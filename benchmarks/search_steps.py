@@ -257,7 +257,7 @@ def network_of(space: SearchSpace, path: Sequence[Route]) -> nn.Module:
 
 def largest_candidate(space: SearchSpace, position: int) -> int:
     candidates = space.positions[position].candidates
-    return max(range(len(candidates)), key=lambda i: (candidates[i].kernel, candidates[i].expansion))
+    return max(range(len(candidates)), key=lambda i: tuple(candidates[i].sizes.values()))
 
 
 def trainer_of(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

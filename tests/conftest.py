@@ -9,12 +9,26 @@ import os
 # before torch is imported; subprocesses inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pathlib import Path  # see above
+from collections.abc import Iterator  # see above
+from pathlib import Path
 
 import pytest
 from helpers.tiny import TINY_SPACE
 
+from qnas.spaces.blocks import BLOCKS
+from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import SearchSpace, parse_space
+
+
+@pytest.fixture
+def _registries() -> Iterator[None]:
+    """Forget, at the end of a test, the blocks and neurons that it registered."""
+    blocks, neurons = dict(BLOCKS), dict(NEURONS)
+    yield
+    BLOCKS.clear()
+    BLOCKS.update(blocks)
+    NEURONS.clear()
+    NEURONS.update(neurons)
 
 
 @pytest.fixture

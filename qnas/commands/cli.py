@@ -25,6 +25,7 @@ from qnas.commands import (
     subnet,
 )
 from qnas.common.errors import Interrupted, QnasError
+from qnas.common.plugins import load_plugins
 
 app = typer.Typer(
     name="qnas",
@@ -46,8 +47,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py|MODULE",
+            help="Run this Python code first, which registers blocks and neurons. May be given several "
+            "times; $QNAS_PLUGINS names more.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    pass
+    load_plugins(plugin or [])
 
 
 # what the list of commands says of each, in the width that it has there

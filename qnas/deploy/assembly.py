@@ -21,12 +21,9 @@ from torch import nn
 
 from qnas.deploy.export.tracing import INPUT, OPSET, OUTPUT, trace_onnx
 from qnas.nn.blocks import build_block
-from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec
 
 _JITTER = 0.1  # of norms and biases, around 1 and 0
-
-Layers = tuple[LayerSpec, ...]
 
 
 def export_block(block: BlockSpec) -> onnx.ModelProto:
@@ -48,12 +45,13 @@ def export_block(block: BlockSpec) -> onnx.ModelProto:
 
 def assemble(
     blocks: Iterable[BlockSpec],
-    graphs: Mapping[Layers, onnx.ModelProto],
+    graphs: Mapping[BlockSpec, onnx.ModelProto],
     rng: np.random.Generator,
 ) -> onnx.ModelProto:
     """Return the network of these blocks, `images` (1, channels, H, W) -> `logits` (1, classes).
 
-    `graphs` has the graph of every block by its layers (`export_block`). All weights are drawn anew.
+    `graphs` has the graph of every block, by `BlockSpec.unnamed` (`export_block`). All weights are drawn
+    anew.
     """
     run = [block for block in blocks if block.layers]
     first, last = run[0].layers[0], run[-1].layers[-1]
@@ -61,7 +59,7 @@ def assemble(
     weights: list[onnx.TensorProto] = []
     passed = INPUT
     for block in run:
-        graph = graphs[block.layers].graph
+        graph = graphs[block.unnamed].graph
         at_end = OUTPUT if block is run[-1] else f"{block.name}/out"
         names = {"": "", graph.input[0].name: passed, graph.output[0].name: at_end}
         for template in graph.initializer:
@@ -85,7 +83,7 @@ def assemble(
         [onnx.helper.make_tensor_value_info(OUTPUT, float32, (1, last.c_out))],
         weights,
     )
-    of_blocks = graphs[run[0].layers]
+    of_blocks = graphs[run[0].unnamed]
     assert [entry.version for entry in of_blocks.opset_import if entry.domain == ""] == [OPSET]
     model = onnx.helper.make_model(
         graph, opset_imports=of_blocks.opset_import, ir_version=of_blocks.ir_version, producer_name="qnas"

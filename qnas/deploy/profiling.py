@@ -17,7 +17,7 @@ calibration is for, and what comes out the wrong way round is reported as it is.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
 from itertools import permutations
@@ -96,7 +96,7 @@ def distinct_parts(space: SearchSpace) -> dict[BlockSpec, Part]:
     """Return the blocks of a space that differ in more than their name, by themselves without it."""
     parts: dict[BlockSpec, Part] = {}
     for block, candidate in _all_blocks(space):
-        key = replace(block, name="")
+        key = block.unnamed
         if block.layers and key not in parts:
             name = f"{block.name} {candidate.name}" if candidate else block.name
             parts[key] = Part(name, block, COPIES if _fits_itself(block) else 1)
@@ -309,7 +309,7 @@ def _table(
     def cell(block: BlockSpec) -> Cell:
         if not block.layers:
             return Cell(0.0, 0.0, "no operator")
-        part = parts[replace(block, name="")]
+        part = parts[block.unnamed]
         timing = timings[part.name]
         latency_ms = (timing.median_ms - empty_ms) / part.copies
         source = f"measured{', noisy' if part.name in still_noisy else ''}: +-{timing.spread:.1%}"
@@ -333,9 +333,9 @@ def _outliers(
     for slot in (part for part in skeleton(space) if isinstance(part, Slot)):
         blocks = {c: fill(space, slot, c) for c in slot.position.candidates}
         for small, large in permutations((c for c, block in blocks.items() if block.layers), 2):
-            if small.kind != large.kind or small.kernel > large.kernel or small.expansion > large.expansion:
+            if not small.is_within(large):
                 continue
-            low, high = (parts[replace(blocks[c], name="")] for c in (small, large))
+            low, high = (parts[blocks[c].unnamed] for c in (small, large))
             low_t, high_t = timings[low.name], timings[high.name]
             error_ms = math.hypot(*(t.spread * t.median_ms for t in (low_t, high_t)))
             if low_t.median_ms - high_t.median_ms > _OUTLIER * error_ms:

@@ -147,11 +147,11 @@ def _write_onnx(space: SearchSpace, rows: list[Measured], folder: Path, seed: in
     from qnas.deploy.assembly import assemble, export_block
 
     lowered = [lower(space, row.arch) for row in rows]
-    distinct = {block.layers: block for blocks in lowered for block in blocks if block.layers}
+    distinct = {block.unnamed: block for blocks in lowered for block in blocks if block.layers}
     with Progress(len(distinct) + len(rows), "export", quiet=quiet) as progress:
         graphs = {}
-        for layers, block in distinct.items():
-            graphs[layers] = export_block(block)
+        for key, block in distinct.items():
+            graphs[key] = export_block(block)
             progress.step(f"block {block.name}")
         for i, (row, blocks) in enumerate(zip(rows, lowered, strict=True)):
             model = assemble(blocks, graphs, np.random.default_rng([seed, i]))

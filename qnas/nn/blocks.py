@@ -5,20 +5,20 @@ fully convolutional, so a module serves every resolution.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.batch_norm import BatchNorm2d
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
-from qnas.nn.neurons import NEURONS
+from qnas.nn.neurons import run_neuron
+from qnas.spaces.blocks import BLOCKS, Place, module_of, quadra_layers
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.lower import MIXERS, BlockSpec, Place, quadra_layers
-from qnas.spaces.space import DEFAULT_NEURON, Neuron, block_kind
+from qnas.spaces.lower import BlockSpec
+from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -66,7 +66,7 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     return conv
 
 
-CLIP_RANGE = (-6.0, 6.0)  # what a mixer with batch normalisation may add; `qnas.spaces.lower` says why
+CLIP_RANGE = (-6.0, 6.0)  # what a mixer with batch normalisation may add; `qnas.spaces.blocks` says why
 
 # Operators of layer.OPS that are modules; `add`, `mul` and `square` are written out in the blocks' forward.
 MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
@@ -103,14 +103,16 @@ class Chain(nn.Sequential):
 class QuadraBlock(nn.Module):
     """Depthwise mixer of a neuron and pointwise expansion, each with a residual.
 
-    QuadraNet, arXiv 2311.17956, figure 3, where the neuron is the quadratic one; `qnas.nn.neurons` has the
-    others, `qnas.spaces.lower` says where the norms stand, and why batch normalisation needs a clip. While
-    training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its input
-    and the map between its halves, and computes the rest again in the backward pass (`qnas.nn.kernels`; of
-    other neurons the channel half alone); with `recompute` off it keeps the expanded activation too.
+    QuadraNet, arXiv 2311.17956, figure 3, where the neuron is the quadratic one; `qnas.spaces.neurons` has
+    the others, `qnas.spaces.blocks` says where the norms stand and why batch normalisation needs a clip.
+    While training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its
+    input and the map between its halves, and computes the rest again in the backward pass
+    (`qnas.nn.kernels`; of other neurons the channel half alone); with `recompute` off it keeps the expanded
+    activation too.
     """
 
-    # those of `lower.MIXERS` that the neuron has
+    is_residual = True  # what it adds can be left out
+    # those that the neuron has
     conv_a: nn.Conv2d
     conv_b: nn.Conv2d
     conv_c: nn.Conv2d
@@ -124,36 +126,51 @@ class QuadraBlock(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        kernel_size: int,
+        c_in: int,
+        kernel: int,
         expansion: int,
         *,
         norm: str = "layernorm",
         activation: str = "gelu",
-        neuron: Neuron = DEFAULT_NEURON,
+        neuron: str = DEFAULT_NEURON,
         recompute: bool = True,
     ) -> None:
         super().__init__()
-        place = Place(channels, channels, 1, 1, norm, activation)
-        for spec in quadra_layers(place, kernel_size, expansion, neuron):
+        place = Place(c_in, c_in, 1, 1, norm, activation)
+        for spec in quadra_layers(place, kernel, expansion, neuron):
             if spec.op in MODULES:
                 self.add_module(spec.role, MODULES[spec.op](spec))
         self.neuron = neuron
-        self.roles = tuple(role for role in MIXERS[neuron] if role.startswith("conv_"))
+        self.roles = NEURONS[neuron].roles
         self.is_pre_norm = norm == "layernorm"
         self.has_clip = "clip" in self._modules
         self.has_kernels = self.is_pre_norm and activation == "gelu"
         self.recompute = recompute
-        _start(self)
+        with torch.no_grad():
+            for role, factor in NEURONS[neuron].start.items():
+                self.convolution(role).weight.mul_(factor)
+            self.fill_ones()
+
+    def convolution(self, role: str) -> nn.Conv2d:
+        """Return a convolution of the mixer."""
+        return cast(nn.Conv2d, getattr(self, role))
 
     @property
     def convolutions(self) -> tuple[nn.Conv2d, ...]:
-        """The mixer's, in the order in which the neuron's function takes them."""
-        return tuple(cast(nn.Conv2d, getattr(self, role)) for role in self.roles)
+        """The mixer's, in the order in which the neuron's formula takes them."""
+        return tuple(self.convolution(role) for role in self.roles)
+
+    @torch.no_grad()
+    def fill_ones(self) -> None:
+        """Set the biases to one that the neuron starts at one."""
+        for role in NEURONS[self.neuron].ones:
+            bias = self.convolution(role).bias
+            assert bias is not None
+            bias.fill_(1.0)
 
     def mix(self, x: Tensor) -> Tensor:
         """Apply the neuron alone: (B, C, H, W) -> (B, C, H, W)."""
-        return NEURONS[self.neuron](x, *((conv.weight, conv.bias) for conv in self.convolutions))
+        return run_neuron(self.neuron, x, [(conv.weight, conv.bias) for conv in self.convolutions])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -170,7 +187,7 @@ class QuadraBlock(nn.Module):
         return y
 
     def _run_halves(self, x: Tensor) -> Tensor:
-        if self.neuron == "quadranet":
+        if self.neuron == DEFAULT_NEURON:
             norm1 = cast(nn.LayerNorm, self.norm1)
             depthwise = (conv.weight for conv in self.convolutions)
             x = mixer_half(x, norm1.weight, norm1.bias, *depthwise, eps=norm1.eps)
@@ -184,70 +201,32 @@ class QuadraBlock(nn.Module):
         return channel_half(x, norm2.weight, norm2.bias, *pointwise, eps=norm2.eps, recompute=self.recompute)
 
 
-# Beside torch's own initialisation, whose convolutions have an output with a third of the input's second
-# moment: factors by role that give what feeds on squares (a normal x^2 has a second moment of 3), or is a
-# product and nothing else, the same third. A product has 1.85 ninths, since both its factors are mostly
-# their centre's: QuadraNet's is left at that.
-START: dict[Neuron, dict[str, float]] = {
-    "type2": {"conv_s": 3**-0.5},
-    "type4": {"conv_a": (3 / 1.85) ** 0.25, "conv_b": (3 / 1.85) ** 0.25},
-    "fan": {"conv_s": 3**-0.5},
-    "compact": {"conv_s": 3**-0.5},
-}
-
-
-@torch.no_grad()
-def _start(block: QuadraBlock) -> None:
-    """Make the freshly drawn weights of a neuron such as training can start from."""
-    for role, factor in START.get(block.neuron, {}).items():
-        cast(nn.Conv2d, getattr(block, role)).weight.mul_(factor)
-    if block.neuron == "fan":
-        # as ReLinear has it: with b_b at 1 the product holds the linear part, about 0 there is none
-        assert block.conv_b.bias is not None
-        block.conv_b.bias.fill_(1.0)
-
-
-def _quadra(layers: tuple[LayerSpec, ...], neuron: Neuron) -> nn.Module:
-    by_role = {spec.role: spec for spec in layers}
-    conv = next(spec for spec in layers if spec.op == "dwconv")
-    expand = by_role["expand"]
-    return QuadraBlock(
-        conv.c_in,
-        conv.kernel,
-        expand.c_out // expand.c_in,
-        norm=by_role["norm1"].op,
-        activation=by_role["act"].op,
-        neuron=neuron,
-    )
-
-
-# Kinds of block that are not a plain chain of their layers.
-BLOCKS: dict[str, Callable[[tuple[LayerSpec, ...]], nn.Module]] = {
-    **{block_kind("quadra", neuron): partial(_quadra, neuron=neuron) for neuron in NEURONS},
-    "identity": lambda _: nn.Identity(),
-}
-
-
 def build_block(block: BlockSpec) -> nn.Module:
-    """Build the module of a block, with freshly drawn weights."""
+    """Build the module of a block, with freshly drawn weights.
+
+    Raises SpaceError where a registered module is not what the layers of its block say.
+    """
     # not the N(0, 0.02) of the large networks, which learns more slowly at these widths
-    return BLOCKS.get(block.kind, Chain)(block.layers)
+    if not block.layers:
+        return nn.Identity()
+    kind = BLOCKS.get(block.block)
+    if kind is None or kind.module is None:
+        return Chain(block.layers)
+    assert block.place is not None
+    make, arguments = module_of(kind, block.place, block.parameters)
+    module: nn.Module = make(**arguments)
+    built, counted = count_parameters(module), sum(layer.params for layer in block.layers)
+    if built != counted:
+        raise SpaceError(
+            f"block {kind.candidate_name(block.parameters)}: its module has {built} parameters, its layers "
+            f"{counted}"
+        )
+    return module
 
 
 def count_parameters(module: nn.Module) -> int:
     """Count the trained parameters of a module."""
     return sum(p.numel() for p in module.parameters())
-
-
-# What ReLinear (arXiv 2110.06081) starts at zero and lets in slowly: weights by role. W_a of QuadraNet's
-# product goes with W_b, as nothing else uses it. Neurons without a linear part have no such start.
-_STARTS_AT_ZERO: dict[Neuron, tuple[str, ...]] = {
-    "quadranet": ("conv_b",),
-    "linear": (),
-    "fan": ("conv_b", "conv_s"),
-    "compact": ("conv_s",),
-}
-_LET_IN: dict[Neuron, tuple[str, ...]] = {**_STARTS_AT_ZERO, "quadranet": ("conv_a", "conv_b")}
 
 
 def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -257,9 +236,7 @@ def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
     where a mixer has no linear part.
     """
     return [
-        cast(nn.Parameter, conv.weight)
-        for block in _relinear_blocks(module)
-        for conv in _named(block, _LET_IN[block.neuron])
+        cast(nn.Parameter, conv.weight) for block in _relinear_blocks(module) for conv in _quadratic(block)
     ]
 
 
@@ -271,32 +248,33 @@ def start_linear(module: nn.Module) -> None:
     is then W_b = 0, b_b = 1, W_s = 0, c = 0. Raises UsageError where a mixer has no linear part.
     """
     for block in _relinear_blocks(module):
-        for conv in _named(block, _STARTS_AT_ZERO[block.neuron]):
+        for role in NEURONS[block.neuron].zeros or ():
+            conv = block.convolution(role)
             conv.weight.zero_()
-        if block.neuron == "fan":
-            assert block.conv_b.bias is not None
-            block.conv_b.bias.fill_(1.0)
-            if block.conv_s.bias is not None:
-                block.conv_s.bias.zero_()
+            if conv.bias is not None:
+                conv.bias.zero_()
+        block.fill_ones()
 
 
 def _relinear_blocks(module: nn.Module) -> list[QuadraBlock]:
     blocks = [block for block in module.modules() if isinstance(block, QuadraBlock)]
-    unfit = dict.fromkeys(block.neuron for block in blocks if block.neuron not in _STARTS_AT_ZERO)
+    unfit = dict.fromkeys(block.neuron for block in blocks if NEURONS[block.neuron].zeros is None)
     if unfit:
+        fit = ", ".join(name for name, neuron in NEURONS.items() if neuron.zeros is not None)
         raise UsageError(
             f"linear start, quadratic gamma, alpha and beta: the network has neurons of {', '.join(unfit)}, "
-            f"which have no linear part; expected {', '.join(_STARTS_AT_ZERO)}"
+            f"which have no linear part; expected {fit}"
         )
     return blocks
 
 
-def _named(block: QuadraBlock, roles: tuple[str, ...]) -> list[nn.Conv2d]:
-    return [cast(nn.Conv2d, getattr(block, role)) for role in roles]
+def _quadratic(block: QuadraBlock) -> list[nn.Conv2d]:
+    neuron = NEURONS[block.neuron]
+    roles = neuron.zeros if neuron.quadratic is None else neuron.quadratic
+    return [block.convolution(role) for role in roles or ()]
 
 
 __all__ = [
-    "BLOCKS",
     "MODULES",
     "QuadraBlock",
     "build_block",

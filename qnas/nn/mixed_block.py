@@ -22,8 +22,9 @@ A module is told which route to run and keeps nothing of an architecture.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import gt
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from qnas.nn.blocks import QuadraBlock, build_block
 from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
 from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
+from qnas.spaces.blocks import BLOCKS
 from qnas.spaces.lower import BlockSpec, Slot, fill
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
@@ -141,6 +143,12 @@ class SharedChoice(Choice):
     def __init__(self, space: SearchSpace, slot: Slot) -> None:
         super().__init__()
         candidates = slot.position.candidates
+        alone = sorted({c.block for c in candidates if not BLOCKS[c.block].shares_weights})
+        if alone:
+            raise UsageError(
+                f"block {', '.join(alone)} does not say which of its parameters are slices of the largest: "
+                "search with --weights independent"
+            )
         blocks = [fill(space, slot, candidate) for candidate in candidates]
         self.kinds = [block.kind for block in blocks]
         largest = {
@@ -156,7 +164,9 @@ class SharedChoice(Choice):
                 module = build_block(block)
             self.candidates[candidate.name] = _without_tensors(module)
             lender = self.shared[block.kind] if block.layers else module
-            self.loans.append(_loans(lender, module, state_shapes(block)))
+            shapes = state_shapes(block)
+            _check_slices(candidate, lender.state_dict() if block.layers else {}, shapes)
+            self.loans.append(_loans(lender, module, shapes))
 
     def run_candidate(self, x: Tensor, index: int) -> Tensor:
         """See Choice. Statistics of batch norms are slices too, and updated in place."""
@@ -242,10 +252,23 @@ class _Slices(torch.autograd.Function):
 
 
 def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
-    """Return a candidate with the largest kernel and the largest expansion of its kind."""
+    """Return a candidate with the largest of each size, kernels and expansions, of its kind."""
     same = [c for c in candidates if c.kind == kind]
-    kernel, expansion = max(c.kernel for c in same), max(c.expansion for c in same)
-    return same[0].model_copy(update={"kernel": kernel, "expansion": expansion})
+    sizes = {name: max(c.sizes[name] for c in same) for name in same[0].sizes}
+    return Candidate(block=same[0].block, **{**same[0].parameters, **sizes})
+
+
+def _check_slices(
+    candidate: Candidate, whole: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> None:
+    """Raise UsageError where a candidate's tensors are not slices of its kind's largest module."""
+    for name, shape in shapes.items():
+        largest = whole[name].shape if name in whole else None
+        if largest is None or len(largest) != len(shape) or any(map(gt, shape, largest)):
+            raise UsageError(
+                f"{candidate.name}: {name}, {list(shape)}, is no slice of that of the largest candidate, "
+                f"{list(largest or [])}: search with --weights independent"
+            )
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:
@@ -275,12 +298,13 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     """
     candidates = position.candidates
     if len(candidates) == 1:
-        return Grid((candidates[0].kernel,), (candidates[0].expansion,), ((0, 0),))
+        return Grid((1,), (1,), ((0, 0),))
     blocks = [c for c in candidates if c.block != "identity"]
-    kernels = tuple(sorted({c.kernel for c in blocks}))
-    expansions = tuple(sorted({c.expansion for c in blocks}))
+    are_quadra = all(c.kind == "quadra" for c in blocks)
+    sizes = [(c.sizes["kernel"], c.sizes["expansion"]) if are_quadra else (1, 1) for c in blocks]
+    kernels, expansions = (tuple(sorted({size[i] for size in sizes})) for i in (0, 1))
     if (
-        any(c.kind != "quadra" for c in blocks)
+        not are_quadra
         or (space.norm, space.activation) != ("layernorm", "gelu")
         or len(blocks) != len(kernels) * len(expansions)
         or not blocks
@@ -289,10 +313,12 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
             f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
             f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
             "kernels and expansions of QuadraBlocks (neuron quadranet) with layer normalisation and GELU; "
-            "--weights shared takes any"
+            "--weights shared takes any whose block says how they are shared"
         )
     places = tuple(
-        None if c.block == "identity" else (kernels.index(c.kernel), expansions.index(c.expansion))
+        None
+        if c.block == "identity"
+        else (kernels.index(c.sizes["kernel"]), expansions.index(c.sizes["expansion"]))
         for c in candidates
     )
     return Grid(kernels, expansions, places)

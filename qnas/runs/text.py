@@ -19,12 +19,17 @@ from qnas.spaces.space import SearchSpace
 
 
 def short_name(candidate: str) -> str:
-    """Write a candidate's name as `k7 e4`; identity as a dash.
+    """Write a candidate's name as `k7 e4`, identity as a dash, and a registered block with its name.
 
     >>> short_name("quadra_k7_e4"), short_name("quadra_k7_e4_fan"), short_name("identity")
     ('k7 e4', 'k7 e4 fan', '-')
+    >>> short_name("star_k7_e4")
+    'star k7 e4'
     """
-    return "-" if candidate == "identity" else candidate.partition("_")[2].replace("_", " ")
+    if candidate == "identity":
+        return "-"
+    block, _, rest = candidate.partition("_")
+    return (rest if block in ("quadra", "mbconv") else candidate).replace("_", " ")
 
 
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:

@@ -2,31 +2,18 @@
 
 The module builders, the counters and every latency source read what this returns, so they cannot
 disagree. Layers stand in the order in which they run; `role` names a layer inside its block and is
-the name of the submodule that computes it.
-
-Where normalisation goes. With layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
-`x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation is here so that it folds
-away at deployment, and before a padded convolution it cannot: so it follows the quadratic sum
-(`x + clip(BN(qconv(x)))`, folding into W_a, W_c and a bias) and the first pointwise convolution. Behind
-the neurons type3 and type4 nothing takes up a shift, and it stays an operator of its own.
-
-Why the clip, to [-6, 6]: with batch normalisation nothing else bounds what a block multiplies. In
-evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
-blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
-at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
-than linearly. The bound is ReLU6's, six standard deviations where the norm's scale is 1. It costs an
-elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself, and the
-linear neuron, which multiplies nothing, needs no clip.
+the name of the submodule that computes it. A block carries the parameters that it was made with, so that
+nothing reads them back out of layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from qnas.common.errors import SpaceError
 from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.blocks import BLOCKS, Place, Value
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.space import DEFAULT_NEURON, NEURONS, Candidate, Neuron, Position, SearchSpace, block_kind
+from qnas.spaces.space import Candidate, Position, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -34,25 +21,17 @@ class BlockSpec:
     """A named block: the layers of a stem, transition, candidate or head."""
 
     name: str  # "stem", "3.transition", "3.1" (stage and position), "head"
-    kind: str  # "stem", "transition", "head", or a key of BLOCKS
+    kind: str  # "stem", "transition", "head", or that of the candidate
     layers: tuple[LayerSpec, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """What surrounds a candidate's block: its shape and the space's conventions."""
-
-    c_in: int
-    c_out: int
-    stride: int
-    resolution_px: int
-    norm: str
-    activation: str
+    # of candidates: the key in BLOCKS, the place, and the block's parameters
+    block: str = ""
+    place: Place | None = None
+    parameters: Mapping[str, Value] = field(default_factory=dict, hash=False)
 
     @property
-    def keeps_shape(self) -> bool:
-        """Whether input and output have the same shape."""
-        return self.c_in == self.c_out and self.stride == 1
+    def unnamed(self) -> "BlockSpec":
+        """The same for all equal blocks, wherever they stand: a key for what they have in common."""
+        return replace(self, name="")
 
 
 @dataclass(frozen=True)
@@ -61,108 +40,6 @@ class Slot:
 
     position: Position
     resolution_px: int
-
-
-# The layers of each neuron by role; `neurons.NEURONS` has the formulas. conv_a and conv_b are the
-# factors of the product (conv_a also what type3 squares), conv_c is the linear part, conv_s that of the
-# squared input.
-MIXERS: dict[Neuron, tuple[str, ...]] = {
-    "quadranet": ("conv_a", "conv_b", "product", "conv_c", "sum"),
-    "linear": ("conv_c",),
-    "type2": ("square", "conv_s"),
-    "type3": ("conv_a", "square"),
-    "type4": ("conv_a", "conv_b", "product"),
-    "fan": ("conv_a", "conv_b", "product", "square", "conv_s", "sum"),
-    "compact": ("conv_c", "square", "conv_s", "sum"),
-}
-_ELEMENTWISE = {"product": "mul", "square": "square", "sum": "add"}  # all others are convolutions
-
-# Biases of the formulas: inside the product, and what is added at the end, of which one is enough (the
-# two of the compact neuron are one constant) and none where a batch norm shifts.
-FACTOR_BIASES: dict[Neuron, tuple[str, ...]] = {"fan": ("conv_a", "conv_b")}
-CONSTANTS: dict[Neuron, str] = {"linear": "conv_c", "fan": "conv_s", "compact": "conv_c"}
-
-
-def mixer_layers(place: Place, kernel: int, neuron: Neuron) -> list[LayerSpec]:
-    """Return the layers of a neuron in depthwise form, without norms."""
-    c, px = place.c_in, place.resolution_px
-    biased = set(FACTOR_BIASES.get(neuron, ()))
-    if place.norm != "batchnorm":
-        biased.add(CONSTANTS.get(neuron, ""))
-    return [
-        LayerSpec(role, _ELEMENTWISE[role], px, c, c)
-        if role in _ELEMENTWISE
-        else LayerSpec(role, "dwconv", px, c, c, kernel, bias=role in biased)
-        for role in MIXERS[neuron]
-    ]
-
-
-def quadra_layers(
-    place: Place, kernel: int, expansion: int, neuron: Neuron = DEFAULT_NEURON
-) -> tuple[LayerSpec, ...]:
-    """Return the layers of a QuadraBlock: depthwise mixer of a neuron, then pointwise expansion."""
-    assert place.keeps_shape
-    c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
-    norm, pre_norm = place.norm, place.norm == "layernorm"
-    mixer = mixer_layers(place, kernel, neuron)
-    expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
-    act = LayerSpec("act", place.activation, px, hidden, hidden)
-    project = LayerSpec("project", "conv", px, hidden, c, bias=True)
-    if pre_norm:
-        mixer = [LayerSpec("norm1", norm, px, c, c), *mixer]
-        pointwise = [LayerSpec("norm2", norm, px, c, c), expand, act, project]
-    else:
-        # next to the convolution that it folds into, as it runs once folded
-        at = len(mixer) - (mixer[-1].role == "sum")
-        mixer.insert(at, LayerSpec("norm1", norm, px, c, c))
-        if neuron != "linear":
-            mixer.append(LayerSpec("clip", "clip", px, c, c))
-        pointwise = [expand, LayerSpec("norm2", norm, px, hidden, hidden), act, project]
-    return (
-        *mixer,
-        LayerSpec("residual1", "add", px, c, c),
-        *pointwise,
-        LayerSpec("residual2", "add", px, c, c),
-    )
-
-
-def mbconv_layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpec, ...]:
-    """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381)."""
-    c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
-    hidden = expansion * c_in
-    layers = []
-    if expansion > 1:
-        layers += [
-            LayerSpec("expand", "conv", px, c_in, hidden),
-            LayerSpec("norm1", norm, px, hidden, hidden),
-            LayerSpec("act1", place.activation, px, hidden, hidden),
-        ]
-    depthwise = LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, place.stride)
-    px = depthwise.out_px
-    layers += [
-        depthwise,
-        LayerSpec("norm2", norm, px, hidden, hidden),
-        LayerSpec("act2", place.activation, px, hidden, hidden),
-        LayerSpec("project", "conv", px, hidden, c_out),
-        LayerSpec("norm3", norm, px, c_out, c_out),
-    ]
-    if place.keeps_shape:
-        layers.append(LayerSpec("residual", "add", px, c_out, c_out))
-    return tuple(layers)
-
-
-def identity_layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpec, ...]:
-    """Return no layers: the input passes unchanged."""
-    assert place.keeps_shape
-    return ()
-
-
-# By `Candidate.kind`.
-BLOCKS: dict[str, Callable[[Place, int, int], tuple[LayerSpec, ...]]] = {
-    **{block_kind("quadra", neuron): partial(quadra_layers, neuron=neuron) for neuron in NEURONS},
-    "mbconv": mbconv_layers,
-    "identity": identity_layers,
-}
 
 
 def stem_layers(space: SearchSpace, resolution_px: int) -> tuple[LayerSpec, ...]:
@@ -267,12 +144,20 @@ def check_resolution(space: SearchSpace, resolution_px: int) -> None:
         )
 
 
+def make_block(name: str, block: str, place: Place, **parameters: Value) -> BlockSpec:
+    """Return a block with these parameters at a place. Raises SpaceError where its layers do not fit."""
+    kind = BLOCKS[block]
+    values = {p.name: parameters.get(p.name, p.default) for p in kind.parameters}
+    assert not list(kind.check(parameters)), parameters
+    given = {key: value for key, value in values.items() if value is not None}
+    return BlockSpec(name, kind.kind(given), kind.layers_at(place, given), block, place, given)
+
+
 def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
     """Return the block that a candidate makes of a slot. Identity has no layers."""
     p = slot.position
     place = Place(p.c_in, p.c_out, p.stride, slot.resolution_px, space.norm, space.activation)
-    layers = BLOCKS[candidate.kind](place, candidate.kernel, candidate.expansion)
-    return BlockSpec(p.name, candidate.kind, layers)
+    return make_block(p.name, candidate.block, place, **candidate.parameters)
 
 
 def lower(

@@ -1,4 +1,4 @@
-"""A search space: a YAML file as a frozen value.
+"""A search space, read from a YAML file or made in Python, as a frozen value.
 
 A network is a stem, stages of positions with a transition before each, and a head. Every position
 is filled by one of its candidates; a fixed network is a space with one candidate a position. The
@@ -8,61 +8,31 @@ trained on.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qnas.common.documents import describe_problems, read_mapping
 from qnas.common.errors import SpaceError, nearest
 from qnas.common.resources import read_named
+from qnas.spaces.blocks import BLOCKS, Block, Value
 
 SCHEMA = "qnas.space/1"
-
-
-class BlockKind(NamedTuple):
-    """What a space must know of a kind of block; `lower.BLOCKS` says what it consists of."""
-
-    keeps_shape: bool  # cannot change channels or resolution
-    needs_batchnorm: bool  # is defined with batch normalisation only
-
-
-# The neuron of a QuadraBlock's mixer; `lower.MIXERS` says what it consists of, `neurons.NEURONS` what
-# it computes.
-Neuron = Literal["quadranet", "linear", "type2", "type3", "type4", "fan", "compact"]
-NEURONS: tuple[Neuron, ...] = get_args(Neuron)
-DEFAULT_NEURON: Neuron = "quadranet"
-
-
-BLOCK_KINDS: dict[str, BlockKind] = {
-    "quadra": BlockKind(keeps_shape=True, needs_batchnorm=False),
-    "mbconv": BlockKind(keeps_shape=False, needs_batchnorm=True),
-    "identity": BlockKind(keeps_shape=True, needs_batchnorm=False),
-}
-
-
-def block_kind(block: str, neuron: Neuron = DEFAULT_NEURON) -> str:
-    """Name a block with its neuron, where that is not QuadraNet's.
-
-    >>> block_kind("quadra"), block_kind("quadra", "fan"), block_kind("mbconv")
-    ('quadra', 'quadra_fan', 'mbconv')
-    """
-    return block if neuron == DEFAULT_NEURON else f"{block}_{neuron}"
 
 
 class _Node(BaseModel):
@@ -71,78 +41,102 @@ class _Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _odd(kernel: int) -> int:
-    if kernel % 2 == 0:
-        raise ValueError("expected an odd number")
-    return kernel
-
-
-def _known_block(block: str) -> str:
-    if block not in BLOCK_KINDS:
-        raise ValueError(f"unknown block ({nearest(block, BLOCK_KINDS)})")
-    return block
-
-
-OddKernel = Annotated[int, Field(ge=1, le=31), AfterValidator(_odd)]
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
 
 class Candidate(_Node):
-    """A block that a position may hold."""
+    """A block that a position may hold, with all its parameters.
 
-    block: Annotated[str, AfterValidator(_known_block)]
-    kernel: OddKernel = 1
-    expansion: Annotated[int, Field(ge=1, le=16)] = 1
-    neuron: Neuron = DEFAULT_NEURON  # of block quadra
+    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`; parameters that have a
+    default may be left out.
+    """
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        given = self.model_fields_set - {"block"}
-        if self.block == "identity" and given:
-            raise ValueError(f"identity takes no {' or '.join(sorted(given))}")
-        if "neuron" in given and self.block != "quadra":
-            raise ValueError(f"{self.block} takes no neuron")
-        missing = sorted({"kernel", "expansion"} - given)
-        if self.block != "identity" and missing:
-            raise ValueError(f"{self.block} needs {' and '.join(missing)}")
-        return self
+    block: str
+    parameters: dict[str, Value]
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # spaces are known by the digest of this: those from before there were neurons must keep theirs
-        fields: dict[str, Any] = content(self)
-        if self.neuron == DEFAULT_NEURON:
-            fields.pop("neuron", None)
-        return fields
+    if TYPE_CHECKING:
+
+        def __init__(self, *, block: str, **parameters: Value) -> None: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        given = {name: value for name, value in content.items() if name != "block"}
+        if "block" not in content:
+            return {"parameters": {}}  # pydantic says that it is missing
+        block = _block_of(content)
+        if block is None:
+            known = nearest(str(content["block"]), BLOCKS)
+            message = f"unknown block ({known}; register your own first: qnas --plugin FILE.py COMMAND)"
+            problems = [_problem(("block",), message, content["block"])]
+        else:
+            problems = [
+                _problem((name,) if name else (), message, given[name] if name else content)
+                for name, message in block.check(given)
+            ]
+        if problems or block is None:
+            raise ValidationError.from_exception_data("Candidate", problems)
+        values = {p.name: given.get(p.name, p.default) for p in block.parameters}
+        return {"block": block.name, "parameters": values}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        # without defaults: a space keeps its digest when a block of it gets another parameter
+        defaults = {p.name: p.default for p in BLOCKS[self.block].parameters}
+        given = {name: value for name, value in self.parameters.items() if value != defaults[name]}
+        return {"block": self.block, **given}
+
+    def __hash__(self) -> int:
+        return hash((self.block, *self.parameters.items()))
 
     @property
     def kind(self) -> str:
-        """The block with its neuron, as `block_kind`."""
-        return block_kind(self.block, self.neuron)
+        """The name of the candidates that may share weights with this one, as `Block.kind`."""
+        return BLOCKS[self.block].kind(self.parameters)
 
     @property
     def name(self) -> str:
         """The name in architectures and tables, such as `quadra_k7_e4` or `quadra_k7_e4_linear`."""
-        if self.block == "identity":
-            return self.block
-        return block_kind(f"{self.block}_k{self.kernel}_e{self.expansion}", self.neuron)
+        return BLOCKS[self.block].candidate_name(self.parameters)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The parameters that are numbers, such as kernel and expansion."""
+        return {name: value for name, value in self.parameters.items() if isinstance(value, int)}
+
+    def is_within(self, other: "Candidate") -> bool:
+        """Return whether the other is of the same kind and no smaller in anything."""
+        return self.kind == other.kind and all(v <= other.sizes[name] for name, v in self.sizes.items())
+
+
+def _problem(key: tuple[str, ...], message: str, value: Any) -> InitErrorDetails:
+    # the message as a value, as a brace in it would be filled in
+    return InitErrorDetails(
+        type=PydanticCustomError("value_error", "{message}", {"message": message}), loc=key, input=value
+    )
+
+
+def _block_of(content: Any) -> Block | None:
+    """Return the kind of block of a candidate as it is written, None where there is none."""
+    name = content.get("block") if isinstance(content, dict) else None
+    return BLOCKS.get(name) if isinstance(name, str) else None
 
 
 def _expand_candidates(entries: Any) -> Any:
     """Write out lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates.
 
-    Those of one neuron come together, in the order of their kernels.
+    Those of one kind come together, in the order of the block's parameters.
     """
-    if not isinstance(entries, list):
+    if not isinstance(entries, list | tuple):
         return entries
     expanded: list[Any] = []
     for entry in entries:
-        listed = (
-            [k for k in ("neuron", "kernel", "expansion") if isinstance(entry.get(k), list)]
-            if isinstance(entry, dict)
-            else []
-        )
-        for values in product(*(entry[k] for k in listed)):
+        block = _block_of(entry)
+        ordered = sorted(block.parameters, key=lambda p: not p.is_word) if block is not None else []
+        listed = [p.name for p in ordered if isinstance(entry.get(p.name), list | tuple)]
+        for values in product(*(entry[name] for name in listed)):
             expanded.append({**entry, **dict(zip(listed, values, strict=True))} if listed else entry)
     return tuple(expanded)
 
@@ -250,7 +244,7 @@ class SearchSpace(_Node):
             problems += [
                 f"{where}: {c.block} needs norm: batchnorm, got {self.norm}"
                 for c in candidates
-                if BLOCK_KINDS[c.block].needs_batchnorm and self.norm != "batchnorm"
+                if BLOCKS[c.block].needs_batchnorm and self.norm != "batchnorm"
             ]
         problems += [
             f"position {p.name}: no candidate can go from {p.c_in} to {p.c_out} channels at stride {p.stride}"
@@ -284,7 +278,7 @@ class SearchSpace(_Node):
                     candidates=stage.candidates or self.candidates,
                 )
                 if not position.keeps_shape:
-                    able = (c for c in position.candidates if not BLOCK_KINDS[c.block].keeps_shape)
+                    able = (c for c in position.candidates if not BLOCKS[c.block].keeps_shape)
                     position = Position(**{**vars(position), "candidates": tuple(able)})
                 found.append(position)
             channels = stage.channels
@@ -299,6 +293,10 @@ class SearchSpace(_Node):
     def digest(self) -> str:
         """Identify the networks of the space, whatever its comments and its source say."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"source"})
+        for part in (content, *content["stages"]):
+            for candidate in part["candidates"] or ():
+                if candidate["block"] == "identity":  # digests are from when every block had these
+                    candidate |= {"kernel": 1, "expansion": 1}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
@@ -318,21 +316,57 @@ class SearchSpace(_Node):
         return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def parse_space(text: str, where: str) -> SearchSpace:
-    """Read a space from YAML text; `where` names it in messages.
+def make_space(
+    name: str,
+    *,
+    input: Mapping[str, Any],
+    norm: str,
+    activation: str,
+    stem: Mapping[str, Any],
+    candidates: Sequence[Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    head: Mapping[str, Any],
+    transition: str = "conv",
+    source: str = "made in Python",
+) -> SearchSpace:
+    """Make a space in Python: the arguments are the keys of a YAML file, and lists stand for combinations.
 
-    Raises SpaceError with every problem of the file in one line; those between keys follow once each
-    key is right by itself.
+    Raises SpaceError with every problem in one line.
+
+    >>> space = make_space(
+    ...     "tiny",
+    ...     input={"channels": 3, "resolution_px": 32},
+    ...     norm="layernorm",
+    ...     activation="gelu",
+    ...     stem={"channels": 8, "kernel": 2, "stride": 2},
+    ...     candidates=[{"block": "quadra", "kernel": [3, 5], "expansion": 2}, {"block": "identity"}],
+    ...     stages=[{"channels": 8, "positions": 2, "stride": 1}],
+    ...     head={"classes": 10},
+    ... )
+    >>> space.positions[0].names
+    ('quadra_k3_e2', 'quadra_k5_e2', 'identity')
     """
-    content = read_mapping(text, where, SCHEMA, SpaceError)
+    return _check({"schema": SCHEMA, **locals()}, f"space {name}")
+
+
+def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
     try:
         return SearchSpace.model_validate(content)
     except ValidationError as error:
         raise SpaceError(f"{where}: {describe_problems(error, SearchSpace)}") from error
 
 
+def parse_space(text: str, where: str) -> SearchSpace:
+    """Read a space from YAML text; `where` names it in messages.
+
+    Raises SpaceError with every problem of the file in one line; those between keys follow once each
+    key is right by itself.
+    """
+    return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
+
+
 def load_space(name_or_path: str | Path) -> SearchSpace:
-    """Load a shipped space by name, or one's own by the path of its YAML file.
+    """Load a shipped space by name, or the user's by the path of its YAML file.
 
     Raises SpaceError when there is none, or when it is broken.
     """

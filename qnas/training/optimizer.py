@@ -134,7 +134,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: in
 class _Schedule(SequentialLR):
     """torch's schedule; that of torch 2.8 warns of its own use of an old argument."""
 
-    def step(self) -> None:
+    def step(self, epoch: int | None = None) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The epoch parameter in", category=UserWarning)
             super().step()

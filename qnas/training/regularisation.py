@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import StochasticDepth
 
-from qnas.nn.blocks import Chain, QuadraBlock
-
 
 def drop_blocks(network: nn.Module, rate: float) -> None:
     """Let residual blocks drop out for some images while training (stochastic depth, arXiv 1603.09382).
@@ -16,11 +14,7 @@ def drop_blocks(network: nn.Module, rate: float) -> None:
     implement it, so that the weights keep their names and an exported network has none of it. A
     QuadraBlock drops out as a whole, so that its fused halves stay as they are.
     """
-    blocks = [
-        block
-        for block in network.modules()
-        if isinstance(block, QuadraBlock) or (isinstance(block, Chain) and block.is_residual)
-    ]
+    blocks = [block for block in network.modules() if getattr(block, "is_residual", False)]
     for number, block in enumerate(blocks):
         depth = StochasticDepth(rate * number / max(len(blocks) - 1, 1), mode="row")
 

@@ -53,8 +53,8 @@ def test_an_assembled_network_has_the_operators_of_the_exported_one(norm: str) -
     for choices in ((BLOCK, BLOCK, BLOCK), (NONE, BLOCK, NONE)):
         blocks = lower(space, Arch(choices))
         for block in blocks:
-            if block.layers and block.layers not in graphs:
-                graphs[block.layers] = export_block(block)
+            if block.layers and block.unnamed not in graphs:
+                graphs[block.unnamed] = export_block(block)
         model = assemble(blocks, graphs, np.random.default_rng(0))
         onnx.checker.check_model(model, full_check=True)
         network = build_subnet(space, Arch(choices), 10).eval()

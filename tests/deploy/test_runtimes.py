@@ -23,20 +23,21 @@ from qnas.deploy.export.folding import fold_norms
 from qnas.deploy.runtimes import RUNTIMES, event_stopwatch, onnx_session, open_runtime, openvino_session
 from qnas.deploy.timing import Call, sample_rounds
 from qnas.nn.blocks import build_block
-from qnas.spaces.lower import BlockSpec, Place, mbconv_layers, quadra_layers
+from qnas.spaces.blocks import Place
+from qnas.spaces.lower import make_block
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-BLOCKS = {
-    "quadra": quadra_layers(Place(4, 4, 1, 8, "batchnorm", "relu"), 3, 2),
-    "mbconv": mbconv_layers(Place(4, 4, 1, 8, "batchnorm", "relu6"), 3, 2),
-    "layernorm": quadra_layers(Place(4, 4, 1, 8, "layernorm", "gelu"), 3, 2),
+KINDS = {
+    "quadra": ("quadra", Place(4, 4, 1, 8, "batchnorm", "relu")),
+    "mbconv": ("mbconv", Place(4, 4, 1, 8, "batchnorm", "relu6")),
+    "layernorm": ("quadra", Place(4, 4, 1, 8, "layernorm", "gelu")),
 }
 
 
 def _trained(kind: str) -> nn.Module:
     """Return a block in eval mode with statistics that folding must take along."""
     torch.manual_seed(0)
-    module = build_block(BlockSpec("1.1", "mbconv" if kind == "mbconv" else "quadra", BLOCKS[kind]))
+    module = build_block(make_block("1.1", *KINDS[kind], kernel=3, expansion=2))
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -47,7 +48,7 @@ def _trained(kind: str) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_folding_norms_changes_no_output(kind: str) -> None:
     module = _trained(kind)
     folded = copy.deepcopy(module)

@@ -15,7 +15,8 @@ from qnas.deploy.export.product import Product, RealImages
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
-from qnas.spaces.space import NEURONS, SearchSpace, parse_space
+from qnas.spaces.neurons import NEURONS
+from qnas.spaces.space import SearchSpace, parse_space
 
 PX = 8
 CHOICES = ("quadra_k3_e2", "identity", "quadra_k3_e2", "identity")

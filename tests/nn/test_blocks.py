@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.own_blocks import Gate
 from torch import Tensor, nn
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.blocks import (
     MODULES,
     ChannelLayerNorm,
@@ -14,12 +15,14 @@ from qnas.nn.blocks import (
     quadratic_weights,
     start_linear,
 )
-from qnas.nn.neurons import NEURONS
+from qnas.nn.neurons import run_neuron
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
+from qnas.spaces.blocks import Place, quadra_layers, register_block
 from qnas.spaces.layer import OPS, LayerSpec
-from qnas.spaces.lower import BlockSpec, Place, mbconv_layers, quadra_layers
-from qnas.spaces.space import Neuron, block_kind, load_space
+from qnas.spaces.lower import make_block
+from qnas.spaces.neurons import NEURONS
+from qnas.spaces.space import load_space
 from qnas.training.scoring import recalibrate
 
 
@@ -133,8 +136,9 @@ def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(s
 def test_an_inverted_residual_adds_its_input_only_where_the_shape_stays(
     stride: int, expansion: int, c_out: int
 ) -> None:
-    layers = mbconv_layers(Place(4, c_out, stride, 9, "batchnorm", "relu6"), 3, expansion)
-    block = build_block(BlockSpec("1.1", "mbconv", layers)).eval()
+    place = Place(4, c_out, stride, 9, "batchnorm", "relu6")
+    spec = make_block("1.1", "mbconv", place, kernel=3, expansion=expansion)
+    block = build_block(spec).eval()
     randomise(block)
     x = image(2, 4, 9, 9)
     y = x
@@ -142,7 +146,7 @@ def test_an_inverted_residual_adds_its_input_only_where_the_shape_stays(
         y = module(y)
     expected = x + y if stride == 1 and c_out == 4 else y
     torch.testing.assert_close(block(x), expected)
-    assert block(x).shape == (2, c_out, layers[-1].out_px, layers[-1].out_px)
+    assert block(x).shape == (2, c_out, spec.layers[-1].out_px, spec.layers[-1].out_px)
 
 
 def test_channel_norm_normalises_over_channels_at_each_place() -> None:
@@ -157,8 +161,8 @@ def test_channel_norm_normalises_over_channels_at_each_place() -> None:
 @pytest.mark.parametrize("kind", ["quadra", "identity"])
 def test_a_block_keeps_what_it_keeps_in_channels_last_memory(kind: str) -> None:
     place = Place(8, 8, 1, 9, "layernorm", "gelu")
-    layers = quadra_layers(place, 3, 2) if kind == "quadra" else ()
-    block = build_block(BlockSpec("1.1", kind, layers)).to(memory_format=torch.channels_last)
+    sizes = {"kernel": 3, "expansion": 2} if kind == "quadra" else {}
+    block = build_block(make_block("1.1", kind, place, **sizes)).to(memory_format=torch.channels_last)
     x = image(2, 8, 9, 9)
     y = block(x.contiguous(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -166,14 +170,32 @@ def test_a_block_keeps_what_it_keeps_in_channels_last_memory(kind: str) -> None:
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: Neuron) -> None:
+def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: str) -> None:
     for norm in ("layernorm", "batchnorm"):
-        layers = quadra_layers(Place(8, 8, 1, 9, norm, "gelu"), 3, 2, neuron)
-        block = build_block(BlockSpec("1.1", block_kind("quadra", neuron), layers))
+        place = Place(8, 8, 1, 9, norm, "gelu")
+        layers = quadra_layers(place, 3, 2, neuron)
+        block = build_block(make_block("1.1", "quadra", place, kernel=3, expansion=2, neuron=neuron))
         expected = [spec for spec in layers if spec.op in MODULES]
         assert {name for name, _ in block.named_children()} == {spec.role for spec in expected}
         for spec in expected:
             assert sum(p.numel() for p in getattr(block, spec.role).parameters()) == spec.params
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_module_with_other_parameters_than_its_layers_is_refused() -> None:
+    class Wider(Gate):
+        def __init__(self, c_in: int, width: int, act: str) -> None:
+            super().__init__(c_in, 2 * width, act)
+
+        @staticmethod
+        def layers(place: Place, width: int, act: str = "relu") -> tuple[LayerSpec, ...]:
+            return Gate.layers(place, width)
+
+    register_block("wider", parameters={"width": (1, 2), "act": ("relu",)})(Wider)
+    spec = make_block("1.1", "wider", Place(4, 4, 1, 8, "batchnorm", "relu"), width=1)
+    with pytest.raises(SpaceError) as error:
+        build_block(spec)
+    assert str(error.value) == "block wider_w1: its module has 72 parameters, its layers 36"
 
 
 def test_every_operator_has_a_module_or_is_written_out() -> None:
@@ -182,16 +204,15 @@ def test_every_operator_has_a_module_or_is_written_out() -> None:
 
 def test_a_built_block_is_the_class_of_its_kind() -> None:
     block = QuadraBlock(32, 7, 4)
-    built = build_block(
-        BlockSpec("1.1", "quadra", quadra_layers(Place(32, 32, 1, 9, "layernorm", "gelu"), 7, 4))
-    )
+    place = Place(32, 32, 1, 9, "layernorm", "gelu")
+    built = build_block(make_block("1.1", "quadra", place, kernel=7, expansion=4))
     assert [name for name, _ in built.named_parameters()] == [name for name, _ in block.named_parameters()]
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_a_block_of_any_neuron_is_two_residual_halves(neuron: Neuron, norm: str, activation: str) -> None:
+def test_a_block_of_any_neuron_is_two_residual_halves(neuron: str, norm: str, activation: str) -> None:
     # with and without the fused halves; the neuron itself is tested by its formula in test_neurons.py
     block = QuadraBlock(6, 3, 2, norm=norm, activation=activation, neuron=neuron).eval()
     randomise(block)
@@ -205,7 +226,7 @@ def test_a_block_of_any_neuron_is_two_residual_halves(neuron: Neuron, norm: str,
         assert len(convolutions) == 2  # in the order of the formula: conv_c, conv_s
 
     def mixed(x: Tensor) -> Tensor:
-        return NEURONS[neuron](x, *convolutions)
+        return run_neuron(neuron, x, convolutions)
 
     def batch_norm(x: Tensor, name: str) -> Tensor:
         return F.batch_norm(
@@ -228,7 +249,7 @@ def test_a_block_of_any_neuron_is_two_residual_halves(neuron: Neuron, norm: str,
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_a_fresh_mixer_adds_about_as_much_as_a_linear_one(neuron: Neuron) -> None:
+def test_a_fresh_mixer_adds_about_as_much_as_a_linear_one(neuron: str) -> None:
     torch.manual_seed(0)
     block = QuadraBlock(256, 5, 1, neuron=neuron)
     with torch.no_grad():
@@ -258,7 +279,7 @@ def test_fresh_depthwise_kernels_are_about_their_centres(kernel: int) -> None:
     torch.testing.assert_close(inner, smallest, rtol=0.05, atol=0.0)
 
 
-def with_linear_part(neuron: Neuron) -> tuple[QuadraBlock, QuadraBlock]:
+def with_linear_part(neuron: str) -> tuple[QuadraBlock, QuadraBlock]:
     """Return a block at its linear start, and the linear block that it must be."""
     block, linear = QuadraBlock(6, 5, 2, neuron=neuron), QuadraBlock(6, 5, 2, neuron="linear")
     randomise(block)
@@ -271,11 +292,11 @@ def with_linear_part(neuron: Neuron) -> tuple[QuadraBlock, QuadraBlock]:
     return block, linear
 
 
-LINEAR_PART: tuple[Neuron, ...] = ("quadranet", "linear", "fan", "compact")
+LINEAR_PART = ("quadranet", "linear", "fan", "compact")
 
 
 @pytest.mark.parametrize("neuron", LINEAR_PART)
-def test_at_its_start_a_neuron_is_the_linear_one_and_every_quadratic_weight_learns(neuron: Neuron) -> None:
+def test_at_its_start_a_neuron_is_the_linear_one_and_every_quadratic_weight_learns(neuron: str) -> None:
     block, linear = with_linear_part(neuron)
     x = image(2, 6, 9, 8)
     y = block(x)
@@ -290,7 +311,7 @@ def test_at_its_start_a_neuron_is_the_linear_one_and_every_quadratic_weight_lear
 
 
 @pytest.mark.parametrize("neuron", LINEAR_PART)
-def test_a_mixer_without_its_quadratic_weights_is_linear_and_with_them_is_not(neuron: Neuron) -> None:
+def test_a_mixer_without_its_quadratic_weights_is_linear_and_with_them_is_not(neuron: str) -> None:
     block = QuadraBlock(6, 5, 2, neuron=neuron).double()
     randomise(block)
     x = image(2, 6, 9, 8).double()
@@ -307,7 +328,7 @@ def test_a_mixer_without_its_quadratic_weights_is_linear_and_with_them_is_not(ne
 
 
 @pytest.mark.parametrize("neuron", [n for n in NEURONS if n not in LINEAR_PART])
-def test_a_neuron_without_a_linear_part_has_no_linear_start(neuron: Neuron) -> None:
+def test_a_neuron_without_a_linear_part_has_no_linear_start(neuron: str) -> None:
     network = nn.Sequential(QuadraBlock(6, 5, 2), QuadraBlock(6, 5, 2, neuron=neuron))
     message = (
         f"linear start, quadratic gamma, alpha and beta: the network has neurons of {neuron}, which have no "

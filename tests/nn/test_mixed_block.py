@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.own_blocks import Gate, register_gate
 from torch import Tensor, nn
 
 from qnas.common.errors import UsageError
@@ -26,14 +27,17 @@ from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import take_slice
 from qnas.nn.supernet import Supernet
 from qnas.spaces.arch import Arch
+from qnas.spaces.blocks import Place, register_block
+from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import SearchSpace, parse_space
 
+pytestmark = pytest.mark.usefixtures("_registries")
 QUADRA = "{block: quadra, kernel: [3, 5, 7], expansion: [2, 4]}"
 MIXED = (
     "{block: mbconv, kernel: [3, 7], expansion: [1, 3]}, {block: quadra, kernel: [3, 5], expansion: [2, 3]}"
 )
-NEURONS = "{block: quadra, neuron: [linear, quadranet, fan, type3], kernel: [3, 5], expansion: [2, 3]}"
+NEURAL = "{block: quadra, neuron: [linear, quadranet, fan, type3], kernel: [3, 5], expansion: [2, 3]}"
 
 
 def space_of(candidates: str, *, norm: str = "layernorm", stride: int = 1, channels: int = 6) -> SearchSpace:
@@ -80,11 +84,17 @@ def own_block(choice: SharedChoice, space: SearchSpace, index: int) -> nn.Module
     return block
 
 
-SPACES = {
+def with_registered_block(sliced: tuple[str, ...] = ("width",)) -> SearchSpace:
+    register_gate(sliced)
+    return space_of("{block: gate, width: [2, 4], act: [relu, relu6]}")
+
+
+SPACES: dict[str, Callable[[], SearchSpace]] = {
+    "registered": with_registered_block,
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
-    "neurons": lambda: space_of(NEURONS),
-    "neurons, batch norm": lambda: space_of(NEURONS, norm="batchnorm"),
+    "neurons": lambda: space_of(NEURAL),
+    "neurons, batch norm": lambda: space_of(NEURAL, norm="batchnorm"),
     "two kinds": lambda: space_of(MIXED, norm="batchnorm"),
     "striding": lambda: space_of(
         "{block: mbconv, kernel: [3, 5], expansion: [3, 6]}", norm="batchnorm", stride=2
@@ -126,6 +136,37 @@ def test_a_shared_candidate_is_its_own_block_with_slices_for_weights(name: str) 
                 take_slice(before[f"shared.{candidate.kind}.{key}"], buffer.shape)
             )
             torch.testing.assert_close(untouched, before[f"shared.{candidate.kind}.{key}"])
+
+
+def test_a_block_that_does_not_say_how_weights_are_shared_has_independent_ones_alone() -> None:
+    space = with_registered_block(sliced=())
+    choice = make(space, "independent")
+    assert choice(image(1, 6, 8, 8), 3).shape == (1, 6, 8, 8)
+    with pytest.raises(UsageError) as error:
+        make(space, "shared")
+    assert str(error.value) == (
+        "block gate does not say which of its parameters are slices of the largest: search with --weights "
+        "independent"
+    )
+
+
+def test_tensors_that_are_no_slices_are_named() -> None:
+    class Inverse(Gate):
+        @staticmethod
+        def layers(place: Place, width: int, act: str = "relu") -> tuple[LayerSpec, ...]:
+            return Gate.layers(place, 5 - width)
+
+        def __init__(self, c_in: int, width: int, act: str) -> None:
+            super().__init__(c_in, 5 - width, act)
+
+    parameters = {"width": (1, 2), "act": ("relu",)}
+    register_block("inverse", parameters=parameters, sliced=("width",))(Inverse)
+    with pytest.raises(UsageError) as error:
+        make(space_of("{block: inverse, width: [1, 2]}"), "shared")
+    assert str(error.value) == (
+        "inverse_w1: expand.weight, [24, 6, 1, 1], is no slice of that of the largest candidate, "
+        "[18, 6, 1, 1]: search with --weights independent"
+    )
 
 
 def test_the_centre_of_kernels_and_the_leading_channels_are_shared() -> None:
@@ -305,7 +346,7 @@ def test_a_nested_mixture_of_one_candidate_is_that_candidate(
         space_of("{block: quadra, kernel: 3, expansion: [2, 4]}, {block: quadra, kernel: 5, expansion: 2}"),
         space_of(QUADRA, norm="batchnorm"),
         space_of("{block: mbconv, kernel: [3, 5], expansion: 3}", norm="batchnorm"),
-        space_of(NEURONS),
+        space_of(NEURAL),
         space_of("{block: quadra, neuron: linear, kernel: [3, 5], expansion: [2, 4]}"),
     ],
     ids=["no grid", "batch norm", "mbconv", "neurons", "another neuron"],
@@ -324,10 +365,10 @@ def test_a_single_candidate_is_a_grid_whatever_it_is() -> None:
 
 
 def test_neurons_share_weights_within_their_own_kind_only() -> None:
-    choice = make(space_of(NEURONS), "shared")
+    choice = make(space_of(NEURAL), "shared")
     kinds = {key.split(".")[1] for key in choice.state_dict()}
     assert kinds == {"quadra", "quadra_linear", "quadra_fan", "quadra_type3"}
-    names = slot_of(space_of(NEURONS)).position.names
+    names = slot_of(space_of(NEURAL)).position.names
     x = image(2, 6, 8, 8)
     for index, name in enumerate(names):
         choice.zero_grad()
@@ -339,7 +380,7 @@ def test_neurons_share_weights_within_their_own_kind_only() -> None:
         assert used == {"_".join(name.split("_")[:1] + name.split("_")[3:])}
 
 
-@pytest.mark.parametrize("candidates", [MIXED, NEURONS], ids=["two kinds", "neurons"])
+@pytest.mark.parametrize("candidates", [MIXED, NEURAL], ids=["two kinds", "neurons"])
 @pytest.mark.parametrize("weights", ["shared", "independent"])
 def test_subnet_matches_supernet_where_a_position_has_several_kinds_of_block(
     candidates: str, weights: WeightsMode

@@ -1,15 +1,19 @@
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.neurons import check_neuron
 from torch import Tensor
 
+from qnas.common.errors import SpaceError
 from qnas.nn.kernels import lean_quadratic
-from qnas.nn.neurons import NEURONS, Convolution, depthwise_conv2d
-from qnas.spaces.lower import MIXERS
-from qnas.spaces.space import Neuron
+from qnas.nn.neurons import Convolution, depthwise_conv2d, run_neuron
+from qnas.spaces.neurons import NEURONS, register_neuron
+from qnas.spaces.space import Candidate
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +35,7 @@ def constant(values: Tensor) -> Tensor:
 
 
 # The formulas as REFERENCE section 5 writes them; w(i) and b(i) are weights and biases.
-FORMULAS: dict[Neuron, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
+FORMULAS: dict[str, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
     "quadranet": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]) + convolve(x, w[2]),
     "linear": lambda x, w, b: convolve(x, w[0]) + constant(b[0]),
     "type2": lambda x, w, b: convolve(x**2, w[0]),
@@ -45,7 +49,7 @@ FORMULAS: dict[Neuron, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] =
     "compact": lambda x, w, b: convolve(x, w[0]) + constant(b[0]) + convolve(x**2, w[1]) + constant(b[1]),
 }
 # what of the biases above the function is given with its convolutions; compact's two are one constant
-GIVEN: dict[Neuron, Callable[[list[Tensor]], list[Tensor | None]]] = {
+GIVEN: dict[str, Callable[[list[Tensor]], list[Tensor | None]]] = {
     "quadranet": lambda b: [None, None, None],
     "linear": lambda b: [b[0]],
     "type2": lambda b: [None],
@@ -56,8 +60,8 @@ GIVEN: dict[Neuron, Callable[[list[Tensor]], list[Tensor | None]]] = {
 }
 
 
-def arguments(neuron: Neuron, kernel: int, channels: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    count = sum(role.startswith("conv_") for role in MIXERS[neuron])
+def arguments(neuron: str, kernel: int, channels: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    count = len(NEURONS[neuron].roles)
     weights = [drawn(channels, 1, kernel, kernel, seed=1 + i) for i in range(count)]
     return weights, [drawn(channels, seed=10 + i) for i in range(3)]
 
@@ -65,21 +69,65 @@ def arguments(neuron: Neuron, kernel: int, channels: int = 3) -> tuple[list[Tens
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 2, 2)])
 @pytest.mark.parametrize("kernel", [1, 3, 7])
-def test_a_neuron_is_its_formula(neuron: Neuron, shape: tuple[int, ...], kernel: int) -> None:
+def test_a_neuron_is_its_formula(neuron: str, shape: tuple[int, ...], kernel: int) -> None:
     x = drawn(*shape)
     weights, biases = arguments(neuron, kernel)
     given = list(zip(weights, GIVEN[neuron](biases[: max(2, len(weights))]), strict=True))
     expected = FORMULAS[neuron](x, weights, biases)
-    torch.testing.assert_close(NEURONS[neuron](x, *given), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run_neuron(neuron, x, given), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_neuron_works_in_blocks_and_files_and_starts_as_it_says(neuron: str, tmp_path: Path) -> None:
+    check_neuron(neuron, tmp_path)
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_neuron_of_the_user_works_as_the_shipped_ones_do(tmp_path: Path) -> None:
+    def bent(x, a, b, c):  # type: ignore[no-untyped-def]  # as a user writes it
+        return a(x).relu() * b(x) + c(x)
+
+    layers = {"conv_a": "dwconv", "bend": "relu", "conv_b": "dwconv", "product": "mul"}
+    layers |= {"conv_c": "dwconv", "sum": "add"}
+    register_neuron("bent", layers, zeros=("conv_b",), constant="conv_c")(bent)
+    candidate = Candidate(block="quadra", kernel=3, expansion=2, neuron="bent")
+    assert candidate.name == "quadra_k3_e2_bent"
+    check_neuron("bent", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "properties", "problem"),
+    [
+        ("fan", {"conv_a": "dwconv"}, {}, "neuron fan: the name is taken"),
+        ("My", {"conv_a": "dwconv"}, {}, "neuron 'My': the name must be lower-case letters and digits"),
+        ("my", {"a": "dwconv", "s": "softmax"}, {}, "neuron my: unknown operator softmax, expected dwconv, "),
+        ("my", {"a": "dwconv", "act": "relu"}, {}, "neuron my: the block has a layer act already"),
+        ("my", {"s": "square"}, {}, "neuron my: its layers have no dwconv; the formula takes 2 arguments"),
+        ("my", {"a": "dwconv"}, {"folds": ("b",)}, "neuron my: no convolution b among a"),
+        (
+            "my",
+            {"a": "dwconv", "b": "dwconv", "sum": "add"},
+            {},
+            "neuron my: the formula takes 2 arguments, expected x and its 2 convolutions",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_registries")
+def test_a_neuron_whose_parts_do_not_fit_is_refused(
+    name: str, layers: dict[str, str], properties: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(SpaceError) as error:
+        register_neuron(name, layers, **properties)(lambda x, a: a(x))
+    assert str(error.value).startswith(problem)
 
 
 def test_every_neuron_has_a_formula_here() -> None:
-    assert set(FORMULAS) == set(NEURONS) == set(MIXERS)
+    assert set(FORMULAS) == set(NEURONS)
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("kernel", [3, 5])  # torch's own gradient, and ours
-def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) -> None:
+def test_gradients_are_those_of_finite_differences(neuron: str, kernel: int) -> None:
     weights, biases = arguments(neuron, kernel, channels=2)
     with_bias = [bias is not None for bias in GIVEN[neuron](biases[: max(2, len(weights))])]
     inputs = [drawn(2, 2, 4, 3), *weights, *itertools.compress(biases, with_bias)]
@@ -90,7 +138,7 @@ def test_gradients_are_those_of_finite_differences(neuron: Neuron, kernel: int) 
             (weight, next(left) if has else None)
             for weight, has in zip(tensors[: len(weights)], with_bias, strict=True)
         ]
-        return NEURONS[neuron](x, *pairs)
+        return run_neuron(neuron, x, pairs)
 
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(run, inputs)
@@ -173,12 +221,12 @@ def test_a_backward_pass_under_autocast_keeps_the_types_of_the_forward_pass() ->
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_torchs_transforms_see_through_a_neuron(neuron: Neuron) -> None:
+def test_torchs_transforms_see_through_a_neuron(neuron: str) -> None:
     weights, _ = arguments(neuron, 3)
     x, direction = drawn(2, 3, 5, 5), drawn(2, 3, 5, 5, seed=5)
 
     def run(x: Tensor) -> Tensor:
-        return NEURONS[neuron](x, *((weight, None) for weight in weights))
+        return run_neuron(neuron, x, [(weight, None) for weight in weights])
 
     # forward differentiation, which no function with a backward pass of its own has
     slope = torch.func.jvp(run, (x,), (direction,))[1]

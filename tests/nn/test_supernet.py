@@ -480,8 +480,8 @@ def test_a_nested_supernets_mixture_has_the_factors_of_its_probabilities(tiny_sp
             kernels, expansions = ((3, 5), (2, 4)) if len(position.candidates) == 5 else ((3,), (2,))
             expected = 1 - route.block
             if candidate.block != "identity":
-                kernel = route.kernels[kernels.index(candidate.kernel)]
-                expansion = route.expansions[expansions.index(candidate.expansion)]
+                kernel = route.kernels[kernels.index(candidate.sizes["kernel"])]
+                expansion = route.expansions[expansions.index(candidate.sizes["expansion"])]
                 expected = route.block * kernel * expansion
             torch.testing.assert_close(p[row, column], expected)
 

@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from helpers.places import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils.flop_counter import FlopCounterMode
+
+from qnas.nn.supernet import Supernet
+from qnas.spaces.arch import make_arch
+from qnas.spaces.lower import count_macs, count_params, lower
 
 EXAMPLES = ROOT / "examples"
 INSTALL = "QNAS_TEST_INSTALL"  # set: the example installs this checkout into a new environment
@@ -33,6 +39,40 @@ def test_the_digits_are_written_as_class_folders(tmp_path: Path) -> None:
     shrunk = np.asarray(first.resize((8, 8), Image.Resampling.BOX), float) / 255
     original = digits.images[digits.target.tolist().index(7)] / 16
     assert np.corrcoef(shrunk.ravel(), original.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.usefixtures("_registries")
+def test_the_block_of_the_example_computes_what_its_layers_say() -> None:
+    example = runpy.run_path(str(EXAMPLES / "own_block.py"))
+    space = example["star_space"]()
+    assert space.positions[0].names == ("star_k3_e2", "star_k3_e4", "star_k5_e2", "star_k5_e4", "identity")
+    supernet = Supernet(space, 10, torch.Generator().manual_seed(0), "shared").eval()
+    arch = make_arch(space, ("star_k3_e4", "identity", "star_k5_e2", "star_k3_e2", "star_k5_e4"))
+    network = supernet.subnet(arch, 10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), supernet(x, list(arch.indices(space))))
+    blocks = lower(space, arch)
+    counted = FlopCounterMode(display=False)
+    with counted, torch.no_grad():
+        network(x[:1])
+    assert counted.get_total_flops() == 2 * count_macs(blocks)
+    assert sum(p.numel() for p in network.parameters()) == count_params(blocks)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_block_searches_trains_and_exports(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, EXAMPLES / "own_block.py", tmp_path], check=True, capture_output=True)
+    run = tmp_path / "run"
+    found = json.loads((run / "arch.json").read_text())
+    assert found["latency_ms"] <= 0.8
+    assert any(choice.startswith("star_") for choice in found["choices"])
+    assert json.loads((run / "subnet" / "result.json").read_text())["test_accuracy"] > 0.9
+    code = "import model, torch; print(tuple(model.load()(torch.zeros(2, 3, 32, 32)).shape))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run / "export", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "(2, 10)\n"
 
 
 @pytest.mark.slow

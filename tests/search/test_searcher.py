@@ -118,7 +118,8 @@ def test_a_search_over_linear_and_quadratic_blocks_derives_a_network_within_budg
     found = find_arch(search(space, table, digits, tmp_path / "run", config))
     assert found.document["latency_ms"] == table.latency_ms(found.arch.indices(space)) <= middle(table)
     neurons = {
-        position.candidate(c).neuron for position, c in zip(space.positions, found.arch.choices, strict=True)
+        position.candidate(c).parameters.get("neuron", "quadranet")
+        for position, c in zip(space.positions, found.arch.choices, strict=True)
     }
     assert neurons <= {"linear", "quadranet"}
     # with the supernet's weights, as train-subnet takes them

@@ -149,7 +149,10 @@ def test_all_problems_of_a_file_come_in_one_line() -> None:
         "norm": "batchnrom",
         "input": {"channels": "3", "resolution_px": 0},
         "stem": {"channels": 8, "kernal": 3, "stride": 2},
-        "candidates": [{"block": "mbconf", "kernel": [3, 4], "expansion": [3, 17]}],
+        "candidates": [
+            {"block": "mbconf", "kernel": 3, "expansion": 3},
+            {"block": "mbconv", "kernel": [3, 4], "expansion": [3, 17]},
+        ],
         "stages": [{"channels": 8.5, "positions": 2, "stride": 1}],
         "head": None,
         "actvation": "relu",
@@ -161,8 +164,8 @@ def test_all_problems_of_a_file_come_in_one_line() -> None:
         "norm: expected 'layernorm' or 'batchnorm', got 'batchnrom'",
         "stem.kernel: missing",
         "stem.kernal: unknown key (did you mean kernel? known: activation, channels, kernel, stride)",
-        "candidates.block: unknown block (did you mean mbconv? known: identity, mbconv, quadra), "
-        "got 'mbconf'",
+        "candidates.block: unknown block (did you mean mbconv? known: identity, mbconv, quadra; register "
+        "your own first: qnas --plugin FILE.py COMMAND), got 'mbconf'",
         "candidates.expansion: expected at most 16, got 17",
         "candidates.kernel: expected an odd number, got 4",
         "stages[0].channels: expected a whole number, got 8.5",
@@ -184,7 +187,7 @@ def test_all_problems_of_a_file_come_in_one_line() -> None:
         ({"candidates": [{"block": "mbconv"}]}, "candidates: mbconv needs expansion and kernel"),
         (
             {"candidates": [{"block": "mbconv", "kernel": 3, "expansion": 3, "neuron": "fan"}]},
-            "candidates: mbconv takes no neuron",
+            "candidates: mbconv takes no neuron (known: expansion, kernel)",
         ),
         (
             {"candidates": [{"block": "quadra", "kernel": 3, "expansion": 3, "neuron": ["fan", "fam"]}]},
@@ -261,4 +264,4 @@ def test_a_space_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         space().norm = "layernorm"
     with pytest.raises(ValueError, match="frozen"):
-        Candidate(block="identity").kernel = 3
+        Candidate(block="identity").block = "mbconv"

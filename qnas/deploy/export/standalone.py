@@ -6,8 +6,7 @@ that torch has not. Norms are not folded, so that it can be trained on.
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from textwrap import indent
 from types import ModuleType
@@ -19,11 +18,14 @@ from torch import Tensor, nn
 from qnas import __version__
 from qnas.common.errors import ExportError
 from qnas.deploy.export import plain
+from qnas.deploy.export.copied_source import Copied
 from qnas.deploy.export.product import Precision, Product, Run
+from qnas.nn.batch_norm import BatchNorm2d
 from qnas.nn.blocks import CLIP_RANGE, ChannelLayerNorm, GlobalAveragePool
+from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.lower import CONSTANTS, BlockSpec
-from qnas.spaces.space import Neuron, block_kind
+from qnas.spaces.lower import BlockSpec
+from qnas.spaces.neurons import NEURONS
 
 WEIGHTS = ".safetensors"
 _WIDTH = 75  # of a block that is written on one line, without what stands around it
@@ -70,20 +72,31 @@ def _chain(block: BlockSpec) -> str:
     return f"{'Residual' if adds else 'nn.Sequential'}(\n    OrderedDict(\n{body}\n    )\n)"
 
 
-def _quadra(block: BlockSpec, neuron: Neuron) -> str:
+def _quadra(block: BlockSpec) -> str:
+    place, parameters = block.place, block.parameters
+    assert place is not None
     by_role = {spec.role: spec for spec in block.layers}
-    conv = next(spec for spec in block.layers if spec.op == "dwconv")
-    is_pre_norm = by_role["norm1"].op == "layernorm"
-    constant = f", constant={is_pre_norm}" if neuron in CONSTANTS else ""
+    neuron = NEURONS[str(parameters["neuron"])]
+    biases = [f"{role}={has}" for role, has in neuron.convolution_biases(place.norm).items()]
+    mixer = [neuron.formula.__name__, str(place.c_in), f"kernel={parameters['kernel']}", *biases]
     arguments = [
-        str(conv.c_in),
-        f"expansion={by_role['expand'].c_out // conv.c_in}",
-        f"mixer={MIXERS[neuron].__name__}({conv.c_in}, kernel={conv.kernel}{constant})",
+        str(place.c_in),
+        f"expansion={parameters['expansion']}",
+        f"mixer=Mixer({', '.join(mixer)})",
         f"act={_layer(by_role['act'])}",
     ]
-    if not is_pre_norm:
+    if place.norm == "batchnorm":
         arguments.insert(3, f"clip={_layer(by_role['clip']) if 'clip' in by_role else 'nn.Identity()'}")
-    name = "QuadraBlock" if is_pre_norm else "QuadraBlockBN"
+    return _call("QuadraBlockBN" if place.norm == "batchnorm" else "QuadraBlock", arguments)
+
+
+def _registered(block: BlockSpec) -> str:
+    assert block.place is not None
+    make, arguments = module_of(BLOCKS[block.block], block.place, block.parameters)
+    return _call(make.__name__, [f"{name}={value!r}" for name, value in arguments.items()])
+
+
+def _call(name: str, arguments: Sequence[str]) -> str:
     line = f"{name}({', '.join(arguments)})"
     if len(line) <= _WIDTH:
         return line
@@ -91,27 +104,19 @@ def _quadra(block: BlockSpec, neuron: Neuron) -> str:
     return f"{name}({lines}\n)"
 
 
-MIXERS: dict[Neuron, type[nn.Module]] = {
-    "quadranet": plain.QuadraNetNeuron,
-    "linear": plain.LinearNeuron,
-    "type2": plain.Type2Neuron,
-    "type3": plain.Type3Neuron,
-    "type4": plain.Type4Neuron,
-    "fan": plain.FanNeuron,
-    "compact": plain.CompactNeuron,
-}
+def _written(block: BlockSpec) -> str:
+    if block.block == "quadra":
+        return _quadra(block)
+    has_module = block.block in BLOCKS and BLOCKS[block.block].module is not None
+    return _registered(block) if has_module else _chain(block)
 
-# Kinds of block that are not a plain chain of their layers.
-BLOCKS: dict[str, Callable[[BlockSpec], str]] = {
-    block_kind("quadra", neuron): partial(_quadra, neuron=neuron) for neuron in MIXERS
-}
 
 # Classes that torch has not, in the order in which a file defines them.
 CLASSES = (
     ChannelLayerNorm,
     GlobalAveragePool,
     plain.Residual,
-    *MIXERS.values(),
+    plain.Mixer,
     plain.QuadraBlock,
     plain.QuadraBlockBN,
 )
@@ -126,18 +131,21 @@ def attribute(module: str) -> str:
     return f"stage{module}" if module[0].isdigit() else module
 
 
-def _in_plain(key: str) -> str:
-    """Return what a tensor of a block is called in the file: the mixer's convolutions are its own.
-
-    >>> _in_plain("conv_a.weight"), _in_plain("norm1.weight")
-    ('mixer.conv_a.weight', 'norm1.weight')
-    """
-    return f"mixer.{key}" if key.startswith("conv_") else key
+def _in_plain(key: str, block: BlockSpec) -> str:
+    """Return what a tensor of a block is called in the file: a mixer's convolutions are its own."""
+    is_mixer = (
+        block.block == "quadra" and key.partition(".")[0] in NEURONS[str(block.parameters["neuron"])].roles
+    )
+    return f"mixer.{key}" if is_mixer else key
 
 
 def source(product: Product, precision: Precision) -> str:
-    """Return the text of model.py. Raises ExportError for a layer that has no plain form."""
+    """Return the text of model.py.
+
+    Raises ExportError for a layer that has no plain form, or a block whose source cannot be copied.
+    """
     built = "\n".join(_built(block) for block in product.blocks if block.layers)
+    copied = _copied(product)
     constants = {
         "CLASSES": _listed(product.classes),
         "MEAN": repr(product.mean),
@@ -149,7 +157,8 @@ def source(product: Product, precision: Precision) -> str:
         title=f"{product.name}, an image network of {len(product.classes)} classes, by qnas {__version__}.",
         name=product.name,
         constants="\n".join(f"{key} = {value}" for key, value in constants.items()),
-        definitions="\n\n".join(_definitions(built)),
+        imports="".join(f"\n{line}" for line in copied.imports),
+        definitions="\n\n".join(_definitions(built, copied)),
         built=indent(built, " " * 12),
         mode="L" if product.channels == 1 else "RGB",
     )
@@ -157,7 +166,7 @@ def source(product: Product, precision: Precision) -> str:
 
 def _built(block: BlockSpec) -> str:
     """Write a block as an argument of an OrderedDict, with the resolution that reaches it."""
-    first, *rest = BLOCKS.get(block.kind, _chain)(block).splitlines()
+    first, *rest = _written(block).splitlines()
     name, px = attribute(block.name.replace(".", "_")), block.layers[0].resolution_px
     if not rest:
         return f"{name}={first},  # {px} px"
@@ -176,14 +185,44 @@ def _listed(names: Iterable[str]) -> str:
     return f"({text})" if len(lines) == 1 else "(\n" + indent(text, "    ") + "\n)"
 
 
-def _definitions(built: str) -> list[str]:
-    """Return the sources of the classes that are used, in the order in which a file defines them."""
+def _copied(product: Product) -> Copied:
+    """Return the sources of the neurons and registered modules that a network has, with what they use."""
+    given = {
+        "OrderedDict",
+        "Path",
+        "Tensor",
+        "build",
+        "load",
+        "load_file",
+        "nn",
+        "preprocess",
+        "sys",
+        "torch",
+    }
+    given |= {product.name, *(known.__name__ for known in CLASSES)}
+    copied = Copied(given, (*CLASSES, BatchNorm2d))
+    for block in product.blocks:
+        if block.block == "quadra":
+            copied.add(NEURONS[str(block.parameters["neuron"])].formula, annotated=False)
+        elif block.layers and block.block in BLOCKS and BLOCKS[block.block].module is not None:
+            assert block.place is not None
+            kind = BLOCKS[block.block]
+            make, _ = module_of(kind, block.place, block.parameters)
+            copied.add(make, without="layers" if make is kind.definition else "")
+    return copied
+
+
+def _definitions(built: str, copied: Copied) -> list[str]:
+    """Return the sources of what is used, in the order in which a file defines it."""
     sources: list[str] = []
     for known in reversed(CLASSES):  # a class uses those before it
-        if f"{known.__name__}(" in "\n".join([built, *sources]):
+        is_used = f"{known.__name__}(" in "\n".join([built, *sources])
+        if is_used or known in copied.wanted:
             lines = inspect.getsource(known).rstrip().splitlines()
             sources.insert(0, "\n".join(line.partition("  # type: ignore")[0] for line in lines) + "\n")
-    return sources
+    if BatchNorm2d in copied.wanted:
+        sources.append("BatchNorm2d = nn.BatchNorm2d\n")
+    return [*sources, *copied.definitions.values()]
 
 
 _FORM = '''"""{title}
@@ -204,7 +243,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, nn{imports}
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 {constants}
@@ -277,10 +316,11 @@ def write(product: Product, precision: Precision, path: Path, where: str) -> Non
     """Write a product as `path`, .py, with the .safetensors beside it. Raises ExportError."""
     path.write_text(source(product, precision), encoding="utf-8")
     weights = {}
+    blocks = {block.name.replace(".", "_"): block for block in product.blocks}
     for key, tensor in product.network.state_dict().items():
         module, _, rest = key.partition(".")
         halved = tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
-        weights[f"{attribute(module)}.{_in_plain(rest)}"] = halved.contiguous()
+        weights[f"{attribute(module)}.{_in_plain(rest, blocks[module])}"] = halved.contiguous()
     path.with_suffix(WEIGHTS).write_bytes(save(weights))
 
 

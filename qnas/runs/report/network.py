@@ -90,7 +90,7 @@ def block_rows(
             BlockRow(
                 block.name,
                 short_name(choice) if choice is not None else "",
-                candidate.kernel if candidate is not None and choice != "identity" else 0,
+                candidate.sizes.get("kernel", 0) if candidate is not None else 0,
                 stage,
                 block.layers[-1].c_out if block.layers else positions[block.name].c_out,
                 part.layers[0].resolution_px if isinstance(part, BlockSpec) else part.resolution_px,

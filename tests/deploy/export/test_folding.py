@@ -7,11 +7,11 @@ from torch import nn
 
 from qnas.deploy.export.folding import fold_norms
 from qnas.nn.blocks import QuadraBlock
-from qnas.spaces.space import NEURONS, Neuron
+from qnas.spaces.neurons import NEURONS
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_folding_a_norm_changes_no_output(neuron: Neuron) -> None:
+def test_folding_a_norm_changes_no_output(neuron: str) -> None:
     torch.manual_seed(0)
     block = QuadraBlock(6, 5, 2, norm="batchnorm", neuron=neuron).double().eval()
     assert isinstance(block.norm1, nn.BatchNorm2d)
@@ -27,7 +27,7 @@ def test_folding_a_norm_changes_no_output(neuron: Neuron) -> None:
         torch.testing.assert_close(block.norm1(block.mix(x)), mixed, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
     # a square or a product that comes last takes up no shift
-    stays = neuron in ("type3", "type4")
+    stays = not NEURONS[neuron].folds
     assert isinstance(block.norm1, nn.BatchNorm2d if stays else nn.Identity)
     assert isinstance(block.norm2, nn.Identity)
     assert neuron == "linear" or isinstance(block.clip, nn.Hardtanh)
@@ -42,3 +42,28 @@ def test_all_norms_of_a_network_fold_away_and_change_no_output() -> None:
         fold_norms(network)
         torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def test_a_norm_in_a_users_module_folds_only_where_it_follows_a_convolution_in_a_sequential() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+            self.norm = nn.BatchNorm2d(4)  # declared behind the convolution, but runs before it
+            self.tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.tail(self.conv(self.norm(x)))
+            return y
+
+    module = Own().double()
+    for _ in range(3):  # statistics
+        module(torch.randn(8, 4, 3, 3, dtype=torch.float64) + 1)
+    module.eval()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(x)
+        fold_norms(module)
+        torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+    left = [name for name, part in module.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert left == ["norm", "tail.3"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.exported import PX, digits, trained
+from helpers.own_blocks import register_gate
 from helpers.tiny import TINY_SPACE
 from PIL import Image
 from torch import nn
@@ -22,8 +23,8 @@ from qnas.deploy.export.product import Product
 from qnas.nn.subnet import build_network
 from qnas.spaces.arch import make_arch, sample_arch
 from qnas.spaces.layer import OPS
-from qnas.spaces.lower import BLOCKS, lower
-from qnas.spaces.space import NEURONS, Neuron, block_kind, load_space, parse_space
+from qnas.spaces.lower import lower
+from qnas.spaces.space import load_space, parse_space
 
 
 @pytest.fixture
@@ -66,36 +67,26 @@ def test_every_space_is_written_with_the_weights_that_its_networks_have(name: st
     # only what is used is defined
     defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     assert all(text.count(f"{name}(") > 1 for name in defined), defined
-    # a new one: has it a plain form?
-    assert set(BLOCKS) == {*(block_kind("quadra", neuron) for neuron in NEURONS), "mbconv", "identity"}
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
-@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
-def test_a_network_of_any_neuron_computes_the_same_from_its_file(
-    neuron: Neuron, norm: str, tmp_path: Path
-) -> None:
-    candidate = "{block: quadra, kernel: [3, 5], expansion: [2, 4]}"
-    text = TINY_SPACE.replace("norm: layernorm", f"norm: {norm}")
-    space = parse_space(text.replace(candidate, candidate.replace("{", f"{{neuron: {neuron}, ", 1)), "tiny")
-    arch = make_arch(space, (block_kind("quadra_k5_e2", neuron), "identity", "quadra_k3_e2", "identity"))
-    torch.manual_seed(0)
+@pytest.mark.usefixtures("_registries")
+def test_a_registered_block_is_copied_into_the_file_with_what_it_uses(tmp_path: Path) -> None:
+    register_gate()
+    space = parse_space(TINY_SPACE.replace("block: identity", "block: gate, width: 3, act: relu6"), "tiny")
+    arch = make_arch(space, ("quadra_k3_e2", "gate_w3_relu6", "quadra_k3_e2", "gate_w3_relu6"))
     blocks = lower(space, arch, resolution_px=PX, classes=10)
+    torch.manual_seed(0)
     network = build_network(blocks).eval()
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if tensor.is_floating_point():
-            nn.init.uniform_(tensor, *((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)))
-    standalone.write(
-        replace(trained(), network=network, blocks=blocks), "fp32", tmp_path / "model.py", "file"
-    )
+    path = tmp_path / "model.py"
+    standalone.write(replace(trained(), network=network, blocks=blocks), "fp32", path, "file")
+    text = path.read_text()
+    assert 'stage1_2=Gate(c_in=8, width=3, act="relu6"),' in text.replace("'", '"')
+    assert "\nSLOPE = 0.5\n" in text
+    assert "qnas." not in text
+    assert "def layers" not in text
     images = digits(16).take(range(16))
     with torch.no_grad():
-        expected = network(images)
-    assert float(expected.std()) > 1e-3
-    torch.testing.assert_close(standalone.load(tmp_path / "model.py")(images), expected, rtol=1e-4, atol=1e-4)
-    text = (tmp_path / "model.py").read_text()
-    assert f"mixer={standalone.MIXERS[neuron].__name__}(" in text
-    assert max(map(len, text.splitlines())) <= 110
+        torch.testing.assert_close(standalone.load(path)(images), network(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_of_other_classes_can_be_built_and_trained(model: ModuleType) -> None:

@@ -31,7 +31,8 @@ from qnas.latency.table import predict_blocks
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
 from qnas.spaces.lower import count_macs, lower
-from qnas.spaces.space import NEURONS, SearchSpace, load_space
+from qnas.spaces.neurons import NEURONS
+from qnas.spaces.space import SearchSpace, load_space
 
 Step = tuple[Any, ...]  # operator, inputs, outputs[, attributes]
 
@@ -198,7 +199,7 @@ def test_every_neuron_has_a_latency_of_its_own_and_no_layer_is_free(norm: str) -
         totals: dict[str, float] = {}
         for position, choice in zip(space.positions, arch.choices, strict=True):
             of_block = (row.latency_ms for row in rows if row.block == position.name)
-            totals[position.candidate(choice).neuron] = math.fsum(of_block)
+            totals[str(position.candidate(choice).parameters["neuron"])] = math.fsum(of_block)
         # a device may run type2 and type3, a square before and after the convolution, in one time
         assert len({round(ms, 9) for ms in totals.values()}) >= len(NEURONS) - 1, name
         cheapest_first = ["linear", "type2", "type4", "quadranet", "fan"]

@@ -1,0 +1,416 @@
+"""The registry of blocks: what each kind of block is called, which parameters it takes, and its layers.
+
+Counters, latency tables, modules and exports all read an entry of `BLOCKS`; `quadra`, `mbconv` and
+`identity` are entries like those that `register_block` adds. Nothing here imports torch: the module of a
+block is given by its import path, or is a class of the user's file.
+
+Where normalisation goes. With layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
+`x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must fold away at deployment, which
+it cannot before a padded convolution: so it follows the quadratic sum (`x + clip(BN(qconv(x)))`, folding into
+W_a, W_c and a bias) and the first pointwise convolution. Behind the neurons type3 and type4 nothing takes up
+a shift, and it stays an operator of its own.
+
+Why the clip, to [-6, 6]: with batch normalisation nothing else bounds what a block multiplies. In
+evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
+blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
+at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
+than linearly. The bound is ReLU6's, six standard deviations where the norm's scale is 1. It costs an
+elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself, and the
+linear neuron, which multiplies nothing, needs no clip.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from qnas.common.errors import SpaceError, nearest
+from qnas.spaces.layer import LayerSpec
+from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, is_same_definition
+
+Value = int | str  # of a parameter
+Layers = tuple[LayerSpec, ...]
+Definition = TypeVar("Definition", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Place:
+    """The surroundings of a candidate's block: its shape and the space's conventions."""
+
+    c_in: int
+    c_out: int
+    stride: int
+    resolution_px: int
+    norm: str
+    activation: str
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether input and output have the same shape."""
+        return self.c_in == self.c_out and self.stride == 1
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a block, either a whole number or a word."""
+
+    name: str
+    values: Collection[Value]
+    default: Value | None = None  # None: it must be given
+    is_sliced: bool = False  # whether a smaller value's weights are a slice of the largest's
+    prefix: str = ""  # before a number in a candidate's name: k in quadra_k7_e4
+
+    @property
+    def is_word(self) -> bool:
+        """Whether the values are words."""
+        return isinstance(next(iter(self.values)), str)
+
+    def problem(self, value: Any) -> str:
+        """Return what was expected where a value is not allowed, "" where it is."""
+        if not self.is_word and (not isinstance(value, int) or isinstance(value, bool)):
+            return "expected a whole number"
+        if isinstance(value, int | str) and value in self.values:
+            return ""
+        if isinstance(self.values, range):
+            if value < self.values[0]:
+                return f"expected at least {self.values[0]}"
+            if value > self.values[-1]:
+                return f"expected at most {self.values[-1]}"
+            if self.values.step == 2:
+                return f"expected an {'odd' if self.values[0] % 2 else 'even'} number"
+        *first, last = map(repr, self.values)
+        return f"expected {', '.join(first)} or {last}" if first else f"expected {last}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A kind of block."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    layers: Callable[..., Layers]  # (place, **parameters)
+    keeps_shape: bool  # cannot change channels or resolution
+    needs_batchnorm: bool  # is defined with batch normalisation only
+    # A class or function that makes the module, or its import path "package.module:name". It is given the
+    # fields of `Place` and the parameters that its signature names. None: a plain chain of the layers.
+    module: Callable[..., Any] | str | None
+    definition: Any  # what was decorated
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether candidates can be slices of one largest module."""
+        return all(p.is_sliced or p.is_word for p in self.parameters)
+
+    def parameter(self, name: str) -> Parameter | None:
+        """Return the parameter of that name, None where the block has none."""
+        return next((p for p in self.parameters if p.name == name), None)
+
+    def check(self, given: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+        """Yield the problems of given parameters, each with the parameter or None for the whole."""
+        for name, value in given.items():
+            parameter = self.parameter(name)
+            if parameter is None:
+                known = [p.name for p in self.parameters]
+                hint = f" ({nearest(name, known)})" if known else ""
+                yield None, f"{self.name} takes no {name}{hint}"
+            elif problem := parameter.problem(value):
+                yield name, problem
+        missing = sorted(p.name for p in self.parameters if p.default is None and p.name not in given)
+        if missing:
+            yield None, f"{self.name} needs {' and '.join(missing)}"
+
+    def kind(self, parameters: Mapping[str, Value]) -> str:
+        """Return the name of the candidates whose weights may be slices of each other's.
+
+        >>> BLOCKS["quadra"].kind({"kernel": 3, "expansion": 2, "neuron": "fan"})
+        'quadra_fan'
+        """
+        return "_".join([self.name, *self._words(parameters)])
+
+    def candidate_name(self, parameters: Mapping[str, Value]) -> str:
+        """Return the name in architectures and tables.
+
+        >>> BLOCKS["quadra"].candidate_name({"kernel": 7, "expansion": 4, "neuron": "linear"})
+        'quadra_k7_e4_linear'
+        """
+        sizes = [f"{p.prefix}{parameters[p.name]}" for p in self.parameters if not p.is_word]
+        return "_".join([self.name, *sizes, *self._words(parameters)])
+
+    def _words(self, parameters: Mapping[str, Value]) -> list[str]:
+        words = [p for p in self.parameters if p.is_word]
+        return [str(parameters[p.name]) for p in words if parameters[p.name] != p.default]
+
+    def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
+        """Return the layers of the block. Raises SpaceError where they do not fit the place."""
+        layers = self.layers(place, **parameters)
+        shape = (place.c_in, place.resolution_px), (place.c_out, -(-place.resolution_px // place.stride))
+        found = (
+            ((layers[0].c_in, layers[0].resolution_px), (layers[-1].c_out, layers[-1].out_px))
+            if layers
+            else (shape[0], shape[0])
+        )
+        if found != shape:
+            (a, b), (c, d) = found
+            (e, f), (g, h) = shape
+            raise SpaceError(
+                f"block {self.candidate_name(parameters)}: its layers go from {a} channels at {b} px to {c} "
+                f"at {d} px, but the place needs {e} at {f} px to {g} at {h} px"
+            )
+        return layers
+
+
+# Kinds of block by name: the shipped ones, and those registered by the user.
+BLOCKS: dict[str, Block] = {}
+
+
+def register_block(
+    name: str,
+    *,
+    parameters: Mapping[str, Collection[Value]] | None = None,
+    sliced: Collection[str] = (),
+    keeps_shape: bool = True,
+    needs_batchnorm: bool = False,
+    module: Callable[..., Any] | str | None = None,
+) -> Callable[[Definition], Definition]:
+    """Register a kind of block; decorate a function that returns its layers, or the class of its module.
+
+    A function takes a `Place` and the parameters and returns a tuple of `LayerSpec` in the order in which
+    they run. Without `module` the block is a chain of these layers, with the input added at the end where
+    the last one is an `add`. A class is a torch module with a static method `layers`, which is such a
+    function; its constructor takes any of the fields of `Place` and the parameters, by name.
+
+    `parameters` gives the allowed values, all whole numbers or all words; a default in the signature of the
+    function makes a parameter optional. `sliced` names the parameters for which a smaller value's weights
+    are a slice of the largest's, the centre of kernels and the leading channels: where it has all whole
+    numbers the block works with `--weights shared`, otherwise with `--weights independent` alone.
+
+    Raises SpaceError where the name is taken or the parts do not fit each other.
+    """
+
+    def register(definition: Definition) -> Definition:
+        is_class = inspect.isclass(definition)
+        layers = getattr(definition, "layers", None) if is_class else definition
+        if not callable(layers):
+            raise SpaceError(f"block {name}: the class has no static method `layers(place, ...)`")
+        block = Block(
+            name,
+            _parameters(name, layers, parameters or {}, sliced),
+            layers,
+            keeps_shape,
+            needs_batchnorm,
+            definition if is_class else module,
+            definition,
+        )
+        before = BLOCKS.get(name)
+        if before is not None and not is_same_definition(before.definition, definition):
+            raise SpaceError(f"block {name}: the name is taken")
+        _check_block(block)
+        BLOCKS[name] = block
+        return definition
+
+    return register
+
+
+def _parameters(
+    block: str, layers: Callable[..., Any], values: Mapping[str, Collection[Value]], sliced: Collection[str]
+) -> tuple[Parameter, ...]:
+    """Return the parameters as declared, with the defaults of the function. Raises SpaceError."""
+    _, *arguments = inspect.signature(layers).parameters.values()
+    problems = []
+    if not re.fullmatch(r"[a-z][a-z0-9]*", block):
+        problems.append(f"the name must be lower-case letters and digits, got {block!r}")
+    taken = [argument.name for argument in arguments]
+    if sorted(taken) != sorted(values):
+        problems.append(
+            f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {', '.join(values) or 'none'}"
+        )
+    problems += [f"sliced: no parameter {each}" for each in sliced if each not in values]
+    reserved = {"block", *(field.name for field in fields(Place))}
+    for parameter, allowed in values.items():
+        if parameter in reserved:
+            problems.append(f"a parameter cannot be called {parameter}")
+        numbers = [v for v in allowed if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+        words = [v for v in allowed if isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9]*", v)]
+        if not allowed or len(allowed) not in (len(numbers), len(words)):
+            problems.append(
+                f"{parameter}: expected whole numbers from 0, or words of lower-case letters and digits"
+            )
+        elif words and parameter in sliced:
+            problems.append(f"sliced: {parameter} has words as values, which have no largest")
+    all_words = [v for allowed in values.values() for v in allowed if isinstance(v, str)]
+    if len(set(all_words)) < len(all_words):
+        problems.append("two parameters have a word in common, so that names would be ambiguous")
+    if problems:
+        raise SpaceError(f"block {block}: {'; '.join(problems)}")
+    letters = [parameter[0] for parameter in values]
+    defaults = {a.name: None if a.default is a.empty else a.default for a in arguments}
+    found = []
+    for parameter, allowed in values.items():
+        prefix = parameter[0] if letters.count(parameter[0]) == 1 else parameter
+        found.append(Parameter(parameter, allowed, defaults[parameter], parameter in sliced, prefix))
+        default = defaults[parameter]
+        if default is not None and (problem := found[-1].problem(default)):
+            raise SpaceError(f"block {block}: default of {parameter}: {problem}, got {default!r}")
+    return tuple(found)
+
+
+# Places at which a block is tried when it is registered: channels in and out, stride, pixels.
+_TRIED = ((8, 8, 1, 9), (8, 8, 1, 16))
+_TRIED_SHAPE_CHANGES = ((8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
+
+
+def _check_block(block: Block) -> None:
+    """Try a block with its smallest and largest parameters. Raises SpaceError where one does not fit."""
+    norms = ("batchnorm",) if block.needs_batchnorm else ("batchnorm", "layernorm")
+    ends = [
+        (min(p.values, key=str), max(p.values, key=str)) if p.is_word else _ends(p) for p in block.parameters
+    ]
+    corners = [{p.name: end[i] for p, end in zip(block.parameters, ends, strict=True)} for i in (0, 1)]
+    shapes = _TRIED if block.keeps_shape else _TRIED + _TRIED_SHAPE_CHANGES
+    for shape, norm in ((shape, norm) for shape in shapes for norm in norms):
+        for parameters in corners:
+            place = Place(*shape, norm=norm, activation="relu")
+            try:
+                layers = block.layers_at(place, parameters)
+            except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise SpaceError(
+                    f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            roles = [layer.role for layer in layers]
+            if len(set(roles)) < len(roles):
+                raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
+            if block.module is None:
+                _check_chain(block.name, layers)
+    if block.module is not None and not isinstance(block.module, str):
+        module_of(block, Place(8, 8, 1, 8, norms[0], "relu"), corners[0])
+
+
+def _ends(parameter: Parameter) -> tuple[Value, Value]:
+    numbers = [v for v in parameter.values if isinstance(v, int)]
+    return min(numbers), max(numbers)
+
+
+def _check_chain(name: str, layers: Layers) -> None:
+    """Raise SpaceError where layers cannot run one after another as they are."""
+    rest = layers[:-1] if layers and layers[-1].op == "add" else layers
+    for layer in rest:
+        if layer.op in ("add", "mul", "square"):
+            raise SpaceError(
+                f"block {name}: layer {layer.role} ({layer.op}) cannot be in a chain; the block needs a "
+                "module"
+            )
+    for before, after in pairwise(rest):
+        if (before.c_out, before.out_px) != (after.c_in, after.resolution_px):
+            raise SpaceError(f"block {name}: layer {after.role} does not take what {before.role} returns")
+
+
+def module_of(
+    block: Block, place: Place, parameters: Mapping[str, Value]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the class or function that makes a block's module, and the arguments that it is made with.
+
+    Raises SpaceError where it needs something that neither the place nor the block has.
+    """
+    make = block.module
+    if isinstance(make, str):
+        package, _, name = make.partition(":")
+        make = getattr(import_module(package), name)
+    assert callable(make)
+    known = {**asdict(place), **parameters}
+    wanted = inspect.signature(make).parameters.values()
+    unknown = [
+        a.name
+        for a in wanted
+        if a.name not in known and a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)
+    ]
+    if unknown:
+        raise SpaceError(
+            f"block {block.name}: its module needs {', '.join(unknown)}, known are {', '.join(known)}"
+        )
+    return make, {a.name: known[a.name] for a in wanted if a.name in known}
+
+
+def mixer_layers(place: Place, kernel: int, neuron: str) -> list[LayerSpec]:
+    """Return the layers of a neuron in depthwise form, without norms."""
+    c, px = place.c_in, place.resolution_px
+    biases = NEURONS[neuron].convolution_biases(place.norm)
+    return [
+        LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
+        for role, op in NEURONS[neuron].layers.items()
+    ]
+
+
+@register_block(
+    "quadra",
+    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17), "neuron": NEURONS.keys()},
+    sliced=("kernel", "expansion"),
+    module="qnas.nn.blocks:QuadraBlock",
+)
+def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAULT_NEURON) -> Layers:
+    """Return the layers of a QuadraBlock: depthwise mixer of a neuron, then pointwise expansion."""
+    assert place.keeps_shape
+    c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
+    norm, pre_norm = place.norm, place.norm == "layernorm"
+    mixer = mixer_layers(place, kernel, neuron)
+    expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
+    act = LayerSpec("act", place.activation, px, hidden, hidden)
+    project = LayerSpec("project", "conv", px, hidden, c, bias=True)
+    if pre_norm:
+        mixer = [LayerSpec("norm1", norm, px, c, c), *mixer]
+        pointwise = [LayerSpec("norm2", norm, px, c, c), expand, act, project]
+    else:
+        # next to the convolution that it folds into, as it runs once folded
+        at = len(mixer) - (mixer[-1].op == "add")
+        mixer.insert(at, LayerSpec("norm1", norm, px, c, c))
+        if NEURONS[neuron].multiplies:
+            mixer.append(LayerSpec("clip", "clip", px, c, c))
+        pointwise = [expand, LayerSpec("norm2", norm, px, hidden, hidden), act, project]
+    return (
+        *mixer,
+        LayerSpec("residual1", "add", px, c, c),
+        *pointwise,
+        LayerSpec("residual2", "add", px, c, c),
+    )
+
+
+@register_block(
+    "mbconv",
+    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17)},
+    sliced=("kernel", "expansion"),
+    keeps_shape=False,
+    needs_batchnorm=True,
+)
+def mbconv_layers(place: Place, kernel: int, expansion: int) -> Layers:
+    """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381)."""
+    c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
+    hidden = expansion * c_in
+    layers = []
+    if expansion > 1:
+        layers += [
+            LayerSpec("expand", "conv", px, c_in, hidden),
+            LayerSpec("norm1", norm, px, hidden, hidden),
+            LayerSpec("act1", place.activation, px, hidden, hidden),
+        ]
+    depthwise = LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, place.stride)
+    px = depthwise.out_px
+    layers += [
+        depthwise,
+        LayerSpec("norm2", norm, px, hidden, hidden),
+        LayerSpec("act2", place.activation, px, hidden, hidden),
+        LayerSpec("project", "conv", px, hidden, c_out),
+        LayerSpec("norm3", norm, px, c_out, c_out),
+    ]
+    if place.keeps_shape:
+        layers.append(LayerSpec("residual", "add", px, c_out, c_out))
+    return tuple(layers)
+
+
+@register_block("identity")
+def identity_layers(place: Place) -> Layers:
+    """Return no layers: the input passes unchanged."""
+    assert place.keeps_shape
+    return ()

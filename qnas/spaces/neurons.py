@@ -1,0 +1,215 @@
+"""The neurons of a QuadraBlock's mixer: depthwise convolutions of its input X, put together by a formula.
+
+In the docstrings of the formulas `*` is a depthwise convolution at stride 1, padded to keep the size; `.`
+and `^2` are elementwise. Types 2 to 4 are as counted in QuadraLib (MLSys 2022, arXiv 2204.01701).
+
+A formula only calls its convolutions and uses operators and methods of tensors, so it needs no torch to be
+defined, and the stand-alone export copies its source.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qnas.common.errors import SpaceError
+from qnas.spaces.layer import OPS
+
+Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
+CONVOLUTION = "dwconv"
+_ELEMENTWISE = {op for op, costs in OPS.items() if not costs.changes_channels} - {
+    CONVOLUTION,
+    "layernorm",
+    "batchnorm",
+    "gap",
+}
+# the layers that a QuadraBlock has besides its neuron's
+_TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "act", "project", "mixer"}
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """Everything that qnas knows of a neuron. Convolutions are named by the roles of their layers."""
+
+    name: str
+    formula: Formula
+    layers: Mapping[str, str]  # operator by role, in the order in which they run
+    biases: tuple[str, ...] = ()  # convolutions with a bias inside the formula
+    # the convolution whose bias is added to the result; it has none where a batch norm shifts the result
+    constant: str | None = None
+    # factors of the freshly drawn weights. Torch draws convolutions whose output has a third of the input's
+    # second moment; with these factors a neuron that squares (a normal x^2 has a second moment of 3), or is
+    # a product alone, has the same third.
+    start: Mapping[str, float] = field(default_factory=dict)
+    ones: tuple[str, ...] = ()  # convolutions whose bias starts at one
+    # ReLinear (arXiv 2110.06081) starts these weights at zero, so that the neuron is linear; None: the
+    # neuron has no linear part
+    zeros: tuple[str, ...] | None = None
+    # the weights of the quadratic terms, which ReLinear lets in slowly; the same where not given
+    quadratic: tuple[str, ...] | None = None
+    # A batch norm behind the neuron folds into these convolutions, the last of which takes the shift as a
+    # bias; it stays an operator where there are none.
+    folds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*", self.name):
+            raise SpaceError(f"neuron {self.name!r}: the name must be lower-case letters and digits")
+        problems = []
+        unknown = sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION})
+        if unknown:
+            allowed = ", ".join([CONVOLUTION, *sorted(_ELEMENTWISE)])
+            problems.append(f"unknown operator {', '.join(unknown)}, expected {allowed}")
+        taken = sorted(_TAKEN_ROLES & {*self.layers})
+        if taken:
+            problems.append(f"the block has a layer {', '.join(taken)} already")
+        roles = self.roles
+        if not roles:
+            problems.append(f"its layers have no {CONVOLUTION}")
+        named = (*self.biases, *self.start, *self.ones, *(self.zeros or ()), *(self.quadratic or ()))
+        named += (*self.folds, *([self.constant] if self.constant else []))
+        absent = sorted({*named} - {*roles})
+        if absent:
+            problems.append(f"no convolution {', '.join(absent)} among {', '.join(roles)}")
+        arguments = [p for p in inspect.signature(self.formula).parameters.values() if p.default is p.empty]
+        if len(arguments) != 1 + len(roles):
+            problems.append(
+                f"the formula takes {len(arguments)} arguments, expected x and its {len(roles)} convolutions"
+            )
+        if problems:
+            raise SpaceError(f"neuron {self.name}: {'; '.join(problems)}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The convolutions, in the order in which the formula takes them."""
+        return tuple(role for role, op in self.layers.items() if op == CONVOLUTION)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the neuron multiplies features, so that its output must be clipped behind a batch norm."""
+        return not {"mul", "square"}.isdisjoint(self.layers.values())
+
+    def convolution_biases(self, norm: str) -> dict[str, bool]:
+        """Return whether each convolution has a bias, in a block with this norm."""
+        has_constant = norm != "batchnorm"
+        return {r: r in self.biases or (has_constant and r == self.constant) for r in self.roles}
+
+
+# Neurons by name: the shipped ones, and those registered by the user.
+NEURONS: dict[str, Neuron] = {}
+DEFAULT_NEURON = "quadranet"
+
+
+def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> Callable[[Formula], Formula]:
+    """Register the decorated formula as a neuron of QuadraBlocks.
+
+    `layers` gives the operator of each layer by role, in the order in which they run; `properties` are the
+    other fields of `Neuron`. Raises SpaceError where the name is taken or the parts do not fit.
+
+    >>> @register_neuron("gate", {"conv_a": "dwconv", "relu": "relu", "conv_b": "dwconv", "product": "mul"})
+    ... def gate(x, a, b):
+    ...     return a(x).relu() * b(x)
+    >>> NEURONS.pop("gate").roles
+    ('conv_a', 'conv_b')
+    """
+
+    def register(formula: Formula) -> Formula:
+        neuron = Neuron(name, formula, dict(layers), **properties)
+        before = NEURONS.get(name)
+        if before is not None and not is_same_definition(before.formula, formula):
+            raise SpaceError(f"neuron {name}: the name is taken")
+        NEURONS[name] = neuron
+        return formula
+
+    return register
+
+
+def is_same_definition(before: Any, now: Any) -> bool:
+    """Return whether both are one function or class of one module, as when a notebook's cell runs again."""
+    names = [
+        (getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (before, now)
+    ]
+    return names[0] == names[1] and None not in names[0]
+
+
+@register_neuron(
+    DEFAULT_NEURON,
+    {"conv_a": "dwconv", "conv_b": "dwconv", "product": "mul", "conv_c": "dwconv", "sum": "add"},
+    # its product is left at a second moment of 1.85 ninths, as torch draws both factors
+    zeros=("conv_b",),
+    quadratic=("conv_a", "conv_b"),  # W_a goes with W_b, as nothing else uses it
+    folds=("conv_a", "conv_c"),
+)
+def quadranet(x: Any, a: Any, b: Any, c: Any) -> Any:
+    """(W_a * x) . (W_b * x) + W_c * x: QuadraNet, arXiv 2311.17956, equation 6."""
+    return a(x) * b(x) + c(x)
+
+
+@register_neuron("linear", {"conv_c": "dwconv"}, constant="conv_c", zeros=(), folds=("conv_c",))
+def linear(x: Any, c: Any) -> Any:
+    """W_c * x + b: a depthwise convolution."""
+    return c(x)
+
+
+@register_neuron(
+    "type2", {"square": "square", "conv_s": "dwconv"}, start={"conv_s": 3**-0.5}, folds=("conv_s",)
+)
+def type2(x: Any, s: Any) -> Any:
+    """W_s * x^2: a depthwise convolution of the square."""
+    return s(x * x)
+
+
+@register_neuron("type3", {"conv_a": "dwconv", "square": "square"})
+def type3(x: Any, a: Any) -> Any:
+    """(W_a * x)^2: the square of a depthwise convolution."""
+    y = a(x)
+    return y * y
+
+
+# a product of freshly drawn convolutions has a second moment of 1.85 ninths: both are mostly their centres
+_PRODUCT_START = (3 / 1.85) ** 0.25
+
+
+@register_neuron(
+    "type4",
+    {"conv_a": "dwconv", "conv_b": "dwconv", "product": "mul"},
+    start={"conv_a": _PRODUCT_START, "conv_b": _PRODUCT_START},
+)
+def type4(x: Any, a: Any, b: Any) -> Any:
+    """(W_a * x) . (W_b * x): the product of two depthwise convolutions."""
+    return a(x) * b(x)
+
+
+@register_neuron(
+    "fan",
+    {
+        "conv_a": "dwconv",
+        "conv_b": "dwconv",
+        "product": "mul",
+        "square": "square",
+        "conv_s": "dwconv",
+        "sum": "add",
+    },
+    biases=("conv_a", "conv_b"),
+    constant="conv_s",
+    start={"conv_s": 3**-0.5},
+    ones=("conv_b",),  # as ReLinear has it: with b_b at 1 the product holds the linear part
+    zeros=("conv_b", "conv_s"),
+    folds=("conv_a", "conv_s"),
+)
+def fan(x: Any, a: Any, b: Any, s: Any) -> Any:
+    """(W_a * x + b_a) . (W_b * x + b_b) + W_s * x^2 + c: Fan et al., arXiv 1704.08362."""
+    return a(x) * b(x) + s(x * x)
+
+
+@register_neuron(
+    "compact",
+    {"conv_c": "dwconv", "square": "square", "conv_s": "dwconv", "sum": "add"},
+    constant="conv_c",
+    start={"conv_s": 3**-0.5},
+    zeros=("conv_s",),
+    folds=("conv_c", "conv_s"),
+)
+def compact(x: Any, c: Any, s: Any) -> Any:
+    """W_c * x + W_s * x^2 + b, the two constants in one: ReLinear, arXiv 2110.06081."""
+    return c(x) + s(x * x)
