@@ -55,7 +55,8 @@ from qnas.common import host
 from qnas.common.files import write_json
 from qnas.data.images import ImageData
 from qnas.latency.device import load_device
-from qnas.latency.table import LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit

@@ -48,7 +48,7 @@ from qnas.common.resources import stems
 from qnas.data.images import ImageData, Split, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import count_parameters
 from qnas.nn.mixed_block import Mixture, Route
 from qnas.nn.subnet import build_subnet

@@ -76,7 +76,7 @@ def derive(
     from qnas.common.files import read_json, write_json, write_text
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
-    from qnas.latency.table import write_table
+    from qnas.latency.table_file import write_table
     from qnas.runs.finished_run import read_searched
     from qnas.runs.found_arch import find_arch
     from qnas.runs.names import ARCH_FILE, SPACE_FILE

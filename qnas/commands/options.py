@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -211,22 +210,6 @@ class AskedLimits:
             f"{most}-{name}" for most, name in ((self.max_params, "params"), (self.max_macs, "macs")) if most
         ]
         return "-".join(part.replace(" ", "") for part in parts)
-
-
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file
-
-
-def check_device_name(name: str) -> None:
-    """Raise UsageError where a device of one's own cannot have this name."""
-    from qnas.latency.device import device_names
-
-    if not re.fullmatch(NAME, name):
-        raise UsageError(
-            f"--device-name {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone"
-        )
-    taken = {known for device, aliases in device_names().items() for known in (device, *aliases)}
-    if name in taken:
-        raise UsageError(f"--device-name {name}: a device that ships has this name: choose another")
 
 
 def print_json(content: Any) -> None:

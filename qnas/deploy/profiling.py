@@ -35,13 +35,15 @@ from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy
 from qnas.deploy.timing_session import time_all
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
+from qnas.latency.device_table import all_blocks, build_table
 from qnas.latency.evaluation import figures
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
+from qnas.latency.table_file import write_table
 from qnas.nn.blocks import build_block
 from qnas.nn.subnet import build_network
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
-from qnas.spaces.space import Candidate, SearchSpace
+from qnas.spaces.space import SearchSpace
 
 COPIES = 4  # blocks of a chain
 LOADS = 3  # of each chain
@@ -95,22 +97,12 @@ class Profile:
 def distinct_parts(space: SearchSpace) -> dict[BlockSpec, Part]:
     """Return the blocks of a space that differ in more than their name, by themselves without it."""
     parts: dict[BlockSpec, Part] = {}
-    for block, candidate in _all_blocks(space):
+    for block, candidate in all_blocks(space):
         key = replace(block, name="")
         if block.layers and key not in parts:
             name = f"{block.name} {candidate.name}" if candidate else block.name
             parts[key] = Part(name, block, COPIES if _fits_itself(block) else 1)
     return parts
-
-
-def _all_blocks(space: SearchSpace) -> list[tuple[BlockSpec, Candidate | None]]:
-    blocks: list[tuple[BlockSpec, Candidate | None]] = []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            blocks += [(fill(space, part, c), c) for c in part.position.candidates]
-        else:
-            blocks.append((part, None))
-    return blocks
 
 
 def _fits_itself(block: BlockSpec) -> bool:
@@ -315,14 +307,8 @@ def _table(
         source = f"measured{', noisy' if part.name in still_noisy else ''}: +-{timing.spread:.1%}"
         return Cell(max(round(latency_ms, DECIMALS), 10**-DECIMALS), 0.0, source)
 
-    fixed = [(RUNTIME, Cell(round(empty_ms, DECIMALS), 0.0, "measured: an empty graph"))]
-    cells = []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            cells.append(tuple(cell(fill(space, part, c)) for c in part.position.candidates))
-        else:
-            fixed.append((part.name, cell(part)))
-    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(cells))
+    runtime = Cell(round(empty_ms, DECIMALS), 0.0, "measured: an empty graph")
+    return build_table(device, space, runtime, cell)
 
 
 def _outliers(

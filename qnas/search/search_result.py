@@ -22,7 +22,7 @@ from qnas.common.progress import Progress
 from qnas.data.broken_images import broken_copies
 from qnas.latency.device import load_device
 from qnas.latency.prediction import predict_arch
-from qnas.latency.table import table_text
+from qnas.latency.table_file import table_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.names import (
     ARCH_FILE,

@@ -18,7 +18,8 @@ from qnas.deploy.profiling import COPIES, NETWORKS, Profile, distinct_parts, pro
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import Maker, host_stopwatch
 from qnas.latency.device import load_device
-from qnas.latency.table import RUNTIME, load_table
+from qnas.latency.device_table import load_table
+from qnas.latency.table import RUNTIME
 from qnas.nn.blocks import build_block, count_parameters
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import Slot, count_params, fill, lower, skeleton

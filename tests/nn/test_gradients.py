@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qnas.common.errors import UsageError
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.gradients import GRADIENT_FORMS, GRADIENTS, GradientForm, gradient_for
 from qnas.nn.mixed_block import FactoredMixture, Gated, WeightsMode
 from qnas.nn.supernet import LimitTensors, Supernet, expected_latency, limit_tensors, probabilities

@@ -6,7 +6,7 @@ from helpers.finished_runs import make_record
 
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import read_record
 from qnas.spaces.arch import make_arch
 from qnas.spaces.space import SearchSpace

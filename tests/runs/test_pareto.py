@@ -11,7 +11,7 @@ from PIL import Image
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import Record
 from qnas.runs.pareto import (
     COLUMNS,

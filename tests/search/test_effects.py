@@ -16,7 +16,8 @@ from torch import Tensor
 from qnas.data.images import ImageData, load_data, normalise
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import LatencyTable
 from qnas.search.effects import (
     IMAGES,
     NETWORKS_PER_EFFECT,

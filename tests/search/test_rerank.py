@@ -11,7 +11,7 @@ from qnas.common.errors import CheckpointError
 from qnas.data.images import ImageData, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet, save_tensors

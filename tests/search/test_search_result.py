@@ -16,7 +16,7 @@ from qnas.common.errors import CheckpointError, DataError
 from qnas.data.images import ImageData, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import read_searched
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE

@@ -25,7 +25,8 @@ from qnas.common.resources import stems
 from qnas.data.images import ImageData, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import LatencyTable, compute_table, load_table
+from qnas.latency.device_table import compute_table, load_table
+from qnas.latency.table import LatencyTable
 from qnas.nn.mixed_block import Gated, Route, WeightsMode
 from qnas.nn.subnet import build_subnet
 from qnas.nn.supernet import limit_tensors, log_probabilities, sample_path

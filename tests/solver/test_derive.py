@@ -10,7 +10,8 @@ from helpers.networks import all_networks, same_network
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
-from qnas.latency.table import Cell, LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import Cell, LatencyTable
 from qnas.solver.derive import (
     Scores,
     Solution,

@@ -10,7 +10,7 @@ from qnas.common.errors import UsageError
 from qnas.data.images import ImageData, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import QuadraBlock
 from qnas.search.searcher import PRESETS, SearchConfig, Searcher
 from qnas.solver.limits import latency_limit

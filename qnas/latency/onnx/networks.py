@@ -170,7 +170,7 @@ def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> Onnx
 
 def _known(device: Device, kernel: Kernel) -> str | None:
     try:
-        return device.kernel_model(kernel).kind
+        return device.kernel_source(kernel)
     except TableError:
         return None
 
