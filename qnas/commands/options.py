@@ -17,7 +17,6 @@ from qnas.common.errors import UsageError
 
 if TYPE_CHECKING:
     from qnas.solver.limits import Limits
-    from qnas.spaces.arch import Arch
     from qnas.spaces.space import SearchSpace
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -222,20 +221,6 @@ def strong(text: str) -> str:
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return typer.style(text, bold=True, fg=typer.colors.YELLOW)
     return text
-
-
-def find_network(target: str, space: str | None) -> "tuple[SearchSpace, Arch | None]":
-    """Return a space and the architecture that is meant; None where the space has many."""
-    from qnas.runs.found_arch import find_arch
-    from qnas.spaces.arch import only_arch
-    from qnas.spaces.space import load_space
-
-    path = Path(target)
-    if path.is_dir() or path.suffix == ".json":
-        found = find_arch(path, space)
-        return found.space, found.arch
-    searched = load_space(target)
-    return searched, only_arch(searched) if searched.is_fixed else None
 
 
 def versions() -> dict[str, str]:

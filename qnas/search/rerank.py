@@ -182,9 +182,10 @@ def rerank_saved(
     """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
 
     Where there are more than `keep` they are screened first; `on_scored` is called after each network, once
-    or twice. `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or
-    damaged, DataError where the data are, or are others than they were.
+    or twice. `config` is the folder's config.json. Raises CheckpointError where it lacks what a ranking needs or
+    the supernet is missing or damaged, DataError where the data are, or are others than they were.
     """
+    check_rankable(folder, config)
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)
     searched = config["search"]

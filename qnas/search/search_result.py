@@ -20,8 +20,7 @@ from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json, write_json
 from qnas.common.progress import Progress
 from qnas.data.broken_images import broken_copies
-from qnas.latency.device import load_device
-from qnas.latency.prediction import predict_arch
+from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table_file import table_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.names import (
@@ -43,6 +42,7 @@ from qnas.search.effects import Effects
 from qnas.search.rerank import Ranked, ranking_document
 from qnas.search.searcher import Searcher
 from qnas.solver.derive import Indices, Scores, Solution, largest, macs_guided, sample_near, solution_document
+from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace
@@ -145,7 +145,7 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], *, qui
     result = SearchResult(searcher, folder, effects, ranking, derived, rivals, by_seed, searcher.expected_ms)
     bound = searcher.state.multiplier.bound
     draw_budget(read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=bound)
-    layers = _layers(searcher.space, derived.arch, request)
+    layers = _layers(searcher.space, derived.arch, searcher.limits, request.get("latency", DEVICE))
     write_json(folder / SEARCH_FILE, _search_document(result) | {"layers": layers})
     save_supernet(folder / SUPERNET_FILE, searcher.state.supernet.state_dict())
     document = _arch_document(result, request)
@@ -261,12 +261,13 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _layers(space: SearchSpace, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return what each kernel of a network takes on each device that was asked for, where its source says."""
-    devices = [load_device(entry["device"]) for entry in request.get("limits", []) if "device" in entry]
+def _layers(space: SearchSpace, arch: Arch, limits: Limits, latency: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the latency of each kernel of a network on each device that it is limited on."""
+    devices = [limit.table.origin for limit in limits if limit.table is not None]
     return {
-        device.name: [vars(part) for part in predict_arch(request["latency"], device, space, arch).parts]
+        device.name: [vars(part) for part in predict_arch(latency, device, space, arch).parts]
         for device in devices
+        if device is not None
     }
 
 

@@ -9,7 +9,7 @@ from qnas.common.files import write_json, write_text
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.table_file import table_text
-from qnas.runs.finished_run import Record, read_record
+from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.runs.pareto import Accuracy
 from qnas.solver.derive import Scores, expected_amount, solution_document, solve_best
@@ -42,7 +42,7 @@ def make_record(
     effects: bool = True,
     rank: int = 1,
     **config: Any,
-) -> Record:
+) -> FinishedRun:
     """Write the folder of a search whose first limit lies at this share of the device's range."""
     limits: Limits = ()
     for device in devices:
@@ -71,7 +71,7 @@ def make_record(
     }
     write_json(folder / SEARCH_FILE, found)
     write_json(folder / "arch.json", document)
-    return read_record(folder)
+    return read_finished_run(folder)
 
 
 def flat(accuracies: dict[tuple[int, ...], float], images: int = 287) -> dict[tuple[int, ...], Accuracy]:

@@ -15,7 +15,7 @@ from qnas.common.files import read_json
 from qnas.common.intervals import wilson
 from qnas.common.units import format_ms
 from qnas.runs.explain import BlockCost, Explanation, OnDevice, explain
-from qnas.runs.finished_run import Record, read_record
+from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
 from qnas.runs.plots import OF_LIMIT, UNSETTLED
 from qnas.runs.report.charts import Band, Level, Series, chart, thin
@@ -85,7 +85,7 @@ class SearchSection:
     warnings: tuple[tuple[int, str], ...]  # step, what was said
     budget: tuple[Markup, ...]  # charts of the way to the budget
     losses: Markup
-    accuracy: Markup  # nothing where a run is older than its record
+    accuracy: Markup  # nothing where a run is older than this chart
     entropy: Markup
     heats: tuple[Heat, ...]
     accuracies: tuple[Markup, ...]
@@ -101,25 +101,25 @@ class SearchSection:
 
 def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
     """Return what a page says of a finished search; `document` is its arch.json."""
-    record = read_record(folder, document)
+    run = read_finished_run(folder, document)
     rows = read_metrics(folder / METRICS_FILE)
     steps = [row for row in rows if "multiplier" in row]
-    e = explain(record)
+    e = explain(run)
     devices = [d.device for d in e.devices]
     return SearchSection(
-        command_line(record.config),
+        command_line(run.config),
         tuple((row["step"], text) for row in rows for text in row.get("warnings", ())),
         tuple(_budget_charts(steps)),
         _loss_chart(rows, steps),
         _accuracy_chart(steps),
         _entropy_chart(steps),
-        tuple(_heats(record, steps)),
-        tuple(_accuracy_charts(record)),
-        tuple(_rivals(record)),
-        _random(record),
+        tuple(_heats(run, steps)),
+        tuple(_accuracy_charts(run)),
+        tuple(_rivals(run)),
+        _random(run),
         e,
         solved_line(e),
-        tuple(_worth(record, d) for d in e.devices),
+        tuple(_worth(run, d) for d in e.devices),
         what_loss_is(e),
         tuple((s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None),
         tuple(_pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
@@ -216,12 +216,12 @@ def _entropy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _heats(record: Record, steps: Sequence[Mapping[str, Any]]) -> Iterator[Heat]:
+def _heats(run: FinishedRun, steps: Sequence[Mapping[str, Any]]) -> Iterator[Heat]:
     snapshots = [row["probabilities"] for row in steps if "probabilities" in row]
     if not snapshots:
         return
-    final = record.searched.log_probabilities
-    for at, position in enumerate(record.space.positions):
+    final = run.searched.log_probabilities
+    for at, position in enumerate(run.space.positions):
         if len(position.names) < 2:
             continue
         shares = np.array([snapshot[at] for snapshot in snapshots]).T
@@ -229,15 +229,15 @@ def _heats(record: Record, steps: Sequence[Mapping[str, Any]]) -> Iterator[Heat]
             position.name,
             tuple(map(short_name, position.names)),
             heat_map(shares),
-            short_name(record.arch.choices[at]),
+            short_name(run.arch.choices[at]),
             tuple(zip(map(short_name, position.names), np.exp(final[at]).tolist(), strict=True)),
         )
 
 
-def _accuracy_charts(record: Record) -> Iterator[Markup]:
+def _accuracy_charts(run: FinishedRun) -> Iterator[Markup]:
     """Show what was solved for by held-out accuracy, and what it is compared with by test accuracy."""
-    found, indices = record.found, record.indices
-    limit = record.limits[0]
+    found, indices = run.found, run.indices
+    limit = run.limits[0]
     own_ms = limit.amount(indices)
     ranking = found.get("ranking", [])
 
@@ -289,14 +289,14 @@ def _accuracy_charts(record: Record) -> Iterator[Markup]:
     )
 
 
-def _rivals(record: Record) -> Iterator[Rival]:
-    images = record.found.get("images", {}).get("test")
+def _rivals(run: FinishedRun) -> Iterator[Rival]:
+    images = run.found.get("images", {}).get("test")
     for key, name in (
         ("derived", "derived"),
         ("macs_guided", "chosen by the same scores under a limit on MACs alone"),
         ("largest", "of most MACs within the limits"),
     ):
-        entry = record.found.get(key)
+        entry = run.found.get(key)
         if entry and "latency_ms" in entry:
             yield Rival(name, f"search.{key}", interval_text(entry["accuracy"], images))
 
@@ -309,8 +309,8 @@ def interval_text(accuracy: float, images: int | None) -> str:
     return f"{100 * low:.1f}\N{EN DASH}{high:.1%}"
 
 
-def _random(record: Record) -> str:
-    accuracies = [entry["accuracy"] for entry in record.found.get("random", [])]
+def _random(run: FinishedRun) -> str:
+    accuracies = [entry["accuracy"] for entry in run.found.get("random", [])]
     if not accuracies:
         return "no random networks of its latency were drawn"
     spread = f" \N{PLUS-MINUS SIGN} {statistics.stdev(accuracies):.1%}" if len(accuracies) > 1 else ""
@@ -320,9 +320,9 @@ def _random(record: Record) -> str:
     )
 
 
-def _worth(record: Record, d: OnDevice) -> Worth:
+def _worth(run: FinishedRun, d: OnDevice) -> Worth:
     points = [(point.latency_ms, point.loss) for point in d.curve]
-    limit, searched = next(each for each in record.limits if each.name == d.device), record.searched
+    limit, searched = next(each for each in run.limits if each.name == d.device), run.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
     near = Band(low, limit.most if high is None else high, "budgets near what was searched for")
     curve = chart(
@@ -335,7 +335,7 @@ def _worth(record: Record, d: OnDevice) -> Worth:
         x_label=f"ms on {d.device}",
         y_label="nats against this budget",
         levels=[Level(d.budget_ms, "the budget", "x")],
-        bands=[near] if len(record.limits) == 1 else [],  # of several another one may have pressed
+        bands=[near] if len(run.limits) == 1 else [],  # of several another one may have pressed
     )
     others = tuple(other_budgets(flips, d.budget_ms) for flips in d.flips)
     return Worth(d.device, tuple(price_lines(d)), others, curve, {block.name: block for block in d.blocks})
