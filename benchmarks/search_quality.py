@@ -70,8 +70,8 @@ from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.rerank import STANDARD_ERRORS, ranking_document
 from qnas.search.searcher import SearchConfig, Searcher
-from qnas.solver.derive import Indices, largest, macs_guided, solve_best
 from qnas.solver.limits import Limits, latency_limit
+from qnas.solver.solve import CandidateIndices, largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
@@ -301,7 +301,7 @@ def contenders(
                 yield Contender(part, of_arm, f"{name}, {how}", setting, arch)
 
 
-def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> Indices:
+def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> CandidateIndices:
     """Return the network of the least loss by a search's effects; by its probabilities without them."""
     scores = row["log_probabilities"]
     if row["effects"]:

@@ -29,7 +29,7 @@ def describe(
     Example: qnas describe quadranet36-t
     """
     from qnas.runs.found_arch import find_network
-    from qnas.runs.text import describe_network, describe_space, network_facts, space_facts
+    from qnas.runs.network_text import describe_network, describe_space, network_facts, space_facts
     from qnas.spaces.lower import lower
 
     found, arch = find_network(target, space)
@@ -79,8 +79,9 @@ def predict(
     from qnas.latency.device import device_names, load_device
     from qnas.latency.onnx.networks import OnnxNetwork
     from qnas.latency.prediction import can_predict, check_source
+    from qnas.runs.latency_text import describe_predictions
     from qnas.runs.network_prediction import predict_network, read_network
-    from qnas.runs.text import describe_predictions, wrapped
+    from qnas.runs.text import wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -156,7 +157,8 @@ def eval_latency(
     """
     from qnas.latency.device import load_device
     from qnas.latency.evaluation import evaluate_networks, read_networks
-    from qnas.runs.text import describe_figures, figures_facts, wrapped
+    from qnas.runs.latency_text import describe_figures, figures_facts
+    from qnas.runs.text import wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))

@@ -151,7 +151,7 @@ def measure(
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
     from qnas.common.units import format_ms
-    from qnas.deploy.export_run import measure_exported
+    from qnas.deploy.measured_export import measure_exported
     from qnas.runs.text import field
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
@@ -190,7 +190,8 @@ def fit_latency(
     from qnas.common.files import write_text
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.fitting.own_device import fit_own, own_device
-    from qnas.runs.text import field, figures_facts, next_command
+    from qnas.runs.latency_text import figures_facts
+    from qnas.runs.text import field, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -254,7 +255,8 @@ def calibrate(
     from qnas.latency.fitting.calibration import check_margin, write_calibrated
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME
-    from qnas.runs.text import field, figures_facts, next_command
+    from qnas.runs.latency_text import figures_facts
+    from qnas.runs.text import field, next_command
 
     if not 0 < level < 1:
         raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")

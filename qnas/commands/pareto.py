@@ -15,7 +15,7 @@ from qnas.runs.names import PARETO_FOLDER
 if TYPE_CHECKING:
     from qnas.runs.finished_run import FinishedRun
     from qnas.runs.pareto import Accuracy, Solved
-    from qnas.solver.derive import Indices
+    from qnas.solver.solve import CandidateIndices
 
 
 def pareto(
@@ -99,7 +99,7 @@ def pareto(
         limits.append(latency_limit(table, table.slowest_ms))
         budgets = spread_budgets(limits[-1], points, searched_for.get(found.name))
         solved.append(solve_budgets(record, limits[-1], counts, budgets, k_best))
-    accuracies: Mapping[Indices, Accuracy] = {}
+    accuracies: Mapping[CandidateIndices, Accuracy] = {}
     unranked = "" if rerank is not False else "as asked"
     if rerank is not False:
         try:
@@ -129,7 +129,9 @@ def pareto(
     typer.echo("\n".join([describe_fronts(document), "", field("files", files_in(folder))]))
 
 
-def _rank(record: "FinishedRun", solved: "Sequence[Solved]", *, quiet: bool) -> "Mapping[Indices, Accuracy]":
+def _rank(
+    record: "FinishedRun", solved: "Sequence[Solved]", *, quiet: bool
+) -> "Mapping[CandidateIndices, Accuracy]":
     """Return the held-out accuracy of every network that was solved for, each measured once."""
     from qnas.common.progress import Progress
     from qnas.runs.pareto import Accuracy

@@ -16,7 +16,8 @@ from qnas.latency.device_table import KernelRow, load_table, predict_blocks
 from qnas.latency.kernels import Kernel
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
-from qnas.latency.onnx.networks import OnnxNetwork, predict_onnx
+from qnas.latency.onnx.networks import OnnxNetwork
+from qnas.latency.onnx.pricing import predict_onnx
 from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower

@@ -14,33 +14,25 @@ budget: the further from it, the less the curve can be trusted.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.table import RUNTIME
+from qnas.runs.budget_curve import (
+    NEAR,
+    CurvePoint,
+    loss_of,
+    price_at,
+    replace_limit,
+    solve_within,
+    trace_curve,
+)
 from qnas.runs.finished_run import FinishedRun
-from qnas.solver.derive import Indices, Scores, far_from_searched, solve
-from qnas.solver.limits import Limit, Limits
+from qnas.solver.limits import Limit
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, skeleton
 
-BUDGETS = 40  # over the device's range, besides those near the search's own
-NEAR = 100  # networks at most that the curve is followed by near it
 STEP_SHARE = 0.05  # of the budget: what "a little more latency" is, rounded down to 1, 2 or 5
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """The network of least loss for budgets from its own latency to `budget_ms`."""
-
-    budget_ms: float
-    latency_ms: float
-    loss: float  # nats, less that of the network for the search's own budget
-    far: bool  # from what was searched for, at both of these
-    indices: Indices
 
 
 @dataclass(frozen=True)
@@ -139,9 +131,9 @@ def explain(run: FinishedRun) -> Explanation:
     limits = run.limits
     for at, limit in enumerate(limits):
         # what was derived may be over a limit by the rounding of the table's file
-        limits = _within(limits, at, max(limit.limit, limit.amount(run.indices)))
+        limits = replace_limit(limits, at, max(limit.limit, limit.amount(run.indices)))
     run = replace(run, limits=limits)
-    own = _solve(run, 0, limits[0].limit)
+    own = solve_within(run, 0, limits[0].limit)
     assert own is not None, "the derived network itself is within the limits"
     devices = tuple(_on_device(run, own, at) for at, limit in enumerate(limits) if limit.table is not None)
     found = run.found.get("effects")
@@ -153,7 +145,7 @@ def explain(run: FinishedRun) -> Explanation:
     )
 
 
-def _on_device(run: FinishedRun, own: Indices, at: int) -> OnDevice:
+def _on_device(run: FinishedRun, own: CandidateIndices, at: int) -> OnDevice:
     limit = run.limits[at]
     step_ms = round_step(STEP_SHARE * limit.limit)
     curve = trace_curve(run, own, at, step_ms)
@@ -165,7 +157,7 @@ def _on_device(run: FinishedRun, own: Indices, at: int) -> OnDevice:
         step_ms=step_ms,
         more=_exchange(run, own, at, limit.limit + step_ms),
         less=_exchange(run, own, at, limit.limit - step_ms),
-        can_be_less=_solve(run, at, limit.limit - step_ms) is not None,
+        can_be_less=solve_within(run, at, limit.limit - step_ms) is not None,
         next_better=_next_better(run, own, at, curve),
         blocks=_block_costs(run, limit),
         flips=tuple(_flips(run, curve, at)),
@@ -183,95 +175,15 @@ def round_step(latency_ms: float) -> float:
     return float(max(n for n in (1, 2, 5) if n * scale <= latency_ms * (1 + 1e-9)) * scale)
 
 
-def _solve(run: FinishedRun, at: int, most_ms: float) -> Indices | None:
-    """Return the network of highest score with at most this latency on a device, if there is one."""
-    try:
-        return solve(run.searched.scores, _within(run.limits, at, most_ms)).indices
-    except InfeasibleBudgetError:
-        return None
-
-
-def _within(limits: Limits, at: int, most_ms: float) -> Limits:
-    """Return the limits with another one in the place of one of them."""
-    other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
-    return (*limits[:at], other, *limits[at + 1 :])
-
-
-def _loss(scores: Scores, indices: Indices) -> float:
-    return -math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
-
-
-def trace_curve(run: FinishedRun, own: Indices, at: int, step_ms: float) -> tuple[CurvePoint, ...]:
-    """Return the networks of least loss over the range of the limit `at`, a device's, by rising latency.
-
-    A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
-    """
-    limit, scores = run.limits[at], run.searched.scores
-    low, high = limit.limit - step_ms, limit.limit + step_ms
-    grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
-    solved: dict[Indices, float] = {}  # the largest limit that a network was found for
-
-    def add(most_ms: float) -> float:
-        network = _solve(run, at, most_ms)
-        if network is None:
-            return -math.inf
-        solved[network] = max(most_ms, solved.get(network, most_ms))
-        return limit.amount(network)
-
-    for most_ms in (*grid, limit.limit):
-        add(most_ms)
-    most_ms = high
-    for _ in range(NEAR):
-        most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
-        if most_ms < low:
-            break
-    margin, own_loss = limit.budget / limit.limit, _loss(scores, own)
-    points = []
-    for network, most_ms in solved.items():
-        latency_ms, loss = limit.amount(network), _loss(scores, network) - own_loss
-        far = _is_far(run, at, latency_ms) and _is_far(run, at, most_ms)
-        points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
-    points.sort(key=lambda point: (point.latency_ms, point.loss))
-    # solves are exact to rounding: what is no better than a faster one is the same by another placement
-    kept: list[CurvePoint] = []
-    for point in points:
-        if not kept or point.loss < kept[-1].loss - 1e-12:
-            kept.append(point)
-    return tuple(kept)
-
-
-def _is_far(run: FinishedRun, at: int, limit_ms: float) -> bool:
-    within, searched = _within(run.limits, at, limit_ms), run.searched
-    return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
-
-
-def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:
-    """Return by how much the curve's lower convex hull falls a millisecond, in nats, at a latency.
-
-    0 beyond the curve's end: more latency buys nothing there.
-    """
-    hull: list[CurvePoint] = []
-    for point in curve:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    for before, after in pairwise(hull):
-        if before.latency_ms <= latency_ms < after.latency_ms:
-            return max(0.0, -_slope(before, after))
-    return 0.0
-
-
-def _slope(before: CurvePoint, after: CurvePoint) -> float:
-    return (after.loss - before.loss) / max(after.latency_ms - before.latency_ms, 1e-12)
-
-
-def _exchange(run: FinishedRun, own: Indices, at: int, most_ms: float) -> Exchange | None:
+def _exchange(run: FinishedRun, own: CandidateIndices, at: int, most_ms: float) -> Exchange | None:
     """Say what another limit leads to; None where to the same network or to none."""
-    network = _solve(run, at, most_ms)
+    network = solve_within(run, at, most_ms)
     return None if network is None or network == own else _between(run, own, network, at, most_ms)
 
 
-def _between(run: FinishedRun, own: Indices, network: Indices, at: int, most_ms: float) -> Exchange:
+def _between(
+    run: FinishedRun, own: CandidateIndices, network: CandidateIndices, at: int, most_ms: float
+) -> Exchange:
     limit, scores = run.limits[at], run.searched.scores
     names = [arch_from_indices(run.space, indices).choices for indices in (own, network)]
     changes = tuple(
@@ -281,23 +193,25 @@ def _between(run: FinishedRun, own: Indices, network: Indices, at: int, most_ms:
         )
         if i != j
     )
-    loss = _loss(scores, network) - _loss(scores, own)
+    loss = loss_of(scores, network) - loss_of(scores, own)
     return Exchange(most_ms * limit.budget / limit.limit, limit.amount(network), loss, changes)
 
 
-def _next_better(run: FinishedRun, own: Indices, at: int, curve: Sequence[CurvePoint]) -> Exchange | None:
+def _next_better(
+    run: FinishedRun, own: CandidateIndices, at: int, curve: Sequence[CurvePoint]
+) -> Exchange | None:
     """Return the cheapest network beyond the limit that is known to be better."""
     limit = run.limits[at]
     better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
     if not better:
         return None
     # between the limit and the first one known others may lie: down from it until none is left
-    network, found = better[0].indices, _solve(run, at, better[0].latency_ms)
+    network, found = better[0].indices, solve_within(run, at, better[0].latency_ms)
     for _ in range(NEAR):
         if found is None or limit.amount(found) <= limit.limit:
             break
         network = found
-        found = _solve(run, at, limit.amount(network) * (1 - 1e-12))
+        found = solve_within(run, at, limit.amount(network) * (1 - 1e-12))
     return _between(run, own, network, at, limit.amount(network))
 
 
@@ -334,7 +248,7 @@ def _flips(run: FinishedRun, curve: Sequence[CurvePoint], at: int) -> Iterator[t
         yield tuple(flips)
 
 
-def _stories(run: FinishedRun, own: Indices, prices: Sequence[float]) -> Iterator[PositionStory]:
+def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -> Iterator[PositionStory]:
     """Yield why each position holds what it does; `prices` are those of the devices, in their order."""
     devices = [limit for limit in run.limits if limit.table is not None]
     for at, position in enumerate(run.space.positions):
@@ -361,7 +275,7 @@ def _stories(run: FinishedRun, own: Indices, prices: Sequence[float]) -> Iterato
         )
 
 
-def _why_identity(run: FinishedRun, own: Indices, at: int, best: int, worth: float) -> str:
+def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:
     """Say why a block is not where identity is, of all its candidates the one that pays best.
 
     `worth` is what its latency is worth on all devices, in nats.

@@ -13,8 +13,8 @@ from qnas.common.errors import ArchError, CheckpointError
 from qnas.common.files import read_json
 from qnas.latency.table_file import read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
-from qnas.solver.derive import Scores
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.solver.solve import Scores
 from qnas.spaces.arch import Arch, make_arch, read_arch_document
 from qnas.spaces.space import SearchSpace, load_space
 
@@ -99,11 +99,13 @@ def asked_devices(run: FinishedRun) -> list[str]:
 def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError where a run's config.json does not say what a ranking on images needs."""
     known = {**config, **{f"search.{key}": value for key, value in config.get("search", {}).items()}}
-    missing = [key for key in ("data", "data_digest", "search.resolution_px", "search.threads") if key not in known]
+    missing = [
+        key for key in ("data", "data_digest", "search.resolution_px", "search.threads") if key not in known
+    ]
     if missing:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: no {', '.join(missing)}: without it networks cannot be ranked on held-out "
-            "images"
+            f"{folder / CONFIG_FILE}: no {', '.join(missing)}: without it networks cannot be ranked on "
+            "held-out images"
         )
 
 

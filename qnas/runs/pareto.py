@@ -2,7 +2,7 @@
 
 Budgets over a device's whole range are solved exactly by what the search knows of its candidates. Of
 networks that are equal the smallest budget stays. A search learns most of networks near its own budget:
-each point carries whether `derive.far_from_searched` takes it for far from that.
+each point carries whether `far_from_searched` says that it is far from that.
 """
 
 import csv
@@ -16,15 +16,9 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.intervals import wilson
 from qnas.runs.finished_run import FinishedRun
-from qnas.solver.derive import (
-    Indices,
-    Solution,
-    expected_amount,
-    far_from_searched,
-    near_searched,
-    solve_best,
-)
 from qnas.solver.limits import Limit, Limits
+from qnas.solver.searched_budget import expected_amount, far_from_searched, near_searched
+from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -132,7 +126,7 @@ def solve_budgets(
 def front_points(
     run: FinishedRun,
     solved: Sequence[Solved],
-    accuracies: Mapping[Indices, Accuracy],
+    accuracies: Mapping[CandidateIndices, Accuracy],
     own_ms: float | None,
 ) -> tuple[Point, ...]:
     """Take the best network of each budget: of highest accuracy, or where none is known, of highest score.

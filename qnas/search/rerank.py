@@ -31,10 +31,11 @@ from qnas.data.broken_images import MAX_BROKEN
 from qnas.data.images import ImageData, Split, batches, load_data
 from qnas.data.sources import parse_data_spec
 from qnas.nn.subnet import build_subnet, subnet_state
+from qnas.runs.finished_run import check_rankable
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.search.effects import Losses
-from qnas.solver.derive import Indices, Solution
+from qnas.solver.solve import CandidateIndices, Solution
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
@@ -182,8 +183,8 @@ def rerank_saved(
     """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
 
     Where there are more than `keep` they are screened first; `on_scored` is called after each network, once
-    or twice. `config` is the folder's config.json. Raises CheckpointError where it lacks what a ranking needs or
-    the supernet is missing or damaged, DataError where the data are, or are others than they were.
+    or twice. `config` is the folder's config.json. Raises CheckpointError where it lacks what a ranking
+    needs or the supernet is missing or damaged, DataError where the data are, or are others than they were.
     """
     check_rankable(folder, config)
     path = folder / SUPERNET_FILE
@@ -209,7 +210,7 @@ def rerank_saved(
         return score_subnet(build(arch), data, split, device)
 
     @torch.no_grad()
-    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         found = []
         for indices in networks:
             network = build(arch_from_indices(space, indices)).to(device).eval()

@@ -41,8 +41,10 @@ from qnas.runs.tensors import save_supernet
 from qnas.search.effects import Effects
 from qnas.search.rerank import Ranked, ranking_document
 from qnas.search.searcher import Searcher
-from qnas.solver.derive import Indices, Scores, Solution, largest, macs_guided, sample_near, solution_document
 from qnas.solver.limits import Limits
+from qnas.solver.sampling import sample_near
+from qnas.solver.solution_document import solution_document
+from qnas.solver.solve import CandidateIndices, Scores, Solution, largest, macs_guided
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace
@@ -173,7 +175,7 @@ def _compare(
     guided = macs_guided(space, scores, limits)
     most = largest(space, limits)
     networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
-    tested: dict[Indices, NetworkScore] = {}
+    tested: dict[CandidateIndices, NetworkScore] = {}
     with Progress(len(set(networks)), "compare", quiet=quiet) as progress:
         for indices in networks:
             if indices not in tested:
@@ -186,7 +188,7 @@ def _compare(
     )
 
 
-def network_score(searcher: Searcher, indices: Indices) -> NetworkScore:
+def network_score(searcher: Searcher, indices: CandidateIndices) -> NetworkScore:
     """Evaluate a network of the supernet, given by its candidates' numbers, on the test images."""
     arch = arch_from_indices(searcher.space, indices)
     return NetworkScore(

@@ -36,8 +36,8 @@ from qnas.search.diagnostics import Sight, Watch, make_watch
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, count_effects, measure_effects
 from qnas.search.penalty import LATENCY_LOSSES, LatencyLoss, Multiplier, penalised, settle
 from qnas.search.rerank import Ranked, rerank, score_subnet, screen
-from qnas.solver.derive import K_BEST, Indices, Scores, Solution, check_feasible, solve, solve_best
 from qnas.solver.limits import Limits
+from qnas.solver.solve import K_BEST, CandidateIndices, Scores, Solution, check_feasible, solve, solve_best
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import (
@@ -569,7 +569,7 @@ class Searcher:
         )
 
     @torch.no_grad()
-    def losses(self, networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of each network on each image with the supernet's weights, in nats.
 
         images: (B, C, H, W), labels: (B,) -> (networks, B), float64 on the CPU; batch norms use the batch's

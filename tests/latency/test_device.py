@@ -264,11 +264,14 @@ def test_a_shipped_device_file_works_from_elsewhere(tmp_path: Path) -> None:
 def test_a_file_is_parsed_once_until_its_text_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed = []
+    parsed: list[str] = []
     parse = device_module.parse_device
-    monkeypatch.setattr(
-        device_module, "parse_device", lambda text, where: parsed.append(where) or parse(text, where)
-    )
+
+    def count(text: str, where: str) -> Device:
+        parsed.append(where)
+        return parse(text, where)
+
+    monkeypatch.setattr(device_module, "parse_device", count)
     device_module._load_shipped.cache_clear()
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(OWN))

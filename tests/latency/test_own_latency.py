@@ -15,8 +15,8 @@ from qnas.latency.kernels import Kernel
 from qnas.latency.own_latency import device_from_blocks, device_from_function
 from qnas.latency.prediction import predict_arch
 from qnas.latency.table_file import read_table, table_text
-from qnas.solver.derive import solve_best
 from qnas.solver.limits import latency_limit
+from qnas.solver.solve import solve_best
 from qnas.spaces.arch import Arch, sample_arch
 from qnas.spaces.lower import BlockSpec, count_macs, lower
 from qnas.spaces.space import SearchSpace, load_space

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.finished_runs import make_record
 
-from qnas.runs.explain import CurvePoint, Explanation, OnDevice, explain, price_at, round_step
+from qnas.runs.budget_curve import CurvePoint, price_at
+from qnas.runs.explain import Explanation, OnDevice, explain, round_step
 from qnas.runs.finished_run import FinishedRun
 from qnas.runs.run_text import describe_explanation
 from qnas.solver.limits import Limit

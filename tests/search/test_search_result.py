@@ -25,8 +25,8 @@ from qnas.runs.run_folder import read_config
 from qnas.search.rerank import ranking_document, rerank_saved
 from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
 from qnas.search.searcher import SearchConfig, Searcher
-from qnas.solver.derive import largest, macs_guided, solve_best
 from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace, parse_space

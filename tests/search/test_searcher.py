@@ -44,8 +44,8 @@ from qnas.search.searcher import (
     Searcher,
     check_searchable,
 )
-from qnas.solver.derive import sample_near
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.solver.sampling import sample_near
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
 from qnas.training.subnet_trainer import inherit

@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json
 from qnas.common.intervals import wilson
-from qnas.common.units import format_ms
 from qnas.runs.explain import BlockCost, Explanation, OnDevice, explain
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
-from qnas.runs.plots import OF_LIMIT, UNSETTLED
-from qnas.runs.report.charts import Band, Level, Series, chart, thin
+from qnas.runs.report.charts import Band, Level, Series, chart
 from qnas.runs.report.figures import read_metrics
 from qnas.runs.report.pictures import heat_map
+from qnas.runs.report.search_charts import (
+    accuracy_chart,
+    budget_charts,
+    entropy_chart,
+    loss_chart,
+    pareto_charts,
+    rival_charts,
+)
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import short_name
-from qnas.solver.derive import near_searched
+from qnas.solver.searched_budget import near_searched
 
 # of a search's config -> the option that asks for it
 OPTIONS = {
@@ -109,12 +113,12 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
     return SearchSection(
         command_line(run.config),
         tuple((row["step"], text) for row in rows for text in row.get("warnings", ())),
-        tuple(_budget_charts(steps)),
-        _loss_chart(rows, steps),
-        _accuracy_chart(steps),
-        _entropy_chart(steps),
+        tuple(budget_charts(steps)),
+        loss_chart(rows, steps),
+        accuracy_chart(steps),
+        entropy_chart(steps),
         tuple(_heats(run, steps)),
-        tuple(_accuracy_charts(run)),
+        tuple(rival_charts(run)),
         tuple(_rivals(run)),
         _random(run),
         e,
@@ -122,7 +126,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
         tuple(_worth(run, d) for d in e.devices),
         what_loss_is(e),
         tuple((s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None),
-        tuple(_pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
+        tuple(pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
     )
 
 
@@ -144,78 +148,6 @@ def command_line(config: Mapping[str, Any]) -> str:
     return shlex.join([*words, *(["--compile"] if search.get("compile") else [])])
 
 
-def _budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    if not steps:
-        return
-    names = [key for key in steps[-1] if key.startswith(OF_LIMIT)]
-    yield chart(
-        [
-            Series(key.removeprefix(OF_LIMIT), _curve(steps, key), colour)
-            for colour, key in enumerate(names, 1)
-        ],
-        title="Expected amount against its limit",
-        x_label="step",
-        y_label="of the limit",
-        levels=[Level(1, "the limit")],
-        bands=[Band(1 - UNSETTLED, 1 + UNSETTLED, f"within {UNSETTLED:.0%}", of="y")],
-        percent=True,
-    )
-    yield chart(
-        [Series("multiplier", _curve(steps, "multiplier"), 3)],
-        title="Multiplier: how strongly the limit presses",
-        x_label="step",
-        y_label="multiplier",
-        levels=[Level(0, "")],
-    )
-    yield chart(
-        [Series("temperature", _curve(steps, "temperature"), 4)],
-        title="Temperature of the probabilities",
-        x_label="step",
-        y_label="temperature",
-        y_ends=(0, 1),
-    )
-
-
-def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return thin([(row["step"], row[key]) for row in rows])
-
-
-def _loss_chart(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> Markup:
-    return chart(
-        [
-            Series("weights, training images", _curve(rows, "loss"), 1),
-            Series("architecture, held-out images", _curve(steps, "arch_loss"), 2),
-        ],
-        title="Losses, as means over neighbouring steps",
-        x_label="step",
-        y_label="nats",
-    )
-
-
-def _accuracy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
-    known = [step for step in steps if "arch_accuracy" in step]
-    return chart(
-        [Series("held-out images, of the paths that are drawn", _curve(known, "arch_accuracy"), 2)],
-        title="Accuracy, as means over neighbouring steps",
-        x_label="step",
-        y_label="accuracy",
-        percent=True,
-    )
-
-
-def _entropy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
-    return chart(
-        [
-            Series("entropy of a position, nats", _curve(steps, "entropy"), 1),
-            Series("share of identity", _curve(steps, "identity_share"), 2),
-        ],
-        title="How undecided the probabilities are, on average",
-        x_label="step",
-        y_label="",
-        y_ends=(0, None),
-    )
-
-
 def _heats(run: FinishedRun, steps: Sequence[Mapping[str, Any]]) -> Iterator[Heat]:
     snapshots = [row["probabilities"] for row in steps if "probabilities" in row]
     if not snapshots:
@@ -232,61 +164,6 @@ def _heats(run: FinishedRun, steps: Sequence[Mapping[str, Any]]) -> Iterator[Hea
             short_name(run.arch.choices[at]),
             tuple(zip(map(short_name, position.names), np.exp(final[at]).tolist(), strict=True)),
         )
-
-
-def _accuracy_charts(run: FinishedRun) -> Iterator[Markup]:
-    """Show what was solved for by held-out accuracy, and what it is compared with by test accuracy."""
-    found, indices = run.found, run.indices
-    limit = run.limits[0]
-    own_ms = limit.amount(indices)
-    ranking = found.get("ranking", [])
-
-    def title(entry: Mapping[str, Any], accuracy: float) -> str:
-        latency_ms = entry.get("latency_ms", entry["amounts"][0])
-        choices = " ".join(map(short_name, entry["choices"]))
-        return f"{format_ms(latency_ms)}, {accuracy:.1%}: {choices}"
-
-    if ranking:
-        others = ranking[1:]
-        yield chart(
-            [
-                Series(
-                    f"the {len(ranking)} that were ranked",
-                    [(entry["amounts"][0], entry["heldout_accuracy"]) for entry in others],
-                    1,
-                    "dots",
-                    [title(entry, entry["heldout_accuracy"]) for entry in others],
-                ),
-                Series("the first, derived", [(own_ms, ranking[0]["heldout_accuracy"])], 4, "star"),
-            ],
-            title="On held-out images, which chose",
-            x_label=f"ms on {limit.name}",
-            y_label="accuracy",
-            levels=[Level(limit.limit, "the limit", "x")],
-            percent=True,
-        )
-    named = [("random", "random networks", found.get("random", []), 1, "dots")]
-    for key, name in (("macs_guided", "chosen by MACs alone"), ("largest", "most MACs")):
-        if found.get(key):
-            named.append((key, name, [found[key]], 2 if key == "largest" else 3, "rings"))
-    series = [
-        Series(
-            name,
-            [(entry["latency_ms"], entry["accuracy"]) for entry in entries],
-            colour,
-            mark,  # type: ignore[arg-type]  # one of the marks
-            [title(entry, entry["accuracy"]) for entry in entries],
-        )
-        for _, name, entries, colour, mark in named
-    ]
-    yield chart(
-        [*series, Series("derived", [(own_ms, found["derived"]["accuracy"])], 4, "star")],
-        title="On test images, which chose nothing",
-        x_label=f"ms on {limit.name}",
-        y_label="accuracy",
-        levels=[Level(limit.limit, "the limit", "x")],
-        percent=True,
-    )
 
 
 def _rivals(run: FinishedRun) -> Iterator[Rival]:
@@ -339,32 +216,3 @@ def _worth(run: FinishedRun, d: OnDevice) -> Worth:
     )
     others = tuple(other_budgets(flips, d.budget_ms) for flips in d.flips)
     return Worth(d.device, tuple(price_lines(d)), others, curve, {block.name: block for block in d.blocks})
-
-
-def _pareto_charts(path: Path) -> Iterator[Markup]:
-    """Show each device's front as `qnas pareto` left it, where it was run."""
-    if not path.is_file():
-        return
-    document = read_json(path, CheckpointError)
-    ranked = document["ranked"]
-    value = "heldout_accuracy" if ranked else "score"
-    for front in document["devices"]:
-        low, high = front["trusted_ms"]
-        points = [(p["latency_ms"], p[value], p) for p in front["points"]]
-        own = [(front["own_latency_ms"], front["own_accuracy"])]
-        budget = front["own_budget_ms"]
-        yield chart(
-            [
-                Series("front", [(x, y) for x, y, p in points if p["on_front"]], 1, "step"),
-                Series("best within a budget", [(x, y) for x, y, p in points if not p["far"]], 1, "dots"),
-                Series("far from the search", [(x, y) for x, y, p in points if p["far"]], 1, "rings"),
-                Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
-            ],
-            title=front["device"],
-            x_label="ms",
-            y_label="held-out accuracy" if ranked else "score",
-            levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
-            bands=[Band(low, front["slowest_ms"] if high is None else high, "near the search")],
-            log_x=True,
-            percent=ranked,
-        )

@@ -18,8 +18,8 @@ from qnas.latency.nn_meter.forests import Forest
 from qnas.latency.nn_meter.predictors import FEATURE_COUNTS, PUBLISHED, import_predictors
 from qnas.latency.nn_meter.tables import CHOICES, cover, describe_mapping, estimate, in_range, predict_rows
 from qnas.latency.table_file import read_table, write_table
-from qnas.solver.derive import solve
 from qnas.solver.limits import latency_limit
+from qnas.solver.solve import solve
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec, fill, skeleton
 from qnas.spaces.space import SearchSpace, load_space
