@@ -14,7 +14,7 @@ from qnas.deploy.export.formats import FORMATS, Exported
 from qnas.deploy.export.product import Product
 from qnas.deploy.measurement import time_calls, time_files
 from qnas.deploy.runtimes import Shape, function_session, onnx_session, open_runtime, openvino_session
-from qnas.deploy.timing import Call
+from qnas.deploy.timing import Call, Timing
 from qnas.latency.onnx.networks import read_onnx
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER
@@ -42,13 +42,7 @@ def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) 
     opened = open_runtime(runtime, threads=threads)
     (timing,) = time_files({MODEL: file}, runtime=runtime, threads=threads, repeats=repeats).values()
     measured = {
-        "p50_ms": timing.median_ms,
-        "p95_ms": timing.p95_ms,
-        "runs": timing.repeats,
-        "runtime": opened.version,
-        "threads": threads,
-        "machine": host.cpu_name(),
-        "date": date.today().isoformat(),
+        **_timing_facts(timing, opened.version, threads),
         "file": f"{EXPORT_FOLDER}/{MODEL}",
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
@@ -62,23 +56,23 @@ def time_exported(
 ) -> dict[str, dict[str, Any]]:
     """Time exported files on one image, in turns; return what is known of each by its name."""
     open_runtime("torch", threads=threads)  # checks the threads
-    timings = time_calls(
-        {
-            file.files[0]: partial(_call, file.format, folder / file.files[0], product.shape, threads)
-            for file in files
-        }
-    )
-    return {
-        file.files[0]: {
-            "p50_ms": timings[file.files[0]].median_ms,
-            "p95_ms": timings[file.files[0]].p95_ms,
-            "runs": timings[file.files[0]].repeats,
-            "runtime": file.runtime,
-            "threads": threads,
-            "machine": host.cpu_name(),
-            "date": date.today().isoformat(),
-        }
+    calls = {
+        file.files[0]: partial(_call, file.format, folder / file.files[0], product.shape, threads)
         for file in files
+    }
+    timings = time_calls(calls)
+    return {file.files[0]: _timing_facts(timings[file.files[0]], file.runtime, threads) for file in files}
+
+
+def _timing_facts(timing: Timing, runtime: str, threads: int) -> dict[str, Any]:
+    return {
+        "p50_ms": timing.median_ms,
+        "p95_ms": timing.p95_ms,
+        "runs": timing.repeats,
+        "runtime": runtime,
+        "threads": threads,
+        "machine": host.cpu_name(),
+        "date": date.today().isoformat(),
     }
 
 

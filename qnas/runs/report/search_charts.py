@@ -21,10 +21,7 @@ def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
         return
     names = [key for key in steps[-1] if key.startswith(OF_LIMIT)]
     yield chart(
-        [
-            Series(key.removeprefix(OF_LIMIT), _curve(steps, key), colour)
-            for colour, key in enumerate(names, 1)
-        ],
+        [_by_step(key.removeprefix(OF_LIMIT), steps, key, colour) for colour, key in enumerate(names, 1)],
         title="Expected amount against its limit",
         x_label="step",
         y_label="of the limit",
@@ -33,14 +30,14 @@ def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
         percent=True,
     )
     yield chart(
-        [Series("multiplier", _curve(steps, "multiplier"), 3)],
+        [_by_step("multiplier", steps, "multiplier", 3)],
         title="Multiplier: how strongly the limit presses",
         x_label="step",
         y_label="multiplier",
         levels=[Level(0, "")],
     )
     yield chart(
-        [Series("temperature", _curve(steps, "temperature"), 4)],
+        [_by_step("temperature", steps, "temperature", 4)],
         title="Temperature of the probabilities",
         x_label="step",
         y_label="temperature",
@@ -48,47 +45,34 @@ def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     )
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return thin([(row["step"], row[key]) for row in rows])
-
-
-def loss_chart(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> Markup:
-    """Show the losses of the weights and of the architecture parameters by step."""
-    return chart(
-        [
-            Series("weights, training images", _curve(rows, "loss"), 1),
-            Series("architecture, held-out images", _curve(steps, "arch_loss"), 2),
-        ],
-        title="Losses, as means over neighbouring steps",
-        x_label="step",
-        y_label="nats",
-    )
-
-
-def accuracy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
-    """Show the held-out accuracy of the sampled paths by step."""
+def training_charts(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Show the losses, the held-out accuracy and the entropy of the probabilities by step."""
     known = [step for step in steps if "arch_accuracy" in step]
-    return chart(
-        [Series("held-out images, of the paths that are drawn", _curve(known, "arch_accuracy"), 2)],
-        title="Accuracy, as means over neighbouring steps",
-        x_label="step",
-        y_label="accuracy",
-        percent=True,
-    )
+    losses = [
+        _by_step("weights, training images", rows, "loss", 1),
+        _by_step("architecture, held-out images", steps, "arch_loss", 2),
+    ]
+    accuracy = [_by_step("held-out images, of the paths that are drawn", known, "arch_accuracy", 2)]
+    undecided = [
+        _by_step("entropy of a position, nats", steps, "entropy", 1),
+        _by_step("share of identity", steps, "identity_share", 2),
+    ]
+    smoothed = "as means over neighbouring steps"
+    return [
+        chart(losses, title=f"Losses, {smoothed}", x_label="step", y_label="nats"),
+        chart(accuracy, title=f"Accuracy, {smoothed}", x_label="step", y_label="accuracy", percent=True),
+        chart(
+            undecided,
+            title="How undecided the probabilities are, on average",
+            x_label="step",
+            y_label="",
+            y_ends=(0, None),
+        ),
+    ]
 
 
-def entropy_chart(steps: Sequence[Mapping[str, Any]]) -> Markup:
-    """Show the entropy of the architecture probabilities by step."""
-    return chart(
-        [
-            Series("entropy of a position, nats", _curve(steps, "entropy"), 1),
-            Series("share of identity", _curve(steps, "identity_share"), 2),
-        ],
-        title="How undecided the probabilities are, on average",
-        x_label="step",
-        y_label="",
-        y_ends=(0, None),
-    )
+def _by_step(name: str, rows: Sequence[Mapping[str, Any]], key: str, colour: int) -> Series:
+    return Series(name, thin([(row["step"], row[key]) for row in rows]), colour)
 
 
 def rival_charts(run: FinishedRun) -> Iterator[Markup]:

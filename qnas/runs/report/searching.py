@@ -18,12 +18,10 @@ from qnas.runs.report.charts import Band, Level, Series, chart
 from qnas.runs.report.figures import read_metrics
 from qnas.runs.report.pictures import heat_map
 from qnas.runs.report.search_charts import (
-    accuracy_chart,
     budget_charts,
-    entropy_chart,
-    loss_chart,
     pareto_charts,
     rival_charts,
+    training_charts,
 )
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import short_name
@@ -114,9 +112,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> SearchSection:
         command_line(run.config),
         tuple((row["step"], text) for row in rows for text in row.get("warnings", ())),
         tuple(budget_charts(steps)),
-        loss_chart(rows, steps),
-        accuracy_chart(steps),
-        entropy_chart(steps),
+        *training_charts(rows, steps),
         tuple(_heats(run, steps)),
         tuple(rival_charts(run)),
         tuple(_rivals(run)),

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from fitting.fit import HELD_OUT, SEED
+from fitting.forms import FORMS
 from helpers.places import LATENCY_DATA
 
 from qnas.common.resources import shipped, stems
@@ -15,8 +17,6 @@ from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
 from qnas.latency.features import FEATURES
-from qnas.latency.fitting.fit import HELD_OUT, SEED
-from qnas.latency.fitting.forms import FORMS
 from qnas.latency.kernels import Kernel, fuse
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import load_space
