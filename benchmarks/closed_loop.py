@@ -31,13 +31,14 @@ from qnas.deploy.measurement import measure_sample, time_files
 from qnas.deploy.sampling import CSV_FILE, choose_networks, write_sample
 from qnas.deploy.timing import Timing
 from qnas.latency.device import load_device
+from qnas.latency.device_table import load_table
 from qnas.latency.evaluation import figures
 from qnas.latency.fitting.calibration import calibrate, write_calibrated
 from qnas.latency.fitting.measurements import Measured, read_measured
 from qnas.latency.fitting.own_device import fit_own, own_device
-from qnas.latency.table import RUNTIME, LatencyTable, load_table
+from qnas.latency.table import RUNTIME, LatencyTable
 from qnas.runs.found_arch import find_arch
-from qnas.solver.derive import sample_near
+from qnas.solver.sampling import sample_near
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

@@ -55,7 +55,8 @@ from qnas.common import host
 from qnas.common.files import write_json
 from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
-from qnas.latency.table import LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.evaluator import evaluator_of
 from qnas.search.searcher import Searcher

@@ -65,7 +65,8 @@ from qnas.common import host
 from qnas.common.files import write_json
 from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
-from qnas.latency.table import LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
@@ -73,8 +74,8 @@ from qnas.search.figures import probability_figures
 from qnas.search.rerank import STANDARD_ERRORS, ranking_document
 from qnas.search.searcher import Searcher
 from qnas.search.selection import select
-from qnas.solver.derive import Indices, largest, macs_guided, solve, solve_best
 from qnas.solver.limits import Limits, latency_limit
+from qnas.solver.solve import CandidateIndices, largest, macs_guided, solve, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
@@ -307,7 +308,7 @@ def contenders(
                 yield Contender(part, of_arm, f"{name}, {how}", setting, arch)
 
 
-def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> Indices:
+def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> CandidateIndices:
     """Return the network of the least loss by a search's effects; by its probabilities without them."""
     scores = row["log_probabilities"]
     if row["effects"]:

@@ -49,7 +49,7 @@ from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import count_parameters
 from qnas.nn.mixed_block import Mixture, Route
 from qnas.nn.subnet import build_subnet

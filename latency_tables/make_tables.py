@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
+from fitting.forms import FORMS
+from fitting.layernorm import Block, fit_layernorm, read_blocks
+from fitting.operators import MS_PER_ELEMENT, fit_operators, read_operators
 
 from qnas.common.resources import stems
 from qnas.latency.device import SCHEMA, Device, Figures, KernelModel, load_device
+from qnas.latency.device_table import compute_table
 from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
-from qnas.latency.fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
-from qnas.latency.fitting.forms import FORMS
-from qnas.latency.fitting.layernorm import Block, fit_layernorm, read_blocks
-from qnas.latency.fitting.operators import MS_PER_ELEMENT, fit_operators, read_operators
 from qnas.latency.grid import Grid
-from qnas.latency.table import compute_table, write_table
+from qnas.latency.table_file import write_table
 from qnas.spaces.space import load_space
 
 HERE = Path(__file__).resolve().parent

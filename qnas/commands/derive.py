@@ -25,7 +25,7 @@ from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.runs.names import CONFIG_FILE, DERIVED_FOLDER, SUPERNET_FILE, table_file
 
 if TYPE_CHECKING:
-    from qnas.solver.derive import Solution
+    from qnas.solver.solve import Solution
     from qnas.spaces.space import SearchSpace
 
 
@@ -76,21 +76,16 @@ def derive(
     from qnas.common.files import read_json, write_json, write_text
     from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
-    from qnas.latency.table import write_table
+    from qnas.latency.table_file import write_table
     from qnas.runs.finished_run import read_searched
     from qnas.runs.found_arch import find_arch
+    from qnas.runs.latency_text import describe_budgets, latency_lines
     from qnas.runs.names import ARCH_FILE, SPACE_FILE
-    from qnas.runs.text import (
-        choice_line,
-        choices_by_stage,
-        describe_budgets,
-        field,
-        files_in,
-        latency_lines,
-        next_command,
-        size_line,
-    )
-    from qnas.solver.derive import K_BEST, far_from_searched, solution_document, solve_best
+    from qnas.runs.network_text import choices_by_stage, size_line
+    from qnas.runs.text import choice_line, field, files_in, next_command
+    from qnas.solver.searched_budget import far_from_searched
+    from qnas.solver.solution_document import solution_document
+    from qnas.solver.solve import K_BEST, solve_best
     from qnas.spaces.arch import arch_from_indices
 
     if source is None:

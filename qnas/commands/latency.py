@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Latency, Space, find_network, print_json
+from qnas.commands.options import Force, Json, Latency, Space, print_json
 from qnas.common.errors import CheckpointError
 
 
@@ -28,7 +28,8 @@ def describe(
 
     Example: qnas describe quadranet36-t
     """
-    from qnas.runs.text import describe_network, describe_space, network_facts, space_facts
+    from qnas.runs.found_arch import find_network
+    from qnas.runs.network_text import describe_network, describe_space, network_facts, space_facts
     from qnas.spaces.lower import lower
 
     found, arch = find_network(target, space)
@@ -75,26 +76,23 @@ def predict(
 
     Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
     """
-    from qnas.common.errors import ArchError
     from qnas.latency.device import device_names, load_device
-    from qnas.latency.onnx.networks import read_onnx
-    from qnas.latency.prediction import can_predict, check_source, predict_arch, predict_file
-    from qnas.runs.text import describe_predictions, wrapped
+    from qnas.latency.onnx.networks import OnnxNetwork
+    from qnas.latency.prediction import can_predict, check_source
+    from qnas.runs.latency_text import describe_predictions
+    from qnas.runs.network_prediction import predict_network, read_network
+    from qnas.runs.text import wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
         check_source(latency)
         chosen = [known for known in chosen if can_predict(latency, known)] or chosen[:1]
-    if Path(target).suffix == ".onnx":
-        network = read_onnx(Path(target), resolution_px=resolution)
+    network = read_network(target, space=space, resolution_px=resolution)
+    if isinstance(network, OnnxNetwork):
         title = f"{target} at {network.height_px} x {network.width_px} px"
-        predictions = [predict_file(latency, known, network) for known in chosen]
     else:
-        found, arch = find_network(target, space)
-        if arch is None:
-            raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")
-        title = f"{found.name} at {found.input.resolution_px} px"
-        predictions = [predict_arch(latency, known, found, arch) for known in chosen]
+        title = f"{network[0].name} at {network[0].input.resolution_px} px"
+    predictions = [predict_network(network, known, latency=latency) for known in chosen]
     if as_json:
         print_json([prediction.facts(DEAREST) for prediction in predictions])
         return
@@ -159,7 +157,8 @@ def eval_latency(
     """
     from qnas.latency.device import load_device
     from qnas.latency.evaluation import evaluate_networks, read_networks
-    from qnas.runs.text import describe_figures, figures_facts, wrapped
+    from qnas.runs.latency_text import describe_figures, figures_facts
+    from qnas.runs.text import wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -185,7 +184,8 @@ def table(
     """
     from qnas.common.files import write_text
     from qnas.latency.device import load_device
-    from qnas.latency.table import load_table, table_text
+    from qnas.latency.device_table import load_table
+    from qnas.latency.table_file import table_text
     from qnas.spaces.space import load_space
 
     found = load_space(space)

@@ -26,15 +26,15 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas explain runs/quadranet-mobile-vpu-30ms
     """
-    from qnas.runs.explain import explain as explain_record
-    from qnas.runs.finished_run import read_record
+    from qnas.runs.explain import explain as explain_run
+    from qnas.runs.finished_run import read_finished_run
     from qnas.runs.run_text import describe_explanation
 
     if source is None:
         from qnas.runs.run_folder import latest_run  # imports torch, which solving does without
 
         source = latest_run()
-    explanation = explain_record(read_record(source))
+    explanation = explain_run(read_finished_run(source))
     if as_json:
         print_json({"run": str(source), **explanation.facts()})
     else:

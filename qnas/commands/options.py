@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from qnas.common.errors import UsageError
 
 if TYPE_CHECKING:
     from qnas.solver.limits import Limits
-    from qnas.spaces.arch import Arch
     from qnas.spaces.space import SearchSpace
 
 # panels of a command's help, in the order in which its options come
@@ -210,22 +208,6 @@ class AskedLimits:
         return "-".join(part.replace(" ", "") for part in parts)
 
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # as in a device file
-
-
-def check_device_name(name: str) -> None:
-    """Raise UsageError where a device of one's own cannot have this name."""
-    from qnas.latency.device import device_names
-
-    if not re.fullmatch(NAME, name):
-        raise UsageError(
-            f"--device-name {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone"
-        )
-    taken = {known for device, aliases in device_names().items() for known in (device, *aliases)}
-    if name in taken:
-        raise UsageError(f"--device-name {name}: a device that ships has this name: choose another")
-
-
 def print_json(content: Any) -> None:
     """Print a value as JSON."""
     typer.echo(json.dumps(content, indent=2))
@@ -236,20 +218,6 @@ def strong(text: str) -> str:
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return typer.style(text, bold=True, fg=typer.colors.YELLOW)
     return text
-
-
-def find_network(target: str, space: str | None) -> "tuple[SearchSpace, Arch | None]":
-    """Return a space and the architecture that is meant; None where the space has many."""
-    from qnas.runs.found_arch import find_arch
-    from qnas.spaces.arch import only_arch
-    from qnas.spaces.space import load_space
-
-    path = Path(target)
-    if path.is_dir() or path.suffix == ".json":
-        found = find_arch(path, space)
-        return found.space, found.arch
-    searched = load_space(target)
-    return searched, only_arch(searched) if searched.is_fixed else None
 
 
 def versions() -> dict[str, str]:

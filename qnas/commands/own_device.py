@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, check_device_name, print_json
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, print_json
 from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def sample(
     from qnas.common.units import format_ms
     from qnas.deploy.sampling import choose_networks, write_sample
     from qnas.latency.device import load_device
-    from qnas.latency.table import load_table
+    from qnas.latency.device_table import load_table
     from qnas.runs.text import field, next_command
     from qnas.spaces.space import load_space
 
@@ -151,7 +151,7 @@ def measure(
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
     from qnas.common.units import format_ms
-    from qnas.deploy.export_run import measure_exported
+    from qnas.deploy.measured_export import measure_exported
     from qnas.runs.text import field
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
@@ -190,7 +190,8 @@ def fit_latency(
     from qnas.common.files import write_text
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.fitting.own_device import fit_own, own_device
-    from qnas.runs.text import field, figures_facts, next_command
+    from qnas.runs.latency_text import figures_facts
+    from qnas.runs.text import field, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -249,11 +250,13 @@ def calibrate(
 
     from qnas.common.units import format_ms
     from qnas.latency.device import load_device
+    from qnas.latency.device_table import load_table
     from qnas.latency.fitting.calibration import calibrate as fit
     from qnas.latency.fitting.calibration import check_margin, write_calibrated
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
-    from qnas.latency.table import RUNTIME, load_table
-    from qnas.runs.text import field, figures_facts, next_command
+    from qnas.latency.table import RUNTIME
+    from qnas.runs.latency_text import figures_facts
+    from qnas.runs.text import field, next_command
 
     if not 0 < level < 1:
         raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")
@@ -318,7 +321,9 @@ def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
 
 def _free_file(name: str, out: Path | None, force: bool) -> Path:
     """Return where a device's file goes; before anything is computed, whether it may."""
-    check_device_name(name)
+    from qnas.latency.device import check_own_name
+
+    check_own_name(name, "--device-name")
     path = out or Path(f"{name}.json")
     if path.exists() and not force:
         raise CheckpointError(f"{path}: exists already: give --force to replace it, or another --out")

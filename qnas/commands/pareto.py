@@ -13,9 +13,9 @@ from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.runs.names import PARETO_FOLDER
 
 if TYPE_CHECKING:
-    from qnas.runs.finished_run import Record
+    from qnas.runs.finished_run import FinishedRun
     from qnas.runs.pareto import Accuracy, Solved
-    from qnas.solver.derive import Indices
+    from qnas.solver.solve import CandidateIndices
 
 
 def pareto(
@@ -64,7 +64,7 @@ def pareto(
     from qnas.common.files import write_json, write_text
     from qnas.latency.device import load_device
     from qnas.latency.prediction import table_from
-    from qnas.runs.finished_run import read_record
+    from qnas.runs.finished_run import read_finished_run
     from qnas.runs.pareto import (
         front_points,
         fronts_csv,
@@ -82,7 +82,7 @@ def pareto(
         from qnas.runs.run_folder import latest_run  # imports torch, which solving does without
 
         source = latest_run()
-    record = read_record(source)
+    record = read_finished_run(source)
     folder = out or source / PARETO_FOLDER
     if (folder / "pareto.json").exists() and not force:
         raise CheckpointError(f"{folder / 'pareto.json'}: exists already: give --force to replace it")
@@ -99,7 +99,7 @@ def pareto(
         limits.append(latency_limit(table, table.slowest_ms))
         budgets = spread_budgets(limits[-1], points, searched_for.get(found.name))
         solved.append(solve_budgets(record, limits[-1], counts, budgets, k_best))
-    accuracies: Mapping[Indices, Accuracy] = {}
+    accuracies: Mapping[CandidateIndices, Accuracy] = {}
     unranked = "" if rerank is not False else "as asked"
     if rerank is not False:
         try:
@@ -129,7 +129,9 @@ def pareto(
     typer.echo("\n".join([describe_fronts(document), "", field("files", files_in(folder))]))
 
 
-def _rank(record: "Record", solved: "Sequence[Solved]", *, quiet: bool) -> "Mapping[Indices, Accuracy]":
+def _rank(
+    record: "FinishedRun", solved: "Sequence[Solved]", *, quiet: bool
+) -> "Mapping[CandidateIndices, Accuracy]":
     """Return the held-out accuracy of every network that was solved for, each measured once."""
     from qnas.common.progress import Progress
     from qnas.runs.pareto import Accuracy

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, check_device_name, print_json
+from qnas.commands.options import Force, Json, Quiet, print_json
 
 if TYPE_CHECKING:
     from qnas.deploy.profiling import Profile
@@ -53,12 +53,14 @@ def profile(
 
     Example: qnas profile --space quadranet-small --runtime onnxruntime
     """
+    from qnas.latency.device import check_own_name
     from qnas.spaces.space import load_space
 
     if device_name is not None:
-        check_device_name(device_name)
+        check_own_name(device_name, "--device-name")
     searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
-    from qnas.deploy.profiling import REPEATS, profile_space
+    from qnas.deploy.measurement import REPEATS
+    from qnas.deploy.profiling import profile_space
     from qnas.deploy.runtimes import open_runtime
 
     opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph)

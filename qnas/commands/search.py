@@ -175,8 +175,9 @@ def _search(
     from qnas.data.broken_images import MAX_BROKEN
     from qnas.data.loading import load_data
     from qnas.data.sources import parse_data_spec
+    from qnas.runs.latency_text import describe_limits
     from qnas.runs.names import BROKEN_FILE
-    from qnas.runs.text import describe_limits, wrapped
+    from qnas.runs.text import wrapped
     from qnas.search.problem import check_searchable
     from qnas.search.search_result import run_search
     from qnas.search.searcher import Searcher
@@ -232,8 +233,10 @@ def _search(
 
 
 def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
+    from qnas.runs.latency_text import latency_lines
     from qnas.runs.names import ARCH_FILE, SEARCH_FILE
-    from qnas.runs.text import choices_by_stage, field, files_in, latency_lines, next_command, size_line
+    from qnas.runs.network_text import choices_by_stage, size_line
+    from qnas.runs.text import field, files_in, next_command
 
     problem, derived, folder = result.searcher.problem, result.derived, result.folder
     document = json.loads((folder / ARCH_FILE).read_text(encoding="utf-8"))

@@ -137,7 +137,8 @@ def train_subnet(
     from qnas.runs.found_arch import find_arch
     from qnas.runs.names import RESULT_FILE, SPEED_FILE, SUBNET_FOLDER, SUPERNET_FILE
     from qnas.runs.run_folder import latest_run, read_config
-    from qnas.runs.text import describe_training, files_in, next_command
+    from qnas.runs.text import files_in, next_command
+    from qnas.runs.training_text import describe_training
     from qnas.spaces.lower import check_resolution
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.loop import set_up_process
@@ -291,7 +292,8 @@ def export(
 
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
-    from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
+    from qnas.deploy.export_request import IMAGES, ExportRequest
+    from qnas.deploy.export_run import export_trained
     from qnas.runs.run_folder import latest_run
 
     request = ExportRequest(

@@ -14,11 +14,9 @@ and the device file says how far the sums are from them. Nothing is bent to fit:
 calibration is for, and what comes out the wrong way round is reported as it is.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
@@ -27,49 +25,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from qnas import __version__
-from qnas.common import host
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_text
+from qnas.deploy.distinct_blocks import COPIES, DistinctBlock, distinct_blocks, draw_norms
+from qnas.deploy.profiled_device import LOADS, complete_device, former_device, this_device
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy
 from qnas.deploy.timing_session import time_all
-from qnas.latency.device import SCHEMA, Device, load_device, parse_device
-from qnas.latency.evaluation import figures
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
-from qnas.nn.blocks import build_block
+from qnas.latency.device import Device, load_device
+from qnas.latency.device_table import build_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
+from qnas.latency.table_file import write_table
 from qnas.nn.subnet import build_network
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
-from qnas.spaces.space import Candidate, SearchSpace
+from qnas.spaces.space import SearchSpace
 
-COPIES = 4  # blocks of a chain
-LOADS = 3  # of each chain
 REPEATS = 150  # in all loads together
 NETWORKS = 8  # whole ones
-_JITTER = 0.1  # of norms and biases
 _OUTLIER = 3.0  # standard errors by which a larger block is faster
-
-Indices = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A distinct block, and how many of it are timed in a chain."""
-
-    name: str  # of the first place where it stands: "2.1 quadra_k3_e2"
-    block: BlockSpec
-    copies: int
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of its input."""
-        first = self.block.layers[0]
-        return first.c_in, first.resolution_px, first.resolution_px
-
-    def build(self) -> nn.Module:
-        """Build the chain, with weights drawn from torch's generator."""
-        return _drawn(nn.Sequential(*(build_block(self.block) for _ in range(self.copies))))
 
 
 @dataclass(frozen=True)
@@ -78,7 +53,7 @@ class Profile:
 
     device: Device
     table: LatencyTable
-    parts: tuple[Part, ...]
+    parts: tuple[DistinctBlock, ...]
     timings: dict[str, Timing]  # of the chains and whole networks, and of the empty graph as "runtime"
     networks: tuple[tuple[float, float], ...]  # whole ones: milliseconds as a sum, and as measured
     noisy: tuple[str, ...]  # what stayed noisy
@@ -90,32 +65,6 @@ class Profile:
     def bias(self) -> float:
         """By what share the sums of blocks are above whole networks, on average."""
         return float(np.mean([total / whole for total, whole in self.networks])) - 1.0
-
-
-def distinct_parts(space: SearchSpace) -> dict[BlockSpec, Part]:
-    """Return the blocks of a space that differ in more than their name, by themselves without it."""
-    parts: dict[BlockSpec, Part] = {}
-    for block, candidate in _all_blocks(space):
-        key = block.unnamed
-        if block.layers and key not in parts:
-            name = f"{block.name} {candidate.name}" if candidate else block.name
-            parts[key] = Part(name, block, COPIES if _fits_itself(block) else 1)
-    return parts
-
-
-def _all_blocks(space: SearchSpace) -> list[tuple[BlockSpec, Candidate | None]]:
-    blocks: list[tuple[BlockSpec, Candidate | None]] = []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            blocks += [(fill(space, part, c), c) for c in part.position.candidates]
-        else:
-            blocks.append((part, None))
-    return blocks
-
-
-def _fits_itself(block: BlockSpec) -> bool:
-    first, last = block.layers[0], block.layers[-1]
-    return (first.c_in, first.resolution_px) == (last.c_out, last.out_px)
 
 
 def profile_space(
@@ -139,13 +88,13 @@ def profile_space(
     """
     file, table_file = folder / f"{name}.json", folder / name / f"{space.name}.csv"
     state_file = table_file.with_suffix(".samples.json")
-    device = _device(runtime, name, repeats)  # a bad name is refused before anything is measured
-    former = _former_device(device, file, table_file, force=force)
+    device = this_device(runtime, name, repeats)  # a bad name is refused before anything is measured
+    former = former_device(device, file, table_file, force=force)
     if state_file.exists() and not (resume or force):
         raise CheckpointError(
             f"{state_file}: an interrupted measurement: give --resume to go on, --force to start anew"
         )
-    parts, networks = distinct_parts(space), _some_networks(space)
+    parts, networks = distinct_blocks(space), _some_networks(space)
     px = space.input.resolution_px
     image = (space.input.channels, px, px)
     makers = {
@@ -172,9 +121,9 @@ def profile_space(
         quiet=quiet,
     )
     still_noisy = noisy(timings, tolerance)
-    table = _table(device, space, parts, timings, still_noisy)
+    table = measured_table(device, space, parts, timings, still_noisy)
     whole = tuple((table.latency_ms(i), timings[title].median_ms) for title, i in networks.items())
-    device = _completed(device, former, space, whole, keeps_calibration=not table_file.exists())
+    device = complete_device(device, former, space, whole, keeps_calibration=not table_file.exists())
     write_table(table, space, table_file)
     write_text(file, device.to_json())
     outliers = _outliers(space, parts, timings)
@@ -191,12 +140,12 @@ def profile_space(
     )
 
 
-def _some_networks(space: SearchSpace) -> dict[str, Indices]:
+def _some_networks(space: SearchSpace) -> dict[str, CandidateIndices]:
     """Return random networks of a space, all different; all of them where there are few."""
     rng = np.random.default_rng(0)
     sizes = [len(position.candidates) for position in space.positions]
     possible = math.prod(sizes)
-    found: dict[Indices, None] = {}
+    found: dict[CandidateIndices, None] = {}
     for _ in range(100 * NETWORKS):
         if len(found) == min(NETWORKS, possible):
             break
@@ -216,94 +165,18 @@ def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Ma
     return lambda: compiled()()
 
 
-def _build(space: SearchSpace, indices: Indices) -> nn.Module:
-    return _drawn(build_network(lower(space, arch_from_indices(space, indices))))
+def _build(space: SearchSpace, indices: CandidateIndices) -> nn.Module:
+    return draw_norms(build_network(lower(space, arch_from_indices(space, indices))))
 
 
-def _drawn(module: nn.Module) -> nn.Module:
-    """Move norms and biases off one and zero, in place."""
-    with torch.no_grad():
-        for parameter in (p for p in module.parameters() if p.ndim == 1):
-            parameter.add_(_JITTER * torch.randn_like(parameter))
-        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
-            assert norm.running_mean is not None
-            norm.running_mean.normal_(0.0, _JITTER)
-    return module
-
-
-def _device(runtime: Runtime, name: str, repeats: int) -> Device:
-    """Return the device that this machine is with this runtime. Raises TableError for a bad name."""
-    threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
-    clock = host.gpu_clock() if runtime.target == "cuda" else host.cpu_clock()
-    content = {
-        "schema": SCHEMA,
-        "name": name,
-        "title": f"{host.cpu_name()}, {threads}",
-        "runtime": f"{runtime.version}, {runtime.settings}",
-        "precision": "float32",
-        "batch": 1,
-        "unit": "ms",
-        "kind": "measured",
-        "source": f"qnas profile {__version__}: chains of {COPIES} blocks, {LOADS} loads, medians "
-        f"of {repeats} or more interleaved runs; {host.load()}, {clock}",
-        "date": date.today().isoformat(),
-    }
-    return parse_device(json.dumps(content), f"device {name}")
-
-
-def _former_device(device: Device, file: Path, table_file: Path, *, force: bool) -> Device | None:
-    """Return what is there of this device; None where it is new, or another is replaced."""
-    former = load_device(file) if file.exists() else None
-    if former is not None and (former.title, former.runtime) != (device.title, device.runtime):
-        others = any(path != table_file for path in table_file.parent.glob("*.csv"))
-        if others or not force:
-            differs = [
-                f"{getattr(former, key)}, this one is {getattr(device, key)}"
-                for key in ("title", "runtime")
-                if getattr(former, key) != getattr(device, key)
-            ]
-            raise CheckpointError(
-                f"{file}: is another device: {'; '.join(differs)}: "
-                f"give {'another' if others else '--force or another'} --device-name"
-            )
-        former = None
-    if table_file.exists() and not force:
-        raise CheckpointError(
-            f"{table_file}: exists already: give --force to measure again, or another --device-name"
-        )
-    return former
-
-
-def _completed(
-    device: Device,
-    former: Device | None,
-    space: SearchSpace,
-    whole: Sequence[tuple[float, float]],
-    *,
-    keeps_calibration: bool,
-) -> Device:
-    """Return the device with what was there, and how sums of this space's blocks compare with networks.
-
-    A calibration does not outlive the table that it was made for.
-    """
-    update: dict[str, object] = {"date": device.date, "source": device.source}
-    accuracy = dict((former or device).accuracy)
-    if len(whole) > 1:
-        sums, measured = np.array(whole).T
-        accuracy[f"whole networks of {space.name}"] = {"all": figures(sums, measured)}
-    update["accuracy"] = accuracy
-    if not keeps_calibration:
-        update["calibration"] = None
-    return (former or device).model_copy(update=update)
-
-
-def _table(
+def measured_table(
     device: Device,
     space: SearchSpace,
-    parts: Mapping[BlockSpec, Part],
+    parts: Mapping[BlockSpec, DistinctBlock],
     timings: Mapping[str, Timing],
     still_noisy: Sequence[str],
 ) -> LatencyTable:
+    """Return the table of a space from the timings of its distinct blocks."""
     empty_ms = timings[RUNTIME].median_ms
 
     def cell(block: BlockSpec) -> Cell:
@@ -315,18 +188,12 @@ def _table(
         source = f"measured{', noisy' if part.name in still_noisy else ''}: +-{timing.spread:.1%}"
         return Cell(max(round(latency_ms, DECIMALS), 10**-DECIMALS), 0.0, source)
 
-    fixed = [(RUNTIME, Cell(round(empty_ms, DECIMALS), 0.0, "measured: an empty graph"))]
-    cells = []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            cells.append(tuple(cell(fill(space, part, c)) for c in part.position.candidates))
-        else:
-            fixed.append((part.name, cell(part)))
-    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(cells))
+    runtime = Cell(round(empty_ms, DECIMALS), 0.0, "measured: an empty graph")
+    return build_table(device, space, runtime, cell)
 
 
 def _outliers(
-    space: SearchSpace, parts: Mapping[BlockSpec, Part], timings: Mapping[str, Timing]
+    space: SearchSpace, parts: Mapping[BlockSpec, DistinctBlock], timings: Mapping[str, Timing]
 ) -> tuple[str, ...]:
     """Say which blocks take less than one of smaller kernel and expansion, by more than the noise."""
     found: dict[str, None] = {}  # positions of a stage are alike

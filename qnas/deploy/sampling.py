@@ -26,7 +26,8 @@ from qnas.common.progress import Progress
 from qnas.latency.fitting.measurements import Measured, write_measured
 from qnas.latency.table import LatencyTable
 from qnas.runs.names import SPACE_FILE
-from qnas.solver.derive import Indices, sample_near
+from qnas.solver.sampling import sample_near
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_document, arch_from_indices
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec, fill, lower, skeleton
@@ -41,7 +42,7 @@ _ROUNDS = 20  # over the whole range, for windows in which there was no other ne
 Array = NDArray[np.float64]
 
 
-def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) -> list[Indices]:
+def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) -> list[CandidateIndices]:
     """Return n networks of a space, all different, spread over the latencies of the table.
 
     One seed, one result. Raises UsageError where the space has not so many networks.
@@ -53,7 +54,7 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
     columns = _columns(space)
     width = 1 + columns[0][0].size if columns else 1
     precision = np.eye(width) / n  # of costs before anything is measured: about those of one network
-    chosen: dict[Indices, None] = {}
+    chosen: dict[CandidateIndices, None] = {}
 
     def add_one(low_ms: float, high_ms: float) -> None:
         nonlocal precision
@@ -105,13 +106,13 @@ def _columns(space: SearchSpace) -> list[list[Array]]:
     return columns
 
 
-def _row(columns: list[list[Array]], indices: Indices) -> Array:
+def _row(columns: list[list[Array]], indices: CandidateIndices) -> Array:
     return np.concatenate([[1.0], sum(row[i] for row, i in zip(columns, indices, strict=True))])
 
 
 def write_sample(
     space: SearchSpace,
-    networks: list[Indices],
+    networks: list[CandidateIndices],
     folder: Path,
     *,
     onnx: bool,

@@ -1,18 +1,20 @@
-"""A device: where its latencies come from, how good they are, and what its kernels cost.
+"""A device: the source of its latencies, their accuracy, and the cost of its kernels.
 
-A device file is JSON that a person can read. The model is additive: a network takes `fixed_ms` plus
-the sum over its kernels, and a kernel the sum of coefficients times features, or what a grid gives
-for its shape. All coefficients are positive, all features grow with the shape and no grid falls, so
+A device file is readable JSON. The model is additive: a network takes `fixed_ms` plus the sum over its
+kernels. The latency of a kernel is a sum of coefficients times features, or is interpolated in a grid of
+measurements. All coefficients are positive, all features grow with the shape and no grid falls, so
 no kernel is free and none gets faster by growing.
 
-A device of one's own is a file of the same schema anywhere. It needs no model: its measured tables
-lie in a folder beside it that has the name of the file without its suffix.
+Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in a
+folder beside the file that has the file's name without the suffix. `own_latency` makes devices from
+functions and from measured blocks.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,13 +30,15 @@ from pydantic import (
 )
 
 from qnas.common.documents import describe_problems
-from qnas.common.errors import TableError, nearest
+from qnas.common.errors import TableError, UsageError, nearest
 from qnas.common.resources import shipped, stems
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
+from qnas.spaces.space import SearchSpace
 
 SCHEMA = "qnas.device/1"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 # measured: timed as it is; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
@@ -47,10 +51,10 @@ class _Node(BaseModel):
 
 
 class KernelModel(_Node):
-    """What kernels of one kind cost: one of three forms.
+    """The cost of one kind of kernel, in one of three forms.
 
     `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
-    by themselves; `like`: as kernels of another kind of the same shape.
+    by themselves; `like`: the cost of a kernel of another kind and the same shape.
     """
 
     kind: Source
@@ -73,7 +77,7 @@ class KernelModel(_Node):
         return self
 
     def latency_ms(self, kernel: Kernel) -> float:
-        """Return what a kernel takes, in milliseconds; `like` is for the device to look up."""
+        """Return the latency of a kernel in milliseconds; the device looks up `like`."""
         if self.grid is not None:
             return self.grid.latency_ms(kernel)
         assert self.terms is not None
@@ -81,7 +85,7 @@ class KernelModel(_Node):
 
 
 class Figures(_Node):
-    """How predictions compare with measurements that the model has not seen; shares in percent."""
+    """The accuracy of predictions on measurements that the model has not seen; shares in percent."""
 
     n: int
     rmspe_pct: float  # root of the mean squared relative error
@@ -92,10 +96,10 @@ class Figures(_Node):
 
 
 class Calibration(_Node):
-    """Measured networks against the model: latency = scale * model + offset, and how far it is off.
+    """A correction of a model by measured networks: latency = scale * model + offset, with a margin.
 
-    The margin is the conformal quantile of measured / predicted - 1: of networks like those of the
-    calibration, a share `level` takes at most (1 + margin) times the prediction.
+    The margin is the conformal quantile of measured / predicted - 1: a share `level` of networks like
+    those of the calibration takes at most (1 + margin) times the prediction.
     """
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -115,7 +119,7 @@ class Device(_Node):
     """A checked device file."""
 
     file_schema: Literal["qnas.device/1"] = Field(alias="schema")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     aliases: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
     title: str
     runtime: str
@@ -134,6 +138,8 @@ class Device(_Node):
 
     _tables: Traversable | None = PrivateAttr(default=None)
     _shipped: bool = PrivateAttr(default=False)
+    _kernel_function: Callable[[Kernel], float] | None = PrivateAttr(default=None)
+    _table_function: Callable[["Device", SearchSpace], Any] | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -158,8 +164,32 @@ class Device(_Node):
         """Whether the device came with qnas, not from a file of the user."""
         return self._shipped
 
-    def kernel_model(self, kernel: Kernel) -> KernelModel:
-        """Return what is known of such kernels. Raises TableError where nothing is."""
+    @property
+    def table_function(self) -> Callable[["Device", SearchSpace], Any] | None:
+        """The function that returns the LatencyTable of a space, where one was given in Python."""
+        return self._table_function
+
+    @property
+    def prices_kernels(self) -> bool:
+        """Whether the device has a model or a function of kernels, not only tables of blocks."""
+        return bool(self.model) or self._kernel_function is not None
+
+    def with_functions(
+        self,
+        *,
+        kernel: Callable[[Kernel], float] | None = None,
+        table: Callable[["Device", SearchSpace], Any] | None = None,
+    ) -> "Device":
+        """Return this device with latencies from Python: of a kernel in ms, or the table of a space."""
+        device = self.model_copy()
+        device._kernel_function, device._table_function = kernel, table
+        return device
+
+    def kernel_source(self, kernel: Kernel) -> Source:
+        """Return what the latency of a kernel rests on. Raises TableError for an unknown kind."""
+        return self.kind if self._kernel_function is not None else self._model_of(kernel).kind
+
+    def _model_of(self, kernel: Kernel) -> KernelModel:
         if not self.model:
             raise TableError(
                 f"device {self.name} has no model, only tables of measured spaces: "
@@ -174,7 +204,7 @@ class Device(_Node):
 
     @property
     def network_ms(self) -> float:
-        """What every network takes besides its kernels, calibrated."""
+        """The latency that every network has besides its kernels, calibrated."""
         return self.calibrated(self.fixed_ms, offset=True)
 
     @property
@@ -189,10 +219,25 @@ class Device(_Node):
         return self.calibration.scale * latency_ms + (self.calibration.offset_ms if offset else 0.0)
 
     def kernel_ms(self, kernel: Kernel) -> float:
-        """Return what a kernel takes, in milliseconds. Raises TableError for an unknown kind."""
-        model = self.kernel_model(kernel)
+        """Return the latency of a kernel in milliseconds. Raises TableError for an unknown kind."""
+        if self._kernel_function is not None:
+            return self.calibrated(self.checked_ms(self._kernel_function(kernel), kernel))
+        model = self._model_of(kernel)
         cost = self.model[model.like] if model.like is not None else model
         return self.calibrated(cost.latency_ms(kernel))
+
+    def checked_ms(self, latency_ms: Any, of: object) -> float:
+        """Return what a function given in Python returned. Raises TableError where it is no latency."""
+        try:
+            value = float(latency_ms)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise TableError(
+                f"device {self.name}: its function returned {latency_ms!r} for {of}: expected milliseconds, "
+                "0 or more"
+            )
+        return value
 
     def to_json(self) -> str:
         """Return the file's text, which `parse_device` reads back to an equal value."""
@@ -221,38 +266,55 @@ def parse_device(text: str, where: str) -> Device:
 
 def device_names() -> dict[str, tuple[str, ...]]:
     """Return the shipped devices by name, each with its aliases."""
-    return {name: _load_shipped(name, file).aliases for name, file in _shipped_files().items()}
+    return {name: _load_shipped(name).aliases for name in stems("latency_tables", ".json")}
 
 
-def load_device(name_or_path: str | Path) -> Device:
-    """Load a shipped device by name or alias, or one's own by the path of its JSON file.
+def load_device(device: str | Path | Device) -> Device:
+    """Load a shipped device by name or alias, or your own by the path of its JSON file.
 
-    Raises TableError when there is none, or when it is broken.
+    A Device is returned as it is. Raises TableError when there is none, or when its file is broken.
+
+    >>> load_device("vpu").name
+    'myriad-vpu'
     """
-    files = _shipped_files()
-    by_alias = {alias: device for device, aliases in device_names().items() for alias in aliases}
-    name = by_alias.get(str(name_or_path), str(name_or_path))
-    if name in files:
-        return _load_shipped(name, files[name])
-    path = Path(name_or_path)
+    if isinstance(device, Device):
+        return device
+    names = device_names()
+    by_alias = {alias: name for name, aliases in names.items() for alias in aliases}
+    name = by_alias.get(str(device), str(device))
+    if name in names:
+        return _load_shipped(name)
+    path = Path(device)
     if path.is_file():
         try:
-            device = parse_device(path.read_text(encoding="utf-8"), str(path))
+            return _parse_file(path.read_text(encoding="utf-8"), path)
         except UnicodeDecodeError as error:
             raise TableError(f"{path}: not a text file in UTF-8") from error
-        device._tables = path.with_suffix("")
-        return device
     if path.suffix == ".json" or len(path.parts) > 1:
         raise TableError(f"device {name}: no such file")
-    raise TableError(f"unknown device {name!r}: {nearest(name, [*files, *by_alias])}")
+    raise TableError(f"unknown device {name!r}: {nearest(name, [*names, *by_alias])}")
 
 
-def _shipped_files() -> Mapping[str, Traversable]:
-    return stems("latency_tables", ".json")
+def check_own_name(name: str, what: str = "device name") -> None:
+    """Raise UsageError where your own device cannot have this name; `what` says where it was given."""
+    if not re.fullmatch(NAME, name):
+        raise UsageError(f"{what} {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone")
+    if any(name in (known, *aliases) for known, aliases in device_names().items()):
+        raise UsageError(f"{what} {name}: a device that ships has this name: choose another")
 
 
-def _load_shipped(name: str, file: Traversable) -> Device:
-    device = parse_device(file.read_text(encoding="utf-8"), f"device {name}")
+# A command asks for a device at several places: a file is parsed once as long as its text is the same.
+@lru_cache(maxsize=32)
+def _parse_file(text: str, path: Path) -> Device:
+    device = parse_device(text, str(path))
+    device._tables = path.with_suffix("")
+    return device
+
+
+@cache
+def _load_shipped(name: str) -> Device:
+    text = shipped("latency_tables").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    device = parse_device(text, f"device {name}")
     device._tables = shipped("latency_tables").joinpath(name)
     device._shipped = True
     return device

@@ -12,11 +12,13 @@ from typing import Any
 
 from qnas.common.errors import UsageError
 from qnas.latency.device import Device
+from qnas.latency.device_table import KernelRow, load_table, predict_blocks
 from qnas.latency.kernels import Kernel
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
-from qnas.latency.onnx.networks import OnnxNetwork, predict_onnx
-from qnas.latency.table import KernelRow, LatencyTable, load_table, predict_blocks
+from qnas.latency.onnx.networks import OnnxNetwork
+from qnas.latency.onnx.pricing import predict_onnx
+from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace
@@ -107,7 +109,7 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     if latency == NN_METER:
         mapped = nn_meter.predict_rows(device, lower(space, arch))
         parts = _mapped_parts(mapped)
-    elif device.model:
+    elif device.prices_kernels:
         parts = _kernel_parts(predict_blocks(device, lower(space, arch)))
     else:
         parts = _table_parts(table, space, arch)
@@ -131,7 +133,7 @@ def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) ->
 
 def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
     """Return what the same choices take where norms fold away; None where nothing would change."""
-    if space.norm == "batchnorm" or not device.model:
+    if space.norm == "batchnorm" or not device.prices_kernels:
         return None
     return table_from(latency, device, space.with_norm("batchnorm")).latency_ms(arch.indices(space))
 

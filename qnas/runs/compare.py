@@ -14,7 +14,7 @@ from qnas.common.errors import CheckpointError, TableError, UsageError
 from qnas.common.files import read_json
 from qnas.common.intervals import wilson
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import load_table
+from qnas.latency.device_table import load_table
 from qnas.runs.found_arch import FoundArch, find_arch
 from qnas.runs.names import SEARCH_FILE
 from qnas.spaces.block_order import block_labels

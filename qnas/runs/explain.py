@@ -14,33 +14,25 @@ budget: the further from it, the less the curve can be trusted.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.table import RUNTIME
-from qnas.runs.finished_run import Record
-from qnas.solver.derive import Indices, Scores, far_from_searched, solve
-from qnas.solver.limits import Limit, Limits
+from qnas.runs.budget_curve import (
+    NEAR,
+    CurvePoint,
+    loss_of,
+    price_at,
+    replace_limit,
+    solve_within,
+    trace_curve,
+)
+from qnas.runs.finished_run import FinishedRun
+from qnas.solver.limits import Limit
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, skeleton
 
-BUDGETS = 40  # over the device's range, besides those near the search's own
-NEAR = 100  # networks at most that the curve is followed by near it
 STEP_SHARE = 0.05  # of the budget: what "a little more latency" is, rounded down to 1, 2 or 5
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """The network of least loss for budgets from its own latency to `budget_ms`."""
-
-    budget_ms: float
-    latency_ms: float
-    loss: float  # nats, less that of the network for the search's own budget
-    far: bool  # from what was searched for, at both of these
-    indices: Indices
 
 
 @dataclass(frozen=True)
@@ -134,41 +126,41 @@ class Explanation:
         return asdict(self)
 
 
-def explain(record: Record) -> Explanation:
+def explain(run: FinishedRun) -> Explanation:
     """Explain a finished search by what its folder holds."""
-    limits = record.limits
+    limits = run.limits
     for at, limit in enumerate(limits):
         # what was derived may be over a limit by the rounding of the table's file
-        limits = _within(limits, at, max(limit.limit, limit.amount(record.indices)))
-    record = replace(record, limits=limits)
-    own = _solve(record, 0, limits[0].limit)
+        limits = replace_limit(limits, at, max(limit.limit, limit.amount(run.indices)))
+    run = replace(run, limits=limits)
+    own = solve_within(run, 0, limits[0].limit)
     assert own is not None, "the derived network itself is within the limits"
-    devices = tuple(_on_device(record, own, at) for at, limit in enumerate(limits) if limit.table is not None)
-    found = record.found.get("effects")
+    devices = tuple(_on_device(run, own, at) for at, limit in enumerate(limits) if limit.table is not None)
+    found = run.found.get("effects")
     return Explanation(
-        measured=record.searched.effects is not None,
+        measured=run.searched.effects is not None,
         explained=found["explained"] if isinstance(found, Mapping) else None,
         devices=devices,
-        positions=tuple(_stories(record, own, [device.price for device in devices])),
+        positions=tuple(_stories(run, own, [device.price for device in devices])),
     )
 
 
-def _on_device(record: Record, own: Indices, at: int) -> OnDevice:
-    limit = record.limits[at]
+def _on_device(run: FinishedRun, own: CandidateIndices, at: int) -> OnDevice:
+    limit = run.limits[at]
     step_ms = round_step(STEP_SHARE * limit.limit)
-    curve = trace_curve(record, own, at, step_ms)
+    curve = trace_curve(run, own, at, step_ms)
     return OnDevice(
         limit.name,
         limit.budget,
-        limit.amount(record.indices),
+        limit.amount(run.indices),
         price=price_at(curve, limit.limit),
         step_ms=step_ms,
-        more=_exchange(record, own, at, limit.limit + step_ms),
-        less=_exchange(record, own, at, limit.limit - step_ms),
-        can_be_less=_solve(record, at, limit.limit - step_ms) is not None,
-        next_better=_next_better(record, own, at, curve),
-        blocks=_block_costs(record, limit),
-        flips=tuple(_flips(record, curve, at)),
+        more=_exchange(run, own, at, limit.limit + step_ms),
+        less=_exchange(run, own, at, limit.limit - step_ms),
+        can_be_less=solve_within(run, at, limit.limit - step_ms) is not None,
+        next_better=_next_better(run, own, at, curve),
+        blocks=_block_costs(run, limit),
+        flips=tuple(_flips(run, curve, at)),
         curve=curve,
     )
 
@@ -183,137 +175,59 @@ def round_step(latency_ms: float) -> float:
     return float(max(n for n in (1, 2, 5) if n * scale <= latency_ms * (1 + 1e-9)) * scale)
 
 
-def _solve(record: Record, at: int, most_ms: float) -> Indices | None:
-    """Return the network of highest score with at most this latency on a device, if there is one."""
-    try:
-        return solve(record.searched.scores, _within(record.limits, at, most_ms)).indices
-    except InfeasibleBudgetError:
-        return None
-
-
-def _within(limits: Limits, at: int, most_ms: float) -> Limits:
-    """Return the limits with another one in the place of one of them."""
-    other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
-    return (*limits[:at], other, *limits[at + 1 :])
-
-
-def _loss(scores: Scores, indices: Indices) -> float:
-    return -math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
-
-
-def trace_curve(record: Record, own: Indices, at: int, step_ms: float) -> tuple[CurvePoint, ...]:
-    """Return the networks of least loss over the range of the limit `at`, a device's, by rising latency.
-
-    A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
-    """
-    limit, scores = record.limits[at], record.searched.scores
-    low, high = limit.limit - step_ms, limit.limit + step_ms
-    grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
-    solved: dict[Indices, float] = {}  # the largest limit that a network was found for
-
-    def add(most_ms: float) -> float:
-        network = _solve(record, at, most_ms)
-        if network is None:
-            return -math.inf
-        solved[network] = max(most_ms, solved.get(network, most_ms))
-        return limit.amount(network)
-
-    for most_ms in (*grid, limit.limit):
-        add(most_ms)
-    most_ms = high
-    for _ in range(NEAR):
-        most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
-        if most_ms < low:
-            break
-    margin, own_loss = limit.budget / limit.limit, _loss(scores, own)
-    points = []
-    for network, most_ms in solved.items():
-        latency_ms, loss = limit.amount(network), _loss(scores, network) - own_loss
-        far = _is_far(record, at, latency_ms) and _is_far(record, at, most_ms)
-        points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
-    points.sort(key=lambda point: (point.latency_ms, point.loss))
-    # solves are exact to rounding: what is no better than a faster one is the same by another placement
-    kept: list[CurvePoint] = []
-    for point in points:
-        if not kept or point.loss < kept[-1].loss - 1e-12:
-            kept.append(point)
-    return tuple(kept)
-
-
-def _is_far(record: Record, at: int, limit_ms: float) -> bool:
-    within, searched = _within(record.limits, at, limit_ms), record.searched
-    return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
-
-
-def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:
-    """Return by how much the curve's lower convex hull falls a millisecond, in nats, at a latency.
-
-    0 beyond the curve's end: more latency buys nothing there.
-    """
-    hull: list[CurvePoint] = []
-    for point in curve:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    for before, after in pairwise(hull):
-        if before.latency_ms <= latency_ms < after.latency_ms:
-            return max(0.0, -_slope(before, after))
-    return 0.0
-
-
-def _slope(before: CurvePoint, after: CurvePoint) -> float:
-    return (after.loss - before.loss) / max(after.latency_ms - before.latency_ms, 1e-12)
-
-
-def _exchange(record: Record, own: Indices, at: int, most_ms: float) -> Exchange | None:
+def _exchange(run: FinishedRun, own: CandidateIndices, at: int, most_ms: float) -> Exchange | None:
     """Say what another limit leads to; None where to the same network or to none."""
-    network = _solve(record, at, most_ms)
-    return None if network is None or network == own else _between(record, own, network, at, most_ms)
+    network = solve_within(run, at, most_ms)
+    return None if network is None or network == own else _between(run, own, network, at, most_ms)
 
 
-def _between(record: Record, own: Indices, network: Indices, at: int, most_ms: float) -> Exchange:
-    limit, scores = record.limits[at], record.searched.scores
-    names = [arch_from_indices(record.space, indices).choices for indices in (own, network)]
+def _between(
+    run: FinishedRun, own: CandidateIndices, network: CandidateIndices, at: int, most_ms: float
+) -> Exchange:
+    limit, scores = run.limits[at], run.searched.scores
+    names = [arch_from_indices(run.space, indices).choices for indices in (own, network)]
     changes = tuple(
         Change(position.name, before, after, row[j] - row[i], score[i] - score[j])
         for position, before, after, row, score, i, j in zip(
-            record.space.positions, *names, limit.cells, scores, own, network, strict=True
+            run.space.positions, *names, limit.cells, scores, own, network, strict=True
         )
         if i != j
     )
-    loss = _loss(scores, network) - _loss(scores, own)
+    loss = loss_of(scores, network) - loss_of(scores, own)
     return Exchange(most_ms * limit.budget / limit.limit, limit.amount(network), loss, changes)
 
 
-def _next_better(record: Record, own: Indices, at: int, curve: Sequence[CurvePoint]) -> Exchange | None:
+def _next_better(
+    run: FinishedRun, own: CandidateIndices, at: int, curve: Sequence[CurvePoint]
+) -> Exchange | None:
     """Return the cheapest network beyond the limit that is known to be better."""
-    limit = record.limits[at]
+    limit = run.limits[at]
     better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
     if not better:
         return None
     # between the limit and the first one known others may lie: down from it until none is left
-    network, found = better[0].indices, _solve(record, at, better[0].latency_ms)
+    network, found = better[0].indices, solve_within(run, at, better[0].latency_ms)
     for _ in range(NEAR):
         if found is None or limit.amount(found) <= limit.limit:
             break
         network = found
-        found = _solve(record, at, limit.amount(network) * (1 - 1e-12))
-    return _between(record, own, network, at, limit.amount(network))
+        found = solve_within(run, at, limit.amount(network) * (1 - 1e-12))
+    return _between(run, own, network, at, limit.amount(network))
 
 
-def _block_costs(record: Record, limit: Limit) -> tuple[BlockCost, ...]:
+def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
     """Return the blocks of the derived network as they run, and what the runtime takes besides."""
     table = limit.table
     assert table is not None
-    total = limit.amount(record.indices)
+    total = limit.amount(run.indices)
     chosen = {
         position.name: (choice, row[i])
         for position, choice, row, i in zip(
-            record.space.positions, record.arch.choices, table.cells, record.indices, strict=True
+            run.space.positions, run.arch.choices, table.cells, run.indices, strict=True
         )
     }
     fixed = {name: ("", cell) for name, cell in table.fixed}
-    parts = skeleton(record.space)
+    parts = skeleton(run.space)
     order = [part.name if isinstance(part, BlockSpec) else part.position.name for part in parts]
     blocks = {**fixed, **chosen}
     return tuple(
@@ -322,10 +236,10 @@ def _block_costs(record: Record, limit: Limit) -> tuple[BlockCost, ...]:
     )
 
 
-def _flips(record: Record, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
+def _flips(run: FinishedRun, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
     """Yield for each position what it holds along the curve of the limit `at`."""
-    limit = record.limits[at]
-    for number, position in enumerate(record.space.positions):
+    limit = run.limits[at]
+    for number, position in enumerate(run.space.positions):
         flips: list[Flip] = []
         for point in curve:
             name = position.names[point.indices[number]]
@@ -334,11 +248,11 @@ def _flips(record: Record, curve: Sequence[CurvePoint], at: int) -> Iterator[tup
         yield tuple(flips)
 
 
-def _stories(record: Record, own: Indices, prices: Sequence[float]) -> Iterator[PositionStory]:
+def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -> Iterator[PositionStory]:
     """Yield why each position holds what it does; `prices` are those of the devices, in their order."""
-    devices = [limit for limit in record.limits if limit.table is not None]
-    for at, position in enumerate(record.space.positions):
-        names, row, choice = position.names, record.searched.scores[at], record.indices[at]
+    devices = [limit for limit in run.limits if limit.table is not None]
+    for at, position in enumerate(run.space.positions):
+        names, row, choice = position.names, run.searched.scores[at], run.indices[at]
         cells = [limit.cells[at] for limit in devices]
         cheapest = min(range(len(names)), key=lambda j: (cells[0][j], j))
         # what each candidate takes more than the choice, on each device, and what that is worth
@@ -348,7 +262,7 @@ def _stories(record: Record, own: Indices, prices: Sequence[float]) -> Iterator[
         others = [j for j in range(len(names)) if names[j] != "identity"]
         if names[choice] == "identity" and others:
             best = max(others, key=lambda j: row[j] - row[choice] - worth[j])
-            reason = _why_identity(record, own, at, best, worth[best])
+            reason = _why_identity(run, own, at, best, worth[best])
         yield PositionStory(
             position.name,
             names[choice],
@@ -361,23 +275,23 @@ def _stories(record: Record, own: Indices, prices: Sequence[float]) -> Iterator[
         )
 
 
-def _why_identity(record: Record, own: Indices, at: int, best: int, worth: float) -> str:
+def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:
     """Say why a block is not where identity is, of all its candidates the one that pays best.
 
     `worth` is what its latency is worth on all devices, in nats.
     """
-    row, choice = record.searched.scores[at], record.indices[at]
+    row, choice = run.searched.scores[at], run.indices[at]
     gain = row[best] - row[choice]
     if gain <= 0:
         return "no block lowers the loss here"
     if gain < worth:
         return f"too dear: its latency is worth {worth:.3f} nats"
     left = []
-    for limit in record.limits:
-        room = max(0.0, limit.limit - limit.amount(record.indices))
+    for limit in run.limits:
+        room = max(0.0, limit.limit - limit.amount(run.indices))
         if limit.cells[at][best] - limit.cells[at][choice] > room:
             left.append(limit.describe(room) + (f" on {limit.name}" if limit.table is not None else ""))
     if left:
         dear = f"pays, but only {' and '.join(left)} are left"
-        return dear if own != record.indices else f"{dear}, and no exchange of blocks gains"
+        return dear if own != run.indices else f"{dear}, and no exchange of blocks gains"
     return "pays and would fit: the network was chosen by its accuracy on held-out images"

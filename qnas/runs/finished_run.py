@@ -1,7 +1,7 @@
-"""A finished search as its folder holds it: what was asked, what was found, and the tables it rests on.
+"""A finished search, read from its folder: its request, its results and its latency tables.
 
-Nothing but the folder is read, and no torch imported: a run can be explained years later, on a machine
-that knows neither its device nor its data.
+Only the folder is read, and torch is not imported: a run can be explained years later, on a machine that
+has neither its device nor its data.
 """
 
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from typing import Any
 
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.common.files import read_json
-from qnas.latency.table import read_table
+from qnas.latency.table_file import read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
-from qnas.solver.derive import Scores
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.solver.solve import Scores
 from qnas.spaces.arch import Arch, make_arch, read_arch_document
 from qnas.spaces.space import SearchSpace, load_space
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What a finished search knows of the networks of its space."""
+    """The scores that a finished search gave the candidates of its space."""
 
     log_probabilities: Scores
     effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
@@ -30,14 +30,14 @@ class Searched:
 
     @property
     def scores(self) -> Scores:
-        """Return what derivation maximises."""
+        """The scores whose sum derivation maximises."""
         if self.effects is None:
             return self.log_probabilities
         return tuple(tuple(-nats for nats in row) for row in self.effects)
 
 
 def read_searched(folder: Path, space: SearchSpace) -> Searched:
-    """Read what a finished search ended with.
+    """Read the scores of a finished search.
 
     Raises CheckpointError where the folder holds none for this space.
     """
@@ -72,7 +72,7 @@ def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
 
 
 @dataclass(frozen=True)
-class Record:
+class FinishedRun:
     """A finished search."""
 
     folder: Path
@@ -90,7 +90,26 @@ class Record:
         return self.arch.indices(self.space)
 
 
-def read_record(folder: Path, document: Mapping[str, Any] | None = None) -> Record:
+def asked_devices(run: FinishedRun) -> list[str]:
+    """Return the devices that were asked for, by name or path; those of arch.json where none is recorded."""
+    asked = [entry["device"] for entry in run.config.get("limits", ()) if "device" in entry]
+    return asked or [limit.name for limit in run.limits if limit.table is not None]
+
+
+def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a run's config.json does not say what a ranking on images needs."""
+    known = {**config, **{f"search.{key}": value for key, value in config.get("search", {}).items()}}
+    missing = [
+        key for key in ("data", "data_digest", "search.resolution_px", "search.threads") if key not in known
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: no {', '.join(missing)}: without it networks cannot be ranked on "
+            "held-out images"
+        )
+
+
+def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -> FinishedRun:
     """Read a finished search; `document` is its arch.json where that is about to be written.
 
     Raises CheckpointError, ArchError, SpaceError or TableError where the folder holds no whole search.
@@ -101,7 +120,7 @@ def read_record(folder: Path, document: Mapping[str, Any] | None = None) -> Reco
     space = load_space(folder / SPACE_FILE)
     if document["space_digest"] != space.digest:
         raise ArchError(f"{folder / ARCH_FILE}: of another space than {folder / SPACE_FILE}")
-    return Record(
+    return FinishedRun(
         folder,
         read_json(folder / CONFIG_FILE, CheckpointError),
         document,
@@ -114,7 +133,7 @@ def read_record(folder: Path, document: Mapping[str, Any] | None = None) -> Reco
 
 
 def read_limits(folder: Path, document: Mapping[str, Any], space: SearchSpace) -> Limits:
-    """Return what the network of an arch.json is within, with latencies from the tables beside it."""
+    """Return the limits of an arch.json, with latencies from the tables beside it."""
     return tuple(_limit(folder, entry, space) for entry in document["limits"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qnas.common.errors import ArchError
 from qnas.runs.names import ARCH_FILE, SPACE_FILE
-from qnas.spaces.arch import Arch, read_arch, read_arch_document
+from qnas.spaces.arch import Arch, only_arch, read_arch, read_arch_document
 from qnas.spaces.space import SearchSpace, load_space
 
 
@@ -34,3 +34,13 @@ def find_arch(path: Path, space: str | None = None) -> FoundArch:
     beside = file.parent / SPACE_FILE
     found = load_space(space or (beside if beside.is_file() else document["space"]))
     return FoundArch(found, read_arch(file, found), document, file.parent)
+
+
+def find_network(target: str | Path, space: str | None = None) -> tuple[SearchSpace, Arch | None]:
+    """Return the space and architecture of a run, an arch.json or a fixed space; None for other spaces."""
+    path = Path(target)
+    if path.is_dir() or path.suffix == ".json":
+        found = find_arch(path, space)
+        return found.space, found.arch
+    searched = load_space(target)
+    return searched, only_arch(searched) if searched.is_fixed else None

@@ -53,6 +53,13 @@ RECIPE_FILE = "recipe.yaml"
 SPEED_FILE = "speed.json"  # measured on this machine, so not a part of the result
 SAMPLE_FILE = "sample.safetensors"  # some test images, with which an export is checked
 
+# what a new run in the folder of a former one removes; first what says that the former one is complete
+CLEARED_FILES = (
+    *(ARCH_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE, SUPERNET_FILE, BUDGET_PLOT_FILE, REPORT_FILE),
+    *(BROKEN_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE, SPEED_FILE),
+)
+CLEARED_FOLDERS = (SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER, TENSORBOARD_FOLDER)
+
 
 def table_file(device: str) -> str:
     """Return the name of a run's copy of a device's latency table."""

@@ -2,7 +2,7 @@
 
 Budgets over a device's whole range are solved exactly by what the search knows of its candidates. Of
 networks that are equal the smallest budget stays. A search learns most of networks near its own budget:
-each point carries whether `derive.far_from_searched` takes it for far from that.
+each point carries whether `far_from_searched` says that it is far from that.
 """
 
 import csv
@@ -15,16 +15,10 @@ import numpy as np
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.intervals import wilson
-from qnas.runs.finished_run import Record
-from qnas.solver.derive import (
-    Indices,
-    Solution,
-    expected_amount,
-    far_from_searched,
-    near_searched,
-    solve_best,
-)
+from qnas.runs.finished_run import FinishedRun
 from qnas.solver.limits import Limit, Limits
+from qnas.solver.searched_budget import expected_amount, far_from_searched, near_searched
+from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -109,7 +103,7 @@ def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
 
 
 def solve_budgets(
-    record: Record, limit: Limit, others: Limits, budgets_ms: Iterable[float], k: int
+    run: FinishedRun, limit: Limit, others: Limits, budgets_ms: Iterable[float], k: int
 ) -> tuple[Solved, ...]:
     """Return the k best networks within each budget in place of the limit's own, and within the others.
 
@@ -121,7 +115,7 @@ def solve_budgets(
         share = budget_ms / limit.budget
         within = (replace(limit, budget=budget_ms, limit=share * limit.limit), *others)
         try:
-            found.append(Solved(budget_ms, solve_best(record.space, record.searched.scores, within, k)))
+            found.append(Solved(budget_ms, solve_best(run.space, run.searched.scores, within, k)))
         except InfeasibleBudgetError as error:
             refused = error
     if not found and refused is not None:
@@ -130,9 +124,9 @@ def solve_budgets(
 
 
 def front_points(
-    record: Record,
+    run: FinishedRun,
     solved: Sequence[Solved],
-    accuracies: Mapping[Indices, Accuracy],
+    accuracies: Mapping[CandidateIndices, Accuracy],
     own_ms: float | None,
 ) -> tuple[Point, ...]:
     """Take the best network of each budget: of highest accuracy, or where none is known, of highest score.
@@ -140,7 +134,7 @@ def front_points(
     Of budgets that lead to one network the smallest stays; where one of these is the search's own, the
     point says so.
     """
-    space, searched = record.space, record.searched
+    space, searched = run.space, run.searched
     labels = block_labels(space)
     points: dict[tuple[int, ...], Point] = {}
     for each in solved:
@@ -179,9 +173,9 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(marked)
 
 
-def make_front(record: Record, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
+def make_front(run: FinishedRun, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
     """Put together what is known of a device."""
-    log_probabilities, pressed = record.searched.log_probabilities, record.searched.pressed
+    log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
     return Front(
         limit.name,
         limit.least,
@@ -189,8 +183,8 @@ def make_front(record: Record, limit: Limit, points: tuple[Point, ...], own_ms: 
         expected_amount(log_probabilities, limit),
         near_searched(log_probabilities, limit, pressed=pressed),
         own_ms,
-        limit.amount(record.indices),
-        record.found["derived"].get("heldout_accuracy"),
+        limit.amount(run.indices),
+        run.found["derived"].get("heldout_accuracy"),
         points,
     )
 

@@ -19,27 +19,12 @@ from qnas.common.files import read_json, write_json, write_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.names import (
     ARCH_FILE,
-    BEST_FILE,
-    BROKEN_FILE,
-    BUDGET_PLOT_FILE,
+    CLEARED_FILES,
+    CLEARED_FOLDERS,
     CONFIG_FILE,
-    DERIVED_FOLDER,
-    EPOCHS_FILE,
-    EXPORT_FOLDER,
     LOCK_FILE,
-    METRICS_FILE,
-    PARETO_FOLDER,
-    PREDICTIONS_FILE,
-    REPORT_FILE,
     RESULT_FILE,
     RUNS_FOLDER,
-    SAMPLE_FILE,
-    SEARCH_FILE,
-    SPEED_FILE,
-    SUBNET_FOLDER,
-    SUPERNET_FILE,
-    TENSORBOARD_FOLDER,
-    WEIGHTS_FILE,
 )
 
 
@@ -191,23 +176,9 @@ def _partials(folder: Path) -> list[Path]:
 
 def _clear(folder: Path) -> None:
     """Remove a former run's files, and what was made from them."""
-    # first what says that the run is complete: a kill in between must not leave that alone
-    written = (
-        METRICS_FILE,
-        EPOCHS_FILE,
-        SUPERNET_FILE,
-        BUDGET_PLOT_FILE,
-        REPORT_FILE,
-        BROKEN_FILE,
-        SEARCH_FILE,
-        WEIGHTS_FILE,
-        BEST_FILE,
-        PREDICTIONS_FILE,
-        SAMPLE_FILE,
-        SPEED_FILE,
-    )
-    for stale in (ARCH_FILE, RESULT_FILE, *written):
+    # in this order: a kill in between must not leave what says that the run is complete alone
+    for stale in CLEARED_FILES:
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()
-    for made_from_it in (SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER, TENSORBOARD_FOLDER):
+    for made_from_it in CLEARED_FOLDERS:
         shutil.rmtree(folder / made_from_it, ignore_errors=True)

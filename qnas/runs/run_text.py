@@ -6,7 +6,8 @@ from typing import Any
 from qnas.common.units import format_count, format_ms
 from qnas.runs.compare import Comparison, Contestant, Measured
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
-from qnas.runs.text import describe_budgets, field, short_name, table_rows, wrapped
+from qnas.runs.latency_text import describe_budgets
+from qnas.runs.text import field, short_name, table_rows, wrapped
 
 
 def describe_fronts(document: Mapping[str, Any]) -> str:

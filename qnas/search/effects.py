@@ -28,8 +28,9 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from qnas.solver.derive import Indices, Scores, sample_near, solve
 from qnas.solver.limits import Limits
+from qnas.solver.sampling import sample_near
+from qnas.solver.solve import CandidateIndices, Scores, solve
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.lower import BlockSpec, fill, skeleton
 from qnas.spaces.space import SearchSpace
@@ -45,7 +46,7 @@ STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
 # Cross-entropies in nats, (networks, B), of networks given by their candidates' numbers, on each of some
 # images (B, C, H, W) with labels (B,).
-Losses = Callable[[Sequence[Indices], Tensor, Tensor], Tensor]
+Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def measure_effects(
 
 def draw_networks(
     limits: Limits, log_probabilities: Scores, networks: int, rng: np.random.Generator
-) -> list[Indices]:
+) -> list[CandidateIndices]:
     """Draw networks within all limits by their probabilities; fewer where they are rare.
 
     Their latencies on the first device lie between a share of that of the most probable network within
@@ -121,7 +122,10 @@ def draw_networks(
 
 
 def fit_effects(
-    space: SearchSpace, networks: Sequence[Indices], losses: NDArray[np.float64], groups: NDArray[np.int64]
+    space: SearchSpace,
+    networks: Sequence[CandidateIndices],
+    losses: NDArray[np.float64],
+    groups: NDArray[np.int64],
 ) -> Effects:
     """Fit the additive model to losses (n,) of networks, of which those of a group saw the same images.
 

@@ -19,7 +19,7 @@ from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.search.effects import Losses
 from qnas.search.state import SearchState
-from qnas.solver.derive import Indices
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
@@ -64,7 +64,7 @@ def evaluator_of(state: SearchState) -> Evaluator:
     classes = len(problem.data.classes)
 
     @torch.no_grad()
-    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         supernet.eval()
         with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
             rows = [problem.objective.loss(supernet(images, network), labels) for network in networks]
@@ -109,7 +109,7 @@ def saved_evaluator(folder: Path, config: Mapping[str, Any], space: SearchSpace)
         return network
 
     @torch.no_grad()
-    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         found = []
         for indices in networks:
             network = build(arch_from_indices(space, indices)).to(device).eval()

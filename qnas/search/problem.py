@@ -8,8 +8,8 @@ from qnas.data.image_data import ImageData
 from qnas.nn.supernet import LimitTensors, candidate_mask, limit_tensors
 from qnas.search.config import SearchConfig
 from qnas.search.schedule import Schedule
-from qnas.solver.derive import check_feasible
 from qnas.solver.limits import Limits
+from qnas.solver.solve import check_feasible
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import Acceleration, choose_acceleration
 from qnas.training.losses import Objective, make_objective

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qnas.data.image_data import ImageData, Split
 from qnas.search.effects import Losses
-from qnas.solver.derive import Solution
+from qnas.solver.solve import Solution
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace

@@ -20,9 +20,8 @@ from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json, write_json
 from qnas.common.progress import Display, silent
 from qnas.data.broken_images import broken_copies
-from qnas.latency.device import load_device
-from qnas.latency.prediction import predict_arch
-from qnas.latency.table import table_text
+from qnas.latency.prediction import DEVICE, predict_arch
+from qnas.latency.table_file import table_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.names import (
     ARCH_FILE,
@@ -45,7 +44,10 @@ from qnas.search.rerank import Ranked, ranking_document
 from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection, count_screened, select
 from qnas.search.state import SearchState
-from qnas.solver.derive import Indices, Solution, largest, macs_guided, sample_near, solution_document
+from qnas.solver.limits import Limits
+from qnas.solver.sampling import sample_near
+from qnas.solver.solution_document import solution_document
+from qnas.solver.solve import CandidateIndices, Solution, largest, macs_guided
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace
@@ -142,7 +144,7 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], displa
     draw_budget(
         read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=state.multiplier.bound
     )
-    layers = _layers(problem.space, derived.arch, request)
+    layers = _layers(problem.space, derived.arch, problem.limits, request.get("latency", DEVICE))
     write_json(folder / SEARCH_FILE, _search_document(result) | {"layers": layers})
     save_supernet(folder / SUPERNET_FILE, state.supernet.state_dict())
     document = _arch_document(result, request)
@@ -170,7 +172,7 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> tupl
     guided = macs_guided(space, selection.scores, limits)
     most = largest(space, limits)
     networks = [solution.indices, most.indices, *([guided.indices] if guided else []), *random]
-    evaluator, tested = evaluator_of(state), dict[Indices, NetworkScore]()
+    evaluator, tested = evaluator_of(state), dict[CandidateIndices, NetworkScore]()
     with display(len(set(networks)), "compare") as progress:
         for indices in networks:
             if indices not in tested:
@@ -183,7 +185,7 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> tupl
     )
 
 
-def network_score(problem: Problem, evaluator: Evaluator, indices: Indices) -> NetworkScore:
+def network_score(problem: Problem, evaluator: Evaluator, indices: CandidateIndices) -> NetworkScore:
     """Evaluate a network of the supernet, given by its candidates' indices, on the test images."""
     arch = arch_from_indices(problem.space, indices)
     found = evaluator.classify(arch, problem.data.test)
@@ -262,12 +264,13 @@ def _search_document(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _layers(space: SearchSpace, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the latency of each kernel on each device of the request, where its source tells."""
-    devices = [load_device(entry["device"]) for entry in request.get("limits", []) if "device" in entry]
+def _layers(space: SearchSpace, arch: Arch, limits: Limits, latency: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the latency of each kernel of a network on each device that it is limited on."""
+    devices = [limit.table.origin for limit in limits if limit.table is not None]
     return {
-        device.name: [vars(part) for part in predict_arch(request["latency"], device, space, arch).parts]
+        device.name: [vars(part) for part in predict_arch(latency, device, space, arch).parts]
         for device in devices
+        if device is not None
     }
 
 

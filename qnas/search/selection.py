@@ -13,7 +13,7 @@ from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
 from qnas.search.problem import Problem
 from qnas.search.rerank import Ranked, rerank, screen
 from qnas.search.state import SearchState
-from qnas.solver.derive import Scores, Solution, solve_best
+from qnas.solver.solve import Scores, Solution, solve_best
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
 

@@ -13,7 +13,7 @@ from qnas.nn.supernet import Supernet, expected_latency, largest_ratio, log_prob
 from qnas.search.diagnostics import Watch, make_watch
 from qnas.search.penalty import Multiplier
 from qnas.search.problem import Problem
-from qnas.solver.derive import Scores
+from qnas.solver.solve import Scores
 from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
 from qnas.training.optimizer import PathAdamW, make_optimizer, make_schedule

@@ -18,7 +18,7 @@ from qnas.common import host
 from qnas.common.errors import TableError
 from qnas.common.intervals import LEVEL, wilson
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import load_table
+from qnas.latency.device_table import load_table
 from qnas.runs.found_arch import FoundArch
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.training.acceleration import Acceleration

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 from qnas.commands.profile import profile
 from qnas.common.errors import CheckpointError, Interrupted, TableError
-from qnas.deploy.profiling import COPIES, NETWORKS, Profile, distinct_parts, profile_space
+from qnas.deploy.distinct_blocks import COPIES, distinct_blocks
+from qnas.deploy.profiling import NETWORKS, Profile, profile_space
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import Maker, host_stopwatch
 from qnas.latency.device import load_device
-from qnas.latency.table import RUNTIME, load_table
+from qnas.latency.device_table import load_table
+from qnas.latency.table import RUNTIME
 from qnas.nn.blocks import build_block, count_parameters
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import Slot, count_params, fill, lower, skeleton
@@ -77,7 +79,7 @@ class Machine:
 
 
 def test_every_block_of_a_space_is_a_part_once(tiny_space: SearchSpace) -> None:
-    parts = distinct_parts(tiny_space)
+    parts = distinct_blocks(tiny_space)
     # four candidates at 8 channels, one at 16, a transition, stem and head: identity costs nothing
     assert [part.name for part in parts.values()] == [
         "stem",
@@ -97,7 +99,7 @@ def test_every_block_of_a_space_is_a_part_once(tiny_space: SearchSpace) -> None:
 @pytest.mark.parametrize("name", ["quadranet-small", "proxyless-mobile", "quadranet25-xxs"])
 def test_a_part_takes_its_input_and_a_chain_fits_itself(name: str) -> None:
     space = load_space(name)
-    for part in distinct_parts(space).values():
+    for part in distinct_blocks(space).values():
         if part.block.layers[0].resolution_px > 32:
             continue
         with torch.no_grad():
@@ -106,7 +108,7 @@ def test_a_part_takes_its_input_and_a_chain_fits_itself(name: str) -> None:
 
 
 def test_a_chain_has_weights_of_its_own_and_norms_that_do_something(tiny_space: SearchSpace) -> None:
-    part = next(p for p in distinct_parts(tiny_space).values() if p.copies > 1)
+    part = next(p for p in distinct_blocks(tiny_space).values() if p.copies > 1)
     chain = part.build()
     assert count_parameters(chain) == COPIES * count_parameters(build_block(part.block))
     for norm in (m for m in chain.modules() if isinstance(m, nn.LayerNorm)):

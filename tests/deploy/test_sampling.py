@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.deploy.sampling import CSV_FILE, choose_networks, write_sample
 from qnas.latency.device import load_device
+from qnas.latency.device_table import load_table
 from qnas.latency.fitting.measurements import read_measured
-from qnas.latency.table import LatencyTable, load_table
+from qnas.latency.table import LatencyTable
 from qnas.runs.found_arch import find_arch
-from qnas.solver.derive import sample_near
+from qnas.solver.sampling import sample_near
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

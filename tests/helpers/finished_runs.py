@@ -7,12 +7,15 @@ import numpy as np
 
 from qnas.common.files import write_json, write_text
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table, table_text
-from qnas.runs.finished_run import Record, read_record
+from qnas.latency.device_table import compute_table
+from qnas.latency.table_file import table_text
+from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.runs.pareto import Accuracy
-from qnas.solver.derive import Scores, expected_amount, solution_document, solve_best
 from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.solver.searched_budget import expected_amount
+from qnas.solver.solution_document import solution_document
+from qnas.solver.solve import Scores, solve_best
 from qnas.spaces.space import SearchSpace
 
 
@@ -41,7 +44,7 @@ def make_record(
     effects: bool = True,
     rank: int = 1,
     **config: Any,
-) -> Record:
+) -> FinishedRun:
     """Write the folder of a search whose first limit lies at this share of the device's range."""
     limits: Limits = ()
     for device in devices:
@@ -70,7 +73,7 @@ def make_record(
     }
     write_json(folder / SEARCH_FILE, found)
     write_json(folder / "arch.json", document)
-    return read_record(folder)
+    return read_finished_run(folder)
 
 
 def flat(accuracies: dict[tuple[int, ...], float], images: int = 287) -> dict[tuple[int, ...], Accuracy]:

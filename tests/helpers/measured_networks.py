@@ -7,9 +7,9 @@ import numpy as np
 
 from qnas.deploy.sampling import CSV_FILE
 from qnas.latency.device import load_device
+from qnas.latency.device_table import load_table
 from qnas.latency.fitting.measurements import Measured, read_measured, write_measured
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import load_table
 from qnas.spaces.space import load_space
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from qnas.common.errors import TableError
 from qnas.common.resources import shipped
+from qnas.latency import device as device_module
 from qnas.latency.device import Device, device_names, load_device, parse_device
+from qnas.latency.device_table import load_table
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import load_table
 from qnas.spaces.space import load_space
 
 DEVICES = list(device_names())
@@ -167,7 +168,7 @@ def test_a_kind_like_another_costs_what_the_other_costs() -> None:
     add = {"kind": "fitted", "terms": {"launch": 0.5, "kelements_in": 2.0}}
     device = parse_device(with_model(add=add, sub={"kind": "estimated", "like": "add"}), "mine")
     assert device.kernel_ms(Kernel("sub", 10, 20, 20)) == 0.5 + 2.0 * 10 * 10 * 20 / 1e3
-    assert device.kernel_model(Kernel("sub", 10, 20, 20)).kind == "estimated"
+    assert device.kernel_source(Kernel("sub", 10, 20, 20)) == "estimated"
 
 
 def test_a_kind_is_like_one_that_has_a_cost() -> None:
@@ -260,12 +261,40 @@ def test_a_shipped_device_file_works_from_elsewhere(tmp_path: Path) -> None:
     assert load_table(load_device(path), space) == load_table(load_device("gpu"), space)
 
 
+def test_a_file_is_parsed_once_until_its_text_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    parse = device_module.parse_device
+
+    def count(text: str, where: str) -> Device:
+        parsed.append(where)
+        return parse(text, where)
+
+    monkeypatch.setattr(device_module, "parse_device", count)
+    device_module._load_shipped.cache_clear()
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(OWN))
+    for _ in range(3):
+        assert load_device("vpu").name == "myriad-vpu"
+        assert load_device(path).title == "my device"
+        device_names()
+    assert sorted(parsed) == sorted([*(f"device {name}" for name in DEVICES), str(path)])
+    path.write_text(json.dumps(OWN | {"title": "my board"}))  # at once, of the same length
+    assert load_device(path).title == "my board"
+
+
+def test_a_device_is_taken_where_a_name_is() -> None:
+    device = load_device("vpu")
+    assert load_device(device) is device
+
+
 def test_tables_need_no_torch() -> None:
     code = (
-        "import sys; from qnas.latency.device import load_device; from qnas.latency.table import load_table, "
-        "compute_table; from qnas.spaces.space import load_space; s = load_space('quadranet-mobile'); "
+        "import sys; from qnas.latency.device import load_device; "
+        "from qnas.latency.device_table import load_table, compute_table; "
+        "from qnas.spaces.space import load_space; s = load_space('quadranet-mobile'); "
         "compute_table(load_device('vpu'), s); load_table(load_device('vpu'), s); "
-        "import qnas.latency.fitting.fit; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.gradients import GRADIENTS
 from qnas.nn.mixed_block import FactoredMixture, Gated
 from qnas.nn.modes import GRADIENT_FORMS, GradientForm, WeightsMode, gradient_for

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.mixed_block import Choice, FactoredMixture, Gated, Grid, IndependentChoice, Route
 from qnas.nn.modes import WEIGHTS_MODES, WeightsMode
 from qnas.nn.supernet import (

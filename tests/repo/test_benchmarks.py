@@ -16,7 +16,7 @@ from helpers.places import ROOT
 
 from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.spaces.arch import arch_from_indices, sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

@@ -8,7 +8,7 @@ from helpers.finished_runs import make_record
 from qnas.common.errors import ArchError, UsageError
 from qnas.common.intervals import wilson
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.compare import compare
 from qnas.runs.run_text import describe_comparison
 from qnas.spaces.space import SearchSpace, load_space, parse_space

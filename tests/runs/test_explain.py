@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers.finished_runs import make_record
 
-from qnas.runs.explain import CurvePoint, Explanation, OnDevice, explain, price_at, round_step
-from qnas.runs.finished_run import Record
+from qnas.runs.budget_curve import CurvePoint, price_at
+from qnas.runs.explain import Explanation, OnDevice, explain, round_step
+from qnas.runs.finished_run import FinishedRun
 from qnas.runs.run_text import describe_explanation
 from qnas.solver.limits import Limit
 from qnas.spaces.block_order import block_labels
@@ -18,7 +19,7 @@ from qnas.spaces.space import SearchSpace, load_space
 SEEDS = range(6)
 
 
-def every_network(record: Record, at: int = 0) -> list[tuple[float, float]]:
+def every_network(record: FinishedRun, at: int = 0) -> list[tuple[float, float]]:
     """Latency and loss of every network of the space that is within all limits but one."""
     limit, scores = record.limits[at], record.searched.scores
     others = (*record.limits[:at], *record.limits[at + 1 :])
@@ -30,11 +31,11 @@ def every_network(record: Record, at: int = 0) -> list[tuple[float, float]]:
     return found
 
 
-def least_loss(record: Record, latency_ms: float, at: int = 0) -> float:
+def least_loss(record: FinishedRun, latency_ms: float, at: int = 0) -> float:
     return min(loss for ms, loss in every_network(record, at) if ms <= latency_ms)
 
 
-def on_devices(record: Record) -> Iterator[tuple[int, Limit, OnDevice]]:
+def on_devices(record: FinishedRun) -> Iterator[tuple[int, Limit, OnDevice]]:
     """Yield what is explained of each device, with its limit's number."""
     found = explain(record).devices
     limits = [limit for limit in record.limits if limit.table is not None]
@@ -43,7 +44,7 @@ def on_devices(record: Record) -> Iterator[tuple[int, Limit, OnDevice]]:
 
 
 @pytest.fixture(params=SEEDS)
-def record(request: pytest.FixtureRequest, tiny_space: SearchSpace, tmp_path: Path) -> Record:
+def record(request: pytest.FixtureRequest, tiny_space: SearchSpace, tmp_path: Path) -> FinishedRun:
     share = np.random.default_rng(request.param).uniform(0.1, 0.9)
     most = 4600 if request.param % 3 == 2 else None
     devices = ("vpu", "cpu") if request.param % 2 else ("vpu",)
@@ -52,7 +53,7 @@ def record(request: pytest.FixtureRequest, tiny_space: SearchSpace, tmp_path: Pa
     )
 
 
-def test_the_curve_is_the_least_loss_of_every_budget(record: Record) -> None:
+def test_the_curve_is_the_least_loss_of_every_budget(record: FinishedRun) -> None:
     for at, limit, d in on_devices(record):
         own, curve = least_loss(record, limit.limit, at), d.curve
         assert [p.latency_ms for p in curve] == sorted(p.latency_ms for p in curve)
@@ -64,7 +65,7 @@ def test_the_curve_is_the_least_loss_of_every_budget(record: Record) -> None:
                 assert point.loss == pytest.approx(least_loss(record, budget_ms, at) - own, abs=1e-9)
 
 
-def test_near_the_budget_no_network_of_the_curve_is_missed(record: Record) -> None:
+def test_near_the_budget_no_network_of_the_curve_is_missed(record: FinishedRun) -> None:
     for at, limit, d in on_devices(record):
         low, high = (limit.limit + sign * d.step_ms for sign in (-1, 1))
         staircase, best = [], np.inf
@@ -78,7 +79,7 @@ def test_near_the_budget_no_network_of_the_curve_is_missed(record: Record) -> No
             assert min(abs(ms - other) for other in found) < 1e-9
 
 
-def test_more_and_less_latency_lead_to_the_best_networks_there(record: Record) -> None:
+def test_more_and_less_latency_lead_to_the_best_networks_there(record: FinishedRun) -> None:
     for at, limit, d in on_devices(record):
         own = least_loss(record, limit.limit, at)
         fastest = min(ms for ms, _ in every_network(record, at))
@@ -102,7 +103,7 @@ def test_more_and_less_latency_lead_to_the_best_networks_there(record: Record) -
                 assert all(change.before != change.after for change in exchange.changes)
 
 
-def test_blocks_add_up_to_the_network(record: Record) -> None:
+def test_blocks_add_up_to_the_network(record: FinishedRun) -> None:
     for entry, (_, _, d) in zip(record.document["limits"], on_devices(record), strict=False):
         assert sum(block.latency_ms for block in d.blocks) == pytest.approx(entry["amount"])
         assert sum(block.share for block in d.blocks) == pytest.approx(1)
@@ -110,7 +111,7 @@ def test_blocks_add_up_to_the_network(record: Record) -> None:
         assert [block.name for block in d.blocks][:3] == ["stem", "1.1", "1.2"]
 
 
-def test_flips_are_those_of_the_curve(record: Record) -> None:
+def test_flips_are_those_of_the_curve(record: FinishedRun) -> None:
     for _, _, d in on_devices(record):
         for at, flips in enumerate(d.flips):
             names = record.space.positions[at].names
@@ -120,7 +121,7 @@ def test_flips_are_those_of_the_curve(record: Record) -> None:
             assert all(a.choice != b.choice for a, b in itertools.pairwise(flips))
 
 
-def test_the_reason_of_an_identity_holds(record: Record) -> None:
+def test_the_reason_of_an_identity_holds(record: FinishedRun) -> None:
     e = explain(record)
     devices = [limit for limit in record.limits if limit.table is not None]
     for at, story in enumerate(e.positions):

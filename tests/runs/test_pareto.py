@@ -11,8 +11,8 @@ from PIL import Image
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
-from qnas.runs.finished_run import Record
+from qnas.latency.device_table import compute_table
+from qnas.runs.finished_run import FinishedRun
 from qnas.runs.pareto import (
     COLUMNS,
     front_points,
@@ -24,32 +24,32 @@ from qnas.runs.pareto import (
 )
 from qnas.runs.plots import draw_fronts
 from qnas.runs.run_text import describe_fronts
-from qnas.solver.derive import FAR
 from qnas.solver.limits import Limit, count_limit, latency_limit
+from qnas.solver.searched_budget import FAR
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.space import SearchSpace
 
 
 @pytest.fixture
-def record(tiny_space: SearchSpace, tmp_path: Path) -> Record:
+def record(tiny_space: SearchSpace, tmp_path: Path) -> FinishedRun:
     return make_record(tmp_path, tiny_space)
 
 
-def limit_on(record: Record, device: str = "vpu") -> Limit:
+def limit_on(record: FinishedRun, device: str = "vpu") -> Limit:
     table = compute_table(load_device(device), record.space)
     return latency_limit(table, table.slowest_ms)
 
 
-def networks(record: Record) -> list[tuple[int, ...]]:
+def networks(record: FinishedRun) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(len(p.candidates)) for p in record.space.positions)))
 
 
-def score(record: Record, network: tuple[int, ...]) -> float:
+def score(record: FinishedRun, network: tuple[int, ...]) -> float:
     return sum(row[i] for row, i in zip(record.searched.scores, network, strict=True))
 
 
-def test_budgets_reach_from_the_fastest_network_to_the_slowest(record: Record) -> None:
+def test_budgets_reach_from_the_fastest_network_to_the_slowest(record: FinishedRun) -> None:
     limit = limit_on(record)
     budgets = spread_budgets(limit, 6, own_ms=1.234)
     assert len(budgets) == 7
@@ -64,7 +64,7 @@ def test_budgets_reach_from_the_fastest_network_to_the_slowest(record: Record) -
     assert spread_budgets(kept, 2, None) == pytest.approx([1.2 * limit.least, 1.2 * limit.most])
 
 
-def test_each_point_is_the_best_network_within_its_budget(record: Record) -> None:
+def test_each_point_is_the_best_network_within_its_budget(record: FinishedRun) -> None:
     limit = limit_on(record)
     budgets = spread_budgets(limit, 12, None)
     points = front_points(record, solve_budgets(record, limit, (), budgets, 3), {}, None)
@@ -82,7 +82,7 @@ def test_each_point_is_the_best_network_within_its_budget(record: Record) -> Non
     assert len(sequences) == len(set(sequences)) < len(budgets)
 
 
-def test_the_network_of_highest_accuracy_is_taken_and_the_front_marked_by_it(record: Record) -> None:
+def test_the_network_of_highest_accuracy_is_taken_and_the_front_marked_by_it(record: FinishedRun) -> None:
     limit = limit_on(record)
     solved = solve_budgets(record, limit, (), spread_budgets(limit, 8, None), 4)
     rng = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_the_network_of_highest_accuracy_is_taken_and_the_front_marked_by_it(rec
     assert not all(point.on_front for point in points)
 
 
-def test_the_searchs_own_budget_and_what_is_far_from_it_are_marked(record: Record) -> None:
+def test_the_searchs_own_budget_and_what_is_far_from_it_are_marked(record: FinishedRun) -> None:
     limit, own_ms = limit_on(record), record.limits[0].budget
     budgets = spread_budgets(limit, 8, own_ms)
     points = front_points(record, solve_budgets(record, limit, (), budgets, 1), {}, own_ms)
@@ -117,7 +117,7 @@ def test_the_searchs_own_budget_and_what_is_far_from_it_are_marked(record: Recor
     assert make_front(unpressed, limit, points, own_ms).trusted_ms == (low, None)
 
 
-def test_the_other_limits_hold_and_what_they_leave_nothing_of_is_left_out(record: Record) -> None:
+def test_the_other_limits_hold_and_what_they_leave_nothing_of_is_left_out(record: FinishedRun) -> None:
     limit = limit_on(record)
     params = count_limit(record.space, "params", 0.0)
     params = replace(params, limit=(params.least + params.most) / 2)
@@ -131,7 +131,7 @@ def test_the_other_limits_hold_and_what_they_leave_nothing_of_is_left_out(record
         solve_budgets(record, limit, (nothing,), spread_budgets(limit, 8, None), 1)
 
 
-def test_csv_and_picture_hold_what_the_json_does(record: Record, tmp_path: Path) -> None:
+def test_csv_and_picture_hold_what_the_json_does(record: FinishedRun, tmp_path: Path) -> None:
     fronts = []
     for device in ("vpu", "cpu"):
         limit = limit_on(record, device)

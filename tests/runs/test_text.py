@@ -5,7 +5,8 @@ import pytest
 from helpers.exported import neural_space
 
 from qnas.common.resources import stems
-from qnas.runs.text import choices_by_stage, describe_network, describe_space, short_name
+from qnas.runs.network_text import choices_by_stage, describe_network, describe_space
+from qnas.runs.text import short_name
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

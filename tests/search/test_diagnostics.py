@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from qnas.common.errors import TrainingError
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import compute_table, load_table
+from qnas.latency.device_table import compute_table, load_table
 from qnas.search.diagnostics import Sight, Undecided, Watch, make_watch, undecided
 from qnas.solver.limits import Limit, count_limit, latency_limit
 from qnas.spaces.space import SearchSpace, load_space

@@ -18,7 +18,8 @@ from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import LatencyTable, compute_table
+from qnas.latency.device_table import compute_table
+from qnas.latency.table import LatencyTable
 from qnas.search.config import SearchConfig
 from qnas.search.effects import (
     IMAGES,
@@ -33,8 +34,9 @@ from qnas.search.effects import (
 from qnas.search.evaluator import evaluator_of
 from qnas.search.searcher import Searcher
 from qnas.search.selection import count_effect_networks, effects_of
-from qnas.solver.derive import Indices, Scores, sample_near
 from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.solver.sampling import sample_near
+from qnas.solver.solve import CandidateIndices, Scores
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.space import SearchSpace, load_space
@@ -89,14 +91,14 @@ def flat(space: SearchSpace) -> Scores:
     return tuple((0.0,) * len(position.candidates) for position in space.positions)
 
 
-def random_networks(space: SearchSpace, n: int, seed: int) -> list[Indices]:
+def random_networks(space: SearchSpace, n: int, seed: int) -> list[CandidateIndices]:
     """Draw networks with the blocks of a stage first."""
     rng, labels = np.random.default_rng(seed), block_labels(space)
     drawn = [tuple(int(rng.integers(len(p.candidates))) for p in space.positions) for _ in range(n)]
     return [place_blocks_first(labels, network) for network in drawn]
 
 
-def total(effects: Scores, networks: Sequence[Indices]) -> NDArray[np.float64]:
+def total(effects: Scores, networks: Sequence[CandidateIndices]) -> NDArray[np.float64]:
     return np.array([sum(effects[i][j] for i, j in enumerate(network)) for network in networks])
 
 
@@ -135,7 +137,7 @@ def test_a_network_of_least_loss_scores_highest(tiny_space: SearchSpace) -> None
     assert total(true, [best])[0] <= np.quantile(total(true, every), 0.02)
 
 
-def every_network(space: SearchSpace) -> list[Indices]:
+def every_network(space: SearchSpace) -> list[CandidateIndices]:
     """Return all networks, each once, with their blocks first."""
     labels = block_labels(space)
     paths = product(*(range(len(p.candidates)) for p in space.positions))
@@ -154,9 +156,9 @@ def test_no_placement_scores_above_the_one_that_was_measured(tiny_space: SearchS
 
 
 def test_networks_are_measured_with_their_blocks_first(tiny_space: SearchSpace, limits: Limits) -> None:
-    measured: list[Indices] = []
+    measured: list[CandidateIndices] = []
 
-    def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(together: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         measured.extend(together)
         return torch.tensor(total(planted(tiny_space, 0), together))[:, None].repeat(1, 3)
 
@@ -176,7 +178,7 @@ def test_losses_that_follow_no_effects_give_none(tiny_space: SearchSpace, limits
     def measure(noise: float, networks: int = 100) -> bool:
         true = planted(tiny_space, 0)
 
-        def losses(together: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+        def losses(together: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
             return torch.tensor(total(true, together) + rng.normal(0, noise, len(together)))[:, None]
 
         batches = iter([(torch.zeros(1), torch.zeros(1))] * networks)
@@ -265,7 +267,7 @@ def test_a_batch_serves_the_networks_that_are_compared(
     evaluator = evaluator_of(searcher.state)
     losses = evaluator.losses
 
-    def look(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def look(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         seen.append((len(networks), len(images), images))
         return losses(networks, images, labels)
 

@@ -12,15 +12,15 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet, save_tensors
 from qnas.search.evaluator import Evaluator
 from qnas.search.rerank import SCREEN_IMAGES, prefer, ranking_document, rerank, screen
 from qnas.search.selection import rerank_saved
-from qnas.solver.derive import Indices, Solution, solve_best
 from qnas.solver.limits import latency_limit
+from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
@@ -103,7 +103,7 @@ def test_networks_to_prefer_by_one_batch_are_kept_by_their_score(
     by_network = dict(zip((s.indices for s in solutions), [0.5, 0.2, 0.9, 0.1, 0.3], strict=True))
     batches: list[Tensor] = []
 
-    def losses(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         batches.append(images)
         assert len(images) == len(labels) == min(SCREEN_IMAGES, len(digits.heldout))
         return torch.tensor([[by_network[network]] * len(images) for network in networks])
@@ -114,7 +114,7 @@ def test_networks_to_prefer_by_one_batch_are_kept_by_their_score(
     assert screen(tiny_space, solutions, digits, losses, 5, CPU) == solutions
     assert len(batches) == 5
 
-    def alike(networks: Sequence[Indices], images: Tensor, labels: Tensor) -> Tensor:
+    def alike(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros(len(networks), len(images))
 
     largest = sorted(

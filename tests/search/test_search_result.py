@@ -17,7 +17,7 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import read_searched
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
@@ -29,8 +29,8 @@ from qnas.search.rerank import ranking_document
 from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
 from qnas.search.searcher import Searcher
 from qnas.search.selection import effects_of, rerank_saved, screen_solutions
-from qnas.solver.derive import largest, macs_guided, solve_best
 from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace, parse_space

@@ -26,7 +26,8 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import LatencyTable, compute_table, load_table
+from qnas.latency.device_table import compute_table, load_table
+from qnas.latency.table import LatencyTable
 from qnas.nn.mixed_block import Gated, Route
 from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet
@@ -40,8 +41,9 @@ from qnas.search.problem import check_searchable
 from qnas.search.schedule import FINAL_TEMPERATURE, SNAPSHOTS
 from qnas.search.search_result import run_search
 from qnas.search.searcher import Searcher
-from qnas.solver.derive import sample_near, solve
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.solver.sampling import sample_near
+from qnas.solver.solve import solve
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
 from qnas.training.supernet_weights import inherit

@@ -4,7 +4,7 @@ import pytest
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.solver.limits import COUNTS, Count, check_limits, count_limit, latency_limit
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import count_macs, count_params, lower

@@ -10,7 +10,7 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import QuadraBlock
 from qnas.search.config import SearchConfig
 from qnas.search.searcher import Searcher

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qnas.latency.device import device_names, load_device
-from qnas.latency.table import compute_table
+from qnas.latency.device_table import compute_table
 from qnas.runs.found_arch import FoundArch
 from qnas.spaces.arch import sample_arch
 from qnas.spaces.lower import count_macs, count_params, lower

@@ -25,11 +25,13 @@ OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes the same
 _EXPORTED_BATCH = 3  # none of those that a file is checked with, so that one that got frozen is noticed
 
 
-def trace_onnx(reference: nn.Module, shape: tuple[int, ...], where: str) -> onnx.ModelProto:
+def trace_onnx(
+    reference: nn.Module, shape: tuple[int, ...], where: str, *, batch: int | None = None
+) -> onnx.ModelProto:
     """Return a module's graph, `images` (batch, *shape) -> `logits`, as it is deployed; not checked.
 
-    The module is left as it is; `where` names it in messages. Raises ExportError where torch cannot
-    export it.
+    The batch is free unless it is given. The module is left as it is; `where` names it in messages.
+    Raises ExportError where torch cannot export it.
     """
     # contiguous weights: the exporter would write a transposition for each channels_last one
     network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
@@ -38,10 +40,10 @@ def trace_onnx(reference: nn.Module, shape: tuple[int, ...], where: str) -> onnx
         with silence():
             program = torch.onnx.export(
                 network,
-                (torch.zeros(_EXPORTED_BATCH, *shape),),
+                (torch.zeros(batch or _EXPORTED_BATCH, *shape),),
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                dynamic_shapes=({0: torch.export.Dim(BATCH)},) if batch is None else None,
                 opset_version=OPSET,
                 dynamo=True,
                 external_data=False,

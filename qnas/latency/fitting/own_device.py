@@ -38,7 +38,7 @@ LEAST_SPREAD = 1.2  # slowest over fastest network
 SEED = 0
 
 _FUSION = "edge"
-_FOLDS = 10
+FOLDS = 10
 _INNER_FOLDS = 5
 _RIDGES = tuple(10.0**e for e in range(-7, 0))
 _FREE = 0.02  # of a network's latency: what a term without a rate may well contribute
@@ -82,7 +82,7 @@ class OwnFit:
 def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[float], where: str) -> OwnFit:
     """Fit what kernels cost to the latencies of networks of a space, in ms, a value each.
 
-    Accuracy is that of `_FOLDS`-fold cross-validation, the choice of the ridge included. Raises
+    Accuracy is that of `FOLDS`-fold cross-validation, the choice of the ridge included. Raises
     TableError, with what to do, where the networks cannot carry a model: `where` names them.
     """
     measured = np.array(latency_ms, dtype=np.float64)
@@ -97,7 +97,7 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
     _check_number(len(archs), terms, where)
     _check_spread(measured, where)
     predicted = np.empty_like(measured)
-    for held in _folds(len(measured), _FOLDS):
+    for held in folds(len(measured), FOLDS):
         weights, _ = _fit_best(columns, matrix[~held], measured[~held])
         predicted[held] = matrix[held] @ weights
     accuracy = figures(predicted, measured)
@@ -200,8 +200,7 @@ def _check_spread(measured: Array, where: str) -> None:
 
 def _check_accuracy(accuracy: Figures, measured: Array, where: str) -> None:
     """Raise TableError where the model is no better than one latency for all networks."""
-    best = float(np.sum(1 / measured) / np.sum(1 / measured**2))  # of least relative squares
-    constant = 100 * float(np.sqrt(np.mean((best / measured - 1) ** 2)))
+    constant = constant_error_pct(measured)
     if accuracy.rmspe_pct > 0.5 * constant:
         raise TableError(
             f"{where}, latency_ms: times do not follow the networks: predictions of networks left out are "
@@ -210,16 +209,22 @@ def _check_accuracy(accuracy: Figures, measured: Array, where: str) -> None:
         )
 
 
-def _folds(n: int, folds: int) -> list[npt.NDArray[np.bool_]]:
+def constant_error_pct(measured: Array) -> float:
+    """Return the relative error, in percent, of the one latency that is best for all networks."""
+    best = float(np.sum(1 / measured) / np.sum(1 / measured**2))  # of least relative squares
+    return 100 * float(np.sqrt(np.mean((best / measured - 1) ** 2)))
+
+
+def folds(n: int, count: int) -> list[npt.NDArray[np.bool_]]:
     """Return which rows each fold holds out, in a fixed random order."""
-    number = np.random.default_rng(SEED).permutation(n) % folds
-    return [number == fold for fold in range(folds)]
+    number = np.random.default_rng(SEED).permutation(n) % count
+    return [number == fold for fold in range(count)]
 
 
 def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tuple[Array, float]:
     """Return the weights at the ridge that predicts best what is left out, and the ridge."""
     errors = dict.fromkeys(_RIDGES, 0.0)
-    for held in _folds(len(latency_ms), _INNER_FOLDS):
+    for held in folds(len(latency_ms), _INNER_FOLDS):
         prior = _Prior(columns, matrix[~held], latency_ms[~held])
         for ridge in _RIDGES:
             predicted = matrix[held] @ prior.fit(matrix[~held], latency_ms[~held], ridge)

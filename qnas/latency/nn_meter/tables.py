@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from qnas.common.errors import TableError
-from qnas.latency import table
 from qnas.latency.device import Device
+from qnas.latency.device_table import KernelRow, all_blocks, build_table, load_table
 from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.forests import Forest
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, KernelRow, LatencyTable
-from qnas.spaces.lower import BlockSpec, fill, skeleton
+from qnas.latency.table import DECIMALS, Cell, LatencyTable
+from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
 
 REQUIREMENTS = '"nn-meter>=2.0,<3" "setuptools>=77.0.3,<81"'  # nn-Meter needs its pkg_resources
@@ -152,27 +152,20 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
     """Return the table of a space's deployed networks by nn-Meter. Raises TableError as `map_kernels`."""
 
     def default() -> str:
-        own = table.load_table(device, space)
+        own = load_table(device, space)
         bounds = dict.fromkeys(f"{ms:.4g}" for ms in (own.fastest_ms, own.slowest_ms))
         return f"{' to '.join(bounds)} ms for {space.name}"
 
     _check_imported(device, default)
-    parts = skeleton(space)
-    rows_of = [
-        [part] if isinstance(part, BlockSpec) else [fill(space, part, c) for c in part.position.candidates]
-        for part in parts
-    ]
-    kernels = [[fuse(block.layers, device.fusion) for block in row] for row in rows_of]
-    estimates = estimate(device, (kernel for row in kernels for block in row for kernel in block))
-    cells = [
-        [_cell([_row("", kernel, estimates[kernel]) for kernel in block]) for block in row] for row in kernels
-    ]
-    fixed = [(RUNTIME, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"))]
-    fixed += [
-        (part.name, row[0]) for part, row in zip(parts, cells, strict=True) if isinstance(part, BlockSpec)
-    ]
-    choices = [tuple(row) for part, row in zip(parts, cells, strict=True) if not isinstance(part, BlockSpec)]
-    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(choices))
+    kernels = (fuse(block.layers, device.fusion) for block, _ in all_blocks(space))
+    estimates = estimate(device, (kernel for of_block in kernels for kernel in of_block))
+
+    def price(block: BlockSpec) -> Cell:
+        return _cell([_row("", kernel, estimates[kernel]) for kernel in fuse(block.layers, device.fusion)])
+
+    return build_table(
+        device, space, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"), price
+    )
 
 
 def _row(name: str, kernel: Kernel, found: Estimate) -> MappedRow:

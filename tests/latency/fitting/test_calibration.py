@@ -9,6 +9,7 @@ import pytest
 
 from qnas.common.errors import CheckpointError, TableError
 from qnas.latency.device import load_device
+from qnas.latency.device_table import load_table
 from qnas.latency.fitting.calibration import (
     CALIBRATED,
     LEAST_FITTED,
@@ -19,7 +20,8 @@ from qnas.latency.fitting.calibration import (
     margin_networks,
     write_calibrated,
 )
-from qnas.latency.table import RUNTIME, load_table, table_text
+from qnas.latency.table import RUNTIME
+from qnas.latency.table_file import table_text
 from qnas.spaces.space import SearchSpace
 
 DAY = date(2026, 1, 1)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from qnas.common.errors import TableError
 from qnas.deploy.sampling import choose_networks
 from qnas.latency.device import Device, load_device
+from qnas.latency.device_table import compute_table, load_table
 from qnas.latency.features import FEATURES
 from qnas.latency.fitting.own_device import (
     _OTHER_KINDS,
@@ -19,7 +20,6 @@ from qnas.latency.fitting.own_device import (
     fit_own,
     own_device,
 )
-from qnas.latency.table import compute_table, load_table
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
 from qnas.spaces.space import SearchSpace, load_space
 

@@ -21,16 +21,17 @@ from sklearn.ensemble import ExtraTreesRegressor, RandomForestClassifier, Random
 
 from qnas.common.errors import TableError
 from qnas.latency.nn_meter.forests import Forest
-from qnas.latency.nn_meter.pickles import Limits, read_forest
+from qnas.latency.nn_meter.pickle_machine import PickleBounds
+from qnas.latency.nn_meter.pickles import read_forest
 
 DATA = FILES
 
 
-def read(content: bytes, limits: Limits | None = None) -> Forest:
+def read(content: bytes, limits: PickleBounds | None = None) -> Forest:
     return read_forest(io.BytesIO(content), "x.pkl", limits)
 
 
-def refused(content: bytes, limits: Limits | None = None) -> str:
+def refused(content: bytes, limits: PickleBounds | None = None) -> str:
     with pytest.raises(TableError, match=r"^x\.pkl: ") as caught:
         read(content, limits)
     return str(caught.value)
@@ -328,7 +329,7 @@ def test_damage_gives_a_forest_or_a_refusal_and_nothing_else() -> None:
 
 
 def test_opcodes_are_bounded() -> None:
-    assert "more than 1000 opcodes" in refused(b"]" + b"N" * 10_000, Limits(opcodes=1000))
+    assert "more than 1000 opcodes" in refused(b"]" + b"N" * 10_000, PickleBounds(opcodes=1000))
 
 
 def test_values_nested_a_million_times_are_refused_without_harm() -> None:
@@ -342,7 +343,7 @@ def test_values_nested_a_million_times_are_refused_without_harm() -> None:
 
 
 def test_too_many_values_are_refused() -> None:
-    assert "too many values" in refused(b"N" * 1000, Limits(stack=100))
+    assert "too many values" in refused(b"N" * 1000, PickleBounds(stack=100))
 
 
 def test_a_memo_number_takes_no_room() -> None:
@@ -365,18 +366,18 @@ def test_a_size_that_the_file_does_not_have_takes_no_room(opcode: bytes) -> None
 
 def test_texts_are_bounded() -> None:
     assert "more than 1000 bytes of text" in refused(
-        (b"X" + struct.pack("<I", 200) + bytes(200)) * 20, Limits(all_text_bytes=1000)
+        (b"X" + struct.pack("<I", 200) + bytes(200)) * 20, PickleBounds(all_text_bytes=1000)
     )
     assert "a text of 5000 bytes" in refused(b"X" + struct.pack("<I", 5000) + bytes(5000))
 
 
 def test_arrays_that_are_held_are_bounded_and_those_of_trees_let_go() -> None:
     block = b"B" + struct.pack("<I", 6000) + bytes(6000)
-    assert "held already" in refused(b"]" + (block + b"a") * 5 + b".", Limits(held_bytes=20_000))
+    assert "held already" in refused(b"]" + (block + b"a") * 5 + b".", PickleBounds(held_bytes=20_000))
     forest, x = train_forest(trees=30, rows=200)
     content = pickle.dumps(forest)
     assert len(content) > 400_000
-    np.testing.assert_allclose(read(content, Limits(held_bytes=40_000)).predict(x), forest.predict(x))
+    np.testing.assert_allclose(read(content, PickleBounds(held_bytes=40_000)).predict(x), forest.predict(x))
 
 
 def test_the_bytes_of_an_array_are_used_once() -> None:

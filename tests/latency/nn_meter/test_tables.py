@@ -10,15 +10,16 @@ from sklearn.ensemble import RandomForestRegressor
 
 from qnas.common.errors import TableError
 from qnas.common.resources import stems
-from qnas.latency import table
 from qnas.latency.device import Device, load_device
+from qnas.latency.device_table import load_table
 from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.nn_meter.forests import Forest
 from qnas.latency.nn_meter.predictors import FEATURE_COUNTS, PUBLISHED, import_predictors
 from qnas.latency.nn_meter.tables import CHOICES, cover, describe_mapping, estimate, in_range, predict_rows
-from qnas.solver.derive import solve
+from qnas.latency.table_file import read_table, write_table
 from qnas.solver.limits import latency_limit
+from qnas.solver.solve import solve
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec, fill, skeleton
 from qnas.spaces.space import SearchSpace, load_space
@@ -175,8 +176,8 @@ def test_a_table_is_the_sum_of_the_rows(device: str, tiny_space: SearchSpace, tm
         indices = [k] * len(found.cells)
         assert found.latency_ms(indices) == pytest.approx(math.fsum(r.latency_ms for r in rows), abs=1e-4)
         assert found.coverage(indices) == pytest.approx(cover(rows).shares["direct"], abs=1e-5)
-    table.write_table(found, tiny_space, tmp_path / device / "tiny.csv")
-    read = table.read_table(tmp_path / device / "tiny.csv", tiny_space)
+    write_table(found, tiny_space, tmp_path / device / "tiny.csv")
+    read = read_table(tmp_path / device / "tiny.csv", tiny_space)
     assert read == found
     assert read.digest == found.digest
 
@@ -286,7 +287,7 @@ def test_without_predictors_the_message_says_all_that_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_space: SearchSpace
 ) -> None:
     monkeypatch.setenv("QNAS_HOME", str(tmp_path))
-    own = table.load_table(load_device("vpu"), tiny_space)
+    own = load_table(load_device("vpu"), tiny_space)
     with pytest.raises(TableError) as caught:
         nn_meter.compute_table(load_device("vpu"), tiny_space)
     message = str(caught.value)

@@ -17,7 +17,7 @@ from helpers.run_documents import documents_of, value_at
 
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.runs.explain import explain
-from qnas.runs.finished_run import read_record
+from qnas.runs.finished_run import read_finished_run
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import (
     METRICS_FILE,
@@ -149,7 +149,7 @@ def test_the_confusion_matrix_is_that_of_the_predictions(whole: Path) -> None:
 def test_probabilities_of_every_position_and_the_explanation_are_there(whole: Path) -> None:
     text = (whole / REPORT_FILE).read_text()
     assert re.findall(r"probabilities of position ([\d.]+)", text) == ["1.1", "1.2", "2.1", "2.2"]
-    e = explain(read_record(whole))
+    e = explain(read_finished_run(whole))
     for d in e.devices:
         assert f"What latency is worth on {d.device}" in text
         assert f"{d.price:.3g} nats a millisecond" in text

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from fitting.layernorm import fit_layernorm, read_blocks
 
 from qnas.common.errors import TableError
-from qnas.latency.fitting.layernorm import fit_layernorm, read_blocks
 from qnas.latency.kernels import Kernel
 
 

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fitting.operators import PLANS, Plan, fit_grid, fit_operators, held_out, read_operators
 from helpers.places import LATENCY_DATA
 
 from qnas.common.errors import TableError
 from qnas.latency.device import load_device
 from qnas.latency.evaluation import figures
-from qnas.latency.fitting.operators import PLANS, Plan, fit_grid, fit_operators, held_out, read_operators
 from qnas.latency.kernels import Kernel
 
 DATA = LATENCY_DATA / "a100_ops.csv"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fitting.fit import Form, design, fit_networks, fit_relative, fit_robust, scaled, summed
 from helpers.places import LATENCY_DATA, ROOT
 from scipy import sparse
 
 from qnas.latency.device import load_device
 from qnas.latency.features import FEATURES
-from qnas.latency.fitting.fit import Form, design, fit_networks, fit_relative, fit_robust, scaled, summed
 from qnas.latency.kernels import Kernel
 
 DATA = LATENCY_DATA

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fitting.fit import fit_robust, scaled
 from qnas.common.errors import TableError
 from qnas.latency.features import FEATURES
-from qnas.latency.fitting.fit import fit_robust, scaled
 from qnas.latency.kernels import Kernel
 
 _NORM_FEATURES = ("launch", "kelements_in", "kpixels")

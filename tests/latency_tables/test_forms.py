@@ -8,16 +8,16 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from fitting.fit import HELD_OUT, SEED
+from fitting.forms import FORMS
 from helpers.places import LATENCY_DATA
 
 from qnas.common.resources import shipped, stems
 from qnas.latency.device import load_device
+from qnas.latency.device_table import compute_table
 from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
 from qnas.latency.features import FEATURES
-from qnas.latency.fitting.fit import HELD_OUT, SEED
-from qnas.latency.fitting.forms import FORMS
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import compute_table
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import load_space
 
@@ -153,7 +153,7 @@ def test_a_table_takes_well_under_half_a_second_and_no_torch() -> None:
     # processor time, a tenth of which is needed: a busy machine must not fail the test
     code = (
         "import sys, time; from qnas.latency.device import load_device; "
-        "from qnas.latency.table import compute_table; from qnas.spaces.space import load_space\n"
+        "from qnas.latency.device_table import compute_table; from qnas.spaces.space import load_space\n"
         "for name in ('cortex-a76', 'myriad-vpu', 'adreno-640', 'adreno-630'):\n"
         "    device, space, start = load_device(name), load_space('quadranet-mobile'), time.process_time()\n"
         "    compute_table(device, space)\n"

@@ -9,7 +9,7 @@ them differ is in no term; the others are then met the better.
 Totals do not pin down the cost of a kernel that is rare or always in the same company. Three things
 stand for what they cannot tell, and hold up when a whole family of networks is left out: few terms a
 kernel, each with a meaning on the device; weights that kinds of kernels share, such as one pass over
-a map; and floors, such as a launch. qnas.latency.fitting.forms has them for each device.
+a map; and floors, such as a launch. fitting.forms has them for each device.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

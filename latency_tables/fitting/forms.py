@@ -7,7 +7,7 @@ pass, or none, is how the runtimes run them; the multiples are not fitted.
 
 from collections.abc import Mapping
 
-from qnas.latency.fitting.fit import Column, Form
+from fitting.fit import Column, Form
 
 
 def _passes(name: str, multiples: Mapping[str, float]) -> dict[str, dict[Column, float]]:

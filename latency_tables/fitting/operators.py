@@ -22,10 +22,10 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
+from fitting.fit import HELD_OUT, SEED
 from qnas.common.errors import TableError
 from qnas.latency.device import Figures
 from qnas.latency.evaluation import figures
-from qnas.latency.fitting.fit import HELD_OUT, SEED
 from qnas.latency.grid import AXES, Grid, locate
 from qnas.latency.kernels import Kernel
 

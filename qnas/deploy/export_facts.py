@@ -1,0 +1,86 @@
+"""What exported files and their card say of the network."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qnas.common.intervals import wilson
+from qnas.deploy.export.card import SCHEMA, kept_files
+from qnas.deploy.export.formats import Exported
+from qnas.deploy.export.product import Product
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import WEIGHTS_FILE
+from qnas.runs.run_folder import read_config
+from qnas.spaces.lower import count_macs
+
+
+def _describe_input(found: FoundArch, px: int) -> str:
+    colours = {1: "grey", 3: "RGB"}.get(found.space.input.channels, f"{found.space.input.channels} channels")
+    return f"{colours} in 0 to 1, minus mean, over std; the central square, resized to {px} x {px} px"
+
+
+def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
+    """Return what a user of the file needs: metadata are strings, lists are written as JSON."""
+    known = {
+        "classes": result["classes"],
+        "mean": result["mean"],
+        "std": result["std"],
+        "input": _describe_input(found, px),
+        "test_accuracy": result["test_accuracy"],
+        "trained_resolution_px": result["resolution_px"],
+        "space": found.space.name,
+        "choices": list(found.arch.choices),
+        "latency_device": found.document.get("device"),
+        "latency_budget_ms": found.document.get("budget_ms"),
+        "latency_predicted_ms": found.document.get("latency_ms"),
+        "latency_resolution_px": found.space.input.resolution_px,
+    }
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items() if v is not None}
+
+
+def card_document(
+    trained: Path,
+    found: FoundArch,
+    result: Mapping[str, Any],
+    product: Product,
+    files: Sequence[Exported],
+    measured: Mapping[str, Mapping[str, Any]],
+    out: Path,
+) -> dict[str, Any]:
+    """Return the content of a card.json: the network, its training, its accuracy and its files."""
+    config, document = read_config(trained), found.document
+    weights = hashlib.sha256((trained / WEIGHTS_FILE).read_bytes()).hexdigest()
+    entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
+    accuracy, n = result["test_accuracy"], result["test_images"]
+    return {
+        "schema": SCHEMA,
+        "name": product.name,
+        "task": {
+            "kind": "image classification",
+            "classes": list(product.classes),
+            "input": _describe_input(found, product.resolution_px),
+            "mean": list(product.mean),
+            "std": list(product.std),
+        },
+        # where the data lie here is nobody's business
+        "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
+        "recipe": config.get("train", {}).get("recipe", {}),
+        "from_supernet": config.get("from_supernet", False),
+        "accuracy": {"top1": accuracy, "images": n, "interval95": list(wilson(accuracy, n))},
+        "network": {
+            "space": found.space.name,
+            "space_digest": found.space.digest,
+            "choices": list(found.arch.choices),
+            "resolution_px": product.resolution_px,
+            "macs": count_macs(product.blocks),
+            "params": result.get("params"),
+        },
+        "limits": document.get("limits", []),
+        "predicted_px": found.space.input.resolution_px,
+        "certificate": document.get("certificate"),
+        "weights_sha256": weights,
+        "versions": config.get("versions", {}),
+        "files": {**kept_files(out, weights), **entries},
+    }

@@ -1,0 +1,79 @@
+"""The images that exported files are checked and calibrated with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qnas.common.errors import CheckpointError, DataError
+from qnas.data.image_data import ImageData, Split, sample_images
+from qnas.data.loading import load_data
+from qnas.data.sources import parse_data_spec
+from qnas.deploy.export.product import Precision, RealImages
+from qnas.deploy.export_request import ExportRequest
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import SAMPLE_FILE
+from qnas.runs.tensors import load_tensors
+
+CALIBRATION_IMAGES = 256  # of the training images, for int8
+
+
+def checking_images(
+    trained: Path,
+    found: FoundArch,
+    result: Mapping[str, Any],
+    request: ExportRequest,
+    precision: Precision,
+    px: int,
+) -> tuple[RealImages, RealImages | None]:
+    """Return the images to check files with, and for int8 those that it is calibrated with.
+
+    Where the data that were trained on are not at hand, a check has the few test images that the
+    training kept.
+    """
+    try:
+        data = _load(request.data or result["data"], found, result, px)
+    except DataError as error:
+        if precision == "int8" or request.data is not None:
+            fix = "" if request.data else ": --data says where its calibration images are"
+            raise DataError(f"{error}{fix}") from error
+        return _kept_images(trained, result).at(px), None
+
+    def some(split: Split, n: int, what: str) -> RealImages:
+        pixels, labels = sample_images(split, n)
+        which = f"all {len(split)}" if len(labels) == len(split) else f"{len(labels)} of the {len(split)}"
+        source = f"{which} {what} images of {data.name}"
+        return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)
+
+    calibration = None
+    if precision == "int8":
+        calibration = some(data.train_and_heldout, CALIBRATION_IMAGES, "training")
+    return some(data.test, request.images, "test"), calibration
+
+
+def _load(spec: str, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
+    data = load_data(
+        parse_data_spec(spec),
+        resolution_px=px,
+        channels=found.space.input.channels,
+        memory_limit_bytes=0,  # so that only the images that are used are decoded
+        max_broken=None,  # those among them are left out
+        quiet=True,
+    )
+    if list(data.classes) != list(result["classes"]):
+        of_data, of_network = (
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            for names in (list(data.classes), list(result["classes"]))
+        )
+        raise DataError(f"data {spec}: the classes are {of_data}, the network's {of_network}")
+    return data
+
+
+def _kept_images(trained: Path, result: Mapping[str, Any]) -> RealImages:
+    kept = load_tensors(trained / SAMPLE_FILE)
+    images, labels = kept.get("images"), kept.get("labels")
+    if images is None or labels is None or images.dtype != torch.uint8 or images.ndim != 4:
+        raise CheckpointError(f"{trained / SAMPLE_FILE}: expected uint8 images (n, C, H, W) with labels")
+    source = f"the {len(labels)} test images that the training kept"
+    return RealImages(images, labels, tuple(result["mean"]), tuple(result["std"]), source)

@@ -1,0 +1,31 @@
+"""What an export is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qnas.common.errors import UsageError
+
+IMAGES = 512  # of the test images that files are checked with
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to write, how it is checked, and whether it is timed."""
+
+    formats: Sequence[str] = ("onnx",)
+    precision: str = "fp32"
+    resolution_px: int | None = None  # None: that of training
+    batch: int | None = None  # None: a free one
+    data: str | None = None  # None: what was trained on
+    images: int = IMAGES
+    max_drop: float | None = None  # of the accuracy; None: that of the precision
+    threads: int | None = None  # to time the files with; None: they are not timed
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise UsageError("--format: expected at least one format")
+        if self.threads is not None and self.batch not in (None, 1):
+            raise UsageError(f"--measure times one image: leave out --batch {self.batch}")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise UsageError(f"--max-drop {self.max_drop}: expected a share of the images, 0 to 1")

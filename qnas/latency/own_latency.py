@@ -1,0 +1,243 @@
+"""Devices whose latencies come from Python: a function of a layer, a block or a network, or measured blocks.
+
+Such a Device is used wherever the name of a device is: in tables, limits, predictions and the files of a
+run. It is not written to a device file, so a run that was searched with one keeps the table, not the
+function.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from qnas.common.errors import TableError, UsageError
+from qnas.latency.device import Device, Figures, Source, check_own_name
+from qnas.latency.device_table import build_table
+from qnas.latency.evaluation import Array, figures
+from qnas.latency.fitting.own_device import CROSS_VALIDATED, FOLDS, constant_error_pct, folds
+from qnas.latency.kernels import Kernel
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
+from qnas.latency.table_file import table_from_rows
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.lower import BlockSpec
+from qnas.spaces.space import SearchSpace
+
+ALL_NETWORKS = "all networks"  # the entry of a device's accuracy where a space has few
+NETWORKS_PER_EFFECT = 3  # that a function of networks is called for
+LEAST_NETWORKS = 50
+
+
+def device_from_function(
+    name: str,
+    *,
+    layer: Callable[[Kernel], float] | None = None,
+    block: Callable[[BlockSpec], float] | None = None,
+    network: Callable[[Arch], float] | None = None,
+    space: SearchSpace | None = None,
+    fixed_ms: float = 0.0,
+    kind: Source = "estimated",
+) -> Device:
+    """Return a device whose latencies, in ms for one image, are those of one function.
+
+    `layer` is called with each layer as a runtime executes it: a convolution with its norm and ReLU is one
+    `Kernel`. It prices networks of any space, ONNX files and modules. `block` is called with each candidate
+    at each position and each fixed block of a space. To both, `fixed_ms` is added for each network.
+    `network` is called with some networks of `space`, and its latencies are fitted by a sum over blocks,
+    since a search needs one: the device's `accuracy` holds the error of that sum on networks left out.
+    `kind` says whether the function rests on measurements. Raises UsageError unless exactly one function is
+    given, TableError where it does not return latencies or where no sum over blocks follows them.
+
+    >>> board = device_from_function("board", layer=lambda kernel: 0.001 * kernel.c_in)
+    >>> board.kernel_ms(Kernel("conv1x1", 28, 40, 160))
+    0.04
+    """
+    given = [what for what, f in (("layer", layer), ("block", block), ("network", network)) if f is not None]
+    if len(given) != 1:
+        raise UsageError(f"device {name}: expected one of layer, block and network, got {given or 'none'}")
+    if (network is not None) != (space is not None):
+        raise UsageError(f"device {name}: give a space with a function of networks, and only with one")
+    device = _device(name, f"a Python function of a {given[0]}", kind, fixed_ms)
+    if layer is not None:
+        return device.with_functions(kernel=layer)
+    if block is not None:
+        price = block
+        return device.with_functions(table=lambda of, searched: _price_blocks(of, searched, price))
+    assert network is not None
+    assert space is not None
+    return _fit_blocks(device, network, space)
+
+
+def device_from_blocks(
+    name: str,
+    blocks: Any,
+    space: SearchSpace,
+    *,
+    fixed_ms: float = 0.0,
+    kind: Source = "measured",
+) -> Device:
+    """Return a device from the measured blocks of a space: a CSV file, a DataFrame or dictionaries.
+
+    Rows have `position`, `candidate` (empty for fixed blocks) and `latency_ms`; the other columns of
+    latency_tables/DEVICE/SPACE.csv are checked where they are given. Identity takes 0 ms where it has no
+    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems of the
+    rows.
+    """
+    device = _device(name, "measured blocks", kind, fixed_ms)
+    where = str(blocks) if isinstance(blocks, str | Path) else f"device {name}"
+    records = [{key: _text(value) for key, value in row.items()} for row in _records(blocks)]
+    needed = ("position", "candidate", "latency_ms")
+    if lacking := [key for key in needed if any(key not in row for row in records)]:
+        raise TableError(f"{where}: columns missing: {', '.join(lacking)}")
+    default = {
+        "": Cell(0.0, 0.0, "no operator"),
+        RUNTIME: _cell(device, device.checked_ms(fixed_ms, RUNTIME), "given as fixed_ms"),
+    }
+    rows = ((f"row {number}", row) for number, row in enumerate(records, 1))
+    table = table_from_rows(rows, space, where=where, device=name, default=default)
+    return _with_table(device, table)
+
+
+def _device(name: str, source: str, kind: Source, fixed_ms: float) -> Device:
+    check_own_name(name)
+    return Device(
+        schema="qnas.device/1",
+        name=name,
+        title=f"{name}, from {source}",
+        runtime="not said",
+        precision="not said",
+        batch=1,
+        unit="ms",
+        kind=kind,
+        source=source,
+        date=date.today().isoformat(),
+        fixed_ms=fixed_ms,
+    )
+
+
+def _cell(device: Device, latency_ms: float, source: str) -> Cell:
+    latency_ms = round(latency_ms, DECIMALS)
+    estimated_ms = latency_ms if device.kind == "estimated" else 0.0
+    return Cell(latency_ms, estimated_ms, f"{device.kind}: {source}")
+
+
+def _with_table(device: Device, table: LatencyTable) -> Device:
+    """Return the device of one table."""
+
+    def load(of: Device, space: SearchSpace) -> LatencyTable:
+        if space.digest != table.space_digest:
+            raise TableError(
+                f"device {of.name}: its latencies are of space {table.space}, digest {table.space_digest}; "
+                f"for space {space.name}, digest {space.digest}, make another device"
+            )
+        return table
+
+    return device.with_functions(table=load)
+
+
+def _price_blocks(device: Device, space: SearchSpace, price: Callable[[BlockSpec], float]) -> LatencyTable:
+    def cell(block: BlockSpec) -> Cell:
+        latency_ms = device.checked_ms(price(block), f"block {block.name}") if block.layers else 0.0
+        return _cell(device, latency_ms, "a function of the block")
+
+    return build_table(device, space, _cell(device, device.fixed_ms, "given as fixed_ms"), cell)
+
+
+def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchSpace) -> Device:
+    """Fit a function of networks by a cell for each candidate and a fixed part, all at or above 0."""
+    indices, are_all = _design(space)
+    latency_ms = np.array(
+        [
+            device.checked_ms(network(arch), " ".join(arch.choices))
+            for arch in (arch_from_indices(space, tuple(map(int, row))) for row in indices)
+        ]
+    )
+    if (latency_ms == 0).any():
+        raise TableError(f"device {device.name}: its function returned 0 ms for a network")
+    sizes = [len(position.candidates) for position in space.positions]
+    matrix = _one_hot(indices, sizes)
+    weights = _fit(matrix, latency_ms)
+    predicted = matrix @ weights
+    if not are_all:
+        for held in folds(len(indices), FOLDS):
+            predicted[held] = matrix[held] @ _fit(matrix[~held], latency_ms[~held])
+    accuracy = figures(predicted, latency_ms)
+    _check_additive(device, accuracy, latency_ms)
+    # the same sums with the fastest candidate of each position at 0: the fixed part is the fastest network
+    rows = np.split(weights[1:], np.cumsum(sizes)[:-1])
+    fixed_ms = float(weights[0] + sum(row.min() for row in rows))
+    source = f"a function of the network, fitted to {len(indices)} networks"
+    entry = {ALL_NETWORKS if are_all else CROSS_VALIDATED: {"all": accuracy}}
+    device = device.model_copy(update={"source": source, "accuracy": entry})
+    table = build_table(device, space, _cell(device, fixed_ms, source), lambda _: _cell(device, 0.0, source))
+    cells = tuple(tuple(_cell(device, float(ms - row.min()), source) for ms in row) for row in rows)
+    return _with_table(
+        device, LatencyTable(table.device, table.space, table.space_digest, table.fixed, cells)
+    )
+
+
+def _design(space: SearchSpace) -> tuple[np.ndarray[Any, np.dtype[np.int64]], bool]:
+    """Return networks as rows of candidate numbers, and whether they are all networks of the space.
+
+    In a sample each candidate of a position occurs equally often, give or take one.
+    """
+    sizes = [len(position.candidates) for position in space.positions]
+    n = max(LEAST_NETWORKS, NETWORKS_PER_EFFECT * (1 + sum(size - 1 for size in sizes)))
+    if math.prod(sizes) <= n:
+        return np.array(list(product(*map(range, sizes))), dtype=np.int64), True
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(np.arange(n) % size) for size in sizes], axis=1), False
+
+
+def _one_hot(indices: np.ndarray[Any, np.dtype[np.int64]], sizes: list[int]) -> Array:
+    """(networks, positions) -> (networks, 1 + candidates), the first column ones."""
+    columns = [np.eye(size)[indices[:, at]] for at, size in enumerate(sizes)]
+    return np.concatenate([np.ones((len(indices), 1)), *columns], axis=1)
+
+
+def _fit(matrix: Array, latency_ms: Array) -> Array:
+    """Return the weights, 0 or more, of least squared relative error."""
+    weights, _ = nnls(matrix / latency_ms[:, None], np.ones(len(matrix)), maxiter=100 * matrix.shape[1])
+    return np.asarray(weights, dtype=np.float64)
+
+
+def _check_additive(device: Device, accuracy: Figures, latency_ms: Array) -> None:
+    """Raise TableError where a sum over blocks is hardly better than one latency for all networks."""
+    constant_pct = constant_error_pct(latency_ms)
+    if accuracy.rmspe_pct > 0.5 * constant_pct:
+        raise TableError(
+            f"device {device.name}: the latencies of its function do not follow a sum over blocks: the "
+            f"best sum is {accuracy.rmspe_pct:.1f}% off on networks left out, one latency for all networks "
+            f"{constant_pct:.1f}%; a search needs latencies that add up over blocks"
+        )
+
+
+def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a CSV file, of a DataFrame (pandas or polars), or the dictionaries themselves."""
+    if isinstance(blocks, str | Path):
+        try:
+            with Path(blocks).open(encoding="utf-8-sig", newline="") as file:
+                return list(csv.DictReader(file))
+        except FileNotFoundError:
+            raise TableError(f"{blocks}: no such file, expected a CSV of measured blocks") from None
+        except UnicodeDecodeError as error:
+            raise TableError(f"{blocks}: not a text file in UTF-8") from error
+    if hasattr(blocks, "to_dicts"):
+        return list(blocks.to_dicts())
+    if hasattr(blocks, "to_dict"):
+        return list(blocks.to_dict("records"))
+    return list(blocks)
+
+
+def _text(value: Any) -> str:
+    """Write a value as in a CSV file: nothing for None and NaN, whole numbers without a point."""
+    if value is None or value != value:  # NaN, whatever library it is of
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,132 @@
+"""Latencies, their accuracy and limits as text of at most 80 columns, and as JSON values."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qnas.common.units import format_count, format_ms
+from qnas.latency.device import Figures
+from qnas.latency.prediction import Prediction
+from qnas.latency.table import LatencyTable
+from qnas.runs.text import field, table_rows, wrapped
+from qnas.solver.limits import Limit, Limits
+from qnas.spaces.space import SearchSpace
+
+
+def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
+    """Show latencies by device, then on each device the layers that are dearest."""
+    lines = [
+        table_rows(
+            ("device", "latency", "from measurements", "with batch norm"),
+            [
+                (
+                    p.device,
+                    format_ms(p.latency_ms),
+                    f"{p.coverage:.0%}",
+                    format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-",
+                )
+                for p in predictions
+            ],
+        )
+    ]
+    for p in predictions:
+        lines += ["", f"{p.device}: the dearest layers"]
+        for layer in p.layers[:dearest]:
+            share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
+            begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
+            lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * len(begin)))
+        if p.note:
+            lines.append(field("  note", p.note))
+    return "\n".join(lines)
+
+
+def figures_facts(figures: Figures) -> dict[str, float | int | None]:
+    """Return figures as JSON values: shares and errors as fractions of 1."""
+    return {
+        "n": figures.n,
+        "rmspe": _fraction(figures.rmspe_pct),
+        "within_5": _fraction(figures.within_5_pct),
+        "within_10": _fraction(figures.within_10_pct),
+        "bias": _fraction(figures.bias_pct),
+        "spearman": figures.spearman,
+    }
+
+
+def _fraction(percent: float) -> float:
+    return round(percent / 100, 6)  # what the division adds to a rounded percentage is no figure
+
+
+def describe_figures(by_group: Mapping[str, Figures]) -> str:
+    """Show how predictions compare with measurements, a line a group, all of them last."""
+    groups = [*(name for name in by_group if name != "all"), "all"]
+    return table_rows(
+        ("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"),
+        [
+            (
+                name,
+                str(f.n),
+                f"{f.rmspe_pct:.1f}%",
+                f"{f.within_5_pct:.1f}%",
+                f"{f.within_10_pct:.1f}%",
+                f"{f.bias_pct:+.1f}%",
+                "-" if f.spearman is None else f"{f.spearman:.3f}",
+            )
+            for name, f in ((name, by_group[name]) for name in groups)
+        ],
+    )
+
+
+def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) -> str:
+    """Say what a network takes, against the budget, and what share of it rests on measurements."""
+    latency_ms = table.latency_ms(indices)
+    return (
+        f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
+        f"({latency_ms / budget_ms:.1%}); "
+        + (f"{table.margin:.1%} of margin kept; " if table.margin else "")
+        + f"{table.coverage(indices):.0%} from measurements"
+    )
+
+
+def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
+    """Say what a network takes on each device, each followed by its note where it has one."""
+    devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
+        yield field("" if i else "latency", latency_line(table, indices, budget_ms))
+        if note:
+            yield field("", note)
+
+
+def describe_limits(space: SearchSpace, limits: Limits) -> str:
+    """Say what networks of a space may take and what they do take, and which budgets mean little."""
+    lines = []
+    for limit in limits:
+        least, most = limit.describe(limit.least), limit.describe(limit.most)
+        where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
+        asked = f"{space.name} {where}within {limit.describe(limit.budget)}"
+        lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
+        if not limit.binds:
+            lines.append(_does_not_bind(limit))
+        if limit.table and limit.table.margin:
+            most_ms = limit.describe(limit.limit)
+            lines.append(
+                wrapped(f"a margin of {limit.table.margin:.1%} is kept: predictions may be up to {most_ms}")
+            )
+    return "\n".join(lines)
+
+
+def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Say what a network was searched for, from the `limits` of its arch.json.
+
+    >>> describe_budgets([{"name": "vpu", "unit": "ms", "budget": 30}])
+    '30.00 ms on vpu'
+    """
+    return " and ".join(
+        f"{format_ms(entry['budget'])} on {entry['name']}"
+        if entry["unit"] == "ms"
+        else f"{format_count(entry['budget'])} {entry['unit']}"
+        for entry in entries
+    )
+
+
+def _does_not_bind(limit: Limit) -> str:
+    what = "slowest network" if limit.table else "largest network"
+    return f"the budget does not bind: the {what} of the space is within it"

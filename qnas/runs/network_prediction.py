@@ -1,0 +1,49 @@
+"""The latency of any network: a run, an arch.json, a fixed space or an ONNX file."""
+
+from pathlib import Path
+
+from qnas.common.errors import ArchError
+from qnas.latency.device import Device, load_device
+from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
+from qnas.latency.prediction import DEVICE, Prediction, predict_arch, predict_file
+from qnas.runs.found_arch import find_network
+from qnas.spaces.arch import Arch
+from qnas.spaces.space import SearchSpace
+
+Network = OnnxNetwork | tuple[SearchSpace, Arch]
+
+
+def read_network(
+    target: str | Path, *, space: str | None = None, resolution_px: int | None = None
+) -> Network:
+    """Read the network of an ONNX file, a run's folder, an arch.json, or a fixed space by name or path.
+
+    `space` is the space of an arch.json that has no copy beside it, `resolution_px` the size of images
+    where an ONNX file leaves it free. Raises ArchError or SpaceError where there is no such network.
+    """
+    if Path(target).suffix == ".onnx":
+        return read_onnx(Path(target), resolution_px=resolution_px)
+    found, arch = find_network(target, space)
+    if arch is None:
+        raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")
+    return found, arch
+
+
+def predict_network(
+    network: Network | str | Path, device: Device | str | Path, *, latency: str = DEVICE
+) -> Prediction:
+    """Predict the latency of a network on a device, with the latency of each of its layers.
+
+    `latency` is "device" or "nn-meter". A network that is not read yet is read as by `read_network`.
+    Raises TableError where the device is unknown or cannot price the network.
+
+    >>> prediction = predict_network("quadranet25-xxs", "vpu")
+    >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"
+    '76.5 ms, 34% from measurements'
+    """
+    if isinstance(network, str | Path):
+        network = read_network(network)
+    known = load_device(device)
+    if isinstance(network, OnnxNetwork):
+        return predict_file(latency, known, network)
+    return predict_arch(latency, known, *network)

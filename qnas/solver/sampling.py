@@ -1,0 +1,66 @@
+"""Random networks of a given latency, by dynamic programming over latencies."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnas.latency.table import LatencyTable
+from qnas.solver.limits import Limits
+from qnas.solver.solve import CandidateIndices, Scores
+
+
+def sample_near(
+    table: LatencyTable,
+    low_ms: float,
+    high_ms: float,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    within: Limits = (),
+    weights: Scores | None = None,
+    bins: int = 4000,
+) -> list[CandidateIndices]:
+    """Draw networks whose latency lies in [low, high], all such networks about equally likely.
+
+    With `weights` of the candidates, the likelihood of a network is the product of its candidates' weights.
+    Dynamic programming counts the networks of each total of latencies rounded to bins; networks are drawn
+    backwards through the counts. A network that rounding put outside the window, or that is over one of the
+    limits `within`, is drawn again. Returns fewer than n, perhaps none, where such networks are rare.
+    """
+    room = high_ms - table.fixed_ms
+    if room <= 0:
+        return []
+    width = room / bins
+    steps = [np.rint(np.asarray(row) / width).astype(np.int64) for row in table.ms]
+    # rounding moves a total by up to half a bin a position: networks at the window's ends too are met
+    slack = len(steps) // 2 + 1
+    last = bins + slack
+    shares = [np.asarray(row) / sum(row) for row in weights or [[1.0] * len(row) for row in steps]]
+    # ways[i][b]: share of the choices of positions i.. that take b bins together
+    ways: list[NDArray[np.float64]] = [np.zeros(last + 1) for _ in range(len(steps) + 1)]
+    ways[-1][0] = 1.0
+    for i in range(len(steps) - 1, -1, -1):
+        for step, share in zip(steps[i], shares[i], strict=True):
+            if step <= last:
+                ways[i][step:] += share * ways[i + 1][: last + 1 - step]
+    first = max(0, math.floor((low_ms - table.fixed_ms) / width) - slack)
+    start = ways[0][first:]
+    if start.sum() <= 0:
+        return []
+    found: list[CandidateIndices] = []
+    for _ in range((200 if within else 20) * n):
+        left = first + int(rng.choice(len(start), p=start / start.sum()))
+        indices = []
+        for i, (row, share) in enumerate(zip(steps, shares, strict=True)):
+            after = np.where(row <= left, share * ways[i + 1][np.maximum(left - row, 0)], 0.0)
+            pick = int(rng.choice(len(row), p=after / after.sum()))
+            indices.append(pick)
+            left -= int(row[pick])
+        if low_ms <= table.latency_ms(indices) <= high_ms and all(
+            limit.amount(indices) <= limit.limit for limit in within
+        ):
+            found.append(tuple(indices))
+            if len(found) == n:
+                break
+    return found

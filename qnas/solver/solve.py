@@ -1,0 +1,123 @@
+"""The exact solve: the best networks within all limits.
+
+The score of a network is the sum of its candidates' scores: the measured effects (`search.effects`) or the
+logarithms of the probabilities. So the solve is a multiple-choice knapsack, maximise the sum of scores under
+sums of amounts, which `knapsack` solves with proof. The places of identities in a stage do not change a
+network (`block_order`): `solve_best` counts such placements once, with the highest score.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qnas.common.errors import InfeasibleBudgetError
+from qnas.solver.knapsack import k_best
+from qnas.solver.limits import Limits, check_limits, count_limit
+from qnas.spaces.block_order import Labels, block_labels
+from qnas.spaces.space import SearchSpace
+
+SOLVER = "qnas.knapsack"
+K_BEST = 20  # networks that are solved for, to be ranked on held-out images
+BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would choose
+
+Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
+CandidateIndices = tuple[int, ...]  # a network: the candidate's number at each position
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A network with the proof of its rank."""
+
+    indices: CandidateIndices
+    score: float  # sum of the chosen candidates' scores
+    limits: Limits  # that it meets
+    bound: float  # no network within the limits has a higher score than this
+    solver: str
+    rank: int = 1  # by score, from 1
+    solved: int = 1  # networks that were solved for, of which it is one
+
+    @property
+    def latency_ms(self) -> float:
+        """Return the latency on the first device."""
+        return self.limits[0].amount(self.indices)
+
+
+def solve(scores: Scores, limits: Limits) -> Solution:
+    """Return the network with the highest total score that is within all limits.
+
+    Its amounts, summed as `Limit.amount` sums them, are within every limit; its score is within 1e-9 of
+    the scores' range of the best. Raises InfeasibleBudgetError when there is none.
+    """
+    every = tuple(tuple(range(1, 1 + len(row))) for row in scores)
+    return _solutions(scores, limits, 1, every)[0]
+
+
+def check_feasible(limits: Limits) -> None:
+    """Raise InfeasibleBudgetError, with what is possible, if no network meets all the limits at once."""
+    # the network that uses least of all limits together
+    pressure = sum(np.concatenate([np.asarray(row) for row in limit.cells]) / limit.limit for limit in limits)
+    ends = np.cumsum([len(row) for row in limits[0].cells])[:-1]
+    solve(tuple(tuple((-part).tolist()) for part in np.split(np.asarray(pressure), ends)), limits)
+
+
+def solve_best(space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST) -> tuple[Solution, ...]:
+    """Return the k best networks within all limits, best first; fewer where there are fewer.
+
+    Each is another network: placements of identities that make the same one count once, with the score
+    of the best. Raises InfeasibleBudgetError when there is none.
+    """
+    return _solutions(scores, limits, k, block_labels(space))
+
+
+def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[Solution, ...]:
+    check_limits(limits)
+    found = k_best(scores, limits, k, labels)
+    if not found.networks:
+        wanted = " and ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
+        raise InfeasibleBudgetError(
+            f"found no network within {wanted} at once, though each is possible by itself: give more of one"
+        )
+    bound = max(found.scores[0], found.left_out)
+    return tuple(
+        Solution(network, score, limits, bound, SOLVER, rank, len(found.networks))
+        for rank, (network, score) in enumerate(zip(found.networks, found.scores, strict=True), 1)
+    )
+
+
+def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:
+    """Return the network that MACs alone would choose within these limits; None where there is none.
+
+    The scores are solved under a limit on MACs instead of the devices' limits. The limit is the largest,
+    by bisection to a 4096th of the range, whose solution meets the devices' limits too. Where MACs order
+    networks as the devices do, the solution is the derived network itself. Its limits and bound are those
+    of the solve under MACs.
+    """
+    devices = [limit for limit in limits if limit.table is not None]
+    asked = [limit for limit in limits if limit.table is None]
+    macs = count_limit(space, "macs", math.inf)
+
+    def solve_under(most: float) -> Solution | None:
+        try:
+            solution = solve(scores, (replace(macs, budget=most, limit=most), *asked))
+        except InfeasibleBudgetError:
+            return None
+        return solution if all(d.amount(solution.indices) <= d.limit for d in devices) else None
+
+    low, high = macs.least, macs.most
+    best = solve_under(high)
+    if best is not None:
+        return best
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = solve_under(middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return best or solve_under(macs.least)
+
+
+def largest(space: SearchSpace, limits: Limits) -> Solution:
+    """Return the network of the most MACs within all limits; its score is their number."""
+    return solve(count_limit(space, "macs", math.inf).cells, limits)
