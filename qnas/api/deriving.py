@@ -1,0 +1,214 @@
+"""A finished search solved again: for other budgets, or over a device's whole range of budgets.
+
+The solve takes milliseconds and no torch; ranking by held-out images takes the run's supernet and data.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnas.api.limits import AskedLimits, Budgets
+from qnas.api.results import DerivedNetwork, SearchResult
+from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.common.files import write_json, write_text
+from qnas.latency.device import Device, load_device
+from qnas.latency.prediction import DEVICE, table_from
+from qnas.latency.table import write_table
+from qnas.runs.finished_run import FinishedRun
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import ARCH_FILE, DERIVED_FOLDER, PARETO_FOLDER, SPACE_FILE, SUPERNET_FILE, table_file
+from qnas.runs.pareto import (
+    K_BEST as PARETO_K_BEST,
+)
+from qnas.runs.pareto import (
+    POINTS,
+    Accuracy,
+    Front,
+    front_points,
+    fronts_csv,
+    fronts_document,
+    make_front,
+    solve_budgets,
+    spread_budgets,
+)
+from qnas.runs.plots import draw_fronts
+from qnas.solver.derive import K_BEST, Indices, Solution, far_from_searched, solution_document, solve_best
+from qnas.solver.limits import latency_limit
+from qnas.spaces.arch import arch_from_indices
+
+if TYPE_CHECKING:
+    from qnas.search.rerank import Ranked
+
+
+@dataclass(frozen=True, repr=False)
+class Derivation(DerivedNetwork):
+    """A network that a finished search was solved for again."""
+
+    solve_s: float  # seconds that the solve took
+    unranked: str  # why the networks were not ranked on held-out images; empty where they were
+
+
+def derive(
+    result: SearchResult | str | Path,
+    budgets: Budgets | AskedLimits,
+    *,
+    max_params: str | int | None = None,
+    max_macs: str | int | None = None,
+    latency: str = DEVICE,
+    k_best: int | None = None,
+    rerank: bool | None = None,
+    data: Any = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> Derivation:
+    """Solve a finished search again for any devices and budgets.
+
+    `budgets` maps devices to latencies with units, such as `{"cpu": "60ms"}`. The best networks by the
+    search's scores are solved for exactly; with `rerank` they are ranked by the supernet's accuracy on
+    held-out images (None: where the run's supernet and data are there). `data` is needed where the search
+    ran on a Dataset. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
+
+    Raises InfeasibleBudgetError where no network is within the limits, CheckpointError where the run is not
+    whole or `out` is taken.
+    """
+    searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
+    run, space = searched.run, searched.space
+    asked = budgets if isinstance(budgets, AskedLimits) else AskedLimits.of(budgets, max_params, max_macs)
+    limits = asked.limits(space, latency)
+    folder = Path(out) if out is not None else run.folder / DERIVED_FOLDER / asked.label
+    _check_free(folder / ARCH_FILE, force=force)
+    started = time.perf_counter()
+    keep = k_best or run.search_config.get("k_best", K_BEST)
+    solved = max(keep, 0 if rerank is False or k_best is not None else run.searched.screened)
+    solutions = solve_best(space, run.searched.scores, limits, solved)
+    solve_s = time.perf_counter() - started
+    ranked, unranked = _rank_if_possible(run, solutions, keep, rerank, data, progress)
+    solution, ranking = (ranked[0].solution if ranked else solutions[0]), _document(ranked)
+    warning = far_from_searched(run.searched.log_probabilities, limits, pressed=run.searched.pressed)
+    details = {
+        "latency_source": latency,
+        "supernet": os.path.relpath(run.folder / SUPERNET_FILE, folder),
+        "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
+        "ranking": ranking,
+        "warning": warning,
+        "seed": run.document.get("seed"),
+        "versions": run.document.get("versions", {}),
+    }
+    document = solution_document(space, solution, details)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / SPACE_FILE, space.to_yaml())
+    for limit in limits:
+        if limit.table is not None:
+            write_table(limit.table, space, folder / table_file(limit.name))
+    write_json(folder / ARCH_FILE, document)
+    found = FoundArch(space, arch_from_indices(space, solution.indices), document, folder)
+    return Derivation(found, solve_s, unranked)
+
+
+@dataclass(frozen=True)
+class ParetoFronts:
+    """The best networks by budget, on each device: the content of `pareto.json`."""
+
+    folder: Path
+    fronts: tuple[Front, ...]
+    document: Mapping[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """All points as rows (device, budget_ms, latency_ms, heldout_accuracy, choices, ...)."""
+        return [point for front in self.document["devices"] for point in front["points"]]
+
+
+def pareto(
+    result: SearchResult | str | Path,
+    devices: Sequence[str | Device] | None = None,
+    *,
+    latency: str = DEVICE,
+    points: int = POINTS,
+    k_best: int = PARETO_K_BEST,
+    rerank: bool | None = None,
+    data: Any = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Any = None,
+) -> ParetoFronts:
+    """Solve a finished search for budgets over each device's whole range: latency against accuracy.
+
+    `devices` are those searched for unless named; `points` are budgets a device. Limits of the search on
+    parameters and MACs hold. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`, by default
+    `RUN/pareto`, and there the run's page anew. Raises as `derive`.
+    """
+    searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
+    run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
+    _check_free(folder / "pareto.json", force=force)
+    searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
+    known = {}  # by name, so that an alias and its device are one
+    for device in devices if devices is not None else run.devices:
+        loaded = load_device(device) if isinstance(device, str) else device
+        known[loaded.name] = loaded
+    counts = tuple(limit for limit in run.limits if limit.table is None)
+    limits, solved = [], []
+    for loaded in known.values():
+        table = table_from(latency, loaded, run.space)
+        limits.append(latency_limit(table, table.slowest_ms))
+        budgets_ms = spread_budgets(limits[-1], points, searched_for.get(loaded.name))
+        solved.append(solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
+    solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
+    ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, progress)
+    accuracies: dict[Indices, Accuracy] = {
+        r.solution.indices: Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked
+    }
+    fronts = []
+    for limit, of_budgets in zip(limits, solved, strict=True):
+        own_ms = searched_for.get(limit.name)
+        fronts.append(make_front(run, limit, front_points(run, of_budgets, accuracies, own_ms), own_ms))
+    details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
+    document = fronts_document(run.space, fronts, details)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "pareto.csv", fronts_csv(document))
+    draw_fronts(document, folder / "pareto.png")
+    write_json(folder / "pareto.json", document)
+    if out is None:
+        from qnas.runs.report.page import write_report  # imports torch, which the solve does without
+
+        write_report(run.folder)
+    return ParetoFronts(folder, tuple(fronts), document)
+
+
+def _check_free(file: Path, *, force: bool) -> None:
+    if file.exists() and not force:
+        raise CheckpointError(f"{file}: exists already: `force=True` replaces it")
+
+
+def _rank_if_possible(
+    run: FinishedRun,
+    solutions: Sequence[Solution],
+    keep: int | None,
+    rerank: bool | None,
+    data: Any,
+    progress: Any,
+) -> "tuple[Sequence[Ranked], str]":
+    """Rank networks by the run's supernet; where that was not asked for or cannot be, say why not."""
+    if rerank is False:
+        return (), "as asked"
+    from qnas.search.rerank import rank_saved
+
+    try:
+        return rank_saved(run, solutions, keep, data, progress), ""
+    except (CheckpointError, DataError, UsageError) as error:
+        if rerank:
+            raise
+        return (), str(error)
+
+
+def _document(ranked: "Sequence[Ranked]") -> list[dict[str, Any]]:
+    if not ranked:
+        return []
+    from qnas.search.rerank import ranking_document
+
+    return ranking_document(ranked)

@@ -1,0 +1,103 @@
+"""The limits that a search or a derivation is asked to keep, and how a run remembers them. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from qnas.common.errors import UsageError
+from qnas.common.units import parse_count, parse_latency
+from qnas.latency.device import Device, load_device
+from qnas.latency.prediction import table_from
+from qnas.solver.limits import COUNTS, Limits, count_limit, latency_limit
+
+if TYPE_CHECKING:
+    from qnas.spaces.space import SearchSpace
+
+# A budget for each device: {"vpu": "30ms", "cpu": "20ms"}, or pairs of the same.
+Budgets = Mapping[str | Device, str] | Sequence[tuple[str | Device, str]]
+
+
+@dataclass(frozen=True)
+class AskedLimits:
+    """Budgets by device, and limits on parameters and multiply-adds, as they were asked.
+
+    Raises UsageError where there is no budget, where one has no unit, or where a device occurs twice.
+    """
+
+    devices: tuple[tuple[str | Device, str], ...]
+    max_params: str | None = None
+    max_macs: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise UsageError("`budgets`: expected a device with its budget, such as {'vpu': '30ms'}")
+        for _, budget in self.devices:
+            parse_latency(budget)
+        names = [device.name for device in self.known]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"{twice[0]} is given twice: its smaller budget alone says the same")
+
+    @classmethod
+    def of(
+        cls, budgets: Budgets, max_params: str | int | None = None, max_macs: str | int | None = None
+    ) -> "AskedLimits":
+        """Return the limits of a mapping or of pairs."""
+        pairs = budgets.items() if isinstance(budgets, Mapping) else budgets
+        counts = (None if most is None else str(most) for most in (max_params, max_macs))
+        return cls(tuple(pairs), *counts)
+
+    @classmethod
+    def of_run(cls, config: Mapping[str, Any]) -> "AskedLimits":
+        """Return the limits that a run's config.json records."""
+        entries = config["limits"]
+        counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
+        devices = tuple((entry["device"], entry["budget"]) for entry in entries if "device" in entry)
+        return cls(devices, counts.get("params"), counts.get("macs"))
+
+    @cached_property
+    def known(self) -> tuple[Device, ...]:
+        """The devices, loaded. Raises TableError for an unknown one."""
+        return tuple(load_device(device) if isinstance(device, str) else device for device, _ in self.devices)
+
+    def limits(self, space: "SearchSpace", latency: str) -> Limits:
+        """Return the limits on networks of a space, with latencies from this source.
+
+        Raises UsageError for what cannot be read, TableError where a device has no table for the space.
+        """
+        most = {
+            name: parse_count(asked, f"`max_{name}`")
+            for name, asked in zip(COUNTS, (self.max_params, self.max_macs), strict=True)
+            if asked is not None
+        }
+        tables = (table_from(latency, device, space) for device in self.known)
+        return (
+            *(
+                latency_limit(table, parse_latency(budget))
+                for table, (_, budget) in zip(tables, self.devices, strict=True)
+            ),
+            *(count_limit(space, name, count) for name, count in most.items()),
+        )
+
+    def entries(self, limits: Limits) -> list[dict[str, Any]]:
+        """Return the request and its result, a mapping for each limit, for a run's config.json."""
+        given = [device if isinstance(device, str) else device.name for device, _ in self.devices]
+        asked: list[tuple[str | None, str]] = [
+            *zip(given, (budget for _, budget in self.devices), strict=True),
+            *((None, most) for most in (self.max_params, self.max_macs) if most),
+        ]
+        return [
+            {"name": limit.name, "budget": budget, "limit": limit.limit}
+            | ({"device": device, "table_digest": limit.table.digest} if limit.table else {})
+            for (device, budget), limit in zip(asked, limits, strict=True)
+        ]
+
+    @property
+    def label(self) -> str:
+        """A name for folders: `vpu-30ms-cpu-60ms-2.5M-params`."""
+        parts = []
+        for device, (_, budget) in zip(self.known, self.devices, strict=True):
+            parts += [device.aliases[0] if device.aliases else device.name, budget]
+        counts = ((self.max_params, "params"), (self.max_macs, "macs"))
+        parts += [f"{most}-{name}" for most, name in counts if most]
+        return "-".join(part.replace(" ", "") for part in parts)

@@ -1,0 +1,220 @@
+"""Results in Python: a derived network, a finished search, a trained network, each as its folder holds it.
+
+A result reads its folder and nothing else, so that one loaded a year later is the one that was returned.
+Modules and tensors are made when they are asked for; until then no torch is imported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from qnas.common.errors import ArchError, CheckpointError
+from qnas.common.files import read_json
+from qnas.common.units import format_count, format_ms
+from qnas.runs.finished_run import FinishedRun, read_finished
+from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.names import REPORT_FILE, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.spaces.arch import Arch, arch_document, make_arch
+from qnas.spaces.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class DerivedNetwork:
+    """An architecture that was solved for under limits, with its certificate.
+
+    `folder` holds `arch.json`, the space and the latency tables that the certificate rests on.
+    """
+
+    found: FoundArch
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `derive` or a search wrote. Raises ArchError or SpaceError where it is not whole."""
+        return cls(find_arch(Path(folder)))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the result."""
+        return self.found.folder
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space."""
+        return self.found.space
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture: the name of the chosen candidate at each position."""
+        return self.found.arch
+
+    @property
+    def document(self) -> Mapping[str, Any]:
+        """The content of `arch.json`."""
+        return self.found.document
+
+    @property
+    def latency_ms(self) -> float:
+        """The predicted latency on the first device, in milliseconds at the space's own resolution."""
+        return float(self.document["latency_ms"])
+
+    @property
+    def latencies_ms(self) -> dict[str, float]:
+        """The predicted latency on each device that the network was solved for, in milliseconds."""
+        return {e["name"]: float(e["amount"]) for e in self.document["limits"] if e["unit"] == "ms"}
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image."""
+        return int(self.document["macs"])
+
+    @property
+    def params(self) -> int:
+        """Trained parameters."""
+        return int(self.document["params"])
+
+    @property
+    def certificate(self) -> Mapping[str, Any]:
+        """The proof of the solve: the latency of every part, the score, and its upper bound."""
+        certificate: Mapping[str, Any] = self.document["certificate"]
+        return certificate
+
+    @property
+    def heldout_accuracy(self) -> float | None:
+        """The accuracy on held-out images with the supernet's weights, 0 to 1; None where not ranked."""
+        return self.document.get("heldout_accuracy")
+
+    @property
+    def warning(self) -> str | None:
+        """What is doubtful about the result, such as a budget far from the one searched for."""
+        return self.document.get("warning")
+
+    def build(self) -> "nn.Module":
+        """Return the network with the supernet's weights: (B, channels, H, W) -> (B, classes).
+
+        Batch-norm statistics are the supernet's; `train_subnet` or a pass over training images sets them.
+        Raises CheckpointError where the supernet's weights are missing.
+        """
+        from qnas.training.inheritance import build_inherited
+
+        return build_inherited(self.found)
+
+    def __repr__(self) -> str:
+        took = ", ".join(f"{format_ms(ms)} on {name}" for name, ms in self.latencies_ms.items())
+        return f"{type(self).__name__}({self.space.name}: {took}, {format_count(self.macs)} MACs, {self.folder})"
+
+
+@dataclass(frozen=True, repr=False)
+class SearchResult(DerivedNetwork):
+    """A finished search: its derived network, and everything that the search found out."""
+
+    run: FinishedRun
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a finished search. Raises CheckpointError where the folder holds none."""
+        run = read_finished(Path(folder))
+        return cls(FoundArch(run.space, run.arch, run.document, run.folder), run)
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy on the test images with the supernet's weights, 0 to 1."""
+        return float(self.run.found["derived"]["accuracy"])
+
+    @property
+    def random_accuracies(self) -> list[float]:
+        """The same of random networks of nearly the same latency."""
+        return [float(entry["accuracy"]) for entry in self.run.found["random"]]
+
+    @property
+    def ranking(self) -> list[dict[str, Any]]:
+        """The best networks within the limits by held-out images, the derived one first."""
+        ranking: list[dict[str, Any]] = self.run.found["ranking"]
+        return ranking
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What was asked, resolved, with versions: the content of `config.json`."""
+        return self.run.config
+
+    @property
+    def report(self) -> Path:
+        """The run's page, one HTML file."""
+        return self.folder / REPORT_FILE
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network that was trained by itself: its weights, and its accuracy on the test images."""
+
+    found: FoundArch  # in the folder of the weights
+    result: Mapping[str, Any]  # the content of result.json
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a trained network, or that of a run. Raises CheckpointError where there is none."""
+        trained = Path(folder)
+        if (trained / SUBNET_FOLDER / RESULT_FILE).is_file():
+            trained = trained / SUBNET_FOLDER
+        if not (trained / RESULT_FILE).is_file():
+            raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
+        return cls(find_arch(trained), read_json(trained / RESULT_FILE, CheckpointError))
+
+    @property
+    def folder(self) -> Path:
+        """The folder of weights and result."""
+        return self.found.folder
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture."""
+        return self.found.arch
+
+    @property
+    def accuracy(self) -> float:
+        """The share of test images that it classifies rightly, 0 to 1."""
+        return float(self.result["test_accuracy"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the outputs."""
+        return tuple(self.result["classes"])
+
+    def build(self) -> "nn.Module":
+        """Return the trained network in evaluation mode: (B, channels, H, W), normalised -> (B, classes)."""
+        from qnas.nn.subnet import build_subnet
+        from qnas.runs.tensors import load_tensors
+        from qnas.training.inheritance import load_weights
+
+        network = build_subnet(self.found.space, self.found.arch, len(self.classes))
+        weights = self.folder / WEIGHTS_FILE
+        load_weights(network, load_tensors(weights), weights)
+        return network.eval()
+
+    def __repr__(self) -> str:
+        return f"TrainedNetwork({self.found.space.name}: {self.accuracy:.2%} on test images, {self.folder})"
+
+
+# What a function takes that needs an architecture.
+Source = DerivedNetwork | TrainedNetwork | FoundArch | tuple[SearchSpace, Arch] | str | Path
+
+
+def find_source(source: Source, space: str | None = None) -> FoundArch:
+    """Return the architecture that is meant, with its space.
+
+    `source` is a result, a folder or arch.json, the name of a space with one network, or a space with an
+    architecture of it. Raises ArchError or SpaceError.
+    """
+    if isinstance(source, DerivedNetwork | TrainedNetwork):
+        return source.found
+    if isinstance(source, FoundArch):
+        return source
+    if isinstance(source, tuple):
+        found_space, arch = source
+        checked = make_arch(found_space, arch.choices)
+        return FoundArch(found_space, checked, arch_document(found_space, checked, {}), Path())
+    return find_arch(Path(source), space)

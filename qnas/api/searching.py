@@ -1,0 +1,175 @@
+"""A search from Python: from a space, budgets and images to a network within the budgets."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnas.api.data import again, kind_of, recorded_data
+from qnas.api.limits import AskedLimits, Budgets
+from qnas.api.results import SearchResult
+from qnas.common.errors import CheckpointError, UsageError
+from qnas.latency.prediction import DEVICE
+from qnas.search.config import PRESET_OF_DATA, SearchConfig
+from qnas.solver.derive import check_searchable
+from qnas.solver.limits import Limits
+from qnas.spaces.lower import check_resolution
+from qnas.spaces.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from qnas.api.data import Data
+    from qnas.api.session import Progress
+    from qnas.data.image_data import ImageData
+    from qnas.training.losses import LossFunction, Metric
+
+SPACE, DATA = "quadranet-mobile", "digits"  # where none is given
+
+
+@dataclass(frozen=True)
+class Started:
+    """A search that is about to train: what `run_search` tells its `on_start`."""
+
+    space: SearchSpace
+    limits: Limits
+    images: "ImageData"
+    folder: Path
+
+
+def run_search(
+    space: str | Path | SearchSpace | None = None,
+    budgets: Budgets | AskedLimits | None = None,
+    *,
+    data: "Data | None" = None,
+    out: str | Path | None = None,
+    max_params: str | int | None = None,
+    max_macs: str | int | None = None,
+    latency: str | None = None,
+    max_broken: float | None = None,
+    preset: str | Path | None = None,
+    loss: "str | LossFunction | None" = None,
+    metric: "str | Metric | None" = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: "Progress" = False,
+    on_start: Callable[[Started], None] = lambda started: None,
+    **settings: Any,
+) -> SearchResult:
+    """Search for the best network of a space within latency budgets, and return it with its certificate.
+
+    `space` is a shipped space by name, a YAML file, or a SearchSpace (default: quadranet-mobile). `budgets`
+    maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
+    `max_params` and `max_macs` limit the network further ("2.5M"). `data` is `digits`, `cifar10:DIR`,
+    `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default: digits). `settings` are fields
+    of SearchConfig, such as `search_epochs`, `seed` or `weights`, that change the `preset`. `loss` and
+    `metric` are names or callables (see `qnas.training.losses`).
+
+    The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
+    Interrupted) goes on with `resume=True` and the same `out`, and ends as if it had not been interrupted.
+    `progress` is True for a bar on stderr, or a function that is called with a Report after each step.
+    Of several processes (torchrun) the first returns; the others end with SystemExit.
+
+    Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
+    """
+    if resume and out is None:
+        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
+    former = _former(Path(out)) if resume and out is not None else {}
+    given = former.get("space", SPACE) if space is None else space
+    known = given if isinstance(given, SearchSpace) else load_space(given)
+    asked = _asked(budgets, max_params, max_macs, former)
+    source = latency or former.get("latency", DEVICE)
+    limits = asked.limits(known, source)
+    data = again(data, former, DATA)
+    named = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
+    if former and preset is None:
+        kept = {k: v for k, v in former["search"].items() if k not in _callables(loss, metric)}
+        config = SearchConfig.check(kept, f"{out}: search")
+    else:
+        config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
+    config = config.override(settings | named)
+    check_searchable(known, limits)
+    check_resolution(known, config.resolution_px)
+    broken = former.get("max_broken") if max_broken is None else max_broken
+
+    # torch takes seconds to import: what can be refused was refused before
+    from qnas.api.session import display_of, load_images, threads_set, versions
+    from qnas.runs.run_folder import free_folder
+    from qnas.search.search_run import search_in_folder
+    from qnas.search.searcher import Searcher
+    from qnas.training.loop import run_to_end
+    from qnas.training.losses import objective_of
+    from qnas.training.processes import world_of_environment
+
+    folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
+    world, display = world_of_environment(), display_of(progress)
+    with threads_set(config.threads):
+        images = load_images(data, known, config.resolution_px, broken, quiet=progress is not True)
+        searcher = Searcher(
+            known, limits, images, config, world, objective_of(config, images, loss, metric)
+        )
+        if not world.is_main:  # takes the same steps, writes nothing
+            run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
+            raise SystemExit
+        on_start(Started(known, limits, images, folder))
+        entries = asked.entries(limits)
+        request = {
+            "command": "search",
+            "device": entries[0]["device"],
+            "latency": source,
+            "budget": entries[0]["budget"],
+            "budget_ms": limits[0].budget,
+            "limits": entries,
+            "space": known.name if isinstance(given, SearchSpace) else str(given),
+            "space_digest": known.digest,
+            "table_digest": entries[0]["table_digest"],
+            "data": recorded_data(data, images),
+            "data_digest": images.digest,
+            **({} if broken is None else {"max_broken": broken}),
+            "versions": versions(),
+        }
+        search_in_folder(
+            searcher, folder, request, asked.known, resume=resume, force=force, display=display
+        )
+    return SearchResult.load(folder)
+
+
+def _former(out: Path) -> Mapping[str, Any]:
+    from qnas.runs.run_folder import read_config
+
+    request = read_config(out)
+    if "search" not in request:
+        raise CheckpointError(f"{out}: this run is not a search")
+    return request
+
+
+def _asked(
+    budgets: Budgets | AskedLimits | None,
+    max_params: str | int | None,
+    max_macs: str | int | None,
+    former: Mapping[str, Any],
+) -> AskedLimits:
+    """Return the limits that are asked for; what is not given is as in a former run."""
+    if isinstance(budgets, AskedLimits):
+        return budgets
+    if not former:
+        return AskedLimits.of(budgets or {}, max_params, max_macs)
+    before = AskedLimits.of_run(former)
+    return AskedLimits.of(
+        budgets or before.devices, max_params or before.max_params, max_macs or before.max_macs
+    )
+
+
+def _callables(*parts: Any) -> list[str]:
+    """Return which of loss and metric are callables, whose names no setting can have."""
+    return [name for name, part in zip(("loss", "metric"), parts, strict=True) if callable(part)]
+
+
+def load_run(folder: str | Path | None = None) -> SearchResult:
+    """Return a finished search from its folder; without a folder the latest in runs/.
+
+    Raises CheckpointError where there is none.
+    """
+    if folder is None:
+        from qnas.runs.run_folder import latest_run
+
+        folder = latest_run()
+    return SearchResult.load(folder)

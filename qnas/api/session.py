@@ -1,0 +1,65 @@
+"""What the long functions of the API share: progress, the process they run in, and versions."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import scipy
+import torch
+
+import qnas
+from qnas.common.progress import Display, OnProgress, on_stderr, reporting_to, silent
+from qnas.training.loop import set_up_process
+
+# False shows nothing, True a bar or lines on stderr; a function is called with a Report after each step
+Progress = bool | OnProgress
+
+
+def display_of(progress: Progress) -> Display:
+    """Return what shows the progress of some work."""
+    if isinstance(progress, bool):
+        return on_stderr if progress else silent
+    return reporting_to(progress)
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """Let torch have this many threads (0: as it has), and give it back its own at the end."""
+    before = torch.get_num_threads()
+    set_up_process(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "qnas": qnas.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+    }
+
+
+def load_images(
+    data: Data,
+    space: SearchSpace,
+    resolution_px: int,
+    max_broken: float | None,
+    *,
+    keep_originals: bool = False,
+    quiet: bool = True,
+) -> ImageData:
+    """Load images for networks of a space; None for `max_broken` is the usual share."""
+    return load_data(
+        data,
+        resolution_px=resolution_px,
+        channels=space.input.channels,
+        max_broken=MAX_BROKEN if max_broken is None else max_broken,
+        keep_originals=keep_originals,
+        quiet=quiet,
+    )

@@ -1,0 +1,127 @@
+"""The training of one network from Python."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnas.api.data import again, kind_of, recorded_data
+from qnas.api.results import Source, TrainedNetwork, find_source
+from qnas.common.errors import UsageError
+from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
+from qnas.spaces.lower import check_resolution
+from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
+
+if TYPE_CHECKING:
+    from qnas.api.data import Data
+    from qnas.api.session import Progress
+    from qnas.training.losses import LossFunction, Metric
+
+
+def train_subnet(
+    source: Source | None = None,
+    *,
+    data: "Data | None" = None,
+    recipe: str | Path | Recipe | None = None,
+    weights: str | None = None,
+    teacher: str | None = None,
+    space: str | None = None,
+    out: str | Path | None = None,
+    max_broken: float | None = None,
+    loss: "str | LossFunction | None" = None,
+    metric: "str | Metric | None" = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: "Progress" = False,
+    **settings: Any,
+) -> TrainedNetwork:
+    """Train one network by itself, from the supernet's weights or from scratch.
+
+    `source` is a search's result, a derived network, a run's folder, an arch.json, or a space with an Arch
+    of it (default: the latest run). `data` are those of the search unless given. `recipe` is a shipped
+    recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
+    recipe and of TrainConfig that change it, such as `epochs`, `learning_rate` or `seed`. `weights` is
+    "supernet" or "scratch" (default: the supernet's where they are there). `teacher` is "supernet-largest",
+    "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress` as in `run_search`.
+
+    Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
+    Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
+    """
+    from qnas.api.session import display_of, load_images, threads_set, versions
+    from qnas.runs.run_folder import free_folder, latest_run, read_config
+    from qnas.training.acceleration import choose_acceleration
+    from qnas.training.losses import objective_of
+    from qnas.training.processes import world_of_environment
+    from qnas.training.supernet_weights import has_supernet, supernet_file
+    from qnas.training.teacher import load_teacher
+    from qnas.training.trained_subnet import train_in_folder
+
+    found = find_source(latest_run() if source is None else source, space)
+    searched = has_supernet(found)
+    if weights not in (None, "supernet", "scratch"):
+        raise UsageError(f"`weights='{weights}'`: expected supernet or scratch")
+    if weights == "supernet" and not searched:
+        raise UsageError(f"`weights='supernet'`: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
+    from_supernet = searched and weights != "scratch"
+    former = read_config(supernet_file(found).parent) if searched else {}
+    data = again(data, former, "digits" if not searched else None)
+    named = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
+    of_recipe = {name: settings.pop(name) for name in list(settings) if name in Recipe.model_fields}
+    kind = kind_of(data)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULTS[kind])
+    resolved = base.override(of_recipe)
+    if resolved.resolution_px is None:
+        px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
+        resolved = resolved.override({"resolution_px": px})
+    # on maps as small as those of digits more threads cost more than they gain
+    config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0).override(settings | named)
+    check_resolution(found.space, config.resolution_px)
+    broken = former.get("max_broken") if max_broken is None else max_broken
+    if out is None:
+        out = found.folder / SUBNET_FOLDER if searched else free_folder(f"{found.space.name}-{SUBNET_FOLDER}")
+    world = world_of_environment()
+    with threads_set(config.threads):
+        images = load_images(
+            data,
+            found.space,
+            config.resolution_px,
+            broken,
+            keep_originals=resolved.random_resized_crop > 0,
+            quiet=progress is not True,
+        )
+        taught, teacher_digest = None, ""
+        if teacher is not None:
+            device = choose_acceleration(config.torch_device, config.precision, world.local_rank).device
+            taught, teacher_digest = load_teacher(
+                teacher,
+                found,
+                images,
+                weight=resolved.teacher_weight,
+                temperature=resolved.teacher_temperature,
+                device=device,
+            )
+        request = {
+            "command": "train-subnet",
+            "choices": list(found.arch.choices),
+            "space_digest": found.space.digest,
+            "data": recorded_data(data, images),
+            "data_digest": images.digest,
+            **({} if broken is None else {"max_broken": broken}),
+            **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
+            "versions": versions(),
+        }
+        train_in_folder(
+            found,
+            images,
+            config,
+            Path(out),
+            request,
+            from_supernet=from_supernet,
+            teacher=taught,
+            objective=objective_of(config, images, loss, metric),
+            resume=resume,
+            force=force,
+            display=display_of(progress),
+            world=world,
+        )
+    if not world.is_main:
+        raise SystemExit
+    return TrainedNetwork.load(out)
