@@ -46,7 +46,7 @@ _OFFERED = {
 }
 _MODULE_OF = {name: module for module, names in _OFFERED.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604  # names are text
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:

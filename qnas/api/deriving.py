@@ -17,14 +17,12 @@ from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import write_json, write_text
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, table_from
-from qnas.latency.table import write_table
-from qnas.runs.finished_run import FinishedRun
+from qnas.latency.table_file import write_table
+from qnas.runs.finished_run import FinishedRun, asked_devices, check_rankable
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, DERIVED_FOLDER, PARETO_FOLDER, SPACE_FILE, SUPERNET_FILE, table_file
 from qnas.runs.pareto import (
-    K_BEST as PARETO_K_BEST,
-)
-from qnas.runs.pareto import (
+    POINT_K_BEST,
     POINTS,
     Accuracy,
     Front,
@@ -36,18 +34,25 @@ from qnas.runs.pareto import (
     spread_budgets,
 )
 from qnas.runs.plots import draw_fronts
-from qnas.solver.derive import K_BEST, Indices, Solution, far_from_searched, solution_document, solve_best
 from qnas.solver.limits import latency_limit
+from qnas.solver.searched_budget import far_from_searched
+from qnas.solver.solution_document import solution_document
+from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import arch_from_indices
 
 if TYPE_CHECKING:
+    from qnas.api.session import Progress
+    from qnas.data.given import GivenData
     from qnas.search.rerank import Ranked
+    from qnas.training.losses import LossFunction
 
 
 @dataclass(frozen=True, repr=False)
 class Derivation(DerivedNetwork):
     """A network that a finished search was solved for again."""
 
+    searched: SearchResult
+    solved: int  # networks that were solved for
     solve_s: float  # seconds that the solve took
     unranked: str  # why the networks were not ranked on held-out images; empty where they were
 
@@ -61,17 +66,18 @@ def derive(
     latency: str = DEVICE,
     k_best: int | None = None,
     rerank: bool | None = None,
-    data: Any = None,
+    data: "GivenData | None" = None,
+    loss: "LossFunction | None" = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: Any = None,
+    progress: "Progress" = False,
 ) -> Derivation:
     """Solve a finished search again for any devices and budgets.
 
     `budgets` maps devices to latencies with units, such as `{"cpu": "60ms"}`. The best networks by the
     search's scores are solved for exactly; with `rerank` they are ranked by the supernet's accuracy on
-    held-out images (None: where the run's supernet and data are there). `data` is needed where the search
-    ran on a Dataset. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
+    held-out images (None: where the run's supernet and data are there). `data` and `loss` are needed where the
+    search had Datasets or a loss of its own. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
 
     Raises InfeasibleBudgetError where no network is within the limits, CheckpointError where the run is not
     whole or `out` is taken.
@@ -83,11 +89,11 @@ def derive(
     folder = Path(out) if out is not None else run.folder / DERIVED_FOLDER / asked.label
     _check_free(folder / ARCH_FILE, force=force)
     started = time.perf_counter()
-    keep = k_best or run.search_config.get("k_best", K_BEST)
+    keep = k_best or run.config.get("search", {}).get("k_best", K_BEST)
     solved = max(keep, 0 if rerank is False or k_best is not None else run.searched.screened)
     solutions = solve_best(space, run.searched.scores, limits, solved)
     solve_s = time.perf_counter() - started
-    ranked, unranked = _rank_if_possible(run, solutions, keep, rerank, data, progress)
+    ranked, unranked = _rank_if_possible(run, solutions, keep, rerank, data, loss, progress)
     solution, ranking = (ranked[0].solution if ranked else solutions[0]), _document(ranked)
     warning = far_from_searched(run.searched.log_probabilities, limits, pressed=run.searched.pressed)
     details = {
@@ -107,7 +113,7 @@ def derive(
             write_table(limit.table, space, folder / table_file(limit.name))
     write_json(folder / ARCH_FILE, document)
     found = FoundArch(space, arch_from_indices(space, solution.indices), document, folder)
-    return Derivation(found, solve_s, unranked)
+    return Derivation(found, searched, len(solutions), solve_s, unranked)
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,13 @@ def pareto(
     *,
     latency: str = DEVICE,
     points: int = POINTS,
-    k_best: int = PARETO_K_BEST,
+    k_best: int = POINT_K_BEST,
     rerank: bool | None = None,
-    data: Any = None,
+    data: "GivenData | None" = None,
+    loss: "LossFunction | None" = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: Any = None,
+    progress: "Progress" = False,
 ) -> ParetoFronts:
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
@@ -148,7 +155,7 @@ def pareto(
     _check_free(folder / "pareto.json", force=force)
     searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
     known = {}  # by name, so that an alias and its device are one
-    for device in devices if devices is not None else run.devices:
+    for device in devices if devices is not None else asked_devices(run):
         loaded = load_device(device) if isinstance(device, str) else device
         known[loaded.name] = loaded
     counts = tuple(limit for limit in run.limits if limit.table is None)
@@ -159,8 +166,8 @@ def pareto(
         budgets_ms = spread_budgets(limits[-1], points, searched_for.get(loaded.name))
         solved.append(solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
-    ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, progress)
-    accuracies: dict[Indices, Accuracy] = {
+    ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
+    accuracies: dict[CandidateIndices, Accuracy] = {
         r.solution.indices: Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked
     }
     fronts = []
@@ -190,16 +197,21 @@ def _rank_if_possible(
     solutions: Sequence[Solution],
     keep: int | None,
     rerank: bool | None,
-    data: Any,
-    progress: Any,
+    data: "GivenData | None",
+    loss: "LossFunction | None",
+    progress: "Progress",
 ) -> "tuple[Sequence[Ranked], str]":
     """Rank networks by the run's supernet; where that was not asked for or cannot be, say why not."""
     if rerank is False:
         return (), "as asked"
-    from qnas.search.rerank import rank_saved
+    from qnas.api.session import display_of, threads_set
+    from qnas.search.selection import rerank_saved
 
     try:
-        return rank_saved(run, solutions, keep, data, progress), ""
+        check_rankable(run.folder, run.config)
+        with threads_set(run.config["search"]["threads"]):
+            display = display_of(progress)
+            return rerank_saved(run, solutions, keep, data=data, loss=loss, display=display), ""
     except (CheckpointError, DataError, UsageError) as error:
         if rerank:
             raise

@@ -1,4 +1,4 @@
-"""The limits that a search or a derivation is asked to keep, and how a run remembers them. Imports no torch."""
+"""The limits that a search or a derivation is asked to keep, and how a run records them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

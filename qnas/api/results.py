@@ -10,14 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from qnas.common.errors import ArchError, CheckpointError
+from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json
 from qnas.common.units import format_count, format_ms
-from qnas.runs.finished_run import FinishedRun, read_finished
+from qnas.runs.finished_run import FinishedRun, read_finished_run, read_limits
+from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch, find_arch
 from qnas.runs.names import REPORT_FILE, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_document, make_arch
-from qnas.spaces.space import SearchSpace, load_space
+from qnas.spaces.space import SearchSpace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +69,11 @@ class DerivedNetwork:
         """The predicted latency on each device that the network was solved for, in milliseconds."""
         return {e["name"]: float(e["amount"]) for e in self.document["limits"] if e["unit"] == "ms"}
 
+    @cached_property
+    def limits(self) -> Limits:
+        """The limits that the network is within, with the latency tables that they rest on."""
+        return read_limits(self.folder, self.document, self.space)
+
     @property
     def macs(self) -> int:
         """Multiply-adds for one image."""
@@ -99,13 +106,15 @@ class DerivedNetwork:
         Batch-norm statistics are the supernet's; `train_subnet` or a pass over training images sets them.
         Raises CheckpointError where the supernet's weights are missing.
         """
-        from qnas.training.inheritance import build_inherited
+        from qnas.training.supernet_weights import build_inherited
 
         return build_inherited(self.found)
 
     def __repr__(self) -> str:
         took = ", ".join(f"{format_ms(ms)} on {name}" for name, ms in self.latencies_ms.items())
-        return f"{type(self).__name__}({self.space.name}: {took}, {format_count(self.macs)} MACs, {self.folder})"
+        return (
+            f"{type(self).__name__}({self.space.name}: {took}, {format_count(self.macs)} MACs, {self.folder})"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +126,7 @@ class SearchResult(DerivedNetwork):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a finished search. Raises CheckpointError where the folder holds none."""
-        run = read_finished(Path(folder))
+        run = read_finished_run(Path(folder))
         return cls(FoundArch(run.space, run.arch, run.document, run.folder), run)
 
     @property
@@ -174,6 +183,11 @@ class TrainedNetwork:
         """The architecture."""
         return self.found.arch
 
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """What was asked, resolved, with versions: the content of `config.json`."""
+        return read_config(self.folder)
+
     @property
     def accuracy(self) -> float:
         """The share of test images that it classifies rightly, 0 to 1."""
@@ -188,7 +202,7 @@ class TrainedNetwork:
         """Return the trained network in evaluation mode: (B, channels, H, W), normalised -> (B, classes)."""
         from qnas.nn.subnet import build_subnet
         from qnas.runs.tensors import load_tensors
-        from qnas.training.inheritance import load_weights
+        from qnas.training.supernet_weights import load_weights
 
         network = build_subnet(self.found.space, self.found.arch, len(self.classes))
         weights = self.folder / WEIGHTS_FILE

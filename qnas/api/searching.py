@@ -5,20 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.data import again, kind_of, recorded_data
 from qnas.api.limits import AskedLimits, Budgets
 from qnas.api.results import SearchResult
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.latency.prediction import DEVICE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
-from qnas.solver.derive import check_searchable
 from qnas.solver.limits import Limits
+from qnas.solver.solve import check_searchable
 from qnas.spaces.lower import check_resolution
 from qnas.spaces.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
-    from qnas.api.data import Data
     from qnas.api.session import Progress
+    from qnas.data.given import GivenData
     from qnas.data.image_data import ImageData
     from qnas.training.losses import LossFunction, Metric
 
@@ -39,7 +38,7 @@ def run_search(
     space: str | Path | SearchSpace | None = None,
     budgets: Budgets | AskedLimits | None = None,
     *,
-    data: "Data | None" = None,
+    data: "GivenData | None" = None,
     out: str | Path | None = None,
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
@@ -78,34 +77,36 @@ def run_search(
     asked = _asked(budgets, max_params, max_macs, former)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
-    data = again(data, former, DATA)
-    named = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
+
+    # the images' modules import torch, which takes seconds: what can be refused was refused before
+    from qnas.data.given import kind_of, recorded_data, reopen
+
+    data = reopen(data, former, DATA)
+    names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
     if former and preset is None:
         kept = {k: v for k, v in former["search"].items() if k not in _callables(loss, metric)}
         config = SearchConfig.check(kept, f"{out}: search")
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
-    config = config.override(settings | named)
+    config = config.override(settings | names)
     check_searchable(known, limits)
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    # torch takes seconds to import: what can be refused was refused before
     from qnas.api.session import display_of, load_images, threads_set, versions
-    from qnas.runs.run_folder import free_folder
-    from qnas.search.search_run import search_in_folder
+    from qnas.runs.folders import free_folder
+    from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
     from qnas.training.loop import run_to_end
-    from qnas.training.losses import objective_of
+    from qnas.training.losses import given_objective, make_objective
     from qnas.training.processes import world_of_environment
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
         images = load_images(data, known, config.resolution_px, broken, quiet=progress is not True)
-        searcher = Searcher(
-            known, limits, images, config, world, objective_of(config, images, loss, metric)
-        )
+        named = make_objective(config.loss, config.metric, images.train.labels, len(images.classes))
+        searcher = Searcher(known, limits, images, config, world, given_objective(named, loss, metric))
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
             raise SystemExit
@@ -126,14 +127,12 @@ def run_search(
             **({} if broken is None else {"max_broken": broken}),
             "versions": versions(),
         }
-        search_in_folder(
-            searcher, folder, request, asked.known, resume=resume, force=force, display=display
-        )
+        search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)
     return SearchResult.load(folder)
 
 
 def _former(out: Path) -> Mapping[str, Any]:
-    from qnas.runs.run_folder import read_config
+    from qnas.runs.folders import read_config
 
     request = read_config(out)
     if "search" not in request:
@@ -169,7 +168,7 @@ def load_run(folder: str | Path | None = None) -> SearchResult:
     Raises CheckpointError where there is none.
     """
     if folder is None:
-        from qnas.runs.run_folder import latest_run
+        from qnas.runs.folders import latest_run
 
         folder = latest_run()
     return SearchResult.load(folder)

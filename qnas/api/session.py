@@ -10,6 +10,11 @@ import torch
 
 import qnas
 from qnas.common.progress import Display, OnProgress, on_stderr, reporting_to, silent
+from qnas.data.broken_images import MAX_BROKEN
+from qnas.data.given import GivenData
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
+from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
 
 # False shows nothing, True a bar or lines on stderr; a function is called with a Report after each step
@@ -46,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def load_images(
-    data: Data,
+    data: GivenData,
     space: SearchSpace,
     resolution_px: int,
     max_broken: float | None,

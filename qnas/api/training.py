@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.data import again, kind_of, recorded_data
 from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.errors import UsageError
 from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
@@ -11,15 +10,15 @@ from qnas.spaces.lower import check_resolution
 from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
 
 if TYPE_CHECKING:
-    from qnas.api.data import Data
     from qnas.api.session import Progress
+    from qnas.data.given import GivenData
     from qnas.training.losses import LossFunction, Metric
 
 
 def train_subnet(
     source: Source | None = None,
     *,
-    data: "Data | None" = None,
+    data: "GivenData | None" = None,
     recipe: str | Path | Recipe | None = None,
     weights: str | None = None,
     teacher: str | None = None,
@@ -46,13 +45,14 @@ def train_subnet(
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
     from qnas.api.session import display_of, load_images, threads_set, versions
-    from qnas.runs.run_folder import free_folder, latest_run, read_config
+    from qnas.data.given import kind_of, recorded_data, reopen
+    from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
-    from qnas.training.losses import objective_of
+    from qnas.training.losses import given_objective, make_objective
     from qnas.training.processes import world_of_environment
     from qnas.training.supernet_weights import has_supernet, supernet_file
     from qnas.training.teacher import load_teacher
-    from qnas.training.trained_subnet import train_in_folder
+    from qnas.training.trained_subnet import train_subnet as train_in_folder
 
     found = find_source(latest_run() if source is None else source, space)
     searched = has_supernet(found)
@@ -62,8 +62,8 @@ def train_subnet(
         raise UsageError(f"`weights='supernet'`: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
     from_supernet = searched and weights != "scratch"
     former = read_config(supernet_file(found).parent) if searched else {}
-    data = again(data, former, "digits" if not searched else None)
-    named = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
+    data = reopen(data, former, None if searched else "digits")
+    names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
     of_recipe = {name: settings.pop(name) for name in list(settings) if name in Recipe.model_fields}
     kind = kind_of(data)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULTS[kind])
@@ -72,7 +72,7 @@ def train_subnet(
         px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
         resolved = resolved.override({"resolution_px": px})
     # on maps as small as those of digits more threads cost more than they gain
-    config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0).override(settings | named)
+    config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0).override(settings | names)
     check_resolution(found.space, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
     if out is None:
@@ -98,6 +98,9 @@ def train_subnet(
                 temperature=resolved.teacher_temperature,
                 device=device,
             )
+        named = make_objective(
+            config.loss, config.metric, images.train_and_heldout.labels, len(images.classes)
+        )
         request = {
             "command": "train-subnet",
             "choices": list(found.arch.choices),
@@ -116,7 +119,7 @@ def train_subnet(
             request,
             from_supernet=from_supernet,
             teacher=taught,
-            objective=objective_of(config, images, loss, metric),
+            objective=given_objective(named, loss, metric),
             resume=resume,
             force=force,
             display=display_of(progress),

@@ -11,7 +11,7 @@ from typing import Literal
 
 import typer
 
-from qnas.commands.options import Json, print_json, versions
+from qnas.commands.options import Json, print_json
 
 State = Literal["ok", "off", "missing", "broken"]
 # what some commands need, and how it is installed; all but the first may be missing from a plain install
@@ -60,6 +60,8 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield what there is to say, in the order in which it is printed."""
+    from qnas.api.session import versions
+
     yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
     yield from _machine()
     yield _cpu_kernels()

@@ -31,7 +31,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     from qnas.runs.run_text import describe_explanation
 
     if source is None:
-        from qnas.runs.run_folder import latest_run  # imports torch, which solving does without
+        from qnas.runs.folders import latest_run
 
         source = latest_run()
     explanation = explain_run(read_finished_run(source))
@@ -46,8 +46,8 @@ def report(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """
+    from qnas.runs.folders import latest_run
     from qnas.runs.report.page import write_report
-    from qnas.runs.run_folder import latest_run
     from qnas.runs.text import field
 
     path = write_report(source or latest_run())
@@ -62,7 +62,7 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
     """
-    from qnas.runs.run_folder import latest_run
+    from qnas.runs.folders import latest_run
     from qnas.runs.tensorboard import write_events
     from qnas.runs.text import field, next_command
 

@@ -2,22 +2,17 @@
 
 import json
 import os
-import platform
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnas import __version__
 from qnas.commands import completion
 from qnas.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from qnas.solver.limits import Limits
-    from qnas.spaces.space import SearchSpace
+    pass
 
 # panels of a command's help, in the order in which its options come
 BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
@@ -115,97 +110,23 @@ MaxMacs = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class AskedLimits:
-    """What a network may take, as it was asked."""
-
-    devices: tuple[tuple[str, str], ...]  # each with its budget
-    max_params: str | None = None
-    max_macs: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        devices: Sequence[str] | None,
-        budgets: Sequence[str] | None,
-        max_params: str | None,
-        max_macs: str | None,
-        former: Mapping[str, Any] | None = None,
-    ) -> "AskedLimits":
-        """Pair devices with budgets; what is not given is as in the request of a former run.
-
-        Raises BadParameter where there is none, UsageError where they do not pair up.
-        """
-        entries = former.get("limits", []) if former else []
-        counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
-        devices = devices or [entry["device"] for entry in entries if "device" in entry]
-        budgets = budgets or [entry["budget"] for entry in entries if "device" in entry]
-        for name, given, example in (
-            ("--device", devices, "--device vpu"),
-            ("--budget", budgets, "--budget 30ms"),
-        ):
-            if not given:
-                raise typer.BadParameter(f"missing, for instance {example}", param_hint=name)
-        if len(devices) != len(budgets):
-            pairs = " ".join(f"--device {device} --budget ..." for device in devices)
-            raise UsageError(
-                f"{len(devices)} times --device and {len(budgets)} times --budget: give each device its "
-                f"budget, in the same order: {pairs}"
-            )
-        return cls(
-            tuple(zip(devices, budgets, strict=True)),
-            max_params or counts.get("params"),
-            max_macs or counts.get("macs"),
+def pair_budgets(devices: Sequence[str] | None, budgets: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Pair devices with budgets. Raises BadParameter where there is none, UsageError for too few."""
+    for name, given, example in (
+        ("--device", devices, "--device vpu"),
+        ("--budget", budgets, "--budget 30ms"),
+    ):
+        if not given:
+            raise typer.BadParameter(f"missing, for instance {example}", param_hint=name)
+    assert devices
+    assert budgets
+    if len(devices) != len(budgets):
+        pairs = " ".join(f"--device {device} --budget ..." for device in devices)
+        raise UsageError(
+            f"{len(devices)} times --device and {len(budgets)} times --budget: give each device its budget, in "
+            f"the same order: {pairs}"
         )
-
-    def limits(self, space: "SearchSpace", latency: str) -> "Limits":
-        """Return the limits on networks of a space, with latencies from this source.
-
-        Raises UsageError for what cannot be read, TableError where a device or its table is unknown.
-        """
-        from qnas.common.units import parse_count, parse_latency
-        from qnas.latency.device import load_device
-        from qnas.latency.prediction import table_from
-        from qnas.solver.limits import COUNTS, count_limit, latency_limit
-
-        budgets_ms = [parse_latency(budget) for _, budget in self.devices]
-        most = {
-            name: parse_count(asked, f"--max-{name}")
-            for name, asked in zip(COUNTS, (self.max_params, self.max_macs), strict=True)
-            if asked is not None
-        }
-        known = [load_device(device) for device, _ in self.devices]
-        names = [device.name for device in known]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f"{twice[0]} is given twice: its smaller budget alone says the same")
-        tables = [table_from(latency, device, space) for device in known]
-        return (
-            *(latency_limit(table, budget) for table, budget in zip(tables, budgets_ms, strict=True)),
-            *(count_limit(space, name, count) for name, count in most.items()),
-        )
-
-    def entries(self, limits: "Limits") -> list[dict[str, Any]]:
-        """Return what was asked with what it came to, a mapping a limit, for a run's config.json."""
-        asked = [*self.devices, *((None, most) for most in (self.max_params, self.max_macs) if most)]
-        return [
-            {"name": limit.name, "budget": budget, "limit": limit.limit}
-            | ({"device": device, "table_digest": limit.table.digest} if limit.table else {})
-            for (device, budget), limit in zip(asked, limits, strict=True)
-        ]
-
-    @property
-    def label(self) -> str:
-        """A name for folders: `vpu-30ms-cpu-60ms-2.5M-params`."""
-        from qnas.latency.device import load_device
-
-        parts = []
-        for name, budget in self.devices:
-            device = load_device(name)
-            parts += [device.aliases[0] if device.aliases else device.name, budget]
-        parts += [
-            f"{most}-{name}" for most, name in ((self.max_params, "params"), (self.max_macs, "macs")) if most
-        ]
-        return "-".join(part.replace(" ", "") for part in parts)
+    return list(zip(devices, budgets, strict=True))
 
 
 def print_json(content: Any) -> None:
@@ -218,25 +139,3 @@ def strong(text: str) -> str:
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return typer.style(text, bold=True, fg=typer.colors.YELLOW)
     return text
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import numpy
-    import scipy
-    import torch
-
-    return {
-        "qnas": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-    }
-
-
-def free_folder(*parts: str) -> Path:
-    """Return a new run's folder, named for what is asked."""
-    from qnas.runs.run_folder import free_folder
-
-    return free_folder("-".join(part.replace(" ", "") for part in parts))

@@ -1,7 +1,6 @@
 """`qnas search`: a search from a budget to an architecture."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from qnas.commands.options import (
     LENGTH,
     MACHINE,
     OUTPUT,
-    AskedLimits,
     Budgets,
     Data,
     Devices,
@@ -28,16 +26,13 @@ from qnas.commands.options import (
     Quiet,
     Resume,
     Space,
-    free_folder,
+    pair_budgets,
     print_json,
-    versions,
 )
-from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from qnas.search.config import SearchConfig
-    from qnas.search.search_result import SearchResult
-    from qnas.search.state import SearchState
+    from qnas.api.results import SearchResult
+    from qnas.api.searching import Started
 
 Command = field_command(
     Fields(
@@ -109,184 +104,88 @@ def search(
 
     Example: qnas search --device vpu --budget 30ms
     """
-    from qnas.data.sources import parse_data_spec
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note
-    from qnas.search.config import PRESET_OF_DATA, SearchConfig
+    from qnas.api.limits import AskedLimits
+    from qnas.api.searching import run_search
 
-    asked: dict[str, Any] = {"space": space, "data": data, "latency": latency, "max_broken": max_broken}
-    former = _former_request(out) if resume else {}
-    for key, default in (("space", "quadranet-mobile"), ("data", "digits"), ("latency", "device")):
-        asked[key] = asked[key] or former.get(key, default)
-    asked["max_broken"] = former.get("max_broken") if max_broken is None else max_broken
-    asked_limits = AskedLimits.of(device, budget, max_params, max_macs, former)
-    if former and preset is None:
-        config = SearchConfig.check(former["search"], f"{out}: search")
-    else:
-        config = SearchConfig.load(preset or PRESET_OF_DATA[parse_data_spec(asked["data"]).kind])
-    result = _search(
+    asked = None if resume else AskedLimits.of(pair_budgets(device, budget), max_params, max_macs)
+    if resume and (device or budget or max_params or max_macs):
+        asked = AskedLimits.of(pair_budgets(device, budget), max_params, max_macs)
+    result = run_search(
+        space,
         asked,
-        asked_limits,
-        config.override(changes),
-        out,
+        data=data,
+        out=out,
+        latency=latency,
+        max_broken=max_broken,
+        preset=preset,
         resume=resume,
         force=force,
-        quiet=quiet,
-        announce=not as_json,
+        progress=not quiet,
+        on_start=(lambda started: None) if as_json else _announce,
+        **changes,
     )
-    notes = [
-        source_note(asked["latency"], load_device(name), result.searcher.problem.space, result.derived.arch)
-        for name, _ in asked_limits.devices
-    ]
-    _print_search(result, notes, as_json=as_json)
+    if as_json:
+        found = result.run.found
+        report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
+        accuracies = {"random_accuracies": result.random_accuracies}
+        print_json({"run": str(result.folder), **result.document, **accuracies, **report})
+    else:
+        typer.echo("\n".join(_lines(result)))
 
 
-def _former_request(out: Path | None) -> dict[str, Any]:
-    from qnas.runs.run_folder import read_config
-
-    if out is None:
-        raise UsageError("--resume needs --out: the folder of the run to go on with")
-    request = read_config(out)
-    if "search" not in request:
-        raise CheckpointError(f"{out}: this run is not a search")
-    return request
-
-
-def _search(
-    asked: dict[str, Any],
-    asked_limits: AskedLimits,
-    config: "SearchConfig",
-    out: Path | None,
-    *,
-    resume: bool,
-    force: bool,
-    quiet: bool,
-    announce: bool,
-) -> "SearchResult":
-    from qnas.data.sources import parse_data_spec
-    from qnas.spaces.space import load_space
-
-    space = load_space(asked["space"])
-    limits = asked_limits.limits(space, asked["latency"])
-    spec = parse_data_spec(asked["data"])
-
-    # torch takes seconds to import: what can be refused is refused before
-    from qnas.common.progress import on_stderr, warnings_only
-    from qnas.data.broken_images import MAX_BROKEN
-    from qnas.data.loading import load_data
-    from qnas.data.sources import parse_data_spec
+def _announce(started: "Started") -> None:
+    """Print what is searched for, on what, and where."""
     from qnas.runs.latency_text import describe_limits
     from qnas.runs.names import BROKEN_FILE
     from qnas.runs.text import wrapped
-    from qnas.search.problem import check_searchable
-    from qnas.search.search_result import run_search
-    from qnas.search.searcher import Searcher
-    from qnas.spaces.lower import check_resolution
-    from qnas.training.loop import run_to_end, set_up_process
-    from qnas.training.processes import world_of_environment
 
-    check_searchable(space, limits)
-    check_resolution(space, config.resolution_px)
-    set_up_process(config.threads)
-    world = world_of_environment()
-    quiet = quiet or not world.is_main
-    max_broken = asked["max_broken"]
-    data = load_data(
-        spec,
-        resolution_px=config.resolution_px,
-        channels=space.input.channels,
-        max_broken=MAX_BROKEN if max_broken is None else max_broken,
-        quiet=quiet,
-    )
-    searcher = Searcher(space, limits, data, config, world)
-    if not world.is_main:  # takes the same steps, writes and says nothing
-        run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
-        raise typer.Exit
-    folder = out or free_folder(space.name, asked_limits.label)
-    if announce:
-        counts = ", ".join(f"{count} {name}" for name, count in data.counts.items())
-        typer.echo(describe_limits(space, limits))
-        typer.echo(wrapped(f"{data.name} at {config.resolution_px} px: {counts} images; run in {folder}"))
-        if data.broken:
-            count = f"{len(data.broken)} broken image{'s' * (len(data.broken) > 1)}"
-            typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))
-    first, table = limits[0], limits[0].table
-    assert table is not None, "the first limit is a device's"
-    device, budget = asked_limits.devices[0]
-    request = {
-        "command": "search",
-        "device": device,
-        "latency": asked["latency"],
-        "budget": budget,
-        "budget_ms": first.budget,
-        "limits": asked_limits.entries(limits),
-        "space": asked["space"],
-        "space_digest": space.digest,
-        "table_digest": table.digest,
-        "data": str(spec),
-        "data_digest": data.digest,
-        **({} if max_broken is None else {"max_broken": max_broken}),
-        "versions": versions(),
-    }
-    display = warnings_only if quiet else on_stderr
-    return run_search(searcher, folder, request, resume=resume, force=force, display=display)
+    images, folder = started.images, started.folder
+    counts = ", ".join(f"{count} {name}" for name, count in images.counts.items())
+    typer.echo(describe_limits(started.space, started.limits))
+    typer.echo(wrapped(f"{images.name} at {images.resolution_px} px: {counts} images; run in {folder}"))
+    if images.broken:
+        count = f"{len(images.broken)} broken image{'s' * (len(images.broken) > 1)}"
+        typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))
+    for note in images.notes:
+        typer.echo(wrapped(note))
 
 
-def _print_search(result: "SearchResult", notes: Sequence[str], *, as_json: bool) -> None:
+def _lines(result: "SearchResult") -> Iterator[str]:
+    """Yield the lines that describe a finished search."""
+    from qnas.latency.prediction import source_note
     from qnas.runs.latency_text import latency_lines
-    from qnas.runs.names import ARCH_FILE, SEARCH_FILE
     from qnas.runs.network_text import choices_by_stage, size_line
     from qnas.runs.text import field, files_in, next_command
 
-    problem, derived, folder = result.searcher.problem, result.derived, result.folder
-    document = json.loads((folder / ARCH_FILE).read_text(encoding="utf-8"))
-    if as_json:
-        found = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
-        report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
-        accuracies = [score.accuracy for score in result.rivals.random]
-        print_json({"run": str(folder), **document, "random_accuracies": accuracies, **report})
-        return
-    lines = [
-        "",
-        choices_by_stage(problem.space, derived.arch),
-        "",
-        *latency_lines(problem.limits, result.solution.indices, notes),
-        *_expected(result.searcher.state),
-        field("size", size_line(problem.space, problem.limits, document["macs"], document["params"])),
-        *_comparison(result),
-        field("files", files_in(folder)),
-        next_command(f"qnas train-subnet {folder}"),
-    ]
-    typer.echo("\n".join(lines))
-
-
-def _expected(state: "SearchState") -> Iterator[str]:
-    """Describe the expected amounts of a network drawn from the final probabilities, against each limit."""
-    from qnas.runs.text import field
-
-    limits = state.problem.limits
-    for limit, amount in zip(limits, state.expected.tolist(), strict=True):
-        on = f" on {limit.name}" if limit.table is not None and len(limits) > 1 else ""
+    run, space, arch = result.run, result.space, result.arch
+    devices = [limit.table.origin for limit in run.limits if limit.table is not None]
+    notes = [source_note(run.config["latency"], device, space, arch) for device in devices if device]
+    yield from ("", choices_by_stage(space, arch), "")
+    yield from latency_lines(run.limits, run.indices, notes)
+    for limit, amount in zip(run.limits, run.found["expected"], strict=True):
+        on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
+    yield field("size", size_line(space, run.limits, result.macs, result.params))
+    yield from _comparison(result)
+    yield field("files", files_in(result.folder))
+    yield next_command(f"qnas train-subnet {result.folder}")
 
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, all with the supernet's weights."""
     from qnas.common.units import format_count, format_ms
     from qnas.runs.text import choice_line, field, mean_and_spread
-    from qnas.search.rerank import ranking_document
 
-    derived, rivals = result.derived, result.rivals
-    tested = len(result.searcher.problem.data.test)
-    yield field("accuracy", f"{derived.accuracy:.1%} on {tested} test images, with supernet weights")
-    for name, value in derived.metrics.items():
+    found, random = result.run.found, result.random_accuracies
+    tested = found["images"]["test"]
+    yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
+    for name, value in found["derived"].get("metrics", {}).items():
         yield field("", f"{name} {value:.1%}")
-    yield field("solved", _solved_for(result))
-    yield field("chosen", choice_line(ranking_document(result.ranking), result.solution.solved))
-    random = [score.accuracy for score in rivals.random]
+    yield field("solved", _solved_for(found["effects"]))
+    yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
     if random:
-        lowest = format_ms(min(score.latency_ms for score in rivals.random))
+        lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
         yield field(
             "against",
             f"{mean_and_spread(random)} for {len(random)} random networks of {lowest} or more, "
@@ -294,30 +193,27 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
         )
     else:
         yield field("against", "no random networks to compare with")
-    for what, score in (
-        ("the network that MACs alone would choose", rivals.macs_guided),
-        ("the network of most MACs within the budget", rivals.largest),
+    for what, rival in (
+        ("the network that MACs alone would choose", found["macs_guided"]),
+        ("the network of most MACs within the budget", found["largest"]),
     ):
-        if score is None:
+        if rival is None:
             yield field("", f"{what}: none is within the budget")
         else:
-            same = ": the same network" if score.arch == derived.arch else ""
-            took = f"{format_ms(score.latency_ms)}, {format_count(score.macs)} MACs"
-            yield field("", f"{score.accuracy:.1%} for {what} ({took}){same}")
-    if len(result.by_seed) > 1:
-        accuracies = [result.by_seed[seed] for seed in sorted(result.by_seed)]
-        yield field(
-            "seeds",
-            f"{mean_and_spread(accuracies)} for the {len(accuracies)} runs here that differ in the seed",
-        )
+            same = ": the same network" if rival["choices"] == list(result.arch.choices) else ""
+            took = f"{format_ms(rival['latency_ms'])}, {format_count(rival['macs'])} MACs"
+            yield field("", f"{rival['accuracy']:.1%} for {what} ({took}){same}")
+    seeds = found["seeds"]["accuracies"]
+    if len(seeds) > 1:
+        spread = mean_and_spread([seeds[seed] for seed in sorted(seeds, key=int)])
+        yield field("seeds", f"{spread} for the {len(seeds)} runs here that differ in the seed")
 
 
-def _solved_for(result: "SearchResult") -> str:
+def _solved_for(effects: "Mapping[str, Any] | None") -> str:
     """Describe the objective that the derived network is the best by."""
-    effects = result.selection.effects
     if effects is None:
         return "for the most probable networks: effects on the loss could not be told"
     return (
-        f"for the least loss by effects of candidates, fitted to {effects.networks} networks near the "
-        f"budget; they explain {effects.explained:.0%} of what networks left out differ by"
+        f"for the least loss by effects of candidates, fitted to {effects['networks']} networks near the "
+        f"budget; they explain {effects['explained']:.0%} of what networks left out differ by"
     )

@@ -19,14 +19,11 @@ from qnas.commands.options import (
     Quiet,
     Resume,
     Space,
-    free_folder,
     print_json,
-    versions,
 )
-from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from qnas.deploy.export_run import Deployed
+    from qnas.deploy.export_run import ExportedFiles
 
 RECIPE = "Recipe"
 TrainSubnetCommand = field_command(
@@ -129,100 +126,39 @@ def train_subnet(
 
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
+    from qnas.api.training import train_subnet as train
+    from qnas.common.errors import CheckpointError
     from qnas.common.files import read_json
-    from qnas.common.progress import on_stderr, warnings_only
-    from qnas.data.broken_images import MAX_BROKEN
-    from qnas.data.loading import load_data
-    from qnas.data.sources import parse_data_spec
-    from qnas.runs.found_arch import find_arch
-    from qnas.runs.names import RESULT_FILE, SPEED_FILE, SUBNET_FOLDER, SUPERNET_FILE
-    from qnas.runs.run_folder import latest_run, read_config
+    from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
     from qnas.runs.text import files_in, next_command
     from qnas.runs.training_text import describe_training
-    from qnas.spaces.lower import check_resolution
-    from qnas.training.acceleration import choose_acceleration
-    from qnas.training.loop import set_up_process
-    from qnas.training.processes import world_of_environment
-    from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
-    from qnas.training.supernet_weights import has_supernet, supernet_file
-    from qnas.training.teacher import load_teacher
-    from qnas.training.trained_subnet import train_subnet as train
 
-    found = find_arch(source or latest_run(), space)
-    searched = has_supernet(found)
-    if weights not in (None, "supernet", "scratch"):
-        raise UsageError(f"--weights {weights!r}: expected supernet or scratch")
-    if weights == "supernet" and not searched:
-        raise UsageError(f"--weights supernet: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
-    from_supernet = searched and weights != "scratch"
-    former = read_config(supernet_file(found).parent) if searched else {}
-    spec = parse_data_spec(data or former.get("data", "digits"))
-    of_recipe = {name: changes.pop(name) for name in Recipe.model_fields if name in changes}
-    resolved = load_recipe(recipe or DEFAULTS[spec.kind]).override(of_recipe)
-    if resolved.resolution_px is None:
-        px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
-        resolved = resolved.override({"resolution_px": px})
-    # for digits threads cost more than they gain
-    config = TrainConfig(recipe=resolved, threads=1 if spec.kind == "digits" else 0).override(changes)
-    check_resolution(found.space, config.resolution_px)
-    set_up_process(config.threads)
-    world = world_of_environment()
-    quiet = quiet or not world.is_main
-    if out is None:
-        out = found.folder / SUBNET_FOLDER if searched else free_folder(found.space.name, "subnet")
-    max_broken = former.get("max_broken") if max_broken is None else max_broken
-    images = load_data(
-        spec,
-        resolution_px=config.resolution_px,
-        channels=found.space.input.channels,
-        max_broken=MAX_BROKEN if max_broken is None else max_broken,
-        keep_originals=resolved.random_resized_crop > 0,
-        quiet=quiet,
-    )
-    taught, teacher_digest = None, ""
-    if teacher is not None:
-        taught, teacher_digest = load_teacher(
-            teacher,
-            found,
-            images,
-            weight=resolved.teacher_weight,
-            temperature=resolved.teacher_temperature,
-            device=choose_acceleration(config.torch_device, config.precision, world.local_rank).device,
-        )
-    score = train(
-        found,
-        images,
-        config,
-        out,
-        {
-            "command": "train-subnet",
-            "choices": list(found.arch.choices),
-            "space_digest": found.space.digest,
-            "data": str(spec),
-            "data_digest": images.digest,
-            **({} if max_broken is None else {"max_broken": max_broken}),
-            **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
-            "versions": versions(),
-        },
-        from_supernet=from_supernet,
-        teacher=taught,
+    trained = train(
+        source,
+        data=data,
+        recipe=recipe,
+        weights=weights,
+        teacher=teacher,
+        space=space,
+        out=out,
+        max_broken=max_broken,
         resume=resume,
         force=force,
-        display=warnings_only if quiet else on_stderr,
-        world=world,
+        progress=not quiet,
+        **changes,
     )
-    if not world.is_main:
-        return
-    result, speed = (read_json(out / name, CheckpointError) for name in (RESULT_FILE, SPEED_FILE))
+    folder, result = trained.folder, trained.result
+    speed = read_json(folder / SPEED_FILE, CheckpointError)
     if as_json:
-        print_json({"folder": str(out), **result, "speed": speed})
+        print_json({"folder": str(folder), **result, "speed": speed})
         return
-    start = "the supernet's weights" if from_supernet else "scratch"
-    target = found.folder if out == found.folder / SUBNET_FOLDER else out
+    start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
+    epochs = trained.config["train"]["recipe"]["epochs"]
+    target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     learned = (
-        f"{score.accuracy:.2%} on {score.images} test images, after {resolved.epochs} epochs from {start}"
+        f"{trained.accuracy:.2%} on {result['test_images']} test images, after {epochs} epochs from {start}"
     )
-    typer.echo(f"\n{describe_training(learned, result, speed, files_in(out))}")
+    typer.echo(f"\n{describe_training(learned, result, speed, files_in(folder))}")
     typer.echo(next_command(f"qnas export {target}"))
 
 
@@ -292,29 +228,30 @@ def export(
 
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
-    from qnas.deploy.export_request import IMAGES, ExportRequest
-    from qnas.deploy.export_run import export_trained
-    from qnas.runs.run_folder import latest_run
+    from qnas.api.exporting import export as export_files
+    from qnas.runs.folders import latest_run
 
-    request = ExportRequest(
-        formats=tuple(formats or ("onnx",)),
+    done = export_files(
+        source or latest_run(),
+        formats or ("onnx",),
         precision=precision,
         resolution_px=resolution,
         batch=batch,
         data=data,
-        images=images or IMAGES,
+        images=images,
         max_drop=max_drop,
-        threads=threads if measure else None,
+        measure=measure,
+        threads=threads,
+        out=out,
         force=force,
     )
-    done = export_trained(source or latest_run(), out, request)
     if as_json:
         print_json(done.facts())
     else:
         typer.echo("\n".join(_exported(done)))
 
 
-def _exported(done: "Deployed") -> Iterator[str]:
+def _exported(done: "ExportedFiles") -> Iterator[str]:
     """Yield what to say of exported files, a line each."""
     from qnas.common.units import format_ms
     from qnas.runs.text import field, files_in

@@ -66,6 +66,12 @@ class Datasets:
             if dataset is not None or name == "train":
                 _check_map_style(name, dataset)
 
+    @property
+    def first_size_px(self) -> tuple[int, int]:
+        """Height and width of the first training image. Raises DataError where it cannot be read."""
+        image, _ = DatasetReader(self.train, "train", self.loader).read(0)
+        return image.shape[1], image.shape[2]
+
 
 def _check_map_style(name: str, dataset: Any) -> None:
     kind = type(dataset)

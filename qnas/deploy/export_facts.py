@@ -10,9 +10,9 @@ from qnas.common.intervals import wilson
 from qnas.deploy.export.card import SCHEMA, kept_files
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
+from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import WEIGHTS_FILE
-from qnas.runs.run_folder import read_config
 from qnas.spaces.lower import count_macs
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from qnas.common.errors import CheckpointError, DataError
+from qnas.data.given import GivenData, reopen
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import load_data
-from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.product import Precision, RealImages
 from qnas.deploy.export_request import ExportRequest
 from qnas.runs.found_arch import FoundArch
@@ -33,10 +33,10 @@ def checking_images(
     training kept.
     """
     try:
-        data = _load(request.data or result["data"], found, result, px)
+        data = _load(reopen(request.data, result), found, result, px)
     except DataError as error:
         if precision == "int8" or request.data is not None:
-            fix = "" if request.data else ": --data says where its calibration images are"
+            fix = "" if request.data else ": `data` says where its calibration images are"
             raise DataError(f"{error}{fix}") from error
         return _kept_images(trained, result).at(px), None
 
@@ -52,9 +52,9 @@ def checking_images(
     return some(data.test, request.images, "test"), calibration
 
 
-def _load(spec: str, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
+def _load(given: GivenData, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
     data = load_data(
-        parse_data_spec(spec),
+        given,
         resolution_px=px,
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
@@ -66,7 +66,7 @@ def _load(spec: str, found: FoundArch, result: Mapping[str, Any], px: int) -> Im
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
             for names in (list(data.classes), list(result["classes"]))
         )
-        raise DataError(f"data {spec}: the classes are {of_data}, the network's {of_network}")
+        raise DataError(f"data {data.name}: the classes are {of_data}, the network's {of_network}")
     return data
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qnas.common.errors import UsageError
+from qnas.data.given import GivenData
 
 IMAGES = 512  # of the test images that files are checked with
 
@@ -16,7 +17,7 @@ class ExportRequest:
     precision: str = "fp32"
     resolution_px: int | None = None  # None: that of training
     batch: int | None = None  # None: a free one
-    data: str | None = None  # None: what was trained on
+    data: GivenData | None = None  # None: what was trained on
     images: int = IMAGES
     max_drop: float | None = None  # of the accuracy; None: that of the precision
     threads: int | None = None  # to time the files with; None: they are not timed
@@ -24,8 +25,8 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         if not self.formats:
-            raise UsageError("--format: expected at least one format")
+            raise UsageError("`formats`: expected at least one")
         if self.threads is not None and self.batch not in (None, 1):
-            raise UsageError(f"--measure times one image: leave out --batch {self.batch}")
+            raise UsageError(f"`measure=True` times one image: leave out `batch={self.batch}`")
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
-            raise UsageError(f"--max-drop {self.max_drop}: expected a share of the images, 0 to 1")
+            raise UsageError(f"`max_drop={self.max_drop}`: expected a share of the images, 0 to 1")

@@ -1,7 +1,7 @@
 """A trained network of a run as files to ship, checked on real images, with a card of what is known of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from qnas.training.supernet_weights import load_weights
 
 
 @dataclass(frozen=True)
-class Deployed:
-    """Exported files and what was searched for. Latencies are None for an arch without a search."""
+class ExportedFiles(Sequence[Path]):
+    """The paths of exported files, with what is known of each; `files` has their checks.
+
+    Device, budget and latency are those that were searched for, None for an architecture without a search.
+    """
 
     folder: Path
     files: tuple[Exported, ...]
@@ -36,6 +39,12 @@ class Deployed:
     device: str | None
     budget_ms: float | None
     latency_ms: float | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: Any) -> Any:
+        return [self.folder / file.files[0] for file in self.files][number]
 
     def facts(self) -> dict[str, Any]:
         """Return the same as JSON values."""
@@ -56,7 +65,7 @@ class Deployed:
         }
 
 
-def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Deployed:
+def export_trained(source: Path, out: Path | None, request: ExportRequest) -> ExportedFiles:
     """Export the trained network of a run, or of a folder that train-subnet wrote, or its arch.json.
 
     All files and the card take their places together, once every file is checked. Raises CheckpointError
@@ -85,7 +94,7 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> De
         )
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         write_card(stage, card_document(trained, found, result, product, files, measured, out))
-    return Deployed(
+    return ExportedFiles(
         out,
         files,
         measured,

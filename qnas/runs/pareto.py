@@ -25,7 +25,7 @@ from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 
 POINTS = 12  # budgets a device
-K_BEST = 5  # networks a budget, to be ranked on held-out images
+POINT_K_BEST = 5  # networks a budget, to be ranked on held-out images
 COLUMNS = (
     "device",
     "budget_ms",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import CheckpointError, UsageError
+from qnas.runs.folders import read_config
 from qnas.runs.names import METRICS_FILE, SUBNET_FOLDER, TENSORBOARD_FOLDER
 from qnas.runs.report.figures import read_metrics
-from qnas.runs.run_folder import read_config
 
 
 def write_events(folder: Path) -> Path:

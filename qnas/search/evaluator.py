@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnas.common.errors import CheckpointError, DataError
+from qnas.common.errors import DataError
 from qnas.data.batches import batches
 from qnas.data.broken_images import MAX_BROKEN
+from qnas.data.given import GivenData, reopen
 from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import load_data
-from qnas.data.sources import parse_data_spec
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
@@ -23,7 +23,7 @@ from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
-from qnas.training.losses import Objective, make_objective
+from qnas.training.losses import LossFunction, Objective, saved_objective
 from qnas.training.scoring import (
     CALIBRATION_BATCHES,
     Classified,
@@ -79,32 +79,38 @@ def evaluator_of(state: SearchState) -> Evaluator:
     )
 
 
-def saved_evaluator(folder: Path, config: Mapping[str, Any], space: SearchSpace) -> Evaluator:
+def saved_evaluator(
+    folder: Path,
+    config: Mapping[str, Any],
+    space: SearchSpace,
+    data: GivenData | None = None,
+    loss: LossFunction | None = None,
+) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
-    `config` is the folder's config.json. Raises CheckpointError where the supernet is missing or damaged,
+    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or a loss
+    that is not one of qnas. Raises CheckpointError where the supernet is missing or damaged,
     DataError where the data are, or are others than they were.
     """
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)
     searched = config["search"]
-    data = load_data(
-        parse_data_spec(config["data"]),
+    images = load_data(
+        reopen(data, config),
         resolution_px=searched["resolution_px"],
         channels=space.input.channels,
         max_broken=config.get("max_broken", MAX_BROKEN),
         quiet=True,
     )
-    if data.digest != config["data_digest"]:
+    if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
-    loss = searched.get("loss", "cross-entropy")
-    if loss not in ("cross-entropy", "balanced", "focal"):
-        raise CheckpointError(f"{folder}: was searched with the loss {loss}, which is not one of qnas")
-    objective = make_objective(loss, "accuracy", data.train.labels, len(data.classes))
+    objective = saved_objective(
+        searched.get("loss", "cross-entropy"), images.train.labels, len(images.classes), loss, folder
+    )
     device = choose_acceleration("auto", "auto").device
 
     def build(arch: Arch) -> nn.Module:
-        network = build_subnet(space, arch, len(data.classes))
+        network = build_subnet(space, arch, len(images.classes))
         load_weights(network, subnet_state(tensors, space, arch), path)
         return network
 
@@ -117,4 +123,4 @@ def saved_evaluator(folder: Path, config: Mapping[str, Any], space: SearchSpace)
                 found.append(objective.loss(network(images), labels))
         return torch.stack(found).double().cpu()
 
-    return Evaluator(data, device, objective, build, losses)
+    return Evaluator(images, device, objective, build, losses)

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from qnas.common.errors import ArchError
 from qnas.data.batches import batch_count
 from qnas.data.image_data import ImageData
 from qnas.nn.supernet import LimitTensors, candidate_mask, limit_tensors
 from qnas.search.config import SearchConfig
 from qnas.search.schedule import Schedule
 from qnas.solver.limits import Limits
-from qnas.solver.solve import check_feasible
+from qnas.solver.solve import check_searchable
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import Acceleration, choose_acceleration
 from qnas.training.losses import Objective, make_objective
@@ -74,10 +73,3 @@ def make_problem(
         acceleration=choose_acceleration(config.torch_device, config.precision, world.local_rank),
         world=world,
     )
-
-
-def check_searchable(space: SearchSpace, limits: Limits) -> None:
-    """Raise an error, before anything is trained, where there is nothing to search or no way to succeed."""
-    if space.is_fixed:
-        raise ArchError(f"space {space.name} has one network only: there is nothing to search")
-    check_feasible(limits)

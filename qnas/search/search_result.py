@@ -23,6 +23,7 @@ from qnas.data.broken_images import broken_copies
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table_file import table_text
 from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.folders import read_config
 from qnas.runs.names import (
     ARCH_FILE,
     BROKEN_FILE,
@@ -36,7 +37,7 @@ from qnas.runs.names import (
 )
 from qnas.runs.plots import draw_budget, read_rows
 from qnas.runs.report.page import close_with_report
-from qnas.runs.run_folder import opened, read_config
+from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_supernet
 from qnas.search.evaluator import Evaluator, evaluator_of
 from qnas.search.problem import Problem
@@ -82,7 +83,7 @@ class Rivals:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class FinishedSearch:
     """The result of a finished search."""
 
     searcher: Searcher
@@ -111,7 +112,7 @@ def run_search(
     resume: bool = False,
     force: bool = False,
     display: Display = silent,
-) -> SearchResult:
+) -> FinishedSearch:
     """Search to the end in a run folder, and write what was found.
 
     `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
@@ -134,13 +135,13 @@ def run_search(
         return _finish(searcher, folder, request, display)
 
 
-def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], display: Display) -> SearchResult:
+def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], display: Display) -> FinishedSearch:
     """Select a network, compare it, and write the files of a search that has taken its last step."""
     state, problem = searcher.state, searcher.problem
     selection = select(state, display)
     derived, rivals = _compare(state, selection, display)
     by_seed = {**seeds_beside(folder), problem.config.seed: derived.accuracy}
-    result = SearchResult(searcher, folder, selection, derived, rivals, by_seed)
+    result = FinishedSearch(searcher, folder, selection, derived, rivals, by_seed)
     draw_budget(
         read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=state.multiplier.bound
     )
@@ -228,7 +229,7 @@ def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _search_document(result: SearchResult) -> dict[str, Any]:
+def _search_document(result: FinishedSearch) -> dict[str, Any]:
     def entry(score: NetworkScore) -> dict[str, Any]:
         return {
             "choices": list(score.arch.choices),
@@ -274,7 +275,7 @@ def _layers(space: SearchSpace, arch: Arch, limits: Limits, latency: str) -> dic
     }
 
 
-def _arch_document(result: SearchResult, request: Mapping[str, Any]) -> dict[str, Any]:
+def _arch_document(result: FinishedSearch, request: Mapping[str, Any]) -> dict[str, Any]:
     details = {
         "latency_source": request.get("latency"),
         "supernet_accuracy": result.derived.accuracy,

@@ -1,21 +1,21 @@
 """The choice of a network after the search's last step: effects, exact solution, screening, ranking."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qnas.common.progress import Display, silent
+from qnas.data.given import GivenData
+from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, count_effects, measure_effects
 from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
 from qnas.search.problem import Problem
 from qnas.search.rerank import Ranked, rerank, screen
 from qnas.search.state import SearchState
 from qnas.solver.solve import Scores, Solution, solve_best
-from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
+from qnas.training.losses import LossFunction
 
 # Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
 # two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
@@ -101,19 +101,24 @@ def screen_solutions(
 
 
 def rerank_saved(
-    folder: Path,
-    config: Mapping[str, Any],
-    space: SearchSpace,
+    run: FinishedRun,
     solutions: Sequence[Solution],
     keep: int | None = None,
-    on_scored: Callable[[], None] = lambda: None,
+    *,
+    data: GivenData | None = None,
+    loss: LossFunction | None = None,
+    display: Display = silent,
 ) -> tuple[Ranked, ...]:
     """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
 
-    More than `keep` networks are screened first; `on_scored` is called after each network, once or twice.
-    `config` is the folder's config.json. Raises what `saved_evaluator` does.
+    More than `keep` networks are screened first. Raises CheckpointError where the run does not record what a
+    ranking needs, and what `saved_evaluator` does.
     """
-    evaluator = saved_evaluator(folder, config, space)
+    check_rankable(run.folder, run.config)
+    evaluator = saved_evaluator(run.folder, run.config, run.space, data, loss)
     keep = keep or len(solutions)
-    screened = screen(space, solutions, evaluator.data, evaluator.losses, keep, evaluator.device, on_scored)
-    return rerank(space, screened, evaluator.data, evaluator.classify, on_scored)
+    with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:
+        screened = screen(
+            run.space, solutions, evaluator.data, evaluator.losses, keep, evaluator.device, progress.step
+        )
+        return rerank(run.space, screened, evaluator.data, evaluator.classify, progress.step)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qnas.common.errors import InfeasibleBudgetError
+from qnas.common.errors import ArchError, InfeasibleBudgetError
 from qnas.solver.knapsack import k_best
 from qnas.solver.limits import Limits, check_limits, count_limit
 from qnas.spaces.block_order import Labels, block_labels
@@ -121,3 +121,10 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
 def largest(space: SearchSpace, limits: Limits) -> Solution:
     """Return the network of the most MACs within all limits; its score is their number."""
     return solve(count_limit(space, "macs", math.inf).cells, limits)
+
+
+def check_searchable(space: SearchSpace, limits: Limits) -> None:
+    """Raise an error, before anything is trained, where there is nothing to search or no way to succeed."""
+    if space.is_fixed:
+        raise ArchError(f"space {space.name} has one network only: there is nothing to search")
+    check_feasible(limits)

@@ -6,12 +6,14 @@ the same signature can stand in for the named ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qnas.common.errors import CheckpointError
 from qnas.training.settings import LossName, MetricName
 
 # logits (B, classes), targets as classes (B,) or as shares of the classes (B, classes) -> (B,)
@@ -129,3 +131,24 @@ def make_objective(loss: LossName, metric: MetricName, labels: Tensor, classes: 
         balanced_loss(labels, classes) if loss == "balanced" else losses[loss],
         balanced_accuracy if metric == "balanced-accuracy" else None,
     )
+
+
+def given_objective(
+    named: Objective, loss: str | LossFunction | None, metric: str | Metric | None
+) -> Objective:
+    """Return a configuration's objective with a caller's own loss or metric in place of the named one."""
+    return Objective(loss if callable(loss) else named.loss, metric if callable(metric) else named.metric)
+
+
+def saved_objective(
+    name: str, labels: Tensor, classes: int, own: LossFunction | None, where: Path
+) -> Objective:
+    """Return the objective that a run records by the name of its loss, to rank networks by.
+
+    Raises CheckpointError where that is a loss of the caller's own which is not given again.
+    """
+    if own is not None:
+        return Objective(own)
+    if name not in get_args(LossName):
+        raise CheckpointError(f"{where}: used a loss of its own, {name}: give it again as `loss`")
+    return make_objective(cast(LossName, name), "accuracy", labels, classes)

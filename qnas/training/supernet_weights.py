@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError
-from qnas.nn.subnet import subnet_state
+from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
@@ -39,3 +39,15 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
         load_weights(network, state, file)
     except CheckpointError as error:  # data with other classes than those searched on, most likely
         raise CheckpointError(f"{error}; training from scratch does without them") from error
+
+
+def build_inherited(source: FoundArch) -> nn.Module:
+    """Return a network in evaluation mode with the supernet's weights, for the classes of the search.
+
+    Raises CheckpointError where the supernet's weights are missing or of another space.
+    """
+    state = load_supernet(supernet_file(source))
+    classes = next((len(w) for name, w in state.items() if name.endswith("head.classifier.weight")), 0)
+    network = build_subnet(source.space, source.arch, classes or source.space.head.classes)
+    load_weights(network, subnet_state(state, source.space, source.arch), supernet_file(source))
+    return network.eval()

@@ -28,10 +28,10 @@ from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
 from qnas.deploy.export_images import CALIBRATION_IMAGES
 from qnas.deploy.export_request import ExportRequest
-from qnas.deploy.export_run import Deployed, export_trained
+from qnas.deploy.export_run import ExportedFiles, export_trained
+from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
-from qnas.runs.run_folder import read_config
 from qnas.spaces.arch import Arch, arch_document
 from qnas.spaces.space import parse_space
 from qnas.training.recipe import Recipe, TrainConfig
@@ -84,7 +84,7 @@ def set_result(folder: Path, **entries: Any) -> None:
     write_json(path, {**read_json(path, CheckpointError), **entries})
 
 
-def export(source: Path, out: Path | None = None, **options: Any) -> Deployed:
+def export(source: Path, out: Path | None = None, **options: Any) -> ExportedFiles:
     return export_trained(source, out, ExportRequest(**options))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from qnas.common.errors import CheckpointError, Interrupted
 from qnas.runs import run_folder
+from qnas.runs.folders import read_config
 from qnas.runs.metrics import Metrics
 from qnas.runs.names import (
     ARCH_FILE,
@@ -17,7 +18,6 @@ from qnas.runs.names import (
     SUBNET_FOLDER,
     SUPERNET_FILE,
 )
-from qnas.runs.run_folder import read_config
 
 REQUEST = {"search": {"seed": 0}, "data": "digits", "space_digest": "a", "versions": {"torch": "2"}}
 COPIES = {SPACE_FILE: "name: tiny\n"}

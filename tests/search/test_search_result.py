@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,20 +12,21 @@ import pytest
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import CheckpointError, DataError
+from qnas.common.progress import Report, reporting_to
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.runs.finished_run import read_searched
+from qnas.runs.finished_run import read_finished_run, read_searched
+from qnas.runs.folders import read_config
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
 from qnas.runs.plots import draw_budget, read_rows
-from qnas.runs.run_folder import read_config
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
 from qnas.search.rerank import ranking_document
-from qnas.search.search_result import RANDOM_WINDOW, SearchResult, run_search, seeds_beside
+from qnas.search.search_result import RANDOM_WINDOW, FinishedSearch, run_search, seeds_beside
 from qnas.search.searcher import Searcher
 from qnas.search.selection import effects_of, rerank_saved, screen_solutions
 from qnas.solver.limits import Limits, count_limit, latency_limit
@@ -58,7 +58,7 @@ class Finished:
     space: SearchSpace
     limits: Limits
     data: ImageData
-    result: SearchResult
+    result: FinishedSearch
     folder: Path
     config: dict[str, Any]
     document: dict[str, Any]
@@ -206,16 +206,14 @@ def test_the_way_to_the_budget_is_drawn(finished: Finished, tmp_path: Path) -> N
 
 
 def test_a_saved_supernet_ranks_as_the_search_did(finished: Finished) -> None:
-    searched, steps = read_searched(finished.folder, finished.space), Counter[str]()
-    solutions = solve_best(finished.space, searched.scores, finished.limits, searched.screened)
-    ranked = rerank_saved(
-        finished.folder, finished.config, finished.space, solutions, 6, lambda: steps.update(["one"])
-    )
+    run, steps = read_finished_run(finished.folder), list[Report]()
+    solutions = solve_best(run.space, run.searched.scores, finished.limits, run.searched.screened)
+    ranked = rerank_saved(run, solutions, 6, display=reporting_to(steps.append))
     assert ranking_document(ranked) == finished.document["ranking"]
-    assert steps["one"] == 12 + 6
-    other = finished.config | {"data_digest": "0" * 16}
+    assert [report.done for report in steps] == list(range(1, 12 + 6 + 1))
+    other = replace(run, config={**run.config, "data_digest": "0" * 16})
     with pytest.raises(DataError, match=r"not the images that .* was searched on"):
-        rerank_saved(finished.folder, other, finished.space, solutions)
+        rerank_saved(other, solutions)
 
 
 def test_only_finished_runs_that_differ_in_the_seed_alone_count_as_seeds(

@@ -37,13 +37,12 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.search.config import Paths, SearchConfig
 from qnas.search.penalty import LATENCY_LOSSES
-from qnas.search.problem import check_searchable
 from qnas.search.schedule import FINAL_TEMPERATURE, SNAPSHOTS
 from qnas.search.search_result import run_search
 from qnas.search.searcher import Searcher
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
 from qnas.solver.sampling import sample_near
-from qnas.solver.solve import solve
+from qnas.solver.solve import check_searchable, solve
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
 from qnas.training.supernet_weights import inherit

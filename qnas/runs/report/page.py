@@ -20,6 +20,7 @@ from markupsafe import Markup
 from qnas.common.errors import CheckpointError, first_line
 from qnas.common.files import naming, read_json, write_text
 from qnas.common.units import format_count, format_ms
+from qnas.runs.folders import read_config
 from qnas.runs.latency_text import describe_budgets
 from qnas.runs.names import (
     ARCH_FILE,
@@ -34,7 +35,6 @@ from qnas.runs.report.figures import FORMS
 from qnas.runs.report.network import block_rows
 from qnas.runs.report.searching import search_section
 from qnas.runs.report.training import training_section
-from qnas.runs.run_folder import read_config
 from qnas.runs.text import short_name
 from qnas.spaces.arch import make_arch, read_arch_document
 from qnas.spaces.space import load_space

@@ -18,6 +18,7 @@ from helpers.run_documents import documents_of, value_at
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.runs.explain import explain
 from qnas.runs.finished_run import read_finished_run
+from qnas.runs.folders import read_config
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import (
     METRICS_FILE,
@@ -32,7 +33,6 @@ from qnas.runs.report import training
 from qnas.runs.report.figures import FORMS
 from qnas.runs.report.page import build_page, close_with_report, write_report
 from qnas.runs.report.searching import command_line
-from qnas.runs.run_folder import read_config
 from qnas.runs.text import short_name
 from qnas.spaces.space import SearchSpace, load_space
 

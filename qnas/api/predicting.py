@@ -1,0 +1,51 @@
+"""The latency of any network on any device, from Python."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnas.api.results import DerivedNetwork, TrainedNetwork
+from qnas.latency.device import Device, load_device
+from qnas.latency.prediction import DEVICE, Prediction
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.network_prediction import predict_network
+from qnas.spaces.arch import Arch
+from qnas.spaces.space import SearchSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Network = DerivedNetwork | TrainedNetwork | FoundArch | tuple[SearchSpace, Arch] | nn.Module | str | Path
+
+
+def predict(
+    network: "Network",
+    device: str | Path | Device,
+    *,
+    example_input: "Tensor | None" = None,
+    latency: str = DEVICE,
+) -> Prediction:
+    """Predict the latency of a network for one image, with the latency of each of its layers.
+
+    `network` is a result of qnas, a run's folder, an arch.json, a fixed space by name, a space with an
+    architecture of it, an ONNX file, or a torch.nn.Module together with an `example_input` (B, C, H, W).
+    Operators that the device does not know are priced as passes over their maps, and named and counted in
+    the prediction's `note`. `latency` is "device" or "nn-meter".
+
+    Raises TableError where the device is unknown or cannot price the network, ArchError, SpaceError or
+    ExportError where there is no network to read.
+
+    >>> prediction = predict("quadranet25-xxs", "cpu")
+    >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"
+    '56.2 ms, 88% from measurements'
+    """
+    known = load_device(device)
+    if isinstance(network, DerivedNetwork | TrainedNetwork):
+        network = network.found
+    if isinstance(network, FoundArch):
+        network = (network.space, network.arch)
+    if isinstance(network, str | Path | tuple):
+        return predict_network(network, known, latency=latency)
+    from qnas.deploy.module_latency import predict_module
+
+    shown: Any = example_input  # checked there, with what was expected
+    return predict_module(network, shown, known, latency=latency)

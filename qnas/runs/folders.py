@@ -1,0 +1,33 @@
+"""Runs by their folders under runs/: the latest, a new one, and the request of one. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import CheckpointError
+from qnas.common.files import read_json
+from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RUNS_FOLDER
+
+
+def free_folder(stem: str) -> Path:
+    """Return the first folder of that name under runs/ that does not exist: stem, stem-2, ..."""
+    folder = RUNS_FOLDER / stem
+    number = 2
+    while folder.exists():
+        folder = RUNS_FOLDER / f"{stem}-{number}"
+        number += 1
+    return folder
+
+
+def latest_run() -> Path:
+    """Return the finished run under runs/ that was derived last. Raises CheckpointError if none."""
+    finished = sorted(RUNS_FOLDER.glob(f"*/{ARCH_FILE}"), key=lambda path: path.stat().st_mtime_ns)
+    if not finished:
+        raise CheckpointError(f"no finished run under {RUNS_FOLDER}/: name one, or run qnas search first")
+    return finished[-1].parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what a run was asked. Raises CheckpointError where the folder holds no run."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder}: not a run folder (no {CONFIG_FILE})")
+    return read_json(folder / CONFIG_FILE, CheckpointError)
