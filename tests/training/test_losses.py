@@ -32,7 +32,7 @@ def logits(images: int = 9, classes: int = 3) -> Tensor:
 
 def test_the_weights_of_a_balanced_loss_make_classes_count_alike() -> None:
     loss = balanced_loss(LABELS, 4)  # of the last class there is no image
-    totals = [float(loss.weights[LABELS[LABELS == k]].sum()) for k in range(3)]
+    totals = [float(loss.weights[LABELS[k == LABELS]].sum()) for k in range(3)]
     assert totals == pytest.approx([3, 3, 3])
     assert loss.weights[3] == 0
     each = loss(logits(9, 4), LABELS)
