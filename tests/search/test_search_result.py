@@ -289,5 +289,5 @@ def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
 
 def test_a_saved_search_by_a_loss_of_ones_own_is_not_ranked_by_another(finished: Finished) -> None:
     searched = finished.config["search"] | {"loss": "somewhere.mine"}
-    with pytest.raises(CheckpointError, match="loss somewhere.mine, which is not one of qnas"):
+    with pytest.raises(CheckpointError, match=r"loss somewhere\.mine, which is not one of qnas"):
         rerank_saved(finished.folder, finished.config | {"search": searched}, finished.space, [])

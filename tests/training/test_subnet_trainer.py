@@ -359,9 +359,9 @@ def test_the_best_weights_are_those_of_the_best_epoch(
     assert result["test_accuracy"] == found[-1] < max(found)
     assert result["best_by_test_images"] == {"epoch": 2, "test_accuracy": max(found)}
     trainer = trainer_of(source, digits)
-    for file, accuracy in ((WEIGHTS_FILE, found[-1]), (BEST_FILE, max(found))):
+    for file, best in ((WEIGHTS_FILE, found[-1]), (BEST_FILE, max(found))):
         trainer.network.load_state_dict(load_tensors(folder / file))
-        assert trainer.test().score.accuracy == accuracy
+        assert trainer.test().score.accuracy == best
 
 
 def test_the_csv_has_a_line_an_epoch(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
