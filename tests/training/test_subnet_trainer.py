@@ -248,7 +248,7 @@ def test_a_batch_in_parts_is_the_whole_batch(source: FoundArch, digits: ImageDat
 
 
 def test_parts_that_are_not_equal_are_refused(source: FoundArch, digits: ImageData) -> None:
-    with pytest.raises(UsageError, match=r"128 images .* cannot be taken in 3 equal parts"):
+    with pytest.raises(UsageError, match=r"128 images .* cannot be split into 3 equal parts"):
         trainer_of(source, digits, accumulation=3)
 
 
@@ -388,7 +388,7 @@ def test_training_whose_loss_is_no_number_keeps_the_last_good_weights(
         return step(self)
 
     monkeypatch.setattr(SubnetTrainer, "step", break_then_step)
-    said = r"step 14: the loss is nan.*--learning-rate.*the weights of epoch 1 are in .*best.safetensors"
+    said = r"step 14: the loss is nan.*learning rate.*the weights of epoch 1 are in .*best.safetensors"
     with pytest.raises(TrainingError, match=said):
         train(source, digits, tmp_path / "run", config())
     kept = load_tensors(tmp_path / "run" / BEST_FILE)
