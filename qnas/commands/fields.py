@@ -118,7 +118,8 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
 
         @property
         def params(self) -> list[Any]:
-            return list(self._completed().params)
+            parameters: list[Any] = self._completed().params  # the list itself, which click changes
+            return parameters
 
         @params.setter
         def params(self, given: list[Any]) -> None:

@@ -34,6 +34,7 @@ from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace, parse_space
+from qnas.training.losses import CROSS_ENTROPY
 
 CONFIG = SearchConfig(
     preset="test",
@@ -257,3 +258,35 @@ def test_the_spread_over_seeds_is_in_the_report(finished: Finished, tmp_path: Pa
     assert found[1]["seeds"]["accuracies"] == {"1": first, "2": second}
     assert found[1]["seeds"]["mean"] == pytest.approx((first + second) / 2)
     assert found[1]["seeds"]["sd"] == pytest.approx(abs(first - second) / 2**0.5)
+
+
+def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIG.override({"search_epochs": 1, "warmup_epochs": 0, "loss": "focal", "k_best": 2})
+    config = config.override({"metric": "balanced-accuracy"})
+    request = {"data": "digits", "data_digest": finished.data.digest}
+    searcher = Searcher(finished.space, finished.limits, finished.data, config)
+    result = run_search(searcher, tmp_path / "run", request)
+    assert capsys.readouterr() == ("", "")
+    document = json.loads((tmp_path / "run" / SEARCH_FILE).read_text())
+    assert 0 < document["derived"]["metrics"]["balanced-accuracy"] < 1
+    assert "metrics" not in finished.document["derived"]
+    evaluator = evaluator_of(searcher.state)
+    found = evaluator.classify(result.derived.arch, finished.data.heldout)
+    assert document["ranking"][0]["heldout_loss"] == pytest.approx(found.score.loss)
+    # of a network with the same answers the focal loss is the smaller one
+    plain = replace(evaluator, objective=CROSS_ENTROPY).score(result.derived.arch, finished.data.heldout)
+    assert found.score.loss < plain.loss
+    asked = read_config(tmp_path / "run")
+    assert asked["search"]["loss"] == "focal"
+    again = rerank_saved(
+        tmp_path / "run", asked, finished.space, [ranked.solution for ranked in result.ranking]
+    )
+    assert ranking_document(again) == document["ranking"]
+
+
+def test_a_saved_search_by_a_loss_of_ones_own_is_not_ranked_by_another(finished: Finished) -> None:
+    searched = finished.config["search"] | {"loss": "somewhere.mine"}
+    with pytest.raises(CheckpointError, match=r"loss somewhere\.mine, which is not one of qnas"):
+        rerank_saved(finished.folder, finished.config | {"search": searched}, finished.space, [])

@@ -28,6 +28,7 @@ from qnas.runs.names import (
     CONFIG_FILE,
     EPOCHS_FILE,
     METRICS_FILE,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     WEIGHTS_FILE,
@@ -35,6 +36,7 @@ from qnas.runs.names import (
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
+from qnas.training.losses import Objective, accuracy
 from qnas.training.optimizer import Teacher
 from qnas.training.recipe import Recipe, TrainConfig, parse_recipe
 from qnas.training.regularisation import drop_blocks
@@ -247,7 +249,7 @@ def test_a_batch_in_parts_is_the_whole_batch(source: FoundArch, digits: ImageDat
 
 
 def test_parts_that_are_not_equal_are_refused(source: FoundArch, digits: ImageData) -> None:
-    with pytest.raises(UsageError, match=r"128 images .* cannot be taken in 3 equal parts"):
+    with pytest.raises(UsageError, match=r"128 images .* cannot be split into 3 equal parts"):
         trainer_of(source, digits, accumulation=3)
 
 
@@ -358,9 +360,9 @@ def test_the_best_weights_are_those_of_the_best_epoch(
     assert result["test_accuracy"] == found[-1] < max(found)
     assert result["best_by_test_images"] == {"epoch": 2, "test_accuracy": max(found)}
     trainer = trainer_of(source, digits)
-    for file, accuracy in ((WEIGHTS_FILE, found[-1]), (BEST_FILE, max(found))):
+    for file, best in ((WEIGHTS_FILE, found[-1]), (BEST_FILE, max(found))):
         trainer.network.load_state_dict(load_tensors(folder / file))
-        assert trainer.test().score.accuracy == accuracy
+        assert trainer.test().score.accuracy == best
 
 
 def test_the_csv_has_a_line_an_epoch(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
@@ -387,7 +389,7 @@ def test_training_whose_loss_is_no_number_keeps_the_last_good_weights(
         return step(self)
 
     monkeypatch.setattr(SubnetTrainer, "step", break_then_step)
-    said = r"step 14: the loss is nan.*--learning-rate.*the weights of epoch 1 are in .*best.safetensors"
+    said = r"step 14: the loss is nan.*learning rate.*the weights of epoch 1 are in .*best.safetensors"
     with pytest.raises(TrainingError, match=said):
         train(source, digits, tmp_path / "run", config())
     kept = load_tensors(tmp_path / "run" / BEST_FILE)
@@ -422,3 +424,58 @@ def test_the_teachers_loss_is_a_divergence_that_its_own_answers_do_not_have() ->
     expected = 9 * (p * (p.log() - F.softmax(logits / 3, 1).log())).sum(1).mean()
     torch.testing.assert_close(teacher.loss(torch.zeros(5, 3, 1, 1), logits), expected)
     assert float(teacher.loss(torch.zeros(5, 3, 1, 1), answers)) == pytest.approx(0, abs=1e-6)
+
+
+# ---- as a library
+
+
+def test_a_training_needs_no_request_and_prints_nothing(
+    source: FoundArch, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = train_subnet(source, digits, config(epochs=1), tmp_path / "run", {}, from_supernet=False)
+    result = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
+    assert (result["test_accuracy"], result["data"]) == (score.accuracy, digits.name)
+    assert "metrics" not in result
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_loss_trains_and_scores_and_the_metric_is_reported(
+    source: FoundArch, digits: ImageData, tmp_path: Path
+) -> None:
+    how = TrainConfig(recipe=RECIPE.override({"epochs": 1}), loss="focal", metric="balanced-accuracy")
+    plain = train(source, digits, tmp_path / "plain", config(epochs=1))
+    focal = train(source, digits, tmp_path / "focal", how)
+    assert (plain / WEIGHTS_FILE).read_bytes() != (focal / WEIGHTS_FILE).read_bytes()
+    result = json.loads((focal / RESULT_FILE).read_text())
+    found = load_tensors(focal / PREDICTIONS_FILE)
+    assert result["test_loss"] == pytest.approx(float(found["loss"].mean()), rel=1e-5)
+    recalls = [entry["value"] for entry in result["per_class"]]
+    assert result["metrics"] == {"balanced-accuracy": pytest.approx(sum(recalls) / len(recalls))}
+    asked = json.loads((focal / CONFIG_FILE).read_text())["train"]
+    assert (asked["loss"], asked["metric"]) == ("focal", "balanced-accuracy")
+    assert "loss" not in json.loads((plain / CONFIG_FILE).read_text())["train"]
+
+
+def test_a_loss_of_ones_own_trains(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def hinge(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets.ndim)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, logits.shape[1]).float()
+        return F.relu(1 + logits - (targets * logits).sum(1, keepdim=True)).mean(1)
+
+    train_subnet(
+        source,
+        digits,
+        config(epochs=1),
+        tmp_path / "run",
+        {},
+        from_supernet=False,
+        objective=Objective(hinge, accuracy),
+    )
+    assert set(seen) == {1, 2}, "smoothed labels in training, plain ones in evaluation"
+    asked = json.loads((tmp_path / "run" / CONFIG_FILE).read_text())["train"]
+    assert asked["loss"].endswith("hinge")
+    result = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
+    assert list(result["metrics"].values()) == [result["test_accuracy"]]
