@@ -65,7 +65,7 @@ def test_a_block_that_is_not_registered_is_answered_with_what_to_do() -> None:
     with pytest.raises(SpaceError) as error:
         with_gates()
     assert str(error.value) == (
-        "tiny.yaml: candidates.block: unknown block (known: identity, mbconv, quadra; register your own "
+        "tiny.yaml: candidates.block: unknown block (known: identity, mbconv, quadra, or one registered "
         "first: qnas --plugin FILE.py COMMAND), got 'gate'"
     )
 
