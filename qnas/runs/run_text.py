@@ -1,4 +1,4 @@
-"""What `pareto`, `explain` and `compare` print: text of at most 80 columns."""
+"""The output of `pareto`, `explain` and `compare`: text of at most 80 columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the commands print: plain text of at most 80 columns, and the same facts as JSON values."""
+"""The layout of what commands print: plain text of at most 80 columns."""
 
 import re
 import statistics
