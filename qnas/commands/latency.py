@@ -1,4 +1,4 @@
-"""What is known of networks and devices: `describe`, `predict`, `devices`, `table`."""
+"""Networks and devices to look at: `describe`, `predict`, `devices`, `table`, `eval-latency`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A device of one's own from whole networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
+"""Your own device from measured networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

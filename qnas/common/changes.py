@@ -1,4 +1,4 @@
-"""What differs between what a run was asked and what is asked now, in words."""
+"""Differences between the request of a former run and the present one, in words."""
 
 import csv
 import io

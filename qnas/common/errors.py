@@ -1,7 +1,7 @@
-"""What a user can mend, by cause. Everything else is our mistake and keeps its traceback.
+"""Errors that a user can fix, by cause. All other exceptions are bugs of qnas and keep their traceback.
 
-The message of each error is one line that says where, what was found and what was expected; only
-the command line prints it.
+The message of an error is one line: the place, what was found and what was expected. Only the command
+line prints it.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What this machine is, as far as a latency depends on it: for the record beside a measurement."""
+"""Facts of this machine that latencies depend on, recorded with each measurement."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""How sure an accuracy is, from the number of images that it was counted on.
+"""Confidence intervals of an accuracy, from the number of images that it was counted on.
 
 Wilson's score interval (Wilson, 1927): unlike the accuracy plus and minus two standard errors it stays
 within 0 and 1, and keeps its level near them and for a few dozen images.

@@ -1,4 +1,4 @@
-"""Where the files lie that ship with qnas, search spaces, recipes and latency tables, and the user's cache.
+"""The files that ship with qnas (search spaces, recipes and latency tables), and the user's cache.
 
 In a wheel shipped files are inside the package; in a source tree they are the folders beside it.
 """
@@ -45,7 +45,7 @@ def stems(folder: str, suffix: str) -> dict[str, Traversable]:
 def read_named(
     folder: str, name_or_path: str | Path, what: str, error: Callable[[str], QnasError]
 ) -> tuple[str, str]:
-    """Read a shipped YAML file by name, or one's own by path: its text, and what messages call it.
+    """Read a shipped YAML file by name, or your own by path: its text, and what messages call it.
 
     `error` makes the exception that is raised where there is none.
     """

@@ -1,4 +1,4 @@
-"""What exported files and their card say of the network."""
+"""The metadata of exported files and the content of their card."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def card_document(
             "mean": list(product.mean),
             "std": list(product.std),
         },
-        # where the data lie here is nobody's business
+        # without the path: it says nothing to others
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
         "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),

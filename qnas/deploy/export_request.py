@@ -1,4 +1,4 @@
-"""What an export is asked for."""
+"""The request of an export."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ IMAGES = 512  # of the test images that files are checked with
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to write, how it is checked, and whether it is timed."""
+    """The formats to write, the images to check them with, and the threads to time them with."""
 
     formats: Sequence[str] = ("onnx",)
     precision: str = "fp32"

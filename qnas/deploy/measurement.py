@@ -24,7 +24,7 @@ REPEATS = 50  # in all loads together
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured now, and what of it stayed noisy."""
+    """The timings of this measurement, and the networks that stayed noisy."""
 
     timings: dict[str, Timing]
     noisy: tuple[str, ...]

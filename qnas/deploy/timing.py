@@ -30,7 +30,7 @@ _ERROR_PER_IQR = math.sqrt(math.pi / 2) / 1.349
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call takes, from so many visits."""
+    """The latency of a call, over several visits."""
 
     median_ms: float
     p95_ms: float

@@ -1,1 +1,1 @@
-"""What a network takes on a device: device files, kernels and their cost, tables. No torch in here."""
+"""Latencies of networks on devices: device files, kernels and their cost, tables. Without torch."""

@@ -1,4 +1,4 @@
-"""Networks that were timed as wholes: the file that holds them, and predictions against it.
+"""Measured networks of edge_models.npz files, and the accuracy of predictions for them.
 
 The format is that of edge_models.npz (the measurements published with nn-Meter, MobiSys 2021):
 networks as sequences of single operators, not fused, with their latency on some devices.
@@ -188,7 +188,7 @@ def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int
 
 
 def predict_networks(device: Device, networks: Networks) -> Array:
-    """Return what each network takes on a device, in ms, from the device's model.
+    """Return the latency of each network on a device, in ms, by the device's model.
 
     Raises TableError for an operator that the device has no cost for.
     """

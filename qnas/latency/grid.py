@@ -1,4 +1,4 @@
-"""A latency interpolated on a grid: what an operator timed by itself at many shapes costs.
+"""A latency interpolated on a grid of measurements of one operator at many shapes.
 
 The axes are counts that never fall as a kernel grows. Between the knots the logarithm of the latency
 is linear in the logarithms of the axes, so a power law is met exactly and nothing jumps at a knot.

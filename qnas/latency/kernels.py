@@ -1,13 +1,13 @@
-"""What a runtime runs: layers, and operators of other people's graphs, fused into kernels.
+"""Kernels, the units that a runtime executes: fused layers, or fused operators of an imported graph.
 
 A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
 result is still in registers, so the unit of latency is the fused kernel. Which operators fuse is a
-list of sequences for each sort of runtime, in FUSIONS; whatever is in none of them is a kernel of
-its own, under its own name, and never disappears. Operators come in the order in which they run, in
+list of sequences for each kind of runtime, in FUSIONS. An operator that is in none of them is a kernel
+by itself, under its own name. Operators come in the order in which they run, in
 which the parts of a fused kernel follow one another.
 
-Fusion never crosses the border of a block: in our spaces no convolution stands at the end of one
-block with its norm in the next, so nothing is lost by it, and latency is a sum over positions.
+Fusion never crosses the border of a block: in our spaces no block ends with a
+convolution whose norm is in the next block. So latency is a sum over positions.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How a Myriad X VPU cuts a convolution into tiles for its convolution engines.
+"""The tiles into which a Myriad X VPU cuts a convolution for its convolution engines.
 
 A tile's input lies in 128 KiB of the engine's memory and its weights in 256 words a block, so many
 input channels or large kernels force groups of input channels whose partial sums are added in

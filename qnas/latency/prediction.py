@@ -1,4 +1,4 @@
-"""What one network takes on one device, and what of it is dearest: what `qnas predict` shows.
+"""The predicted latency of one network on one device, and its most expensive layers.
 
 Latencies come from the device's own table or model, or from nn-Meter's predictors once imported.
 The total of a network of a space is the latency table's, the number that search and derivation use;
@@ -30,7 +30,7 @@ NN_METER = "nn-meter"
 
 @dataclass(frozen=True)
 class Part:
-    """A kernel or block of a network and what it takes."""
+    """A kernel or block of a network with its latency."""
 
     name: str  # of the block or node
     what: str
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layer:
-    """All kernels of a network that are alike."""
+    """All kernels of a network with the same shape."""
 
     what: str
     where: tuple[str, ...]  # the name of the block or node of each
@@ -62,7 +62,7 @@ class Prediction:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The parts with those that are alike taken together, the dearest first."""
+        """The parts, with those of the same shape summed, the most expensive first."""
         alike: dict[tuple[str, str], list[Part]] = {}
         for part in self.parts:
             alike.setdefault((part.what, part.kind), []).append(part)
@@ -125,14 +125,14 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
 
 
 def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) -> str:
-    """Return what a prediction rests on where its source answers for other operators than ours."""
+    """Return a note on the source of a prediction, where it prices some operators by others."""
     if latency != NN_METER:
         return ""
     return _describe(nn_meter.cover(nn_meter.predict_rows(device, lower(space, arch))))
 
 
 def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
-    """Return what the same choices take where norms fold away; None where nothing would change."""
+    """Return the latency of the same choices with batch norm; None where it is the same."""
     if space.norm == "batchnorm" or not device.prices_kernels:
         return None
     return table_from(latency, device, space.with_norm("batchnorm")).latency_ms(arch.indices(space))

@@ -32,7 +32,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a row of a table must say of its block: everything but the latency."""
+    """A row of a table without its latency: the position, candidate and shape of a block."""
 
     position: str
     stage: str

@@ -1,7 +1,7 @@
-"""Runs side by side: what each chose, what it takes on every known device, how well it does.
+"""A comparison of runs: their choices, their latencies on every known device, and their accuracies.
 
-Latencies are those of the known devices' tables, the same for all; of a device that only some of the runs
-know, those that their folders hold.
+Latencies are from the tables of the known devices, the same for all runs; for a device that only some of
+the runs know, from their folders.
 """
 
 import string

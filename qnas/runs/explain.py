@@ -1,9 +1,9 @@
-"""Why a search ended with its network: what blocks cost, what latency is worth, and what would be otherwise.
+"""An explanation of a search's network: the cost of its blocks, the price of latency, and alternatives.
 
-The network of least loss by the search's effects (or, without effects, the most probable one) is solved
-for again at other budgets of one device after another, with all other limits as they were. What is optimal
-for a budget stays so down to its own latency, so that between two neighbours of the curve nothing is missed
-near the search's own budget, where the curve is followed network by network.
+The network of least loss by the search's effects (or, without effects, the most probable one) is solved for
+again at other budgets of each device in turn, with all other limits unchanged. A network that is optimal
+for a budget is optimal for every budget down to its latency. Near the search's budget the curve is
+followed network by network, so that none between two neighbours is missed.
 
 The price of a millisecond there is the slope of the curve's lower convex hull, in nats of loss: the
 multiplier of the Lagrangian relaxation (Everett, 1963). A block pays where it lowers the loss by more
@@ -48,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What another budget leads to, against the network for the search's own."""
+    """The network for another budget, compared with the one for the search's budget."""
 
     budget_ms: float
     latency_ms: float
@@ -77,7 +77,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class PositionStory:
-    """Why a position holds what it does."""
+    """The choice at a position, with its reason."""
 
     name: str
     choice: str  # in the derived network
@@ -91,7 +91,7 @@ class PositionStory:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What a network takes on one device, and what other budgets of this device lead to."""
+    """The derived network on one device, and the networks for other budgets of this device."""
 
     device: str
     budget_ms: float
@@ -108,13 +108,13 @@ class OnDevice:
 
     @property
     def no_less(self) -> str:
-        """What a step less does where it does not lead to another network."""
+        """The consequence of a step less latency where it leads to no other network."""
         return "changes nothing" if self.can_be_less else "leaves no network"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a search ended with its network."""
+    """An explanation of a search's network."""
 
     measured: bool  # whether losses are measured effects; else negative log probabilities
     explained: float | None  # of the variance between networks, by the effects

@@ -1,8 +1,8 @@
-"""The best networks of a finished search by budget, on one device after another: latency against accuracy.
+"""Pareto fronts of a finished search: the best network by budget on each device, latency against accuracy.
 
-Budgets over a device's whole range are solved exactly by what the search knows of its candidates. Of
-networks that are equal the smallest budget stays. A search learns most of networks near its own budget:
-each point carries whether `far_from_searched` says that it is far from that.
+Budgets over a device's whole range are solved exactly with the scores of the search. Where several budgets
+lead to one network, the smallest is kept. A search learns most about networks near its own budget, so each
+point says whether it is far from that (`far_from_searched`).
 """
 
 import csv
@@ -53,7 +53,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well a network does with the supernet's weights on so many held-out images."""
+    """The supernet accuracy of a network on so many held-out images."""
 
     share: float
     images: int
@@ -80,7 +80,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """What is best on a device, by rising latency."""
+    """The best networks on a device, by rising latency."""
 
     device: str
     least_ms: float  # of the space
@@ -174,7 +174,7 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def make_front(run: FinishedRun, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
-    """Put together what is known of a device."""
+    """Return the front of a device."""
     log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
     return Front(
         limit.name,

@@ -1,4 +1,4 @@
-"""What a run's figures look like, as PNG files; matplotlib is imported when one is drawn."""
+"""Figures of a run as PNG files; matplotlib is imported when one is drawn."""
 
 import io
 import json

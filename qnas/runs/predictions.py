@@ -1,6 +1,6 @@
-"""What a trained network says of the test images, one by one: for tables of classes and its worst mistakes.
+"""The predictions of a trained network for the test images, for tables of classes and its worst mistakes.
 
-Kept as a safetensors file, which reads without torch.
+They are kept as a safetensors file, which can be read without torch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from qnas.common.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` returned, read back."""
+    """The predicted class, confidence and loss of each test image, and the images of the worst mistakes."""
 
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]

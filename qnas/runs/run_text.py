@@ -1,4 +1,4 @@
-"""What `pareto`, `explain` and `compare` print: text of at most 80 columns."""
+"""The output of `pareto`, `explain` and `compare`: text of at most 80 columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
         lines.append(field("order", f"by the search's scores, not ranked on images: {document['unranked']}"))
     meaning = {
         "b": "the best network within the search's own budget",
-        "?": "far from what was searched for: a search of its own would probably find better",
+        "?": "far from what was searched for: a search for that budget would probably find better",
         "-": "a faster network is as good",
     }
     lines += [field(mark, what) for mark, what in meaning.items() if mark in used]

@@ -1,4 +1,4 @@
-"""What the commands print: plain text of at most 80 columns, and the same facts as JSON values."""
+"""The layout of what commands print: plain text of at most 80 columns."""
 
 import re
 import statistics
@@ -37,12 +37,13 @@ def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Seque
 def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
     """Say how the first network of a ranking (`rerank.ranking_document`) was chosen from those solved for."""
     first, level = ranking[0], sum(entry["level"] for entry in ranking)
+    accuracy = f"held-out accuracy {first['heldout_accuracy']:.1%}"
     if solved == 1:
-        return f"the only network within the budget; {first['heldout_accuracy']:.1%} on held-out images"
-    how = f"by held-out images ({first['heldout_accuracy']:.1%}) from the {solved} best within the budget: "
-    if level == 1:
-        return how + f"number {first['rank']} of them"
-    return how + f"of {level} that are level the one with the most parameters, number {first['rank']} of all"
+        return f"the only network within the budget; {accuracy}"
+    of = f"of the {solved} best within the budget; {accuracy}; number {first['rank']} by score"
+    return (
+        f"the largest of {level} equally accurate networks, {of}" if level > 1 else f"the most accurate {of}"
+    )
 
 
 def field(name: str, text: str) -> str:

@@ -1,8 +1,7 @@
-"""What a network may take: milliseconds on a device, parameters, multiply-accumulates.
+"""Limits on a network: milliseconds on a device, parameters, or multiply-adds.
 
-Each is a fixed part plus a cell for each position and candidate, like a latency table, so that one
-solver, one expected value and one pressure serve them all. Several hold at once: a network has to be
-within every one.
+Each limit has a fixed part and a cell for each position and candidate, like a latency table, so that one
+solver, one expected value and one penalty serve all of them. A network has to meet all limits at once.
 """
 
 import math
@@ -24,7 +23,7 @@ LABEL: dict[str, str] = {"params": "parameters", "macs": "MACs"}
 
 @dataclass(frozen=True)
 class Limit:
-    """One resource, and how much of it a network may take."""
+    """The largest amount of one resource that a network may take."""
 
     name: str  # a device's, "params" or "macs"
     budget: float  # as it was asked: milliseconds on a device, else a count
@@ -34,22 +33,22 @@ class Limit:
     table: LatencyTable | None = None  # of a device
 
     def amount(self, indices: Sequence[int]) -> float:
-        """Return what the network with these candidates' numbers takes."""
+        """Return the amount of the network with these candidate numbers."""
         return math.fsum([self.fixed, *(row[i] for row, i in zip(self.cells, indices, strict=True))])
 
     @cached_property
     def least(self) -> float:
-        """What the network takes that takes least."""
+        """The amount of the network that takes least."""
         return math.fsum([self.fixed, *map(min, self.cells)])
 
     @cached_property
     def most(self) -> float:
-        """What the network takes that takes most."""
+        """The amount of the network that takes most."""
         return math.fsum([self.fixed, *map(max, self.cells)])
 
     @property
     def unit(self) -> str:
-        """What amounts are counted in."""
+        """The unit of amounts."""
         return "ms" if self.table is not None else LABEL[self.name]
 
     @property
@@ -58,7 +57,7 @@ class Limit:
         return self.limit < self.most
 
     def describe(self, amount: float, *, round_up: bool = False) -> str:
-        """Put an amount of this resource into words: `29.5 ms`, `1.2M parameters`."""
+        """Write an amount of this resource: `29.5 ms`, `1.2M parameters`."""
         if self.table is not None:
             return format_ms(amount, round_up=round_up)
         return f"{format_count(amount)} {LABEL[self.name]}"

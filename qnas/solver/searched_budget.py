@@ -28,8 +28,9 @@ def far_from_searched(scores: Scores, limits: Limits, *, pressed: bool) -> str |
     on = f" on {limit.name}" if limit.table is not None else ""
     off = f"{abs(over[at]):.0%} {'above' if over[at] > 0 else 'below'} what is allowed"
     return (
-        f"this is far from what was searched for: its probabilities expect "
-        f"{limit.describe(expected[at])}{on}, {off}; a search of its own would probably find a better network"
+        "this is far from what was searched for: the probabilities of the search expect "
+        f"{limit.describe(expected[at])}{on}, {off}; a search for this budget would "
+        "probably find a better network"
     )
 
 

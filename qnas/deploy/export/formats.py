@@ -16,7 +16,7 @@ from qnas.deploy.export.tracing import root_cause
 
 @dataclass(frozen=True)
 class Format:
-    """How a format is written and read back.
+    """The functions that write a format and read it back.
 
     `write` is given the path of the first of its files, whose suffix is the first of `suffixes`, and the
     name to use in messages. `runtime` says what reads it, and raises UsageError where that is missing.

@@ -1,4 +1,4 @@
-"""Whether a written file computes what the trained network computes, on real images.
+"""A check on real images that a written file computes the same as the trained network.
 
 A float32 file differs from the network by the order of its sums alone. What half precision and int8
 may cost is said in TOLERANCES; a file beyond that is refused.
@@ -21,7 +21,7 @@ _BATCH = 32  # of the images after those
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a file may be from its network; one image may always change sides, as near ties do."""
+    """The largest allowed difference of a file from its network; one image may always change class."""
 
     difference: float  # of any logit, as a share of the largest
     agreement: float  # share of images with the same class first, at least
@@ -44,7 +44,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a file is from its network on real images."""
+    """The difference of a file from its network on real images."""
 
     images: int
     source: str  # of the images

@@ -1,4 +1,4 @@
-"""What is exported: a trained network with what its users need to know."""
+"""A trained network for export, with its classes, preprocessing and metadata."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

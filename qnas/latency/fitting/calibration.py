@@ -1,4 +1,4 @@
-"""A device's predictions against some measured networks: scale, offset, and a margin that holds.
+"""The calibration of a device by some measured networks: scale, offset, and a margin with a guarantee.
 
 The networks are split at random. On one part scale and offset are fitted (non-negative least squares
 on the relative error), on the other the errors of the corrected predictions are measured; the margin
@@ -139,7 +139,7 @@ def check_margin(calibration: Calibration, where: str) -> None:
 def write_calibrated(
     device: Device, found: Calibrated, path: Path, *, name: str, force: bool = False
 ) -> None:
-    """Write a copy of a device with this calibration, under a name of its own.
+    """Write a copy of a device with this calibration, under another name.
 
     Tables that were measured are copied too, as they were measured, into the folder beside the file,
     so that the copy predicts from the same cells; the calibration is applied when they are read.
@@ -168,7 +168,7 @@ def write_calibrated(
 
 
 def _measured_tables(device: Device) -> list[Traversable]:
-    """Return the tables of a device that its model cannot give: all of one's own device."""
+    """Return the tables of a device that its model cannot give: all tables of your own device."""
     if device.tables is None or not device.tables.is_dir() or (device.is_shipped and device.model):
         return []
     return sorted(

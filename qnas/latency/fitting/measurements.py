@@ -1,7 +1,7 @@
-"""Networks of a space that were timed as wholes: the CSV that `qnas sample` writes to be filled in.
+"""Measured networks of a space: the CSV that `qnas sample` writes, to be filled with latencies.
 
 A row is a network: its name, the candidate of every position, and its latency in milliseconds, empty
-until it is measured. `p95_ms` and `runtime` (what ran it, in words) may stay empty or be left out;
+until it is measured. `p95_ms` and `runtime` (its name and version) may stay empty or be left out;
 other columns are ignored.
 """
 

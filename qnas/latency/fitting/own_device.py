@@ -1,11 +1,11 @@
-"""Fitting a device's model to some dozens of networks of one space, timed as wholes.
+"""The fit of a device's model to some dozens of measured networks of one space.
 
-Few totals do not pin down what every kind of kernel costs: within a block kernels always come
-together. So the fit has two steps. The first knows four rates only, the same for all kinds of
+A few totals do not determine the cost of every kind of kernel, since the kernels of a block always occur
+together. So the fit has two steps. The first has only four rates, the same for all kinds of
 kernels: a launch, a million multiply-adds (of dense and of depthwise convolutions), a thousand
-elements moved. In the second each kind has terms of its own, drawn towards those rates by a ridge
-whose strength is chosen by cross-validation: data move what they can tell, the machine of the first
-step stands for the rest, in other spaces too. All weights are at or above zero, launches above it.
+elements moved. In the second step each kind has separate terms, with a ridge penalty towards the rates
+of the first, whose strength is chosen by cross-validation. The terms that the data do not determine stay
+near the rates, in other spaces too. All weights are at or above zero, launches above it.
 
 Errors are relative, as in the other fits: 1 ms off in 10 ms weighs as much as 10 ms off in 100 ms.
 """
@@ -70,7 +70,7 @@ _RATES = {"launch": _LAUNCH, "kelements_in": _MOVED, "kelements_out": _MOVED, "k
 
 @dataclass(frozen=True)
 class OwnFit:
-    """A device's model from networks of its own, and how well it predicts networks it has not seen."""
+    """A device's model, fitted to its networks, with its accuracy on networks left out."""
 
     model: dict[str, KernelModel]
     fixed_ms: float
@@ -116,7 +116,7 @@ def own_device(
     runtime: str,
     day: date,
 ) -> Device:
-    """Return the device of a fit, as its file will say it."""
+    """Return the device of a fit."""
     return Device(
         schema="qnas.device/1",
         name=name,

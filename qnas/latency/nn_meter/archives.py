@@ -31,7 +31,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive holds; `titles` are the names it goes by: its own and its top folder's."""
+    """The content of an archive; `titles` are its name and that of its top folder."""
 
     titles: tuple[str, ...]
     members: tuple[Member, ...]

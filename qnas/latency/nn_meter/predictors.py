@@ -122,7 +122,7 @@ class ForestFacts:
 
 @dataclass(frozen=True)
 class Predictors:
-    """What is known of imported predictors."""
+    """The facts of imported predictors."""
 
     device: str
     title: str

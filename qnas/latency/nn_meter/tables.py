@@ -104,7 +104,7 @@ TRAINED: dict[str, _Trained] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a kernel takes, what said so (empty: the device's model), and whether it knows the size."""
+    """The latency of a kernel, its predictor (empty: the device's model), and whether that knows the size."""
 
     latency_ms: float
     mapped: Mapped
@@ -122,7 +122,7 @@ class MappedRow(KernelRow):
 
 
 def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow, ...]:
-    """Return what the kernels of these blocks take by nn-Meter; a network takes their sum.
+    """Return the latencies of the kernels of these blocks by nn-Meter; a network takes their sum.
 
     Raises TableError as `map_kernels`.
     """
@@ -132,7 +132,7 @@ def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow
 
 
 def map_kernels(device: Device, kernels: Sequence[tuple[str, Kernel]]) -> tuple[MappedRow, ...]:
-    """Return what these kernels take by nn-Meter, each given with the name of its block or node.
+    """Return the latencies of these kernels by nn-Meter, each given with the name of its block or node.
 
     Raises TableError where the device's predictors were not imported, which says how to and what the
     device's own model says, and where neither nn-Meter nor that model knows a kernel.
@@ -211,7 +211,7 @@ def describe_mapping(rows: Iterable[MappedRow]) -> str:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How the latency of a network is made up, as shares of it (0 to 1), and kernels out of range."""
+    """The shares of a network's latency by their source, 0 to 1, and the kernels out of range."""
 
     shares: Mapping[Mapped, float]
     kernels: int

@@ -52,7 +52,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """What runs, in running order, for one image of shape (1, C, H, W) or (1, H, W, C)."""
+    """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C)."""
 
     nodes: tuple[Node, ...]
     input: str
@@ -137,7 +137,7 @@ def evaluate(
 
 
 class _Walk:
-    """What is known of each tensor while the nodes are passed in running order."""
+    """Shapes, types and values of tensors, collected node by node."""
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.path = path

@@ -1,8 +1,8 @@
-"""Somebody's ONNX network as the operators that latency models know, and what they take on a device.
+"""An ONNX network as chains of the operators that latency models know.
 
 An exporter writes what it was given: layout changes around a norm, a GELU as five operators, a bias
-as a sum. What runtimes make of those is decided in `onnx_tensors` (what is free), `onnx_compositions`
-(what several operators are together) and here:
+as a sum. The treatment of these is decided in `tensors` (operators without cost), `compositions`
+(several operators that are one), `operators` and here:
 
 - A layer norm over channels between two changes of layout is one `layernorm`. A transposition that
   moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
@@ -55,7 +55,7 @@ class OnnxNetwork:
 
     @property
     def uncovered(self) -> dict[str, int]:
-        """How often each ONNX operator occurs that none of our kinds stands for."""
+        """The number of operators by name that no latency model knows."""
         return dict(Counter(o.op for o in self.operators if o.status == "uncovered"))
 
 

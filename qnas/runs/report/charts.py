@@ -73,7 +73,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where values lie between two ends of the drawing."""
+    """The scale of an axis, between two ends of the drawing."""
 
     low: float
     high: float

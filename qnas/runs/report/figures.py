@@ -1,4 +1,4 @@
-"""How numbers are written on the page, and the rows of a run's metrics."""
+"""The format of numbers on the page, and the rows of a run's metrics."""
 
 import json
 from collections.abc import Callable

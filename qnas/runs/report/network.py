@@ -1,4 +1,4 @@
-"""A network block by block, for a page: what each takes, how large it is, and where the numbers come from."""
+"""The blocks of a network for a page: their latencies, sizes, and the sources of these numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class BlockRow:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is there."""
+        """Whether the position is empty: identity."""
         return self.choice == "-"
 
 

@@ -1,7 +1,7 @@
 """`report.html`: one page of a run, from its folder alone.
 
-The page holds its pictures, charts and styles itself, runs no script and asks nobody for anything (its
-content security policy forbids it), so that it can be sent around and opened years later. Numbers stand in
+The page holds its pictures, charts and styles itself, runs no script and loads nothing (its content
+security policy forbids it), so that it can be sent to others and opened years later. Numbers stand in
 `<data>` elements that carry the exact value and the place in the run's files that it is from.
 
 The template is `page.html` with `style.css`, both beside this module.

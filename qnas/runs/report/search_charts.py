@@ -45,7 +45,9 @@ def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     )
 
 
-def training_charts(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> list[Markup]:
+def training_charts(
+    rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> tuple[Markup, Markup, Markup]:
     """Show the losses, the held-out accuracy and the entropy of the probabilities by step."""
     known = [step for step in steps if "arch_accuracy" in step]
     losses = [
@@ -58,7 +60,7 @@ def training_charts(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[s
         _by_step("share of identity", steps, "identity_share", 2),
     ]
     smoothed = "as means over neighbouring steps"
-    return [
+    return (
         chart(losses, title=f"Losses, {smoothed}", x_label="step", y_label="nats"),
         chart(accuracy, title=f"Accuracy, {smoothed}", x_label="step", y_label="accuracy", percent=True),
         chart(
@@ -68,7 +70,7 @@ def training_charts(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[s
             y_label="",
             y_ends=(0, None),
         ),
-    ]
+    )
 
 
 def _by_step(name: str, rows: Sequence[Mapping[str, Any]], key: str, colour: int) -> Series:

@@ -1,4 +1,4 @@
-"""What a page says of a search: how it went, what it found, and why."""
+"""The section of a page about a search: its course, its result, and an explanation."""
 
 import shlex
 import statistics
@@ -70,7 +70,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Worth:
-    """What latency is worth on one device."""
+    """The price of latency on one device."""
 
     device: str
     price: tuple[tuple[str, str], ...]  # what is said, in words
@@ -81,7 +81,7 @@ class Worth:
 
 @dataclass(frozen=True)
 class SearchSection:
-    """What the template needs of a search."""
+    """The content of the section for the template."""
 
     command: str
     warnings: tuple[tuple[int, str], ...]  # step, what was said

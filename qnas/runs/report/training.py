@@ -1,4 +1,4 @@
-"""What a page says of a network trained by itself: curves, classes, and its worst mistakes."""
+"""The section of a page about a trained network: curves, classes, and its worst mistakes."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ CONFUSED = 20  # pairs of classes that are listed
 
 @dataclass(frozen=True)
 class ClassRow:
-    """How well one class is recognised."""
+    """The accuracy of one class."""
 
     name: str
     images: int
@@ -51,7 +51,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """What the template needs of a training."""
+    """The content of the section for the template."""
 
     command: str
     charts: tuple[Markup, ...]
