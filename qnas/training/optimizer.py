@@ -1,5 +1,6 @@
 """One optimiser step on a batch: AdamW for sampled paths, its schedule, and a teacher's loss."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +127,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: in
     base = optimizer.param_groups[0]["lr"]
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=warmup_steps)
     cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup_steps), eta_min=0.01 * base)
-    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+    return _Schedule(optimizer, [warmup, cosine], milestones=[warmup_steps])
+
+
+class _Schedule(SequentialLR):
+    """torch's schedule; that of torch 2.8 warns of its own use of an old argument."""
+
+    def step(self) -> None:  # type: ignore[override]  # as SequentialLR itself
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The epoch parameter in", category=UserWarning)
+            super().step()
 
 
 @dataclass(frozen=True)

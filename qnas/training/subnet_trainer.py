@@ -462,4 +462,4 @@ def _augmentation(recipe: Recipe, classes: int) -> Augmentation | None:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
