@@ -70,7 +70,8 @@ def quadratic_conv2d_reference(
 ) -> Tensor:
     """Compute the same as `quadratic_conv2d` by its definition, under torch's own autograd."""
     a, b, c = (
-        F.conv2d(x, w, b, padding=w.shape[-1] // 2, groups=w.shape[0])
+        # int: while torch.jit traces, a size is a tensor, which torch 2.8 does not take as a padding
+        F.conv2d(x, w, b, padding=int(w.shape[-1]) // 2, groups=w.shape[0])
         for w, b in ((w_a, None), (w_b, None), (w_c, bias))
     )
     return a * b + c
