@@ -281,7 +281,7 @@ class Mixer(nn.Module):
         self.weights = nn.ParameterList([nn.Parameter(w.detach().clone()) for w in weights])
 
     def forward(self, x: Tensor) -> Tensor:
-        return quadratic_conv2d(x, *self.weights).relu()
+        return quadratic_conv2d(x, *self.weights.parameters()).relu()  # dynamo of torch 2.8 takes no list
 
 
 def called(graph: torch.fx.Graph) -> list[Any]:
