@@ -88,7 +88,8 @@ def test_the_network_is_left_as_it_was() -> None:
 def test_what_torch_cannot_export_is_refused_in_one_line() -> None:
     class Unexportable(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.linalg.eigvalsh(x[:, 0])  # which ONNX has no operator for
+            values: Tensor = torch.linalg.eigvalsh(x[:, 0])  # which ONNX has no operator for
+            return values
 
     with pytest.raises(ExportError, match=r"model\.onnx: torch cannot export this network: \w+") as error:
         trace(Unexportable())
