@@ -76,8 +76,8 @@ def derive(
 
     `budgets` maps devices to latencies with units, such as `{"cpu": "60ms"}`. The best networks by the
     search's scores are solved for exactly; with `rerank` they are ranked by the supernet's accuracy on
-    held-out images (None: where the run's supernet and data are there). `data` and `loss` are needed where the
-    search had Datasets or a loss of its own. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
+    held-out images (None: where the run's supernet and data are there). `data` and `loss` are needed
+    where the search had Datasets or a loss of its own. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
 
     Raises InfeasibleBudgetError where no network is within the limits, CheckpointError where the run is not
     whole or `out` is taken.

@@ -123,8 +123,8 @@ def pair_budgets(devices: Sequence[str] | None, budgets: Sequence[str] | None) -
     if len(devices) != len(budgets):
         pairs = " ".join(f"--device {device} --budget ..." for device in devices)
         raise UsageError(
-            f"{len(devices)} times --device and {len(budgets)} times --budget: give each device its budget, in "
-            f"the same order: {pairs}"
+            f"{len(devices)} times --device and {len(budgets)} times --budget: give each device its "
+            f"budget, in the same order: {pairs}"
         )
     return list(zip(devices, budgets, strict=True))
 

@@ -280,13 +280,13 @@ def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
     assert found.score.loss < plain.loss
     asked = read_config(tmp_path / "run")
     assert asked["search"]["loss"] == "focal"
-    again = rerank_saved(
-        tmp_path / "run", asked, finished.space, [ranked.solution for ranked in result.ranking]
-    )
+    solutions = [ranked.solution for ranked in result.ranking]
+    again = rerank_saved(read_finished_run(tmp_path / "run"), solutions)
     assert ranking_document(again) == document["ranking"]
 
 
 def test_a_saved_search_by_a_loss_of_ones_own_is_not_ranked_by_another(finished: Finished) -> None:
-    searched = finished.config["search"] | {"loss": "somewhere.mine"}
-    with pytest.raises(CheckpointError, match=r"loss somewhere\.mine, which is not one of qnas"):
-        rerank_saved(finished.folder, finished.config | {"search": searched}, finished.space, [])
+    run = read_finished_run(finished.folder)
+    config = {**run.config, "search": run.config["search"] | {"loss": "somewhere.mine"}}
+    with pytest.raises(CheckpointError, match=r"a loss of its own, somewhere\.mine: give it again"):
+        rerank_saved(replace(run, config=config), [])
