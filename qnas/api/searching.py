@@ -93,7 +93,7 @@ def run_search(
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import display_of, load_images, threads_set, versions
+    from qnas.api.session import display_of, load_images, shows_bar, threads_set, versions
     from qnas.runs.folders import free_folder
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
@@ -104,7 +104,7 @@ def run_search(
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
-        images = load_images(data, known, config.resolution_px, broken, quiet=progress is not True)
+        images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
         named = make_objective(config.loss, config.metric, images.train.labels, len(images.classes))
         searcher = Searcher(known, limits, images, config, world, given_objective(named, loss, metric))
         if not world.is_main:  # takes the same steps, writes nothing

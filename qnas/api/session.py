@@ -9,7 +9,7 @@ import scipy
 import torch
 
 import qnas
-from qnas.common.progress import Display, OnProgress, on_stderr, reporting_to, silent
+from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
 from qnas.data.broken_images import MAX_BROKEN
 from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData
@@ -18,14 +18,19 @@ from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
 
 # False shows nothing, True a bar or lines on stderr; a function is called with a Report after each step
-Progress = bool | OnProgress
+Progress = bool | OnProgress | OnStderr
 
 
 def display_of(progress: Progress) -> Display:
     """Return what shows the progress of some work."""
     if isinstance(progress, bool):
-        return on_stderr if progress else silent
-    return reporting_to(progress)
+        return OnStderr() if progress else silent
+    return progress if isinstance(progress, OnStderr) else reporting_to(progress)
+
+
+def shows_bar(progress: Progress) -> bool:
+    """Whether bars are shown on stderr."""
+    return progress is True or (isinstance(progress, OnStderr) and not progress.quiet)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def train_subnet(
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    from qnas.api.session import display_of, load_images, threads_set, versions
+    from qnas.api.session import display_of, load_images, shows_bar, threads_set, versions
     from qnas.data.given import kind_of, recorded_data, reopen
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
@@ -85,7 +85,7 @@ def train_subnet(
             config.resolution_px,
             broken,
             keep_originals=resolved.random_resized_crop > 0,
-            quiet=progress is not True,
+            quiet=not shows_bar(progress),
         )
         taught, teacher_digest = None, ""
         if teacher is not None:

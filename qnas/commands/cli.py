@@ -24,6 +24,7 @@ from qnas.commands import (
     search,
     subnet,
 )
+from qnas.commands.flags import as_flags
 from qnas.common.errors import Interrupted, QnasError
 from qnas.common.plugins import load_plugins
 
@@ -98,7 +99,7 @@ app.command(short_help="What this machine has, and what to do about the rest.")(
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")  # of a process that torchrun started
     who = "qnas" if rank == "0" else f"qnas, process {rank}"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{who}: {as_flags(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ from qnas.commands.options import (
     Quiet,
     pair_budgets,
     print_json,
+    shown,
 )
 
 
@@ -81,7 +82,7 @@ def derive(
         rerank=rerank,
         out=out,
         force=force,
-        progress=not quiet,
+        progress=shown(quiet),
     )
     if as_json:
         print_json({"folder": str(found.folder), **found.document})

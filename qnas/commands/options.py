@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnas.commands import completion
+from qnas.commands.flags import as_flags
 from qnas.common.errors import UsageError
+from qnas.common.progress import OnStderr
 
 if TYPE_CHECKING:
     pass
@@ -132,6 +134,11 @@ def pair_budgets(devices: Sequence[str] | None, budgets: Sequence[str] | None) -
 def print_json(content: Any) -> None:
     """Print a value as JSON."""
     typer.echo(json.dumps(content, indent=2))
+
+
+def shown(quiet: bool) -> OnStderr:
+    """Return the progress of a command; warnings are shown when quiet too."""
+    return OnStderr(quiet, wording=as_flags)
 
 
 def strong(text: str) -> str:

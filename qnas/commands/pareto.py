@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Latency, Quiet, print_json
+from qnas.commands.options import Force, Json, Latency, Quiet, print_json, shown
 
 
 def pareto(
@@ -66,7 +66,7 @@ def pareto(
         rerank=rerank,
         out=out,
         force=force,
-        progress=not quiet,
+        progress=shown(quiet),
     )
     if as_json:
         print_json({"folder": str(found.folder), **found.document})

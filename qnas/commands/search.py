@@ -28,6 +28,7 @@ from qnas.commands.options import (
     Space,
     pair_budgets,
     print_json,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def search(
         preset=preset,
         resume=resume,
         force=force,
-        progress=not quiet,
+        progress=shown(quiet),
         on_start=(lambda started: None) if as_json else _announce,
         **changes,
     )

@@ -20,6 +20,7 @@ from qnas.commands.options import (
     Resume,
     Space,
     print_json,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def train_subnet(
         max_broken=max_broken,
         resume=resume,
         force=force,
-        progress=not quiet,
+        progress=shown(quiet),
         **changes,
     )
     folder, result = trained.folder, trained.result

@@ -69,8 +69,15 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, phase: str, *, quiet: bool = False, on_progress: OnProgress | None = None
+        self,
+        total: int,
+        phase: str,
+        *,
+        quiet: bool = False,
+        on_progress: OnProgress | None = None,
+        wording: Callable[[str], str] = str,
     ) -> None:
+        self._wording = wording
         self._on_progress = on_progress
         self._quiet = quiet or on_progress is not None
         self._terminal = sys.stderr.isatty()
@@ -128,7 +135,7 @@ class Progress:
         if self._on_progress is not None:
             self._on_progress(self._report(None, text))
         else:
-            self._bar.write(f"qnas: warning: {text}", file=sys.stderr)
+            self._bar.write(f"qnas: warning: {self._wording(text)}", file=sys.stderr)
 
     def _report(self, left: float | None, warning: str | None = None) -> Report:
         done = self._skipped + self._done
@@ -157,14 +164,16 @@ class Progress:
 Display = Callable[[int, str], Progress]
 
 
-def on_stderr(total: int, phase: str) -> Progress:
-    """Show a bar or lines on stderr."""
-    return Progress(total, phase)
+@dataclass(frozen=True)
+class OnStderr:
+    """A display on stderr: a bar or lines, with `quiet` warnings alone; `wording` rewrites these."""
 
+    quiet: bool = False
+    wording: Callable[[str], str] = str
 
-def warnings_only(total: int, phase: str) -> Progress:
-    """Show warnings on stderr, and nothing else."""
-    return Progress(total, phase, quiet=True)
+    def __call__(self, total: int, phase: str) -> Progress:
+        """Show the progress of some work."""
+        return Progress(total, phase, quiet=self.quiet, wording=self.wording)
 
 
 def reporting_to(on_progress: OnProgress) -> Display:

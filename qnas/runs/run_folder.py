@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
@@ -31,9 +32,13 @@ from qnas.runs.names import (
 def interruptible() -> Iterator[list[int]]:
     """Collect the signals that ask to stop (Ctrl-C, SIGTERM) instead of dying from them.
 
-    The loop inside looks at the list after each step. A second Ctrl-C does not wait.
+    The loop inside looks at the list after each step. A second Ctrl-C does not wait. Outside the main thread,
+    which alone gets signals, the list stays empty.
     """
     received: list[int] = []
+    if current_thread() is not main_thread():
+        yield received
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if received:

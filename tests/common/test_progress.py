@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from qnas.common import progress
-from qnas.common.progress import Pace, Progress, Report, reporting_to, silent, warnings_only
+from qnas.common.progress import OnStderr, Pace, Progress, Report, reporting_to, silent
 
 SCRIPT = """
 from qnas.common.progress import Progress
@@ -86,7 +86,7 @@ def test_steps_and_warnings_are_reported_to_a_function(capsys: pytest.CaptureFix
 
 
 def test_warnings_are_shown_when_quiet_and_not_when_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    for display, said in ((warnings_only, "qnas: warning: it stalls\n"), (silent, "")):
+    for display, said in ((OnStderr(quiet=True), "qnas: warning: it stalls\n"), (silent, "")):
         with display(1, "search") as bar:
             bar.step()
             bar.warn("it stalls")

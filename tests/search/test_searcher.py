@@ -20,7 +20,7 @@ from qnas.common.errors import (
     TrainingError,
     UsageError,
 )
-from qnas.common.progress import warnings_only
+from qnas.common.progress import OnStderr
 from qnas.common.resources import stems
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
@@ -688,7 +688,7 @@ def test_what_goes_wrong_is_said_and_logged(
 ) -> None:
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: np.log(10))
-    run_to_end(searcher, tmp_path, seed=0, resume=False, display=warnings_only)
+    run_to_end(searcher, tmp_path, seed=0, resume=False, display=OnStderr(quiet=True))
     said = capsys.readouterr().err
     assert said.count("qnas: warning: the loss is still that of guessing, 2.30 nats") == 1
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
