@@ -7,13 +7,14 @@ BIN = $(VENV)/bin
 DATA ?= ../shared/latency_data
 STAMP = $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint format tables clean
+.PHONY: help install demo test test-slow lint docs format tables clean
 
 help:
 	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
 	@echo "make test       set up, then the tests"
 	@echo "make test-slow  the tests that take minutes each, one to two hours in all"
 	@echo "make lint       ruff and strict mypy"
+	@echo "make docs       build the documentation into site/; every broken link is an error"
 	@echo "make tables     fit the device models again from DATA=$(DATA) and write latency_tables/"
 	@echo "make clean      remove the environment and caches"
 
@@ -43,6 +44,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -51,4 +59,4 @@ tables: install
 	$(BIN)/python latency_tables/make_tables.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist site
