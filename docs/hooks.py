@@ -58,15 +58,17 @@ def _options(command: Any) -> str:
         if getattr(parameter, "hidden", False) or parameter.name == "help":
             continue
         if parameter.param_type_name == "argument":
-            group, shown = "Arguments", f"`{parameter.metavar or parameter.name.upper()}`"
+            group, shown = (
+                "Arguments",
+                f"`{(parameter.metavar or parameter.name.upper()).replace('|', ' or ')}`",
+            )
         else:
             group = getattr(parameter, "rich_help_panel", None) or "Options"
             shown = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
         help_text = " ".join((parameter.help or "").split()).replace("|", "\\|")
         default = parameter.default
-        if getattr(parameter, "show_default", False) and isinstance(default, int | float | str):
-            if not isinstance(default, bool) and default != "":
-                help_text += f" Default: `{default}`."
+        if parameter.show_default is True and isinstance(default, int | float | str) and default is not False:
+            help_text += f" Default: `{default}`."
         groups.setdefault(group, []).append(f"| {shown} | {help_text.strip()} |")
     tables = (f"| {group} | |\n| :-- | :-- |\n" + "\n".join(rows) + "\n" for group, rows in groups.items())
     return "\n".join(tables)
@@ -74,11 +76,11 @@ def _options(command: Any) -> str:
 
 def room_page(room: str) -> str:
     """Return a page with all public modules of a room, for mkdocstrings to fill."""
-    folder = ROOT / "qnas" / room
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(folder.rglob("*.py"))]
-    names = [name.removesuffix(".__init__") for name in modules if not name.rsplit(".", 1)[1].startswith("_m")]
-    listed = [f"::: {name}\n" for name in names if name.count(".") >= 1]
-    return f"# qnas.{room}\n\n" + "\n".join(listed)
+    found = []
+    for path in sorted((ROOT / "qnas" / room).rglob("*.py")):
+        *parents, name = path.relative_to(ROOT).with_suffix("").parts
+        found.append(".".join(parents if name == "__init__" else [*parents, name]))
+    return f"# qnas.{room}\n\n" + "\n".join(f"::: {name}\n" for name in found)
 
 
 def on_files(files: Any, config: Any) -> Any:
