@@ -1,10 +1,12 @@
-"""Pages of the site that are written from the code: the command line, and the modules of each room.
+"""Pages of the site that are written from the code: the command line, the modules of each room, notebooks.
 
 mkdocs runs `on_files` at every build. The page of the command line comes from typer's own command tree,
-so it cannot fall behind; each room's page lists all its public modules for mkdocstrings.
+so it cannot fall behind; each room's page lists all its modules for mkdocstrings. A notebook in examples/
+becomes notebooks/NAME.md with its outputs, and needs an entry in the navigation of mkdocs.yml.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +85,37 @@ def room_page(room: str) -> str:
     return f"# qnas.{room}\n\n" + "\n".join(f"::: {name}\n" for name in found)
 
 
+def notebook_page(notebook: Mapping[str, Any]) -> str:
+    """Return a notebook as Markdown: its texts, its code, and what the code printed or drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            elif text := "".join(output.get("text") or data.get("text/plain", "")).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def generated_pages() -> dict[str, str]:
+    """Return the text of every page that is written from the code, by its path in docs/."""
+    pages = {COMMAND_LINE: command_line_page()}
+    pages |= {f"reference/modules/{room}.md": room_page(room) for room in ROOMS}
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        pages[f"notebooks/{path.stem}.md"] = notebook_page(json.loads(path.read_text(encoding="utf-8")))
+    return pages
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to those of the folder (mkdocs calls this)."""
     from mkdocs.structure.files import File  # here: the tests use the rest without mkdocs
 
-    pages = {COMMAND_LINE: command_line_page()}
-    pages |= {f"reference/modules/{room}.md": room_page(room) for room in ROOMS}
-    for path, text in pages.items():
+    for path, text in generated_pages().items():
         files.append(File.generated(config, path, content=text))
     return files

@@ -49,8 +49,7 @@ PAGES = {
         ROOT / "benchmarks" / "RESULTS.md",
     )
 }
-GENERATED = {COMMAND_LINE: HOOKS["command_line_page"]()}
-GENERATED |= {f"docs/reference/modules/{room}.md": HOOKS["room_page"](room) for room in HOOKS["ROOMS"]}
+GENERATED = {f"docs/{path}": text for path, text in HOOKS["generated_pages"]().items()}
 
 
 class Typed(NamedTuple):
@@ -187,6 +186,22 @@ def test_what_the_guides_show_is_what_the_commands_print(
         command, _, shown = block.partition("\n")
         assert qnas(*shlex.split(command)[2:]) == 0
         assert capsys.readouterr().out.strip() == shown.strip(), command
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
+    outputs = [
+        {"output_type": "stream", "text": ["29.98\n"]},
+        {"output_type": "display_data", "data": {"image/png": "iVBO\n", "text/plain": ["<Figure>"]}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Search\n", "Text."]},
+        {"cell_type": "code", "source": ["print(latency_ms)"], "outputs": outputs},
+    ]
+    page = HOOKS["notebook_page"]({"cells": cells})
+    assert page == (
+        "# Search\nText.\n\n```python\nprint(latency_ms)\n```\n\n```text\n29.98\n```\n\n"
+        "![](data:image/png;base64,iVBO)\n"
+    )
 
 
 def test_python_of_the_pages_can_be_read() -> None:
