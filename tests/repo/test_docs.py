@@ -249,6 +249,7 @@ ELSEWHERE = {
     "python examples/": "test_examples.py",
     "python benchmarks/": "measures for minutes: by hand, where a kernel changed",
     "qnas --": "writes to the shell's start-up files; test_completion.py",
+    "qnas COMMAND": "any command",
     "qnas search --resume --out RUN": "needs a stopped run; test_interruption.py",
     "qnas profile --runtime torch --target cuda": "needs a GPU",
 }
