@@ -11,7 +11,7 @@ OLDEST ?= .venv-oldest
 PYTHONS ?= 3.11 3.13
 UV = $(OLDEST)/uv/bin/uv
 
-.PHONY: help install demo test test-slow test-oldest lint format lock tables clean
+.PHONY: help install demo test test-slow test-oldest lint docs format lock tables clean
 
 help:
 	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-oldest  the tests with the lowest versions that pyproject.toml allows, on Python $(PYTHONS)"
 	@echo "make lint       ruff and strict mypy"
 	@echo "make lock       write uv.lock again where pyproject.toml has changed (uv sync --frozen --extra dev installs it)"
+	@echo "make docs       build the documentation into site/; every broken link is an error"
 	@echo "make tables     fit the device models again from DATA=$(DATA) and write latency_tables/"
 	@echo "make clean      remove the environment and caches"
 
@@ -67,6 +68,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -79,4 +87,4 @@ tables: install
 	$(BIN)/python latency_tables/make_tables.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site
