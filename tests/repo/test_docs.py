@@ -146,6 +146,19 @@ def test_every_page_is_in_the_navigation() -> None:
             assert f": {page.removeprefix('docs/')}\n" in navigation, page
 
 
+def test_the_map_has_every_room_and_the_modules_that_it_names_exist() -> None:
+    rooms = [path.name for path in (ROOT / "qnas").iterdir() if (path / "__init__.py").is_file()]
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| (.+) \|$", PAGES["docs/contributing/architecture.md"], re.MULTILINE
+    )
+    assert sorted(room for room, _ in rows) == sorted(rooms)
+    for room, modules in rows:
+        for module in re.findall(r"`(\S+)`", modules):
+            assert (ROOT / "qnas" / room / module).is_file(), f"{room}/{module}"
+    for room in rooms:
+        assert f"\n| `{room}` |" in PAGES["CONTRIBUTING.md"], room
+
+
 def test_the_python_reference_has_every_name_that_the_package_offers() -> None:
     shown = re.findall(r"^::: qnas\.(\w+)$", PAGES["docs/reference/python.md"], re.MULTILINE)
     assert sorted(shown) == sorted({*qnas_package.__all__} - {"__version__"})
