@@ -27,6 +27,7 @@ import qnas as qnas_package
 from qnas.commands import cli
 from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
+from qnas.runs.text import choice_line, field
 from qnas.search.config import SearchConfig
 from qnas.spaces.space import load_space
 from qnas.training.recipe import Recipe, load_recipe
@@ -201,6 +202,11 @@ def test_what_the_guides_show_is_what_the_commands_print(
         command, _, shown = block.partition("\n")
         assert qnas(*shlex.split(command)[2:]) == 0
         assert capsys.readouterr().out.strip() == shown.strip(), command
+
+
+def test_the_quick_start_says_how_a_network_was_chosen_as_the_command_does() -> None:
+    ranking = [{"heldout_accuracy": 0.99, "rank": 10, "level": number < 20} for number in range(31)]
+    assert field("chosen", choice_line(ranking, solved=31)) in PAGES["docs/quick-start.md"]
 
 
 def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
