@@ -30,8 +30,8 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     # as installed, away from the source tree
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    code = "from qnas.search.config import SearchConfig; from qnas.training.recipe import load_recipe; "
-    code += "load_recipe('imagenet'); SearchConfig.load('digits'); import qnas; "
+    code = "from qnas.search.config import SearchConfig; from qnas.training.recipe import Recipe; "
+    code += "Recipe.load('imagenet'); SearchConfig.load('digits'); import qnas; "
     code += "print(qnas.__file__, qnas.predict('quadranet25-xxs', 'vpu').device)"
     done = subprocess.run(
         [sys.executable, "-c", code],
