@@ -69,7 +69,37 @@ _OFFERED = {
 }
 _MODULE_OF = {name: module for module, names in _OFFERED.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+# written out, as the documentation and type checkers read it without running this file
+__all__ = [
+    "Arch",
+    "Datasets",
+    "Derivation",
+    "DerivedNetwork",
+    "Device",
+    "Interrupted",
+    "ParetoFronts",
+    "Prediction",
+    "QnasError",
+    "SearchResult",
+    "SearchSpace",
+    "TrainedNetwork",
+    "__version__",
+    "derive",
+    "device_from_blocks",
+    "device_from_function",
+    "export",
+    "load_device",
+    "load_run",
+    "load_space",
+    "make_space",
+    "open_dataset",
+    "pareto",
+    "predict",
+    "register_block",
+    "register_neuron",
+    "run_search",
+    "train_subnet",
+]
 
 
 def __getattr__(name: str) -> Any:

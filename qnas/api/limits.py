@@ -23,6 +23,9 @@ class AskedLimits:
     """Budgets by device, and limits on parameters and multiply-adds, as they were asked.
 
     Raises UsageError where there is no budget, where one has no unit, or where a device occurs twice.
+
+    >>> AskedLimits.of({"vpu": "30ms", "cpu": "20ms"}, max_params="2.5M").label
+    'vpu-30ms-cpu-20ms-2.5M-params'
     """
 
     devices: tuple[tuple[str | Device, str], ...]

@@ -144,7 +144,8 @@ def devices(
 
 def eval_latency(
     file: Annotated[
-        Path, typer.Argument(help="Measured networks, in the format of edge_models.npz (README).")
+        Path,
+        typer.Argument(help="Measured networks, in the format of docs/reference/files.md#measured-networks."),
     ],
     device: Annotated[
         str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)

@@ -50,6 +50,11 @@ class Datasets:
     runs in several threads. `classes` are the names of the classes, by default those of `train.classes`,
     else their numbers. `flip` says whether training may mirror images. Raises DataError for an argument that
     is not a map-style Dataset, or is empty.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> images = TensorDataset(torch.zeros(20, 3, 32, 32), torch.arange(20) % 2)
+    >>> Datasets(images, classes=("cat", "dog"), flip=False).first_size_px
+    (32, 32)
     """
 
     train: AnyDataset

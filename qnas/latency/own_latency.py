@@ -87,6 +87,17 @@ def device_from_blocks(
     latency_tables/DEVICE/SPACE.csv are checked where they are given. Identity takes 0 ms where it has no
     row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems of the
     rows.
+
+    >>> from qnas.latency.prediction import table_from
+    >>> from qnas.spaces.space import load_space
+    >>> space = load_space("quadranet25-xxs")
+    >>> fixed = ["stem", "2.transition", "3.transition", "4.transition", "head"]
+    >>> rows = [{"position": name, "candidate": "", "latency_ms": 0.5} for name in fixed]
+    >>> for position in space.positions:
+    ...     rows.append({"position": position.name, "candidate": position.names[0], "latency_ms": 1.5})
+    >>> table = table_from("device", device_from_blocks("board", rows, space), space)
+    >>> table.slowest_ms
+    40.0
     """
     device = _device(name, "measured blocks", kind, fixed_ms)
     where = str(blocks) if isinstance(blocks, str | Path) else f"device {name}"

@@ -20,7 +20,13 @@ SCHEMA = "qnas.arch/1"
 
 @dataclass(frozen=True)
 class Arch:
-    """The names of the chosen candidates, a name a position, in order."""
+    """The names of the chosen candidates, a name a position, in order.
+
+    >>> from qnas.spaces.space import load_space
+    >>> space = load_space("quadranet-small")
+    >>> Arch(("quadra_k3_e4",) * 4 + ("identity",) * 6).indices(space)
+    (1, 1, 1, 1, 6, 6, 6, 6, 6, 6)
+    """
 
     choices: tuple[str, ...]
 

@@ -188,6 +188,14 @@ def register_block(
     numbers the block works with `--weights shared`, otherwise with `--weights independent` alone.
 
     Raises SpaceError where the name is taken or the parts do not fit each other.
+
+    >>> @register_block("depthwise", parameters={"kernel": (3, 5)}, sliced=("kernel",))
+    ... def depthwise_layers(place, kernel):
+    ...     c, px = place.c_in, place.resolution_px
+    ...     norm = LayerSpec("norm", place.norm, px, c, c)
+    ...     return (norm, LayerSpec("depthwise", "dwconv", px, c, c, kernel))
+    >>> BLOCKS.pop("depthwise").candidate_name({"kernel": 5})
+    'depthwise_k5'
     """
 
     def register(definition: Definition) -> Definition:

@@ -369,5 +369,9 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
     """Load a shipped space by name, or the user's by the path of its YAML file.
 
     Raises SpaceError when there is none, or when it is broken.
+
+    >>> space = load_space("quadranet-small")
+    >>> len(space.positions), space.positions[0].names[:2]
+    (10, ('quadra_k3_e2', 'quadra_k3_e4'))
     """
     return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))

@@ -34,7 +34,7 @@ def constant(values: Tensor) -> Tensor:
     return values[:, None, None]
 
 
-# The formulas as REFERENCE section 5 writes them; w(i) and b(i) are weights and biases.
+# The formulas as docs/guides/blocks.md writes them; w[i] and b[i] are weights and biases.
 FORMULAS: dict[str, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
     "quadranet": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]) + convolve(x, w[2]),
     "linear": lambda x, w, b: convolve(x, w[0]) + constant(b[0]),

@@ -16,39 +16,26 @@ import pytest
 from helpers.command_line import commands, qnas
 from helpers.fashion import write_fashion
 from helpers.measured_networks import fill_in, write_networks
+from helpers.pages import BLOCK, PAGES, blocks
 from helpers.pickled_forests import predictor_files, write_zip
 from helpers.pictures import samples, write_tar
 from helpers.places import ROOT
 from helpers.tiny import TINY_SPACE
 from typer.main import get_command
 
+import qnas as qnas_package
 from qnas.commands import cli
 from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
+from qnas.runs.text import choice_line, field
+from qnas.search.config import SearchConfig
 from qnas.spaces.space import load_space
-from qnas.training.recipe import load_recipe
+from qnas.training.recipe import Recipe
 
 HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
 COMMAND_LINE = f"docs/{HOOKS['COMMAND_LINE']}"
 KNOWN = commands()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def _read(path: Path) -> str:
-    """Return a page as the site shows it, with the files that it includes."""
-    text = path.read_text(encoding="utf-8")
-    return re.sub('^--8<-- "(.+)"$', lambda found: _read(ROOT / found[1]), text, flags=re.MULTILINE)
-
-
-# by path: what is in the repository, and what the site's build writes
-PAGES = {
-    str(path.relative_to(ROOT)): _read(path)
-    for path in (
-        *sorted(ROOT.glob("*.md")),
-        *sorted((ROOT / "docs").rglob("*.md")),
-        ROOT / "benchmarks" / "RESULTS.md",
-    )
-}
+# what the site's build writes
 GENERATED = {f"docs/{path}": text for path, text in HOOKS["generated_pages"]().items()}
 
 
@@ -110,7 +97,7 @@ def test_every_command_parses_with_its_options_and_values() -> None:
 
 
 def test_spaces_devices_and_recipes_of_commands_exist() -> None:
-    loaders = {"space": load_space, "device": load_device, "recipe": load_recipe}
+    loaders = {"space": load_space, "device": load_device, "recipe": Recipe.load}
     seen = set()
     for typed in OF_QNAS:
         given = _parsed(typed)[1]
@@ -160,6 +147,24 @@ def test_every_page_is_in_the_navigation() -> None:
             assert f": {page.removeprefix('docs/')}\n" in navigation, page
 
 
+def test_the_map_has_every_room_and_the_modules_that_it_names_exist() -> None:
+    rooms = [path.name for path in (ROOT / "qnas").iterdir() if (path / "__init__.py").is_file()]
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| (.+) \|$", PAGES["docs/contributing/architecture.md"], re.MULTILINE
+    )
+    assert sorted(room for room, _ in rows) == sorted(rooms)
+    for room, modules in rows:
+        for module in re.findall(r"`(\S+)`", modules):
+            assert (ROOT / "qnas" / room / module).is_file(), f"{room}/{module}"
+    for room in rooms:
+        assert f"\n| `{room}` |" in PAGES["CONTRIBUTING.md"], room
+
+
+def test_the_python_reference_has_every_name_that_the_package_offers() -> None:
+    shown = re.findall(r"^::: qnas\.(\w+)$", PAGES["docs/reference/python.md"], re.MULTILINE)
+    assert sorted(shown) == sorted({*qnas_package.__all__} - {"__version__"})
+
+
 def test_every_shipped_space_device_and_recipe_is_described() -> None:
     for folder, suffix, page in (
         ("search_spaces", ".yaml", "docs/guides/spaces.md"),
@@ -171,21 +176,37 @@ def test_every_shipped_space_device_and_recipe_is_described() -> None:
         assert f"\n{name} (" in PAGES["docs/guides/devices.md"], name
 
 
-def test_the_example_of_a_space_is_the_shipped_one() -> None:
-    (shown,) = (block for kind, block in BLOCK.findall(PAGES["docs/guides/spaces.md"]) if kind == "yaml")
-    assert shown == (ROOT / "search_spaces" / "quadranet-small.yaml").read_text(encoding="utf-8")
+def test_the_examples_of_yaml_files_are_shipped_ones() -> None:
+    for page, file in (
+        ("docs/guides/spaces.md", "search_spaces/quadranet-small.yaml"),
+        ("docs/guides/searching.md", "recipes/search/digits.yaml"),
+    ):
+        assert blocks(page, "yaml") == [(ROOT / file).read_text(encoding="utf-8")], page
+
+
+def test_every_setting_is_in_the_file_formats() -> None:
+    text = PAGES["docs/reference/files.md"]
+    for title, settings in (("Search presets", SearchConfig), ("Recipes", Recipe)):
+        section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        for name in settings.model_fields:
+            assert name == "file_schema" or f"`{name}`" in section, name
 
 
 def test_what_the_guides_show_is_what_the_commands_print(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    blocks = [block for kind, block in BLOCK.findall(PAGES["docs/guides/devices.md"]) if kind == "console"]
-    assert len(blocks) == 2
-    for block in blocks:
+    shown_blocks = blocks("docs/guides/devices.md", "console")
+    assert len(shown_blocks) == 2
+    for block in shown_blocks:
         command, _, shown = block.partition("\n")
         assert qnas(*shlex.split(command)[2:]) == 0
         assert capsys.readouterr().out.strip() == shown.strip(), command
+
+
+def test_the_quick_start_says_how_a_network_was_chosen_as_the_command_does() -> None:
+    ranking = [{"heldout_accuracy": 0.99, "rank": 10, "level": number < 20} for number in range(31)]
+    assert field("chosen", choice_line(ranking, solved=31)) in PAGES["docs/quick-start.md"]
 
 
 def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
@@ -202,18 +223,6 @@ def test_a_notebook_becomes_a_page_with_its_outputs() -> None:
         "# Search\nText.\n\n```python\nprint(latency_ms)\n```\n\n```text\n29.98\n```\n\n"
         "![](data:image/png;base64,iVBO)\n"
     )
-
-
-def test_python_of_the_pages_can_be_read() -> None:
-    blocks = [
-        (page, block)
-        for page, text in PAGES.items()
-        for kind, block in BLOCK.findall(text)
-        if kind == "python"
-    ]
-    assert len(blocks) >= 5
-    for page, block in blocks:
-        compile(block, page, "exec")
 
 
 def test_the_readme_is_short_and_names_every_command() -> None:
@@ -321,7 +330,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_fashion(place / "fashion")
     write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
     write_networks(place / "networks.npz", "vpu", (1.0, 1.08, 1.2), "aab")
-    (described,) = (b for kind, b in BLOCK.findall(PAGES["docs/guides/own-device.md"]) if kind == "json")
+    (described,) = blocks("docs/guides/own-device.md", "json")
     (place / "bench.json").write_text(json.dumps(json.loads(described)))
     shutil.copy(ROOT / "search_spaces" / "quadranet-small.yaml", place / "mine.yaml")
     _run(place, CONSOLE)

@@ -47,3 +47,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_few_entries_stand_in_the_package() -> None:
     entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 14, sorted(entries)
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    offered = [name for names in qnas._OFFERED.values() for name in names]
+    assert sorted(qnas.__all__) == sorted(["__version__", *offered])
+    for name in offered:
+        assert getattr(qnas, name).__doc__, name

@@ -116,7 +116,7 @@ def test_a_quadra_block_costs_what_the_formula_says() -> None:
     assert count_macs([block]) == px**2 * (3 * k**2 * c + 2 * e * c**2)
 
 
-# What the formulas of REFERENCE section 5 have: weights W, biases (compact's two are one constant), and
+# What the formulas in docs/guides/blocks.md have: weights W, biases (compact's two are one constant), and
 # elementwise operators between maps: products, squares, sums.
 FORMULAS: dict[str, tuple[int, int, int, int, int]] = {
     "quadranet": (3, 0, 1, 0, 1),

@@ -62,7 +62,7 @@ def as_device(name: str) -> Device:
 
 
 def vectors(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> dict[str, list[float]]:
-    """Return each predictor's features, from section 6 of REFERENCE."""
+    """Return each predictor's features, in the order in which nn-Meter takes them."""
     conv = c_out * (kernel**2 * c_in + 1)
     dwconv = c_in * (kernel**2 + 1)
     fc = (2 * c_in + 1) * c_out
@@ -200,7 +200,7 @@ def test_shares_add_up_and_name_what_is_out_of_range(tiny_space: SearchSpace) ->
 
 @pytest.mark.parametrize(
     ("predictor", "px", "kernel", "stride", "known"),
-    [  # REFERENCE, section 6
+    [  # the sizes that its predictors were trained for
         ("conv-bn-relu", 224, 3, 2, True),
         ("conv-bn-relu", 13, 7, 4, True),
         ("conv-bn-relu", 256, 3, 2, False),
