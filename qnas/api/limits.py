@@ -40,20 +40,20 @@ class AskedLimits:
 
     @classmethod
     def of(
-        cls, budgets: Budgets, max_params: str | int | None = None, max_macs: str | int | None = None
+        cls,
+        budgets: Budgets | None,
+        max_params: str | int | None = None,
+        max_macs: str | int | None = None,
+        former: Mapping[str, Any] | None = None,
     ) -> "AskedLimits":
-        """Return the limits of a mapping or of pairs."""
+        """Return the limits of a mapping or of pairs; what is None is as in a former run's config.json."""
+        entries = (former or {}).get("limits", ())
+        if budgets is None:
+            budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
         pairs = budgets.items() if isinstance(budgets, Mapping) else budgets
-        counts = (None if most is None else str(most) for most in (max_params, max_macs))
-        return cls(tuple(pairs), *counts)
-
-    @classmethod
-    def of_run(cls, config: Mapping[str, Any]) -> "AskedLimits":
-        """Return the limits that a run's config.json records."""
-        entries = config["limits"]
         counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
-        devices = tuple((entry["device"], entry["budget"]) for entry in entries if "device" in entry)
-        return cls(devices, counts.get("params"), counts.get("macs"))
+        counts |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
+        return cls(tuple(pairs), counts.get("params"), counts.get("macs"))
 
     @cached_property
     def known(self) -> tuple[Device, ...]:

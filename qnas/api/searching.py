@@ -36,7 +36,7 @@ class Started:
 
 def run_search(
     space: str | Path | SearchSpace | None = None,
-    budgets: Budgets | AskedLimits | None = None,
+    budgets: Budgets | None = None,
     *,
     data: "GivenData | None" = None,
     out: str | Path | None = None,
@@ -74,7 +74,7 @@ def run_search(
     former = _former(Path(out)) if resume and out is not None else {}
     given = former.get("space", SPACE) if space is None else space
     known = given if isinstance(given, SearchSpace) else load_space(given)
-    asked = _asked(budgets, max_params, max_macs, former)
+    asked = AskedLimits.of(budgets, max_params, max_macs, former)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
 
@@ -138,23 +138,6 @@ def _former(out: Path) -> Mapping[str, Any]:
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
     return request
-
-
-def _asked(
-    budgets: Budgets | AskedLimits | None,
-    max_params: str | int | None,
-    max_macs: str | int | None,
-    former: Mapping[str, Any],
-) -> AskedLimits:
-    """Return the limits that are asked for; what is not given is as in a former run."""
-    if isinstance(budgets, AskedLimits):
-        return budgets
-    if not former:
-        return AskedLimits.of(budgets or {}, max_params, max_macs)
-    before = AskedLimits.of_run(former)
-    return AskedLimits.of(
-        budgets or before.devices, max_params or before.max_params, max_macs or before.max_macs
-    )
 
 
 def _callables(*parts: Any) -> list[str]:

@@ -7,7 +7,7 @@ from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.errors import UsageError
 from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
-from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
+from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
@@ -66,7 +66,7 @@ def train_subnet(
     names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
     of_recipe = {name: settings.pop(name) for name in list(settings) if name in Recipe.model_fields}
     kind = kind_of(data)
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULTS[kind])
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
     resolved = base.override(of_recipe)
     if resolved.resolution_px is None:
         px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px

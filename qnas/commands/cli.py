@@ -18,7 +18,6 @@ from qnas.commands import (
     latency,
     look,
     own_device,
-    pareto,
     predictors,
     profile,
     search,
@@ -54,7 +53,6 @@ def _root(
             metavar="FILE.py|MODULE",
             help="Run this Python code first, which registers blocks and neurons. May be given several "
             "times; $QNAS_PLUGINS names more.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -72,7 +70,7 @@ app.command("train-subnet", cls=subnet.TrainSubnetCommand, short_help="Train a d
 )
 app.command(short_help="Write a trained network as files to ship, each checked.")(subnet.export)
 # to look at it
-app.command(short_help="Latency against accuracy over each device's whole range.")(pareto.pareto)
+app.command(short_help="Latency against accuracy over each device's whole range.")(derive.pareto)
 app.command(short_help="Write a run's page, report.html, again.")(look.report)
 app.command(short_help="What blocks cost, what latency buys, why identities.")(look.explain)
 app.command(short_help="Show runs side by side.")(look.compare)

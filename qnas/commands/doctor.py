@@ -11,7 +11,7 @@ from typing import Literal
 
 import typer
 
-from qnas.commands.options import Json, print_json
+from qnas.commands.options import Json, show
 
 State = Literal["ok", "off", "missing", "broken"]
 # what some commands need, and how it is installed; all but the first may be missing from a plain install
@@ -45,15 +45,14 @@ def doctor(as_json: Json = False) -> None:
     from qnas.runs.text import wrapped
 
     findings = list(examine())
-    if as_json:
-        print_json([asdict(finding) for finding in findings])
-    else:
-        width = 8 + max(len(finding.topic) for finding in findings) + 2
-        for finding in findings:
-            begin = f"{finding.state:8}{finding.topic}".ljust(width)
-            typer.echo(wrapped(finding.found, begin, " " * width))
-            if finding.advice:
-                typer.echo(wrapped(f"-> {finding.advice}", " " * width, " " * width))
+    width = 8 + max(len(finding.topic) for finding in findings) + 2
+    lines = []
+    for finding in findings:
+        begin = f"{finding.state:8}{finding.topic}".ljust(width)
+        lines.append(wrapped(finding.found, begin, " " * width))
+        if finding.advice:
+            lines.append(wrapped(f"-> {finding.advice}", " " * width, " " * width))
+    show([asdict(finding) for finding in findings], lines, as_json=as_json)
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
 

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from qnas.commands import completion
 from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import (
@@ -19,7 +17,9 @@ from qnas.commands.options import (
     Quiet,
     Resume,
     Space,
-    print_json,
+    option,
+    run_argument,
+    show,
     shown,
 )
 
@@ -72,50 +72,39 @@ TrainSubnetCommand = field_command(
 def train_subnet(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|ARCH]",
-            help="A run's folder or an arch.json. Default: the latest run.",
-            autocompletion=completion.runs,
-            show_default=False,
-        ),
+        run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
     ] = None,
     data: Data = None,
     max_broken: MaxBroken = None,
     space: Space = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
-            autocompletion=completion.one_of("supernet", "scratch"),
-            rich_help_panel=RECIPE,
+        option(
+            "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+            panel=RECIPE,
+            complete=completion.one_of("supernet", "scratch"),
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML "
-            "file. Default: by the kind of data.",
-            autocompletion=completion.recipes,
-            show_default=False,
-            rich_help_panel=RECIPE,
+        option(
+            "A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML file. "
+            "Default: by the kind of data.",
+            panel=RECIPE,
+            complete=completion.recipes,
         ),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            help="A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on "
-            "these classes), or a trained network's folder.",
-            show_default=False,
-            rich_help_panel=RECIPE,
+        option(
+            "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
+            "classes), or a trained network's folder.",
+            panel=RECIPE,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Default: RUN/subnet, or for an arch.json a new folder in runs/.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
+        option("Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=OUTPUT),
     ] = None,
     resume: Resume = False,
     force: Force = False,
@@ -150,78 +139,60 @@ def train_subnet(
     )
     folder, result = trained.folder, trained.result
     speed = read_json(folder / SPEED_FILE, CheckpointError)
-    if as_json:
-        print_json({"folder": str(folder), **result, "speed": speed})
-        return
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     learned = (
         f"{trained.accuracy:.2%} on {result['test_images']} test images, after {epochs} epochs from {start}"
     )
-    typer.echo(f"\n{describe_training(learned, result, speed, files_in(folder))}")
-    typer.echo(next_command(f"qnas export {target}"))
+    lines = ["", describe_training(learned, result, speed, files_in(folder))]
+    lines.append(next_command(f"qnas export {target}"))
+    show({"folder": str(folder), **result, "speed": speed}, lines, as_json=as_json)
 
 
 def export(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|ARCH]",
-            help="A run whose network is trained, a trained network's folder, or the arch.json in it. "
+        run_argument(
+            "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
-            autocompletion=completion.runs,
-            show_default=False,
+            "[RUN|ARCH]",
         ),
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
+            "it.  [default: onnx]",
             "--format",
-            help="onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by "
-            "repeating it.  [default: onnx]",
-            autocompletion=completion.one_of("onnx", "openvino", "torch", "standalone"),
-            show_default=False,
+            complete=completion.one_of("onnx", "openvino", "torch", "standalone"),
         ),
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(
-            help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
-            autocompletion=completion.one_of("fp32", "fp16", "int8"),
+        option(
+            "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
+            complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
     resolution: Annotated[
-        int | None,
-        typer.Option(min=1, help="Input size in pixels. Default: that of training.", show_default=False),
+        int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="A fixed batch size. Default: a free one.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder. Default: export/ in the run.", show_default=False)
-    ] = None,
+    batch: Annotated[int | None, option("A fixed batch size. Default: a free one.", least=1)] = None,
+    out: Annotated[Path | None, option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Images to check files with and to calibrate int8. Default: what was trained on.",
-            show_default=False,
-        ),
+        option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
     images: Annotated[
-        int | None,
-        typer.Option(min=1, help="Test images that files are checked with.  [default: 512]"),
+        int | None, option("Test images that files are checked with.  [default: 512]", least=1)
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(
-            help="Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]",
-            show_default=False,
-        ),
+        option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time the files on this machine.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of the runtimes that --measure times.")] = 1,
+    measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
+    threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -246,14 +217,11 @@ def export(
         out=out,
         force=force,
     )
-    if as_json:
-        print_json(done.facts())
-    else:
-        typer.echo("\n".join(_exported(done)))
+    show(done.facts(), _exported(done), as_json=as_json)
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
-    """Yield what to say of exported files, a line each."""
+    """Yield the lines that describe exported files."""
     from qnas.common.units import format_ms
     from qnas.runs.text import field, files_in
 

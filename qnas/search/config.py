@@ -115,8 +115,3 @@ class SearchConfig(SettingsFile):
     def record(self) -> dict[str, Any]:
         """Return the fields as config.json keeps them."""
         return {key: value for key, value in super().record().items() if key != "schema"}
-
-
-def preset_for(data_kind: str, **changes: Any) -> SearchConfig:
-    """Return the preset for a kind of data set, with some fields changed; None changes nothing."""
-    return SearchConfig.load(PRESET_OF_DATA[data_kind]).override(changes)

@@ -13,13 +13,11 @@ away along the latency's own gradient: that is nonzero only where a position is 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
-LATENCY_LOSSES: tuple[LatencyLoss, ...] = get_args(LatencyLoss)
+from qnas.search.config import LatencyLoss
 
 ADD_LINEAR_STRENGTH = 0.1  # lambda
 MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b

@@ -194,7 +194,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def check_finite(
-    loss: float, step: int, remedy: str = "A larger batch size or another seed may help"
+    loss: float, step: int, remedy: str = "A larger `batch_size` or another `seed` may help"
 ) -> None:
     """Raise TrainingError where a loss is not finite, before anything of it is saved."""
     if not math.isfinite(loss):

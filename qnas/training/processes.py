@@ -64,7 +64,7 @@ class World:
             fits = batch_size // self.size * self.size or self.size
             raise UsageError(
                 f"batches of {batch_size} images cannot be split over {self.size} processes: "
-                f"batch_size {fits}, for instance"
+                f"`batch_size={fits}`, for instance"
             )
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -139,7 +139,7 @@ class World:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             raise ProcessError(
                 f"process {self.rank} of {self.size} waited for another one that was stopped or does not "
-                f"answer ({' '.join(str(error).split())[:120]}): --resume goes on from the last checkpoint"
+                f"answer ({' '.join(str(error).split())[:120]}): `resume=True` goes on from the last checkpoint"
             ) from error
 
 

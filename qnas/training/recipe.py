@@ -5,7 +5,6 @@ out are off, or suit a short training on small images. `recipes/` holds the ship
 to be copied and changed.
 """
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -124,16 +123,3 @@ class TrainConfig(Settings):
         """Height and width of the images."""
         assert self.recipe.resolution_px is not None, "left open"
         return self.recipe.resolution_px
-
-
-def parse_recipe(text: str, where: str) -> Recipe:
-    """Read a recipe from YAML text; `where` names it in messages.
-
-    Raises UsageError with every problem of the file in one line.
-    """
-    return Recipe.parse(text, where)
-
-
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Load a shipped recipe by name, or a YAML file by its path. Raises UsageError."""
-    return Recipe.load(name_or_path)

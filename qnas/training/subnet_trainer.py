@@ -30,8 +30,8 @@ from qnas.training.regularisation import drop_blocks, moving_average, update_ave
 from qnas.training.scoring import Classified, classify
 
 REMEDY = (
-    "A smaller learning rate, a longer warm-up, a smaller gradient clip or a linear start (with quadratic "
-    "gamma below 1) may help"
+    "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
+    "`quadratic_gamma` below 1) may help"
 )
 
 
@@ -88,8 +88,8 @@ class SubnetTrainer:
         parts = self.config.recipe.accumulation
         if self.batch_size // self.world.size % parts:
             raise UsageError(
-                f"accumulation: the {self.batch_size // self.world.size} images of a step and process cannot "
-                f"be split into {parts} equal parts: change accumulation or batch_size"
+                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process cannot "
+                f"be split into {parts} equal parts: change `accumulation` or `batch_size`"
             )
 
     @property
@@ -211,7 +211,10 @@ def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
         return None
     weights = quadratic_weights(network)
     if not weights:
-        raise UsageError("linear start, quadratic gamma, alpha and beta: the network has no quadratic block")
+        raise UsageError(
+            "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need a quadratic block, and "
+            "the network has none"
+        )
     return None if asked == (1, 0, 0) else ReLinear(weights, *asked)
 
 

@@ -38,7 +38,7 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
     try:
         load_weights(network, state, file)
     except CheckpointError as error:  # data with other classes than those searched on, most likely
-        raise CheckpointError(f"{error}; training from scratch does without them") from error
+        raise CheckpointError(f"{error}; `weights='scratch'` does without them") from error
 
 
 def build_inherited(source: FoundArch) -> nn.Module:

@@ -87,7 +87,7 @@ def load_teacher(
 def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> nn.Module:
     file = supernet_file(source)
     if not file.is_file():
-        raise UsageError(f"teacher {SUPERNET_LARGEST}: no {SUPERNET_FILE} in {source.folder}, name a run")
+        raise UsageError(f"`teacher='{SUPERNET_LARGEST}'`: no {SUPERNET_FILE} in {source.folder}, name a run")
     arch = smallest_and_largest(source.space)[1]
     network = build_subnet(source.space, arch, len(data.classes))
     load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
@@ -102,15 +102,15 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
     trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
     if not (trained / RESULT_FILE).is_file():
         raise UsageError(
-            f"teacher {folder}: expected {SUPERNET_LARGEST}, {TIMM}NAME, or the folder of a trained network"
+            f"`teacher='{folder}'`: expected {SUPERNET_LARGEST}, {TIMM}NAME, or the folder of a trained network"
         )
     result = read_json(trained / RESULT_FILE, CheckpointError)
     found = find_arch(trained)
     if tuple(result["classes"]) != data.classes:
-        raise UsageError(f"teacher {folder}: its classes are not those of the data")
+        raise UsageError(f"`teacher='{folder}'`: its classes are not those of the data")
     if found.space.input.channels != data.channels:
         raise UsageError(
-            f"teacher {folder}: of images with {found.space.input.channels} channels, not {data.channels}"
+            f"`teacher='{folder}'`: of images with {found.space.input.channels} channels, not {data.channels}"
         )
     network = build_subnet(found.space, found.arch, len(data.classes))
     load_weights(network, load_tensors(trained / WEIGHTS_FILE), trained / WEIGHTS_FILE)
@@ -121,16 +121,18 @@ def _from_timm(name: str, data: ImageData) -> nn.Module:
     try:
         import timm  # an extra, and heavy
     except ImportError:
-        raise UsageError(f"teacher {TIMM}{name}: needs timm: pip install 'quadranet-nas[timm]'") from None
+        raise UsageError(f"`teacher='{TIMM}{name}'`: needs timm: pip install 'quadranet-nas[timm]'") from None
     if data.channels not in (1, 3):
-        raise UsageError(f"teacher {TIMM}{name}: takes images of 3 channels, not {data.channels}")
+        raise UsageError(f"`teacher='{TIMM}{name}'`: takes images of 3 channels, not {data.channels}")
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, no such weights, no way to the hub: almost anything
-        raise UsageError(f"teacher {TIMM}{name}: {first_line(error)}") from error
+        raise UsageError(f"`teacher='{TIMM}{name}'`: {first_line(error)}") from error
     classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
     if classes != len(data.classes):
-        raise UsageError(f"teacher {TIMM}{name}: knows {classes} classes, the data have {len(data.classes)}")
+        raise UsageError(
+            f"`teacher='{TIMM}{name}'`: knows {classes} classes, the data have {len(data.classes)}"
+        )
     about = network.pretrained_cfg
     assert isinstance(about, dict)
     size_px = int(about["input_size"][-1]) if about.get("fixed_input_size") else None

@@ -72,7 +72,8 @@ def train_subnet(
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
     if from_supernet and config.recipe.linear_start:
         raise UsageError(
-            "linear_start sets weights to zero that the supernet trained: train from scratch, or without it"
+            "`linear_start=True` sets weights to zero that the supernet trained: give `weights='scratch'` or "
+            "leave it out"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

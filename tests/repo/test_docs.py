@@ -26,7 +26,7 @@ from qnas.commands import cli
 from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
 from qnas.spaces.space import load_space
-from qnas.training.recipe import load_recipe
+from qnas.training.recipe import Recipe
 
 HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
 COMMAND_LINE = f"docs/{HOOKS['COMMAND_LINE']}"
@@ -110,7 +110,7 @@ def test_every_command_parses_with_its_options_and_values() -> None:
 
 
 def test_spaces_devices_and_recipes_of_commands_exist() -> None:
-    loaders = {"space": load_space, "device": load_device, "recipe": load_recipe}
+    loaders = {"space": load_space, "device": load_device, "recipe": Recipe.load}
     seen = set()
     for typed in OF_QNAS:
         given = _parsed(typed)[1]

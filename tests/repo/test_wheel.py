@@ -27,7 +27,7 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = "from qnas.spaces.space import load_space; from qnas.latency.device import load_device; "
-    code += "from qnas.training.recipe import load_recipe; load_recipe('imagenet'); "
+    code += "from qnas.training.recipe import Recipe; Recipe.load('imagenet'); "
     code += "import qnas; print(qnas.__file__, load_space('quadranet-mobile').name, load_device('vpu').name)"
     done = subprocess.run(
         [sys.executable, "-c", code],

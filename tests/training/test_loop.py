@@ -26,7 +26,7 @@ from qnas.spaces.arch import arch_document, make_arch, sample_arch
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end, stream
 from qnas.training.optimizer import GRADIENT_CLIP, ReLinear, make_optimizer, make_schedule, weight_step
-from qnas.training.recipe import Recipe, TrainConfig, load_recipe
+from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.scoring import classify, evaluate, recalibrate
 from qnas.training.subnet_trainer import SubnetTrainer
 from qnas.training.supernet_weights import load_weights
@@ -436,7 +436,7 @@ def test_a_network_reaches_97_percent_on_digits_from_scratch(tmp_path: Path) -> 
     score = train_subnet(
         source,
         data,
-        TrainConfig(recipe=load_recipe("digits"), threads=1),
+        TrainConfig(recipe=Recipe.load("digits"), threads=1),
         tmp_path / "run",
         {"data": "digits"},
         from_supernet=False,
