@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from qnas.commands import completion
+from qnas.commands.options import option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -38,8 +39,8 @@ class Fields:
         model: type[BaseModel] = getattr(import_module(module), name)
         for panel, names in self.panels.items():
             for each in names:
-                kind, option = self._option(each, model.model_fields[each], panel)
-                annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # made here
+                kind, made = self._option(each, model.model_fields[each], panel)
+                annotation = Annotated[kind | None, made]  # type: ignore[valid-type]  # made here
                 keyword = inspect.Parameter.KEYWORD_ONLY
                 yield inspect.Parameter(each, keyword, default=None, annotation=annotation)
 
@@ -56,16 +57,8 @@ class Fields:
         elif self.show_defaults and info.default is not None and kind is not bool:
             parts.append(f"[default: {info.default}]")
         flags = [self.flags[name]] if name in self.flags else []
-        option = typer.Option(
-            *flags,
-            min=_bound(metadata, "ge"),
-            max=_bound(metadata, "le"),
-            help="  ".join(parts),
-            autocompletion=complete,
-            show_default=False,
-            rich_help_panel=panel,
-        )
-        return kind, option
+        least, most = _bound(metadata, "ge"), _bound(metadata, "le")
+        return kind, option("  ".join(parts), *flags, panel=panel, complete=complete, least=least, most=most)
 
 
 def _plain(annotation: Any) -> tuple[Any, tuple[Any, ...]]:

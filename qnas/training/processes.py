@@ -1,22 +1,18 @@
 """Runs on several processes, each with a part of every batch: torchrun starts them, `joined` connects them.
 
-    torchrun --nproc-per-node 2 -m qnas search --device vpu --budget 30ms
+    torchrun --nproc-per-node 2 -m qnas.commands search --device vpu --budget 30ms
 
-Choices made. All processes hold the same weights, architecture parameters and random states, and so draw
-the same paths without a word; every batch is the one that a single process would see, and each computes
-its part of it. Means over the processes make one gradient of the parts': the same on all, so that the
-copies stay equal to the last bit (`World.check_same` looks, at the end), and a single process's but for
-the order of additions.
+All processes hold the same weights, architecture parameters and random states, and so draw the same paths.
+Each computes its part of the batch that a single process would see. Gradients are averaged over the
+processes, so that the copies stay equal to the last bit (`World.check_same` tests it at the end) and equal
+to a single process's but for the order of additions.
 
-A network on its own is averaged by DistributedDataParallel (`World.parallel`). A supernet's sampled path
-is not: DDP knows before the first step what it averages, and with find_unused_parameters sends every
-candidate's gradient, zeros mostly. Two gloo processes on two cores, a weight step of 32 images each:
-quadranet-small 25% longer (of 2.9M weights, 0.4M on the path), quadranet-mobile 99% (of 13.3M, 2.5M).
-One message with the gradients that the path has (`World.average`) takes 2% and 14%; all processes know
-which those are, as their paths are the same.
+DistributedDataParallel averages the gradients of a single network (`World.parallel`). It does not suit the
+sampled paths of a supernet: it would send every candidate's gradient, mostly zeros. On two gloo processes
+and two cores a weight step of 32 images became 25% longer for quadranet-small and 99% for quadranet-mobile;
+one message with the gradients of the path (`World.average`) costs 2% and 14%.
 
-A process that dies or hangs ends the others: at once where its connection breaks, after TIMEOUT where it
-does not.
+A process that dies or hangs ends the others: at once where its connection breaks, else after TIMEOUT.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Classification of images by a network, its score, and the batch-norm statistics that it needs."""
+"""Classification of images by a network: its score, its predictions, and its batch-norm statistics."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qnas.data.image_data import Split
 from qnas.training.losses import LossFunction, cross_entropy
 
 TOP = 5
+WORST = 24  # misclassified images that are kept
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
 
 Forward = Callable[[Tensor], Tensor]
@@ -67,13 +69,6 @@ def classify(
     return Classified(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def evaluate(
-    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
-) -> Score:
-    """Score a network that is in evaluation mode."""
-    return classify(forward, batches, loss).score
-
-
 @torch.no_grad()
 def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Measure the batch norms' statistics anew on these batches; no other state changes.
@@ -113,3 +108,24 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         for norm, (training, tracks) in zip(norms, before, strict=True):
             norm.train(training)
             norm.track_running_stats = tracks
+
+
+def prediction_tensors(found: Classified, split: Split) -> dict[str, Tensor]:
+    """Return the predictions for the images of a split, in its order.
+
+    `labels` and `predicted` (N,) are classes by number, `confidence` (N,) the probability of the
+    predicted one, `loss` (N,) that of the image; `mistakes` (M,) are the images of the highest loss
+    among those that are misclassified, highest first, and `images` (M, C, H, W) these as uint8.
+    """
+    losses = found.losses.float()
+    wrong = (~found.right).nonzero()[:, 0]
+    mistakes = wrong[losses[wrong].argsort(descending=True, stable=True)][:WORST]
+    images = split.read(mistakes) if len(mistakes) else torch.zeros(0, *split.images.shape[1:]).byte()
+    return {
+        "labels": split.labels,
+        "predicted": found.predicted,
+        "confidence": found.confidence,
+        "loss": losses,
+        "mistakes": mistakes,
+        "images": images,
+    }

@@ -88,8 +88,8 @@ class SubnetTrainer:
         parts = self.config.recipe.accumulation
         if self.batch_size // self.world.size % parts:
             raise UsageError(
-                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process cannot "
-                f"be split into {parts} equal parts: change `accumulation` or `batch_size`"
+                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process "
+                f"cannot be split into {parts} equal parts: change `accumulation` or `batch_size`"
             )
 
     @property
@@ -212,8 +212,8 @@ def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
     weights = quadratic_weights(network)
     if not weights:
         raise UsageError(
-            "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need a quadratic block, and "
-            "the network has none"
+            "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need a quadratic "
+            "block, and the network has none"
         )
     return None if asked == (1, 0, 0) else ReLinear(weights, *asked)
 

@@ -15,13 +15,13 @@ from qnas.data.batches import batches
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE, WEIGHTS_FILE
-from qnas.runs.tensors import load_supernet, load_tensors
+from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE
+from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
 from qnas.training.scoring import CALIBRATION_BATCHES, recalibrate
-from qnas.training.supernet_weights import load_weights, supernet_file
+from qnas.training.supernet_weights import build_trained, load_weights, supernet_file
 
 SUPERNET_LARGEST = "supernet-largest"
 TIMM = "timm:"
@@ -102,7 +102,7 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
     trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
     if not (trained / RESULT_FILE).is_file():
         raise UsageError(
-            f"`teacher='{folder}'`: expected {SUPERNET_LARGEST}, {TIMM}NAME, or the folder of a trained network"
+            f"`teacher='{folder}'`: expected {SUPERNET_LARGEST}, {TIMM}NAME or a trained network's folder"
         )
     result = read_json(trained / RESULT_FILE, CheckpointError)
     found = find_arch(trained)
@@ -112,8 +112,7 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
         raise UsageError(
             f"`teacher='{folder}'`: of images with {found.space.input.channels} channels, not {data.channels}"
         )
-    network = build_subnet(found.space, found.arch, len(data.classes))
-    load_weights(network, load_tensors(trained / WEIGHTS_FILE), trained / WEIGHTS_FILE)
+    network = build_trained(found, len(data.classes))
     return Renormalised(network, (data.mean, data.std), (result["mean"], result["std"]))
 
 

@@ -11,7 +11,7 @@ import qnas
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SUPERNET_FILE, WEIGHTS_FILE
 
 FEW = {"warmup_epochs": 1, "search_epochs": 1, "resolution_px": 8, "random_networks": 2, "k_best": 5}
-OPTIONS = "--warmup-epochs 1 --epochs 1 --resolution 8 --random-networks 2 --k-best 5 --threads 1 -q".split()
+OPTIONS = "--warmup-epochs 1 --epochs 1 --resolution 8 --random-networks 2 --k-best 5 --threads 1 -q"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[qnas.SearchResult, P
     result = qnas.run_search(space, limits, out=folder / "api", max_params="6k", threads=1, **FEW)
     asked = [word for name, budget in limits.items() for word in ("--device", name, "--budget", budget)]
     command = folder / "command"
-    succeed("search", *asked, "--max-params", "6k", "--space", space, "--out", command, *OPTIONS)
+    succeed("search", *asked, "--max-params", "6k", "--space", space, "--out", command, *OPTIONS.split())
     return result, command
 
 

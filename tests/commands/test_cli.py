@@ -273,7 +273,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--data", "imagefolder:nowhere"], ["nowhere"]),
         (["--device", "vpu", "--budget", "30ms", "--space", "quadranet36-t"], ["one network only"]),
         (["--device", "vpu", "--budget", "30ms", "--resolution", "8"], ["too small", "at least 32 px"]),
-        (["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"], ["unknown latency loss 'x'"]),
+        (["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"], ["latency_loss: expected 'multiplier'", "got 'x'"]),
         (["--device", "vpu", "--budget", "30ms", "--resume", "--out", "nowhere"], ["nowhere"]),
         (["--resume"], ["--resume needs --out"]),
         (
@@ -287,8 +287,8 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--max-params", "2.5T"], ["--max-params '2.5T'", "2.5M"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "0"], ["--max-macs '0'", "above zero"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "1M"], ["at most 1.00M MACs", "smallest has"]),
-        (["--device", "vpu", "--budget", "30ms", "--weights", "x"], ["unknown weights 'x'", "nested"]),
-        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["unknown gradient 'x'", "two-path"]),
+        (["--device", "vpu", "--budget", "30ms", "--weights", "x"], ["weights: expected", "'nested'"]),
+        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["gradient: expected 'two-path'"]),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 FULL_DISK = """
 import resource, signal, sys
-from qnas import cli
+from qnas.commands import cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # of each file: the state does not fit
 sys.argv = ["qnas", *sys.argv[1:]]

@@ -94,7 +94,7 @@ def test_a_shell_completes_by_its_script(shell: str, here: Path) -> None:
         pytest.skip(f"no {shell} here")
     command = here / "bin" / "qnas"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qnas "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qnas.commands "$@"\n')
     command.chmod(0o755)
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HOME": str(here)}

@@ -25,10 +25,10 @@ from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FI
 from qnas.runs.plots import draw_budget, read_rows
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.rerank import ranking_document
+from qnas.search.rerank import ranking_document, screen
 from qnas.search.search_result import RANDOM_WINDOW, run_search, seeds_beside
 from qnas.search.searcher import Searcher
-from qnas.search.selection import Selection, effects_of, rerank_saved, screen_solutions
+from qnas.search.selection import Selection, effects_of, rerank_saved
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch
@@ -109,11 +109,11 @@ def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) 
     assert certificate["solved"] == finished.document["screened"] == 12
     assert certificate["score_bound"] >= max(entry["score"] for entry in ranking)
     assert arch.document["heldout_accuracy"] == best["heldout_accuracy"]
-    problem = finished.searcher.problem
     solutions = solve_best(
         finished.space, read_searched(finished.folder, finished.space).scores, finished.limits, 12
     )
-    chosen = screen_solutions(problem, evaluator_of(finished.searcher.state), solutions)
+    evaluator = evaluator_of(finished.searcher.state)
+    chosen = screen(finished.space, solutions, finished.data, evaluator.losses, 6, evaluator.device)
     assert [s.score for s in chosen] == sorted((entry["score"] for entry in ranking), reverse=True)
 
 

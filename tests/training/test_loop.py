@@ -27,7 +27,7 @@ from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end, stream
 from qnas.training.optimizer import GRADIENT_CLIP, ReLinear, make_optimizer, make_schedule, weight_step
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.scoring import classify, evaluate, recalibrate
+from qnas.training.scoring import classify, recalibrate
 from qnas.training.subnet_trainer import SubnetTrainer
 from qnas.training.supernet_weights import load_weights
 from qnas.training.trained_subnet import train_subnet
@@ -218,7 +218,7 @@ def test_label_smoothing_is_in_the_loss_of_a_step() -> None:
 def test_the_score_counts_every_image_once() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     labels = torch.tensor([0, 0, 0])
-    score = evaluate(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    score = classify(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])]).score
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)))
     assert score.images == 3
