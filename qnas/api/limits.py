@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qnas.spaces.space import SearchSpace
 
 # A budget for each device: {"vpu": "30ms", "cpu": "20ms"}, or pairs of the same.
-Budgets = Mapping[str | Device, str] | Sequence[tuple[str | Device, str]]
+Budgets = Mapping[str, str] | Mapping[Device, str] | Sequence[tuple[str | Device, str]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class AskedLimits:
         entries = (former or {}).get("limits", ())
         if budgets is None:
             budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
-        pairs = budgets.items() if isinstance(budgets, Mapping) else budgets
+        items = budgets.items() if isinstance(budgets, Mapping) else budgets
+        pairs = tuple((device, str(budget)) for device, budget in items)  # 30 has no unit, and is told so
         counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
         counts |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
-        return cls(tuple(pairs), counts.get("params"), counts.get("macs"))
+        return cls(pairs, counts.get("params"), counts.get("macs"))
 
     @cached_property
     def known(self) -> tuple[Device, ...]:

@@ -98,15 +98,20 @@ def run_search(
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
     from qnas.training.loop import run_to_end
-    from qnas.training.losses import given_objective, make_objective
+    from qnas.training.losses import make_objective
     from qnas.training.processes import world_of_environment
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
         images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
-        named = make_objective(config.loss, config.metric, images.train.labels, len(images.classes))
-        searcher = Searcher(known, limits, images, config, world, given_objective(named, loss, metric))
+        objective = make_objective(
+            loss if callable(loss) else config.loss,
+            metric if callable(metric) else config.metric,
+            images.train.labels,
+            len(images.classes),
+        )
+        searcher = Searcher(known, limits, images, config, world, objective)
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
             raise SystemExit

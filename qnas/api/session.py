@@ -1,4 +1,4 @@
-"""What the long functions of the API share: progress, the process they run in, and versions."""
+"""Parts that the long functions of the API share: progress, threads, images and versions."""
 
 import platform
 from collections.abc import Iterator

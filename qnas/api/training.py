@@ -48,7 +48,7 @@ def train_subnet(
     from qnas.data.given import kind_of, recorded_data, reopen
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
-    from qnas.training.losses import given_objective, make_objective
+    from qnas.training.losses import make_objective
     from qnas.training.processes import world_of_environment
     from qnas.training.supernet_weights import has_supernet, supernet_file
     from qnas.training.teacher import load_teacher
@@ -98,8 +98,11 @@ def train_subnet(
                 temperature=resolved.teacher_temperature,
                 device=device,
             )
-        named = make_objective(
-            config.loss, config.metric, images.train_and_heldout.labels, len(images.classes)
+        objective = make_objective(
+            loss if callable(loss) else config.loss,
+            metric if callable(metric) else config.metric,
+            images.train_and_heldout.labels,
+            len(images.classes),
         )
         request = {
             "command": "train-subnet",
@@ -119,7 +122,7 @@ def train_subnet(
             request,
             from_supernet=from_supernet,
             teacher=taught,
-            objective=given_objective(named, loss, metric),
+            objective=objective,
             resume=resume,
             force=force,
             display=display_of(progress),

@@ -37,7 +37,7 @@ PRESET_OF_DATA = {
 
 
 class SearchConfig(SettingsFile):
-    """How long and how strongly to search. A preset names a whole set."""
+    """The settings of a search: its length, its method and the machine. A preset names a whole set."""
 
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"

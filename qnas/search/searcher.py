@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qnas.data.image_data import ImageData
-from qnas.nn.supernet import (
-    even_logits,
-)
+from qnas.nn.supernet import even_logits
 from qnas.search.config import SearchConfig
 from qnas.search.figures import budget_figures, probability_figures, rounded_probabilities, sight
 from qnas.search.problem import make_problem
@@ -70,7 +68,7 @@ class Searcher:
         return self.state.to_dict()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved state. Raises CheckpointError when it is of another search."""
+        """Restore a saved state."""
         self.state.load(saved)
 
     def step(self) -> dict[str, Any]:

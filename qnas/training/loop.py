@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qnas.common.errors import TrainingError
+from qnas.common.errors import CheckpointError, TrainingError, first_line
 from qnas.common.progress import Display, silent
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
@@ -106,7 +106,7 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True)
 class Interval:
-    """How often a run saves its state: after so many steps or seconds, whichever comes first."""
+    """The interval at which a run saves its state: steps or seconds, whichever comes first."""
 
     steps: int = 500
     seconds: float = 60.0
@@ -126,8 +126,8 @@ def run_to_end(
 
     Of several processes only the main one reads and writes there; all stop after the same step.
     Draws from torch's own random numbers, for instance by a user's module, depend on the seed and the
-    steps alone. Raises CheckpointError where no saved state is whole, Interrupted once the state is
-    saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
+    steps alone. Raises CheckpointError where no saved state is whole or of this run, Interrupted once the
+    state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
     """
     checkpoints = Checkpoints(folder)
     with (
@@ -139,7 +139,11 @@ def run_to_end(
     ):
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
         if saved is not None:
-            stepper.load(saved["stepper"])
+            try:
+                stepper.load(saved["stepper"])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                text = f"the checkpoint is not of this run: {first_line(error)}"
+                raise CheckpointError(f"{folder}: {text}") from error
             _set_random_state(saved["random"])
         if checkpoints.damage:
             went_back = f"went back to the one before it, of step {stepper.steps_done}"

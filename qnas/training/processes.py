@@ -134,8 +134,9 @@ class World:
                 raise
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             raise ProcessError(
-                f"process {self.rank} of {self.size} waited for another one that was stopped or does not "
-                f"answer ({' '.join(str(error).split())[:120]}): `resume=True` goes on from the last checkpoint"
+                f"process {self.rank} of {self.size} waited for another one that was stopped or does "
+                f"not answer ({' '.join(str(error).split())[:120]}): `resume=True` goes on from the "
+                "last checkpoint"
             ) from error
 
 

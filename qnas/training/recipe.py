@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 class Recipe(SettingsFile):
-    """How to train a network. A field of 0 is off, except for counts, rates and the temperature."""
+    """The training recipe of a network. A field of 0 is off, except for counts, rates and the temperature."""
 
     WHAT: ClassVar[str] = "recipe"
     SCHEMA: ClassVar[str] = "qnas.recipe/1"
@@ -104,7 +104,7 @@ class Recipe(SettingsFile):
 
 
 class TrainConfig(Settings):
-    """How to train a network, and on what machine. The recipe has its resolution."""
+    """A training: its recipe, with the resolution resolved, its seed and its machine."""
 
     WHAT: ClassVar[str] = "training"
     LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")

@@ -19,7 +19,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """How well a network classifies some images."""
+    """The accuracy and loss of a network on some images."""
 
     accuracy: float  # share of 1
     loss: float  # the mean; cross-entropy in nats unless another loss was asked for
@@ -28,7 +28,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Classified:
-    """How a network classifies each of some images, in their order. On the CPU."""
+    """A network's predictions for some images, in their order, on the CPU."""
 
     labels: Tensor  # (images,) the true classes
     predicted: Tensor  # (images,) classes

@@ -2,23 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.command_line import succeed
+from helpers.tiny import TINY_SPACE
 
 import qnas
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SUPERNET_FILE, WEIGHTS_FILE
 
-FEW = {"warmup_epochs": 1, "search_epochs": 1, "resolution_px": 8, "random_networks": 2, "k_best": 5}
+FEW: dict[str, Any] = {
+    "warmup_epochs": 1,
+    "search_epochs": 1,
+    "resolution_px": 8,
+    "random_networks": 2,
+    "k_best": 5,
+}
 OPTIONS = "--warmup-epochs 1 --epochs 1 --resolution 8 --random-networks 2 --k-best 5 --threads 1 -q"
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[qnas.SearchResult, Path]:
     """The same search by the API and by the command, each trained and exported there."""
-    from helpers.tiny import TINY_SPACE
-
     folder = tmp_path_factory.mktemp("both")
     space = folder / "tiny.yaml"
     space.write_text(TINY_SPACE)

@@ -3,10 +3,12 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import TINY_SPACE
 from torch import Tensor
 
 import qnas
@@ -15,9 +17,9 @@ from qnas.common.progress import Report
 from qnas.nn.subnet import subnet_state
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.space import SearchSpace, parse_space
 
-FEW = {
+FEW: dict[str, Any] = {
     "warmup_epochs": 0,
     "search_epochs": 1,
     "resolution_px": 8,
@@ -33,13 +35,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> qnas.SearchResult:
     return search(tmp_path_factory.mktemp("runs") / "run")
 
 
-def search(out: Path, **changes: object) -> qnas.SearchResult:
-    from helpers.tiny import TINY_SPACE
-
-    from qnas.spaces.space import parse_space
-
+def search(out: Path, **changes: Any) -> qnas.SearchResult:
     space = parse_space(TINY_SPACE, "tiny.yaml")
-    return qnas.run_search(space, {"vpu": "1ms"}, out=out, **{**FEW, **changes})  # type: ignore[arg-type]
+    return qnas.run_search(space, {"vpu": "1ms"}, out=out, **{**FEW, **changes})
 
 
 def test_nothing_is_printed_and_the_callers_threads_stay(
@@ -109,6 +107,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     ("changes", "message"),
     [
         ({"budgets": {"vpu": "1"}}, "'1' has no unit: write 1ms"),
+        ({"budgets": {"vpu": 1}}, "'1' has no unit: write 1ms"),
         ({"budgets": None}, "`budgets`: expected a device with its budget"),
         ({"budgets": {"vpo": "1ms"}}, "unknown device 'vpo'"),
         ({"max_params": "many"}, "`max_params` 'many': expected a number"),
@@ -122,12 +121,12 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     ],
 )
 def test_errors_name_arguments_and_come_before_anything_is_written(
-    changes: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = {"budgets": {"vpu": "30ms"}, **changes}
+    arguments: dict[str, Any] = {"budgets": {"vpu": "30ms"}, **changes}
     with pytest.raises(QnasError) as error:
-        qnas.run_search(**arguments)  # type: ignore[arg-type]
+        qnas.run_search(**arguments)
     assert message in str(error.value)
     assert "--" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -172,8 +171,8 @@ def test_a_loss_and_a_metric_of_the_callers_own_train_rank_and_report(tmp_path: 
 def test_a_search_with_datasets_is_ranked_with_them_alone(tiny_space: SearchSpace, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [(torch.rand(3, 8, 8, generator=generator), i % 3) for i in range(240)]
-    given = qnas.Datasets(images)  # type: ignore[arg-type]  # a list is a map-style Dataset
-    found = qnas.run_search(tiny_space, {"vpu": "1ms"}, data=given, out=tmp_path / "run", **FEW)  # type: ignore[arg-type]
+    given = qnas.Datasets(images)
+    found = qnas.run_search(tiny_space, {"vpu": "1ms"}, data=given, out=tmp_path / "run", **FEW)
     assert str(found.config["data"]).startswith("dataset:")
     assert (found.folder / SEARCH_FILE).is_file()
     assert found.build()(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
@@ -193,22 +192,22 @@ def test_a_search_with_datasets_is_ranked_with_them_alone(tiny_space: SearchSpac
     ],
 )
 def test_errors_of_a_training_name_arguments(
-    changes: dict[str, object],
+    changes: dict[str, Any],
     error: type[QnasError],
     message: str,
     result: qnas.SearchResult,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(error) as raised:
-        qnas.train_subnet(result, out=tmp_path / "subnet", **{"threads": 1, **changes})  # type: ignore[arg-type]
+        qnas.train_subnet(result, out=tmp_path / "subnet", **{"threads": 1, **changes})
     assert message in str(raised.value)
     assert "--" not in str(raised.value)
     assert not (tmp_path / "subnet").exists()
 
 
 def test_an_architecture_alone_trains_from_scratch(result: qnas.SearchResult, tmp_path: Path) -> None:
-    settings = {"epochs": 1, "resolution_px": 8, "threads": 1}
-    trained = qnas.train_subnet((result.space, result.arch), out=tmp_path / "run", **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"epochs": 1, "resolution_px": 8, "threads": 1}
+    trained = qnas.train_subnet((result.space, result.arch), out=tmp_path / "run", **settings)
     assert trained.config["from_supernet"] is False
     assert trained.arch == result.arch
     with pytest.raises(CheckpointError, match="no trained network here"):

@@ -273,7 +273,10 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--data", "imagefolder:nowhere"], ["nowhere"]),
         (["--device", "vpu", "--budget", "30ms", "--space", "quadranet36-t"], ["one network only"]),
         (["--device", "vpu", "--budget", "30ms", "--resolution", "8"], ["too small", "at least 32 px"]),
-        (["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"], ["latency_loss: expected 'multiplier'", "got 'x'"]),
+        (
+            ["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"],
+            ["latency_loss: expected 'multiplier'", "got 'x'"],
+        ),
         (["--device", "vpu", "--budget", "30ms", "--resume", "--out", "nowhere"], ["nowhere"]),
         (["--resume"], ["--resume needs --out"]),
         (
