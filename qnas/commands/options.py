@@ -26,7 +26,7 @@ BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
 
 
 def option(
-    help: str,  # noqa: A002  # as typer calls it
+    help: str,
     *flags: str,
     panel: str | None = None,
     complete: Callable[[str], completion.Words] | None = None,
@@ -39,7 +39,7 @@ def option(
     )
 
 
-def run_argument(help: str, metavar: str = "[RUN]") -> Any:  # noqa: A002  # as typer calls it
+def run_argument(help: str, metavar: str = "[RUN]") -> Any:
     """Return an argument that takes a run's folder, or none for the latest run."""
     return typer.Argument(metavar=metavar, help=help, autocompletion=completion.runs)
 

@@ -74,7 +74,8 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     if precision == "bf16" and not has_bf16:
         raise UsageError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16: choose `precision='fp16'` or `precision='fp32'`"
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: choose `precision='fp16'` or "
+            "`precision='fp32'`"
         )
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"
