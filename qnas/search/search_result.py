@@ -54,7 +54,7 @@ def run_search(
 ) -> Selection:
     """Search to the end in a run folder, write the results there, and return the ranked networks.
 
-    `request` is what was asked, for config.json. Raises CheckpointError where the folder cannot be
+    `request` goes to config.json. Raises CheckpointError where the folder cannot be
     used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
     """
     problem = searcher.problem
@@ -202,7 +202,7 @@ def seeds_beside(folder: Path) -> dict[int, float]:
                 document = read_json(path.parent / names.SEARCH_FILE, CheckpointError)
                 found[int(config["search"]["seed"])] = float(document["derived"]["accuracy"])
         except (CheckpointError, OSError, KeyError, TypeError, ValueError):
-            continue  # not a whole run of ours, which is nothing to stop for
+            continue  # not a complete run of qnas
     return found
 
 

@@ -1,9 +1,9 @@
 """The search: the supernet's weights and its architecture are trained in turn.
 
-Warm-up trains weights only. After it, an architecture step on held-out images follows every few
-weight steps. Weights are trained along paths that are drawn evenly among networks within the limits, from
-beginning to end, so that no network has better weights for having been chosen. Batches depend only on the
-seed and their number, so that a search that was stopped goes on as if it had not been.
+The warm-up trains weights only. After it, an architecture step on held-out images follows every few
+weight steps. Paths are sampled evenly among networks within the limits from beginning to end, so that all
+networks are trained alike. Batches depend only on the seed and their number, so that a resumed search equals
+an uninterrupted one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ class Searcher:
 
     @property
     def phase(self) -> str:
-        """The name of what the next step does."""
+        """The phase of the next step."""
         return "warm-up" if self.is_warming_up else "search"
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Searcher:
         return figures | ({"warnings": warnings} if warnings else {})
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures in a few words."""
+        """Describe a step's figures for the progress."""
         if "expected_ms" in row:
             return (
                 f"loss {row['loss']:.3f}, held-out {row['arch_accuracy']:.1%}, expected "

@@ -26,7 +26,7 @@ from qnas.training.processes import ALONE, World, joined
 
 
 def set_up_process(threads: int) -> None:
-    """Set torch's threads (0 leaves them) and keep freed memory. Only a program calls this, no library."""
+    """Set torch's threads (0 leaves them) and let the C library keep freed memory."""
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
@@ -89,13 +89,13 @@ class Stepper(Protocol):
 
     @property
     def phase(self) -> str:
-        """The name of what the next step does."""
+        """The phase of the next step."""
 
     def step(self) -> Mapping[str, Any]:
         """Take a step; return what to log: figures, and `warnings` where there are any."""
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe the figures of a step in a few words; an empty text keeps the former ones."""
+        """Describe the figures of a step for the progress; an empty text keeps the former ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps, as plain values and tensors."""

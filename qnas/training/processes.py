@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is. Of a single process all methods are free."""
+    """The processes of a run, and the rank of this one. With a single process all methods cost nothing."""
 
     rank: int = 0
     size: int = 1
@@ -51,7 +51,7 @@ class World:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of a batch is this process's, and of how many: for `data.batches`."""
+        """This process's part of a batch and the number of parts, for `data.batches`."""
         return self.rank, self.size
 
     def check_batch(self, batch_size: int) -> None:
@@ -93,13 +93,13 @@ class World:
         return received
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """Return what trains a network whose parameters are all used at every step, gradients averaged."""
+        """Wrap a network whose parameters are all used at every step, so that gradients are averaged."""
         if self.size == 1:
             return network
         return DistributedDataParallel(network)
 
     def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
-        """Return the context of a forward and backward pass of what `parallel` gave.
+        """Return the context of a forward and backward pass of a network from `parallel`.
 
         Unless `now`, gradients are accumulated here, to be averaged in a later pass.
         """
@@ -108,7 +108,7 @@ class World:
         return network.no_sync()
 
     def check_same(self, state: object) -> None:
-        """Raise ProcessError where the processes hold different states, as what they made would differ."""
+        """Raise ProcessError where the processes hold different states."""
         if self.size == 1:
             return
         digests: list[Any] = [None] * self.size
@@ -124,8 +124,8 @@ class World:
     def watched(self) -> Iterator[None]:
         """Raise ProcessError in place of what torch raises when another process is gone.
 
-        SIGTERM is blocked from then on: torchrun sends it to those that are left, a moment later, and
-        what there is to say would end in a mere "interrupted".
+        SIGTERM is blocked from then on: torchrun sends it to the remaining processes a moment later, which
+        would replace this message by "interrupted".
         """
         try:
             yield
@@ -144,7 +144,7 @@ ALONE = World()
 
 
 def world_of_environment() -> World:
-    """Return what torchrun says of this process; ALONE without it. Does not connect."""
+    """Return the world that torchrun set in the environment; ALONE without it. Does not connect."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE

@@ -1,8 +1,7 @@
 """The recipe of one network's training: a YAML file as a frozen value.
 
-A recipe says what is done to weights and images, and nothing about the machine. Fields that it leaves
-out are off, or suit a short training on small images. `recipes/` holds the shipped ones, which are meant
-to be copied and changed.
+A recipe holds the settings of weights and images, and none of the machine. Omitted fields are off, or suit
+a short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
 """
 
 from typing import Annotated, ClassVar, Literal

@@ -1,10 +1,10 @@
 """The training of one network: from the supernet's weights or from scratch.
 
 It is trained on all training images. The test images are evaluated after every epoch for the curve, but
-they do not choose the result: it is the last weights, or their moving average where the recipe has one.
-The weights of the best epoch are kept beside it for information; their accuracy is too high, as they are
-the best of many evaluations on the test images. Choosing an epoch properly would cost training images for
-a split of its own, and with a learning rate that falls to a hundredth the last weights are among the best.
+do not select the result: that is the last weights, or their moving average where the recipe has one. The
+weights of the best epoch are kept as well; their accuracy is too high, since they are the best of many
+evaluations on the test images. Selecting an epoch properly would need a validation split, and with a
+learning rate that falls to a hundredth the last weights are among the best.
 """
 
 import math
@@ -169,7 +169,7 @@ class SubnetTrainer:
         return classify(self.result, images, self.objective.loss)
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures in a few words."""
+        """Describe a step's figures for the progress."""
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         return f"loss {row['loss']:.3f}{known}"
 
