@@ -102,3 +102,8 @@ class AskedLimits:
         counts = ((self.max_params, "params"), (self.max_macs, "macs"))
         parts += [f"{most}-{name}" for most, name in counts if most]
         return "-".join(part.replace(" ", "") for part in parts)
+
+
+def named(**parts: object) -> dict[str, str]:
+    """Return the losses and metrics that are given by name, and so are settings."""
+    return {key: part for key, part in parts.items() if isinstance(part, str)}

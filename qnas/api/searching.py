@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.limits import AskedLimits, Budgets
+from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.latency.prediction import DEVICE
@@ -82,35 +82,29 @@ def run_search(
     from qnas.data.given import kind_of, recorded_data, reopen
 
     data = reopen(data, former, DATA)
-    names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
     if former and preset is None:
-        kept = {k: v for k, v in former["search"].items() if k not in _callables(loss, metric)}
+        replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
+        kept = {key: value for key, value in former["search"].items() if key not in replaced}
         config = SearchConfig.check(kept, f"{out}: search")
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
-    config = config.override(settings | names)
+    config = config.override(settings | named(loss=loss, metric=metric))
     check_searchable(known, limits)
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import display_of, load_images, shows_bar, threads_set, versions
+    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
     from qnas.runs.folders import free_folder
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
     from qnas.training.loop import run_to_end
-    from qnas.training.losses import make_objective
     from qnas.training.processes import world_of_environment
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
         images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
-        objective = make_objective(
-            loss if callable(loss) else config.loss,
-            metric if callable(metric) else config.metric,
-            images.train.labels,
-            len(images.classes),
-        )
+        objective = objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective)
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
@@ -143,11 +137,6 @@ def _former(out: Path) -> Mapping[str, Any]:
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
     return request
-
-
-def _callables(*parts: Any) -> list[str]:
-    """Return which of loss and metric are callables, whose names no setting can have."""
-    return [name for name, part in zip(("loss", "metric"), parts, strict=True) if callable(part)]
 
 
 def load_run(folder: str | Path | None = None) -> SearchResult:
