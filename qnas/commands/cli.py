@@ -12,17 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import (
-    derive,
-    doctor,
-    latency,
-    look,
-    own_device,
-    predictors,
-    profile,
-    search,
-    subnet,
-)
+from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
 from qnas.commands.flags import as_flags
 from qnas.common.errors import Interrupted, QnasError
 from qnas.common.plugins import load_plugins

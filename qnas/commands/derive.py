@@ -4,44 +4,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from qnas.commands import completion
-from qnas.commands.options import (
-    Budgets,
-    Devices,
-    Force,
-    Json,
-    Latency,
-    MaxMacs,
-    MaxParams,
-    Quiet,
-    Rerank,
-    Run,
-    option,
-    pair_budgets,
-    show,
-    shown,
-)
+from qnas.commands import completion, options
 
 if TYPE_CHECKING:
     from qnas.api.deriving import Derivation
 
 
 def derive(
-    device: Devices = None,
-    budget: Budgets = None,
-    max_params: MaxParams = None,
-    max_macs: MaxMacs = None,
-    source: Run = None,
-    latency: Latency = "device",
+    device: options.Devices = None,
+    budget: options.Budgets = None,
+    max_params: options.MaxParams = None,
+    max_macs: options.MaxMacs = None,
+    source: options.Run = None,
+    latency: options.Latency = "device",
     k_best: Annotated[
         int | None,
-        option("Networks to solve for and rank. Default: as the search, which screens more.", least=1),
+        options.option(
+            "Networks to solve for and rank. Default: as the search, which screens more.", least=1
+        ),
     ] = None,
-    rerank: Rerank = None,
-    out: Annotated[Path | None, option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    rerank: options.Rerank = None,
+    out: Annotated[Path | None, options.option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Solve a finished search again for any devices and budgets.
 
@@ -53,7 +39,7 @@ def derive(
     from qnas.api.deriving import derive as derive_network
     from qnas.runs.folders import latest_run
 
-    pairs = pair_budgets(device, budget)
+    pairs = options.pair_budgets(device, budget)
     found = derive_network(
         source or latest_run(),
         pairs,
@@ -64,11 +50,11 @@ def derive(
         rerank=rerank,
         out=out,
         force=force,
-        progress=shown(quiet),
+        progress=options.shown(quiet),
     )
     devices = [name for name, _ in pairs]
     lines = _derived_lines(found, devices, latency, says_why=rerank is not False)
-    show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)
+    options.show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)
 
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
@@ -98,23 +84,23 @@ def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, say
 
 
 def pareto(
-    source: Run = None,
+    source: options.Run = None,
     device: Annotated[
         str | None,
-        option(
+        options.option(
             "Devices, set apart by commas: names, aliases or paths of device files. Default: those that "
             "were searched for.",
             complete=completion.device_lists,
         ),
     ] = None,
-    latency: Latency = "device",
-    points: Annotated[int, option("Budgets per device.", least=2)] = 12,
-    k_best: Annotated[int, option("Networks to solve for and rank per budget.", least=1)] = 5,
-    rerank: Rerank = None,
-    out: Annotated[Path | None, option("Default: RUN/pareto.")] = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    latency: options.Latency = "device",
+    points: Annotated[int, options.option("Budgets per device.", least=2)] = 12,
+    k_best: Annotated[int, options.option("Networks to solve for and rank per budget.", least=1)] = 5,
+    rerank: options.Rerank = None,
+    out: Annotated[Path | None, options.option("Default: RUN/pareto.")] = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
@@ -137,7 +123,7 @@ def pareto(
         rerank=rerank,
         out=out,
         force=force,
-        progress=shown(quiet),
+        progress=options.shown(quiet),
     )
     lines = (describe_fronts(found.document), "", field("files", files_in(found.folder)))
-    show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)
+    options.show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)

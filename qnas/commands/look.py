@@ -52,10 +52,7 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
 
 def compare(
-    sources: Annotated[
-        list[Path],
-        run_argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN..."),
-    ],
+    sources: Annotated[list[Path], run_argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN...")],
     as_json: Json = False,
 ) -> None:
     """Show runs side by side: choices, latency on every known device, accuracy with intervals.

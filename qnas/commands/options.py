@@ -104,8 +104,7 @@ MaxMacs = Annotated[
     str | None, option("Multiply-adds per image that the network may take: 300M.", panel=BUDGET)
 ]
 Rerank = Annotated[
-    bool | None,
-    option("Rank them by the supernet's accuracy on held-out images. Default: if possible."),
+    bool | None, option("Rank them by the supernet's accuracy on held-out images. Default: if possible.")
 ]
 
 

@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import (
-    Force,
-    Json,
-    Quiet,
-    Seed,
-    Space,
-    Threads,
-    option,
-    run_argument,
-    show,
-)
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, option, run_argument, show
 from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +14,7 @@ if TYPE_CHECKING:
     from qnas.spaces.space import SearchSpace
 
 Times = Annotated[
-    Path,
-    typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, with latencies, or its folder."),
+    Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, with latencies, or its folder.")
 ]
 DeviceName = Annotated[str, option("Name of the new device; its file is NAME.json.")]
 DeviceFile = Annotated[Path | None, option("Default: NAME.json in this folder.")]
@@ -38,8 +27,7 @@ def sample(
     ],
     n: Annotated[int, option("How many networks.", "--n", least=1)] = 100,
     device: Annotated[
-        str,
-        option("The device over whose latencies the networks are spread.", complete=completion.devices),
+        str, option("The device over whose latencies the networks are spread.", complete=completion.devices)
     ] = "cpu",
     file_format: Annotated[
         str,
@@ -96,8 +84,7 @@ def measure(
         ),
     ],
     runtime: Annotated[
-        str,
-        option("onnxruntime or openvino.", complete=completion.one_of("onnxruntime", "openvino")),
+        str, option("onnxruntime or openvino.", complete=completion.one_of("onnxruntime", "openvino"))
     ] = "onnxruntime",
     threads: Threads = 1,
     repeats: Annotated[int, option("Visits of a network; noisy ones get more.", least=2)] = 50,

@@ -21,8 +21,7 @@ def profile(
     runtime: Annotated[
         str,
         option(
-            "torch, onnxruntime or openvino.",
-            complete=completion.one_of("torch", "onnxruntime", "openvino"),
+            "torch, onnxruntime or openvino.", complete=completion.one_of("torch", "onnxruntime", "openvino")
         ),
     ] = "onnxruntime",
     device_name: Annotated[str | None, option("Name of the device file.  [default: local-RUNTIME]")] = None,

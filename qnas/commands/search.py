@@ -6,33 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnas.commands import completion
+from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
-from qnas.commands.options import (
-    BUDGET,
-    DATA,
-    EXPERT,
-    LATENCIES,
-    LATENCY_HELP,
-    LENGTH,
-    MACHINE,
-    OUTPUT,
-    Budgets,
-    Data,
-    Devices,
-    Force,
-    Json,
-    MaxBroken,
-    MaxMacs,
-    MaxParams,
-    Quiet,
-    Resume,
-    Space,
-    option,
-    pair_budgets,
-    show,
-    shown,
-)
 
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
@@ -42,9 +17,9 @@ Command = field_command(
     Fields(
         "qnas.search.config:SearchConfig",
         panels={
-            DATA: ("resolution_px", "batch_size"),
-            LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
-            EXPERT: (
+            options.DATA: ("resolution_px", "batch_size"),
+            options.LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
+            options.EXPERT: (
                 "loss",
                 "metric",
                 "weights",
@@ -59,41 +34,43 @@ Command = field_command(
                 "label_smoothing",
                 "random_networks",
             ),
-            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+            options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
-        flags={"resolution_px": "--resolution", "search_epochs": "--epochs"},
     )
 )
 
 
 @takes_fields
 def search(
-    device: Devices = None,
-    budget: Budgets = None,
-    max_params: MaxParams = None,
-    max_macs: MaxMacs = None,
-    space: Space = None,
+    device: options.Devices = None,
+    budget: options.Budgets = None,
+    max_params: options.MaxParams = None,
+    max_macs: options.MaxMacs = None,
+    space: options.Space = None,
     latency: Annotated[
-        str | None, option(f"{LATENCY_HELP}  [default: device]", panel=BUDGET, complete=LATENCIES)
+        str | None,
+        options.option(
+            f"{options.LATENCY_HELP}  [default: device]", panel=options.BUDGET, complete=options.LATENCIES
+        ),
     ] = None,
-    data: Data = None,
-    max_broken: MaxBroken = None,
+    data: options.Data = None,
+    max_broken: options.MaxBroken = None,
     preset: Annotated[
         str | None,
-        option(
+        options.option(
             "Search settings that options change: digits, small, photos, or the path of a YAML file. "
             "Default: by the kind of data.",
-            panel=LENGTH,
+            panel=options.LENGTH,
             complete=completion.presets,
         ),
     ] = None,
     out: Annotated[
-        Path | None, option("The run's folder. Default: a new one in runs/.", panel=OUTPUT)
+        Path | None, options.option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
     ] = None,
-    resume: Resume = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
     **changes: Any,
 ) -> None:
     """Search for the best network of a space within a latency budget, or several.
@@ -106,7 +83,7 @@ def search(
     former = read_config(out) if resume and out is not None else None
     result = run_search(
         space,
-        None if resume and not device and not budget else pair_budgets(device, budget, former),
+        None if resume and not device and not budget else options.pair_budgets(device, budget, former),
         data=data,
         out=out,
         max_params=max_params,
@@ -116,7 +93,7 @@ def search(
         preset=preset,
         resume=resume,
         force=force,
-        progress=shown(quiet),
+        progress=options.shown(quiet),
         on_start=(lambda started: None) if as_json else _announce,
         **changes,
     )
@@ -124,7 +101,7 @@ def search(
     report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
     accuracies = {"random_accuracies": result.random_accuracies}
     content = {"run": str(result.folder), **result.document, **accuracies, **report}
-    show(content, _lines(result), as_json=as_json)
+    options.show(content, _lines(result), as_json=as_json)
 
 
 def _announce(started: "Started") -> None:

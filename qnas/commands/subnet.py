@@ -4,24 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from qnas.commands import completion
+from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
-from qnas.commands.options import (
-    DATA,
-    MACHINE,
-    OUTPUT,
-    Data,
-    Force,
-    Json,
-    MaxBroken,
-    Quiet,
-    Resume,
-    Space,
-    option,
-    run_argument,
-    show,
-    shown,
-)
 
 if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
@@ -31,7 +15,7 @@ TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:Recipe",
         panels={
-            DATA: ("resolution_px", "batch_size"),
+            options.DATA: ("resolution_px", "batch_size"),
             RECIPE: (
                 "epochs",
                 "learning_rate",
@@ -55,14 +39,13 @@ TrainSubnetCommand = field_command(
             ),
             "Quadratic weights": ("linear_start", "quadratic_gamma", "quadratic_alpha", "quadratic_beta"),
         },
-        flags={"resolution_px": "--resolution"},
         show_defaults=False,
     ),
     Fields(
         "qnas.training.recipe:TrainConfig",
         panels={
             RECIPE: ("loss", "metric"),
-            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+            options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
     ),
 )
@@ -72,14 +55,14 @@ TrainSubnetCommand = field_command(
 def train_subnet(
     source: Annotated[
         Path | None,
-        run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
+        options.run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
     ] = None,
-    data: Data = None,
-    max_broken: MaxBroken = None,
-    space: Space = None,
+    data: options.Data = None,
+    max_broken: options.MaxBroken = None,
+    space: options.Space = None,
     weights: Annotated[
         str | None,
-        option(
+        options.option(
             "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
             panel=RECIPE,
             complete=completion.one_of("supernet", "scratch"),
@@ -87,7 +70,7 @@ def train_subnet(
     ] = None,
     recipe: Annotated[
         str | None,
-        option(
+        options.option(
             "A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML file. "
             "Default: by the kind of data.",
             panel=RECIPE,
@@ -96,7 +79,7 @@ def train_subnet(
     ] = None,
     teacher: Annotated[
         str | None,
-        option(
+        options.option(
             "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
             "classes), or a trained network's folder.",
             panel=RECIPE,
@@ -104,12 +87,14 @@ def train_subnet(
     ] = None,
     out: Annotated[
         Path | None,
-        option("Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=OUTPUT),
+        options.option(
+            "Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT
+        ),
     ] = None,
-    resume: Resume = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
     **changes: Any,
 ) -> None:
     """Train a derived network, from the supernet's weights or from scratch.
@@ -134,7 +119,7 @@ def train_subnet(
         max_broken=max_broken,
         resume=resume,
         force=force,
-        progress=shown(quiet),
+        progress=options.shown(quiet),
         **changes,
     )
     folder, result = trained.folder, trained.result
@@ -147,13 +132,13 @@ def train_subnet(
     )
     lines = ["", describe_training(learned, result, speed, files_in(folder))]
     lines.append(next_command(f"qnas export {target}"))
-    show({"folder": str(folder), **result, "speed": speed}, lines, as_json=as_json)
+    options.show({"folder": str(folder), **result, "speed": speed}, lines, as_json=as_json)
 
 
 def export(
     source: Annotated[
         Path | None,
-        run_argument(
+        options.run_argument(
             "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
             "[RUN|ARCH]",
@@ -161,7 +146,7 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        option(
+        options.option(
             "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
             "it.  [default: onnx]",
             "--format",
@@ -170,31 +155,31 @@ def export(
     ] = None,
     precision: Annotated[
         str,
-        option(
+        options.option(
             "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
             complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
     resolution: Annotated[
-        int | None, option("Input size in pixels. Default: that of training.", least=1)
+        int | None, options.option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[int | None, option("A fixed batch size. Default: a free one.", least=1)] = None,
-    out: Annotated[Path | None, option("A folder. Default: export/ in the run.")] = None,
+    batch: Annotated[int | None, options.option("A fixed batch size. Default: a free one.", least=1)] = None,
+    out: Annotated[Path | None, options.option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
-        option("Images to check files with and to calibrate int8. Default: those of the training."),
+        options.option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
     images: Annotated[
-        int | None, option("Test images that files are checked with.  [default: 512]", least=1)
+        int | None, options.option("Test images that files are checked with.  [default: 512]", least=1)
     ] = None,
     max_drop: Annotated[
         float | None,
-        option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
+        options.option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
-    measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
-    threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
-    force: Force = False,
-    as_json: Json = False,
+    measure: Annotated[bool, options.option("Time the files on this machine.", "--measure")] = False,
+    threads: Annotated[int, options.option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a trained network as files that run without qnas, each checked against torch on real images.
 
@@ -217,7 +202,7 @@ def export(
         out=out,
         force=force,
     )
-    show(done.facts(), _exported(done), as_json=as_json)
+    options.show(done.facts(), _exported(done), as_json=as_json)
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:

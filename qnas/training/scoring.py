@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from qnas.data.batches import batches
 from qnas.data.image_data import Split
 from qnas.training.losses import LossFunction, cross_entropy
 
@@ -50,11 +52,11 @@ class Classified:
 
 @torch.no_grad()
 def classify(
-    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
+    forward: Forward, images_and_labels: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
 ) -> Classified:
     """Classify images with a network that is in evaluation mode, in one pass."""
     parts = []
-    for images, labels in batches:
+    for images, labels in images_and_labels:
         logits = forward(images)
         top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
         found = (
@@ -70,13 +72,13 @@ def classify(
 
 
 @torch.no_grad()
-def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Measure the batch norms' statistics anew on these batches; no other state changes.
 
     Statistics that were gathered while other paths ran do not fit this one. Without batch normalisation
     nothing happens.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -84,11 +86,17 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
         norm.train()
-    for images, _ in batches:
-        forward(images)
+    for images, _ in images_and_labels:
+        network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def recalibrate_on(network: nn.Module, split: Split, device: torch.device | str) -> None:
+    """Measure the batch norms' statistics anew on the first CALIBRATION_BATCHES batches of a split."""
+    images = batches(split, 128, seed=0, device=device)
+    recalibrate(network, islice(images, CALIBRATION_BATCHES))
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError, UsageError, first_line
 from qnas.common.files import read_json
-from qnas.data.batches import batches
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch
@@ -20,7 +19,7 @@ from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
-from qnas.training.scoring import CALIBRATION_BATCHES, recalibrate
+from qnas.training.scoring import recalibrate_on
 from qnas.training.supernet_weights import build_trained, load_weights, supernet_file
 
 SUPERNET_LARGEST = "supernet-largest"
@@ -92,9 +91,8 @@ def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> 
     network = build_subnet(source.space, arch, len(data.classes))
     load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
     # statistics of the supernet's batch norms were gathered while other paths ran
-    images = batches(data.train, min(128, len(data.train)), seed=0, device=device)
     network = network.to(device).eval()
-    recalibrate(network, network, (b for b, _ in zip(images, range(CALIBRATION_BATCHES), strict=False)))
+    recalibrate_on(network, data.train, device)
     return network
 
 

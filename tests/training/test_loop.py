@@ -233,7 +233,7 @@ def test_recalibrated_statistics_are_those_of_the_batches() -> None:
     norm = nn.BatchNorm2d(3).eval()
     norm.running_mean.fill_(100.0)  # type: ignore[union-attr]  # tracked
     batches = [torch.randn(4, 3, 5, 5) * 2 + 1 for _ in range(3)]
-    recalibrate(norm, norm, [(batch, torch.zeros(4)) for batch in batches])
+    recalibrate(norm, [(batch, torch.zeros(4)) for batch in batches])
     mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean)
     assert not norm.training
