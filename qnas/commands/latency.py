@@ -13,7 +13,7 @@ from qnas.commands.options import Device, Force, Json, Latency, Space, option, s
 from qnas.common.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from qnas.latency import device as known_device
+    from qnas.latency.device import Device as KnownDevice
 
 DEAREST = 5  # parts of a network that predict shows
 
@@ -107,7 +107,7 @@ def devices(
     show([json.loads(device.to_json()) for device in known], lines, as_json=as_json)
 
 
-def _device_lines(device: "known_device.Device") -> Iterator[str]:
+def _device_lines(device: "KnownDevice") -> Iterator[str]:
     """Yield the lines that describe a device."""
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
     yield from wrap(f"{device.name}{aliases}: {device.title}", 80)

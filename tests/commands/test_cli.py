@@ -219,12 +219,13 @@ def test_a_stopped_search_exits_130_and_resumes_from_its_folder_alone(
         assert qnas(*command) == 130
     assert "interrupted: the state is saved" in capsys.readouterr().err
     assert "its search is not complete" in complaint(capsys, "train-subnet", tmp_path / "run")
-    assert qnas("search", "--resume", "--out", tmp_path / "run", "-q") == 0
+    resume: tuple[str | Path, ...] = ("search", "--resume", "--out", tmp_path / "run", "-q")
+    assert "cannot resume" in complaint(capsys, *resume, "--budget", "2ms"), "with the device of the run"
+    assert "cannot resume" in complaint(capsys, *resume, "--device", "cpu"), "with the budget of the run"
+    assert qnas(*resume) == 0
     assert qnas(*command[:-1], tmp_path / "whole") == 0
     assert (tmp_path / "run" / "arch.json").read_bytes() == (tmp_path / "whole" / "arch.json").read_bytes()
-    assert "this search is complete" in complaint(
-        capsys, "search", "--resume", "--out", tmp_path / "run", "-q"
-    )
+    assert "this search is complete" in complaint(capsys, *resume)
 
 
 def test_a_budget_that_does_not_bind_is_said(
