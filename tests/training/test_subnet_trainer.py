@@ -389,7 +389,7 @@ def test_training_whose_loss_is_no_number_keeps_the_last_good_weights(
         return step(self)
 
     monkeypatch.setattr(SubnetTrainer, "step", break_then_step)
-    said = r"step 14: the loss is nan.*learning rate.*the weights of epoch 1 are in .*best.safetensors"
+    said = r"step 14: the loss is nan.*`learning_rate`.*the weights of epoch 1 are in .*best.safetensors"
     with pytest.raises(TrainingError, match=said):
         train(source, digits, tmp_path / "run", config())
     kept = load_tensors(tmp_path / "run" / BEST_FILE)
