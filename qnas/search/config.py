@@ -3,7 +3,7 @@
 Nothing here imports torch, so that the command line can build its help from the fields.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -111,7 +111,3 @@ class SearchConfig(SettingsFile):
     def _check_gradient(self) -> Self:
         check_gradient(self.weights, self.gradient)
         return self
-
-    def record(self) -> dict[str, Any]:
-        """Return the fields as config.json keeps them."""
-        return {key: value for key, value in super().record().items() if key != "schema"}
