@@ -79,9 +79,7 @@ def run_search(
     limits = asked.limits(known, source)
 
     # the images' modules import torch, which takes seconds: what can be refused was refused before
-    from qnas.data.broken_images import MAX_BROKEN
     from qnas.data.given import kind_of, recorded_data, reopen
-    from qnas.data.loading import load_data
 
     data = reopen(data, former, DATA)
     if former and preset is None:
@@ -95,7 +93,7 @@ def run_search(
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import display_of, objective_of, shows_bar, threads_set, versions
+    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
     from qnas.runs.folders import free_folder
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
@@ -105,13 +103,7 @@ def run_search(
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
-        images = load_data(
-            data,
-            resolution_px=config.resolution_px,
-            channels=known.input.channels,
-            max_broken=MAX_BROKEN if broken is None else broken,
-            quiet=not shows_bar(progress),
-        )
+        images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
         objective = objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective)
         if not world.is_main:  # takes the same steps, writes nothing

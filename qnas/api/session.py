@@ -1,4 +1,4 @@
-"""Parts that the long functions of the API share: progress, threads, objectives and versions."""
+"""What the long functions of the API share: progress, the process they run in, and versions."""
 
 import platform
 from collections.abc import Iterator
@@ -11,8 +11,12 @@ from torch import Tensor
 
 import qnas
 from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
+from qnas.data.broken_images import MAX_BROKEN
+from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
 from qnas.search.config import SearchConfig
+from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
 from qnas.training.losses import LossFunction, Metric, Objective, make_objective
 from qnas.training.recipe import TrainConfig
@@ -53,6 +57,26 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
     }
+
+
+def load_images(
+    data: GivenData,
+    space: SearchSpace,
+    resolution_px: int,
+    max_broken: float | None,
+    *,
+    keep_originals: bool = False,
+    quiet: bool = True,
+) -> ImageData:
+    """Load images for networks of a space; None for `max_broken` is the usual share."""
+    return load_data(
+        data,
+        resolution_px=resolution_px,
+        channels=space.input.channels,
+        max_broken=MAX_BROKEN if max_broken is None else max_broken,
+        keep_originals=keep_originals,
+        quiet=quiet,
+    )
 
 
 def objective_of(

@@ -45,10 +45,8 @@ def train_subnet(
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    from qnas.api.session import display_of, objective_of, shows_bar, threads_set, versions
-    from qnas.data.broken_images import MAX_BROKEN
+    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
     from qnas.data.given import kind_of, recorded_data, reopen
-    from qnas.data.loading import load_data
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
@@ -73,11 +71,11 @@ def train_subnet(
         out = found.folder / SUBNET_FOLDER if searched else free_folder(f"{found.space.name}-{SUBNET_FOLDER}")
     world = world_of_environment()
     with threads_set(config.threads):
-        images = load_data(
+        images = load_images(
             data,
-            resolution_px=config.resolution_px,
-            channels=found.space.input.channels,
-            max_broken=MAX_BROKEN if broken is None else broken,
+            found.space,
+            config.resolution_px,
+            broken,
             keep_originals=config.recipe.random_resized_crop > 0,
             quiet=not shows_bar(progress),
         )
