@@ -48,6 +48,22 @@ def threads_set(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def objective_of(
+    config: SearchConfig | TrainConfig,
+    loss: str | LossFunction | None,
+    metric: str | Metric | None,
+    labels: Tensor,
+    images: ImageData,
+) -> Objective:
+    """Return the objective of a configuration, or of callables in their place."""
+    return make_objective(
+        loss if callable(loss) else config.loss,
+        metric if callable(metric) else config.metric,
+        labels,
+        len(images.classes),
+    )
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {
@@ -76,20 +92,4 @@ def load_images(
         max_broken=MAX_BROKEN if max_broken is None else max_broken,
         keep_originals=keep_originals,
         quiet=quiet,
-    )
-
-
-def objective_of(
-    config: SearchConfig | TrainConfig,
-    loss: str | LossFunction | None,
-    metric: str | Metric | None,
-    labels: Tensor,
-    images: ImageData,
-) -> Objective:
-    """Return the objective of a configuration, or of callables in their place."""
-    return make_objective(
-        loss if callable(loss) else config.loss,
-        metric if callable(metric) else config.metric,
-        labels,
-        len(images.classes),
     )
