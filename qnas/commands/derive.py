@@ -50,7 +50,7 @@ def derive(
         rerank=rerank,
         out=out,
         force=force,
-        progress=options.shown(quiet),
+        progress=options.progress(quiet),
     )
     devices = [name for name, _ in pairs]
     lines = _derived_lines(found, devices, latency, says_why=rerank is not False)
@@ -123,7 +123,7 @@ def pareto(
         rerank=rerank,
         out=out,
         force=force,
-        progress=options.shown(quiet),
+        progress=options.progress(quiet),
     )
     lines = (describe_fronts(found.document), "", field("files", files_in(found.folder)))
     options.show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)

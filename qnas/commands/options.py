@@ -135,13 +135,13 @@ def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:
     typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
 
 
-def shown(quiet: bool) -> OnStderr:
-    """Return the progress of a command; warnings are shown when quiet too."""
+def progress(quiet: bool) -> OnStderr:
+    """Return a display on stderr for a command; when quiet it shows warnings only."""
     return OnStderr(quiet, wording=as_flags)
 
 
 def strong(text: str) -> str:
-    """Set text off, on a terminal alone and where NO_COLOR is not set (no-color.org)."""
+    """Highlight text on a terminal, unless NO_COLOR is set (no-color.org)."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return typer.style(text, bold=True, fg=typer.colors.YELLOW)
     return text

@@ -20,8 +20,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_STEP_BYTES = 1 << 20  # of progress
-
 Device = Annotated[
     str,
     option(
@@ -44,23 +42,18 @@ def import_(
 
     Example: qnas predictors import cortexA76cpu_tflite21.zip --device cpu
     """
-    from contextlib import ExitStack
-
     from qnas.common.progress import Progress
     from qnas.latency.nn_meter.predictors import import_predictors
     from qnas.runs.text import wrapped
 
-    with ExitStack() as stack:
-        bars: list[Progress] = []
-        shown = 0
+    shown = 0
+    with Progress(100, "import", quiet=quiet) as progress:
 
         def report(kernel: str, done: int, total: int) -> None:
             nonlocal shown
-            if not bars:
-                bars.append(stack.enter_context(Progress(-(-total // _STEP_BYTES), "import", quiet=quiet)))
-            while shown < done // _STEP_BYTES or (done == total and shown * _STEP_BYTES < total):
+            while shown < 100 * done // total:
                 shown += 1
-                bars[0].step(kernel)
+                progress.step(kernel)
 
         found = import_predictors(source, device, report)
     lines = [wrapped(_line(found))]

@@ -93,7 +93,7 @@ def search(
         preset=preset,
         resume=resume,
         force=force,
-        progress=options.shown(quiet),
+        progress=options.progress(quiet),
         on_start=(lambda started: None) if as_json else _announce,
         **changes,
     )

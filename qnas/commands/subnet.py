@@ -119,7 +119,7 @@ def train_subnet(
         max_broken=max_broken,
         resume=resume,
         force=force,
-        progress=options.shown(quiet),
+        progress=options.progress(quiet),
         **changes,
     )
     folder, result = trained.folder, trained.result
