@@ -39,7 +39,7 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import stream
 from qnas.training.optimizer import make_optimizer, make_schedule, weight_step
-from qnas.training.scoring import evaluate
+from qnas.training.scoring import classify
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
@@ -208,7 +208,7 @@ def train_alone(
         images, labels = next(images_and_labels)
         weight_step(network, optimizer, images, labels, recipe.label_smoothing)
         schedule.step()
-    score = evaluate(network.eval(), batches(data.test, 256))
+    score = classify(network.eval(), batches(data.test, 256)).score
     spent = time.process_time() - start
     print(f"{data.name}, seed {seed}: {percent(score.accuracy)} in {spent:.0f} s", flush=True)
     found = {"accuracy": score.accuracy, "loss": score.loss, "seconds": spent}

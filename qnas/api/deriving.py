@@ -59,7 +59,7 @@ class Derivation(DerivedNetwork):
 
 def derive(
     result: SearchResult | str | Path,
-    budgets: Budgets | AskedLimits,
+    budgets: Budgets,
     *,
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
@@ -84,7 +84,7 @@ def derive(
     """
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, space = searched.run, searched.space
-    asked = budgets if isinstance(budgets, AskedLimits) else AskedLimits.of(budgets, max_params, max_macs)
+    asked = AskedLimits.of(budgets, max_params, max_macs)
     limits = asked.limits(space, latency)
     folder = Path(out) if out is not None else run.folder / DERIVED_FOLDER / asked.label
     _check_free(folder / ARCH_FILE, force=force)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qnas.spaces.space import SearchSpace
 
 # A budget for each device: {"vpu": "30ms", "cpu": "20ms"}, or pairs of the same.
-Budgets = Mapping[str | Device, str] | Sequence[tuple[str | Device, str]]
+Budgets = Mapping[str, str] | Mapping[Device, str] | Sequence[tuple[str | Device, str]]
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,21 @@ class AskedLimits:
 
     @classmethod
     def of(
-        cls, budgets: Budgets, max_params: str | int | None = None, max_macs: str | int | None = None
+        cls,
+        budgets: Budgets | None,
+        max_params: str | int | None = None,
+        max_macs: str | int | None = None,
+        former: Mapping[str, Any] | None = None,
     ) -> "AskedLimits":
-        """Return the limits of a mapping or of pairs."""
-        pairs = budgets.items() if isinstance(budgets, Mapping) else budgets
-        counts = (None if most is None else str(most) for most in (max_params, max_macs))
-        return cls(tuple(pairs), *counts)
-
-    @classmethod
-    def of_run(cls, config: Mapping[str, Any]) -> "AskedLimits":
-        """Return the limits that a run's config.json records."""
-        entries = config["limits"]
+        """Return the limits of a mapping or of pairs; what is None is as in a former run's config.json."""
+        entries = (former or {}).get("limits", ())
+        if budgets is None:
+            budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
+        items = budgets.items() if isinstance(budgets, Mapping) else budgets
+        pairs = tuple((device, str(budget)) for device, budget in items)  # 30 has no unit, and is told so
         counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
-        devices = tuple((entry["device"], entry["budget"]) for entry in entries if "device" in entry)
-        return cls(devices, counts.get("params"), counts.get("macs"))
+        counts |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
+        return cls(pairs, counts.get("params"), counts.get("macs"))
 
     @cached_property
     def known(self) -> tuple[Device, ...]:
@@ -104,3 +105,8 @@ class AskedLimits:
         counts = ((self.max_params, "params"), (self.max_macs, "macs"))
         parts += [f"{most}-{name}" for most, name in counts if most]
         return "-".join(part.replace(" ", "") for part in parts)
+
+
+def named(**parts: object) -> dict[str, str]:
+    """Return the losses and metrics that are given by name, and so are settings."""
+    return {key: part for key, part in parts.items() if isinstance(part, str)}

@@ -16,7 +16,7 @@ from qnas.common.units import format_count, format_ms
 from qnas.runs.finished_run import FinishedRun, read_finished_run, read_limits
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import REPORT_FILE, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.runs.names import REPORT_FILE, RESULT_FILE, SUBNET_FOLDER
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_document, make_arch
 from qnas.spaces.space import SearchSpace
@@ -200,14 +200,9 @@ class TrainedNetwork:
 
     def build(self) -> "nn.Module":
         """Return the trained network in evaluation mode: (B, channels, H, W), normalised -> (B, classes)."""
-        from qnas.nn.subnet import build_subnet
-        from qnas.runs.tensors import load_tensors
-        from qnas.training.supernet_weights import load_weights
+        from qnas.training.supernet_weights import build_trained
 
-        network = build_subnet(self.found.space, self.found.arch, len(self.classes))
-        weights = self.folder / WEIGHTS_FILE
-        load_weights(network, load_tensors(weights), weights)
-        return network.eval()
+        return build_trained(self.found, len(self.classes))
 
     def __repr__(self) -> str:
         return f"TrainedNetwork({self.found.space.name}: {self.accuracy:.2%} on test images, {self.folder})"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.limits import AskedLimits, Budgets
+from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.latency.prediction import DEVICE
@@ -36,7 +36,7 @@ class Started:
 
 def run_search(
     space: str | Path | SearchSpace | None = None,
-    budgets: Budgets | AskedLimits | None = None,
+    budgets: Budgets | None = None,
     *,
     data: "GivenData | None" = None,
     out: str | Path | None = None,
@@ -74,7 +74,7 @@ def run_search(
     former = _former(Path(out)) if resume and out is not None else {}
     given = former.get("space", SPACE) if space is None else space
     known = given if isinstance(given, SearchSpace) else load_space(given)
-    asked = _asked(budgets, max_params, max_macs, former)
+    asked = AskedLimits.of(budgets, max_params, max_macs, former)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
 
@@ -82,31 +82,30 @@ def run_search(
     from qnas.data.given import kind_of, recorded_data, reopen
 
     data = reopen(data, former, DATA)
-    names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
     if former and preset is None:
-        kept = {k: v for k, v in former["search"].items() if k not in _callables(loss, metric)}
+        replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
+        kept = {key: value for key, value in former["search"].items() if key not in replaced}
         config = SearchConfig.check(kept, f"{out}: search")
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
-    config = config.override(settings | names)
+    config = config.override(settings | named(loss=loss, metric=metric))
     check_searchable(known, limits)
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import display_of, load_images, shows_bar, threads_set, versions
+    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
     from qnas.runs.folders import free_folder
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
     from qnas.training.loop import run_to_end
-    from qnas.training.losses import given_objective, make_objective
     from qnas.training.processes import world_of_environment
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), display_of(progress)
     with threads_set(config.threads):
         images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
-        named = make_objective(config.loss, config.metric, images.train.labels, len(images.classes))
-        searcher = Searcher(known, limits, images, config, world, given_objective(named, loss, metric))
+        objective = objective_of(config, loss, metric, images.train.labels, images)
+        searcher = Searcher(known, limits, images, config, world, objective)
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
             raise SystemExit
@@ -138,28 +137,6 @@ def _former(out: Path) -> Mapping[str, Any]:
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
     return request
-
-
-def _asked(
-    budgets: Budgets | AskedLimits | None,
-    max_params: str | int | None,
-    max_macs: str | int | None,
-    former: Mapping[str, Any],
-) -> AskedLimits:
-    """Return the limits that are asked for; what is not given is as in a former run."""
-    if isinstance(budgets, AskedLimits):
-        return budgets
-    if not former:
-        return AskedLimits.of(budgets or {}, max_params, max_macs)
-    before = AskedLimits.of_run(former)
-    return AskedLimits.of(
-        budgets or before.devices, max_params or before.max_params, max_macs or before.max_macs
-    )
-
-
-def _callables(*parts: Any) -> list[str]:
-    """Return which of loss and metric are callables, whose names no setting can have."""
-    return [name for name, part in zip(("loss", "metric"), parts, strict=True) if callable(part)]
 
 
 def load_run(folder: str | Path | None = None) -> SearchResult:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy
 import scipy
 import torch
+from torch import Tensor
 
 import qnas
 from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
@@ -14,8 +15,11 @@ from qnas.data.broken_images import MAX_BROKEN
 from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
+from qnas.search.config import SearchConfig
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
+from qnas.training.losses import LossFunction, Metric, Objective, make_objective
+from qnas.training.recipe import TrainConfig
 
 # False shows nothing, True a bar or lines on stderr; a function is called with a Report after each step
 Progress = bool | OnProgress | OnStderr
@@ -42,6 +46,22 @@ def threads_set(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def objective_of(
+    config: SearchConfig | TrainConfig,
+    loss: str | LossFunction | None,
+    metric: str | Metric | None,
+    labels: Tensor,
+    images: ImageData,
+) -> Objective:
+    """Return the objective of a configuration, or of callables in their place."""
+    return make_objective(
+        loss if callable(loss) else config.loss,
+        metric if callable(metric) else config.metric,
+        labels,
+        len(images.classes),
+    )
 
 
 def versions() -> dict[str, str]:

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qnas.api.limits import named
 from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.errors import UsageError
 from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
-from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, load_recipe
+from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
@@ -44,11 +45,10 @@ def train_subnet(
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    from qnas.api.session import display_of, load_images, shows_bar, threads_set, versions
+    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
     from qnas.data.given import kind_of, recorded_data, reopen
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
-    from qnas.training.losses import given_objective, make_objective
     from qnas.training.processes import world_of_environment
     from qnas.training.supernet_weights import has_supernet, supernet_file
     from qnas.training.teacher import load_teacher
@@ -63,16 +63,8 @@ def train_subnet(
     from_supernet = searched and weights != "scratch"
     former = read_config(supernet_file(found).parent) if searched else {}
     data = reopen(data, former, None if searched else "digits")
-    names = {key: value for key, value in (("loss", loss), ("metric", metric)) if isinstance(value, str)}
-    of_recipe = {name: settings.pop(name) for name in list(settings) if name in Recipe.model_fields}
-    kind = kind_of(data)
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULTS[kind])
-    resolved = base.override(of_recipe)
-    if resolved.resolution_px is None:
-        px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
-        resolved = resolved.override({"resolution_px": px})
-    # on maps as small as those of digits more threads cost more than they gain
-    config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0).override(settings | names)
+    px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
+    config = _resolve(recipe, kind_of(data), px, settings | named(loss=loss, metric=metric))
     check_resolution(found.space, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
     if out is None:
@@ -84,7 +76,7 @@ def train_subnet(
             found.space,
             config.resolution_px,
             broken,
-            keep_originals=resolved.random_resized_crop > 0,
+            keep_originals=config.recipe.random_resized_crop > 0,
             quiet=not shows_bar(progress),
         )
         taught, teacher_digest = None, ""
@@ -94,13 +86,10 @@ def train_subnet(
                 teacher,
                 found,
                 images,
-                weight=resolved.teacher_weight,
-                temperature=resolved.teacher_temperature,
+                weight=config.recipe.teacher_weight,
+                temperature=config.recipe.teacher_temperature,
                 device=device,
             )
-        named = make_objective(
-            config.loss, config.metric, images.train_and_heldout.labels, len(images.classes)
-        )
         request = {
             "command": "train-subnet",
             "choices": list(found.arch.choices),
@@ -119,7 +108,7 @@ def train_subnet(
             request,
             from_supernet=from_supernet,
             teacher=taught,
-            objective=given_objective(named, loss, metric),
+            objective=objective_of(config, loss, metric, images.train_and_heldout.labels, images),
             resume=resume,
             force=force,
             display=display_of(progress),
@@ -128,3 +117,14 @@ def train_subnet(
     if not world.is_main:
         raise SystemExit
     return TrainedNetwork.load(out)
+
+
+def _resolve(recipe: str | Path | Recipe | None, kind: str, px: int, changes: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a training on a kind of data, with changes to the recipe and to the rest."""
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
+    resolved = base.override({name: value for name, value in changes.items() if name in Recipe.model_fields})
+    if resolved.resolution_px is None:
+        resolved = resolved.override({"resolution_px": px})
+    # on maps as small as those of digits more threads cost more than they gain
+    config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0)
+    return config.override({k: v for k, v in changes.items() if k not in Recipe.model_fields})

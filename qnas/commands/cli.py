@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how errors end.
+"""The command line: its commands, and its exit codes.
 
 Exit codes: 0 done, 1 what the user can mend (one line on stderr), 2 usage, 130 interrupted with the
 state saved.
@@ -12,18 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import (
-    derive,
-    doctor,
-    latency,
-    look,
-    own_device,
-    pareto,
-    predictors,
-    profile,
-    search,
-    subnet,
-)
+from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
 from qnas.commands.flags import as_flags
 from qnas.common.errors import Interrupted, QnasError
 from qnas.common.plugins import load_plugins
@@ -54,14 +43,13 @@ def _root(
             metavar="FILE.py|MODULE",
             help="Run this Python code first, which registers blocks and neurons. May be given several "
             "times; $QNAS_PLUGINS names more.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
     load_plugins(plugin or [])
 
 
-# what the list of commands says of each, in the width that it has there
+# short_help is the entry in the list of commands, which is narrow
 # from a budget to a network file
 app.command(cls=search.Command, short_help="Find the best network within a latency budget, or several.")(
     search.search
@@ -72,21 +60,21 @@ app.command("train-subnet", cls=subnet.TrainSubnetCommand, short_help="Train a d
 )
 app.command(short_help="Write a trained network as files to ship, each checked.")(subnet.export)
 # to look at it
-app.command(short_help="Latency against accuracy over each device's whole range.")(pareto.pareto)
+app.command(short_help="Latency against accuracy over each device's whole range.")(derive.pareto)
 app.command(short_help="Write a run's page, report.html, again.")(look.report)
 app.command(short_help="What blocks cost, what latency buys, why identities.")(look.explain)
 app.command(short_help="Show runs side by side.")(look.compare)
 app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboard)
-# what is known of networks and devices
+# networks and devices
 app.command()(latency.describe)
-app.command(short_help="A network's latency on known devices, and where it goes.")(latency.predict)
+app.command(short_help="A network's latency on known devices, by layer.")(latency.predict)
 app.command()(latency.devices)
 app.command("eval-latency", short_help="Compare a device's predictions with measurements.")(
     latency.eval_latency
 )
 app.command(short_help="A space's latency table on a device, as CSV.")(latency.table)
 app.add_typer(predictors.app)
-# a device of one's own
+# your own device
 app.command(short_help="Time a space's blocks here: this machine as a device.")(profile.profile)
 app.command(short_help="Write networks of a space, to be timed anywhere.")(own_device.sample)
 app.command(short_help="Time networks on this machine.")(own_device.measure)
@@ -108,7 +96,7 @@ def main() -> None:
     # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="qnas")  # of `python -m qnas` too: usage and completion name it
+        app(prog_name="qnas")  # also where a module is run: usage and completion use it
     except QnasError as error:
         _fail(f"error: {error}", 1)
     except OSError as error:

@@ -1,14 +1,14 @@
-"""What a shell may complete: devices, spaces, recipes, runs, and options with few values.
+"""Shell completion of devices, spaces, recipes, runs, and options with few values.
 
-A completer gets what was typed of a word and returns what the word may become, each with a word on what it
-is. Where it returns nothing the shell completes files. A shell waits for each press of Tab: torch is never
+A completer gets the beginning of a word and returns the words that start so, each with a description.
+Where it returns nothing the shell completes files. A shell waits for each press of Tab: torch is never
 imported, and a folder that cannot be read has no runs.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-Words = list[tuple[str, str]]  # each with what it is, which bash does not show
+Words = list[tuple[str, str]]  # each with its description, which bash does not show
 
 
 def _begin_with(typed: str, words: Iterable[tuple[str, str]]) -> Words:
@@ -48,25 +48,20 @@ def device_lists(incomplete: str) -> Words:
     return [(f"{before}{comma}{name}", title) for name, title in devices(last) if name not in given]
 
 
-def spaces(incomplete: str) -> Words:
-    """Complete a shipped search space."""
-    from qnas.common.resources import stems
+def _shipped(folder: str, what: str) -> Callable[[str], Words]:
+    """Return a completer of the YAML files that ship in a folder, by name."""
 
-    return _begin_with(incomplete, ((name, "a space") for name in stems("search_spaces", ".yaml")))
+    def complete(incomplete: str) -> Words:
+        from qnas.common.resources import stems
 
+        return _begin_with(incomplete, ((name, what) for name in stems(folder, ".yaml")))
 
-def recipes(incomplete: str) -> Words:
-    """Complete a shipped recipe."""
-    from qnas.common.resources import stems
-
-    return _begin_with(incomplete, ((name, "a recipe") for name in stems("recipes", ".yaml")))
+    return complete
 
 
-def presets(incomplete: str) -> Words:
-    """Complete a shipped search preset."""
-    from qnas.common.resources import stems
-
-    return _begin_with(incomplete, ((name, "a search preset") for name in stems("recipes/search", ".yaml")))
+spaces = _shipped("search_spaces", "a space")
+recipes = _shipped("recipes", "a recipe")
+presets = _shipped("recipes/search", "a search preset")
 
 
 def runs(incomplete: str) -> Words:
@@ -80,5 +75,5 @@ def runs(incomplete: str) -> Words:
 
 
 def networks(incomplete: str) -> Words:
-    """Complete what has layers: a shipped space or a finished run."""
+    """Complete a shipped space or a finished run."""
     return [*spaces(incomplete), *runs(incomplete)]

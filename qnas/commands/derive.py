@@ -1,109 +1,129 @@
-"""`qnas derive`: a finished search solved again, for other devices or budgets."""
+"""`qnas derive` and `qnas pareto`: a finished search solved again, without training."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from qnas.commands import completion, options
 
-from qnas.commands import completion
-from qnas.commands.options import (
-    Budgets,
-    Devices,
-    Force,
-    Json,
-    Latency,
-    MaxMacs,
-    MaxParams,
-    Quiet,
-    pair_budgets,
-    print_json,
-    shown,
-)
+if TYPE_CHECKING:
+    from qnas.api.deriving import Derivation
 
 
 def derive(
-    device: Devices = None,
-    budget: Budgets = None,
-    max_params: MaxParams = None,
-    max_macs: MaxMacs = None,
-    source: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[RUN]",
-            help="A finished search. Default: the latest run.",
-            autocompletion=completion.runs,
-            show_default=False,
-        ),
-    ] = None,
-    latency: Latency = "device",
+    device: options.Devices = None,
+    budget: options.Budgets = None,
+    max_params: options.MaxParams = None,
+    max_macs: options.MaxMacs = None,
+    source: options.Run = None,
+    latency: options.Latency = "device",
     k_best: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Networks that are solved for and ranked. Default: as the search, which screens more.",
-            show_default=False,
+        options.option(
+            "Networks to solve for and rank. Default: as the search, which screens more.", least=1
         ),
     ] = None,
-    rerank: Annotated[
-        bool | None,
-        typer.Option(
-            help="Whether to rank them by the supernet's accuracy on held-out images. Default: if possible.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: RUN/derived/DEVICE-BUDGET.", show_default=False)
-    ] = None,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    rerank: options.Rerank = None,
+    out: Annotated[Path | None, options.option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Solve a finished search again for any devices and budgets.
 
-    The probabilities are those of the search: the further its budget from these, the more a search of
-    its own would find.
+    The scores are those of the search: the further the budget is from its own, the more a new search
+    would gain.
 
     Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
     """
     from qnas.api.deriving import derive as derive_network
-    from qnas.api.limits import AskedLimits
-    from qnas.latency.prediction import source_note
     from qnas.runs.folders import latest_run
-    from qnas.runs.latency_text import describe_budgets, latency_lines
-    from qnas.runs.network_text import choices_by_stage, size_line
-    from qnas.runs.text import choice_line, field, files_in, next_command
 
-    asked = AskedLimits.of(pair_budgets(device, budget), max_params, max_macs)
+    pairs = options.pair_budgets(device, budget)
     found = derive_network(
         source or latest_run(),
-        asked,
+        pairs,
+        max_params=max_params,
+        max_macs=max_macs,
         latency=latency,
         k_best=k_best,
         rerank=rerank,
         out=out,
         force=force,
-        progress=shown(quiet),
+        progress=options.progress(quiet),
     )
-    if as_json:
-        print_json({"folder": str(found.folder), **found.document})
-        return
-    space, limits, indices = found.space, found.limits, found.arch.indices(found.space)
-    notes = [source_note(latency, device, space, found.arch) for device in asked.known]
+    devices = [name for name, _ in pairs]
+    lines = _derived_lines(found, devices, latency, says_why=rerank is not False)
+    options.show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)
+
+
+def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
+    """Yield the lines that describe a derived network."""
+    from qnas.latency.device import load_device
+    from qnas.latency.prediction import source_note
+    from qnas.runs.latency_text import describe_budgets, latency_lines
+    from qnas.runs.network_text import choices_by_stage, size_line
+    from qnas.runs.text import choice_line, field, files_in, next_command
+
+    space, arch, limits = found.space, found.arch, found.limits
+    notes = [source_note(latency, load_device(name), space, arch) for name in devices]
+    yield from (choices_by_stage(space, arch), "")
+    yield from latency_lines(limits, arch.indices(space), notes)
+    yield field("size", size_line(space, limits, found.macs, found.params))
+    yield field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s")
     if ranking := found.document["ranking"]:
-        chosen = choice_line(ranking, found.solved)
+        yield field("chosen", choice_line(ranking, found.solved))
     else:
-        chosen = "the first network by the search's scores"
-        chosen += f", not ranked on held-out images: {found.unranked}" if rerank is not False else ""
-    lines = [
-        choices_by_stage(space, found.arch),
-        "",
-        *latency_lines(limits, indices, notes),
-        field("size", size_line(space, limits, found.macs, found.params)),
-        field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s"),
-        field("chosen", chosen),
-        field("searched", f"for {describe_budgets(found.searched.document['limits'])}"),
-        *([field("warning", found.warning)] if found.warning else []),
-        field("files", files_in(found.folder)),
-        next_command(f"qnas train-subnet {found.folder}"),
-    ]
-    typer.echo("\n".join(lines))
+        why = f", not ranked on held-out images: {found.unranked}" if says_why else ""
+        yield field("chosen", f"the first network by the search's scores{why}")
+    yield field("searched", f"for {describe_budgets(found.searched.document['limits'])}")
+    if found.warning:
+        yield field("warning", found.warning)
+    yield field("files", files_in(found.folder))
+    yield next_command(f"qnas train-subnet {found.folder}")
+
+
+def pareto(
+    source: options.Run = None,
+    device: Annotated[
+        str | None,
+        options.option(
+            "Devices, set apart by commas: names, aliases or paths of device files. Default: those that "
+            "were searched for.",
+            complete=completion.device_lists,
+        ),
+    ] = None,
+    latency: options.Latency = "device",
+    points: Annotated[int, options.option("Budgets per device.", least=2)] = 12,
+    k_best: Annotated[int, options.option("Networks to solve for and rank per budget.", least=1)] = 5,
+    rerank: options.Rerank = None,
+    out: Annotated[Path | None, options.option("Default: RUN/pareto.")] = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Solve a finished search for budgets over each device's whole range: latency against accuracy.
+
+    Writes pareto.csv, pareto.json and pareto.png, and in a run's folder its page anew. Limits of the search
+    on parameters and MACs hold.
+
+    Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
+    """
+    from qnas.api.deriving import pareto as solve_fronts
+    from qnas.runs.folders import latest_run
+    from qnas.runs.run_text import describe_fronts
+    from qnas.runs.text import field, files_in
+
+    found = solve_fronts(
+        source or latest_run(),
+        None if device is None else [name.strip() for name in device.split(",")],
+        latency=latency,
+        points=points,
+        k_best=k_best,
+        rerank=rerank,
+        out=out,
+        force=force,
+        progress=options.progress(quiet),
+    )
+    lines = (describe_fronts(found.document), "", field("files", files_in(found.folder)))
+    options.show({"folder": str(found.folder), **found.document}, lines, as_json=as_json)

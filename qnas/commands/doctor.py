@@ -1,4 +1,4 @@
-"""`qnas doctor`: what this machine has, what of it works, and what to do about what is missing."""
+"""`qnas doctor`: a check of this machine, with advice on what is missing or broken."""
 
 import importlib.metadata
 import os
@@ -11,10 +11,10 @@ from typing import Literal
 
 import typer
 
-from qnas.commands.options import Json, print_json
+from qnas.commands.options import Json, show
 
 State = Literal["ok", "off", "missing", "broken"]
-# what some commands need, and how it is installed; all but the first may be missing from a plain install
+# package -> the commands that need it, and how it is installed; a plain install may lack all but the first
 _PACKAGES = {
     "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
     "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
@@ -26,16 +26,16 @@ OWN_DEVICES = Path("devices")  # where qnas profile writes
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The state of one part of the machine or installation."""
 
     topic: str
     state: State
     found: str
-    advice: str = ""  # what to do, where there is something to do
+    advice: str = ""  # empty where there is nothing to do
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, which devices and predictors are there, and whether GPU and compiler work.
+    """Check versions, GPU, compiler, optional packages, devices and predictors of this machine.
 
     Builds the C++ kernels if they never were, which takes some seconds. Exits with 1 if something is
     broken.
@@ -45,21 +45,20 @@ def doctor(as_json: Json = False) -> None:
     from qnas.runs.text import wrapped
 
     findings = list(examine())
-    if as_json:
-        print_json([asdict(finding) for finding in findings])
-    else:
-        width = 8 + max(len(finding.topic) for finding in findings) + 2
-        for finding in findings:
-            begin = f"{finding.state:8}{finding.topic}".ljust(width)
-            typer.echo(wrapped(finding.found, begin, " " * width))
-            if finding.advice:
-                typer.echo(wrapped(f"-> {finding.advice}", " " * width, " " * width))
+    width = 8 + max(len(finding.topic) for finding in findings) + 2
+    lines = []
+    for finding in findings:
+        begin = f"{finding.state:8}{finding.topic}".ljust(width)
+        lines.append(wrapped(finding.found, begin, " " * width))
+        if finding.advice:
+            lines.append(wrapped(f"-> {finding.advice}", " " * width, " " * width))
+    show([asdict(finding) for finding in findings], lines, as_json=as_json)
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
 
 
 def examine() -> Iterator[Finding]:
-    """Yield what there is to say, in the order in which it is printed."""
+    """Yield the findings in the order in which they are printed."""
     from qnas.api.session import versions
 
     yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -114,7 +113,7 @@ def _cpu_kernels() -> Finding:
 
 
 def _largest_difference() -> float:
-    """Return how far the operator and its gradient by the kernels are from those by torch, of 1."""
+    """Return the largest relative difference of the kernels' results and gradients from torch's."""
     import torch
 
     from qnas.nn.quadratic import quadratic_conv2d, quadratic_conv2d_reference

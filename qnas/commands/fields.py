@@ -5,7 +5,7 @@ The models are imported when a command is used or asked for its own help, so tha
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from types import UnionType
@@ -15,6 +15,8 @@ import typer
 from typer.core import TyperCommand
 
 from qnas.commands import completion
+from qnas.commands.flags import OPTIONS
+from qnas.commands.options import option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -29,7 +31,6 @@ class Fields:
 
     model: str  # as in "qnas.search.config:SearchConfig"
     panels: Mapping[str, tuple[str, ...]]  # of the help, with the names of their fields
-    flags: Mapping[str, str] = field(default_factory=dict)  # where they are not the field's name
     show_defaults: bool = True  # of the model; False where a file that is read has them
 
     def options(self) -> Iterator[inspect.Parameter]:
@@ -38,8 +39,8 @@ class Fields:
         model: type[BaseModel] = getattr(import_module(module), name)
         for panel, names in self.panels.items():
             for each in names:
-                kind, option = self._option(each, model.model_fields[each], panel)
-                annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # made here
+                kind, made = self._option(each, model.model_fields[each], panel)
+                annotation = Annotated[kind | None, made]  # type: ignore[valid-type]  # made here
                 keyword = inspect.Parameter.KEYWORD_ONLY
                 yield inspect.Parameter(each, keyword, default=None, annotation=annotation)
 
@@ -55,17 +56,9 @@ class Fields:
             parts.append("[default: by the preset]")
         elif self.show_defaults and info.default is not None and kind is not bool:
             parts.append(f"[default: {info.default}]")
-        flags = [self.flags[name]] if name in self.flags else []
-        option = typer.Option(
-            *flags,
-            min=_bound(metadata, "ge"),
-            max=_bound(metadata, "le"),
-            help="  ".join(parts),
-            autocompletion=complete,
-            show_default=False,
-            rich_help_panel=panel,
-        )
-        return kind, option
+        flags = [f"--{OPTIONS[name]}"] if name in OPTIONS else []
+        least, most = _bound(metadata, "ge"), _bound(metadata, "le")
+        return kind, option("  ".join(parts), *flags, panel=panel, complete=complete, least=least, most=most)
 
 
 def _plain(annotation: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -1,15 +1,21 @@
 """Networks and devices to look at: `describe`, `predict`, `devices`, `table`, `eval-latency`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import wrap
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Latency, Space, print_json
+from qnas.commands.options import Device, Force, Json, Latency, Space, option, show
 from qnas.common.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from qnas.latency.device import Device as KnownDevice
+
+DEAREST = 5  # parts of a network that predict shows
 
 
 def describe(
@@ -34,19 +40,10 @@ def describe(
 
     found, arch = find_network(target, space)
     if arch is None:
-        if as_json:
-            print_json(space_facts(found))
-        else:
-            typer.echo(describe_space(found))
-        return
-    blocks = lower(found, arch)
-    if as_json:
-        print_json(network_facts(found, blocks))
+        show(space_facts(found), (describe_space(found),), as_json=as_json)
     else:
-        typer.echo(describe_network(found, blocks))
-
-
-DEAREST = 5  # parts of a network that predict shows
+        blocks = lower(found, arch)
+        show(network_facts(found, blocks), (describe_network(found, blocks),), as_json=as_json)
 
 
 def predict(
@@ -59,20 +56,16 @@ def predict(
         ),
     ],
     device: Annotated[
-        str,
-        typer.Option(
-            help="A device by name, alias or path, or all.", autocompletion=completion.devices_or_all
-        ),
+        str, option("A device by name, alias or path, or all.", complete=completion.devices_or_all)
     ] = "all",
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of an ONNX file whose input has none, in pixels.", show_default=False),
+        int | None, option("Of an ONNX file whose input has none, in pixels.", least=1)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a network's latency on the known devices, and say what of it is dearest.
+    """Predict a network's latency on the known devices, and list its slowest parts.
 
     Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
     """
@@ -93,53 +86,47 @@ def predict(
     else:
         title = f"{network[0].name} at {network[0].input.resolution_px} px"
     predictions = [predict_network(network, known, latency=latency) for known in chosen]
-    if as_json:
-        print_json([prediction.facts(DEAREST) for prediction in predictions])
-        return
-    typer.echo(wrapped(f"{title}, one image"))
-    typer.echo(describe_predictions(predictions, DEAREST))
+    lines = (wrapped(f"{title}, one image"), describe_predictions(predictions, DEAREST))
+    show([prediction.facts(DEAREST) for prediction in predictions], lines, as_json=as_json)
 
 
 def devices(
     files: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Device files of your own, to list besides.", show_default=False),
+        list[Path] | None, typer.Argument(help="Device files of your own, to list as well.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the devices whose latencies are known, and how well.
+    """List the devices whose latencies are known, and the accuracy of their models.
 
     Example: qnas devices
     """
     from qnas.latency.device import device_names, load_device
 
     known = [load_device(name) for name in (*device_names(), *map(str, files or ()))]
-    if as_json:
-        print_json([json.loads(device.to_json()) for device in known])
-        return
-    blocks = []
-    for device in known:
-        facts = [
-            f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
-            f"source: {device.source}",
-        ]
-        for held_out, figures in device.accuracy.items():
-            shares = [f"{group} {figure.within_10_pct:.1f}%" for group, figure in figures.items()]
-            if "all" in figures:
-                shares = [f"{figures['all'].within_10_pct:.1f}% of {figures['all'].n}"]
-            facts.append(f"{held_out} within 10%: {', '.join(shares)}")
-        if device.calibration is not None:
-            c = device.calibration
-            facts.append(
-                f"calibrated on {c.n} networks, {c.date}: {c.scale:.3f} times the model "
-                f"{c.offset_ms:+.3g} ms, margin {c.margin:.1%} for {c.level:.0%} of networks"
-            )
-        aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
-        lines = wrap(f"{device.name}{aliases}: {device.title}", 80)
-        for fact in facts:
-            lines += wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
-        blocks.append("\n".join(lines))
-    typer.echo("\n\n".join(blocks))
+    lines = ("\n\n".join("\n".join(_device_lines(device)) for device in known),)
+    show([json.loads(device.to_json()) for device in known], lines, as_json=as_json)
+
+
+def _device_lines(device: "KnownDevice") -> Iterator[str]:
+    """Yield the lines that describe a device."""
+    aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
+    yield from wrap(f"{device.name}{aliases}: {device.title}", 80)
+    facts = [
+        f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
+        f"source: {device.source}",
+    ]
+    for held_out, figures in device.accuracy.items():
+        shares = [f"{group} {figure.within_10_pct:.1f}%" for group, figure in figures.items()]
+        if "all" in figures:
+            shares = [f"{figures['all'].within_10_pct:.1f}% of {figures['all'].n}"]
+        facts.append(f"{held_out} within 10%: {', '.join(shares)}")
+    if (c := device.calibration) is not None:
+        facts.append(
+            f"calibrated on {c.n} networks, {c.date}: {c.scale:.3f} times the model "
+            f"{c.offset_ms:+.3g} ms, margin {c.margin:.1%} for {c.level:.0%} of networks"
+        )
+    for fact in facts:
+        yield from wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
 
 
 def eval_latency(
@@ -147,9 +134,7 @@ def eval_latency(
         Path,
         typer.Argument(help="Measured networks, in the format of docs/reference/files.md#measured-networks."),
     ],
-    device: Annotated[
-        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
-    ],
+    device: Device,
     as_json: Json = False,
 ) -> None:
     """Compare a device's predictions with measured networks, by family and in all.
@@ -163,23 +148,19 @@ def eval_latency(
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
-    if as_json:
-        families = {name: figures_facts(f) for name, f in figures.items() if name != "all"}
-        print_json({"device": known.name, "all": figures_facts(figures["all"]), "families": families})
-        return
-    typer.echo(wrapped(f"{known.name}: predictions against {figures['all'].n} measured networks"))
-    typer.echo(describe_figures(figures))
+    families = {name: figures_facts(f) for name, f in figures.items() if name != "all"}
+    content = {"device": known.name, "all": figures_facts(figures["all"]), "families": families}
+    title = f"{known.name}: predictions against {figures['all'].n} measured networks"
+    show(content, (wrapped(title), describe_figures(figures)), as_json=as_json)
 
 
 def table(
     space: Annotated[str, typer.Argument(help="A space by name or path.", autocompletion=completion.spaces)],
-    device: Annotated[
-        str, typer.Option(help="A device by name, alias or path.", autocompletion=completion.devices)
-    ],
-    out: Annotated[Path | None, typer.Option(help="A file. Default: print it.", show_default=False)] = None,
+    device: Device,
+    out: Annotated[Path | None, option("A file. Default: print it.")] = None,
     force: Force = False,
 ) -> None:
-    """Print the latency table of a space on a device as CSV: the form of a table of one's own.
+    """Print the latency table of a space on a device as CSV, the form that a measured table has too.
 
     Example: qnas table quadranet-small --device cpu
     """

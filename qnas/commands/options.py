@@ -1,10 +1,11 @@
-"""What several commands have in common: options, and small helpers around them."""
+"""Options that several commands share, and the printing of their results."""
 
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +13,6 @@ from qnas.commands import completion
 from qnas.commands.flags import as_flags
 from qnas.common.errors import UsageError
 from qnas.common.progress import OnStderr
-
-if TYPE_CHECKING:
-    pass
 
 # panels of a command's help, in the order in which its options come
 BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
@@ -26,102 +24,103 @@ BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
     "Output and resuming",
 )
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=OUTPUT)]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the interrupted run in --out.", rich_help_panel=OUTPUT)
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace what a former run wrote.", rich_help_panel=OUTPUT)
-]
+
+def option(
+    help: str,
+    *flags: str,
+    panel: str | None = None,
+    complete: Callable[[str], completion.Words] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Return an option for an annotation, with the panel of the help and the bounds of its value."""
+    return typer.Option(
+        *flags, help=help, rich_help_panel=panel, autocompletion=complete, min=least, max=most
+    )
+
+
+def run_argument(help: str, metavar: str = "[RUN]") -> Any:
+    """Return an argument that takes a run's folder, or none for the latest run."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=completion.runs)
+
+
+Json = Annotated[bool, option("Print one JSON object instead of text.", "--json", panel=OUTPUT)]
+Quiet = Annotated[bool, option("No progress.", "--quiet", "-q", panel=OUTPUT)]
+Resume = Annotated[bool, option("Go on with the interrupted run in --out.", "--resume", panel=OUTPUT)]
+Force = Annotated[bool, option("Replace what a former run wrote.", "--force", panel=OUTPUT)]
+Run = Annotated[Path | None, run_argument("A finished search. Default: the latest run.")]
 Data = Annotated[
     str | None,
-    typer.Option(
-        help="digits, fashion-mnist:DIR, cifar10:DIR, imagefolder:DIR or shards:DIR. Default: digits for a "
+    option(
+        "digits, fashion-mnist:DIR, cifar10:DIR, imagefolder:DIR or shards:DIR. Default: digits for a "
         "search, else the data of the search.",
-        show_default=False,
-        rich_help_panel=DATA,
+        panel=DATA,
     ),
 ]
 MaxBroken = Annotated[
     float | None,
-    typer.Option(
-        min=0,
-        max=1,
-        help="Share of the images that may be broken: they are left out and listed in the run; with more the "
+    option(
+        "Share of the images that may be broken: they are left out and listed in the run; with more the "
         "command stops.  [default: 0.01, or as searched]",
-        show_default=False,
-        rich_help_panel=DATA,
+        panel=DATA,
+        least=0,
+        most=1,
     ),
 ]
 Space = Annotated[
     str | None,
-    typer.Option(
-        help="A shipped search space by name, or the path of a YAML file.",
-        autocompletion=completion.spaces,
-        show_default=False,
-        rich_help_panel=BUDGET,
+    option(
+        "A shipped search space by name, or the path of a YAML file.",
+        panel=BUDGET,
+        complete=completion.spaces,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
-Latency = Annotated[
-    str,
-    typer.Option(
-        "--latency",
-        help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.",
-        autocompletion=completion.one_of("device", "nn-meter"),
-    ),
-]
-
-
+Seed = Annotated[int, option("Seed of all random numbers.", least=0)]
+Threads = Annotated[int, option("CPU threads of the runtime.", least=1)]
+LATENCY_HELP = "device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported."
+LATENCIES = completion.one_of("device", "nn-meter")
+Latency = Annotated[str, option(LATENCY_HELP, complete=LATENCIES)]
+Device = Annotated[str, option("A device by name, alias or path.", complete=completion.devices)]
 Devices = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "A device by name or alias (qnas devices), or the path of a device file. Several, each with its "
+        "--budget in the same order, must all be met.",
         "--device",
-        help="A device by name or alias (qnas devices), or the path of a device file. Several, each "
-        "with its --budget in the same order, must all be met.",
-        autocompletion=completion.devices,
-        show_default=False,
-        rich_help_panel=BUDGET,
+        panel=BUDGET,
+        complete=completion.devices,
     ),
 ]
 Budgets = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "The latency that the network may take on the device, with its unit: 30ms, 800us.",
         "--budget",
-        help="The latency that the network may take on the device, with its unit: 30ms, 800us.",
-        show_default=False,
-        rich_help_panel=BUDGET,
+        panel=BUDGET,
     ),
 ]
-MaxParams = Annotated[
-    str | None,
-    typer.Option(
-        help="Parameters that the network may have: 2.5M.", show_default=False, rich_help_panel=BUDGET
-    ),
-]
+MaxParams = Annotated[str | None, option("Parameters that the network may have: 2.5M.", panel=BUDGET)]
 MaxMacs = Annotated[
-    str | None,
-    typer.Option(
-        help="Multiply-adds an image that the network may take: 300M.",
-        show_default=False,
-        rich_help_panel=BUDGET,
-    ),
+    str | None, option("Multiply-adds per image that the network may take: 300M.", panel=BUDGET)
+]
+Rerank = Annotated[
+    bool | None, option("Rank them by the supernet's accuracy on held-out images. Default: if possible.")
 ]
 
 
-def pair_budgets(devices: Sequence[str] | None, budgets: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Pair devices with budgets. Raises BadParameter where there is none, UsageError for too few."""
-    for name, given, example in (
-        ("--device", devices, "--device vpu"),
-        ("--budget", budgets, "--budget 30ms"),
-    ):
+def pair_budgets(
+    devices: Sequence[str] | None, budgets: Sequence[str] | None, former: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """Pair devices with budgets; those that are not given are as in a former run's config.json.
+
+    Raises BadParameter where there are none, UsageError where their numbers differ.
+    """
+    entries = [entry for entry in (former or {}).get("limits", ()) if "device" in entry]
+    devices = devices or [entry["device"] for entry in entries]
+    budgets = budgets or [entry["budget"] for entry in entries]
+    for name, given, example in (("--device", devices, "vpu"), ("--budget", budgets, "30ms")):
         if not given:
-            raise typer.BadParameter(f"missing, for instance {example}", param_hint=name)
-    assert devices
-    assert budgets
+            raise typer.BadParameter(f"missing, for instance {name} {example}", param_hint=name)
     if len(devices) != len(budgets):
         pairs = " ".join(f"--device {device} --budget ..." for device in devices)
         raise UsageError(
@@ -131,18 +130,18 @@ def pair_budgets(devices: Sequence[str] | None, budgets: Sequence[str] | None) -
     return list(zip(devices, budgets, strict=True))
 
 
-def print_json(content: Any) -> None:
-    """Print a value as JSON."""
-    typer.echo(json.dumps(content, indent=2))
+def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:
+    """Print a result: its content as JSON, or else the lines that describe it, which are made only then."""
+    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
 
 
-def shown(quiet: bool) -> OnStderr:
-    """Return the progress of a command; warnings are shown when quiet too."""
+def progress(quiet: bool) -> OnStderr:
+    """Return a display on stderr for a command; when quiet it shows warnings only."""
     return OnStderr(quiet, wording=as_flags)
 
 
 def strong(text: str) -> str:
-    """Set text off, on a terminal alone and where NO_COLOR is not set (no-color.org)."""
+    """Highlight text on a terminal, unless NO_COLOR is set (no-color.org)."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return typer.style(text, bold=True, fg=typer.colors.YELLOW)
     return text

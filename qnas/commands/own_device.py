@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, print_json
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, option, run_argument, show
 from qnas.common.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -14,48 +14,30 @@ if TYPE_CHECKING:
     from qnas.spaces.space import SearchSpace
 
 Times = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CSV",
-        help="The CSV that qnas sample wrote, with latencies, or its folder.",
-        show_default=False,
-    ),
+    Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, with latencies, or its folder.")
 ]
-DeviceName = Annotated[
-    str, typer.Option(help="What the device is called; its file is NAME.json.", show_default=False)
-]
-DeviceFile = Annotated[
-    Path | None, typer.Option(help="Default: NAME.json in this folder.", show_default=False)
-]
+DeviceName = Annotated[str, option("Name of the new device; its file is NAME.json.")]
+DeviceFile = Annotated[Path | None, option("Default: NAME.json in this folder.")]
 FORMATS = ("onnx", "arch")
 
 
 def sample(
     space: Annotated[
-        str,
-        typer.Option(
-            help="A shipped space by name, or the path of your own YAML.", autocompletion=completion.spaces
-        ),
+        str, option("A shipped space by name, or the path of your own YAML.", complete=completion.spaces)
     ],
-    n: Annotated[int, typer.Option("--n", min=1, help="How many networks.")] = 100,
+    n: Annotated[int, option("How many networks.", "--n", least=1)] = 100,
     device: Annotated[
-        str,
-        typer.Option(
-            help="A device, whose latencies say which networks are fast and slow.",
-            autocompletion=completion.devices,
-        ),
+        str, option("The device over whose latencies the networks are spread.", complete=completion.devices)
     ] = "cpu",
     file_format: Annotated[
         str,
-        typer.Option(
+        option(
+            "onnx: network files too. arch: the choices only.",
             "--format",
-            help="onnx: network files too. arch: the choices only.",
-            autocompletion=completion.one_of(*FORMATS),
+            complete=completion.one_of(*FORMATS),
         ),
     ] = "onnx",
-    out: Annotated[
-        Path | None, typer.Option(help="A folder. Default: samples/SPACE.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, option("A folder. Default: samples/SPACE.")] = None,
     seed: Seed = 0,
     force: Force = False,
     quiet: Quiet = False,
@@ -83,9 +65,6 @@ def sample(
     onnx = file_format == "onnx"
     path = write_sample(found, networks, folder, onnx=onnx, seed=seed, force=force, quiet=quiet)
     times = [table.latency_ms(indices) for indices in networks]
-    if as_json:
-        print_json({"csv": str(path), "networks": n, "format": file_format, "seed": seed})
-        return
     spread = f"{format_ms(min(times))} to {format_ms(max(times))} on {table.device}"
     lines = [
         field("networks", f"{n} of {found.name}, {spread}"),
@@ -93,28 +72,24 @@ def sample(
         field("fill in", f"latency_ms in {path}, each network by itself; on this machine: qnas measure"),
         next_command(f"qnas fit-latency {path} --device-name NAME"),
     ]
-    typer.echo("\n".join(lines))
+    content = {"csv": str(path), "networks": n, "format": file_format, "seed": seed}
+    show(content, lines, as_json=as_json)
 
 
 def measure(
     target: Annotated[
         Path,
-        typer.Argument(
-            metavar="CSV|RUN",
-            help="The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
-            autocompletion=completion.runs,
+        run_argument(
+            "The CSV that qnas sample wrote, or its folder; or a run whose network is exported.", "CSV|RUN"
         ),
     ],
     runtime: Annotated[
-        str,
-        typer.Option(
-            help="onnxruntime or openvino.", autocompletion=completion.one_of("onnxruntime", "openvino")
-        ),
+        str, option("onnxruntime or openvino.", complete=completion.one_of("onnxruntime", "openvino"))
     ] = "onnxruntime",
-    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
-    repeats: Annotated[int, typer.Option(min=2, help="Visits of a network; noisy ones get more.")] = 50,
+    threads: Threads = 1,
+    repeats: Annotated[int, option("Visits of a network; noisy ones get more.", least=2)] = 50,
     space: Space = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what has a latency.")] = False,
+    force: Annotated[bool, option("Measure again what has a latency.", "--force")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -135,10 +110,6 @@ def measure(
     done = measure_sample(
         file, found, runtime=runtime, threads=threads, repeats=repeats, force=force, quiet=quiet
     )
-    if as_json:
-        timings = {name: vars(timing) for name, timing in done.timings.items()}
-        print_json({"csv": str(file), "runtime": done.runtime, "noisy": list(done.noisy), "timings": timings})
-        return
     kept = f", {done.kept} had been before" if done.kept else ""
     lines = [field("measured", f"{len(done.timings)} networks{kept}; {done.runtime}")]
     if done.noisy:
@@ -146,7 +117,9 @@ def measure(
         names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
         lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
     lines.append(next_command(f"qnas fit-latency {file} --device-name NAME"))
-    typer.echo("\n".join(lines))
+    timings = {name: vars(timing) for name, timing in done.timings.items()}
+    content = {"csv": str(file), "runtime": done.runtime, "noisy": list(done.noisy), "timings": timings}
+    show(content, lines, as_json=as_json)
 
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
@@ -156,9 +129,6 @@ def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *,
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
     measured = document["measured"]
-    if as_json:
-        print_json(measured)
-        return
     p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
     lines = [field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {measured['machine']}")]
     if document.get("latency_ms"):
@@ -167,7 +137,7 @@ def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *,
         lines.append(field("predicted", f"{predicted}: the measurement is {ratio:+.1%} from it"))
         lines.append(field("budget", f"{format_ms(document['budget_ms'])}, margin {document['margin']:.1%}"))
     lines.append(field("file", f"recorded in {folder / 'arch.json'}"))
-    typer.echo("\n".join(lines))
+    show(measured, lines, as_json=as_json)
 
 
 def fit_latency(
@@ -202,36 +172,24 @@ def fit_latency(
         fit, name=device_name, space=found, networks=len(networks), runtime=runtime, day=date.today()
     )
     write_text(path, device.to_json())
-    if as_json:
-        print_json(
-            {
-                "device": device.name,
-                "file": str(path),
-                "networks": len(networks),
-                **figures_facts(fit.accuracy),
-            }
-        )
-        return
+    facts = {"device": device.name, "file": str(path), "networks": len(networks)}
     lines = [
         field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
         field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
         field("file", str(path)),
         next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
-    typer.echo("\n".join(lines))
+    show(facts | figures_facts(fit.accuracy), lines, as_json=as_json)
 
 
 def calibrate(
     csv: Times,
     device: Annotated[
-        str,
-        typer.Option(
-            help="The device to correct, by name, alias or path.", autocompletion=completion.devices
-        ),
+        str, option("The device to correct, by name, alias or path.", complete=completion.devices)
     ],
     device_name: DeviceName,
     level: Annotated[
-        float, typer.Option(help="Share of networks that shall stay below prediction plus margin.")
+        float, option("Share of networks that are to stay below the prediction plus the margin.")
     ] = 0.9,
     space: Space = None,
     out: DeviceFile = None,
@@ -278,17 +236,13 @@ def calibrate(
     calibration = done.calibration
     check_margin(calibration, str(file))
     write_calibrated(raw, done, path, name=device_name, force=force)
-    if as_json:
-        print_json(
-            {
-                "device": device_name,
-                "file": str(path),
-                **calibration.model_dump(),
-                "before": figures_facts(done.before),
-                "after": figures_facts(done.after),
-            }
-        )
-        return
+    content = {
+        "device": device_name,
+        "file": str(path),
+        **calibration.model_dump(),
+        "before": figures_facts(done.before),
+        "after": figures_facts(done.after),
+    }
     offset = ("-" if calibration.offset_ms < 0 else "+") + f" {format_ms(abs(calibration.offset_ms))}"
     lines = [
         field("device", f"{device_name}: the model of {raw.name} times {calibration.scale:.4g} {offset}"),
@@ -301,7 +255,7 @@ def calibrate(
         field("file", str(path)),
         next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
     ]
-    typer.echo("\n".join(lines))
+    show(content, lines, as_json=as_json)
 
 
 def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Json, Quiet, print_json
+from qnas.commands.options import Json, Quiet, option, show
 
 if TYPE_CHECKING:
     from qnas.latency.nn_meter.predictors import Predictors
@@ -20,13 +20,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_STEP_BYTES = 1 << 20  # of progress
-
 Device = Annotated[
     str,
-    typer.Option(
-        help="cpu, vpu, adreno-640 or adreno-630.",
-        autocompletion=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
+    option(
+        "cpu, vpu, adreno-640 or adreno-630.",
+        complete=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
     ),
 ]
 
@@ -44,33 +42,25 @@ def import_(
 
     Example: qnas predictors import cortexA76cpu_tflite21.zip --device cpu
     """
-    from contextlib import ExitStack
-
     from qnas.common.progress import Progress
     from qnas.latency.nn_meter.predictors import import_predictors
+    from qnas.runs.text import wrapped
 
-    with ExitStack() as stack:
-        bars: list[Progress] = []
-        shown = 0
+    shown = 0
+    with Progress(100, "import", quiet=quiet) as progress:
 
         def report(kernel: str, done: int, total: int) -> None:
             nonlocal shown
-            if not bars:
-                bars.append(stack.enter_context(Progress(-(-total // _STEP_BYTES), "import", quiet=quiet)))
-            while shown < done // _STEP_BYTES or (done == total and shown * _STEP_BYTES < total):
+            while shown < 100 * done // total:
                 shown += 1
-                bars[0].step(kernel)
+                progress.step(kernel)
 
         found = import_predictors(source, device, report)
-    if as_json:
-        print_json(_facts(found))
-        return
-    from qnas.runs.text import wrapped
-
-    typer.echo(wrapped(_line(found)))
+    lines = [wrapped(_line(found))]
     if found.ignored:
-        typer.echo(wrapped(f"not read: {', '.join(found.ignored)}"))
-    typer.echo(f"use them:  qnas search --device {device} --latency nn-meter ...")
+        lines.append(wrapped(f"not read: {', '.join(found.ignored)}"))
+    lines.append(f"use them:  qnas search --device {device} --latency nn-meter ...")
+    show(_facts(found), lines, as_json=as_json)
 
 
 @app.command("list")
@@ -83,13 +73,10 @@ def list_(as_json: Json = False) -> None:
     from qnas.runs.text import wrapped
 
     known = list_predictors()
-    if as_json:
-        print_json([_facts(predictors) for predictors in known])
-        return
-    for predictors in known:
-        typer.echo(wrapped(_line(predictors)))
+    lines = [wrapped(_line(predictors)) for predictors in known]
     for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
-        typer.echo(wrapped(f"{device}: none; {download_hint(device)}"))
+        lines.append(wrapped(f"{device}: none; {download_hint(device)}"))
+    show([_facts(predictors) for predictors in known], lines, as_json=as_json)
 
 
 @app.command()
@@ -101,10 +88,7 @@ def remove(device: Device, as_json: Json = False) -> None:
     from qnas.latency.nn_meter.predictors import remove_predictors
 
     removed = remove_predictors(device)
-    if as_json:
-        print_json({"removed": str(removed)})
-    else:
-        typer.echo(f"removed {removed}")
+    show({"removed": str(removed)}, [f"removed {removed}"], as_json=as_json)
 
 
 def _line(found: "Predictors") -> str:

@@ -1,50 +1,42 @@
 """`qnas profile`: this machine as a device."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, print_json
+from qnas.commands.options import Force, Json, Quiet, Threads, option, show
 
 if TYPE_CHECKING:
     from qnas.deploy.profiling import Profile
 
-_SHOWN = 5  # names of what stayed noisy
-_BIASED = 0.05  # from here on sums of blocks are to be corrected
+_SHOWN = 5  # names of noisy blocks
+_BIASED = 0.05  # sums of blocks that are off by more are to be corrected
 
 
 def profile(
     space: Annotated[
-        str, typer.Option(help="A space by name or path.", autocompletion=completion.spaces)
+        str, option("A space by name or path.", complete=completion.spaces)
     ] = "quadranet-mobile",
     runtime: Annotated[
         str,
-        typer.Option(
-            help="torch, onnxruntime or openvino.",
-            autocompletion=completion.one_of("torch", "onnxruntime", "openvino"),
+        option(
+            "torch, onnxruntime or openvino.", complete=completion.one_of("torch", "onnxruntime", "openvino")
         ),
     ] = "onnxruntime",
-    device_name: Annotated[
-        str | None,
-        typer.Option(help="Of the device file.  [default: local-RUNTIME]", show_default=False),
-    ] = None,
+    device_name: Annotated[str | None, option("Name of the device file.  [default: local-RUNTIME]")] = None,
     target: Annotated[
-        str,
-        typer.Option(
-            help="cpu, or cuda with runtime torch.", autocompletion=completion.one_of("cpu", "cuda")
-        ),
+        str, option("cpu, or cuda with runtime torch.", complete=completion.one_of("cpu", "cuda"))
     ] = "cpu",
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Replay a CUDA graph instead of launching every kernel.")
+        bool, option("Replay a CUDA graph instead of launching every kernel.", "--cuda-graph")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
+    threads: Threads = 1,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Runs of every block; noisy ones get up to 4 times as many.")
+        int | None, option("Runs of every block; noisy ones get up to 4 times as many.", least=1)
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of the device file.")] = Path("devices"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted measurement.")] = False,
+    out: Annotated[Path, option("The folder of the device file.")] = Path("devices"),
+    resume: Annotated[bool, option("Go on with an interrupted measurement.", "--resume")] = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -75,26 +67,23 @@ def profile(
         force=force,
         quiet=quiet,
     )
-    if as_json:
-        print_json(
-            {
-                "device": measured.device.name,
-                "device_file": str(measured.device_file),
-                "table_file": str(measured.table_file),
-                "space": searched.name,
-                "parts": len(measured.parts),
-                "fastest_ms": measured.table.fastest_ms,
-                "slowest_ms": measured.table.slowest_ms,
-                "networks": [{"sum_ms": total, "measured_ms": whole} for total, whole in measured.networks],
-                "noisy": list(measured.noisy),
-                "outliers": list(measured.outliers),
-            }
-        )
-    else:
-        _print_profile(measured)
+    content = {
+        "device": measured.device.name,
+        "device_file": str(measured.device_file),
+        "table_file": str(measured.table_file),
+        "space": searched.name,
+        "parts": len(measured.parts),
+        "fastest_ms": measured.table.fastest_ms,
+        "slowest_ms": measured.table.slowest_ms,
+        "networks": [{"sum_ms": total, "measured_ms": whole} for total, whole in measured.networks],
+        "noisy": list(measured.noisy),
+        "outliers": list(measured.outliers),
+    }
+    show(content, _lines(measured), as_json=as_json)
 
 
-def _print_profile(measured: "Profile") -> None:
+def _lines(measured: "Profile") -> Iterator[str]:
+    """Yield the lines that describe a profile."""
     from qnas.common.units import format_ms
     from qnas.deploy.timing import TOLERANCE
     from qnas.runs.text import field, next_command
@@ -104,22 +93,20 @@ def _print_profile(measured: "Profile") -> None:
     noisy = ", ".join(measured.noisy[:_SHOWN])
     more = f" and {len(measured.noisy) - _SHOWN} more" if len(measured.noisy) > _SHOWN else ""
     hint = "; qnas calibrate corrects that" if abs(measured.bias) > _BIASED else ""
-    lines = [
-        field("device", f"{device.name}: {device.title}"),
-        field("", device.runtime),
-        field(
-            "measured",
-            f"{len(measured.parts)} blocks of {table.space}; its networks take "
-            f"{format_ms(table.fastest_ms)} to {format_ms(table.slowest_ms)}",
-        ),
-        field(
-            "check",
-            f"sums of blocks are {abs(measured.bias):.1%} {'above' if measured.bias > 0 else 'below'} "
-            f"{len(errors)} whole networks on average, at most {max(errors):.1%} off{hint}",
-        ),
-        field("noisy", f"spread above {TOLERANCE:.0%}: {noisy}{more}" if noisy else "nothing"),
-        *(field("outlier" if i == 0 else "", text) for i, text in enumerate(measured.outliers)),
-        field("files", f"{measured.device_file}, {measured.table_file}"),
-        next_command(f"qnas search --device {measured.device_file} --space {table.space} --budget ..."),
-    ]
-    typer.echo("\n".join(lines))
+    yield field("device", f"{device.name}: {device.title}")
+    yield field("", device.runtime)
+    yield field(
+        "measured",
+        f"{len(measured.parts)} blocks of {table.space}; its networks take "
+        f"{format_ms(table.fastest_ms)} to {format_ms(table.slowest_ms)}",
+    )
+    yield field(
+        "check",
+        f"sums of blocks are {abs(measured.bias):.1%} {'above' if measured.bias > 0 else 'below'} "
+        f"{len(errors)} whole networks on average, at most {max(errors):.1%} off{hint}",
+    )
+    yield field("noisy", f"spread above {TOLERANCE:.0%}: {noisy}{more}" if noisy else "nothing")
+    for i, text in enumerate(measured.outliers):
+        yield field("" if i else "outlier", text)
+    yield field("files", f"{measured.device_file}, {measured.table_file}")
+    yield next_command(f"qnas search --device {measured.device_file} --space {table.space} --budget ...")

@@ -6,30 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnas.commands import completion
+from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
-from qnas.commands.options import (
-    BUDGET,
-    DATA,
-    EXPERT,
-    LENGTH,
-    MACHINE,
-    OUTPUT,
-    Budgets,
-    Data,
-    Devices,
-    Force,
-    Json,
-    MaxBroken,
-    MaxMacs,
-    MaxParams,
-    Quiet,
-    Resume,
-    Space,
-    pair_budgets,
-    print_json,
-    shown,
-)
 
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
@@ -39,9 +17,9 @@ Command = field_command(
     Fields(
         "qnas.search.config:SearchConfig",
         panels={
-            DATA: ("resolution_px", "batch_size"),
-            LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
-            EXPERT: (
+            options.DATA: ("resolution_px", "batch_size"),
+            options.LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
+            options.EXPERT: (
                 "loss",
                 "metric",
                 "weights",
@@ -56,86 +34,78 @@ Command = field_command(
                 "label_smoothing",
                 "random_networks",
             ),
-            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+            options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
-        flags={"resolution_px": "--resolution", "search_epochs": "--epochs"},
     )
 )
 
 
 @takes_fields
 def search(
-    device: Devices = None,
-    budget: Budgets = None,
-    max_params: MaxParams = None,
-    max_macs: MaxMacs = None,
-    space: Space = None,
+    device: options.Devices = None,
+    budget: options.Budgets = None,
+    max_params: options.MaxParams = None,
+    max_macs: options.MaxMacs = None,
+    space: options.Space = None,
     latency: Annotated[
         str | None,
-        typer.Option(
-            help="device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported.  "
-            "[default: device]",
-            autocompletion=completion.one_of("device", "nn-meter"),
-            rich_help_panel=BUDGET,
+        options.option(
+            f"{options.LATENCY_HELP}  [default: device]", panel=options.BUDGET, complete=options.LATENCIES
         ),
     ] = None,
-    data: Data = None,
-    max_broken: MaxBroken = None,
+    data: options.Data = None,
+    max_broken: options.MaxBroken = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="Search settings that options change: digits, small, photos, or the path of a YAML file. "
+        options.option(
+            "Search settings that options change: digits, small, photos, or the path of a YAML file. "
             "Default: by the kind of data.",
-            show_default=False,
-            autocompletion=completion.presets,
-            rich_help_panel=LENGTH,
+            panel=options.LENGTH,
+            complete=completion.presets,
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder. Default: a new one in runs/.", rich_help_panel=OUTPUT),
+        Path | None, options.option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
     ] = None,
-    resume: Resume = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
     **changes: Any,
 ) -> None:
     """Search for the best network of a space within a latency budget, or several.
 
     Example: qnas search --device vpu --budget 30ms
     """
-    from qnas.api.limits import AskedLimits
     from qnas.api.searching import run_search
+    from qnas.runs.folders import read_config
 
-    asked = None if resume else AskedLimits.of(pair_budgets(device, budget), max_params, max_macs)
-    if resume and (device or budget or max_params or max_macs):
-        asked = AskedLimits.of(pair_budgets(device, budget), max_params, max_macs)
+    former = read_config(out) if resume and out is not None else None
     result = run_search(
         space,
-        asked,
+        None if resume and not device and not budget else options.pair_budgets(device, budget, former),
         data=data,
         out=out,
+        max_params=max_params,
+        max_macs=max_macs,
         latency=latency,
         max_broken=max_broken,
         preset=preset,
         resume=resume,
         force=force,
-        progress=shown(quiet),
+        progress=options.progress(quiet),
         on_start=(lambda started: None) if as_json else _announce,
         **changes,
     )
-    if as_json:
-        found = result.run.found
-        report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
-        accuracies = {"random_accuracies": result.random_accuracies}
-        print_json({"run": str(result.folder), **result.document, **accuracies, **report})
-    else:
-        typer.echo("\n".join(_lines(result)))
+    found = result.run.found
+    report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
+    accuracies = {"random_accuracies": result.random_accuracies}
+    content = {"run": str(result.folder), **result.document, **accuracies, **report}
+    options.show(content, _lines(result), as_json=as_json)
 
 
 def _announce(started: "Started") -> None:
-    """Print what is searched for, on what, and where."""
+    """Print the limits, the images and the folder of a search before it begins."""
     from qnas.runs.latency_text import describe_limits
     from qnas.runs.names import BROKEN_FILE
     from qnas.runs.text import wrapped
@@ -153,14 +123,16 @@ def _announce(started: "Started") -> None:
 
 def _lines(result: "SearchResult") -> Iterator[str]:
     """Yield the lines that describe a finished search."""
+    from qnas.latency.device import load_device
     from qnas.latency.prediction import source_note
+    from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
     from qnas.runs.text import field, files_in, next_command
 
     run, space, arch = result.run, result.space, result.arch
-    devices = [limit.table.origin for limit in run.limits if limit.table is not None]
-    notes = [source_note(run.config["latency"], device, space, arch) for device in devices if device]
+    devices = [load_device(name) for name in asked_devices(run)]
+    notes = [source_note(run.config["latency"], device, space, arch) for device in devices]
     yield from ("", choices_by_stage(space, arch), "")
     yield from latency_lines(run.limits, run.indices, notes)
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):

@@ -4,24 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from qnas.commands import completion
+from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
-from qnas.commands.options import (
-    DATA,
-    MACHINE,
-    OUTPUT,
-    Data,
-    Force,
-    Json,
-    MaxBroken,
-    Quiet,
-    Resume,
-    Space,
-    print_json,
-    shown,
-)
 
 if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
@@ -31,7 +15,7 @@ TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:Recipe",
         panels={
-            DATA: ("resolution_px", "batch_size"),
+            options.DATA: ("resolution_px", "batch_size"),
             RECIPE: (
                 "epochs",
                 "learning_rate",
@@ -55,14 +39,13 @@ TrainSubnetCommand = field_command(
             ),
             "Quadratic weights": ("linear_start", "quadratic_gamma", "quadratic_alpha", "quadratic_beta"),
         },
-        flags={"resolution_px": "--resolution"},
         show_defaults=False,
     ),
     Fields(
         "qnas.training.recipe:TrainConfig",
         panels={
             RECIPE: ("loss", "metric"),
-            MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
+            options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
     ),
 )
@@ -72,55 +55,46 @@ TrainSubnetCommand = field_command(
 def train_subnet(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|ARCH]",
-            help="A run's folder or an arch.json. Default: the latest run.",
-            autocompletion=completion.runs,
-            show_default=False,
-        ),
+        options.run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
     ] = None,
-    data: Data = None,
-    max_broken: MaxBroken = None,
-    space: Space = None,
+    data: options.Data = None,
+    max_broken: options.MaxBroken = None,
+    space: options.Space = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
-            autocompletion=completion.one_of("supernet", "scratch"),
-            rich_help_panel=RECIPE,
+        options.option(
+            "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+            panel=RECIPE,
+            complete=completion.one_of("supernet", "scratch"),
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            help="A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML "
-            "file. Default: by the kind of data.",
-            autocompletion=completion.recipes,
-            show_default=False,
-            rich_help_panel=RECIPE,
+        options.option(
+            "A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML file. "
+            "Default: by the kind of data.",
+            panel=RECIPE,
+            complete=completion.recipes,
         ),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            help="A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on "
-            "these classes), or a trained network's folder.",
-            show_default=False,
-            rich_help_panel=RECIPE,
+        options.option(
+            "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
+            "classes), or a trained network's folder.",
+            panel=RECIPE,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Default: RUN/subnet, or for an arch.json a new folder in runs/.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
+        options.option(
+            "Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT
         ),
     ] = None,
-    resume: Resume = False,
-    force: Force = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
     **changes: Any,
 ) -> None:
     """Train a derived network, from the supernet's weights or from scratch.
@@ -145,85 +119,67 @@ def train_subnet(
         max_broken=max_broken,
         resume=resume,
         force=force,
-        progress=shown(quiet),
+        progress=options.progress(quiet),
         **changes,
     )
     folder, result = trained.folder, trained.result
     speed = read_json(folder / SPEED_FILE, CheckpointError)
-    if as_json:
-        print_json({"folder": str(folder), **result, "speed": speed})
-        return
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     learned = (
         f"{trained.accuracy:.2%} on {result['test_images']} test images, after {epochs} epochs from {start}"
     )
-    typer.echo(f"\n{describe_training(learned, result, speed, files_in(folder))}")
-    typer.echo(next_command(f"qnas export {target}"))
+    lines = ["", describe_training(learned, result, speed, files_in(folder))]
+    lines.append(next_command(f"qnas export {target}"))
+    options.show({"folder": str(folder), **result, "speed": speed}, lines, as_json=as_json)
 
 
 def export(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|ARCH]",
-            help="A run whose network is trained, a trained network's folder, or the arch.json in it. "
+        options.run_argument(
+            "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
-            autocompletion=completion.runs,
-            show_default=False,
+            "[RUN|ARCH]",
         ),
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option(
+        options.option(
+            "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
+            "it.  [default: onnx]",
             "--format",
-            help="onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by "
-            "repeating it.  [default: onnx]",
-            autocompletion=completion.one_of("onnx", "openvino", "torch", "standalone"),
-            show_default=False,
+            complete=completion.one_of("onnx", "openvino", "torch", "standalone"),
         ),
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(
-            help="fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
-            autocompletion=completion.one_of("fp32", "fp16", "int8"),
+        options.option(
+            "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
+            complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
     resolution: Annotated[
-        int | None,
-        typer.Option(min=1, help="Input size in pixels. Default: that of training.", show_default=False),
+        int | None, options.option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="A fixed batch size. Default: a free one.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder. Default: export/ in the run.", show_default=False)
-    ] = None,
+    batch: Annotated[int | None, options.option("A fixed batch size. Default: a free one.", least=1)] = None,
+    out: Annotated[Path | None, options.option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Images to check files with and to calibrate int8. Default: what was trained on.",
-            show_default=False,
-        ),
+        options.option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
     images: Annotated[
-        int | None,
-        typer.Option(min=1, help="Test images that files are checked with.  [default: 512]"),
+        int | None, options.option("Test images that files are checked with.  [default: 512]", least=1)
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(
-            help="Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]",
-            show_default=False,
-        ),
+        options.option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time the files on this machine.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of the runtimes that --measure times.")] = 1,
-    force: Force = False,
-    as_json: Json = False,
+    measure: Annotated[bool, options.option("Time the files on this machine.", "--measure")] = False,
+    threads: Annotated[int, options.option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a trained network as files that run without qnas, each checked against torch on real images.
 
@@ -246,14 +202,11 @@ def export(
         out=out,
         force=force,
     )
-    if as_json:
-        print_json(done.facts())
-    else:
-        typer.echo("\n".join(_exported(done)))
+    options.show(done.facts(), _exported(done), as_json=as_json)
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
-    """Yield what to say of exported files, a line each."""
+    """Yield the lines that describe exported files."""
     from qnas.common.units import format_ms
     from qnas.runs.text import field, files_in
 

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that the command line can build its help from the fields.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ PRESET_OF_DATA = {
 
 
 class SearchConfig(SettingsFile):
-    """How long and how strongly to search. A preset names a whole set."""
+    """The settings of a search: its length, its method and the machine. A preset names a whole set."""
 
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"
@@ -111,12 +111,3 @@ class SearchConfig(SettingsFile):
     def _check_gradient(self) -> Self:
         check_gradient(self.weights, self.gradient)
         return self
-
-    def record(self) -> dict[str, Any]:
-        """Return the fields as config.json keeps them."""
-        return {key: value for key, value in super().record().items() if key != "schema"}
-
-
-def preset_for(data_kind: str, **changes: Any) -> SearchConfig:
-    """Return the preset for a kind of data set, with some fields changed; None changes nothing."""
-    return SearchConfig.load(PRESET_OF_DATA[data_kind]).override(changes)

@@ -1,13 +1,13 @@
 """Diagnostics of a search while it runs: stalls, collapses and unstable training.
 
 A search that stalls or collapses still ends with a network within its budget, and so looks like a success.
-Each step's figures are therefore compared with those of a sound search. The probabilities to expect follow
-from the budget: of all probabilities whose expected amounts are the limits, the most undecided ones
-(`undecided`) have some share of identity and some entropy. A search moves away from these as it learns, but
-neither far beyond that share nor to no entropy at once.
+Each step's figures are therefore compared with those of a sound search. The reference follows from the
+budget: of all probabilities whose expected amounts are the limits, those of maximum entropy (`undecided`)
+have a certain share of identity and a certain entropy. A search moves away from these as it learns, but
+neither far beyond that share nor to zero entropy at once.
 
 A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so
-that a resumed search reports the same as an undisturbed one.
+that a resumed search reports the same as an uninterrupted one.
 """
 
 import math
@@ -25,9 +25,9 @@ from qnas.spaces.space import SearchSpace
 
 OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
 MOVED = 0.1  # of the distance to the limit: what counts as moving
-GUESSING = 0.99  # of the loss of guessing: a loss above it by half of the training has learnt nothing
+GUESSING = 0.99  # of the loss of guessing: a loss above it halfway through the training has learnt nothing
 RISEN = 1.5  # times the lowest loss
-DECIDED = 0.01  # of the most undecided probabilities' entropy: nothing is open any more
+DECIDED = 0.01  # of the maximum entropy: all positions are decided
 ONE_CANDIDATE = 0.95  # of all positions that have a choice
 EARLY = 0.4  # of the search: until here nothing may be decided
 MOST_TILT = 1e4  # of the logits, over the range of a position's cells
@@ -35,7 +35,7 @@ MOST_TILT = 1e4  # of the logits, over the range of a position's cells
 
 @dataclass(frozen=True)
 class Undecided:
-    """The most undecided probabilities whose expected amount is a limit."""
+    """Figures of the maximum-entropy probabilities whose expected amount is a limit."""
 
     identity_share: float  # mean over the positions that have identity
     entropy: float  # nats, mean over positions
@@ -147,11 +147,11 @@ class Watch:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what later steps depend on, as plain values."""
+        """Return the state that later steps depend on, as plain values."""
         return {name: getattr(self, name) for name in REMEMBERED}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `to_dict` returned."""
+        """Restore a state from `to_dict`."""
         for name in REMEMBERED:
             value = saved[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
@@ -185,7 +185,7 @@ def make_watch(
 
 
 def undecided(space: SearchSpace, limit: Limit) -> Undecided:
-    """Return the most undecided probabilities whose expected amount is a limit.
+    """Return the figures of the maximum-entropy probabilities whose expected amount is a limit.
 
     Where uniform probabilities are below the limit, those of larger cells are larger.
     """

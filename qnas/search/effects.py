@@ -1,18 +1,17 @@
-"""What each choice is worth: losses of drawn networks on held-out images, and what explains them.
+"""Effects of candidates on the held-out loss, measured on sampled networks with the supernet's weights.
 
-Probabilities are a poor score to derive by. They hold the pressure of the latency besides the task, so
-that the most probable network leaves latency unused; and what they hold of the task is the slope of the
-loss at gates, and a trained block has next to none where it is active, however much is lost without it.
-So a finished search is asked directly. Networks near the budget are drawn by its probabilities, each is
-run on held-out images with the supernet's weights, and a candidate's effect is what it adds to the loss
-in the additive model that fits them best. The sum of effects, smallest within the limits, is what
-derivation solves for.
+Probabilities are a poor score to derive by. They mix the pressure of the latency with the task, so that
+the most probable network leaves latency unused. Their part of the task is the slope of the loss at the
+gates, which is almost zero for a trained block that is active, however important the block is.
+So the effects are measured after the search. Networks near the budget are drawn by its probabilities and
+run on held-out images with the supernet's weights. A candidate's effect is what it adds to the loss in the
+additive model that fits these losses best. Derivation minimises the sum of effects within the limits.
 
 Networks that are compared with each other are run on the same images, as images differ more than networks
-do. They are taken with the blocks of each stage in its first positions, as they run (`placement`): what
-stands at a stage's third position is its third block. The first block of a stage is worth many times the
-third, and that is most of what tells networks of one latency apart: where blocks stand anywhere, the same
-sum explains half as much. The model is a ridge regression whose strength is chosen by leaving each network
+do. The blocks of each stage are moved to its first positions (`spaces.block_order`), so that the candidate
+at a stage's third position is its third block. The first block of a stage is worth many times the third,
+which is the largest difference between networks of one latency: with blocks at any position, the same
+model explains half as much. The model is a ridge regression whose strength is chosen by leaving each network
 out: a candidate has a coefficient for itself and one for its stage, and so has being a block at all, which
 has one for its position too. Within a stage a further block is taken to be worth at most what the one
 before it is: of all placements of a network the one that was measured then scores best.
@@ -51,14 +50,13 @@ Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Effects:
-    """What each candidate adds to the held-out loss."""
+    """The nats that each candidate adds to the held-out loss."""
 
-    nats: (
-        Scores  # [position][candidate], negative where the loss falls; 0 for what has no layers; of a stage's
-    )
-    # second position: of its second block
-    explained: float  # of the variance between networks on the same images, with each one left out
-    networks: int  # that were measured
+    # [position][candidate], negative where the loss falls, 0 for candidates without layers; at a stage's
+    # second position they are those of its second block
+    nats: Scores
+    explained: float  # share of the variance between networks on the same images, leave-one-out
+    networks: int  # measured
 
     @property
     def scores(self) -> Scores:

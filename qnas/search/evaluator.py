@@ -24,14 +24,7 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
 from qnas.training.losses import LossFunction, Objective, saved_objective
-from qnas.training.scoring import (
-    CALIBRATION_BATCHES,
-    Classified,
-    Score,
-    batch_statistics,
-    classify,
-    recalibrate,
-)
+from qnas.training.scoring import Classified, Score, batch_statistics, classify, recalibrate_on
 from qnas.training.supernet_weights import load_weights
 
 
@@ -48,9 +41,7 @@ class Evaluator:
     def classify(self, arch: Arch, split: Split) -> Classified:
         """Classify the images of a split with a network whose batch norms are measured on training images."""
         network = self.build(arch).to(self.device).eval()
-        train = batches(self.data.train, 128, seed=0, device=self.device)
-        first = (batch for batch, _ in zip(train, range(CALIBRATION_BATCHES), strict=False))
-        recalibrate(network, network, first)
+        recalibrate_on(network, self.data.train, self.device)
         return classify(network, batches(split, 256, device=self.device), self.objective.loss)
 
     def score(self, arch: Arch, split: Split | None = None) -> Score:

@@ -5,21 +5,19 @@ T. The other two are ProxylessNAS's with fixed strengths, in a form that is righ
 `add-linear` is CE + 0.1 (E/T - 1); `mul-log` is CE 0.2 (log(1 + E) / log(1 + T))^0.3 with E and T in
 microseconds, since the published log E / log T turns its sign below one unit and is undefined at it.
 
-Once probabilities are sharp a pressure on single candidates moves the latency in whole blocks, if at all,
-and an optimiser that remembers larger gradients takes long to answer. So in the last part of a search
-with `multiplier` every architecture step ends with `settle`, which takes what is left of the violation
-away along the latency's own gradient: that is nonzero only where a position is still undecided.
+Once probabilities are sharp, the penalty changes the latency by whole blocks, if at all, and an optimiser
+that remembers larger gradients reacts slowly. So in the last part of a search with `multiplier` every
+architecture step ends with `settle`, which removes the rest of the violation along the latency's own
+gradient: that is nonzero only where a position is still undecided.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
-LATENCY_LOSSES: tuple[LatencyLoss, ...] = get_args(LatencyLoss)
+from qnas.search.config import LatencyLoss
 
 ADD_LINEAR_STRENGTH = 0.1  # lambda
 MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
@@ -35,14 +33,13 @@ class Multiplier:
     """The strength of the latency's pressure, steered by the violation of the budget.
 
     `value` is in units of the task: at 1 the latency's gradient is as long as the task's usually is.
-    So the same gains serve every device, budget and data set, and the pressure never grows so strong
-    that the optimiser, which divides by the root of past squares, stops hearing the task.
+    So the same gains serve every device, budget and data set, and the pressure cannot drown the task in an
+    optimiser that divides by the root of past squares.
 
-    The value is proportional to the violation E/T - 1, plus its integral, which takes over what the
-    task's own pull on the latency needs and so holds E at T. The integral grows only near the budget,
-    where it measures that pull and not the way still to go. The value may be negative: below the
-    budget the pressure is towards slower networks, since latency that is allowed and not used buys
-    nothing.
+    The value is a PI controller's: proportional to the violation E/T - 1, plus its integral, which balances
+    the task's own pull on the latency and so holds E at T. The integral grows only near the budget, where it
+    measures that pull and not the remaining distance. The value may be negative: below the budget the
+    pressure is towards slower networks, since unused latency gains nothing.
     """
 
     integral: float = 0.0

@@ -1,4 +1,4 @@
-"""The problem that a search solves: all that stays the same from its first step to its last."""
+"""The problem of a search: everything that stays the same from its first step to its last."""
 
 from dataclasses import dataclass
 

@@ -1,20 +1,16 @@
-"""The ranking of the best networks on images that no weight was trained on.
+"""The ranking of the best networks on held-out images, with the supernet's weights.
 
-The search's scores order networks only roughly, since they add up what each position prefers by itself. So
-the best networks within the limits are solved for, a few hundred if the search was long enough, and each is
-run on one batch of held-out images with the supernet's weights: a sum of effects does not know which blocks
-do well together. The preferred ones are evaluated on all held-out images, and the first of them is taken.
-It is proven within the limits like the others, and keeps its rank among them.
+The search's scores are sums over positions and ignore how blocks work together. So many networks within the
+limits are solved for, a few hundred in a long search, and each is run on one batch of held-out images. The
+best of these are evaluated on all held-out images, and the first becomes the derived network. It is proven
+within the limits like the others, and keeps its rank among them.
 
-The network of least loss is preferred, with one exception: among networks that the images cannot tell from
-it, the one with the most parameters. A supernet trains its weights less for each network than the network's
-own training will, and what that costs grows with the network's size; all are within the limits, so that size
-costs nothing here. This rule chose better than held-out accuracy alone on CIFAR-10 and as well on
-Fashion-MNIST at the budget it was chosen with, and no better at another one; among networks that do differ,
-size says no more than the supernet does (benchmarks/RESULTS.md). The rule holds for both steps; one batch
-leaves more networks undistinguished than all images.
+The network of least loss is preferred, with one exception: among networks whose losses the images cannot
+distinguish from it, the one with the most parameters is taken. A supernet trains each network less than the
+network's own training will, which costs larger networks more. This rule chose better than held-out accuracy
+alone on CIFAR-10, as well on Fashion-MNIST at one budget, and no better at another (benchmarks/RESULTS.md).
 
-A winner's held-out accuracy is high partly by luck: the figure to report is that on test images.
+The winner's held-out accuracy is too high by selection: the accuracy to report is that on test images.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,28 +30,28 @@ from qnas.training.loop import stream
 from qnas.training.scoring import Classified, Score
 
 SCREEN_IMAGES = 1024  # held-out, the same for all networks
-# By which the mean difference of two networks' losses must exceed 0 for one to be the worse.
+# two networks differ if the mean difference of their losses exceeds so many standard errors
 STANDARD_ERRORS = 2.0
 Scorer = Callable[[Arch, Split], Classified]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One of the networks that were solved for, and its score on the held-out images."""
+    """A network within the limits, and its score on the held-out images."""
 
     solution: Solution
     arch: Arch
     heldout: Score
     params: int
-    is_level: bool  # with the network of the least loss, as far as these images tell
+    is_level: bool  # as accurate as the network of least loss, as far as these images tell
 
 
 def prefer(losses: Tensor, params: Sequence[int]) -> tuple[list[int], int]:
-    """Return the indices of networks in order of preference, and how many are level with the best.
+    """Return the indices of networks in order of preference, and the number of equally accurate ones.
 
-    losses: (networks, images) in nats. Networks are level whose loss exceeds the least by no more than
-    `STANDARD_ERRORS` of the mean difference, image by image. They come first, those with the most
-    parameters ahead; the others follow by their loss, as do equals.
+    losses: (networks, images) in nats. Networks are equally accurate whose loss exceeds the least by at most
+    `STANDARD_ERRORS` of the mean difference, image by image. They come first, by their parameters, largest
+    first, then by loss; the others follow by loss.
     """
     means = losses.mean(1)
     above = losses - losses[means.argmin()]
@@ -75,9 +71,9 @@ def screen(
     device: torch.device,
     on_screened: Callable[[], None] = lambda: None,
 ) -> tuple[Solution, ...]:
-    """Return the networks to prefer by one batch of held-out images, `keep` of them, by their score.
+    """Return the `keep` best networks on one batch of held-out images, in the order of their scores.
 
-    All where there are no more; nothing is run then. `on_screened` is called after each network.
+    Nothing is run where there are no more than that. `on_screened` is called after each network.
     """
     if len(solutions) <= keep:
         return tuple(solutions)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 FINAL_TEMPERATURE = 0.3
-# Of the search, until the temperature is final. In the rest the expected latency is kept at the budget
-# (`penalty.settle`) and the rate of the architecture falls linearly to its last share: what is undecided
-# by then depends on noise.
+# Share of the search until the temperature is final. After it the expected latency is kept at the budget
+# (`penalty.settle`) and the architecture's learning rate falls linearly to FINAL_RATE: decisions that are
+# still open depend on noise.
 ANNEALED_SHARE = 0.85
 FINAL_RATE = 0.3
 SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
@@ -13,7 +13,7 @@ SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of a search; its methods are told how many weight steps were taken."""
+    """The schedule of a search, by the number of weight steps that were taken."""
 
     steps_per_epoch: int
     warmup_steps: int
@@ -23,7 +23,7 @@ class Schedule:
 
     @property
     def arch_steps(self) -> int:
-        """How many architecture steps there are."""
+        """The number of architecture steps."""
         return (self.total_steps - self.warmup_steps) // self.arch_every
 
     def is_warming_up(self, step: int) -> bool:

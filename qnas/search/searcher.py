@@ -1,9 +1,9 @@
 """The search: the supernet's weights and its architecture are trained in turn.
 
-Warm-up trains weights only. After it, an architecture step on held-out images follows every few
-weight steps. Weights are trained along paths that are drawn evenly among networks within the limits, from
-beginning to end, so that no network has better weights for having been chosen. Batches depend only on the
-seed and their number, so that a search that was stopped goes on as if it had not been.
+The warm-up trains weights only. After it, an architecture step on held-out images follows every few
+weight steps. Paths are sampled evenly among networks within the limits from beginning to end, so that all
+networks are trained alike. Batches depend only on the seed and their number, so that a resumed search equals
+an uninterrupted one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qnas.data.image_data import ImageData
-from qnas.nn.supernet import (
-    even_logits,
-)
+from qnas.nn.supernet import even_logits
 from qnas.search.config import SearchConfig
 from qnas.search.figures import budget_figures, probability_figures, rounded_probabilities, sight
 from qnas.search.problem import make_problem
@@ -62,7 +60,7 @@ class Searcher:
 
     @property
     def phase(self) -> str:
-        """The name of what the next step does."""
+        """The phase of the next step."""
         return "warm-up" if self.is_warming_up else "search"
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +68,7 @@ class Searcher:
         return self.state.to_dict()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved state. Raises CheckpointError when it is of another search."""
+        """Restore a saved state."""
         self.state.load(saved)
 
     def step(self) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class Searcher:
         return figures | ({"warnings": warnings} if warnings else {})
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures in a few words."""
+        """Describe a step's figures for the progress."""
         if "expected_ms" in row:
             return (
                 f"loss {row['loss']:.3f}, held-out {row['arch_accuracy']:.1%}, expected "

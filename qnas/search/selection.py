@@ -1,4 +1,4 @@
-"""The choice of a network after the search's last step: effects, exact solution, screening, ranking."""
+"""The choice of a network after the last step of a search: effects, exact solve, screening, ranking."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,25 +27,27 @@ SCREENED_PER_RANKED = 16
 
 @dataclass(frozen=True)
 class Selection:
-    """What was selected, and by what."""
+    """The best networks of a search, and the scores that they were solved for."""
 
-    effects: Effects | None  # that were derived by; None: by the probabilities
-    scores: Scores  # that the best networks have the largest sums of
-    ranking: tuple[Ranked, ...]  # the k best networks by held-out images, the first the one to take
+    effects: Effects | None  # None: the scores are the log probabilities
+    scores: Scores
+    ranking: tuple[Ranked, ...]  # the k best networks by held-out images; the first is the derived one
 
 
 def select(state: SearchState, display: Display = silent) -> Selection:
     """Select the best networks of a finished search within its limits. The state stays as it is."""
     problem, evaluator = state.problem, evaluator_of(state)
+    space, data, keep = problem.space, problem.data, problem.config.k_best
     with display(count_effect_networks(problem), "measure") as progress:
         effects = effects_of(state, evaluator, progress.step_by)
     scores = effects.scores if effects else state.log_probabilities
-    solutions = solve_best(problem.space, scores, problem.limits, count_screened(problem))
-    if len(solutions) > problem.config.k_best:
+    solutions = solve_best(space, scores, problem.limits, count_screened(problem))
+    if len(solutions) > keep:
         with display(len(solutions), "screen") as progress:
-            solutions = screen_solutions(problem, evaluator, solutions, progress.step)
+            device, step = evaluator.device, progress.step
+            solutions = screen(space, solutions, data, evaluator.losses, keep, device, step)
     with display(len(solutions), "rank") as progress:
-        ranking = rerank(problem.space, solutions, problem.data, evaluator.classify, progress.step)
+        ranking = rerank(space, solutions, data, evaluator.classify, progress.step)
     return Selection(effects, scores, ranking)
 
 
@@ -87,17 +89,6 @@ def effects_of(
         np.random.default_rng(seed),
         on_measured,
     )
-
-
-def screen_solutions(
-    problem: Problem,
-    evaluator: Evaluator,
-    solutions: tuple[Solution, ...],
-    on_screened: Callable[[], None] = lambda: None,
-) -> tuple[Solution, ...]:
-    """Return those of the networks that are to be ranked: the best on some held-out images."""
-    keep, device = problem.config.k_best, evaluator.device
-    return screen(problem.space, solutions, problem.data, evaluator.losses, keep, device, on_screened)
 
 
 def rerank_saved(

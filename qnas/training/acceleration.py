@@ -60,19 +60,22 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
     """
     has_gpu = torch.cuda.is_available()
     if torch_device == "cuda" and not has_gpu:
-        raise UsageError("torch_device cuda: torch finds no CUDA device here; auto takes the CPU")
+        raise UsageError(
+            "`torch_device='cuda'`: torch finds no CUDA device here; `torch_device='auto'` takes the CPU"
+        )
     if torch_device == "cpu" or not has_gpu:
         return Acceleration(torch.device("cpu"), _DTYPES["fp32" if precision == "auto" else precision])
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"process {local_rank} of this machine has no GPU, as there are {torch.cuda.device_count()}: "
-            "start as many processes as GPUs, or choose torch_device cpu"
+            "start as many processes as GPUs, or choose `torch_device='cpu'`"
         )
     device = torch.device("cuda", local_rank)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     if precision == "bf16" and not has_bf16:
         raise UsageError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16: choose precision fp16 or fp32"
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: choose `precision='fp16'` or "
+            "`precision='fp32'`"
         )
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp16"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qnas.common.errors import TrainingError
+from qnas.common.errors import CheckpointError, TrainingError, first_line
 from qnas.common.progress import Display, silent
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
@@ -26,7 +26,7 @@ from qnas.training.processes import ALONE, World, joined
 
 
 def set_up_process(threads: int) -> None:
-    """Set torch's threads (0 leaves them) and keep freed memory. Only a program calls this, no library."""
+    """Set torch's threads (0 leaves them) and let the C library keep freed memory."""
     if threads:
         torch.set_num_threads(threads)
     _keep_freed_memory()
@@ -89,13 +89,13 @@ class Stepper(Protocol):
 
     @property
     def phase(self) -> str:
-        """The name of what the next step does."""
+        """The phase of the next step."""
 
     def step(self) -> Mapping[str, Any]:
         """Take a step; return what to log: figures, and `warnings` where there are any."""
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe the figures of a step in a few words; an empty text keeps the former ones."""
+        """Describe the figures of a step for the progress; an empty text keeps the former ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps, as plain values and tensors."""
@@ -106,7 +106,7 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True)
 class Interval:
-    """How often a run saves its state: after so many steps or seconds, whichever comes first."""
+    """The interval at which a run saves its state: steps or seconds, whichever comes first."""
 
     steps: int = 500
     seconds: float = 60.0
@@ -126,8 +126,8 @@ def run_to_end(
 
     Of several processes only the main one reads and writes there; all stop after the same step.
     Draws from torch's own random numbers, for instance by a user's module, depend on the seed and the
-    steps alone. Raises CheckpointError where no saved state is whole, Interrupted once the state is
-    saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
+    steps alone. Raises CheckpointError where no saved state is whole or of this run, Interrupted once the
+    state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
     """
     checkpoints = Checkpoints(folder)
     with (
@@ -139,7 +139,11 @@ def run_to_end(
     ):
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
         if saved is not None:
-            stepper.load(saved["stepper"])
+            try:
+                stepper.load(saved["stepper"])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                text = f"the checkpoint is not of this run: {first_line(error)}"
+                raise CheckpointError(f"{folder}: {text}") from error
             _set_random_state(saved["random"])
         if checkpoints.damage:
             went_back = f"went back to the one before it, of step {stepper.steps_done}"
@@ -194,7 +198,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def check_finite(
-    loss: float, step: int, remedy: str = "A larger batch size or another seed may help"
+    loss: float, step: int, remedy: str = "A larger `batch_size` or another `seed` may help"
 ) -> None:
     """Raise TrainingError where a loss is not finite, before anything of it is saved."""
     if not math.isfinite(loss):

@@ -124,20 +124,17 @@ def name_of(part: LossFunction | Metric) -> str:
     return str(getattr(part, "name", None) or f"{named.__module__}.{named.__qualname__}")
 
 
-def make_objective(loss: LossName, metric: MetricName, labels: Tensor, classes: int) -> Objective:
-    """Return the objective that two names mean, for training images with these labels (N,)."""
-    losses: dict[LossName, LossFunction] = {"cross-entropy": cross_entropy, "focal": FocalLoss()}
-    return Objective(
-        balanced_loss(labels, classes) if loss == "balanced" else losses[loss],
-        balanced_accuracy if metric == "balanced-accuracy" else None,
-    )
-
-
-def given_objective(
-    named: Objective, loss: str | LossFunction | None, metric: str | Metric | None
+def make_objective(
+    loss: LossName | LossFunction, metric: MetricName | Metric, labels: Tensor, classes: int
 ) -> Objective:
-    """Return a configuration's objective with a caller's own loss or metric in place of the named one."""
-    return Objective(loss if callable(loss) else named.loss, metric if callable(metric) else named.metric)
+    """Return the objective of a loss and a metric, by name or as callables, for labels (N,) of training."""
+    if loss == "balanced":
+        loss = balanced_loss(labels, classes)
+    elif isinstance(loss, str):
+        loss = cross_entropy if loss == "cross-entropy" else FocalLoss()
+    if isinstance(metric, str):
+        return Objective(loss, balanced_accuracy if metric == "balanced-accuracy" else None)
+    return Objective(loss, metric)
 
 
 def saved_objective(

@@ -1,22 +1,18 @@
 """Runs on several processes, each with a part of every batch: torchrun starts them, `joined` connects them.
 
-    torchrun --nproc-per-node 2 -m qnas search --device vpu --budget 30ms
+    torchrun --nproc-per-node 2 -m qnas.commands search --device vpu --budget 30ms
 
-Choices made. All processes hold the same weights, architecture parameters and random states, and so draw
-the same paths without a word; every batch is the one that a single process would see, and each computes
-its part of it. Means over the processes make one gradient of the parts': the same on all, so that the
-copies stay equal to the last bit (`World.check_same` looks, at the end), and a single process's but for
-the order of additions.
+All processes hold the same weights, architecture parameters and random states, and so draw the same paths.
+Each computes its part of the batch that a single process would see. Gradients are averaged over the
+processes, so that the copies stay equal to the last bit (`World.check_same` tests it at the end) and equal
+to a single process's but for the order of additions.
 
-A network on its own is averaged by DistributedDataParallel (`World.parallel`). A supernet's sampled path
-is not: DDP knows before the first step what it averages, and with find_unused_parameters sends every
-candidate's gradient, zeros mostly. Two gloo processes on two cores, a weight step of 32 images each:
-quadranet-small 25% longer (of 2.9M weights, 0.4M on the path), quadranet-mobile 99% (of 13.3M, 2.5M).
-One message with the gradients that the path has (`World.average`) takes 2% and 14%; all processes know
-which those are, as their paths are the same.
+DistributedDataParallel averages the gradients of a single network (`World.parallel`). It does not suit the
+sampled paths of a supernet: it would send every candidate's gradient, mostly zeros. On two gloo processes
+and two cores a weight step of 32 images became 25% longer for quadranet-small and 99% for quadranet-mobile;
+one message with the gradients of the path (`World.average`) costs 2% and 14%.
 
-A process that dies or hangs ends the others: at once where its connection breaks, after TIMEOUT where it
-does not.
+A process that dies or hangs ends the others: at once where its connection breaks, else after TIMEOUT.
 """
 
 import hashlib
@@ -42,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is. Of a single process all methods are free."""
+    """The processes of a run, and the rank of this one. With a single process all methods cost nothing."""
 
     rank: int = 0
     size: int = 1
@@ -55,7 +51,7 @@ class World:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of a batch is this process's, and of how many: for `data.batches`."""
+        """This process's part of a batch and the number of parts, for `data.batches`."""
         return self.rank, self.size
 
     def check_batch(self, batch_size: int) -> None:
@@ -64,7 +60,7 @@ class World:
             fits = batch_size // self.size * self.size or self.size
             raise UsageError(
                 f"batches of {batch_size} images cannot be split over {self.size} processes: "
-                f"batch_size {fits}, for instance"
+                f"`batch_size={fits}`, for instance"
             )
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -97,13 +93,13 @@ class World:
         return received
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """Return what trains a network whose parameters are all used at every step, gradients averaged."""
+        """Wrap a network whose parameters are all used at every step, so that gradients are averaged."""
         if self.size == 1:
             return network
         return DistributedDataParallel(network)
 
     def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
-        """Return the context of a forward and backward pass of what `parallel` gave.
+        """Return the context of a forward and backward pass of a network from `parallel`.
 
         Unless `now`, gradients are accumulated here, to be averaged in a later pass.
         """
@@ -112,7 +108,7 @@ class World:
         return network.no_sync()
 
     def check_same(self, state: object) -> None:
-        """Raise ProcessError where the processes hold different states, as what they made would differ."""
+        """Raise ProcessError where the processes hold different states."""
         if self.size == 1:
             return
         digests: list[Any] = [None] * self.size
@@ -128,8 +124,8 @@ class World:
     def watched(self) -> Iterator[None]:
         """Raise ProcessError in place of what torch raises when another process is gone.
 
-        SIGTERM is blocked from then on: torchrun sends it to those that are left, a moment later, and
-        what there is to say would end in a mere "interrupted".
+        SIGTERM is blocked from then on: torchrun sends it to the remaining processes a moment later, which
+        would replace this message by "interrupted".
         """
         try:
             yield
@@ -138,8 +134,9 @@ class World:
                 raise
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             raise ProcessError(
-                f"process {self.rank} of {self.size} waited for another one that was stopped or does not "
-                f"answer ({' '.join(str(error).split())[:120]}): --resume goes on from the last checkpoint"
+                f"process {self.rank} of {self.size} waited for another one that was stopped or does "
+                f"not answer ({' '.join(str(error).split())[:120]}): `resume=True` goes on from the "
+                "last checkpoint"
             ) from error
 
 
@@ -147,7 +144,7 @@ ALONE = World()
 
 
 def world_of_environment() -> World:
-    """Return what torchrun says of this process; ALONE without it. Does not connect."""
+    """Return the world that torchrun set in the environment; ALONE without it. Does not connect."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE

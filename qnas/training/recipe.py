@@ -1,11 +1,9 @@
 """The recipe of one network's training: a YAML file as a frozen value.
 
-A recipe says what is done to weights and images, and nothing about the machine. Fields that it leaves
-out are off, or suit a short training on small images. `recipes/` holds the shipped ones, which are meant
-to be copied and changed.
+A recipe holds the settings of weights and images, and none of the machine. Omitted fields are off, or suit
+a short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
 """
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -36,7 +34,7 @@ DEFAULTS = {
 
 
 class Recipe(SettingsFile):
-    """How to train a network. A field of 0 is off, except for counts, rates and the temperature."""
+    """The training recipe of a network. A field of 0 is off, except for counts, rates and the temperature."""
 
     WHAT: ClassVar[str] = "recipe"
     SCHEMA: ClassVar[str] = "qnas.recipe/1"
@@ -105,7 +103,7 @@ class Recipe(SettingsFile):
 
 
 class TrainConfig(Settings):
-    """How to train a network, and on what machine. The recipe has its resolution."""
+    """A training: its recipe, with the resolution resolved, its seed and its machine."""
 
     WHAT: ClassVar[str] = "training"
     LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
@@ -124,16 +122,3 @@ class TrainConfig(Settings):
         """Height and width of the images."""
         assert self.recipe.resolution_px is not None, "left open"
         return self.recipe.resolution_px
-
-
-def parse_recipe(text: str, where: str) -> Recipe:
-    """Read a recipe from YAML text; `where` names it in messages.
-
-    Raises UsageError with every problem of the file in one line.
-    """
-    return Recipe.parse(text, where)
-
-
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Load a shipped recipe by name, or a YAML file by its path. Raises UsageError."""
-    return Recipe.load(name_or_path)

@@ -1,15 +1,19 @@
-"""Classification of images by a network, its score, and the batch-norm statistics that it needs."""
+"""Classification of images by a network: its score, its predictions, and its batch-norm statistics."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from qnas.data.batches import batches
+from qnas.data.image_data import Split
 from qnas.training.losses import LossFunction, cross_entropy
 
 TOP = 5
+WORST = 24  # misclassified images that are kept
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
 
 Forward = Callable[[Tensor], Tensor]
@@ -17,7 +21,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """How well a network classifies some images."""
+    """The accuracy and loss of a network on some images."""
 
     accuracy: float  # share of 1
     loss: float  # the mean; cross-entropy in nats unless another loss was asked for
@@ -26,7 +30,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Classified:
-    """How a network classifies each of some images, in their order. On the CPU."""
+    """A network's predictions for some images, in their order, on the CPU."""
 
     labels: Tensor  # (images,) the true classes
     predicted: Tensor  # (images,) classes
@@ -48,11 +52,11 @@ class Classified:
 
 @torch.no_grad()
 def classify(
-    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
+    forward: Forward, images_and_labels: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
 ) -> Classified:
     """Classify images with a network that is in evaluation mode, in one pass."""
     parts = []
-    for images, labels in batches:
+    for images, labels in images_and_labels:
         logits = forward(images)
         top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
         found = (
@@ -67,21 +71,14 @@ def classify(
     return Classified(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def evaluate(
-    forward: Forward, batches: Iterable[tuple[Tensor, Tensor]], loss: LossFunction = cross_entropy
-) -> Score:
-    """Score a network that is in evaluation mode."""
-    return classify(forward, batches, loss).score
-
-
 @torch.no_grad()
-def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Measure the batch norms' statistics anew on these batches; no other state changes.
 
     Statistics that were gathered while other paths ran do not fit this one. Without batch normalisation
     nothing happens.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -89,11 +86,17 @@ def recalibrate(module: nn.Module, forward: Forward, batches: Iterable[tuple[Ten
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
         norm.train()
-    for images, _ in batches:
-        forward(images)
+    for images, _ in images_and_labels:
+        network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def recalibrate_on(network: nn.Module, split: Split, device: torch.device | str) -> None:
+    """Measure the batch norms' statistics anew on the first CALIBRATION_BATCHES batches of a split."""
+    images = batches(split, 128, seed=0, device=device)
+    recalibrate(network, islice(images, CALIBRATION_BATCHES))
 
 
 @contextmanager
@@ -113,3 +116,24 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         for norm, (training, tracks) in zip(norms, before, strict=True):
             norm.train(training)
             norm.track_running_stats = tracks
+
+
+def prediction_tensors(found: Classified, split: Split) -> dict[str, Tensor]:
+    """Return the predictions for the images of a split, in its order.
+
+    `labels` and `predicted` (N,) are classes by number, `confidence` (N,) the probability of the
+    predicted one, `loss` (N,) that of the image; `mistakes` (M,) are the images of the highest loss
+    among those that are misclassified, highest first, and `images` (M, C, H, W) these as uint8.
+    """
+    losses = found.losses.float()
+    wrong = (~found.right).nonzero()[:, 0]
+    mistakes = wrong[losses[wrong].argsort(descending=True, stable=True)][:WORST]
+    images = split.read(mistakes) if len(mistakes) else torch.zeros(0, *split.images.shape[1:]).byte()
+    return {
+        "labels": split.labels,
+        "predicted": found.predicted,
+        "confidence": found.confidence,
+        "loss": losses,
+        "mistakes": mistakes,
+        "images": images,
+    }

@@ -80,10 +80,12 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as config.json keeps them."""
+        """Return the fields as config.json keeps them, without the schema of a file."""
         defaults = type(self).model_fields
         values = self.values().items()
-        return {k: v for k, v in values if k not in self.LATER or v != defaults[k].default}
+        return {
+            k: v for k, v in values if k != "schema" and (k not in self.LATER or v != defaults[k].default)
+        }
 
 
 class SettingsFile(Settings):

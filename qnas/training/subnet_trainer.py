@@ -1,10 +1,10 @@
 """The training of one network: from the supernet's weights or from scratch.
 
 It is trained on all training images. The test images are evaluated after every epoch for the curve, but
-they do not choose the result: it is the last weights, or their moving average where the recipe has one.
-The weights of the best epoch are kept beside it for information; their accuracy is too high, as they are
-the best of many evaluations on the test images. Choosing an epoch properly would cost training images for
-a split of its own, and with a learning rate that falls to a hundredth the last weights are among the best.
+do not select the result: that is the last weights, or their moving average where the recipe has one. The
+weights of the best epoch are kept as well; their accuracy is too high, since they are the best of many
+evaluations on the test images. Selecting an epoch properly would need a validation split, and with a
+learning rate that falls to a hundredth the last weights are among the best.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qnas.common.errors import CheckpointError, UsageError, first_line
+from qnas.common.errors import UsageError
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
 from qnas.data.image_data import ImageData
@@ -30,8 +30,8 @@ from qnas.training.regularisation import drop_blocks, moving_average, update_ave
 from qnas.training.scoring import Classified, classify
 
 REMEDY = (
-    "A smaller learning rate, a longer warm-up, a smaller gradient clip or a linear start (with quadratic "
-    "gamma below 1) may help"
+    "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
+    "`quadratic_gamma` below 1) may help"
 )
 
 
@@ -88,8 +88,8 @@ class SubnetTrainer:
         parts = self.config.recipe.accumulation
         if self.batch_size // self.world.size % parts:
             raise UsageError(
-                f"accumulation: the {self.batch_size // self.world.size} images of a step and process cannot "
-                f"be split into {parts} equal parts: change accumulation or batch_size"
+                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process "
+                f"cannot be split into {parts} equal parts: change `accumulation` or `batch_size`"
             )
 
     @property
@@ -169,7 +169,7 @@ class SubnetTrainer:
         return classify(self.result, images, self.objective.loss)
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures in a few words."""
+        """Describe a step's figures for the progress."""
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         return f"loss {row['loss']:.3f}{known}"
 
@@ -188,20 +188,15 @@ class SubnetTrainer:
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved state. Raises CheckpointError when it is of another training."""
-        try:
-            self.network.load_state_dict(saved["network"])
-            if self.average is not None:
-                self.average.load_state_dict(saved["average"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-            self.schedule.load_state_dict(saved["schedule"])
-            self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
-            self.epoch_loss, self.best = saved["epoch_loss"], saved["best"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit this training: {first_line(error)}"
-            ) from error
+        """Restore a saved state."""
+        self.network.load_state_dict(saved["network"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
+        self.epoch_loss, self.best = saved["epoch_loss"], saved["best"]
 
 
 def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
@@ -211,7 +206,10 @@ def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
         return None
     weights = quadratic_weights(network)
     if not weights:
-        raise UsageError("linear start, quadratic gamma, alpha and beta: the network has no quadratic block")
+        raise UsageError(
+            "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need a quadratic "
+            "block, and the network has none"
+        )
     return None if asked == (1, 0, 0) else ReLinear(weights, *asked)
 
 

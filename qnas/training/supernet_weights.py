@@ -1,4 +1,4 @@
-"""The weights of a supernet that a network starts from."""
+"""Networks with saved weights: those of the supernet they were searched in, or those of their training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from qnas.common.errors import CheckpointError
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import SUPERNET_FILE
-from qnas.runs.tensors import load_supernet
+from qnas.runs.names import SUPERNET_FILE, WEIGHTS_FILE
+from qnas.runs.tensors import load_supernet, load_tensors
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
@@ -38,7 +38,7 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
     try:
         load_weights(network, state, file)
     except CheckpointError as error:  # data with other classes than those searched on, most likely
-        raise CheckpointError(f"{error}; training from scratch does without them") from error
+        raise CheckpointError(f"{error}; `weights='scratch'` does without them") from error
 
 
 def build_inherited(source: FoundArch) -> nn.Module:
@@ -50,4 +50,12 @@ def build_inherited(source: FoundArch) -> nn.Module:
     classes = next((len(w) for name, w in state.items() if name.endswith("head.classifier.weight")), 0)
     network = build_subnet(source.space, source.arch, classes or source.space.head.classes)
     load_weights(network, subnet_state(state, source.space, source.arch), supernet_file(source))
+    return network.eval()
+
+
+def build_trained(source: FoundArch, classes: int) -> nn.Module:
+    """Return a trained network in evaluation mode, from the folder of its weights. Raises CheckpointError."""
+    file = source.folder / WEIGHTS_FILE
+    network = build_subnet(source.space, source.arch, classes)
+    load_weights(network, load_tensors(file), file)
     return network.eval()

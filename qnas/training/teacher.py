@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError, UsageError, first_line
 from qnas.common.files import read_json
-from qnas.data.batches import batches
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE, WEIGHTS_FILE
-from qnas.runs.tensors import load_supernet, load_tensors
+from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE
+from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
-from qnas.training.scoring import CALIBRATION_BATCHES, recalibrate
-from qnas.training.supernet_weights import load_weights, supernet_file
+from qnas.training.scoring import recalibrate_on
+from qnas.training.supernet_weights import build_trained, load_weights, supernet_file
 
 SUPERNET_LARGEST = "supernet-largest"
 TIMM = "timm:"
@@ -87,14 +86,13 @@ def load_teacher(
 def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> nn.Module:
     file = supernet_file(source)
     if not file.is_file():
-        raise UsageError(f"teacher {SUPERNET_LARGEST}: no {SUPERNET_FILE} in {source.folder}, name a run")
+        raise UsageError(f"`teacher='{SUPERNET_LARGEST}'`: no {SUPERNET_FILE} in {source.folder}, name a run")
     arch = smallest_and_largest(source.space)[1]
     network = build_subnet(source.space, arch, len(data.classes))
     load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
     # statistics of the supernet's batch norms were gathered while other paths ran
-    images = batches(data.train, min(128, len(data.train)), seed=0, device=device)
     network = network.to(device).eval()
-    recalibrate(network, network, (b for b, _ in zip(images, range(CALIBRATION_BATCHES), strict=False)))
+    recalibrate_on(network, data.train, device)
     return network
 
 
@@ -102,18 +100,17 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
     trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
     if not (trained / RESULT_FILE).is_file():
         raise UsageError(
-            f"teacher {folder}: expected {SUPERNET_LARGEST}, {TIMM}NAME, or the folder of a trained network"
+            f"`teacher='{folder}'`: expected {SUPERNET_LARGEST}, {TIMM}NAME or a trained network's folder"
         )
     result = read_json(trained / RESULT_FILE, CheckpointError)
     found = find_arch(trained)
     if tuple(result["classes"]) != data.classes:
-        raise UsageError(f"teacher {folder}: its classes are not those of the data")
+        raise UsageError(f"`teacher='{folder}'`: its classes are not those of the data")
     if found.space.input.channels != data.channels:
         raise UsageError(
-            f"teacher {folder}: of images with {found.space.input.channels} channels, not {data.channels}"
+            f"`teacher='{folder}'`: of images with {found.space.input.channels} channels, not {data.channels}"
         )
-    network = build_subnet(found.space, found.arch, len(data.classes))
-    load_weights(network, load_tensors(trained / WEIGHTS_FILE), trained / WEIGHTS_FILE)
+    network = build_trained(found, len(data.classes))
     return Renormalised(network, (data.mean, data.std), (result["mean"], result["std"]))
 
 
@@ -121,16 +118,18 @@ def _from_timm(name: str, data: ImageData) -> nn.Module:
     try:
         import timm  # an extra, and heavy
     except ImportError:
-        raise UsageError(f"teacher {TIMM}{name}: needs timm: pip install 'quadranet-nas[timm]'") from None
+        raise UsageError(f"`teacher='{TIMM}{name}'`: needs timm: pip install 'quadranet-nas[timm]'") from None
     if data.channels not in (1, 3):
-        raise UsageError(f"teacher {TIMM}{name}: takes images of 3 channels, not {data.channels}")
+        raise UsageError(f"`teacher='{TIMM}{name}'`: takes images of 3 channels, not {data.channels}")
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, no such weights, no way to the hub: almost anything
-        raise UsageError(f"teacher {TIMM}{name}: {first_line(error)}") from error
+        raise UsageError(f"`teacher='{TIMM}{name}'`: {first_line(error)}") from error
     classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
     if classes != len(data.classes):
-        raise UsageError(f"teacher {TIMM}{name}: knows {classes} classes, the data have {len(data.classes)}")
+        raise UsageError(
+            f"`teacher='{TIMM}{name}'`: knows {classes} classes, the data have {len(data.classes)}"
+        )
     about = network.pretrained_cfg
     assert isinstance(about, dict)
     size_px = int(about["input_size"][-1]) if about.get("fixed_input_size") else None

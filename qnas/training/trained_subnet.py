@@ -14,20 +14,9 @@ from qnas.data.broken_images import broken_copies
 from qnas.data.image_data import ImageData, sample_images
 from qnas.nn.blocks import count_parameters, start_linear
 from qnas.nn.subnet import build_subnet
+from qnas.runs import names
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import (
-    ARCH_FILE,
-    BEST_FILE,
-    BROKEN_FILE,
-    PREDICTIONS_FILE,
-    RECIPE_FILE,
-    RESULT_FILE,
-    SAMPLE_FILE,
-    SPACE_FILE,
-    SPEED_FILE,
-    WEIGHTS_FILE,
-)
 from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_tensors
@@ -35,10 +24,9 @@ from qnas.training.evaluation import accuracy_facts, measure_speed, size_facts
 from qnas.training.loop import run_to_end
 from qnas.training.losses import Objective
 from qnas.training.optimizer import Teacher
-from qnas.training.predictions import prediction_tensors
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import TrainConfig
-from qnas.training.scoring import Score
+from qnas.training.scoring import Score, prediction_tensors
 from qnas.training.subnet_trainer import SubnetTrainer
 from qnas.training.supernet_weights import inherit
 
@@ -72,7 +60,8 @@ def train_subnet(
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
     if from_supernet and config.recipe.linear_start:
         raise UsageError(
-            "linear_start sets weights to zero that the supernet trained: train from scratch, or without it"
+            "`linear_start=True` sets weights to zero that the supernet trained: give `weights='scratch'` or "
+            "leave it out"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -89,10 +78,10 @@ def train_subnet(
         **request,
     }
     copies = {
-        SPACE_FILE: source.space.to_yaml(),
-        ARCH_FILE: json_text(source.document),
-        RECIPE_FILE: config.recipe.to_yaml(),
-        **broken_copies(BROKEN_FILE, data.broken),
+        names.SPACE_FILE: source.space.to_yaml(),
+        names.ARCH_FILE: json_text(source.document),
+        names.RECIPE_FILE: config.recipe.to_yaml(),
+        **broken_copies(names.BROKEN_FILE, data.broken),
     }
     train = partial(
         run_to_end, trainer, folder, seed=config.seed, resume=resume, display=display, world=world
@@ -100,7 +89,7 @@ def train_subnet(
     if not world.is_main:
         train()
         return trainer.test().score
-    with opened(folder, request, copies, result=RESULT_FILE, resume=resume, force=force):
+    with opened(folder, request, copies, result=names.RESULT_FILE, resume=resume, force=force):
         try:
             train()
         except TrainingError as error:
@@ -111,14 +100,14 @@ def train_subnet(
 def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Mapping[str, Any]) -> Score:
     """Write the files of a training that has ended; return its score on the test images."""
     network, data, found = trainer.result, trainer.data, trainer.test()
-    save_tensors(folder / WEIGHTS_FILE, network.state_dict())
+    save_tensors(folder / names.WEIGHTS_FILE, network.state_dict())
     best = dict(trainer.best)
-    save_tensors(folder / BEST_FILE, best.pop("weights"))
+    save_tensors(folder / names.BEST_FILE, best.pop("weights"))
     images, labels = sample_images(data.test, SAMPLE_IMAGES)
-    save_tensors(folder / SAMPLE_FILE, {"images": images, "labels": labels})
-    save_tensors(folder / PREDICTIONS_FILE, prediction_tensors(found, data.test))
+    save_tensors(folder / names.SAMPLE_FILE, {"images": images, "labels": labels})
+    save_tensors(folder / names.PREDICTIONS_FILE, prediction_tensors(found, data.test))
     speed = measure_speed(network, trainer.acceleration, data.channels, data.resolution_px)
-    write_json(folder / SPEED_FILE, speed)
+    write_json(folder / names.SPEED_FILE, speed)
     score = found.score
     result = {
         "schema": "qnas.subnet/1",
@@ -136,9 +125,9 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "std": list(data.std),
         "data": request["data"],
     }
-    close_with_report(folder, {RESULT_FILE: result})
+    close_with_report(folder, {names.RESULT_FILE: result})
     # last, since its presence says that the run is complete
-    write_json(folder / RESULT_FILE, result)
+    write_json(folder / names.RESULT_FILE, result)
     Checkpoints(folder).remove()
     return score
 
@@ -147,6 +136,6 @@ def _keep_best(trainer: SubnetTrainer, folder: Path, error: TrainingError) -> Tr
     """Save the best weights of a training that diverged; return the error to raise."""
     if not trainer.best:
         return error
-    save_tensors(folder / BEST_FILE, trainer.best["weights"])
-    kept = f"the weights of epoch {trainer.best['epoch']} are in {folder / BEST_FILE}"
+    save_tensors(folder / names.BEST_FILE, trainer.best["weights"])
+    kept = f"the weights of epoch {trainer.best['epoch']} are in {folder / names.BEST_FILE}"
     return TrainingError(f"{error}; {kept}")

@@ -219,12 +219,13 @@ def test_a_stopped_search_exits_130_and_resumes_from_its_folder_alone(
         assert qnas(*command) == 130
     assert "interrupted: the state is saved" in capsys.readouterr().err
     assert "its search is not complete" in complaint(capsys, "train-subnet", tmp_path / "run")
-    assert qnas("search", "--resume", "--out", tmp_path / "run", "-q") == 0
+    resume: tuple[str | Path, ...] = ("search", "--resume", "--out", tmp_path / "run", "-q")
+    assert "cannot resume" in complaint(capsys, *resume, "--budget", "2ms"), "with the device of the run"
+    assert "cannot resume" in complaint(capsys, *resume, "--device", "cpu"), "with the budget of the run"
+    assert qnas(*resume) == 0
     assert qnas(*command[:-1], tmp_path / "whole") == 0
     assert (tmp_path / "run" / "arch.json").read_bytes() == (tmp_path / "whole" / "arch.json").read_bytes()
-    assert "this search is complete" in complaint(
-        capsys, "search", "--resume", "--out", tmp_path / "run", "-q"
-    )
+    assert "this search is complete" in complaint(capsys, *resume)
 
 
 def test_a_budget_that_does_not_bind_is_said(
@@ -273,7 +274,10 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--data", "imagefolder:nowhere"], ["nowhere"]),
         (["--device", "vpu", "--budget", "30ms", "--space", "quadranet36-t"], ["one network only"]),
         (["--device", "vpu", "--budget", "30ms", "--resolution", "8"], ["too small", "at least 32 px"]),
-        (["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"], ["unknown latency loss 'x'"]),
+        (
+            ["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"],
+            ["latency_loss: expected 'multiplier'", "got 'x'"],
+        ),
         (["--device", "vpu", "--budget", "30ms", "--resume", "--out", "nowhere"], ["nowhere"]),
         (["--resume"], ["--resume needs --out"]),
         (
@@ -287,8 +291,8 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--max-params", "2.5T"], ["--max-params '2.5T'", "2.5M"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "0"], ["--max-macs '0'", "above zero"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "1M"], ["at most 1.00M MACs", "smallest has"]),
-        (["--device", "vpu", "--budget", "30ms", "--weights", "x"], ["unknown weights 'x'", "nested"]),
-        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["unknown gradient 'x'", "two-path"]),
+        (["--device", "vpu", "--budget", "30ms", "--weights", "x"], ["weights: expected", "'nested'"]),
+        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["gradient: expected 'two-path'"]),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -469,7 +473,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 FULL_DISK = """
 import resource, signal, sys
-from qnas import cli
+from qnas.commands import cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # of each file: the state does not fit
 sys.argv = ["qnas", *sys.argv[1:]]

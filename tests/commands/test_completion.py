@@ -13,7 +13,7 @@ from helpers.command_line import commands
 from qnas.commands import completion
 from qnas.latency.device import load_device
 from qnas.spaces.space import load_space
-from qnas.training.recipe import load_recipe
+from qnas.training.recipe import Recipe
 
 # what a shell is told to do when its completion script is read and Tab is pressed after `$1`
 PRESS_TAB = {
@@ -47,7 +47,7 @@ def test_what_is_offered_can_be_loaded() -> None:
     for name in words(completion.spaces("")):
         assert load_space(name).name == name
     for name in words(completion.recipes("")):
-        load_recipe(name)
+        Recipe.load(name)
 
 
 def test_only_what_begins_as_typed_is_offered() -> None:
@@ -94,7 +94,7 @@ def test_a_shell_completes_by_its_script(shell: str, here: Path) -> None:
         pytest.skip(f"no {shell} here")
     command = here / "bin" / "qnas"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qnas "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qnas.commands "$@"\n')
     command.chmod(0o755)
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HOME": str(here)}

@@ -66,7 +66,7 @@ def test_colour_is_for_terminals_that_want_it(
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     environment |= {} if setting is None else {"NO_COLOR": setting}
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "qnas", "compare", *map(str, folders)]
+    command = [sys.executable, "-m", "qnas.commands", "compare", *map(str, folders)]
     with subprocess.Popen(command, stdout=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""

@@ -123,7 +123,7 @@ def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(s
         "enlarged": F.interpolate(images[:2], size=(96, 96), mode="bilinear"),
     }
     with torch.no_grad():
-        recalibrate(network, network, [(images, torch.zeros(16))])
+        recalibrate(network, [(images, torch.zeros(16))])
         usual = float(network(images).abs().max())
         largest = {name: float(network(x).abs().max()) for name, x in elsewhere.items()}
     # a bound that NaN fails too: that of a linear network at 100 times the contrast

@@ -12,8 +12,7 @@ from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.tensors import save_tensors
-from qnas.training.predictions import WORST, prediction_tensors
-from qnas.training.scoring import Forward, classify, evaluate
+from qnas.training.scoring import WORST, Forward, classify, prediction_tensors
 
 
 def predict(forward: Forward, split: Split) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ def test_they_are_the_accuracy_and_loss_of_the_evaluation(
 ) -> None:
     save_tensors(tmp_path / "p", predict(network, digits.test))
     found = read_predictions(tmp_path / "p")
-    score = evaluate(network, batches(digits.test, 256))
+    score = classify(network, batches(digits.test, 256)).score
     assert (found.labels == digits.test.labels.numpy()).all()
     assert (found.predicted == found.labels).mean() == score.accuracy
     assert found.loss.mean() == pytest.approx(score.loss, rel=1e-5)

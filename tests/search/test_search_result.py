@@ -25,10 +25,10 @@ from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FI
 from qnas.runs.plots import draw_budget, read_rows
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.rerank import ranking_document
-from qnas.search.search_result import RANDOM_WINDOW, FinishedSearch, run_search, seeds_beside
+from qnas.search.rerank import ranking_document, screen
+from qnas.search.search_result import RANDOM_WINDOW, run_search, seeds_beside
 from qnas.search.searcher import Searcher
-from qnas.search.selection import effects_of, rerank_saved, screen_solutions
+from qnas.search.selection import Selection, effects_of, rerank_saved
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch
@@ -59,7 +59,8 @@ class Finished:
     space: SearchSpace
     limits: Limits
     data: ImageData
-    result: FinishedSearch
+    searcher: Searcher
+    selection: Selection
     folder: Path
     config: dict[str, Any]
     document: dict[str, Any]
@@ -80,10 +81,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     )
     folder = tmp_path_factory.mktemp("runs") / "run"
     request = {"data": "digits", "data_digest": data.digest}
-    result = run_search(Searcher(space, limits, data, CONFIG), folder, request)
+    searcher = Searcher(space, limits, data, CONFIG)
+    selection = run_search(searcher, folder, request)
     config = read_config(folder)
     document = json.loads((folder / SEARCH_FILE).read_text())
-    return Finished(space, limits, data, result, folder, config, document)
+    return Finished(space, limits, data, searcher, selection, folder, config, document)
 
 
 def arch_params(finished: Finished, choices: list[str]) -> int:
@@ -107,17 +109,17 @@ def test_the_derived_network_is_the_winner_among_the_k_best(finished: Finished) 
     assert certificate["solved"] == finished.document["screened"] == 12
     assert certificate["score_bound"] >= max(entry["score"] for entry in ranking)
     assert arch.document["heldout_accuracy"] == best["heldout_accuracy"]
-    problem = finished.result.searcher.problem
     solutions = solve_best(
         finished.space, read_searched(finished.folder, finished.space).scores, finished.limits, 12
     )
-    chosen = screen_solutions(problem, evaluator_of(finished.result.searcher.state), solutions)
+    evaluator = evaluator_of(finished.searcher.state)
+    chosen = screen(finished.space, solutions, finished.data, evaluator.losses, 6, evaluator.device)
     assert [s.score for s in chosen] == sorted((entry["score"] for entry in ranking), reverse=True)
 
 
 def test_networks_are_derived_by_the_measured_effects(finished: Finished) -> None:
     effects = finished.document["effects"]
-    found, state = finished.result.selection.effects, finished.result.searcher.state
+    found, state = finished.selection.effects, finished.searcher.state
     assert found is not None
     assert effects == asdict(found) | {"nats": [list(row) for row in effects["nats"]]}
     assert found == effects_of(state, evaluator_of(state))
@@ -183,7 +185,7 @@ def test_the_rivals_are_what_they_are_called(finished: Finished) -> None:
 
 
 def test_accuracies_are_those_on_test_images(finished: Finished) -> None:
-    evaluator = evaluator_of(finished.result.searcher.state)
+    evaluator = evaluator_of(finished.searcher.state)
     for key in ("derived", "largest"):
         entry = finished.document[key]
         assert entry["accuracy"] == evaluator.score(Arch(tuple(entry["choices"]))).accuracy
@@ -201,7 +203,7 @@ def test_each_device_has_its_table_in_the_run(finished: Finished) -> None:
 
 def test_the_way_to_the_budget_is_drawn(finished: Finished, tmp_path: Path) -> None:
     drawn = tmp_path / "again.png"
-    bound = finished.result.searcher.state.multiplier.bound
+    bound = finished.searcher.state.multiplier.bound
     draw_budget(read_rows(finished.folder / METRICS_FILE), drawn, multiplier_bound=bound)
     assert (finished.folder / BUDGET_PLOT_FILE).read_bytes() == drawn.read_bytes()
 
@@ -267,20 +269,20 @@ def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
     config = config.override({"metric": "balanced-accuracy"})
     request = {"data": "digits", "data_digest": finished.data.digest}
     searcher = Searcher(finished.space, finished.limits, finished.data, config)
-    result = run_search(searcher, tmp_path / "run", request)
+    ranking = run_search(searcher, tmp_path / "run", request).ranking
     assert capsys.readouterr() == ("", "")
     document = json.loads((tmp_path / "run" / SEARCH_FILE).read_text())
     assert 0 < document["derived"]["metrics"]["balanced-accuracy"] < 1
     assert "metrics" not in finished.document["derived"]
     evaluator = evaluator_of(searcher.state)
-    found = evaluator.classify(result.derived.arch, finished.data.heldout)
+    found = evaluator.classify(ranking[0].arch, finished.data.heldout)
     assert document["ranking"][0]["heldout_loss"] == pytest.approx(found.score.loss)
     # of a network with the same answers the focal loss is the smaller one
-    plain = replace(evaluator, objective=CROSS_ENTROPY).score(result.derived.arch, finished.data.heldout)
+    plain = replace(evaluator, objective=CROSS_ENTROPY).score(ranking[0].arch, finished.data.heldout)
     assert found.score.loss < plain.loss
     asked = read_config(tmp_path / "run")
     assert asked["search"]["loss"] == "focal"
-    solutions = [ranked.solution for ranked in result.ranking]
+    solutions = [ranked.solution for ranked in ranking]
     again = rerank_saved(read_finished_run(tmp_path / "run"), solutions)
     assert ranking_document(again) == document["ranking"]
 

@@ -68,7 +68,7 @@ def test_with_a_gpu_it_is_that_in_the_best_16_bits_it_has(monkeypatch: pytest.Mo
         choose_acceleration("auto", "auto", 2)
     pretend_a_gpu(monkeypatch, (7, 5))
     assert choose_acceleration("auto", "auto").dtype == torch.float16
-    with pytest.raises(UsageError, match="Some GPU has no bfloat16: choose precision fp16 or fp32"):
+    with pytest.raises(UsageError, match="Some GPU has no bfloat16: choose `precision='fp16'` or"):
         choose_acceleration("auto", "bf16")
 
 

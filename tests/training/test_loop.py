@@ -26,8 +26,8 @@ from qnas.spaces.arch import arch_document, make_arch, sample_arch
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end, stream
 from qnas.training.optimizer import GRADIENT_CLIP, ReLinear, make_optimizer, make_schedule, weight_step
-from qnas.training.recipe import Recipe, TrainConfig, load_recipe
-from qnas.training.scoring import classify, evaluate, recalibrate
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.scoring import classify, recalibrate
 from qnas.training.subnet_trainer import SubnetTrainer
 from qnas.training.supernet_weights import load_weights
 from qnas.training.trained_subnet import train_subnet
@@ -218,7 +218,7 @@ def test_label_smoothing_is_in_the_loss_of_a_step() -> None:
 def test_the_score_counts_every_image_once() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     labels = torch.tensor([0, 0, 0])
-    score = evaluate(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])])
+    score = classify(lambda x: x, [(logits[:2], labels[:2]), (logits[2:], labels[2:])]).score
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)))
     assert score.images == 3
@@ -233,7 +233,7 @@ def test_recalibrated_statistics_are_those_of_the_batches() -> None:
     norm = nn.BatchNorm2d(3).eval()
     norm.running_mean.fill_(100.0)  # type: ignore[union-attr]  # tracked
     batches = [torch.randn(4, 3, 5, 5) * 2 + 1 for _ in range(3)]
-    recalibrate(norm, norm, [(batch, torch.zeros(4)) for batch in batches])
+    recalibrate(norm, [(batch, torch.zeros(4)) for batch in batches])
     mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean)
     assert not norm.training
@@ -436,7 +436,7 @@ def test_a_network_reaches_97_percent_on_digits_from_scratch(tmp_path: Path) -> 
     score = train_subnet(
         source,
         data,
-        TrainConfig(recipe=load_recipe("digits"), threads=1),
+        TrainConfig(recipe=Recipe.load("digits"), threads=1),
         tmp_path / "run",
         {"data": "digits"},
         from_supernet=False,

@@ -245,7 +245,7 @@ def test_the_others_stop_at_once_when_a_process_is_killed(
     assert killed is None
     assert isinstance(left, ProcessError), left
     assert "process 0 of 2 waited for another one" in str(left)
-    assert "--resume goes on from the last checkpoint" in str(left)
+    assert "`resume=True` goes on from the last checkpoint" in str(left)
     assert time.monotonic() - start < 30
 
 
@@ -377,7 +377,7 @@ def test_alone_nothing_is_averaged_or_refused() -> None:
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tiny_space: SearchSpace, digits: ImageData) -> None:
-    with pytest.raises(UsageError, match=r"128 images cannot be split over 3 processes: batch_size 126"):
+    with pytest.raises(UsageError, match=r"128 images cannot be split over 3 processes: `batch_size=126`"):
         searcher_of(tiny_space, digits, CONFIG, World(rank=0, size=3))
     network = nn.Linear(2, 2)
     config = TrainConfig(recipe=Recipe(resolution_px=8, epochs=1, batch_size=9, learning_rate=5e-3))

@@ -7,26 +7,26 @@ from qnas.commands import cli
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.data.sources import KINDS
-from qnas.training.recipe import DEFAULTS, Recipe, load_recipe, parse_recipe
+from qnas.training.recipe import DEFAULTS, Recipe
 
 SHORTEST = "schema: qnas.recipe/1\nepochs: 3\nbatch_size: 8\nlearning_rate: 0.01\n"
 
 
 def test_every_shipped_recipe_can_be_read_and_written_back() -> None:
     for name in stems("recipes", ".yaml"):
-        recipe = load_recipe(name)
-        assert parse_recipe(recipe.to_yaml(), name) == recipe
+        recipe = Recipe.load(name)
+        assert Recipe.parse(recipe.to_yaml(), name) == recipe
 
 
 def test_every_kind_of_data_has_a_recipe() -> None:
     assert set(DEFAULTS) == set(KINDS)
     for name in DEFAULTS.values():
-        assert load_recipe(name).resolution_px is not None
+        assert Recipe.load(name).resolution_px is not None
 
 
 def test_the_recipe_for_imagenet_is_the_papers() -> None:
     """QuadraNet, arXiv 2311.17956, and the augmentations of ConvNeXt, arXiv 2201.03545."""
-    recipe = load_recipe("imagenet")
+    recipe = Recipe.load("imagenet")
     assert (recipe.epochs, recipe.warmup_epochs, recipe.resolution_px) == (300, 20, 224)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.gradient_clip) == (4e-3, 0.05, 5)
     assert (recipe.randaugment, recipe.randaugment_std) == (9, 0.5)
@@ -38,7 +38,7 @@ def test_the_recipe_for_imagenet_is_the_papers() -> None:
 
 
 def test_what_a_recipe_leaves_out_is_off() -> None:
-    recipe = parse_recipe(SHORTEST, "mine.yaml")
+    recipe = Recipe.parse(SHORTEST, "mine.yaml")
     off = (
         "random_resized_crop",
         "randaugment",
@@ -59,13 +59,13 @@ def test_every_field_has_a_flag_that_overrides_it() -> None:
     flags = {option for parameter in command.params for option in parameter.opts}
     for name in fields:
         assert f"--{name.removesuffix('_px').replace('_', '-')}" in flags
-    recipe = parse_recipe(SHORTEST, "mine.yaml").override({"mixup": 0.5, "cutmix": None})
+    recipe = Recipe.parse(SHORTEST, "mine.yaml").override({"mixup": 0.5, "cutmix": None})
     assert (recipe.mixup, recipe.cutmix, recipe.epochs) == (0.5, 0, 3)
 
 
 def test_a_power_of_ten_without_a_point_is_a_number() -> None:
     """YAML 1.1 has 4e-3 as text."""
-    assert parse_recipe(SHORTEST.replace("0.01", "1e-2"), "mine.yaml").learning_rate == 0.01
+    assert Recipe.parse(SHORTEST.replace("0.01", "1e-2"), "mine.yaml").learning_rate == 0.01
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_a_power_of_ten_without_a_point_is_a_number() -> None:
 )
 def test_a_problem_is_named_with_its_place(line: str, problem: str) -> None:
     with pytest.raises(UsageError, match=f"^mine.yaml: {problem}"):
-        parse_recipe(SHORTEST + line, "mine.yaml")
+        Recipe.parse(SHORTEST + line, "mine.yaml")
 
 
 def test_all_problems_are_said_together() -> None:
     with pytest.raises(UsageError, match="epochs: expected at least 1, got 0; mixup: expected at least 0"):
-        parse_recipe(SHORTEST, "mine.yaml").override({"epochs": 0, "mixup": -1.0})
+        Recipe.parse(SHORTEST, "mine.yaml").override({"epochs": 0, "mixup": -1.0})
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_all_problems_are_said_together() -> None:
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        parse_recipe(text, "mine.yaml")
+        Recipe.parse(text, "mine.yaml")
 
 
 def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(SHORTEST, encoding="utf-8")
-    assert load_recipe(mine).epochs == 3
+    assert Recipe.load(mine).epochs == 3
     with pytest.raises(UsageError, match="unknown recipe 'cifer': did you mean cifar"):
-        load_recipe("cifer")
+        Recipe.load("cifer")
     with pytest.raises(UsageError, match="no such file"):
-        load_recipe(tmp_path / "other.yaml")
+        Recipe.load(tmp_path / "other.yaml")

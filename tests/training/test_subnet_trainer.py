@@ -38,7 +38,7 @@ from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.losses import Objective, accuracy
 from qnas.training.optimizer import Teacher
-from qnas.training.recipe import Recipe, TrainConfig, parse_recipe
+from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.regularisation import drop_blocks
 from qnas.training.subnet_trainer import SubnetTrainer
 from qnas.training.trained_subnet import train_subnet
@@ -126,7 +126,7 @@ def test_training_with_everything_goes_on_to_the_bit(
 def test_the_resolved_recipe_is_in_the_run(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     how = config(epochs=1, mixup=0.2)
     folder = train(source, digits, tmp_path / "run", how)
-    assert parse_recipe((folder / RECIPE_FILE).read_text(), RECIPE_FILE) == how.recipe
+    assert Recipe.parse((folder / RECIPE_FILE).read_text(), RECIPE_FILE) == how.recipe
     assert json.loads((folder / CONFIG_FILE).read_text())["train"]["recipe"] == how.recipe.values()
 
 
@@ -313,13 +313,13 @@ def test_gamma_zero_leaves_a_linear_network(source: FoundArch, digits: ImageData
 def test_a_linear_start_keeps_off_trained_weights(
     source: FoundArch, digits: ImageData, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="linear_start sets weights to zero"):
+    with pytest.raises(UsageError, match="`linear_start=True` sets weights to zero"):
         train_subnet(source, digits, config(linear_start=True), tmp_path / "run", {}, from_supernet=True)
 
 
 def test_a_network_without_quadratic_blocks_has_nothing_to_let_in(digits: ImageData) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    with pytest.raises(UsageError, match="the network has no quadratic block"):
+    with pytest.raises(UsageError, match="need a quadratic block, and the network has none"):
         SubnetTrainer(network, digits, config(linear_start=True))
 
 
@@ -389,7 +389,7 @@ def test_training_whose_loss_is_no_number_keeps_the_last_good_weights(
         return step(self)
 
     monkeypatch.setattr(SubnetTrainer, "step", break_then_step)
-    said = r"step 14: the loss is nan.*learning rate.*the weights of epoch 1 are in .*best.safetensors"
+    said = r"step 14: the loss is nan.*`learning_rate`.*the weights of epoch 1 are in .*best.safetensors"
     with pytest.raises(TrainingError, match=said):
         train(source, digits, tmp_path / "run", config())
     kept = load_tensors(tmp_path / "run" / BEST_FILE)

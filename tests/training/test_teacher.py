@@ -124,7 +124,7 @@ def test_timms_models_teach_where_their_classes_fit(
     classes = 7
     with pytest.raises(UsageError, match="knows 7 classes, the data have 10"):
         load_teacher("timm:test_resnet", source, digits, **OPTIONS)
-    with pytest.raises(UsageError, match="teacher timm:no_such: Unknown model"):
+    with pytest.raises(UsageError, match="`teacher='timm:no_such'`: Unknown model"):
         load_teacher("timm:no_such", source, digits, **OPTIONS)
 
 

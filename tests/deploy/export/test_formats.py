@@ -355,7 +355,7 @@ def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp
             nn.init.normal_(module.bias, std=0.1)
     pixels = torch.randint(0, 256, (24, 3, px, px), generator=torch.Generator().manual_seed(0)).byte()
     images = RealImages(pixels, torch.zeros(24, dtype=torch.int64), (0.5,) * 3, (0.29,) * 3, "noise")
-    recalibrate(network, network, [(images.take(range(24)), images.labels)])
+    recalibrate(network, [(images.take(range(24)), images.labels)])
     product = Product(
         "qnas_space",
         network.eval(),
