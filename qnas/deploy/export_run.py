@@ -108,14 +108,14 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
 
 def _check_free(out: Path, request: ExportRequest, precision: Precision) -> None:
     if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
-        raise UsageError(f"--out {out}: expected a folder, the files in it have names of their own")
+        raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder, found a file")
     for name in request.formats:
         for file in file_names(name, precision):
             if (out / file).exists() and not request.force:
                 raise CheckpointError(
-                    f"{out / file}: exists already: give --force to replace it, or another --out"
+                    f"{out / file}: exists already: `force=True` replaces it, or another `out`"
                 )
 
 

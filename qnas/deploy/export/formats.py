@@ -72,14 +72,14 @@ def check_request(formats: Sequence[str], precision: str) -> Precision:
     """Return the precision, checked. Raises UsageError for what is unknown, missing, or goes not together."""
     known: tuple[Precision, ...] = get_args(Precision)
     if precision not in known:
-        raise UsageError(f"--precision {precision!r}: {nearest(precision, known)}")
+        raise UsageError(f"`precision={precision!r}`: {nearest(precision, known)}")
     for name in formats:
         if name not in FORMATS:
-            raise UsageError(f"--format {name!r}: {nearest(name, FORMATS)}")
+            raise UsageError(f"`formats={name!r}`: {nearest(name, FORMATS)}")
         if precision not in FORMATS[name].precisions:
             able = " or ".join(other for other in FORMATS if precision in FORMATS[other].precisions)
             own = " or ".join(FORMATS[name].precisions)
-            raise UsageError(f"--format {name} has no {precision}: take {own}, or the format {able}")
+            raise UsageError(f"format {name} has no {precision}: take {own}, or the format {able}")
         FORMATS[name].runtime()
     return next(p for p in known if p == precision)
 
