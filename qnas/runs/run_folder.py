@@ -141,7 +141,7 @@ def _check_free(folder: Path, *, force: bool) -> None:
     ours = {folder / LOCK_FILE, *_partials(folder)}
     if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
         found = "already holds a run" if holds_run else "is not empty and holds no run"
-        fix = ": `resume=True` goes on with it, `force=True` replaces it, or another `out`" if holds_run else ""
+        fix = ": `resume=True` continues it, `force=True` replaces it, or another `out`" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
     for lock in [*folder.glob(f"*/**/{LOCK_FILE}")]:
         with _locked(lock.parent):  # such as subnet/, while a network is trained in it

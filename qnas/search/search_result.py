@@ -24,6 +24,7 @@ from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table_file import table_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
+from qnas.runs.metrics import read_metrics
 from qnas.runs.names import (
     ARCH_FILE,
     BROKEN_FILE,
@@ -35,7 +36,7 @@ from qnas.runs.names import (
     SUPERNET_FILE,
     table_file,
 )
-from qnas.runs.plots import draw_budget, read_rows
+from qnas.runs.plots import draw_budget
 from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_supernet
@@ -143,7 +144,9 @@ def _finish(searcher: Searcher, folder: Path, request: Mapping[str, Any], displa
     by_seed = {**seeds_beside(folder), problem.config.seed: derived.accuracy}
     result = FinishedSearch(searcher, folder, selection, derived, rivals, by_seed)
     draw_budget(
-        read_rows(folder / METRICS_FILE), folder / BUDGET_PLOT_FILE, multiplier_bound=state.multiplier.bound
+        read_metrics(folder / METRICS_FILE),
+        folder / BUDGET_PLOT_FILE,
+        multiplier_bound=state.multiplier.bound,
     )
     layers = _layers(problem.space, derived.arch, problem.limits, request.get("latency", DEVICE))
     write_json(folder / SEARCH_FILE, _search_document(result) | {"layers": layers})

@@ -30,8 +30,7 @@ from qnas.runs.names import (
 )
 from qnas.runs.predictions import read_predictions
 from qnas.runs.report import training
-from qnas.runs.report.figures import FORMS
-from qnas.runs.report.page import build_page, close_with_report, write_report
+from qnas.runs.report.page import FORMS, build_page, close_with_report, write_report
 from qnas.runs.report.searching import command_line
 from qnas.runs.text import short_name
 from qnas.spaces.space import SearchSpace, load_space
