@@ -131,12 +131,11 @@ def _read(path: Path, request: Mapping[str, Any]) -> Samples:
         or not isinstance(samples, dict)
         or not all(isinstance(one, list) and all(map(_are_latencies, one)) for one in samples.values())
     ):
-        raise CheckpointError(f"{path}: damaged: expected samples of the schema {SCHEMA}: `force=True` starts anew")
+        raise CheckpointError(f"{path}: damaged: expected samples of {SCHEMA}: `force=True` starts anew")
     changed = describe_changes(state["request"], request)
     if changed:
         raise CheckpointError(
-            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: "
-            "`force=True` starts anew"
+            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: `force=True` starts anew"
         )
     return samples
 

@@ -65,9 +65,9 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
         low, high = front["trusted_ms"]
         ends = (front["fastest_ms"], front["slowest_ms"])
         band = min(max(low, ends[0]), ends[1]), ends[1] if high is None else max(min(high, ends[1]), ends[0])
-        axes.axvspan(*band, color="0.93", label="budgets near what was searched for")
+        axes.axvspan(*band, color="0.93", label="budgets near the searched one")
         if front["own_budget_ms"] is not None:
-            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the search's budget")
+            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the searched budget")
         best = [point for point in points if point["on_front"]]
         axes.step([p["latency_ms"] for p in best], [p[value] for p in best], where="post", color="C0", lw=1)
         for far, face in ((False, "C0"), (True, "none")):

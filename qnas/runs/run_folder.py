@@ -19,13 +19,7 @@ from qnas.common.errors import CheckpointError, Interrupted
 from qnas.common.files import write_json, write_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
-from qnas.runs.names import (
-    CLEARED_FILES,
-    CLEARED_FOLDERS,
-    CONFIG_FILE,
-    LOCK_FILE,
-    RESULT_FILE,
-)
+from qnas.runs.names import CLEARED_FILES, CLEARED_FOLDERS, CONFIG_FILE, LOCK_FILE, RESULT_FILE
 
 
 @contextmanager

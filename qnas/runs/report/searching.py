@@ -86,8 +86,8 @@ def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
     images = run.found.get("images", {}).get("test")
     for key, name in (
         ("derived", "derived"),
-        ("macs_guided", "chosen by the same scores under a limit on MACs alone"),
-        ("largest", "of most MACs within the limits"),
+        ("macs_guided", "best by the same scores under a limit on MACs only"),
+        ("largest", "most MACs within the limits"),
     ):
         entry = run.found.get(key)
         if entry and "latency_ms" in entry:
@@ -99,27 +99,29 @@ def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
 def _random(run: FinishedRun) -> str:
     accuracies = [entry["accuracy"] for entry in run.found.get("random", [])]
     if not accuracies:
-        return "no random networks of its latency were drawn"
+        return "no random networks of the same latency were drawn"
     drawn = mean_and_spread(accuracies).replace("+-", "\N{PLUS-MINUS SIGN}")
-    return f"{len(accuracies)} random networks of its latency: {drawn}, the best {max(accuracies):.1%}"
+    return f"{len(accuracies)} random networks of the same latency: {drawn}, the best {max(accuracies):.1%}"
 
 
 def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
     points = [(point.latency_ms, point.loss) for point in d.curve]
     limit, searched = next(each for each in run.limits if each.name == d.device), run.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
-    near = Band(low, limit.most if high is None else high, "budgets near what was searched for")
+    near = Band(low, limit.most if high is None else high, "budgets near the searched one")
     curve = chart(
         [
             Series("least loss within a budget", points, 1, "step"),
             Series("", [(p.latency_ms, p.loss) for p in d.curve if p.far], 1, "rings"),
             Series("", [(p.latency_ms, p.loss) for p in d.curve if not p.far], 1, "dots"),
         ],
-        title="What latency buys, by the effects; hollow: far from what was searched for",
+        title="Loss against latency, by the effects (hollow: far from the searched budget)",
         x_label=f"ms on {d.device}",
-        y_label="nats against this budget",
+        y_label="nats, relative to this budget",
         levels=[Level(d.budget_ms, "the budget", "x")],
-        bands=[near] if len(run.limits) == 1 else [],  # of several another one may have pressed
+        bands=[near]
+        if len(run.limits) == 1
+        else [],  # with several, another limit may have been the binding one
     )
     return {
         "device": d.device,
