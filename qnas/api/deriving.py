@@ -25,11 +25,10 @@ from qnas.runs.pareto import (
     POINT_K_BEST,
     POINTS,
     Accuracy,
-    Front,
+    front_document,
     front_points,
     fronts_csv,
     fronts_document,
-    make_front,
     solve_budgets,
     spread_budgets,
 )
@@ -121,7 +120,6 @@ class ParetoFronts:
     """The best networks by budget, on each device: the content of `pareto.json`."""
 
     folder: Path
-    fronts: tuple[Front, ...]
     document: Mapping[str, Any]
 
     @property
@@ -173,7 +171,8 @@ def pareto(
     fronts = []
     for limit, of_budgets in zip(limits, solved, strict=True):
         own_ms = searched_for.get(limit.name)
-        fronts.append(make_front(run, limit, front_points(run, of_budgets, accuracies, own_ms), own_ms))
+        of_device = front_points(run, of_budgets, accuracies, own_ms)
+        fronts.append(front_document(run, limit, of_device, own_ms))
     details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
     document = fronts_document(run.space, fronts, details)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ def pareto(
         from qnas.runs.report.page import write_report  # imports torch, which the solve does without
 
         write_report(run.folder)
-    return ParetoFronts(folder, tuple(fronts), document)
+    return ParetoFronts(folder, document)
 
 
 def _check_free(file: Path, *, force: bool) -> None:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qnas.common.intervals import wilson
 from qnas.deploy.export.card import SCHEMA, kept_files
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
+from qnas.deploy.export_request import ExportJob
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import WEIGHTS_FILE
@@ -21,13 +21,14 @@ def _describe_input(found: FoundArch, px: int) -> str:
     return f"{colours} in 0 to 1, minus mean, over std; the central square, resized to {px} x {px} px"
 
 
-def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
-    """Return what a user of the file needs: metadata are strings, lists are written as JSON."""
+def file_metadata(job: ExportJob) -> dict[str, str]:
+    """Return the metadata of a file as strings, lists as JSON."""
+    found, result = job.found, job.result
     known = {
         "classes": result["classes"],
         "mean": result["mean"],
         "std": result["std"],
-        "input": _describe_input(found, px),
+        "input": _describe_input(found, job.resolution_px),
         "test_accuracy": result["test_accuracy"],
         "trained_resolution_px": result["resolution_px"],
         "space": found.space.name,
@@ -41,17 +42,11 @@ def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[
 
 
 def card_document(
-    trained: Path,
-    found: FoundArch,
-    result: Mapping[str, Any],
-    product: Product,
-    files: Sequence[Exported],
-    measured: Mapping[str, Mapping[str, Any]],
-    out: Path,
+    job: ExportJob, product: Product, files: Sequence[Exported], measured: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the content of a card.json: the network, its training, its accuracy and its files."""
-    config, document = read_config(trained), found.document
-    weights = hashlib.sha256((trained / WEIGHTS_FILE).read_bytes()).hexdigest()
+    config, found, result = read_config(job.trained), job.found, job.result
+    weights = hashlib.sha256((job.trained / WEIGHTS_FILE).read_bytes()).hexdigest()
     entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
     accuracy, n = result["test_accuracy"], result["test_images"]
     return {
@@ -77,10 +72,10 @@ def card_document(
             "macs": count_macs(product.blocks),
             "params": result.get("params"),
         },
-        "limits": document.get("limits", []),
+        "limits": found.document.get("limits", []),
         "predicted_px": found.space.input.resolution_px,
-        "certificate": document.get("certificate"),
+        "certificate": found.document.get("certificate"),
         "weights_sha256": weights,
         "versions": config.get("versions", {}),
-        "files": {**kept_files(out, weights), **entries},
+        "files": {**kept_files(job.out, weights), **entries},
     }

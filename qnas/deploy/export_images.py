@@ -1,44 +1,32 @@
 """The images that exported files are checked and calibrated with."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from qnas.common.errors import CheckpointError, DataError
-from qnas.data.given import GivenData, reopen
+from qnas.data.given import reopen
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import load_data
-from qnas.deploy.export.product import Precision, RealImages
-from qnas.deploy.export_request import ExportRequest
-from qnas.runs.found_arch import FoundArch
+from qnas.deploy.export.product import RealImages
+from qnas.deploy.export_request import ExportJob
 from qnas.runs.names import SAMPLE_FILE
 from qnas.runs.tensors import load_tensors
 
 CALIBRATION_IMAGES = 256  # of the training images, for int8
 
 
-def checking_images(
-    trained: Path,
-    found: FoundArch,
-    result: Mapping[str, Any],
-    request: ExportRequest,
-    precision: Precision,
-    px: int,
-) -> tuple[RealImages, RealImages | None]:
-    """Return the images to check files with, and for int8 those that it is calibrated with.
+def checking_images(job: ExportJob) -> tuple[RealImages, RealImages | None]:
+    """Return the test images to check files with, and for int8 the training images to calibrate it with.
 
-    Where the data that were trained on are not at hand, a check has the few test images that the
-    training kept.
+    Where the data of the training are missing, the check uses the few test images that the training kept.
     """
+    request, result = job.request, job.result
     try:
-        data = _load(reopen(request.data, result), found, result, px)
+        data = _load(job)
     except DataError as error:
-        if precision == "int8" or request.data is not None:
+        if job.precision == "int8" or request.data is not None:
             fix = "" if request.data else ": `data` says where its calibration images are"
             raise DataError(f"{error}{fix}") from error
-        return _kept_images(trained, result).at(px), None
+        return _kept_images(job).at(job.resolution_px), None
 
     def some(split: Split, n: int, what: str) -> RealImages:
         pixels, labels = sample_images(split, n)
@@ -47,33 +35,34 @@ def checking_images(
         return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)
 
     calibration = None
-    if precision == "int8":
+    if job.precision == "int8":
         calibration = some(data.train_and_heldout, CALIBRATION_IMAGES, "training")
     return some(data.test, request.images, "test"), calibration
 
 
-def _load(given: GivenData, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
+def _load(job: ExportJob) -> ImageData:
     data = load_data(
-        given,
-        resolution_px=px,
-        channels=found.space.input.channels,
+        reopen(job.request.data, job.result),
+        resolution_px=job.resolution_px,
+        channels=job.found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
         max_broken=None,  # those among them are left out
         quiet=True,
     )
-    if list(data.classes) != list(result["classes"]):
+    if list(data.classes) != list(job.result["classes"]):
         of_data, of_network = (
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
-            for names in (list(data.classes), list(result["classes"]))
+            for names in (list(data.classes), list(job.result["classes"]))
         )
         raise DataError(f"data {data.name}: the classes are {of_data}, the network's {of_network}")
     return data
 
 
-def _kept_images(trained: Path, result: Mapping[str, Any]) -> RealImages:
-    kept = load_tensors(trained / SAMPLE_FILE)
+def _kept_images(job: ExportJob) -> RealImages:
+    path = job.trained / SAMPLE_FILE
+    kept = load_tensors(path)
     images, labels = kept.get("images"), kept.get("labels")
     if images is None or labels is None or images.dtype != torch.uint8 or images.ndim != 4:
-        raise CheckpointError(f"{trained / SAMPLE_FILE}: expected uint8 images (n, C, H, W) with labels")
+        raise CheckpointError(f"{path}: expected uint8 images (n, C, H, W) with labels")
     source = f"the {len(labels)} test images that the training kept"
-    return RealImages(images, labels, tuple(result["mean"]), tuple(result["std"]), source)
+    return RealImages(images, labels, tuple(job.result["mean"]), tuple(job.result["std"]), source)

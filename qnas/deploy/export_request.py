@@ -1,10 +1,14 @@
-"""The request of an export."""
+"""The request of an export, and the trained network that it is for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from qnas.common.errors import UsageError
 from qnas.data.given import GivenData
+from qnas.deploy.export.product import Precision
+from qnas.runs.found_arch import FoundArch
 
 IMAGES = 512  # of the test images that files are checked with
 
@@ -30,3 +34,16 @@ class ExportRequest:
             raise UsageError(f"`measure=True` times one image: leave out `batch={self.batch}`")
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise UsageError(f"`max_drop={self.max_drop}`: expected a share of the images, 0 to 1")
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A checked request with the trained network that it is for."""
+
+    request: ExportRequest
+    precision: Precision
+    trained: Path  # the folder that train-subnet wrote
+    found: FoundArch
+    result: Mapping[str, Any]  # its result.json
+    resolution_px: int
+    out: Path

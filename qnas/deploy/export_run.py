@@ -14,10 +14,10 @@ from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Precision, Product, RealImages
 from qnas.deploy.export_facts import card_document, file_metadata
 from qnas.deploy.export_images import checking_images
-from qnas.deploy.export_request import ExportRequest
+from qnas.deploy.export_request import ExportJob, ExportRequest
 from qnas.deploy.measured_export import time_exported
 from qnas.nn.subnet import build_subnet
-from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.found_arch import find_arch
 from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
@@ -51,12 +51,8 @@ class ExportedFiles(Sequence[Path]):
         return {
             "folder": str(self.folder),
             "files": [
-                {
-                    "path": str(self.folder / file.files[0]),
-                    **file.facts(),
-                    "measured": self.measured.get(file.files[0]),
-                }
-                for file in self.files
+                {"path": str(path), **file.facts(), "measured": self.measured.get(path.name)}
+                for path, file in zip(self, self.files, strict=True)
             ],
             "device": self.device,
             "budget_ms": self.budget_ms,
@@ -83,8 +79,9 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     found = find_arch(trained)
     px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
-    images, calibration = checking_images(trained, found, result, request, precision, px)
-    product = _product(trained, found, result, request, px, calibration)
+    job = ExportJob(request, precision, trained, found, result, px, out)
+    images, calibration = checking_images(job)
+    product = _product(job, calibration)
     tolerance = TOLERANCES[precision]
     if request.max_drop is not None:
         tolerance = replace(tolerance, drop=request.max_drop)
@@ -93,7 +90,7 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
             product, request.formats, precision, stage, images, tolerance=tolerance, shown=out
         )
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
-        write_card(stage, card_document(trained, found, result, product, files, measured, out))
+        write_card(stage, card_document(job, product, files, measured))
     return ExportedFiles(
         out,
         files,
@@ -108,14 +105,14 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
 
 def _check_free(out: Path, request: ExportRequest, precision: Precision) -> None:
     if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
-        raise UsageError(f"--out {out}: expected a folder, the files in it have names of their own")
+        raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder, found a file")
     for name in request.formats:
         for file in file_names(name, precision):
             if (out / file).exists() and not request.force:
                 raise CheckpointError(
-                    f"{out / file}: exists already: give --force to replace it, or another --out"
+                    f"{out / file}: exists already: `force=True` replaces it, or another `out`"
                 )
 
 
@@ -128,17 +125,12 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _product(
-    trained: Path,
-    found: FoundArch,
-    result: Mapping[str, Any],
-    request: ExportRequest,
-    px: int,
-    calibration: RealImages | None,
-) -> Product:
+def _product(job: ExportJob, calibration: RealImages | None) -> Product:
+    found, result, px = job.found, job.result, job.resolution_px
     classes = tuple(result["classes"])
     network = build_subnet(found.space, found.arch, len(classes)).eval()
-    load_weights(network, load_tensors(trained / WEIGHTS_FILE), trained / WEIGHTS_FILE)
+    weights = job.trained / WEIGHTS_FILE
+    load_weights(network, load_tensors(weights), weights)
     return Product(
         "qnas_" + re.sub(r"\W", "_", found.space.name),
         network,
@@ -148,7 +140,7 @@ def _product(
         tuple(result["std"]),
         found.space.input.channels,
         px,
-        file_metadata(found, result, px),
-        request.batch,
+        file_metadata(job),
+        job.request.batch,
         calibration,
     )

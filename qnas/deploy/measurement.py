@@ -59,7 +59,7 @@ def measure_sample(
     if others:
         raise CheckpointError(
             f"{file}: has times of {others.pop()!r}, this is {words!r}: times of one CSV are compared, "
-            "so measure all anew with --force, or another sample"
+            "so measure all again with `force=True`, or another sample"
         )
     files = {network.name: file.parent / f"{network.name}.onnx" for network in wanted}
     missing = [path for path in files.values() if not path.is_file()]

@@ -52,12 +52,12 @@ def former_device(device: Device, file: Path, table_file: Path, *, force: bool) 
             ]
             raise CheckpointError(
                 f"{file}: is another device: {'; '.join(differs)}: "
-                f"give {'another' if others else '--force or another'} --device-name"
+                f"give {'another' if others else '`force=True` or another'} `device_name`"
             )
         former = None
     if table_file.exists() and not force:
         raise CheckpointError(
-            f"{table_file}: exists already: give --force to measure again, or another --device-name"
+            f"{table_file}: exists already: `force=True` measures again, or give another `device_name`"
         )
     return former
 

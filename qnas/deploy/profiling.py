@@ -92,7 +92,7 @@ def profile_space(
     former = former_device(device, file, table_file, force=force)
     if state_file.exists() and not (resume or force):
         raise CheckpointError(
-            f"{state_file}: an interrupted measurement: give --resume to go on, --force to start anew"
+            f"{state_file}: an interrupted measurement: `resume=True` continues it, `force=True` starts anew"
         )
     parts, networks = distinct_blocks(space), _some_networks(space)
     px = space.input.resolution_px

@@ -225,39 +225,32 @@ def _cuda(threads: int, cuda_graph: bool) -> Runtime:
 
 
 def _torch(threads: int) -> Runtime:
-    return Runtime(
-        "torch",
-        "cpu",
-        threads,
-        f"torch {torch.__version__}",
-        "eager, inference mode, channels_last",
-        partial(_torch_maker, device="cpu"),
-        host_stopwatch(),
-    )
+    version, settings = f"torch {torch.__version__}", "eager, inference mode, channels_last"
+    make = partial(_torch_maker, device="cpu")
+    return Runtime("torch", "cpu", threads, version, settings, make, host_stopwatch())
+
+
+def _of_onnx(
+    name: str, version: str, settings: str, session: Callable[[bytes, int], Call], threads: int
+) -> Runtime:
+    """Return a runtime that runs modules as ONNX files."""
+
+    def make(module: nn.Module, shape: Shape) -> Maker:
+        model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
+        return partial(session, cast(bytes, model.SerializeToString()), threads)
+
+    return Runtime(name, "cpu", threads, version, settings, make, host_stopwatch())
 
 
 def _onnxruntime(threads: int) -> Runtime:
-    return Runtime(
-        "onnxruntime",
-        "cpu",
-        threads,
-        f"onnxruntime {onnxruntime.__version__}",
-        "CPU provider, all graph optimisations, sequential, no spinning between runs",
-        lambda module, shape: partial(onnx_session, _to_onnx(module, shape), threads),
-        host_stopwatch(),
-    )
+    settings = "CPU provider, all graph optimisations, sequential, no spinning between runs"
+    return _of_onnx("onnxruntime", f"onnxruntime {onnxruntime.__version__}", settings, onnx_session, threads)
 
 
 def _openvino_runtime(threads: int) -> Runtime:
-    return Runtime(
-        "openvino",
-        "cpu",
-        threads,
-        f"OpenVINO {_openvino().__version__.partition('-')[0]}",
-        "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1",
-        lambda module, shape: partial(openvino_session, _to_onnx(module, shape), threads),
-        host_stopwatch(),
-    )
+    settings = "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1"
+    version = f"OpenVINO {_openvino().__version__.partition('-')[0]}"
+    return _of_onnx("openvino", version, settings, openvino_session, threads)
 
 
 RUNTIMES: dict[str, Callable[[int], Runtime]] = {
@@ -265,11 +258,6 @@ RUNTIMES: dict[str, Callable[[int], Runtime]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino_runtime,
 }
-
-
-def _to_onnx(module: nn.Module, shape: Shape) -> bytes:
-    model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
-    return cast(bytes, model.SerializeToString())
 
 
 def _openvino() -> Any:

@@ -49,7 +49,7 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
     """
     possible = math.prod(len(p.candidates) for p in space.positions)
     if n > possible:
-        raise UsageError(f"--n {n}: space {space.name} has only {possible} networks")
+        raise UsageError(f"`networks={n}`: space {space.name} has only {possible} networks")
     rng = np.random.default_rng(seed)
     columns = _columns(space)
     width = 1 + columns[0][0].size if columns else 1
@@ -78,7 +78,7 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
         add_one(edges[0], edges[-1])
     if len(chosen) < n:
         raise UsageError(
-            f"--n {n}: found only {len(chosen)} networks of space {space.name}: give a lower --n"
+            f"`networks={n}`: found only {len(chosen)} networks of space {space.name}: give a smaller number"
         )
     return list(chosen)
 
@@ -128,7 +128,7 @@ def write_sample(
     path = folder / CSV_FILE
     if path.exists() and not force:
         raise CheckpointError(
-            f"{path}: exists already, perhaps with times: give --force to replace it, or another --out"
+            f"{path}: exists already, perhaps with times: `force=True` replaces it, or another `out`"
         )
     rows = [
         Measured(f"{space.name}-{i + 1:0{len(str(len(networks)))}}", arch_from_indices(space, indices))

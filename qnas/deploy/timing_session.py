@@ -40,7 +40,7 @@ def time_all(
     state_file: Path | None = None,
     request: Mapping[str, Any] | None = None,
     resume: bool = False,
-    go_on: str = "--resume",
+    go_on: str = "`resume=True`",
     quiet: bool = False,
 ) -> dict[str, Timing]:
     """Return what each of these takes, as `pool` says.
@@ -131,12 +131,11 @@ def _read(path: Path, request: Mapping[str, Any]) -> Samples:
         or not isinstance(samples, dict)
         or not all(isinstance(one, list) and all(map(_are_latencies, one)) for one in samples.values())
     ):
-        raise CheckpointError(f"{path}: damaged: expected samples of the schema {SCHEMA}: give --force")
+        raise CheckpointError(f"{path}: damaged: expected samples of {SCHEMA}: `force=True` starts anew")
     changed = describe_changes(state["request"], request)
     if changed:
         raise CheckpointError(
-            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: "
-            "give --force to start anew"
+            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: `force=True` starts anew"
         )
     return samples
 

@@ -51,7 +51,7 @@ class Checkpoints:
             return state if state is not None else self._load_before()
         if (state := self._load_before()) is None:
             raise CheckpointError(
-                f"{self.damage}, and there is none before it: --force instead of --resume starts anew"
+                f"{self.damage}, and there is none before it: `force=True` without `resume=True` starts anew"
             )
         return state
 
@@ -60,7 +60,7 @@ class Checkpoints:
             return _read(self._before)
         except _Damaged as error:
             both = f"{self.damage}, and {error}" if self.damage else str(error)
-            raise CheckpointError(f"{both}: --force instead of --resume starts anew") from None
+            raise CheckpointError(f"{both}: `force=True` without `resume=True` starts anew") from None
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state; the one before it stays."""
@@ -115,5 +115,5 @@ def _foreign(path: Path, content: bytes) -> Exception:
     found = version[1].decode() if version else "1"
     return CheckpointError(
         f"{path}: of format {found}, which another version of qnas wrote; this one reads format "
-        f"{_VERSION}: go on with that version, or start anew with --force"
+        f"{_VERSION}: go on with that version, or start anew with `force=True`"
     )

@@ -108,7 +108,7 @@ class OnDevice:
 
     @property
     def no_less(self) -> str:
-        """The consequence of a step less latency where it leads to no other network."""
+        """What a step less latency means where it leads to no other network."""
         return "changes nothing" if self.can_be_less else "leaves no network"
 
 
@@ -127,7 +127,7 @@ class Explanation:
 
 
 def explain(run: FinishedRun) -> Explanation:
-    """Explain a finished search by what its folder holds."""
+    """Explain a finished search from its folder."""
     limits = run.limits
     for at, limit in enumerate(limits):
         # what was derived may be over a limit by the rounding of the table's file
@@ -176,7 +176,7 @@ def round_step(latency_ms: float) -> float:
 
 
 def _exchange(run: FinishedRun, own: CandidateIndices, at: int, most_ms: float) -> Exchange | None:
-    """Say what another limit leads to; None where to the same network or to none."""
+    """Return the network for another limit; None where there is none or it is the same."""
     network = solve_within(run, at, most_ms)
     return None if network is None or network == own else _between(run, own, network, at, most_ms)
 
@@ -216,7 +216,7 @@ def _next_better(
 
 
 def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
-    """Return the blocks of the derived network as they run, and what the runtime takes besides."""
+    """Return the latencies of the derived network's blocks, in order, and of the runtime."""
     table = limit.table
     assert table is not None
     total = limit.amount(run.indices)
@@ -237,7 +237,7 @@ def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
 
 
 def _flips(run: FinishedRun, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
-    """Yield for each position what it holds along the curve of the limit `at`."""
+    """Yield the choices at each position along the curve of the limit `at`."""
     limit = run.limits[at]
     for number, position in enumerate(run.space.positions):
         flips: list[Flip] = []
@@ -249,7 +249,7 @@ def _flips(run: FinishedRun, curve: Sequence[CurvePoint], at: int) -> Iterator[t
 
 
 def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -> Iterator[PositionStory]:
-    """Yield why each position holds what it does; `prices` are those of the devices, in their order."""
+    """Yield the choice at each position with its reason; `prices` are those of the devices."""
     devices = [limit for limit in run.limits if limit.table is not None]
     for at, position in enumerate(run.space.positions):
         names, row, choice = position.names, run.searched.scores[at], run.indices[at]
@@ -276,7 +276,7 @@ def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -
 
 
 def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:
-    """Say why a block is not where identity is, of all its candidates the one that pays best.
+    """Say why a position holds identity and not the candidate `best`, the one closest to paying off.
 
     `worth` is what its latency is worth on all devices, in nats.
     """
@@ -285,13 +285,13 @@ def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, w
     if gain <= 0:
         return "no block lowers the loss here"
     if gain < worth:
-        return f"too dear: its latency is worth {worth:.3f} nats"
+        return f"too expensive: its latency is worth {worth:.3f} nats"
     left = []
     for limit in run.limits:
         room = max(0.0, limit.limit - limit.amount(run.indices))
         if limit.cells[at][best] - limit.cells[at][choice] > room:
             left.append(limit.describe(room) + (f" on {limit.name}" if limit.table is not None else ""))
     if left:
-        dear = f"pays, but only {' and '.join(left)} are left"
-        return dear if own != run.indices else f"{dear}, and no exchange of blocks gains"
-    return "pays and would fit: the network was chosen by its accuracy on held-out images"
+        dear = f"worth its latency, but only {' and '.join(left)} are left"
+        return dear if own != run.indices else f"{dear}, and no exchange of blocks lowers the loss"
+    return "worth its latency and within the limits: the network was selected on held-out images"

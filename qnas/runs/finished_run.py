@@ -45,17 +45,13 @@ def read_searched(folder: Path, space: SearchSpace) -> Searched:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
     content = read_json(path, CheckpointError)
-    found = content.get("effects")
+    found, screened = content.get("effects"), content.get("screened")
     return Searched(
         _rows(path, content, "log_probabilities", space),
         None if found is None else _rows(path, found, "nats", space),
         pressed=content.get("budget_binds") is not False,
-        screened=_count(content.get("screened")),
+        screened=max(0, screened) if isinstance(screened, int) else 0,
     )
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:

@@ -8,7 +8,7 @@ from qnas.latency.device import Figures
 from qnas.latency.prediction import Prediction
 from qnas.latency.table import LatencyTable
 from qnas.runs.text import field, table_rows, wrapped
-from qnas.solver.limits import Limit, Limits
+from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
 
 
@@ -104,7 +104,8 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
         asked = f"{space.name} {where}within {limit.describe(limit.budget)}"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
-            lines.append(_does_not_bind(limit))
+            what = "slowest network" if limit.table else "largest network"
+            lines.append(f"the budget does not bind: the {what} of the space is within it")
         if limit.table and limit.table.margin:
             most_ms = limit.describe(limit.limit)
             lines.append(
@@ -125,8 +126,3 @@ def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
         else f"{format_count(entry['budget'])} {entry['unit']}"
         for entry in entries
     )
-
-
-def _does_not_bind(limit: Limit) -> str:
-    what = "slowest network" if limit.table else "largest network"
-    return f"the budget does not bind: the {what} of the space is within it"

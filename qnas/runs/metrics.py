@@ -50,3 +50,11 @@ class Metrics:
         with naming(self._path), self._path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return all whole rows of a metrics.jsonl, which may be written to; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with naming(path), path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

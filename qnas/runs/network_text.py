@@ -11,6 +11,10 @@ from qnas.spaces.arch import Arch
 from qnas.spaces.lower import BlockSpec, Slot, count_macs, count_params, lower, skeleton, smallest_and_largest
 from qnas.spaces.space import SearchSpace
 
+_LAYER_FACTS = (
+    *("role", "op", "resolution_px", "out_px", "c_in", "c_out", "kernel", "stride", "params", "macs"),
+)
+
 
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
     """Draw the chosen candidates, a line a stage, or as many as they need."""
@@ -71,21 +75,7 @@ def network_facts(space: SearchSpace, blocks: Sequence[BlockSpec]) -> dict[str, 
                 "kind": block.kind,
                 "params": count_params([block]),
                 "macs": count_macs([block]),
-                "layers": [
-                    {
-                        "role": layer.role,
-                        "op": layer.op,
-                        "resolution_px": layer.resolution_px,
-                        "out_px": layer.out_px,
-                        "c_in": layer.c_in,
-                        "c_out": layer.c_out,
-                        "kernel": layer.kernel,
-                        "stride": layer.stride,
-                        "params": layer.params,
-                        "macs": layer.macs,
-                    }
-                    for layer in block.layers
-                ],
+                "layers": [{name: getattr(layer, name) for name in _LAYER_FACTS} for layer in block.layers],
             }
             for block in blocks
         ],

@@ -26,21 +26,6 @@ from qnas.spaces.space import SearchSpace
 
 POINTS = 12  # budgets a device
 POINT_K_BEST = 5  # networks a budget, to be ranked on held-out images
-COLUMNS = (
-    "device",
-    "budget_ms",
-    "latency_ms",
-    "heldout_accuracy",
-    "heldout_low",
-    "heldout_high",
-    "score",
-    "macs",
-    "params",
-    "on_front",
-    "far",
-    "own_budget",
-    "choices",
-)
 
 
 @dataclass(frozen=True)
@@ -76,21 +61,6 @@ class Point:
     def latency_ms(self) -> float:
         """Return the latency on the device."""
         return self.solution.latency_ms
-
-
-@dataclass(frozen=True)
-class Front:
-    """The best networks on a device, by rising latency."""
-
-    device: str
-    least_ms: float  # of the space
-    most_ms: float
-    expected_ms: float  # of a network drawn by the search's probabilities
-    trusted_ms: tuple[float, float | None]  # budgets that are not far from it; None: no end
-    own_budget_ms: float | None  # None: the device was not searched for
-    own_latency_ms: float  # of the network that the search derived
-    own_accuracy: float | None  # its accuracy on held-out images
-    points: tuple[Point, ...]
 
 
 def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
@@ -173,46 +143,31 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(marked)
 
 
-def make_front(run: FinishedRun, limit: Limit, points: tuple[Point, ...], own_ms: float | None) -> Front:
-    """Return the front of a device."""
+def front_document(
+    run: FinishedRun, limit: Limit, points: Sequence[Point], own_ms: float | None
+) -> dict[str, Any]:
+    """Return a device's entry in a pareto.json; `own_ms` is the budget that was searched for, if any."""
     log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
-    return Front(
-        limit.name,
-        limit.least,
-        limit.most,
-        expected_amount(log_probabilities, limit),
-        near_searched(log_probabilities, limit, pressed=pressed),
-        own_ms,
-        limit.amount(run.indices),
-        run.found["derived"].get("heldout_accuracy"),
-        points,
-    )
+    return {
+        "device": limit.name,
+        "fastest_ms": limit.least,  # of the space
+        "slowest_ms": limit.most,
+        "expected_ms": expected_amount(log_probabilities, limit),  # of a network drawn by the probabilities
+        # budgets that are not far from it; None: no upper end
+        "trusted_ms": list(near_searched(log_probabilities, limit, pressed=pressed)),
+        "own_budget_ms": own_ms,
+        "own_latency_ms": limit.amount(run.indices),  # of the network that the search derived
+        "own_accuracy": run.found["derived"].get("heldout_accuracy"),
+        "points": [_entry(run.space, limit.name, point) for point in points],
+    }
 
 
 def fronts_document(
-    space: SearchSpace, fronts: Sequence[Front], details: Mapping[str, Any]
+    space: SearchSpace, fronts: Sequence[Mapping[str, Any]], details: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the content of a pareto.json."""
-    return {
-        "schema": "qnas.pareto/1",
-        "space": space.name,
-        "space_digest": space.digest,
-        **details,
-        "devices": [
-            {
-                "device": front.device,
-                "fastest_ms": front.least_ms,
-                "slowest_ms": front.most_ms,
-                "expected_ms": front.expected_ms,
-                "trusted_ms": list(front.trusted_ms),
-                "own_budget_ms": front.own_budget_ms,
-                "own_latency_ms": front.own_latency_ms,
-                "own_accuracy": front.own_accuracy,
-                "points": [_entry(space, front.device, point) for point in front.points],
-            }
-            for front in fronts
-        ],
-    }
+    """Return the content of a pareto.json; `fronts` are those of the devices (`front_document`)."""
+    known = {"schema": "qnas.pareto/1", "space": space.name, "space_digest": space.digest}
+    return {**known, **details, "devices": list(fronts)}
 
 
 def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
@@ -236,12 +191,10 @@ def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
 
 
 def fronts_csv(document: Mapping[str, Any]) -> str:
-    """Return the points of a pareto.json as CSV, a line each; choices are set apart by spaces."""
+    """Return the points of a pareto.json as CSV, a line each; choices are separated by spaces."""
+    points = [point for front in document["devices"] for point in front["points"]]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for front in document["devices"]:
-        for point in front["points"]:
-            values = point | {"choices": " ".join(point["choices"])}
-            writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
+    writer = csv.DictWriter(text, points[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**point, "choices": " ".join(point["choices"])} for point in points)
     return text.getvalue()

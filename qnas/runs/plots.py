@@ -1,38 +1,32 @@
 """Figures of a run as PNG files; matplotlib is imported when one is drawn."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qnas.common.files import naming, write_bytes
+from qnas.common.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNSETTLED = 0.03  # of the limit: an expected amount further away once the search settles
 OF_LIMIT = "of_limit_"  # the start of the keys that hold an expected amount over its limit
 
 
-def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl that an architecture step wrote."""
-    with naming(metrics), metrics.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row for row in rows if "multiplier" in row]
-
-
 def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound: float) -> None:
     """Draw how the expected amounts came to their limits, over the steps, as a PNG.
 
-    Three panels: each expected amount over its limit, with the band of the watch's tolerance; the
-    multiplier with its bounds; the temperature. Nothing is drawn where there are no rows.
+    Three panels: each expected amount over its limit, with the band of UNSETTLED; the
+    multiplier with its bounds; the temperature. Only rows of architecture steps are drawn; without any
+    there is no picture.
     """
+    rows = [row for row in rows if "multiplier" in row]
     if not rows:
         return
-    # not pyplot, which keeps state and looks for a display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which keeps state and looks for a display
 
     figure = Figure(figsize=(8, 7), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     amounts, multiplier, temperature = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 1])
     steps = [row["step"] for row in rows]
     amounts.axhspan(1 - UNSETTLED, 1 + UNSETTLED, color="0.9", label=f"within {UNSETTLED:.0%}")
@@ -50,9 +44,7 @@ def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound:
     temperature.set_ylabel("temperature")
     temperature.set_ylim(bottom=0)
     temperature.set_xlabel("step")
-    image = io.BytesIO()
-    canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
-    write_bytes(path, image.getvalue())
+    _write_png(figure, path)
 
 
 def draw_fronts(document: dict[str, Any], path: Path) -> None:
@@ -61,13 +53,11 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
     Filled points are on the front, small ones are not; hollow ones are far from what was searched for.
     Where networks were not ranked on images their score stands in for the accuracy.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
     devices = document["devices"]
     figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     ranked = document["ranked"]
     for axes, front in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
         points = front["points"]
@@ -75,9 +65,9 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
         low, high = front["trusted_ms"]
         ends = (front["fastest_ms"], front["slowest_ms"])
         band = min(max(low, ends[0]), ends[1]), ends[1] if high is None else max(min(high, ends[1]), ends[0])
-        axes.axvspan(*band, color="0.93", label="budgets near what was searched for")
+        axes.axvspan(*band, color="0.93", label="budgets near the searched one")
         if front["own_budget_ms"] is not None:
-            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the search's budget")
+            axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":", label="the searched budget")
         best = [point for point in points if point["on_front"]]
         axes.step([p["latency_ms"] for p in best], [p[value] for p in best], where="post", color="C0", lw=1)
         for far, face in ((False, "C0"), (True, "none")):
@@ -112,6 +102,10 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
         label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+    _write_png(figure, path)
+
+
+def _write_png(figure: "Figure", path: Path) -> None:
     image = io.BytesIO()
-    canvas.print_png(image)  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
+    figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())

@@ -19,13 +19,7 @@ from qnas.common.errors import CheckpointError, Interrupted
 from qnas.common.files import write_json, write_text
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
-from qnas.runs.names import (
-    CLEARED_FILES,
-    CLEARED_FOLDERS,
-    CONFIG_FILE,
-    LOCK_FILE,
-    RESULT_FILE,
-)
+from qnas.runs.names import CLEARED_FILES, CLEARED_FOLDERS, CONFIG_FILE, LOCK_FILE, RESULT_FILE
 
 
 @contextmanager
@@ -96,7 +90,7 @@ def opened(
 
 def interrupted(folder: Path) -> Interrupted:
     """Return what to raise when a run in a folder was asked to stop and can go on from it."""
-    return Interrupted(f"the state is saved in {folder}: --resume goes on from it")
+    return Interrupted(f"the state is saved in {folder}: `resume=True` goes on from it")
 
 
 @contextmanager
@@ -141,7 +135,7 @@ def _check_free(folder: Path, *, force: bool) -> None:
     ours = {folder / LOCK_FILE, *_partials(folder)}
     if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
         found = "already holds a run" if holds_run else "is not empty and holds no run"
-        fix = ": give --resume to go on, --force to replace it, or another --out" if holds_run else ""
+        fix = ": `resume=True` continues it, `force=True` replaces it, or another `out`" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
     for lock in [*folder.glob(f"*/**/{LOCK_FILE}")]:
         with _locked(lock.parent):  # such as subnet/, while a network is trained in it

@@ -29,15 +29,19 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
         lines += [
-            wrapped(f"{front['device']}: networks take {range_}; the search expects {expected}"),
+            wrapped(
+                f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
+            ),
             table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
             "",
         ]
     if not ranked:
-        lines.append(field("order", f"by the search's scores, not ranked on images: {document['unranked']}"))
+        lines.append(
+            field("order", f"by the search's scores, without a ranking on images: {document['unranked']}")
+        )
     meaning = {
-        "b": "the best network within the search's own budget",
-        "?": "far from what was searched for: a search for that budget would probably find better",
+        "b": "the best network within the searched budget",
+        "?": "far from the searched budget: a search for that budget would probably find better",
         "-": "a faster network is as good",
     }
     lines += [field(mark, what) for mark, what in meaning.items() if mark in used]
@@ -45,14 +49,12 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
 
 
 def describe_explanation(explanation: Explanation) -> str:
-    """Say what blocks cost, what latency buys, device by device, and why positions hold what they do."""
+    """Show the cost of blocks and the price of latency on each device, and the reason for each choice."""
     e = explanation
     lines = []
     for d in e.devices:
         lines += [
-            wrapped(
-                f"{d.device}, within {format_ms(d.budget_ms)}: what each block takes and adds to the loss"
-            ),
+            wrapped(f"{d.device}, within {format_ms(d.budget_ms)}: latency and loss of each block"),
             table_rows(
                 ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
                 _block_rows(e, d),
@@ -84,7 +86,7 @@ def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
 
 
 def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
-    """Say what a position holds just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
+    """Write the choices at a position just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
     at = max((i for i, flip in enumerate(flips) if flip.from_ms <= budget_ms), default=0)
     parts = []
     if at > 0:
@@ -95,42 +97,38 @@ def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
     return ", ".join(parts)
 
 
-def _short_ms(latency_ms: float) -> str:
-    return f"{latency_ms:.3g} ms"
-
-
 def what_loss_is(e: Explanation) -> str:
-    """Say what the nats of an explanation are."""
+    """Say what the losses of an explanation are."""
     if not e.measured:
         return (
-            "here minus the logarithm of a choice's probability, since the search measured no effects: it "
-            "holds the pressure of the latency too"
+            "are negative log probabilities of the choices, since the search measured no effects; they "
+            "include the latency penalty"
         )
-    explained = f", which explain {e.explained:.0%} of what networks differ by" if e.explained else ""
-    return f"of held-out images, by the effects of candidates measured near the budget{explained}"
+    explained = f", which explain {e.explained:.0%} of the variance between networks" if e.explained else ""
+    return f"are of held-out images, by the effects of candidates measured near the budget{explained}"
 
 
 def solved_line(e: Explanation) -> str:
-    """Say where the derived network is not the one of least loss; empty where it is."""
+    """Say where the derived network differs from that of least loss; empty where it does not."""
     others = [f"{s.name} {short_name(s.solved)}" for s in e.positions if s.solved != s.choice]
     if not others:
         return ""
     return (
         "held-out images chose another network than the effects alone, which would have "
-        f"{', '.join(others)}; what follows of other budgets is against that one"
+        f"{', '.join(others)}; other budgets are compared with that network"
     )
 
 
 def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
-    """Say what a millisecond is worth at the budget, and what a little more or less of it leads to."""
-    step = _short_ms(d.step_ms)
+    """Yield the price of a millisecond at the budget, and the networks for slightly more or less."""
+    step = f"{d.step_ms:.3g} ms"
     yield "price", f"{d.price:.3g} nats a millisecond, at this budget"
     if d.more is not None:
         yield "more", f"{step} more {exchange_line(d.more)}"
     elif d.next_better is None:
-        yield "more", "buys nothing: no slower network has less loss"
+        yield "more", "no slower network has a lower loss"
     else:
-        yield "more", f"{step} more buys nothing"
+        yield "more", f"{step} more changes nothing"
     if d.next_better is not None:
         took = format_ms(d.next_better.latency_ms, round_up=True)
         yield "", f"the next better network takes {took}: it {exchange_line(d.next_better)}"
@@ -138,9 +136,9 @@ def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
 
 
 def exchange_line(exchange: Exchange) -> str:
-    """Say what another network does to the loss, and where it differs."""
-    verb = "takes away" if exchange.loss < 0 else "adds"
-    return f"{verb} {abs(exchange.loss):.3f} nats: {'; '.join(map(_change, exchange.changes))}"
+    """Say how another network changes the loss, and where it differs."""
+    verb = "lowers" if exchange.loss < 0 else "raises"
+    return f"{verb} the loss by {abs(exchange.loss):.3f} nats: {'; '.join(map(_change, exchange.changes))}"
 
 
 def _change(change: Change) -> str:
@@ -154,7 +152,7 @@ def _identity_lines(e: Explanation) -> Iterator[str]:
     devices = [d.device for d in e.devices]
     identities = [story for story in e.positions if story.best_block is not None]
     if identities:
-        yield "identities, each with the block that comes nearest to paying:"
+        yield "positions without a block, each with the candidate closest to paying off:"
     for story in identities:
         yield field(f"  {story.name}", identity_line(story, devices))
 
@@ -182,7 +180,7 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     for names in c.same_network:
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:
-        lines += ["", "choices are not compared: the runs are of different spaces"]
+        lines += ["", "choices are not compared, since the runs are of different spaces"]
     for runs in _chunks(c.runs):
         if c.positions:
             lines += ["", *_choice_lines(c, runs, strong)]
@@ -197,13 +195,13 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
         )
         for run in c.runs
     ]
-    header = ("", "with supernet weights", "trained by itself", "MACs", "params")
+    header = ("", "supernet accuracy", "after training", "MACs", "params")
     return "\n".join([*lines, "", table_rows(header, rows), "", field("accuracy", ACCURACY_NOTE)])
 
 
 ACCURACY_NOTE = (
-    "on test images, with 95% Wilson intervals of their number: another seed of the training moves an "
-    "accuracy too. Supernet weights flatter what was chosen with them"
+    "on test images, with 95% Wilson intervals for their number; the seed of the training adds to this. "
+    "Supernet accuracy is optimistic for networks that were selected with these weights"
 )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.runs.folders import read_config
+from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, SUBNET_FOLDER, TENSORBOARD_FOLDER
-from qnas.runs.report.figures import read_metrics
 
 
 def write_events(folder: Path) -> Path:

@@ -25,13 +25,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     )
     worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])
     rows = [
-        [
-            str(row["class"])[:30],
-            str(row["images"]),
-            f"{row['value']:.1%}",
-            f"{row['low']:.1%}",
-            f"{row['high']:.1%}",
-        ]
+        [str(row["class"])[:30], str(row["images"]), *(f"{row[key]:.1%}" for key in ("value", "low", "high"))]
         for row in worst[:CLASSES_SHOWN]
     ]
     header = ["class", "images", "accuracy", "from", "to"]

@@ -23,7 +23,8 @@ from qnas.latency.table_file import table_text
 from qnas.runs import names
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
-from qnas.runs.plots import draw_budget, read_rows
+from qnas.runs.metrics import read_metrics
+from qnas.runs.plots import draw_budget
 from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_supernet
@@ -80,7 +81,7 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     found = _search_document(state, selection, folder, display)
     winner = selection.ranking[0]
     draw_budget(
-        read_rows(folder / names.METRICS_FILE),
+        read_metrics(folder / names.METRICS_FILE),
         folder / names.BUDGET_PLOT_FILE,
         multiplier_bound=state.multiplier.bound,
     )

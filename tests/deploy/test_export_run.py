@@ -145,7 +145,7 @@ def test_where_the_data_are_gone_the_kept_images_check_a_file_and_int8_is_refuse
     (file,) = export(changed).files
     assert file.parity.source == "the 16 test images that the training kept"
     assert file.parity.images == 16
-    with pytest.raises(DataError, match=r"/gone.*--data says where its calibration images are"):
+    with pytest.raises(DataError, match=r"/gone.*`data` says where its calibration images are"):
         export(changed, precision="int8")
     assert export(changed, precision="int8", data="digits").files[0].parity.images == 359
 
@@ -227,7 +227,7 @@ def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_p
     out = tmp_path / "out"
     export(trained, out)
     before = (out / "model.onnx").read_bytes()
-    with pytest.raises(CheckpointError, match=r"model\.onnx: exists already: give --force"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx: exists already: `force=True`"):
         export(trained, out, formats=("standalone", "onnx"))
     assert (out / "model.onnx").read_bytes() == before
     assert not (out / "model.py").exists()
@@ -296,11 +296,11 @@ def test_every_format_can_be_timed_on_one_image(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"formats": ()}, "expected at least one format"),
-        ({"threads": 1, "batch": 2}, "--measure times one image: leave out --batch 2"),
-        ({"max_drop": 1.5}, r"--max-drop 1\.5: expected a share"),
-        ({"formats": ("onyx",)}, "--format 'onyx'"),
-        ({"precision": "int8", "formats": ("torch",)}, "--format torch has no int8"),
+        ({"formats": ()}, "`formats`: expected at least one"),
+        ({"threads": 1, "batch": 2}, "`measure=True` times one image: leave out `batch=2`"),
+        ({"max_drop": 1.5}, r"`max_drop=1\.5`: expected a share"),
+        ({"formats": ("onyx",)}, "`formats='onyx'`"),
+        ({"precision": "int8", "formats": ("torch",)}, "format torch has no int8"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(

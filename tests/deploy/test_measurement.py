@@ -118,7 +118,7 @@ def test_an_interrupted_measurement_goes_on_from_its_samples(
     assert {name: len(loads) for name, loads in earlier.items()} == {"a": 2, "b": 2}
     # earlier samples count: with times of their own they show in the 95th percentile
     state.write_text(state.read_text().replace(str(earlier["a"][0][0]), "77.0"), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"cannot resume, .*runtime was .*1 thread.*: give --force"):
+    with pytest.raises(CheckpointError, match=r"cannot resume, .*runtime was .*1 thread.*: `force=True`"):
         measure(file, tiny_space, threads=2)
     measure(file, tiny_space)
     assert not state.exists()
@@ -134,7 +134,7 @@ def test_samples_of_a_sample_that_was_replaced_are_refused(
     with pytest.raises(Interrupted):
         measure(file, tiny_space)
     write_measured(file, [Measured("a", ARCH), Measured("b", OTHER_ARCH)])
-    with pytest.raises(CheckpointError, match=r"networks was .*: give --force"):
+    with pytest.raises(CheckpointError, match=r"networks was .*: `force=True`"):
         measure(file, tiny_space)
     assert measure(file, tiny_space, force=True) == 2
 

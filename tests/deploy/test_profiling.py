@@ -177,7 +177,7 @@ def test_an_interrupted_profile_goes_on_to_the_same_table(tiny_space: SearchSpac
     with pytest.raises(Interrupted):
         Machine(interrupt_at=machine.calls // 2).profile(tiny_space, tmp_path)
     assert not (tmp_path / "board.json").exists()
-    with pytest.raises(CheckpointError, match="an interrupted measurement: give --resume"):
+    with pytest.raises(CheckpointError, match="an interrupted measurement: `resume=True`"):
         Machine().profile(tiny_space, tmp_path)
     with pytest.raises(CheckpointError, match=r"machine was .*1 thread.*, is .*2 threads"):
         Machine(threads=2).profile(tiny_space, tmp_path, resume=True)
@@ -186,7 +186,7 @@ def test_an_interrupted_profile_goes_on_to_the_same_table(tiny_space: SearchSpac
 
 def test_a_measurement_is_replaced_only_when_forced(tiny_space: SearchSpace, tmp_path: Path) -> None:
     Machine().profile(tiny_space, tmp_path)
-    with pytest.raises(CheckpointError, match=r"tiny\.csv: exists already: give --force"):
+    with pytest.raises(CheckpointError, match=r"tiny\.csv: exists already: `force=True`"):
         Machine().profile(tiny_space, tmp_path)
     with pytest.raises(CheckpointError, match=r"is another device: .*1 thread, this one is .*2 threads"):
         Machine(threads=2).profile(tiny_space, tmp_path)

@@ -69,7 +69,8 @@ def test_openvino_makes_instances_that_can_be_timed() -> None:
     # in a process of its own: a test process that OpenVINO has run in dies from the next signal that
     # a test sends itself (qnas itself does not: an interrupted profile saves its samples and ends in 130)
     code = "from test_runtimes import _time_instances; _time_instances('openvino')"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 def _time_instances(name: str) -> None:

@@ -101,7 +101,7 @@ def test_networks_pin_down_latencies_over_the_whole_range(
 def test_more_networks_than_there_are_are_refused(tiny_space: SearchSpace) -> None:
     table = load_table(load_device("cpu"), tiny_space)
     assert len(choose_networks(tiny_space, table, 40, 0)) == 40
-    with pytest.raises(UsageError, match="--n 101: space tiny has only 100 networks"):
+    with pytest.raises(UsageError, match="`networks=101`: space tiny has only 100 networks"):
         choose_networks(tiny_space, table, 101, 0)
 
 
@@ -124,7 +124,7 @@ def test_a_sample_that_may_hold_times_is_not_replaced(
 ) -> None:
     file = write_sample(space, networks[:3], tmp_path, onnx=False, seed=0)
     file.write_text("times", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="exists already, perhaps with times: give --force"):
+    with pytest.raises(CheckpointError, match="exists already, perhaps with times: `force=True`"):
         write_sample(space, networks[:4], tmp_path, onnx=False, seed=0)
     assert file.read_text(encoding="utf-8") == "times"
     write_sample(space, networks[:4], tmp_path, onnx=False, seed=0, force=True)

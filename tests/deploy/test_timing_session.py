@@ -118,7 +118,7 @@ def test_an_interrupted_sitting_goes_on_where_it_was(tmp_path: Path, before_the_
     whole = Bench()
     expected = whole.time(two(whole), tmp_path)
     first = Bench(interrupt_at=whole.calls - before_the_end)
-    with pytest.raises(Interrupted, match=r"state\.json: --resume goes on"):
+    with pytest.raises(Interrupted, match=r"state\.json: `resume=True` goes on"):
         first.time(two(first), tmp_path)
     saved = json.loads((tmp_path / "state.json").read_text())["samples"]
     assert 0 < sum(len(values) for one in saved.values() for values in one) < 12
@@ -170,7 +170,7 @@ def test_samples_of_another_request_are_refused(tmp_path: Path) -> None:
     bench = Bench(interrupt_at=20)
     with pytest.raises(Interrupted):
         bench.time({"a": bench.maker("a", 1.0)}, tmp_path, repeats=50)
-    with pytest.raises(CheckpointError, match=r"machine was 'this', is 'that': give --force"):
+    with pytest.raises(CheckpointError, match=r"machine was 'this', is 'that': `force=True`"):
         bench.time({"a": bench.maker("a", 1.0)}, tmp_path, resume=True, request={"machine": "that"})
     with pytest.raises(CheckpointError, match="loads was 2, is 3"):
         bench.time({"a": bench.maker("a", 1.0)}, tmp_path, resume=True, loads=3)

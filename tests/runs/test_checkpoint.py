@@ -85,7 +85,7 @@ def test_where_all_are_damaged_it_is_said(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (tmp_path / NEWEST).write_bytes(b"no")
     with pytest.raises(
-        CheckpointError, match=f"{NEWEST} is damaged .*, and there is none before it: --force"
+        CheckpointError, match=f"{NEWEST} is damaged .*, and there is none before it: `force=True`"
     ):
         checkpoints.load()
     (tmp_path / BEFORE).write_bytes(b"")

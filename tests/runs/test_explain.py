@@ -146,7 +146,7 @@ def test_the_reason_of_an_identity_holds(record: FinishedRun) -> None:
         ]
         if "no block lowers" in story.reason:
             assert nats[best] >= 0
-        elif "too dear" in story.reason:
+        elif "too expensive" in story.reason:
             assert values[best] < 0 < -nats[best]
         elif "are left" in story.reason:
             assert values[best] >= 0
@@ -202,7 +202,7 @@ def test_it_is_said_in_words_within_80_columns(tmp_path: Path) -> None:
         for d in e.devices:
             assert f"{d.device}, within " in said
             assert f"{d.price:.3g} nats a millisecond" in said
-        assert ("90% of what networks differ by" in said) == e.measured
+        assert ("90% of the variance between networks" in said) == e.measured
         differs = any(story.solved != story.choice for story in e.positions)
         assert ("held-out images chose another network" in said) == differs
         assert differs == (options.get("rank", 1) != 1)

@@ -14,11 +14,10 @@ from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import FinishedRun
 from qnas.runs.pareto import (
-    COLUMNS,
+    front_document,
     front_points,
     fronts_csv,
     fronts_document,
-    make_front,
     solve_budgets,
     spread_budgets,
 )
@@ -106,15 +105,15 @@ def test_the_searchs_own_budget_and_what_is_far_from_it_are_marked(record: Finis
     (own,) = (point for point in points if point.own_budget)
     assert own.solution.indices == record.indices
     assert own.budget_ms <= own_ms
-    front = make_front(record, limit, points, own_ms)
-    low, high = front.trusted_ms
+    front = front_document(record, limit, points, own_ms)
+    low, high = front["trusted_ms"]
     assert high is not None
-    assert (front.expected_ms / low - 1, front.expected_ms / high - 1) == pytest.approx((FAR, -FAR))
+    assert (front["expected_ms"] / low - 1, front["expected_ms"] / high - 1) == pytest.approx((FAR, -FAR))
     for point in points:
         assert point.far == (not low <= point.budget_ms <= high)
-    assert front.own_latency_ms == record.document["latency_ms"]
+    assert front["own_latency_ms"] == record.document["latency_ms"]
     unpressed = replace(record, searched=replace(record.searched, pressed=False))
-    assert make_front(unpressed, limit, points, own_ms).trusted_ms == (low, None)
+    assert front_document(unpressed, limit, points, own_ms)["trusted_ms"] == [low, None]
 
 
 def test_the_other_limits_hold_and_what_they_leave_nothing_of_is_left_out(record: FinishedRun) -> None:
@@ -138,11 +137,12 @@ def test_csv_and_picture_hold_what_the_json_does(record: FinishedRun, tmp_path: 
         own_ms = record.limits[0].budget if device == "vpu" else None
         solved = solve_budgets(record, limit, (), spread_budgets(limit, 6, own_ms), 2)
         known = flat({s.indices: 0.5 + 0.02 * s.rank for each in solved for s in each.solutions})
-        fronts.append(make_front(record, limit, front_points(record, solved, known, own_ms), own_ms))
+        points_of = front_points(record, solved, known, own_ms)
+        fronts.append(front_document(record, limit, points_of, own_ms))
     document = fronts_document(record.space, fronts, {"ranked": True, "unranked": ""})
     rows = list(csv.DictReader(io.StringIO(fronts_csv(document))))
     points = [point for front in document["devices"] for point in front["points"]]
-    assert [tuple(row) for row in rows] == [COLUMNS] * len(points)
+    assert [tuple(row) for row in rows] == [tuple(points[0])] * len(points)
     for row, point in zip(rows, points, strict=True):
         assert float(row["latency_ms"]) == point["latency_ms"]
         assert row["choices"].split(" ") == point["choices"]

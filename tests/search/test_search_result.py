@@ -21,8 +21,9 @@ from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import read_finished_run, read_searched
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import find_arch
+from qnas.runs.metrics import read_metrics
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
-from qnas.runs.plots import draw_budget, read_rows
+from qnas.runs.plots import draw_budget
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
 from qnas.search.rerank import ranking_document, screen
@@ -204,7 +205,7 @@ def test_each_device_has_its_table_in_the_run(finished: Finished) -> None:
 def test_the_way_to_the_budget_is_drawn(finished: Finished, tmp_path: Path) -> None:
     drawn = tmp_path / "again.png"
     bound = finished.searcher.state.multiplier.bound
-    draw_budget(read_rows(finished.folder / METRICS_FILE), drawn, multiplier_bound=bound)
+    draw_budget(read_metrics(finished.folder / METRICS_FILE), drawn, multiplier_bound=bound)
     assert (finished.folder / BUDGET_PLOT_FILE).read_bytes() == drawn.read_bytes()
 
 

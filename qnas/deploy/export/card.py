@@ -1,4 +1,4 @@
-"""The card of a trained network: what it does, how it was made, what its files take; JSON and Markdown."""
+"""The model card of a trained network as JSON and Markdown: its task, training, accuracy and files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ SCHEMA = "qnas.card/1"
 
 
 def kept_files(folder: Path, weights_sha256: str) -> dict[str, Any]:
-    """Return what a folder's card says of its other files, those that are there and of the same weights."""
+    """Return the entries of a folder's card for files that still exist and have the same weights."""
     try:
         card = read_json(folder / JSON, ExportError)
     except ExportError:  # none, or a broken one: it is written anew
@@ -39,37 +39,26 @@ def markdown(card: Mapping[str, Any]) -> str:
     low, high = accuracy["interval95"]
     trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
-    sections = [
-        (
-            card["name"],
-            [
-                f"An image network of {len(task['classes'])} classes, made with qnas "
-                f"{card['versions'].get('qnas', '')}.",
-                "",
-                f"- Classes: {', '.join(task['classes'])}",
-                f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
-                f"- Data: {data['kind']}, digest {data['digest']}",
-                f"- Training: {trained}; {recipe}",
-                f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
-                f"(95% interval {low:.1%} to {high:.1%})",
-                f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
-                f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
-                f"{', '.join(network['choices'])}",
-            ],
-        ),
-        ("Latency", list(_latency(card))),
-        ("Files", list(_files(card["files"]))),
+    facts = [
+        f"- Classes: {', '.join(task['classes'])}",
+        f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
+        f"- Data: {data['kind']}, digest {data['digest']}",
+        f"- Training: {trained}; {recipe}",
+        f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
+        f"(95% interval {low:.1%} to {high:.1%})",
+        f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
+        f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
+        f"{', '.join(network['choices'])}",
     ]
-    text = "\n\n".join(
-        f"{'#' * (1 if i == 0 else 2)} {title}\n\n" + "\n".join(lines)
-        for i, (title, lines) in enumerate(sections)
-    )
-    return text + "\n"
+    made_with = f"made with qnas {card['versions'].get('qnas', '')}"
+    title = f"# {card['name']}\n\nAn image network of {len(task['classes'])} classes, {made_with}."
+    lists = ("", facts), ("## Latency\n\n", _latency(card)), ("## Files\n\n", _files(card["files"]))
+    return "\n\n".join([title, *(heading + "\n".join(lines) for heading, lines in lists)]) + "\n"
 
 
 def _latency(card: Mapping[str, Any]) -> Iterator[str]:
     if not card["limits"]:
-        yield "The network was not searched for: no device and no budget belong to it."
+        yield "The network does not come from a search, so it has no device and no budget."
         return
     for limit in card["limits"]:
         show = format_ms if limit["unit"] == "ms" else format_count

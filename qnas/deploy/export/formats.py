@@ -69,17 +69,17 @@ class Exported:
 
 
 def check_request(formats: Sequence[str], precision: str) -> Precision:
-    """Return the precision, checked. Raises UsageError for what is unknown, missing, or goes not together."""
+    """Return the precision, checked. Raises UsageError for what is unknown, not installed or not supported."""
     known: tuple[Precision, ...] = get_args(Precision)
     if precision not in known:
-        raise UsageError(f"--precision {precision!r}: {nearest(precision, known)}")
+        raise UsageError(f"`precision={precision!r}`: {nearest(precision, known)}")
     for name in formats:
         if name not in FORMATS:
-            raise UsageError(f"--format {name!r}: {nearest(name, FORMATS)}")
+            raise UsageError(f"`formats={name!r}`: {nearest(name, FORMATS)}")
         if precision not in FORMATS[name].precisions:
             able = " or ".join(other for other in FORMATS if precision in FORMATS[other].precisions)
             own = " or ".join(FORMATS[name].precisions)
-            raise UsageError(f"--format {name} has no {precision}: take {own}, or the format {able}")
+            raise UsageError(f"format {name} has no {precision}: take {own}, or the format {able}")
         FORMATS[name].runtime()
     return next(p for p in known if p == precision)
 
@@ -102,9 +102,9 @@ def export_files(
 ) -> tuple[Exported, ...]:
     """Write a product into a folder in these formats, read each file back and compare on real images.
 
-    Beside each file stands what came out, FILE.parity.json. `tolerance` is that of the precision unless
-    given; `shown` is the folder to name in messages, where files are moved on to it. Raises ExportError
-    where a file cannot be written or computes something else; the folder is then to be thrown away.
+    The result is written beside each file as FILE.parity.json. `tolerance` is by default that of the
+    precision; messages name `shown` in place of the folder, where files are moved there later. Raises
+    ExportError where a file cannot be written or computes something else; discard the folder then.
     """
     return tuple(
         _export(product, name, precision, folder, images, tolerance or TOLERANCES[precision], shown or folder)
@@ -124,16 +124,12 @@ def _export(
     names = file_names(name, precision)
     where, path, kind = str(shown / names[0]), folder / names[0], FORMATS[name]
     kind.write(product, precision, path, where)
-    run = _load(kind, path, where)
-    parity = compare(
-        product.network,
-        run,
-        images,
-        tolerance,
-        where=where,
-        batch=product.batch,
-        noise=precision == "fp32",
-    )
+    try:
+        run = kind.load(path)
+    except Exception as error:  # runtimes raise kinds of their own
+        raise ExportError(f"{where}: {kind.runtime()} cannot load the file: {root_cause(error)}") from error
+    noise = precision == "fp32"
+    parity = compare(product.network, run, images, tolerance, where=where, batch=product.batch, noise=noise)
     contents = [(folder / file).read_bytes() for file in names]
     exported = Exported(
         name,
@@ -148,10 +144,3 @@ def _export(
     )
     write_json(folder / f"{names[0]}{PARITY}", {"schema": "qnas.parity/1", **exported.facts()})
     return exported
-
-
-def _load(kind: Format, path: Path, where: str) -> Run:
-    try:
-        return kind.load(path)
-    except Exception as error:  # runtimes raise kinds of their own
-        raise ExportError(f"{where}: {kind.runtime()} cannot load the file: {root_cause(error)}") from error

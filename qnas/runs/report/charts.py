@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import fmean
 from typing import Literal
 
 from markupsafe import Markup
@@ -225,7 +226,5 @@ def thin(points: Points, most: int = 200) -> list[tuple[float, float]]:
         return list(points)
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (math.fsum(x for x, _ in group) / len(group), math.fsum(y for _, y in group) / len(group))
-        for group in groups[:-1]
-    ] + [points[-1]]
+    means = [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups[:-1]]
+    return [*means, points[-1]]

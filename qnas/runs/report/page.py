@@ -9,7 +9,7 @@ The template is `page.html` with `style.css`, both beside this module.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qnas.common.errors import CheckpointError, first_line
-from qnas.common.files import naming, read_json, write_text
+from qnas.common.files import read_json, write_text
 from qnas.common.units import format_count, format_ms
+from qnas.runs import names
 from qnas.runs.folders import read_config
 from qnas.runs.latency_text import describe_budgets
-from qnas.runs.names import (
-    ARCH_FILE,
-    CONFIG_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    SEARCH_FILE,
-    SPACE_FILE,
-    SUBNET_FOLDER,
-)
-from qnas.runs.report.figures import FORMS
-from qnas.runs.report.network import block_rows
+from qnas.runs.report.network import block_rows, layer_text
 from qnas.runs.report.searching import search_section
 from qnas.runs.report.training import training_section
 from qnas.runs.text import short_name
@@ -40,6 +31,17 @@ from qnas.spaces.arch import make_arch, read_arch_document
 from qnas.spaces.space import load_space
 
 Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are about to be written, by name
+
+FORMS: dict[str, Callable[[Any], str]] = {  # in which numbers of the run's files are shown
+    "ms": format_ms,
+    "ms up": lambda value: format_ms(value, round_up=True),
+    "percent": lambda value: f"{value:.1%}",
+    "percent2": lambda value: f"{value:.2%}",
+    "count": format_count,
+    "whole": lambda value: f"{value:,}",
+    "nats": lambda value: f"{value:.3f}",
+    "text": str,
+}
 
 
 class Facts:
@@ -76,24 +78,25 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
     ArchError or SpaceError where the folder holds no run.
     """
     pending = pending or {}
-    document = pending.get(ARCH_FILE) or read_arch_document(folder / ARCH_FILE)
-    space = load_space(folder / SPACE_FILE)
-    arch = make_arch(space, tuple(document["choices"]), str(folder / ARCH_FILE))
-    searched = (folder / SEARCH_FILE).is_file()
-    trained = next(
-        (f for f in (folder, folder / SUBNET_FOLDER) if _has(f, RESULT_FILE, pending, folder)), None
-    )
-    documents: dict[str, Any] = {"arch": document}
-    if (folder / CONFIG_FILE).is_file():
-        documents["config"] = read_config(folder)
-    if searched:
-        documents["search"] = read_json(folder / SEARCH_FILE, CheckpointError)
-    if trained is not None:
-        ready = (
-            pending.get(RESULT_FILE) if trained == folder else pending.get(f"{SUBNET_FOLDER}/{RESULT_FILE}")
-        )
-        documents["result"] = ready or read_json(trained / RESULT_FILE, CheckpointError)
-        documents["training"] = read_config(trained)
+
+    def read(name: str) -> Mapping[str, Any] | None:
+        """Return the content of a JSON file, which may be about to be written; None without one."""
+        there = (folder / name).is_file()
+        return pending.get(name) or (read_json(folder / name, CheckpointError) if there else None)
+
+    document = pending.get(names.ARCH_FILE) or read_arch_document(folder / names.ARCH_FILE)
+    space = load_space(folder / names.SPACE_FILE)
+    arch = make_arch(space, tuple(document["choices"]), str(folder / names.ARCH_FILE))
+    results = {place: read(str(Path(place) / names.RESULT_FILE)) for place in ("", names.SUBNET_FOLDER)}
+    trained, result = next(((p, found) for p, found in results.items() if found), ("", None))
+    read_all = {
+        "arch": document,
+        "config": read(names.CONFIG_FILE),
+        "search": read(names.SEARCH_FILE),
+        "result": result,
+        "training": read_config(folder / trained) if result is not None else None,
+    }
+    documents = {name: content for name, content in read_all.items() if content is not None}
     facts = Facts(documents)
     first = next((e["name"] for e in document.get("limits", []) if e["unit"] == "ms"), "")
     kernels = (facts.get("search.layers") or {}).get(first, ())
@@ -105,8 +108,12 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         "ms": format_ms,
         "count": format_count,
         "short": short_name,
+        "layer": layer_text,
         "pretty": lambda content: json.dumps(content, indent=2),
     }
+    training = None
+    if result is not None:
+        training = training_section(folder / trained, result, documents["training"], of_run=trained != "")
     return environment.from_string(_text("page.html")).render(
         style=Markup(_text("style.css")),
         title=f"{space.name}{f' within {within}' if within else ''}",
@@ -115,17 +122,9 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         space=space,
         device=first,
         blocks=block_rows(folder, space, arch, document, kernels),
-        search=search_section(folder, document) if searched else None,
-        training=training_section(
-            trained, documents["result"], documents["training"], of_run=trained != folder
-        )
-        if trained is not None
-        else None,
+        search=search_section(folder, document) if "search" in documents else None,
+        training=training,
     )
-
-
-def _has(place: Path, name: str, pending: Files, folder: Path) -> bool:
-    return (place / name).is_file() or (place / name).relative_to(folder).as_posix() in pending
 
 
 def _text(name: str) -> str:
@@ -134,10 +133,8 @@ def _text(name: str) -> str:
 
 def write_report(folder: Path, pending: Files | None = None) -> Path:
     """Write a run's page into its folder; return where it lies. Raises as `build_page`."""
-    path = folder / REPORT_FILE
-    page = build_page(folder, pending)
-    with naming(path):
-        write_text(path, page)
+    path = folder / names.REPORT_FILE
+    write_text(path, build_page(folder, pending))
     return path
 
 
@@ -146,10 +143,10 @@ def close_with_report(folder: Path, pending: Files) -> None:
 
     A training's page goes into the run whose network it trained, if it lies in one.
     """
-    whole = all((folder.parent / name).is_file() for name in (ARCH_FILE, SPACE_FILE))
-    if folder.name == SUBNET_FOLDER and whole:
+    whole = all((folder.parent / name).is_file() for name in (names.ARCH_FILE, names.SPACE_FILE))
+    if folder.name == names.SUBNET_FOLDER and whole:
         folder, pending = folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()}
     try:
         write_report(folder, pending)
     except Exception as error:  # whatever is wrong with a page: hours of work are not lost for it
-        print(f"qnas: warning: no {folder / REPORT_FILE}: {first_line(error)}", file=sys.stderr)
+        print(f"qnas: warning: no {folder / names.REPORT_FILE}: {first_line(error)}", file=sys.stderr)

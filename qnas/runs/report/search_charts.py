@@ -31,7 +31,7 @@ def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     )
     yield chart(
         [_by_step("multiplier", steps, "multiplier", 3)],
-        title="Multiplier: how strongly the limit presses",
+        title="Multiplier: the pressure of the limit",
         x_label="step",
         y_label="multiplier",
         levels=[Level(0, "")],
@@ -54,7 +54,7 @@ def training_charts(
         _by_step("weights, training images", rows, "loss", 1),
         _by_step("architecture, held-out images", steps, "arch_loss", 2),
     ]
-    accuracy = [_by_step("held-out images, of the paths that are drawn", known, "arch_accuracy", 2)]
+    accuracy = [_by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)]
     undecided = [
         _by_step("entropy of a position, nats", steps, "entropy", 1),
         _by_step("share of identity", steps, "identity_share", 2),
@@ -65,7 +65,7 @@ def training_charts(
         chart(accuracy, title=f"Accuracy, {smoothed}", x_label="step", y_label="accuracy", percent=True),
         chart(
             undecided,
-            title="How undecided the probabilities are, on average",
+            title="Entropy of the probabilities, on average",
             x_label="step",
             y_label="",
             y_ends=(0, None),
@@ -78,7 +78,7 @@ def _by_step(name: str, rows: Sequence[Mapping[str, Any]], key: str, colour: int
 
 
 def rival_charts(run: FinishedRun) -> Iterator[Markup]:
-    """Show what was solved for by held-out accuracy, and what it is compared with by test accuracy."""
+    """Show the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
     found, indices = run.found, run.indices
     limit = run.limits[0]
     own_ms = limit.amount(indices)
@@ -94,22 +94,22 @@ def rival_charts(run: FinishedRun) -> Iterator[Markup]:
         yield chart(
             [
                 Series(
-                    f"the {len(ranking)} that were ranked",
+                    f"the {len(ranking)} ranked networks",
                     [(entry["amounts"][0], entry["heldout_accuracy"]) for entry in others],
                     1,
                     "dots",
                     [title(entry, entry["heldout_accuracy"]) for entry in others],
                 ),
-                Series("the first, derived", [(own_ms, ranking[0]["heldout_accuracy"])], 4, "star"),
+                Series("derived: the first", [(own_ms, ranking[0]["heldout_accuracy"])], 4, "star"),
             ],
-            title="On held-out images, which chose",
+            title="Held-out images, used for selection",
             x_label=f"ms on {limit.name}",
             y_label="accuracy",
             levels=[Level(limit.limit, "the limit", "x")],
             percent=True,
         )
     named = [("random", "random networks", found.get("random", []), 1, "dots")]
-    for key, name in (("macs_guided", "chosen by MACs alone"), ("largest", "most MACs")):
+    for key, name in (("macs_guided", "best by a limit on MACs"), ("largest", "most MACs")):
         if found.get(key):
             named.append((key, name, [found[key]], 2 if key == "largest" else 3, "rings"))
     series = [
@@ -124,7 +124,7 @@ def rival_charts(run: FinishedRun) -> Iterator[Markup]:
     ]
     yield chart(
         [*series, Series("derived", [(own_ms, found["derived"]["accuracy"])], 4, "star")],
-        title="On test images, which chose nothing",
+        title="Test images, not used for selection",
         x_label=f"ms on {limit.name}",
         y_label="accuracy",
         levels=[Level(limit.limit, "the limit", "x")],
@@ -133,7 +133,7 @@ def rival_charts(run: FinishedRun) -> Iterator[Markup]:
 
 
 def pareto_charts(path: Path) -> Iterator[Markup]:
-    """Show each device's front as `qnas pareto` left it, where it was run."""
+    """Show each device's front by the pareto.json that `qnas pareto` wrote, if there is one."""
     if not path.is_file():
         return
     document = read_json(path, CheckpointError)
@@ -148,14 +148,16 @@ def pareto_charts(path: Path) -> Iterator[Markup]:
             [
                 Series("front", [(x, y) for x, y, p in points if p["on_front"]], 1, "step"),
                 Series("best within a budget", [(x, y) for x, y, p in points if not p["far"]], 1, "dots"),
-                Series("far from the search", [(x, y) for x, y, p in points if p["far"]], 1, "rings"),
+                Series(
+                    "far from the searched budget", [(x, y) for x, y, p in points if p["far"]], 1, "rings"
+                ),
                 Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
             ],
             title=front["device"],
             x_label="ms",
             y_label="held-out accuracy" if ranked else "score",
             levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
-            bands=[Band(low, front["slowest_ms"] if high is None else high, "near the search")],
+            bands=[Band(low, front["slowest_ms"] if high is None else high, "near the searched budget")],
             log_x=True,
             percent=ranked,
         )

@@ -303,12 +303,12 @@ def test_several_formats_are_written_once_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "precision", "message"),
     [
-        (["onyx"], "fp32", r"--format 'onyx': did you mean onnx\? known: onnx, openvino"),
-        (["onnx"], "fp8", r"--precision 'fp8': did you mean fp32 or fp16\? known"),
+        (["onyx"], "fp32", r"`formats='onyx'`: did you mean onnx\? known: onnx, openvino"),
+        (["onnx"], "fp8", r"`precision='fp8'`: did you mean fp32 or fp16\? known"),
         (
             ["onnx", "torch"],
             "int8",
-            "--format torch has no int8: take fp32 or fp16, or the format onnx or openv",
+            "format torch has no int8: take fp32 or fp16, or the format onnx or openv",
         ),
     ],
 )

@@ -30,8 +30,7 @@ from qnas.runs.names import (
 )
 from qnas.runs.predictions import read_predictions
 from qnas.runs.report import training
-from qnas.runs.report.figures import FORMS
-from qnas.runs.report.page import build_page, close_with_report, write_report
+from qnas.runs.report.page import FORMS, build_page, close_with_report, write_report
 from qnas.runs.report.searching import command_line
 from qnas.runs.text import short_name
 from qnas.spaces.space import SearchSpace, load_space
@@ -151,9 +150,9 @@ def test_probabilities_of_every_position_and_the_explanation_are_there(whole: Pa
     assert re.findall(r"probabilities of position ([\d.]+)", text) == ["1.1", "1.2", "2.1", "2.2"]
     e = explain(read_finished_run(whole))
     for d in e.devices:
-        assert f"What latency is worth on {d.device}" in text
+        assert f"The price of latency on {d.device}" in text
         assert f"{d.price:.3g} nats a millisecond" in text
-    for title in ("Expected amount against its limit", "Multiplier", "Losses", "Accuracy", "How undecided"):
+    for title in ("Expected amount against its limit", "Multiplier", "Losses", "Accuracy", "Entropy"):
         assert f'aria-label="{title}' in text
     layers = documents_of(whole)["search"]["layers"]
     assert set(layers) == {"myriad-vpu", "cortex-a76"}
