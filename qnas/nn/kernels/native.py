@@ -3,7 +3,7 @@
 All .cpp files of this folder are one shared object with a plain C interface: torch's extension
 headers alone take a compiler 18 s. It is kept by a digest of sources, compiler, flags and processor
 in $QNAS_HOME/kernels, else qnas/kernels in $XDG_CACHE_HOME or ~/.cache. Importing this module
-builds nothing. A build that fails is one warning, and `library` returns None from then on.
+builds nothing. A build that fails gives one warning, after which `library` returns None.
 QNAS_KERNELS=0 turns the kernels off.
 """
 
@@ -60,17 +60,17 @@ class Native:
 
 
 def library() -> Native | None:
-    """Return the kernels, built if they never were; None where they are off or cannot be had."""
+    """Return the kernels, built at the first use; None where they are off or cannot be built."""
     return _load() if is_enabled() else None
 
 
 def is_enabled() -> bool:
-    """Say whether the environment allows the kernels: QNAS_KERNELS is not 0."""
+    """Return whether the environment allows the kernels: QNAS_KERNELS is not 0."""
     return os.environ.get("QNAS_KERNELS", "") != "0"
 
 
 def describe() -> dict[str, Any]:
-    """Say what there is without building: enabled, compiler, file, built (it exists), loaded."""
+    """Return the state of the kernels without building them: enabled, compiler, file, built, loaded."""
     compiler = find_compiler()
     try:
         version = None if compiler is None else _version(compiler)
@@ -158,15 +158,3 @@ def _reason(error: Exception) -> str:
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
         return lines[0].strip() if lines else f"{error.cmd[0]} ended with {error.returncode}"
     return str(error)
-
-
-__all__ = [
-    "Native",
-    "build",
-    "cache_folder",
-    "cached_path",
-    "describe",
-    "find_compiler",
-    "is_enabled",
-    "library",
-]
