@@ -16,9 +16,10 @@ from qnas.data.broken_images import (
     find_broken,
     read_each,
 )
-from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
+from qnas.data.datasets import SAMPLE, read_datasets
 from qnas.data.decoding import chunked
 from qnas.data.digest import digest_of
+from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Split, take_images
 from qnas.data.image_files import ImageNumbers
 from qnas.data.labelled_images import LabelledImages
@@ -31,7 +32,7 @@ MEMORY_LIMIT_BYTES = 3_000_000_000  # decoded images of all splits together; abo
 
 
 def load_data(
-    data: str | DataSpec | Datasets | AnyDataset,
+    data: GivenData,
     *,
     resolution_px: int,
     channels: int = 3,
@@ -87,9 +88,7 @@ def load_data(
     return _assemble(source, splits, images, lazy, broken, keep_originals=keep_originals)
 
 
-def _open(
-    data: str | DataSpec | Datasets | AnyDataset, memory_limit_bytes: int, most: float, *, quiet: bool
-) -> LabelledImages:
+def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
     if isinstance(data, str | DataSpec):
         return open_dataset(data)
     if isinstance(data, LabelledImages):

@@ -49,7 +49,7 @@ def _convolution(spec: LayerSpec) -> nn.Module:
 
 
 def _depthwise(spec: LayerSpec) -> nn.Module:
-    """Build a depthwise convolution whose kernels are about their centres to begin with.
+    """Build a depthwise convolution whose kernels start concentrated around their centres.
 
     Drawn as torch does and weighted by a Gaussian of the distance, the sum of squares kept. Trained kernels
     look like that (arXiv 2210.03651), and a 7x7 kernel starts almost as a 3x3 one instead of as noise from

@@ -2,11 +2,11 @@
 
 There are three ways to keep their weights:
 
-- independent: a module for each candidate, as ProxylessNAS has it (arXiv 1812.00332);
+- independent: a module for each candidate, as in ProxylessNAS (arXiv 1812.00332);
 - shared: the largest module of each kind of block; a candidate's weights are slices of its tensors, the
   centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free.
-  QuadraBlocks of another neuron are another kind, pointwise convolutions included: these follow a map of
-  another distribution, and kernels that were trained to be multiplied are none to be summed;
+  QuadraBlocks of another neuron are another kind, pointwise convolutions included: their inputs have another
+  distribution, and kernels trained as factors of a product do not serve as terms of a sum;
 - nested: weights as shared, and all candidates at once cost one pass of the largest, where they are a grid
   of kernels and expansions (`qnas.nn.kernels.nested`).
 
@@ -15,10 +15,10 @@ mixer_k(x), then the same with the expansions. It is not the mixture of whole bl
 probability each: the channel half sees the mixed mixer, and P(k, e) is the product P(k) P(e) (1 -
 P(identity)). Where each of the three is certain, both are the one block.
 
-Where weights are slices a sampled path leaves a gradient of zero on the rest of a tensor, so an optimiser
-with momentum moves that on.
+Where weights are slices, a sampled path leaves a gradient of zero on the rest of a tensor; an optimiser with
+momentum still moves it.
 
-A module is told which route to run and keeps nothing of an architecture.
+A module takes the route to run as an argument and stores no architecture.
 """
 
 from abc import ABC, abstractmethod
@@ -329,8 +329,9 @@ class NestedChoice(SharedChoice):
         kernels, expansions, share = (
             shares.to(expand.weight) for shares in (route.kernels, route.expansions, route.block)
         )
-        mixer = (norm1.weight, norm1.bias, *(conv.weight for conv in block.convolutions))
-        x = nested_mixer_half(x, *mixer, share * kernels, self.grid.kernels, eps=norm1.eps)
+        depthwise = (block.conv_a.weight, block.conv_b.weight, block.conv_c.weight)
+        shares, sizes = share * kernels, self.grid.kernels
+        x = nested_mixer_half(x, norm1.weight, norm1.bias, *depthwise, shares, sizes, eps=norm1.eps)
         pointwise = (norm2.weight, norm2.bias, expand.weight, expand.bias, project.weight, project.bias)
         gates = self._hidden_gates(expansions, x.shape[1])
         return nested_channel_half(x, *pointwise, gates, share, eps=norm2.eps)

@@ -143,7 +143,7 @@ def _renumbered(route: Route, here: Sequence[int], there: Sequence[int]) -> Rout
 
 
 class Factors(nn.Module):
-    """From parameters of kernels, of expansions and of block or identity to candidates.
+    """The map from parameters of kernels, expansions and block or identity to probabilities of candidates.
 
     Parameters that are all equal make all candidates of a position equally likely.
     """

@@ -4,6 +4,7 @@ x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))) of pointwise.py.
 and computes the rest again in the backward pass: 2 times x where the plain modules keep 14.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def mixer_half(
 def run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
     """Run `mixer_half` of its tensors, or with shares the mixture of nested kernels (C++ alone)."""
     if not torch.is_grad_enabled():
-        return _forward(*tensors, shares=shares, eps=eps)
+        return _forward(tensors, shares, eps)
     y: Tensor = _MixerHalf.apply(*tensors, shares, eps)
     return y
 
@@ -62,32 +63,26 @@ class _MixerHalf(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, shares, ctx.eps = arguments
         ctx.save_for_backward(*tensors, shares)
-        return _forward(*tensors, shares=shares, eps=ctx.eps)
+        return _forward(tensors, shares, ctx.eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, *weights, shares = ctx.saved_tensors
+        *tensors, shares = ctx.saved_tensors
+        x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
         needed = ctx.needs_input_grad
-        if not mixer.is_supported(x, weights[0].shape[-1]):
-            return (*_torch_backward(grad, x, norm_weight, norm_bias, *weights, ctx.eps, needed), None, None)
+        if not mixer.is_supported(x, w_a.shape[-1]):
+            return (*_torch_backward(grad, tensors, ctx.eps, needed), None, None)
         norm = mixer.Norm(norm_weight, norm_bias, ctx.eps)
-        wanted = {"needs_x": needed[0], "needs_weights": any(needed[1:6])}  # not in an architecture step
-        got = mixer.backward(grad, x, *weights, norm, shares, **wanted)
+        needs_weights = any(needed[1:6])  # not in an architecture step
+        got = mixer.backward(
+            grad, x, w_a, w_b, w_c, norm, shares, needs_x=needed[0], needs_weights=needs_weights
+        )
         return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c, got.shares, None)
 
 
-def _forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w_a: Tensor,
-    w_b: Tensor,
-    w_c: Tensor,
-    *,
-    shares: Tensor | None,
-    eps: float,
-) -> Tensor:
+def _forward(tensors: Sequence[Tensor], shares: Tensor | None, eps: float) -> Tensor:
+    x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
     if mixer.is_supported(x, w_a.shape[-1]):
         return mixer.forward(x, w_a, w_b, w_c, mixer.Norm(norm_weight, norm_bias, eps), shares)
     assert shares is None, "the mixture of nested kernels has no other form"
@@ -96,17 +91,10 @@ def _forward(
 
 
 def _torch_backward(
-    grad: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w_a: Tensor,
-    w_b: Tensor,
-    w_c: Tensor,
-    eps: float,
-    needed: tuple[bool, ...],
+    grad: Tensor, tensors: Sequence[Tensor], eps: float, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x and of the five parameters, None where not `needed`."""
+    x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
     through_norm = any(needed[:3])

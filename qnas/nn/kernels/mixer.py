@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnas.nn.kernels.native import Signature, library
+from qnas.nn.kernels.native import Signature, address, library
 
 MAX_KERNEL = 9
 MAX_NESTED = 7
@@ -71,7 +71,7 @@ def forward(
     x, inputs = _dense(x), _inputs(x, (w_a, w_b, w_c), norm, shares)
     y = torch.empty_like(x)
     if y.numel():
-        _functions()[0](*_arguments(x, inputs, norm), _at(y))
+        _functions()[0](*_arguments(x, inputs, norm), address(y))
     return y
 
 
@@ -97,10 +97,11 @@ def backward(
     through_x = needs_x or (needs_weights and norm is not None)
     new = torch.empty_like if x.numel() else torch.zeros_like
     parameters = [new(t) if needs_weights and t is not None else None for t in inputs[:-1]]
-    found = Gradients(new(x) if through_x else None, *parameters, None if shares is None else new(shares))
+    to_shares = None if shares is None else new(shares)
+    found = Gradients(*[new(x) if through_x else None, *parameters, to_shares])
     if x.numel():
         sizes, *arguments = _arguments(x, inputs, norm)
-        _functions()[1](sizes, _at(grad), *arguments, *map(_at, found))
+        _functions()[1](sizes, address(grad), *arguments, *map(address, found))
     return found if needs_x else found._replace(x=None)
 
 
@@ -147,11 +148,7 @@ def _arguments(x: Tensor, inputs: list[Tensor | None], norm: Norm | None) -> tup
     assert inputs[0] is not None
     sizes = _SIZES(batch, height, width, channels, inputs[0].shape[-1], torch.get_num_threads())
     *tensors, shares = inputs
-    return sizes, _at(x), *map(_at, tensors), 0.0 if norm is None else norm.eps, _at(shares)
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    return sizes, address(x), *map(address, tensors), 0.0 if norm is None else norm.eps, address(shares)
 
 
 @lru_cache(maxsize=1)

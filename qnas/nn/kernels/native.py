@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qnas.common.files import atomic_path
 from qnas.common.host import cpu_name
 from qnas.common.resources import user_cache
@@ -88,11 +90,8 @@ def describe() -> dict[str, Any]:
 
 def find_compiler() -> str | None:
     """Return the path of the compiler: $CXX, else the first of COMPILERS that is installed."""
-    for name in (os.environ.get("CXX", ""), *COMPILERS):
-        found = shutil.which(name) if name else None
-        if found is not None:
-            return found
-    return None
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
@@ -145,6 +144,11 @@ def _load() -> Native | None:
             stacklevel=3,
         )
         return None
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return the place of a tensor's numbers in memory, as the C functions take it; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import native
+from qnas.nn.kernels.native import address
 
 # Rows of torch's chunks: expanded activations that stay in cache, but enough rows for a weight gradient,
 # which is read and written once a chunk (half and double of either: 0 to 5% slower).
@@ -73,6 +74,7 @@ class _ChannelHalf(torch.autograd.Function):
         # an architecture step of a search needs neither, or with nested weights the second alone
         wanted = any(needed[1:5]), any(needed[5:7])
         grad_x, *gradients = _choose(x).backward(_rows(grad), _rows(x), parameters, ctx.eps, *wanted)
+        assert grad_x is not None
         return (_map(grad_x, x), *gradients, None)
 
 
@@ -93,7 +95,7 @@ class _Native:
         y = torch.empty_like(rows)
         parameters = [p.contiguous() for p in parameters]
         if len(rows):
-            self._forward(self._sizes(rows, len(parameters[2])), eps, *map(_at, (rows, *parameters, y)))
+            self._forward(self._sizes(rows, len(parameters[2])), eps, *map(address, (rows, *parameters, y)))
         return y
 
     def backward(
@@ -114,16 +116,12 @@ class _Native:
         grad_x = torch.empty_like(rows)
         if len(rows):
             sizes = self._sizes(rows, len(parameters[2]))
-            self._backward(sizes, eps, *map(_at, (rows, *parameters, grad, grad_x, *found)))
+            self._backward(sizes, eps, *map(address, (rows, *parameters, grad, grad_x, *found)))
         return (grad_x, *found)
 
     @staticmethod
     def _sizes(rows: Tensor, hidden: int) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * 4)(*rows.shape, hidden, torch.get_num_threads())
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class _Torch:

@@ -129,10 +129,10 @@ def test_gradients_lose_little(kernel: int) -> None:
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_a_column_is_the_same_bits_whatever_is_right_of_it(kernel: int) -> None:
-    (x, *weights), *_ = case((1, 40, 6, 40), kernel)
-    wide = mixer.forward(x, *weights)
+    (x, a, b, c), *_ = case((1, 40, 6, 40), kernel)
+    wide = mixer.forward(x, a, b, c)
     for width in range(12 + kernel, 40, 3):  # groups of tiles that overlap or not, the last whole or cut off
-        narrow = mixer.forward(x[..., :width], *weights)
+        narrow = mixer.forward(x[..., :width], a, b, c)
         inside = width - kernel // 2 - 4  # the last tiles meet zeros where the others have columns
         torch.testing.assert_close(narrow[..., :inside], wide[..., :inside], rtol=0, atol=0)
 
@@ -152,6 +152,7 @@ def test_nested_is_the_sum_over_its_kernels(shape: tuple[int, ...], kernel: int)
     operator, norm, shares, grad = case(shape, kernel)
     y = mixer.forward(*operator, norm, shares)
     *gradients, to_shares = mixer.backward(grad, *operator, norm, shares)
+    assert to_shares is not None
     wanted = expected(nested, (*operator, norm.weight, norm.bias, shares), grad)
     assert_close((y, *gradients), wanted[:-1])
     magnitude = (grad * y).abs().sum()  # of the terms of what is one number for each kernel
@@ -185,6 +186,8 @@ def test_only_needed_gradients_of_the_mixers_are_computed(
     *got, to_shares = mixer.backward(
         grad, *operator, norm, shares, needs_x=needs_x, needs_weights=needs_weights
     )
+    assert to_shares is not None
+    assert all_shares is not None
     *alone, none = mixer.backward(grad, *operator, norm)
     assert none is None
     *got_alone, _ = mixer.backward(grad, *operator, norm, needs_x=needs_x, needs_weights=needs_weights)
