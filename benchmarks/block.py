@@ -4,13 +4,13 @@
 
 Forms of one width C, kernel 7 and expansion 4, on channels_last maps in float32 on the CPU: naive (three
 F.conv2d and torch's modules under autograd), lean (qnas with QNAS_KERNELS=0), native (qnas with its C++
-kernels), keeping and recomputing (native, with recompute off and on instead of chosen by width), nested
-(the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet (their papers' blocks). All
-take turns in every round, and a time is given as the median over rounds of its ratio to the naive one of
-the same round; with one thread it is the time on the processor, which other programs on the machine disturb
-less. Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is kept; --fresh is
-the state of any other process, where the pages of each large tensor are cleared first, which costs the
-naive form most. Prints a table and PASS or MISS for every bar; the exit status is 1 where one is missed.
+kernels), nested (the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet (their
+papers' blocks). All take turns in every round, and a time is given as the median over rounds of its ratio to
+the naive one of the same round; with one thread it is the time on the processor, which other programs on the
+machine disturb less. Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is
+kept; --fresh is the state of any other process, where the pages of each large tensor are cleared first,
+which costs the naive form most. Prints a table and PASS or MISS for every bar; the exit status is 1 where
+one is missed.
 """
 
 import argparse
@@ -107,12 +107,11 @@ FORMS: dict[str, Callable[[int], nn.Module]] = {
     "naive": lambda channels: NaiveBlock(channels, KERNEL, EXPANSION),
     "lean": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
     "native": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION),
-    "keeping": lambda channels: QuadraBlock(channels, KERNEL, EXPANSION, recompute=False),
     "nested": NestedBlock,
     "convnext": ConvNeXtBlock,
     "hornet": lambda channels: HorNetBlock(channels, order=3),
 }
-NATIVE = ("native", "keeping", "nested")
+NATIVE = ("native", "nested")
 
 
 def main() -> None:

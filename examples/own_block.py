@@ -1,19 +1,18 @@
 """A block of your own: registered in a file outside the package, searched with, trained and exported.
 
-Run it in about a minute on one core, `python examples/own_block.py FOLDER`. Any command can use its block
-in a YAML file too: `qnas --plugin examples/own_block.py search --space my.yaml ...`.
+`python examples/own_block.py FOLDER` takes about a minute on one core. Any command can use the block in a
+YAML file too: `qnas --plugin examples/own_block.py search --space my.yaml ...`.
 
 The block is that of StarNet (Rewrite the Stars, arXiv 2403.19967): a depthwise convolution, two pointwise
 ones whose outputs are multiplied, and a projection back.
 """
 
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from torch import Tensor, nn
 
+import qnas
 from qnas.nn.batch_norm import BatchNorm2d
 from qnas.spaces.blocks import Place, register_block
 from qnas.spaces.layer import LayerSpec
@@ -88,16 +87,17 @@ def star_space() -> SearchSpace:
 
 def main(folder: Path) -> None:
     """Search within 0.8 ms on a Cortex-A76, train the network found, and export it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    space, run = folder / "stars.yaml", folder / "run"
-    space.write_text(star_space().to_yaml(), encoding="utf-8")
-    for command in (
-        f"search --space {space} --device cortex-a76 --budget 0.8ms --epochs 6 --warmup-epochs 3 --out {run}",
-        f"train-subnet {run} --epochs 10",
-        f"export {run} --format onnx --format standalone",
-    ):
-        qnas = [sys.executable, "-m", "qnas.commands", "--plugin", __file__]
-        subprocess.run([*qnas, *shlex.split(command)], check=True)
+    result = qnas.run_search(
+        star_space(),
+        {"cortex-a76": "0.8ms"},
+        search_epochs=6,
+        warmup_epochs=3,
+        out=folder / "run",
+        progress=True,
+    )
+    print(result, *result.arch.choices, sep="\n")
+    trained = qnas.train_subnet(result, epochs=10, progress=True)
+    print(trained, *qnas.export(trained, ["onnx", "standalone"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the long functions of the API share: progress, the process they run in, and versions."""
 
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -84,8 +85,11 @@ def load_images(
     keep_originals: bool = False,
     quiet: bool = True,
 ) -> ImageData:
-    """Load images for networks of a space; None for `max_broken` is the usual share."""
-    return load_data(
+    """Load images for networks of a space; None for `max_broken` is the usual share.
+
+    What is doubtful about a user's Dataset is a warning.
+    """
+    images = load_data(
         data,
         resolution_px=resolution_px,
         channels=space.input.channels,
@@ -93,3 +97,6 @@ def load_images(
         keep_originals=keep_originals,
         quiet=quiet,
     )
+    for note in images.notes:
+        warnings.warn(note, stacklevel=3)
+    return images

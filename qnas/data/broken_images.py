@@ -1,19 +1,20 @@
 """Broken images: those that do not decode to the end, for whatever reason.
 
-They are left out, up to a share of all, and listed in the run. What fits into memory is decoded at the
-start anyway. Of a larger set every image is decoded once before the first step, at the smallest size that
-its format has, and the result is kept in the user's cache: splits, batches and a resumed run know from the
-start which images are left out, and a long run does not fail on one. The cache goes by the names, sizes and
-times of the files.
+They are left out, up to a share of all images, and listed in the run. A data set that fits into memory is
+decoded at the start anyway. Of a larger one every image is decoded once before the first step, at the
+smallest size of its format, and the result is kept in the user's cache under the names, sizes and times of
+the files. So splits, batches and a resumed run know from the start which images are left out, and a long run
+does not fail on one.
 """
 
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TypeVar
 
+from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,11 +23,13 @@ from qnas.common.resources import user_cache
 from qnas.data.decoding import UNREADABLE, chunked, in_threads
 from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import OriginalFile
-from qnas.data.lazy_images import LazyImages, Original, read_pixels
+from qnas.data.lazy_images import Original, read_pixels
 
 MAX_BROKEN = 0.01  # largest share of broken images with which a run goes on
 SCHEMA = "qnas.broken/2"
 _SHOWN = 3  # in a message
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,39 @@ class BrokenImage:
 
 
 BrokenImages = Mapping[int, BrokenImage]  # by their numbers in the data set
+_KEPT: TypeAdapter[BrokenImages] = TypeAdapter(dict[int, BrokenImage])
 
 
-def read_or_broken(images: LazyImages, place: int) -> Tensor | BrokenImage:
-    """Return one image (C, H, W) as uint8, or why it cannot be decoded."""
-    try:
-        return images[place]
-    except BrokenImageError as error:
-        return BrokenImage(error.where, error.problem)
+def or_broken(read: Callable[[int], T]) -> Callable[[int], T | BrokenImage]:
+    """Return a function that returns what `read` does of an image, or why it cannot be decoded."""
+
+    def read_or_broken(place: int) -> T | BrokenImage:
+        try:
+            return read(place)
+        except BrokenImageError as error:
+            return BrokenImage(error.where, error.problem)
+
+    return read_or_broken
+
+
+def read_each(
+    read: Callable[[int], T], numbers: Sequence[int], most: float, where: str, *, quiet: bool
+) -> Iterator[tuple[int, T | BrokenImage]]:
+    """Yield (place, result) of `read` for the places of all `numbers`, read ahead in threads.
+
+    `numbers` are those of the images in their data set. Raises DataError once more than a share `most` of the
+    images is broken.
+    """
+    count, broken = len(numbers), {}
+    with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
+        # in chunks, so that too many damaged files end it early
+        for chunk, found in zip(chunked(count), in_threads(or_broken(read), chunked(count)), strict=True):
+            for place, each in zip(chunk, found, strict=True):
+                if isinstance(each, BrokenImage):
+                    broken[int(numbers[place])] = each
+                yield place, each
+            check_broken(broken, count, most, where)
+            bar.update(len(chunk))
 
 
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
@@ -54,7 +82,7 @@ def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> 
         first = [f"{each.file}: {each.problem}" for _, each in sorted(broken.items())][:_SHOWN]
         more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise DataError(
-            f"{where}: {len(broken)} of {images} images are broken, more than max_broken {most:g} allows: "
+            f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
             f"{'; '.join(first)}{more}"
         )
 
@@ -76,7 +104,7 @@ def find_broken(
         stamp.update(f"{image.where}\0{image.stamp()}\0".encode(errors="surrogateescape"))
     path = user_cache("broken") / f"{stamp.hexdigest()[:32]}.json"
     with one_at_a_time(path):
-        broken = _recall(path, stamp.hexdigest())
+        broken = recall(path, SCHEMA, stamp.hexdigest(), _KEPT)
         if broken is None:
             broken = _decode_each(images, most, where, quiet=quiet)
             # a disk or a network that fails now may not tomorrow
@@ -100,27 +128,5 @@ def broken_copies(name: str, broken: Sequence[BrokenImage]) -> dict[str, str]:
 def _decode_each(
     images: Tensor | Sequence[Original], most: float, where: str, *, quiet: bool
 ) -> BrokenImages:
-    def problem(number: int) -> BrokenImage | None:
-        try:
-            read_pixels(images[number], 1)
-        except BrokenImageError as error:
-            return BrokenImage(error.where, error.problem)
-        return None
-
-    broken: dict[int, BrokenImage] = {}
-    with tqdm(total=len(images), desc="images", unit="", leave=False, disable=quiet or None) as bar:
-        for chunk, found in zip(chunked(len(images)), in_threads(problem, chunked(len(images))), strict=True):
-            for place, each in zip(chunk, found, strict=True):
-                if each is not None:
-                    broken[place] = each
-            check_broken(broken, len(images), most, where)
-            bar.update(len(chunk))
-    return broken
-
-
-def _recall(path: Path, stamp: str) -> BrokenImages | None:
-    try:
-        kept = recall(path, SCHEMA, stamp)
-        return None if kept is None else {int(number): BrokenImage(**each) for number, each in kept.items()}
-    except (AttributeError, TypeError, ValueError):  # damaged
-        return None
+    decoded = read_each(lambda n: read_pixels(images[n], 1), range(len(images)), most, where, quiet=quiet)
+    return {number: each for number, each in decoded if isinstance(each, BrokenImage)}

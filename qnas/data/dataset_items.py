@@ -70,7 +70,7 @@ class DatasetItem:
 
     reader: DatasetReader
     index: int
-    label: int
+    label: int | None  # None: not known yet, since the item could not be read
 
     @property
     def where(self) -> str:
@@ -80,7 +80,7 @@ class DatasetItem:
     def read(self) -> Tensor:
         """Return the image as uint8 (C, H, W). Raises BrokenImageError, and DataError for another label."""
         pixels, label = self.reader.read(self.index)
-        if label != self.label:
+        if self.label not in (None, label):
             raise DataError(f"{self.where}: label {label}, but it was {self.label} before")
         return pixels
 

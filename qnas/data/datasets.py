@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
-from tqdm import tqdm
 
-from qnas.common.errors import BrokenImageError, DataError
-from qnas.data.broken_images import BrokenImage, BrokenImages, check_broken
+from qnas.common.errors import DataError
+from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
 from qnas.data.dataset_items import DatasetItem, DatasetReader, Loader
-from qnas.data.decoding import chunked, in_threads, spread
+from qnas.data.decoding import spread
 from qnas.data.digest import update_with_pixels
 from qnas.data.image_files import Labels
 from qnas.data.labelled_images import LabelledImages, check_training, name_splits
@@ -104,18 +103,16 @@ class _Items(Sequence[DatasetItem]):
     def __getitem__(self, number: Any) -> Any:
         assert not isinstance(number, slice), number
         reader, index = self.locate(range(len(self))[number])
-        return DatasetItem(reader, index, int(self.labels[number]))
+        label = int(self.labels[number])
+        return DatasetItem(reader, index, None if label == _UNKNOWN else label)
 
     def locate(self, number: int) -> tuple[DatasetReader, int]:
         which = int(np.searchsorted(self.starts, number, side="right")) - 1
         return self.readers[which], number - self.starts[which]
 
-    def read(self, number: int) -> "Reading":
+    def read(self, number: int) -> tuple[Tensor, int]:
         reader, index = self.locate(number)
-        try:
-            return reader.read(index)
-        except BrokenImageError as error:
-            return BrokenImage(error.where, error.problem)
+        return reader.read(index)
 
 
 Reading = tuple[Tensor, int] | BrokenImage
@@ -135,7 +132,7 @@ def read_datasets(
     name = datasets.name or type(datasets.train).__name__
     items = _list_items(datasets, "train" if datasets is given else "data")
     sample = spread(len(items), SAMPLE).tolist()
-    first, second = ([items.read(number) for number in sample] for _ in range(2))
+    first, second = (list(map(or_broken(items.read), sample)) for _ in range(2))
     changing = [n for n, a, b in zip(sample, first, second, strict=True) if not _are_equal(a, b)]
     whole = {n: each for n, each in zip(sample, first, strict=True) if not isinstance(each, BrokenImage)}
     if any(items.labels[n] not in (_UNKNOWN, label) for n, (_, label) in whole.items()):
@@ -228,16 +225,12 @@ def _read_all(
     pixels: list[Tensor | None] = []
     labels = items.labels.copy()
     broken: dict[int, BrokenImage] = {}
-    with tqdm(total=len(items), desc="images", unit="", leave=False, disable=quiet or None) as bar:
-        for chunk, read in zip(chunked(len(items)), in_threads(items.read, chunked(len(items))), strict=True):
-            for number, each in zip(chunk, read, strict=True):
-                if isinstance(each, BrokenImage):
-                    broken[number] = each
-                else:
-                    labels[number] = each[1]
-                pixels.append(None if not keep or isinstance(each, BrokenImage) else each[0])
-            check_broken(broken, len(items), max_broken, name)
-            bar.update(len(chunk))
+    for number, each in read_each(items.read, range(len(items)), max_broken, name, quiet=quiet):
+        if isinstance(each, BrokenImage):
+            broken[number] = each
+        else:
+            labels[number] = each[1]
+        pixels.append(None if not keep or isinstance(each, BrokenImage) else each[0])
     shapes = {each.shape for each in pixels if each is not None}
     black = torch.zeros(next(iter(shapes), (1, 1, 1)), dtype=torch.uint8)
     kept = [black if each is None else each for each in pixels]

@@ -1,14 +1,18 @@
-"""Results that are kept in the user's cache until the files that they come from change."""
+"""Results kept in the user's cache until the files that they come from change."""
 
 import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from qnas.common.errors import DataError
 from qnas.common.files import read_json, write_text
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -25,15 +29,15 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def recall(path: Path, schema: str, stamp: str) -> Any:
+def recall(path: Path, schema: str, stamp: str, form: TypeAdapter[T]) -> T | None:
     """Return what was kept at a path under the same stamp; None where there is none, or a damaged file."""
     try:
         content = read_json(path, DataError)
-    except (DataError, OSError):
+        if content.get("schema") != schema or content.get("stamp") != stamp:
+            return None
+        return form.validate_python(content.get("kept"))
+    except (DataError, OSError, ValidationError):
         return None
-    if content.get("schema") != schema or content.get("stamp") != stamp:
-        return None
-    return content.get("kept")
 
 
 def keep(path: Path, schema: str, stamp: str, kept: Any) -> None:

@@ -17,6 +17,7 @@ from qnas.data.image_files import (
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
     check_exists,
+    check_tar_end,
     one_line,
 )
 from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
@@ -221,10 +222,7 @@ def _list_tar(path: Path) -> _Tree:
                     image = content[member.offset_data : member.offset_data + member.size]
                     found = OriginalFile("/".join(at), f"{path}: {member.name}", image)
                     tree.setdefault(at[:-1], []).append(found)
-            # tarfile takes a damaged header for the end, after which there must be nothing but zeros
-            end = bytes(content[tar.offset :])
-            if not end or any(end):
-                raise tarfile.ReadError(f"no end, or an unreadable header at byte {tar.offset}")
+            check_tar_end(unzipped, tar.offset)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: damaged: {one_line(error)}") from error
     for at in list(tree):  # folders above those that are listed

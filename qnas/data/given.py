@@ -1,4 +1,4 @@
-"""Data as a user gives them: a shipped kind by its spec, or Datasets; and how a run records them."""
+"""Data given by the user, a shipped kind by its spec or Datasets, and their record in a run."""
 
 from collections.abc import Mapping
 from typing import Any

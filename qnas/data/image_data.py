@@ -5,13 +5,12 @@ views, and no image is held twice. Images that do not fit into memory are decode
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from qnas.common.errors import DataError
-from qnas.data.broken_images import BrokenImage, read_or_broken
+from qnas.data.broken_images import BrokenImage, or_broken
 from qnas.data.decoding import in_threads, spread
 from qnas.data.lazy_images import LazyImages
 
@@ -121,7 +120,7 @@ def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     some = subset(split, n)
     if isinstance(some.images, Tensor):
         return some.read(torch.arange(len(some))), some.labels
-    ((*found,),) = in_threads(partial(read_or_broken, some.images), [range(len(some))])
+    ((*found,),) = in_threads(or_broken(some.images.__getitem__), [range(len(some))])
     whole = [place for place, image in enumerate(found) if isinstance(image, Tensor)]
     if not whole:
         problem = found[0]

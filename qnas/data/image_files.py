@@ -4,10 +4,11 @@
 """
 
 import os
+import tarfile
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Labels = NDArray[np.int64]
 
 SPLIT_WORDS = ("train", "val", "test")  # as data sets name their splits
 UNPACKED_LIMIT_BYTES = 3_000_000_000  # of an archive or IDX file: what is unpacked lies in memory
+_CHUNK_BYTES = 1 << 20
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 )
@@ -86,6 +88,18 @@ def check_exists(path: Path) -> None:
     """Raise DataError where there is nothing at a path."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+
+
+def check_tar_end(file: BinaryIO, offset: int) -> None:
+    """Raise tarfile.ReadError unless zeros end the tar: tarfile takes a damaged header for the end."""
+    file.seek(offset)
+    found = False
+    while chunk := file.read(_CHUNK_BYTES):
+        found = True
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(f"an unreadable header at byte {offset}")
+    if not found:
+        raise tarfile.ReadError("no end")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """A labelled data set before it is fitted to a resolution, as a map-style Dataset.
 
-Every shipped kind of data and every user's Dataset becomes a `LabelledImages`; `qnas.data.loading` knows
-nothing else.
+Every shipped kind of data and every user's Dataset becomes a `LabelledImages`, which is all that
+`qnas.data.loading` reads.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,6 @@
 """Loading of a data set: read, split, decoded to one resolution where it fits into memory."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +14,12 @@ from qnas.data.broken_images import (
     BrokenImages,
     check_broken,
     find_broken,
-    read_or_broken,
+    read_each,
 )
-from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
-from qnas.data.decoding import chunked, in_threads
+from qnas.data.datasets import SAMPLE, read_datasets
+from qnas.data.decoding import chunked
 from qnas.data.digest import digest_of
+from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Split, take_images
 from qnas.data.image_files import ImageNumbers
 from qnas.data.labelled_images import LabelledImages
@@ -32,7 +32,7 @@ MEMORY_LIMIT_BYTES = 3_000_000_000  # decoded images of all splits together; abo
 
 
 def load_data(
-    data: str | DataSpec | Datasets | AnyDataset,
+    data: GivenData,
     *,
     resolution_px: int,
     channels: int = 3,
@@ -62,9 +62,9 @@ def load_data(
     assert resolution_px >= 1, resolution_px
     assert channels >= 1, channels
     if not 0 < heldout_fraction < 1:
-        raise UsageError(f"the held-out fraction must lie between 0 and 1, got {heldout_fraction}")
+        raise UsageError(f"`heldout_fraction={heldout_fraction}`: expected a number between 0 and 1")
     if max_broken is not None and not 0 <= max_broken <= 1:
-        raise UsageError(f"max_broken {max_broken}: expected a share of the images, 0 to 1")
+        raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
     source = _open(data, memory_limit_bytes, most, quiet=quiet)
     splits = complete_splits(source, heldout_fraction)
@@ -88,9 +88,7 @@ def load_data(
     return _assemble(source, splits, images, lazy, broken, keep_originals=keep_originals)
 
 
-def _open(
-    data: str | DataSpec | Datasets | AnyDataset, memory_limit_bytes: int, most: float, *, quiet: bool
-) -> LabelledImages:
+def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
     if isinstance(data, str | DataSpec):
         return open_dataset(data)
     if isinstance(data, LabelledImages):
@@ -159,21 +157,15 @@ def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tu
     count, channels, height, width = lazy.shape
     images = torch.zeros((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
     broken: dict[int, BrokenImage] = {}
-    with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
-        if isinstance(lazy.originals, Tensor):
-            for chunk in chunked(count, 1024):
-                chosen = torch.from_numpy(lazy.order[chunk.start : chunk.stop])
-                images[chunk.start : chunk.stop] = lazy.fit(lazy.originals[chosen], "images")
-                bar.update(len(chunk))
+    if isinstance(lazy.originals, Tensor):
+        chunks = list(chunked(count, 1024))
+        for chunk in tqdm(chunks, desc="images", unit="", leave=False, disable=quiet or None):
+            chosen = torch.from_numpy(lazy.order[chunk.start : chunk.stop])
+            images[chunk.start : chunk.stop] = lazy.fit(lazy.originals[chosen], "images")
+        return images, broken
+    for place, image in read_each(lazy.__getitem__, lazy.order.tolist(), most, where, quiet=quiet):
+        if isinstance(image, BrokenImage):
+            broken[int(lazy.order[place])] = image
         else:
-            # in chunks, so that too many damaged files end it early
-            chunks = in_threads(partial(read_or_broken, lazy), chunked(count))
-            for chunk, decoded in zip(chunked(count), chunks, strict=True):
-                for place, image in zip(chunk, decoded, strict=True):
-                    if isinstance(image, Tensor):
-                        images[place] = image
-                    else:
-                        broken[int(lazy.order[place])] = image
-                check_broken(broken, count, most, where)
-                bar.update(len(chunk))
+            images[place] = image
     return images, broken

@@ -1,12 +1,11 @@
 """The mean and standard deviation of each channel, and the normalisation by them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from qnas.data.broken_images import read_or_broken
+from qnas.data.broken_images import or_broken
 from qnas.data.decoding import chunked, in_threads, spread
 from qnas.data.lazy_images import LazyImages
 
@@ -15,7 +14,7 @@ STATISTICS_IMAGES = 1000  # read for mean and std where not all images are in me
 
 def _whole_of(lazy: LazyImages, chunks: Iterable[Iterable[int]]) -> Iterator[Tensor]:
     """Yield the images (B, C, H, W) of each chunk of places, without the broken ones."""
-    for decoded in in_threads(partial(read_or_broken, lazy), chunks):
+    for decoded in in_threads(or_broken(lazy.__getitem__), chunks):
         if whole := [image for image in decoded if isinstance(image, Tensor)]:
             yield torch.stack(whole)
 

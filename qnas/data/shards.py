@@ -19,10 +19,12 @@ import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
+from pydantic import NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
 from qnas.common.errors import DataError
@@ -35,6 +37,7 @@ from qnas.data.image_files import (
     OriginalFile,
     Stretch,
     check_exists,
+    check_tar_end,
     file_stamp,
     one_line,
 )
@@ -44,7 +47,6 @@ SCHEMA = "qnas.shards/1"
 CLASSES = "classes.txt"
 _LABEL = "cls"
 _LABEL_BYTES = 1000  # a number or a name
-_CHUNK_BYTES = 1 << 20
 _WORD = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
 
 
@@ -81,18 +83,12 @@ class _Header(NamedTuple):
     """An image of a shard: the name, place and size of its member, and its label."""
 
     name: str
-    start: int
-    size: int
+    start: NonNegativeInt
+    size: NonNegativeInt
     label: str
 
 
-@dataclass
-class _Sample:
-    """The members of one key."""
-
-    key: str
-    image: tarfile.TarInfo | None = None
-    label: str | None = None
+_KEPT = TypeAdapter(list[_Header])  # in the cache, of a shard
 
 
 def read_shards(path: Path) -> LabelledImages:
@@ -128,25 +124,13 @@ def _hash(path: Path) -> str:
 def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
     """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
     stamp = file_stamp(shard)
-    headers = _recall_headers(kept_at, stamp)
+    headers = recall(kept_at, SCHEMA, stamp, _KEPT)
     if headers is None:
         headers = [
             _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
         ]
         keep(kept_at, SCHEMA, stamp, headers)
     return headers
-
-
-def _recall_headers(kept_at: Path, stamp: str) -> list[_Header] | None:
-    """Return what the cache holds of a shard; None where that is nothing, or damaged."""
-    kept = recall(kept_at, SCHEMA, stamp)
-    if not isinstance(kept, list):
-        return None
-    for each in kept:
-        if not isinstance(each, list) or [type(value) for value in each] != [str, int, int, str]:
-            return None
-    headers = [_Header(*each) for each in kept]
-    return headers if all(min(each.start, each.size) >= 0 for each in headers) else None
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
@@ -193,39 +177,34 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
 
 def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """Yield the images of a shard with their labels. Raises DataError."""
-    sample = _Sample("")
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile() or member.issparse():
-                    continue
-                folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
-                stem, _, suffix = name.partition(".")
-                if not stem:  # hidden
-                    continue
-                key = str(folder / stem)
-                if key != sample.key:
-                    yield from _whole(sample, shard)
-                    sample = _Sample(key)
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    if sample.image is not None:
-                        raise DataError(f"{shard}: {key} has two images")
-                    sample.image = member
-                elif suffix.lower() == _LABEL:
-                    sample.label = _read_label(file, member, f"{shard}: {member.name}")
-            yield from _whole(sample, shard)
-            _check_end(file, tar.offset)
+            listed = (m for m in tar if m.isfile() and not m.issparse() and _parts(m)[1])
+            for key, members in groupby(listed, lambda member: str(PurePosixPath(*_parts(member)[:2]))):
+                image = label = None
+                for member in members:
+                    suffix = _parts(member)[2]
+                    if f".{suffix}" in IMAGE_SUFFIXES:
+                        if image is not None:
+                            raise DataError(f"{shard}: {key} has two images")
+                        image = member
+                    elif suffix == _LABEL:
+                        label = _read_label(file, member, f"{shard}: {member.name}")
+                if image is not None and label is not None:
+                    yield image, label
+                elif image is not None or label is not None:
+                    lacking = f".{_LABEL}" if label is None else "image"
+                    raise DataError(f"{shard}: {key} has no {lacking} right beside it")
+            check_tar_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{shard}: damaged: {one_line(error)}") from error
 
 
-def _whole(sample: _Sample, shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yield the image and label of a sample that has both or neither. Raises DataError for one alone."""
-    if sample.image is not None and sample.label is not None:
-        yield sample.image, sample.label
-    elif sample.image is not None or sample.label is not None:
-        lacking = f".{_LABEL}" if sample.label is None else "image"
-        raise DataError(f"{shard}: {sample.key} has no {lacking} right beside it")
+def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:
+    """Return the folder, the stem (none of a hidden file) and the suffix, in lower case, of a member."""
+    path = PurePosixPath(member.name)
+    stem, _, suffix = path.name.partition(".")
+    return path.parent, stem, suffix.lower()
 
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> str:
@@ -236,15 +215,3 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> str:
     if not label:
         raise DataError(f"{where}: empty, expected the number or name of a class")
     return label
-
-
-def _check_end(file: BinaryIO, offset: int) -> None:
-    """Raise ReadError unless zeros end the tar: tarfile takes a damaged header for the end."""
-    file.seek(offset)
-    found = False
-    while chunk := file.read(_CHUNK_BYTES):
-        found = True
-        if chunk.strip(b"\0"):
-            raise tarfile.ReadError(f"an unreadable header at byte {offset}")
-    if not found:
-        raise tarfile.ReadError("no end")

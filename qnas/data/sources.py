@@ -69,11 +69,11 @@ def open_dataset(data: str | DataSpec) -> LabelledImages:
     spec = parse_data_spec(data) if isinstance(data, str) else data
     kind = KINDS[spec.kind]
     name = spec.path.name if kind.is_folder and spec.path else spec.kind
-    found = kind.read(spec.path)
+    found = kind.read(spec.path or Path())
     return replace(found, name=name, source=str(spec), flip=kind.flip, pads=kind.pads)
 
 
-def _read_digits(path: Path | None) -> LabelledImages:
+def _read_digits(_: Path) -> LabelledImages:
     from sklearn.datasets import load_digits  # here, as it takes a second
 
     digits = load_digits()
@@ -85,8 +85,7 @@ def _read_digits(path: Path | None) -> LabelledImages:
     )
 
 
-def _read_fashion(path: Path | None) -> LabelledImages:
-    assert path is not None
+def _read_fashion(path: Path) -> LabelledImages:
     check_exists(path)
     images: list[Tensor] = []
     labels: list[Labels] = []
@@ -141,8 +140,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint
     return path, np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
-def _read_cifar10(path: Path | None) -> LabelledImages:
-    assert path is not None
+def _read_cifar10(path: Path) -> LabelledImages:
     official = path if path.name == "cifar-10-batches-py" else path / "cifar-10-batches-py"
     if not official.is_dir():
         return read_classes(path, needs_test=True)
@@ -159,21 +157,11 @@ def _read_cifar10(path: Path | None) -> LabelledImages:
     return LabelledImages(tuple(train.classes), torch.from_numpy(images).permute(0, 3, 1, 2), labels, parts)
 
 
-def _read_folder(path: Path | None) -> LabelledImages:
-    assert path is not None
-    return read_folder(path)
-
-
-def _read_shards(path: Path | None) -> LabelledImages:
-    assert path is not None
-    return read_shards(path)
-
-
 class DataKind(NamedTuple):
     """A kind of data: how it is written on the command line, read, and augmented."""
 
     form: str  # as on the command line, and what lies there
-    read: Callable[[Path | None], LabelledImages]
+    read: Callable[[Path], LabelledImages]
     flip: bool = True  # whether a mirrored image still shows its class
     pads: bool = False  # whether slightly smaller images get a black border
     is_folder: bool = False  # holds images of any content, so that the data set has the folder's name
@@ -191,12 +179,12 @@ KINDS: dict[str, DataKind] = {
     "imagefolder": DataKind(
         "imagefolder:DIR with train/CLASS/* and val/CLASS/* or test/CLASS/*, or with CLASS/*, or with a CSV "
         "of the columns file, label and possibly split",
-        _read_folder,
+        read_folder,
         is_folder=True,
     ),
     "shards": DataKind(
         "shards:DIR with tar shards of KEY.jpg and KEY.cls, train and val or test in their names, or neither",
-        _read_shards,
+        read_shards,
         is_folder=True,
     ),
 }

@@ -13,7 +13,7 @@ from qnas.data.image_files import ImageNumbers, Labels
 from qnas.data.labelled_images import LabelledImages
 
 SPLITS = ("train", "heldout", "test")
-TEST_FRACTION = 0.2  # where the data set has no test images of its own
+TEST_FRACTION = 0.2  # where the data set has no test images
 
 # Constants, so that splits are the same in every run; two, so that the draws are independent.
 _TEST_DRAW = 20231117

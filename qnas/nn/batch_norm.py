@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation; while several processes train, over the whole batch, not each one's part.
 
-    What torch's SyncBatchNorm does, which refuses a CPU. Where the processes are not `joined` it is
-    torch's own module.
+    It does the same as torch's SyncBatchNorm, which does not run on a CPU. In a single process it is torch's
+    own module.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def _convolution(spec: LayerSpec) -> nn.Module:
 
 
 def _depthwise(spec: LayerSpec) -> nn.Module:
-    """Build a depthwise convolution whose kernels are about their centres to begin with.
+    """Build a depthwise convolution whose kernels start concentrated around their centres.
 
     Drawn as torch does and weighted by a Gaussian of the distance, the sum of squares kept. Trained kernels
     look like that (arXiv 2210.03651), and a 7x7 kernel starts almost as a 3x3 one instead of as noise from
@@ -107,8 +107,7 @@ class QuadraBlock(nn.Module):
     the others, `qnas.spaces.blocks` says where the norms stand and why batch normalisation needs a clip.
     While training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its
     input and the map between its halves, and computes the rest again in the backward pass
-    (`qnas.nn.kernels`; of other neurons the channel half alone); with `recompute` off it keeps the expanded
-    activation too.
+    (`qnas.nn.kernels`; of other neurons the channel half alone).
     """
 
     is_residual = True  # what it adds can be left out
@@ -133,7 +132,6 @@ class QuadraBlock(nn.Module):
         norm: str = "layernorm",
         activation: str = "gelu",
         neuron: str = DEFAULT_NEURON,
-        recompute: bool = True,
     ) -> None:
         super().__init__()
         place = Place(c_in, c_in, 1, 1, norm, activation)
@@ -145,7 +143,6 @@ class QuadraBlock(nn.Module):
         self.is_pre_norm = norm == "layernorm"
         self.has_clip = "clip" in self._modules
         self.has_kernels = self.is_pre_norm and activation == "gelu"
-        self.recompute = recompute
         with torch.no_grad():
             for role, factor in NEURONS[neuron].start.items():
                 self.convolution(role).weight.mul_(factor)
@@ -198,7 +195,7 @@ class QuadraBlock(nn.Module):
         assert expand.bias is not None
         assert project.bias is not None
         pointwise = (expand.weight, expand.bias, project.weight, project.bias)
-        return channel_half(x, norm2.weight, norm2.bias, *pointwise, eps=norm2.eps, recompute=self.recompute)
+        return channel_half(x, norm2.weight, norm2.bias, *pointwise, eps=norm2.eps)
 
 
 def build_block(block: BlockSpec) -> nn.Module:
@@ -262,8 +259,8 @@ def _relinear_blocks(module: nn.Module) -> list[QuadraBlock]:
     if unfit:
         fit = ", ".join(name for name, neuron in NEURONS.items() if neuron.zeros is not None)
         raise UsageError(
-            f"linear start, quadratic gamma, alpha and beta: the network has neurons of {', '.join(unfit)}, "
-            f"which have no linear part; expected {fit}"
+            "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need neurons with a "
+            f"linear part ({fit}), but the network has {', '.join(unfit)}"
         )
     return blocks
 
@@ -272,13 +269,3 @@ def _quadratic(block: QuadraBlock) -> list[nn.Conv2d]:
     neuron = NEURONS[block.neuron]
     roles = neuron.zeros if neuron.quadratic is None else neuron.quadratic
     return [block.convolution(role) for role in roles or ()]
-
-
-__all__ = [
-    "MODULES",
-    "QuadraBlock",
-    "build_block",
-    "count_parameters",
-    "quadratic_weights",
-    "start_linear",
-]

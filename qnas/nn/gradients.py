@@ -1,6 +1,6 @@
-"""The gradient of the architecture: what an architecture step runs, and how it reaches the parameters.
+"""The gradient of the architecture parameters, in four forms.
 
-Four forms. With independent or shared weights, of which one candidate a position is active:
+With independent or shared weights one candidate a position is active:
 
 - two-path, of ProxylessNAS (arXiv 1812.00332): two candidates are drawn without replacement, one of
   them is active. The latency's gradient is taken over the same pair, and after the update the pair is
@@ -17,7 +17,6 @@ All but two-path take the latency's gradient over all candidates.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -40,62 +39,37 @@ from qnas.nn.supernet import (
 GUMBEL_TEMPERATURE = 1.0
 
 
-class ArchitectureStep(Protocol):
-    """One step of the architecture parameters.
+@dataclass(frozen=True)
+class ArchitectureStep:
+    """One step of the architecture parameters, of all candidates or within a pair a position.
 
-    Its `routes` carry the gradient of the task's loss to them, `expected` that of the latency;
+    Its `routes` carry the gradient of the task's loss to the parameters, `expected` that of the latency;
     `after_update` has to follow the optimiser's step.
     """
 
     routes: list[Route]
+    logits: Tensor
+    mask: Tensor
+    sample: PairSample | None = None  # the pairs
+    temperature: float = 1.0
 
     def expected(self, limits: LimitTensors) -> Tensor:
         """Return the expected amounts, (limits,), of which only the gradient depends on the form."""
-
-    def after_update(self, supernet: Supernet) -> None:
-        """Correct the parameters in place after they were updated."""
-
-
-@dataclass
-class FullStep:
-    """A step that every candidate's parameter takes part in."""
-
-    routes: list[Route]
-    logits: Tensor
-    mask: Tensor
-
-    def expected(self, limits: LimitTensors) -> Tensor:
-        """See ArchitectureStep."""
-        return expected_latency(self.logits, self.mask, limits.fixed, limits.cells)
-
-    def after_update(self, supernet: Supernet) -> None:
-        """See ArchitectureStep; there is nothing to correct."""
-
-
-@dataclass
-class PairStep:
-    """A step within a pair of candidates a position."""
-
-    routes: list[Route]
-    logits: Tensor
-    mask: Tensor
-    sample: PairSample
-    temperature: float
-
-    def expected(self, limits: LimitTensors) -> Tensor:
-        """See ArchitectureStep."""
+        if self.sample is None:
+            return expected_latency(self.logits, self.mask, limits.fixed, limits.cells)
         return expected_latency_of_pairs(self.logits, self.mask, limits.fixed, limits.cells, self.sample)
 
     def after_update(self, supernet: Supernet) -> None:
-        """Give the candidates outside the pairs their probabilities back."""
-        renormalise_pair(supernet.alpha, self.logits.detach(), self.sample, self.temperature)
+        """Give the candidates outside the pairs their probabilities back, in place."""
+        if self.sample is not None:
+            renormalise_pair(supernet.alpha, self.logits.detach(), self.sample, self.temperature)
 
 
 def two_path(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
     """Draw a pair a position, and one of it as active."""
     logits = supernet.logits(temperature)
     sample = sample_pairs(logits, supernet.mask, generator)
-    return PairStep(sample.paths, logits, supernet.mask, sample, temperature)
+    return ArchitectureStep(sample.paths, logits, supernet.mask, sample, temperature)
 
 
 def all_paths(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
@@ -103,7 +77,7 @@ def all_paths(supernet: Supernet, temperature: float, generator: Generator) -> A
     logits = supernet.logits(temperature)
     p = probabilities(logits, supernet.mask)
     active = torch.multinomial(p.detach(), 1, generator=generator)
-    return FullStep(_gated(p, active, supernet.mask), logits, supernet.mask)
+    return ArchitectureStep(_gated(p, active, supernet.mask), logits, supernet.mask)
 
 
 def gumbel(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
@@ -112,12 +86,12 @@ def gumbel(supernet: Supernet, temperature: float, generator: Generator) -> Arch
     # minus the logarithm of an exponential variable is a Gumbel one
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     soft = probabilities((logits + noise) / GUMBEL_TEMPERATURE, supernet.mask)
-    return FullStep(_gated(soft, soft.argmax(1, keepdim=True), supernet.mask), logits, supernet.mask)
+    return ArchitectureStep(_gated(soft, soft.argmax(1, keepdim=True), supernet.mask), logits, supernet.mask)
 
 
 def exact(supernet: Supernet, temperature: float, generator: Generator) -> ArchitectureStep:
     """Mix all candidates; the generator is not used."""
-    return FullStep(supernet.mixture(temperature), supernet.logits(temperature), supernet.mask)
+    return ArchitectureStep(supernet.mixture(temperature), supernet.logits(temperature), supernet.mask)
 
 
 GRADIENTS: dict[GradientForm, Callable[[Supernet, float, Generator], ArchitectureStep]] = {

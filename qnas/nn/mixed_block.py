@@ -1,31 +1,31 @@
 """The candidates of one position in one module, and the routes through it.
 
-Three ways to keep their weights:
+There are three ways to keep their weights:
 
-- independent: a module for each candidate, as ProxylessNAS has it (arXiv 1812.00332);
+- independent: a module for each candidate, as in ProxylessNAS (arXiv 1812.00332);
 - shared: the largest module of each kind of block; a candidate's weights are slices of its tensors, the
   centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free.
-  QuadraBlocks of another neuron are another kind, pointwise convolutions included: these follow a map of
-  another distribution, and kernels that were trained to be multiplied are none to be summed;
+  QuadraBlocks of another neuron are another kind, pointwise convolutions included: their inputs have another
+  distribution, and kernels trained as factors of a product do not serve as terms of a sum;
 - nested: weights as shared, and all candidates at once cost one pass of the largest, where they are a grid
   of kernels and expansions (`qnas.nn.kernels.nested`).
 
-What a nested mixture is: each half of the block mixed by itself, x + (1 - P(identity)) sum_k P(k)
+A nested mixture mixes each half of the block by itself: x + (1 - P(identity)) sum_k P(k)
 mixer_k(x), then the same with the expansions. It is not the mixture of whole blocks under one
 probability each: the channel half sees the mixed mixer, and P(k, e) is the product P(k) P(e) (1 -
 P(identity)). Where each of the three is certain, both are the one block.
 
-Where weights are slices a sampled path leaves a gradient of zero on the rest of a tensor, so an optimiser
-with momentum moves that on.
+Where weights are slices, a sampled path leaves a gradient of zero on the rest of a tensor; an optimiser with
+momentum still moves it.
 
-A module is told which route to run and keeps nothing of an architecture.
+A module takes the route to run as an argument and stores no architecture.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import gt
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class SharedChoice(Choice):
         if alone:
             raise UsageError(
                 f"block {', '.join(alone)} does not say which of its parameters are slices of the largest: "
-                "search with --weights independent"
+                "search with `weights='independent'`"
             )
         blocks = [fill(space, slot, candidate) for candidate in candidates]
         self.kinds = [block.kind for block in blocks]
@@ -166,7 +166,7 @@ class SharedChoice(Choice):
             lender = self.shared[block.kind] if block.layers else module
             shapes = state_shapes(block)
             _check_slices(candidate, lender.state_dict() if block.layers else {}, shapes)
-            self.loans.append(_loans(lender, module, shapes))
+            self.loans.append(_Loans(lender, module, shapes))
 
     def run_candidate(self, x: Tensor, index: int) -> Tensor:
         """See Choice. Statistics of batch norms are slices too, and updated in place."""
@@ -180,8 +180,7 @@ class SharedChoice(Choice):
         return y
 
 
-@dataclass(frozen=True)
-class _Loan:
+class _Loan(NamedTuple):
     """A tensor of a candidate: its name, the submodules that lend and borrow it, and its shape."""
 
     name: str
@@ -190,12 +189,15 @@ class _Loan:
     shape: torch.Size
 
 
-@dataclass(frozen=True)
 class _Loans:
-    """What one candidate borrows. Written past setattr, which takes parameters that are leaves only."""
+    """The tensors that a candidate borrows. Set past setattr, which takes parameters that are leaves only."""
 
-    parameters: tuple[_Loan, ...]
-    buffers: tuple[_Loan, ...]
+    def __init__(self, lender: nn.Module, borrower: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+        lenders, borrowers = dict(lender.named_modules()), dict(borrower.named_modules())
+        owners = ((*key.rpartition(".")[::2], shape) for key, shape in shapes.items())
+        loans = [_Loan(name, lenders[owner], borrowers[owner], shape) for owner, name, shape in owners]
+        self.parameters = [loan for loan in loans if loan.name in loan.lender._parameters]
+        self.buffers = [loan for loan in loans if loan.name not in loan.lender._parameters]
 
     def lend(self) -> None:
         """Set the candidate's tensors to slices of the largest module's."""
@@ -215,18 +217,6 @@ class _Loans:
             loan.borrower._parameters[loan.name] = None
         for loan in self.buffers:
             loan.borrower._buffers[loan.name] = None
-
-
-def _loans(lender: nn.Module, borrower: nn.Module, shapes: dict[str, torch.Size]) -> _Loans:
-    lenders, borrowers = dict(lender.named_modules()), dict(borrower.named_modules())
-    parameters: list[_Loan] = []
-    buffers: list[_Loan] = []
-    for key, shape in shapes.items():
-        owner, _, name = key.rpartition(".")
-        is_parameter = name in lenders[owner]._parameters
-        loan = _Loan(name, lenders[owner], borrowers[owner], shape)
-        (parameters if is_parameter else buffers).append(loan)
-    return _Loans(tuple(parameters), tuple(buffers))
 
 
 class _Slices(torch.autograd.Function):
@@ -267,17 +257,15 @@ def _check_slices(
         if largest is None or len(largest) != len(shape) or any(map(gt, shape, largest)):
             raise UsageError(
                 f"{candidate.name}: {name}, {list(shape)}, is no slice of that of the largest candidate, "
-                f"{list(largest or [])}: search with --weights independent"
+                f"{list(largest or [])}: search with `weights='independent'`"
             )
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:
     """Set all parameters and buffers of a module to None, in place, and return it."""
     for part in module.modules():
-        for name, _ in list(part.named_parameters(recurse=False)):
-            setattr(part, name, None)
-        for name, _ in list(part.named_buffers(recurse=False)):
-            setattr(part, name, None)
+        part._parameters = dict.fromkeys(part._parameters)
+        part._buffers = dict.fromkeys(part._buffers)
     return module
 
 
@@ -313,7 +301,7 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
             f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
             f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
             "kernels and expansions of QuadraBlocks (neuron quadranet) with layer normalisation and GELU; "
-            "--weights shared takes any whose block says how they are shared"
+            "`weights='shared'` takes all blocks that say how their weights are shared"
         )
     places = tuple(
         None
@@ -341,29 +329,12 @@ class NestedChoice(SharedChoice):
         kernels, expansions, share = (
             shares.to(expand.weight) for shares in (route.kernels, route.expansions, route.block)
         )
-        x = nested_mixer_half(
-            x,
-            norm1.weight,
-            norm1.bias,
-            block.conv_a.weight,
-            block.conv_b.weight,
-            block.conv_c.weight,
-            share * kernels,
-            self.grid.kernels,
-            eps=norm1.eps,
-        )
-        return nested_channel_half(
-            x,
-            norm2.weight,
-            norm2.bias,
-            expand.weight,
-            expand.bias,
-            project.weight,
-            project.bias,
-            self._hidden_gates(expansions, x.shape[1]),
-            share,
-            eps=norm2.eps,
-        )
+        depthwise = (block.conv_a.weight, block.conv_b.weight, block.conv_c.weight)
+        shares, sizes = share * kernels, self.grid.kernels
+        x = nested_mixer_half(x, norm1.weight, norm1.bias, *depthwise, shares, sizes, eps=norm1.eps)
+        pointwise = (norm2.weight, norm2.bias, expand.weight, expand.bias, project.weight, project.bias)
+        gates = self._hidden_gates(expansions, x.shape[1])
+        return nested_channel_half(x, *pointwise, gates, share, eps=norm2.eps)
 
     def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
         """Return the probability that a hidden channel is there: (expansions,) -> (E,)."""

@@ -8,18 +8,13 @@ GradientForm = Literal["two-path", "all-paths", "gumbel", "exact"]
 GRADIENT_FORMS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 
-def check_gradient(weights: WeightsMode, form: GradientForm | None) -> None:
-    """Raise ValueError where a gradient does not go with a mode of weights."""
-    if weights == "nested" and form not in (None, "exact"):
-        raise ValueError(f"gradient: nested weights have the exact gradient, not {form}")
-    if weights != "nested" and form == "exact":
-        raise ValueError(f"gradient: exact needs nested weights, not {weights}")
-
-
 def gradient_for(weights: WeightsMode, form: GradientForm | None) -> GradientForm:
-    """Return the gradient of a mode of weights: the one that is asked for, else the default.
+    """Return the gradient for a mode of weights: `form`, else the default of the mode.
 
     Raises ValueError where the two do not go together.
     """
-    check_gradient(weights, form)
+    if weights == "nested" and form not in (None, "exact"):
+        raise ValueError(f"`gradient='{form}'`: expected 'exact', as `weights='nested'` has no other")
+    if weights != "nested" and form == "exact":
+        raise ValueError(f"`gradient='exact'` needs `weights='nested'`, got '{weights}'")
     return form or ("exact" if weights == "nested" else "two-path")

@@ -1,7 +1,7 @@
 """The neurons of a QuadraBlock's mixer as functions of tensors.
 
-`qnas.spaces.neurons` has their formulas. QuadraNet's neuron has kernels of its own (`qnas.nn.quadratic`); the
-others are torch's operators with the depthwise weight gradient that is fast on CPUs.
+`qnas.spaces.neurons` has their formulas. QuadraNet's neuron has its own kernels (`qnas.nn.quadratic`); the
+others are torch's operators, with a depthwise weight gradient that is fast on CPUs.
 """
 
 from collections.abc import Sequence

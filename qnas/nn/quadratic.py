@@ -2,8 +2,8 @@
 
 `*` is a depthwise convolution and `.` the elementwise product (QuadraNet, arXiv 2311.17956, eq. 6
 and 7). `quadratic_conv2d_reference` is three convolutions under torch's own autograd: what is
-exported and what faster forms are compared with. `quadratic_conv2d` takes the fastest form that can
-be had (`choose_form`), with a backward pass that needs x alone.
+exported and what faster forms are compared with. `quadratic_conv2d` takes the fastest form
+available (`choose_form`), with a backward pass that needs x alone.
 
 In eager mode that is an autograd.Function; only what traces a program sees the operators
 `qnas::quadratic_conv2d` and `qnas::quadratic_conv2d_backward`, since torch.library takes 25 us more a
@@ -25,7 +25,7 @@ from qnas.nn.kernels import lean_quadratic, mixer, native, triton_quadratic
 Form = Literal["native", "triton", "lean", "reference"]
 
 FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "native": mixer.quadratic_forward,
+    "native": mixer.forward,
     "triton": triton_quadratic.quadratic_forward,
 }
 
@@ -82,8 +82,8 @@ def choose_form(x: Tensor, *weights: Tensor) -> Form:
 
     - reference: something watches torch's operators (torch.func, a dispatch mode, torch.jit.trace, a
       subclass of Tensor) and would not see what a kernel does, or would keep its result as a constant
-    - native: on a CPU, all float32, a kernel that the C++ kernels serve, and they can be had (not with
-      QNAS_KERNELS=0)
+    - native: on a CPU, all float32, a kernel size that the C++ kernels serve, and these are available
+      (not with QNAS_KERNELS=0)
     - lean: on a CPU
     - triton: on a GPU, all of one of its types, Triton is installed and QNAS_KERNELS is not 0
     - reference: anywhere else
@@ -117,7 +117,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def is_watched() -> bool:
-    """Say whether something follows torch's operators one by one, and would not see a kernel's work."""
+    """Return whether something follows torch's operators one by one, and would not see a kernel's work."""
     # torch has no public names for these
     return (
         torch._C._are_functorch_transforms_active()
@@ -148,9 +148,7 @@ def _backward(
         with torch.autocast(x.device.type, enabled=False):
             return _backward(form, grad, x, w_a, w_b, w_c, needed, factors)
     if form == "native":
-        return mixer.quadratic_backward(
-            grad, x, w_a, w_b, w_c, needs_x=needed[0], needs_weights=any(needed[1:])
-        )
+        return mixer.backward(grad, x, w_a, w_b, w_c, needs_x=needed[0], needs_weights=any(needed[1:]))[:4]
     if form == "triton":
         return triton_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c)
     return lean_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c, needed, factors)
@@ -189,7 +187,7 @@ class _Quadratic(torch.autograd.Function):
         return (None, *_backward(ctx.form, grad, x, w_a, w_b, w_c, needed, kept))
 
 
-# What traces a program sees these two. Their results are in x's layout, dense, whatever the form gives.
+# Tracers of programs see these two. Their results are in x's layout, dense, whatever the form gives.
 
 
 @torch.library.custom_op("qnas::quadratic_conv2d", mutates_args=())

@@ -1,8 +1,8 @@
 """The supernet: all networks of a space in one module, and the architecture parameters.
 
-How a position keeps its candidates' weights, and what can be run of it, is `qnas.nn.mixed_block`; a forward
-pass is told a route for each position, and nothing of an architecture is stored in the modules. Here
-are the parameters, the probabilities that follow from them, what is drawn by these and what they cost.
+`qnas.nn.mixed_block` keeps the weights of a position's candidates and runs them. A forward pass takes a
+route for each position; the modules store no architecture. This module has the architecture parameters, the
+probabilities that follow from them, the sampling of paths, and the expected latency.
 
 With independent and shared weights a position has a parameter for each candidate, and their softmax is
 the candidates' probability. With nested weights it has them for each kernel, each expansion and for
@@ -78,7 +78,7 @@ class Supernet(nn.Module):
         return [p for p in self.parameters() if p is not self.alpha]
 
     def logits(self, temperature: float = 1.0) -> Tensor:
-        """Return what the softmax over each position's candidates is of, (positions, candidates)."""
+        """Return the logits of each position's candidates, (positions, candidates)."""
         scaled = self.alpha / temperature
         return scaled if self.factors is None else self.factors(scaled)
 
@@ -143,7 +143,7 @@ def _renumbered(route: Route, here: Sequence[int], there: Sequence[int]) -> Rout
 
 
 class Factors(nn.Module):
-    """From parameters of kernels, of expansions and of block or identity to candidates.
+    """The map from parameters of kernels, expansions and block or identity to probabilities of candidates.
 
     Parameters that are all equal make all candidates of a position equally likely.
     """
@@ -258,7 +258,7 @@ def renormalise_pair(alpha: Tensor, before: Tensor, sample: PairSample, temperat
 
 
 def candidate_mask(space: SearchSpace) -> Tensor:
-    """Return which candidates there are, (positions, most candidates of a position), bool."""
+    """Return a mask of the candidates that exist, (positions, most candidates of a position), bool."""
     counts = [len(p.candidates) for p in space.positions]
     return torch.arange(max(counts)) < torch.tensor(counts)[:, None]
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qnas.nn.modes import GradientForm, WeightsMode, check_gradient
+from qnas.nn.modes import GradientForm, WeightsMode, gradient_for
 from qnas.training.settings import (
     CompileField,
     Count,
@@ -109,5 +109,5 @@ class SearchConfig(SettingsFile):
 
     @model_validator(mode="after")
     def _check_gradient(self) -> Self:
-        check_gradient(self.weights, self.gradient)
+        gradient_for(self.weights, self.gradient)
         return self

@@ -1,16 +1,16 @@
-"""The registry of blocks: what each kind of block is called, which parameters it takes, and its layers.
+"""The registry of blocks: the name, the parameters and the layers of each kind of block.
 
 Counters, latency tables, modules and exports all read an entry of `BLOCKS`; `quadra`, `mbconv` and
 `identity` are entries like those that `register_block` adds. Nothing here imports torch: the module of a
 block is given by its import path, or is a class of the user's file.
 
-Where normalisation goes. With layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
+Place of normalisation: with layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
 `x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must fold away at deployment, which
 it cannot before a padded convolution: so it follows the quadratic sum (`x + clip(BN(qconv(x)))`, folding into
 W_a, W_c and a bias) and the first pointwise convolution. Behind the neurons type3 and type4 nothing takes up
-a shift, and it stays an operator of its own.
+a shift, and it stays a separate operator.
 
-Why the clip, to [-6, 6]: with batch normalisation nothing else bounds what a block multiplies. In
+The clip to [-6, 6] is needed since with batch normalisation nothing else bounds what a block multiplies. In
 evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
 blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
 at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
@@ -185,7 +185,7 @@ def register_block(
     `parameters` gives the allowed values, all whole numbers or all words; a default in the signature of the
     function makes a parameter optional. `sliced` names the parameters for which a smaller value's weights
     are a slice of the largest's, the centre of kernels and the leading channels: where it has all whole
-    numbers the block works with `--weights shared`, otherwise with `--weights independent` alone.
+    numbers the block works with weights="shared", otherwise with weights="independent" alone.
 
     Raises SpaceError where the name is taken or the parts do not fit each other.
 
@@ -273,10 +273,8 @@ _TRIED_SHAPE_CHANGES = ((8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
 def _check_block(block: Block) -> None:
     """Try a block with its smallest and largest parameters. Raises SpaceError where one does not fit."""
     norms = ("batchnorm",) if block.needs_batchnorm else ("batchnorm", "layernorm")
-    ends = [
-        (min(p.values, key=str), max(p.values, key=str)) if p.is_word else _ends(p) for p in block.parameters
-    ]
-    corners = [{p.name: end[i] for p, end in zip(block.parameters, ends, strict=True)} for i in (0, 1)]
+    ordered = {p.name: sorted(p.values, key=str if p.is_word else int) for p in block.parameters}
+    corners = [{name: values[i] for name, values in ordered.items()} for i in (0, -1)]
     shapes = _TRIED if block.keeps_shape else _TRIED + _TRIED_SHAPE_CHANGES
     for shape, norm in ((shape, norm) for shape in shapes for norm in norms):
         for parameters in corners:
@@ -295,11 +293,6 @@ def _check_block(block: Block) -> None:
                 _check_chain(block.name, layers)
     if block.module is not None and not isinstance(block.module, str):
         module_of(block, Place(8, 8, 1, 8, norms[0], "relu"), corners[0])
-
-
-def _ends(parameter: Parameter) -> tuple[Value, Value]:
-    numbers = [v for v in parameter.values if isinstance(v, int)]
-    return min(numbers), max(numbers)
 
 
 def _check_chain(name: str, layers: Layers) -> None:

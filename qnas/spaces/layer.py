@@ -49,12 +49,14 @@ class LayerSpec:
     @property
     def macs(self) -> int:
         """Multiply-adds for one image."""
-        return OPS[self.op].macs(self)
+        return self.out_px**2 * OPS[self.op].weights(self)
 
     @property
     def params(self) -> int:
         """Trained parameters, biases included."""
-        return OPS[self.op].params(self)
+        op = OPS[self.op]
+        weights = op.weights(self)
+        return weights + self.c_out * (self.bias if weights else 2 * op.scales_and_shifts)
 
     @property
     def elements_in(self) -> int:
@@ -67,52 +69,40 @@ class LayerSpec:
         return self.out_px**2 * self.c_out
 
 
-class Op(NamedTuple):
-    """What an operator costs, as functions of its layer."""
-
-    macs: Callable[[LayerSpec], int]
-    params: Callable[[LayerSpec], int]
-    operands: int = 1
-    changes_channels: bool = False
-
-
-def _conv_macs(s: LayerSpec) -> int:
-    return s.out_px**2 * s.kernel**2 * s.c_in * s.c_out
-
-
-def _conv_params(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_in * s.c_out + s.bias * s.c_out
-
-
-def _dwconv_macs(s: LayerSpec) -> int:
-    return s.out_px**2 * s.kernel**2 * s.c_out
-
-
-def _dwconv_params(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_out + s.bias * s.c_out
-
-
 def _none(_: LayerSpec) -> int:
     return 0
 
 
-def _scale_and_shift(s: LayerSpec) -> int:
-    return 2 * s.c_out
+def _conv_weights(s: LayerSpec) -> int:
+    return s.kernel**2 * s.c_in * s.c_out
+
+
+def _dwconv_weights(s: LayerSpec) -> int:
+    return s.kernel**2 * s.c_out
+
+
+class Op(NamedTuple):
+    """The cost of an operator: its weights are used once at each place of the output."""
+
+    weights: Callable[[LayerSpec], int] = _none
+    operands: int = 1
+    changes_channels: bool = False
+    scales_and_shifts: bool = False  # by two parameters a channel
 
 
 OPS: dict[str, Op] = {
-    "conv": Op(_conv_macs, _conv_params, changes_channels=True),
-    "dwconv": Op(_dwconv_macs, _dwconv_params),
-    "linear": Op(_conv_macs, _conv_params, changes_channels=True),
-    "layernorm": Op(_none, _scale_and_shift),
-    "batchnorm": Op(_none, _scale_and_shift),
-    "gelu": Op(_none, _none),
-    "relu": Op(_none, _none),
-    "relu6": Op(_none, _none),
-    "hswish": Op(_none, _none),
-    "clip": Op(_none, _none),  # to blocks.CLIP_RANGE
-    "mul": Op(_none, _none, operands=2),
-    "square": Op(_none, _none),
-    "add": Op(_none, _none, operands=2),
-    "gap": Op(_none, _none),
+    "conv": Op(_conv_weights, changes_channels=True),
+    "dwconv": Op(_dwconv_weights),
+    "linear": Op(_conv_weights, changes_channels=True),
+    "layernorm": Op(scales_and_shifts=True),
+    "batchnorm": Op(scales_and_shifts=True),
+    "gelu": Op(),
+    "relu": Op(),
+    "relu6": Op(),
+    "hswish": Op(),
+    "clip": Op(),  # to nn.blocks.CLIP_RANGE
+    "mul": Op(operands=2),
+    "square": Op(),
+    "add": Op(operands=2),
+    "gap": Op(),
 }

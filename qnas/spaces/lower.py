@@ -43,7 +43,7 @@ class Slot:
 
 
 def stem_layers(space: SearchSpace, resolution_px: int) -> tuple[LayerSpec, ...]:
-    """Return the layers of the stem: a convolution, a norm, and an activation where asked for."""
+    """Return the layers of the stem: a convolution, a norm, and an activation where the space has one."""
     stem = space.stem
     conv = LayerSpec(
         "conv",
@@ -77,7 +77,7 @@ def transition_layers(
 
 
 def head_layers(space: SearchSpace, c_in: int, classes: int, resolution_px: int) -> tuple[LayerSpec, ...]:
-    """Return the layers of the head: pointwise convolution where asked for, pooling, classifier."""
+    """Return the layers of the head: a pointwise convolution where the space has one, pooling, classifier."""
     px, norm = resolution_px, space.norm
     pre_norm = norm == "layernorm"
     layers = []
@@ -163,7 +163,7 @@ def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
 def lower(
     space: SearchSpace, arch: Arch, *, resolution_px: int | None = None, classes: int | None = None
 ) -> tuple[BlockSpec, ...]:
-    """Return the blocks of a network in order; of the deployed one unless told otherwise."""
+    """Return the blocks of a network in order, by default of the deployed one."""
     choices = iter(arch.choices)
     return tuple(
         fill(space, part, part.position.candidate(next(choices))) if isinstance(part, Slot) else part

@@ -30,7 +30,7 @@ _TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "a
 
 @dataclass(frozen=True)
 class Neuron:
-    """Everything that qnas knows of a neuron. Convolutions are named by the roles of their layers."""
+    """A neuron: its formula, layers, biases and start. Convolutions have the names of their layers' roles."""
 
     name: str
     formula: Formula

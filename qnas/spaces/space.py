@@ -69,7 +69,7 @@ class Candidate(_Node):
         block = _block_of(content)
         if block is None:
             known = nearest(str(content["block"]), BLOCKS)
-            message = f"unknown block ({known}, or one registered first: qnas --plugin FILE.py COMMAND)"
+            message = f"unknown block ({known}, or one that a `plugin` registers first)"
             problems = [_problem(("block",), message, content["block"])]
         else:
             problems = [

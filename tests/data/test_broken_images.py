@@ -72,7 +72,7 @@ def test_more_broken_images_than_allowed_stop_it(count: int, memory_limit_bytes:
         assert len(load(photos, **options).broken) == 2
         return
     with pytest.raises(
-        DataError, match=r"3 of 40 images are broken, more than max_broken 0\.05 allows: .*00\.png: not a"
+        DataError, match=r"3 of 40 images are broken, more than `max_broken=0\.05` allows: .*00\.png: not a"
     ):
         load(photos, **options)
 
@@ -105,7 +105,7 @@ def test_a_class_or_a_split_of_broken_images_alone_is_refused(
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_the_limit_is_a_share(share: float, photos: Path) -> None:
-    with pytest.raises(UsageError, match=f"max_broken {share}: expected a share"):
+    with pytest.raises(UsageError, match=f"`max_broken={share}`: expected a share"):
         load(photos, max_broken=share)
 
 

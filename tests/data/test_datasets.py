@@ -194,7 +194,7 @@ def test_items_that_raise_are_broken_images(plain: Path, memory_limit_bytes: int
             expected = [each for each in numbers(getattr(whole, name)) if each != (7, 0)]
             assert numbers(getattr(found, name)) == expected
     with pytest.raises(
-        DataError, match=r"1 of 40 images are broken, more than max_broken 0\.01 allows: data\["
+        DataError, match=r"1 of 40 images are broken, more than `max_broken=0\.01` allows: data\["
     ):
         read(dataset, **options)
 
@@ -295,3 +295,23 @@ def test_messages_name_the_argument(plain: Path) -> None:
         read(Datasets(train, test=Items([(pictures(plain)[0][0], 9)])))
     with pytest.raises(DataError, match=r"^Items: no training image of class 'dog'"):
         read(Datasets(train, classes=["ant", "bee", "cat", "dog"]))
+
+
+class Flaky(Items):
+    """A Dataset whose items that are exceptions are raised in the first reads alone."""
+
+    def __getitem__(self, index: int) -> Any:
+        first, *later = self.items[index] if isinstance(self.items[index], list) else [self.items[index]]
+        self.reads[index] += 1
+        if later and self.reads[index] > 1:
+            return later[0]
+        return Items([first])[0]
+
+
+def test_an_item_without_a_listed_label_that_can_be_read_later_stays_left_out(tmp_path: Path) -> None:
+    items: list[Any] = list(pictures(numbered(tmp_path, {"a": 40, "b": 40})))
+    unseen = 1  # not in the sample, so that it is read first for its label
+    items[unseen] = [OSError("not now"), items[unseen]]
+    found = read(Flaky(items), memory_limit_bytes=0, max_broken=0.1)
+    assert [each.problem for each in found.broken] == ["OSError: not now"]
+    assert sum(found.counts.values()) == 79

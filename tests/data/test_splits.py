@@ -69,5 +69,5 @@ def test_val_is_held_out_where_test_is_there_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_heldout_fraction_outside_0_to_1_is_refused(plain: Path, fraction: float) -> None:
-    with pytest.raises(UsageError, match=f"must lie between 0 and 1, got {fraction}"):
+    with pytest.raises(UsageError, match=f"`heldout_fraction={fraction}`: expected a number between 0 and 1"):
         load(plain, heldout_fraction=fraction)

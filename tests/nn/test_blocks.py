@@ -331,8 +331,8 @@ def test_a_mixer_without_its_quadratic_weights_is_linear_and_with_them_is_not(ne
 def test_a_neuron_without_a_linear_part_has_no_linear_start(neuron: str) -> None:
     network = nn.Sequential(QuadraBlock(6, 5, 2), QuadraBlock(6, 5, 2, neuron=neuron))
     message = (
-        f"linear start, quadratic gamma, alpha and beta: the network has neurons of {neuron}, which have no "
-        "linear part; expected quadranet, linear, fan, compact"
+        "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need neurons with a "
+        f"linear part (quadranet, linear, fan, compact), but the network has {neuron}"
     )
     for use in (start_linear, quadratic_weights):
         with pytest.raises(UsageError) as error:

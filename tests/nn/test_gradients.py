@@ -243,5 +243,5 @@ def test_forms_that_do_not_go_with_the_weights_are_refused_with_the_fix() -> Non
     assert gradient_for("shared", "gumbel") == "gumbel"
     with pytest.raises(ValueError, match="the exact gradient, not two-path"):
         gradient_for("nested", "two-path")
-    with pytest.raises(ValueError, match="exact needs nested weights, not shared"):
+    with pytest.raises(ValueError, match="`gradient='exact'` needs `weights='nested'`, got 'shared'"):
         gradient_for("shared", "exact")

@@ -165,7 +165,7 @@ def test_tensors_that_are_no_slices_are_named() -> None:
         make(space_of("{block: inverse, width: [1, 2]}"), "shared")
     assert str(error.value) == (
         "inverse_w1: expand.weight, [24, 6, 1, 1], is no slice of that of the largest candidate, "
-        "[18, 6, 1, 1]: search with --weights independent"
+        "[18, 6, 1, 1]: search with `weights='independent'`"
     )
 
 
@@ -193,13 +193,13 @@ def test_shared_candidates_hold_no_tensors_of_their_own() -> None:
 @pytest.mark.skipif(native.library() is None, reason="the C++ kernels cannot be built here")
 def test_slices_run_by_the_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = []
-    forward = mixer.mixer_forward
+    forward = mixer.forward
 
     def record(x: Tensor, w_a: Tensor, *rest: Tensor) -> Tensor:
         kernels.append(w_a.shape[-1])
         return forward(x, w_a, *rest)  # type: ignore[arg-type]  # as it was called
 
-    monkeypatch.setattr(mixer, "mixer_forward", record)
+    monkeypatch.setattr(mixer, "forward", record)
     space = space_of(QUADRA)
     choice = make(space, "shared").to(memory_format=torch.channels_last)
     for index in range(6):
@@ -352,7 +352,7 @@ def test_a_nested_mixture_of_one_candidate_is_that_candidate(
     ids=["no grid", "batch norm", "mbconv", "neurons", "another neuron"],
 )
 def test_what_cannot_be_nested_is_refused_with_the_fix(space: SearchSpace) -> None:
-    with pytest.raises(UsageError, match=r"position 1\.1 of space small.*--weights shared takes any"):
+    with pytest.raises(UsageError, match=r"position 1\.1 of space small.*`weights='shared'` takes all"):
         make(space, "nested")
     make(space, "shared")
 

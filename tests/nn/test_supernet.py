@@ -321,7 +321,7 @@ def test_subnet_matches_supernet(name: str, weights: WeightsMode) -> None:
         c.kind not in ("quadra", "identity") for p in space.positions for c in p.candidates
     )
     if weights == "nested" and (space.norm == "batchnorm" or has_other_blocks):
-        with pytest.raises(UsageError, match="--weights shared"):
+        with pytest.raises(UsageError, match="`weights='shared'`"):
             make_supernet(space, weights)
         return
     supernet = make_supernet(space, weights).eval()

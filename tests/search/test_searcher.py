@@ -430,8 +430,8 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
         ({"gradient": "three-path"}, "gradient: expected 'two-path', .*, got 'three-path'"),
         ({"nested_weight_steps": "both"}, "expected 'mixture' or 'sampled', got 'both'"),
         ({"paths": "odd"}, "paths: expected 'even' or 'probabilities', got 'odd'"),
-        ({"gradient": "exact"}, "gradient: exact needs nested weights, not shared"),
-        ({"gradient": "gumbel", "weights": "nested"}, "nested weights have the exact gradient, not gumbel"),
+        ({"gradient": "exact"}, "`gradient='exact'` needs `weights='nested'`, got 'shared'"),
+        ({"gradient": "gumbel", "weights": "nested"}, "`gradient='gumbel'`: expected 'exact'"),
     ):
         with pytest.raises(UsageError, match=problem):
             CONFIG.override(changes)

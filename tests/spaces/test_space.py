@@ -165,7 +165,7 @@ def test_all_problems_of_a_file_come_in_one_line() -> None:
         "stem.kernel: missing",
         "stem.kernal: unknown key (did you mean kernel? known: activation, channels, kernel, stride)",
         "candidates.block: unknown block (did you mean mbconv? known: identity, mbconv, quadra, or one "
-        "registered first: qnas --plugin FILE.py COMMAND), got 'mbconf'",
+        "that a `plugin` registers first), got 'mbconf'",
         "candidates.expansion: expected at most 16, got 17",
         "candidates.kernel: expected an odd number, got 4",
         "stages[0].channels: expected a whole number, got 8.5",

@@ -4,6 +4,7 @@ x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))) of pointwise.py.
 and computes the rest again in the backward pass: 2 times x where the plain modules keep 14.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from qnas.nn.kernels.lean_quadratic import quadratic_backward, quadratic_forward
 
 
 def can_run(x: Tensor) -> bool:
-    """Say whether the halves take x: float32 on a CPU, and nobody traces, exports or casts."""
+    """Return whether the halves take x: float32 on a CPU, not traced, exported or under autocast."""
     return (
         type(x) is Tensor  # not the stand-in of a tracer or a compiler
         and x.ndim == 4
@@ -43,10 +44,15 @@ def mixer_half(
     (C, 1, k, k) with k odd. Returns (B, C, H, W) in channels_last memory. The gradient itself is not
     differentiable.
     """
-    arguments = (x.contiguous(memory_format=torch.channels_last), norm_weight, norm_bias, w_a, w_b, w_c)
+    tensors = (x.contiguous(memory_format=torch.channels_last), norm_weight, norm_bias, w_a, w_b, w_c)
+    return run_mixer(*tensors, shares=None, eps=eps)
+
+
+def run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
+    """Run `mixer_half` of its tensors, or with shares the mixture of nested kernels (C++ alone)."""
     if not torch.is_grad_enabled():
-        return _forward(*arguments, eps=eps)
-    y: Tensor = _MixerHalf.apply(*arguments, eps)
+        return _forward(tensors, shares, eps)
+    y: Tensor = _MixerHalf.apply(*tensors, shares, eps)
     return y
 
 
@@ -55,55 +61,44 @@ class _MixerHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.eps = arguments
-        ctx.save_for_backward(*tensors)
-        return _forward(*tensors, eps=ctx.eps)
+        *tensors, shares, ctx.eps = arguments
+        ctx.save_for_backward(*tensors, shares)
+        return _forward(tensors, shares, ctx.eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad, *ctx.saved_tensors, eps=ctx.eps, needed=ctx.needs_input_grad[:6]), None)
+        *tensors, shares = ctx.saved_tensors
+        x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
+        needed = ctx.needs_input_grad
+        if not mixer.is_supported(x, w_a.shape[-1]):
+            return (*_torch_backward(grad, tensors, ctx.eps, needed), None, None)
+        norm = mixer.Norm(norm_weight, norm_bias, ctx.eps)
+        needs_weights = any(needed[1:6])  # not in an architecture step
+        got = mixer.backward(
+            grad, x, w_a, w_b, w_c, norm, shares, needs_x=needed[0], needs_weights=needs_weights
+        )
+        return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c, got.shares, None)
 
 
-def _forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, *, eps: float
-) -> Tensor:
+def _forward(tensors: Sequence[Tensor], shares: Tensor | None, eps: float) -> Tensor:
+    x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
     if mixer.is_supported(x, w_a.shape[-1]):
-        return mixer.mixer_forward(x, w_a, w_b, w_c, None, mixer.Norm(norm_weight, norm_bias, eps))
+        return mixer.forward(x, w_a, w_b, w_c, mixer.Norm(norm_weight, norm_bias, eps), shares)
+    assert shares is None, "the mixture of nested kernels has no other form"
     normed = _layer_norm(x, norm_weight, norm_bias, eps)[0]
     return quadratic_forward(normed, w_a, w_b, w_c)[0].add_(x)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w_a: Tensor,
-    w_b: Tensor,
-    w_c: Tensor,
-    *,
-    eps: float,
-    needed: tuple[bool, ...],
+def _torch_backward(
+    grad: Tensor, tensors: Sequence[Tensor], eps: float, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x and of the five parameters, None where not `needed`."""
-    if mixer.is_supported(x, w_a.shape[-1]):
-        got = mixer.mixer_backward(
-            grad,
-            x,
-            w_a,
-            w_b,
-            w_c,
-            None,
-            mixer.Norm(norm_weight, norm_bias, eps),
-            needs_x=needed[0],
-            needs_weights=any(needed[1:]),
-        )
-        return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c)
+    x, norm_weight, norm_bias, w_a, w_b, w_c = tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
     through_norm = any(needed[:3])
-    inner, *weights = quadratic_backward(grad, normed, w_a, w_b, w_c, (through_norm, *needed[3:]))
+    inner, *weights = quadratic_backward(grad, normed, w_a, w_b, w_c, (through_norm, *needed[3:6]))
     if inner is None:
         return (None, None, None, *weights)
     grad_x, *norm = torch.ops.aten.native_layer_norm_backward(
@@ -125,6 +120,3 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     """Return LN(x) over channels, (B, C, H, W), with the means and reciprocal deviations."""
     normed, mean, rstd = torch.native_layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], weight, bias, eps)
     return normed.permute(0, 3, 1, 2), mean, rstd
-
-
-__all__ = ["can_run", "mixer_half"]

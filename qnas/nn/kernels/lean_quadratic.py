@@ -1,9 +1,9 @@
 """The quadratic operator in torch's own operators, without a compiler: little memory, fast gradients.
 
-The backward pass needs x and the weights only and computes both factors anew. What is slow in torch
-is the weight gradient of a depthwise convolution on a CPU: oneDNN has a kernel of its own for it where
-the weights are at most COLUMNS wide and no taller than the map, and for all others falls back to one
-that is up to 20 times slower. So each form below serves the shapes that it is the fastest for
+The backward pass needs x and the weights only and computes both factors anew. The slow part in torch is the
+weight gradient of a depthwise convolution on a CPU: oneDNN has a kernel for weights at most COLUMNS wide and
+no taller than the map, and falls back to one that is up to 20 times slower for all others. So each form
+below serves the shapes for which it is the fastest
 (benchmarks/quadratic.py; figures are milliseconds of three gradients, of stock and of the form):
 
 - columns: the weights a few columns at a time; k 5 and 7 ((64,32,16): 10.7 -> 1.8 and 19.7 -> 3.7)

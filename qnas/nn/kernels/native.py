@@ -3,7 +3,7 @@
 All .cpp files of this folder are one shared object with a plain C interface: torch's extension
 headers alone take a compiler 18 s. It is kept by a digest of sources, compiler, flags and processor
 in $QNAS_HOME/kernels, else qnas/kernels in $XDG_CACHE_HOME or ~/.cache. Importing this module
-builds nothing. A build that fails is one warning, and `library` returns None from then on.
+builds nothing. A build that fails gives one warning, after which `library` returns None.
 QNAS_KERNELS=0 turns the kernels off.
 """
 
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qnas.common.files import atomic_path
 from qnas.common.host import cpu_name
@@ -60,17 +62,17 @@ class Native:
 
 
 def library() -> Native | None:
-    """Return the kernels, built if they never were; None where they are off or cannot be had."""
+    """Return the kernels, built at the first use; None where they are off or cannot be built."""
     return _load() if is_enabled() else None
 
 
 def is_enabled() -> bool:
-    """Say whether the environment allows the kernels: QNAS_KERNELS is not 0."""
+    """Return whether the environment allows the kernels: QNAS_KERNELS is not 0."""
     return os.environ.get("QNAS_KERNELS", "") != "0"
 
 
 def describe() -> dict[str, Any]:
-    """Say what there is without building: enabled, compiler, file, built (it exists), loaded."""
+    """Return the state of the kernels without building them: enabled, compiler, file, built, loaded."""
     compiler = find_compiler()
     try:
         version = None if compiler is None else _version(compiler)
@@ -88,11 +90,8 @@ def describe() -> dict[str, Any]:
 
 def find_compiler() -> str | None:
     """Return the path of the compiler: $CXX, else the first of COMPILERS that is installed."""
-    for name in (os.environ.get("CXX", ""), *COMPILERS):
-        found = shutil.which(name) if name else None
-        if found is not None:
-            return found
-    return None
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
@@ -147,6 +146,11 @@ def _load() -> Native | None:
         return None
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Return the place of a tensor's numbers in memory, as the C functions take it; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 @lru_cache(maxsize=8)
 def _version(compiler: str) -> str:
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60)
@@ -158,15 +162,3 @@ def _reason(error: Exception) -> str:
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
         return lines[0].strip() if lines else f"{error.cmd[0]} ended with {error.returncode}"
     return str(error)
-
-
-__all__ = [
-    "Native",
-    "build",
-    "cache_folder",
-    "cached_path",
-    "describe",
-    "find_compiler",
-    "is_enabled",
-    "library",
-]

@@ -8,15 +8,13 @@ Gradients are exact, those of the shares and gates too.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import mixer
-from qnas.nn.kernels.block import can_run
+from qnas.nn.kernels.block import can_run, run_mixer
 from qnas.nn.kernels.pointwise import channel_half
 
 SMALLEST_KERNEL = 3  # of the C++ kernel's partial sums
@@ -48,8 +46,7 @@ def nested_mixer_half(
         places = torch.tensor([k // 2 - 1 for k in kernels])
         every = shares.new_zeros(largest // 2).index_add(0, places, shares)
         x = x.contiguous(memory_format=torch.channels_last)
-        y: Tensor = _NestedMixerHalf.apply(x, norm_weight, norm_bias, w_a, w_b, w_c, every, eps)
-        return y
+        return run_mixer(x, norm_weight, norm_bias, w_a, w_b, w_c, shares=every, eps=eps)
     normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
     normed = normed.permute(0, 3, 1, 2)
     for share, kernel in zip(shares, kernels, strict=True):
@@ -62,36 +59,6 @@ def nested_mixer_half(
         )
         x = x + share * (a * b + c)
     return x
-
-
-class _NestedMixerHalf(torch.autograd.Function):
-    """The C++ mixture with a backward pass from x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.eps = arguments
-        ctx.save_for_backward(*tensors)
-        x, norm_weight, norm_bias, w_a, w_b, w_c, shares = tensors
-        norm = mixer.Norm(norm_weight, norm_bias, ctx.eps)
-        return mixer.nested_forward(x, w_a, w_b, w_c, None, norm, shares)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, w_a, w_b, w_c, shares = ctx.saved_tensors
-        got, of_shares = mixer.nested_backward(
-            grad,
-            x,
-            w_a,
-            w_b,
-            w_c,
-            None,
-            mixer.Norm(norm_weight, norm_bias, ctx.eps),
-            shares,
-            needs_x=ctx.needs_input_grad[0],
-            needs_weights=any(ctx.needs_input_grad[1:6]),  # not in an architecture step
-        )
-        return (got.x, got.norm_weight, got.norm_bias, got.w_a, got.w_b, got.w_c, of_shares, None)
 
 
 def nested_channel_half(
@@ -119,6 +86,3 @@ def nested_channel_half(
     normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
     hidden = F.gelu(F.conv2d(normed.permute(0, 3, 1, 2), expand_weight, expand_bias))
     return x + F.conv2d(hidden, project, shift)
-
-
-__all__ = ["nested_channel_half", "nested_mixer_half"]

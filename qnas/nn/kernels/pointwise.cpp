@@ -1,5 +1,5 @@
 // The channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), on rows of channels (the memory of a
-// channels_last map): forward, and backward from x alone or from x and the expanded activation.
+// channels_last map): forward, and backward from x alone.
 //
 // Rows go through in chunks that stay in cache, panels of hidden channels one after another (products.h
 // says what panels are): each number is written in the layout that the next product reads, and GELU meets
@@ -176,8 +176,7 @@ inline void multiply_to(const Panels& a, int64_t terms, const float* b, const fl
     });
 }
 
-// `kept`: takes the expanded activation before GELU, in panels of pitch `rows`, unless it is null.
-void run_forward(const Half& q, float* y, float* kept) {
+void run_forward(const Half& q, float* y) {
     const Expansion expansion(q);
     const Buffer project = allocate(q.narrow() * kPanel * q.hidden), bias = zeros(q.narrow() * kPanel);
     pack_weights(q.project, q.hidden, q.channels, 1, q.hidden, project.get());
@@ -198,12 +197,9 @@ void run_forward(const Half& q, float* y, float* kept) {
                     float* const to = activated.at(p, 0);
                     multiply_to<N>(normed, q.channels, expansion.weights.get() + p * q.channels * kPanel,
                                    expansion.shift.get() + p * kPanel, 0, rows, to);
-                    float* const kept_here =
-                        kept == nullptr ? nullptr : Panels{kept, q.rows}.at(p, start);
                     for (int64_t i = 0; i < rows * kPanel; i += kPanel) {
                         for (int v = 0; v < N * V; v += V) {
                             const Floats h = load<V>(to + i + v, V);
-                            if (kept_here != nullptr) store<V>(kept_here + i + v, h, V);
                             store<V>(to + i + v, h * normal_cdf(h), V);
                         }
                     }
@@ -288,8 +284,7 @@ inline void normalise_backward(const Half& q, const float* grad, const Panels& t
     }
 }
 
-// `kept` is what run_forward wrote, or null: then it is computed again.
-void run_backward(const Half& q, const float* grad, const float* kept, const Gradients& to) {
+void run_backward(const Half& q, const float* grad, const Gradients& to) {
     const int64_t channels = q.channels, hidden = q.hidden, wide = q.wide(), narrow = q.narrow();
     const bool expand_too = to.expand != nullptr, project_too = to.project != nullptr;
     const int threads = int(std::min<int64_t>(q.useful_threads(), wide));
@@ -334,15 +329,12 @@ void run_backward(const Half& q, const float* grad, const float* kept, const Gra
                     constexpr int N = decltype(vectors)::value;
                     for (int64_t row = 0; row < rows; row += chunk) {  // sums are over a chunk, then over all
                         const int64_t count = std::min(chunk, rows - row), stop = row + count;
-                        const float* h = expanded;
-                        if (kept != nullptr) h = kept + (p * q.rows + start + row) * kPanel;
-                        else
-                            multiply_to<N>(normed, channels, expansion.weights.get() + p * channels * kPanel,
-                                           expansion.shift.get() + p * kPanel, row, stop, expanded);
+                        multiply_to<N>(normed, channels, expansion.weights.get() + p * channels * kPanel,
+                                       expansion.shift.get() + p * kPanel, row, stop, expanded);
                         multiply_to<N>(grad_y, channels, project.get() + p * channels * kPanel, nullptr, row,
                                        stop, slope.at(p, row));
                         float* const s = slope.at(p, row);
-                        gelu_backward<N>(h, activated, s, count, of_shift.get() + p * kPanel);
+                        gelu_backward<N>(expanded, activated, s, count, of_shift.get() + p * kPanel);
                         if (project_too) accumulate<N>(grad_y, row, channels, activated, count, to_project.at(p, 0));
                         if (expand_too) accumulate<N>(normed, row, channels, s, count, to_expand.at(p, 0));
                     }
@@ -416,26 +408,24 @@ void run_backward(const Half& q, const float* grad, const float* kept, const Gra
 extern "C" {
 
 // `sizes`: rows, channels, hidden channels, threads. Norm (c), expand (e, c) and (e), project (c, e) and (c).
-// `kept`: null, or room for rows times the hidden channels, these rounded up to twice the lanes.
 void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
                             const float* norm_bias, const float* expand, const float* expand_bias,
-                            const float* project, const float* project_bias, float* kept, float* y) {
+                            const float* project, const float* project_bias, float* y) {
     const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
                        norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_forward(q, y, kept);
+    qnas::run_forward(q, y);
 }
 
 // Gradients of what the forward pass got, in its order. Those of norm and expand may be null together, and
 // those of project.
 void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
                              const float* norm_bias, const float* expand, const float* expand_bias,
-                             const float* project, const float* project_bias, const float* kept,
-                             const float* grad, float* to_x, float* to_norm_weight, float* to_norm_bias,
-                             float* to_expand, float* to_expand_bias, float* to_project,
-                             float* to_project_bias) {
+                             const float* project, const float* project_bias, const float* grad,
+                             float* to_x, float* to_norm_weight, float* to_norm_bias, float* to_expand,
+                             float* to_expand_bias, float* to_project, float* to_project_bias) {
     const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
                        norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_backward(q, grad, kept,
+    qnas::run_backward(q, grad,
                        {to_x, to_norm_weight, to_norm_bias, to_expand, to_expand_bias, to_project,
                         to_project_bias});
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import native
+from qnas.nn.kernels.native import address
 
 # Rows of torch's chunks: expanded activations that stay in cache, but enough rows for a weight gradient,
 # which is read and written once a chunk (half and double of either: 0 to 5% slower).
@@ -38,15 +39,12 @@ def channel_half(
     project_bias: Tensor,
     *,
     eps: float = 1e-6,
-    recompute: bool = True,
 ) -> Tensor:
     """Return x + PW2(GELU(PW1(LN(x)))), with LN over channels and the GELU of `nn.GELU()`.
 
     x: (B, C, H, W), brought to channels_last memory if it is not; norm weight and bias, project bias: (C,);
     expand weight: (E, C, 1, 1), its bias (E,); project weight: (C, E, 1, 1). All of one floating dtype.
-    Returns (B, C, H, W) in channels_last memory. With recompute off the expanded activation, (B, E, H, W),
-    is kept for the backward pass; results are the same bits either way. The gradient itself is not
-    differentiable.
+    Returns (B, C, H, W) in channels_last memory. The gradient itself is not differentiable.
     """
     arguments = (x, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias)
     channels, hidden = x.shape[1], expand_weight.shape[0]
@@ -54,34 +52,30 @@ def channel_half(
     assert project_weight.shape == (channels, hidden, 1, 1), "project weight must be (C, E, 1, 1)"
     assert len({t.dtype for t in arguments}) == 1, "all arguments must have one dtype"
     if not torch.is_grad_enabled():
-        return _map(_choose(x).forward(_rows(x), arguments[1:], eps, keeps=False)[0], x)
-    y: Tensor = _ChannelHalf.apply(*arguments, eps, recompute)
+        return _map(_choose(x).forward(_rows(x), arguments[1:], eps), x)
+    y: Tensor = _ChannelHalf.apply(*arguments, eps)
     return y
 
 
 class _ChannelHalf(torch.autograd.Function):
-    """The half with a backward pass from x, or from x and the expanded activation."""
+    """The half with a backward pass from x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        parameters, (ctx.eps, recompute) = rest[:6], rest[6:]
-        ctx.form = _choose(x)  # the one that knows how what is kept lies in memory
-        y, kept = ctx.form.forward(_rows(x), parameters, ctx.eps, keeps=not recompute)
-        ctx.save_for_backward(x, *parameters, kept)
-        return _map(y, x)
+        *parameters, ctx.eps = rest
+        ctx.save_for_backward(x, *parameters)
+        return _map(_choose(x).forward(_rows(x), parameters, ctx.eps), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters, kept = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # an architecture step of a search needs neither, or with nested weights the second alone
-        expand_too, project_too = any(needed[1:5]), any(needed[5:7])
-        rows, grad_rows = _rows(x), _rows(grad)
-        grad_x, *gradients = ctx.form.backward(
-            grad_rows, rows, parameters, ctx.eps, kept, expand_too, project_too
-        )
-        return (_map(grad_x, x), *gradients, None, None)
+        wanted = any(needed[1:5]), any(needed[5:7])
+        grad_x, *gradients = _choose(x).backward(_rows(grad), _rows(x), parameters, ctx.eps, *wanted)
+        assert grad_x is not None
+        return (_map(grad_x, x), *gradients, None)
 
 
 Parameters = Sequence[Tensor]  # in the order of `channel_half`
@@ -91,23 +85,18 @@ class _Native:
     """The C++ kernels: float32 on the CPU."""
 
     def __init__(self, library: native.Native) -> None:
-        # sizes, eps, seven inputs, then what is kept and the output, or the output's gradient and all others
+        # sizes, eps, seven inputs, then the output, or the output's gradient and all others
         inputs = (ctypes.c_void_p, ctypes.c_float, *[ctypes.c_void_p] * 7)
-        self.panel = 2 * library.lanes  # hidden channels that lie together in what is kept
-        self._forward = library.function("qnas_pointwise_forward", *inputs, *[ctypes.c_void_p] * 2)
-        self._backward = library.function("qnas_pointwise_backward", *inputs, *[ctypes.c_void_p] * 9)
+        self._forward = library.function("qnas_pointwise_forward", *inputs, ctypes.c_void_p)
+        self._backward = library.function("qnas_pointwise_backward", *inputs, *[ctypes.c_void_p] * 8)
 
-    def forward(
-        self, rows: Tensor, parameters: Parameters, eps: float, *, keeps: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return y, (rows, C), and the expanded activation before GELU if it `keeps` that."""
-        hidden, y = len(parameters[2]), torch.empty_like(rows)
-        kept = rows.new_empty(-(-hidden // self.panel), len(rows), self.panel) if keeps else None
+    def forward(self, rows: Tensor, parameters: Parameters, eps: float) -> Tensor:
+        """Return y, (rows, C)."""
+        y = torch.empty_like(rows)
         parameters = [p.contiguous() for p in parameters]
         if len(rows):
-            sizes = self._sizes(rows, hidden)
-            self._forward(sizes, eps, *map(_at, (rows, *parameters, kept, y)))
-        return y, kept
+            self._forward(self._sizes(rows, len(parameters[2])), eps, *map(address, (rows, *parameters, y)))
+        return y
 
     def backward(
         self,
@@ -115,7 +104,6 @@ class _Native:
         rows: Tensor,
         parameters: Parameters,
         eps: float,
-        kept: Tensor | None,
         expand_too: bool,
         project_too: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -128,7 +116,7 @@ class _Native:
         grad_x = torch.empty_like(rows)
         if len(rows):
             sizes = self._sizes(rows, len(parameters[2]))
-            self._backward(sizes, eps, *map(_at, (rows, *parameters, kept, grad, grad_x, *found)))
+            self._backward(sizes, eps, *map(address, (rows, *parameters, grad, grad_x, *found)))
         return (grad_x, *found)
 
     @staticmethod
@@ -136,34 +124,26 @@ class _Native:
         return (ctypes.c_int64 * 4)(*rows.shape, hidden, torch.get_num_threads())
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 class _Torch:
     """Torch's operators: every device and floating dtype."""
 
-    def forward(
-        self, rows: Tensor, parameters: Parameters, eps: float, *, keeps: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return y, (rows, C), and the expanded activation before GELU if it `keeps` that."""
+    def forward(self, rows: Tensor, parameters: Parameters, eps: float) -> Tensor:
+        """Return y, (rows, C)."""
         norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias = parameters
         expand, shift = _fold_norm(norm_weight, norm_bias, expand_weight, expand_bias)
         project = project_weight.flatten(1)
         hidden = len(expand)
         size = _chunk_rows(len(rows), hidden)
-        kept = rows.new_empty(len(rows), hidden) if keeps else None
         y = torch.empty_like(rows)
         activated_rows = rows.new_empty(min(size, len(rows)), hidden)
-        for i, (part, part_y) in enumerate(_chunks(size, rows, y)):
+        for part, part_y in _chunks(size, rows, y):
             activated = activated_rows[: len(part)]
-            h = activated if kept is None else kept[i * size : i * size + len(part)]
             normed, _, _ = torch.native_layer_norm(part, [part.shape[1]], None, None, eps)
-            torch.addmm(shift, normed, expand.t(), out=h)
-            torch.ops.aten.gelu.out(h, out=activated)
+            torch.addmm(shift, normed, expand.t(), out=activated)
+            torch.ops.aten.gelu.out(activated, out=activated)
             torch.add(part, project_bias, out=part_y)
             part_y.addmm_(activated, project.t())
-        return y, kept
+        return y
 
     def backward(
         self,
@@ -171,7 +151,6 @@ class _Torch:
         rows: Tensor,
         parameters: Parameters,
         eps: float,
-        kept: Tensor | None,
         expand_too: bool,
         project_too: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -186,16 +165,15 @@ class _Torch:
         grad_expand, grad_project = rows.new_zeros(channels, hidden), rows.new_zeros(channels, hidden)
         grad_shift = rows.new_zeros(hidden)
         activated_rows, slope_rows = (rows.new_empty(min(size, len(rows)), hidden) for _ in range(2))
-        for i, (part, part_y, part_x) in enumerate(_chunks(size, rows, grad, grad_x)):
+        for part, part_y, part_x in _chunks(size, rows, grad, grad_x):
             activated, slope = activated_rows[: len(part)], slope_rows[: len(part)]
             normed, _, rstd = torch.native_layer_norm(part, [channels], None, None, eps)
-            if kept is None:
-                h = torch.addmm(shift, normed, expand.t(), out=activated)
-            else:
-                h = kept[i * size : i * size + len(part)]
+            torch.addmm(shift, normed, expand.t(), out=activated)
             torch.mm(part_y, project, out=slope)  # the gradient of GELU's output
-            torch.ops.aten.gelu_backward.grad_input(slope, h, grad_input=slope)  # now that of its input
-            torch.ops.aten.gelu.out(h, out=activated)
+            torch.ops.aten.gelu_backward.grad_input(
+                slope, activated, grad_input=slope
+            )  # now that of its input
+            torch.ops.aten.gelu.out(activated, out=activated)
             if project_too:
                 grad_project.addmm_(part_y.t(), activated)
             if expand_too:
@@ -267,6 +245,3 @@ def _normalise_backward(
         grad_normed, normed, [normed.shape[1]], mean, one, None, None, [True, False, False]
     )[0]
     torch.addcmul(grad_y, through, rstd, out=to)
-
-
-__all__ = ["channel_half"]

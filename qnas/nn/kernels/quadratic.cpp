@@ -58,7 +58,6 @@ struct Problem {
     float share[kMaxLevels];   // of the kernel of each level
     float beyond[kMaxLevels];  // shares of the kernels that hold a level's taps, together
     const float* x;
-    const float* bias;         // of c; may be null
     const float* norm_weight;  // null: no normalisation and no residual
     const float* norm_bias;
     float epsilon;
@@ -210,7 +209,7 @@ struct Scratch {
     int rings;
 };
 
-// What minimal filtering by K taps needs beside: a padded row of x and a ring of transformed ones.
+// Additional buffers of minimal filtering by K taps: a padded row of x and a ring of transformed ones.
 template <int K>
 struct TileScratch : Scratch {
     using W = Winograd<K>;
@@ -277,7 +276,7 @@ struct Task {
         return ((size_t(image) * q.height + row) * q.width) * q.channels + group.first;
     }
 
-    // What is fetched ahead when `row` is at hand, since a group's places lie apart in memory: a row
+    // The place that is fetched ahead while `row` is worked on, since a group's places lie apart in memory: a row
     // some rows on, or where this map ends one of the next task.
     size_t soon(int row) const {
         const int target = row + distance;
@@ -285,14 +284,14 @@ struct Task {
                                  : following + size_t(target - q.height) * q.width * q.channels;
     }
 
-    // What goes to the second cache when `row` is at hand: the image that this thread comes to next, in the
+    // The part of memory that goes to the second cache while `row` is worked on: the image that this thread comes to next, in the
     // order of memory, which memory is faster at than at the places of one group, each group a part of it.
     size_t later(int row) const {
         const size_t places = size_t(index) * q.places() + size_t(row) * q.width;
         return (image + q.threads) * q.places() * q.channels + places * kLanes;
     }
 
-    // What is fetched of one map when a row is at hand, column by column.
+    // Prefetches of one map while a row is worked on, column by column.
     struct Ahead {
         const float *soon, *later;
         size_t stride;
@@ -373,10 +372,6 @@ struct Task {
         }
         Vec<V>* c = scratch.row<V>(2 * levels);
         const Vec<V>* weights = q.weights<V>(index, false);
-        Vec<V> bias{};
-        if (q.bias != nullptr) {
-            bias = load<V>(q.bias + group.first, group.count) * q.beyond[0];
-        }
         const Convolve<V> outermost = sweep(q.taps, 1);
         Taps<V> taps[kMaxKernel];
         int next = std::max(0, begin - radius);  // row of x to be read
@@ -392,7 +387,7 @@ struct Task {
             const float* soon = y + this->soon(row);
             const float* in = q.x + offset(row);
             for (int column = 0; column < q.width; ++column) {
-                Vec<V> v = c[column] + bias;
+                Vec<V> v = c[column];
                 if (!q.mixed) {
                     v += a[0][column] * b[0][column];
                 } else {
@@ -410,8 +405,6 @@ struct Task {
     template <int K>
     void forward_tiled(const TileScratch<K>& tiled, float* y, int begin, int end) const {
         const int tiles = tiled.tiles;
-        Vec<V> bias{};
-        if (q.bias != nullptr) bias = load<V>(q.bias + group.first, group.count);
         int next = std::max(0, begin - K / 2);
         for (int row = begin; row < end; ++row) {
             for (; next < std::min(row + K / 2 + 1, q.height); ++next) read_tiled(tiled, next);
@@ -419,7 +412,7 @@ struct Task {
             const int count = collect_tiled(tiled, row, rows, of_row);
             const Line to_y = line_of(y, row, K / 2);
             for_tiles<Winograd<K>::kTiles>(tiles, [&](auto group, int tile) {
-                put<K, decltype(group)::value>(rows, of_row, count, tile, bias, to_y);
+                put<K, decltype(group)::value>(rows, of_row, count, tile, to_y);
             });
         }
     }
@@ -476,8 +469,7 @@ struct Task {
 
     // T tiles of y. The line is a copy, whose numbers need not be read anew after each store.
     template <int K, int T>
-    void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Vec<V> bias,
-             Line line) const {
+    void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Line line) const {
         using W = Winograd<K>;
         constexpr int kTile = W::kTile;
         Vec<V> sums[3][T][kTile];
@@ -490,7 +482,7 @@ struct Task {
                 if constexpr (K == 3) line.of_x.fetch(first + i);
                 __builtin_prefetch(line.soon + at, 1);
                 const int t = i / kTile, n = i % kTile;
-                store<V>(line.y + at, sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias), V);
+                store<V>(line.y + at, sums[0][t][n] * sums[1][t][n] + sums[2][t][n], V);
             }
             return;
         }
@@ -501,16 +493,16 @@ struct Task {
             if constexpr (K == 3) line.of_x.fetch(first + i);
             __builtin_prefetch(line.soon + at, 1);
             const int t = i / kTile, n = i % kTile;
-            Vec<V> v = sums[0][t][n] * sums[1][t][n] + (sums[2][t][n] + bias);
+            Vec<V> v = sums[0][t][n] * sums[1][t][n] + sums[2][t][n];
             if (line.x != nullptr) v += load<V>(line.x + at, line.count);
             store<V>(line.y + at, v, line.count);
         }
     }
 
     // What the operator's input gets, into `dx` (with a norm: what the norm's output gets; null: no one
-    // needs it); adds to `sums`: the three weights' gradients as packed, the output gradient's sum, and
-    // that of a b at each level. The gradient of c's weights is without the shares. Without
-    // `to_weights` there are none of the weights, and what a level's shares get is a b + c.
+    // needs it); adds to `sums`: the three weights' gradients as packed, and that of a b at each level. The
+    // gradient of c's weights is without the shares. Without `to_weights` there are none of the weights, and
+    // what a level's shares get is a b + c.
     void backward(const float* grad, float* dx, Vec<V>* sums, int block, bool to_weights) const {
         const int radius = q.radius(), area = q.area(), levels = q.levels;
         const Rows<V> x = scratch.ring<V>(0), g = scratch.ring<V>(1);
@@ -562,7 +554,7 @@ struct Task {
             const int end = std::min(begin + block, q.height), count = end - begin;
             for (int row = begin; row < end; ++row) {
                 for (; next < std::min(row + 2, q.height); ++next) read_tiled(tiled, next);
-                spread_tiled(tiled, grad, row, g[row] + 1, ga[row] + 1, gb[row] + 1, sums[3 * q.area()]);
+                spread_tiled(tiled, grad, row, g[row] + 1, ga[row] + 1, gb[row] + 1);
             }
             if (to_weights) {
                 for (int i = 0; i < count + 2; ++i) {
@@ -587,18 +579,12 @@ struct Task {
 
     // The gradients of c, a and b along one row, for three taps across.
     void spread_tiled(const TileScratch<3>& tiled, const float* grad, int row, Vec<V>* g, Vec<V>* to_a,
-                      Vec<V>* to_b, Vec<V>& sum) const {
+                      Vec<V>* to_b) const {
         const float* from = grad + offset(row);
         // copies, which are not read anew after each store
         const int width = q.width, lanes = group.count, tiles = tiled.tiles;
         const size_t stride = q.channels;
-        Vec<V> total = sum;
-        for (int c = 0; c < width; ++c) {
-            const Vec<V> v = load<V>(from + c * stride, lanes);
-            g[c] = v;
-            total += v;
-        }
-        sum = total;
+        for (int c = 0; c < width; ++c) g[c] = load<V>(from + c * stride, lanes);
         const Vec<V>*rows[3], *of_row[3];
         const int count = collect_tiled(tiled, row, rows, of_row);
         const Ahead of_x = ahead(q.x, row + 1), of_grad = ahead(grad, row);
@@ -657,7 +643,6 @@ struct Task {
         const size_t stride = q.channels;
         const float* grad = of_map + offset(row);
         const Ahead of_grad = ahead(of_map, row);
-        Vec<V> total = sums[0];
         if (!q.mixed) {
             Vec<V>*to_a = ga[0][row] + q.radius(), *to_b = gb[0][row] + q.radius();
             const Vec<V>*const of_a = a[0], *const of_b = b[0];
@@ -665,11 +650,9 @@ struct Task {
                 of_grad.fetch(c);
                 const Vec<V> v = load<V>(grad + c * stride, lanes);
                 g[c] = v;
-                total += v;
                 to_a[c] = v * of_b[c];
                 to_b[c] = v * of_a[c];
             }
-            sums[0] = total;
             return;
         }
         Vec<V>*to_a[kMaxLevels], *to_b[kMaxLevels];
@@ -677,13 +660,12 @@ struct Task {
         for (int j = 0; j < levels; ++j) {
             to_a[j] = ga[j][row] + q.radius();
             to_b[j] = gb[j][row] + q.radius();
-            products[j] = sums[1 + j];
+            products[j] = sums[j];
         }
         for (int c = 0; c < width; ++c) {
             of_grad.fetch(c);
             const Vec<V> v = load<V>(grad + c * stride, lanes);
             g[c] = v;
-            total += v;
             Vec<V> for_a{}, for_b{};
             for (int j = levels - 1; j >= 0; --j) {  // a ring's taps are in all kernels from its own on
                 const Vec<V> va = v * a[j][c], vb = v * b[j][c];
@@ -695,8 +677,7 @@ struct Task {
                 to_b[j][c] = for_b;
             }
         }
-        sums[0] = total;
-        for (int j = 0; j < levels; ++j) sums[1 + j] = products[j];
+        for (int j = 0; j < levels; ++j) sums[j] = products[j];
     }
 
     void correlate_level(int j, const Rows<V>& x, const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb,
@@ -785,6 +766,15 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
 int useful_threads(const Problem& q, int branches) {
     const double work = double(q.batch) * q.places() * q.channels * q.area() * branches;
     return std::max(1, std::min(q.threads, int(work / kThreadWork)));
+}
+
+Problem problem_of(const int64_t* sizes, const float* x, const float* norm_weight, const float* norm_bias,
+                   float epsilon) {
+    Problem q{};
+    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
+    q.kernel = sizes[4], q.threads = sizes[5];
+    q.x = x, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
+    return q;
 }
 
 void set_up(Problem& q, const float* const weights[3], const float* shares, bool backward) {
@@ -885,14 +875,13 @@ struct Gradients {
     float* weights[3];   // (C, 1, k, k); all null or none
     float* norm_weight;  // null, with its bias, where not wanted
     float* norm_bias;
-    float* bias;         // may be null
     float* shares;       // of all kernels from 3 on; null without
 };
 
 void run_backward(Problem& q, const float* const weights[3], const float* grad, const Gradients& to) {
     const int threads = useful_threads(q, 8), groups = q.groups(), area = q.area();
     const int slices = std::min(q.batch, kMaxSlices);
-    const int per_group = 3 * area + 1 + q.levels;  // vectors
+    const int per_group = 3 * area + q.levels;  // vectors
     const size_t padded = size_t(groups) * kLanes;
     const size_t per_slice = padded * (per_group + 2);
     const Buffer sums = zeros(slices * per_slice);
@@ -948,7 +937,7 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
     for (int f = 0; f < 3; ++f) {
         if (to.weights[f] != nullptr) std::memset(to.weights[f], 0, q.channels * stride * sizeof(float));
     }
-    double products[kMaxLevels] = {}, linear[kMaxLevels] = {}, offsets = 0.0;
+    double products[kMaxLevels] = {}, linear[kMaxLevels] = {};
     std::unique_ptr<float[]> total(new float[size_t(per_group) * kLanes]);
     for (int index = 0; index < groups; ++index) {
         const Group group = q.group(index);
@@ -975,14 +964,12 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
         }
         const float* outputs = total.get() + 3 * area * lanes;
         for (int i = 0; i < group.count; ++i) {
-            if (to.bias != nullptr) to.bias[group.first + i] = outputs[i] * q.beyond[0];
-            if (q.bias != nullptr) offsets += double(outputs[i]) * q.bias[group.first + i];
-            for (int j = 0; j < q.levels; ++j) products[j] += outputs[(1 + j) * lanes + i];
+            for (int j = 0; j < q.levels; ++j) products[j] += outputs[j * lanes + i];
         }
     }
     if (to.shares != nullptr) {
-        // q_k = a_k b_k + c_k + bias, and c_k sums the linear terms of all levels within k
-        double within = offsets;
+        // q_k = a_k b_k + c_k, and c_k sums the linear terms of all levels within k
+        double within = 0.0;
         int j = 0;
         for (int kernel = 3; kernel <= q.kernel; kernel += 2) {
             if (kernel == 3) within += linear[0];
@@ -1014,32 +1001,25 @@ int qnas_lanes() { return qnas::kLanes; }
 // `sizes`: batch, height, width, channels, kernel, threads. Without a norm (null) there is no
 // residual; `shares` null is the plain operator, else one share for each of the kernels 3, 5, .., k.
 void qnas_quadratic_forward(const int64_t* sizes, const float* x, const float* w_a, const float* w_b,
-                            const float* w_c, const float* bias, const float* norm_weight,
-                            const float* norm_bias, float epsilon, const float* shares, float* y) {
-    qnas::Problem q{};
-    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
-    q.kernel = sizes[4], q.threads = sizes[5];
-    q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
+                            const float* w_c, const float* norm_weight, const float* norm_bias,
+                            float epsilon, const float* shares, float* y) {
     const float* const weights[3] = {w_a, w_b, w_c};
+    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
     qnas::set_up(q, weights, shares, false);
     qnas::run_forward(q, y);
 }
 
 // Gradients of what the forward pass got, in its order; a null one is not written.
 void qnas_quadratic_backward(const int64_t* sizes, const float* grad, const float* x, const float* w_a,
-                             const float* w_b, const float* w_c, const float* bias,
-                             const float* norm_weight, const float* norm_bias, float epsilon,
-                             const float* shares, float* to_x, float* to_a, float* to_b, float* to_c,
-                             float* to_bias, float* to_norm_weight, float* to_norm_bias,
-                             float* to_shares) {
-    qnas::Problem q{};
-    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
-    q.kernel = sizes[4], q.threads = sizes[5];
-    q.x = x, q.bias = bias, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
+                             const float* w_b, const float* w_c, const float* norm_weight,
+                             const float* norm_bias, float epsilon, const float* shares, float* to_x,
+                             float* to_a, float* to_b, float* to_c, float* to_norm_weight,
+                             float* to_norm_bias, float* to_shares) {
     const float* const weights[3] = {w_a, w_b, w_c};
+    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
     qnas::set_up(q, weights, shares, true);
     qnas::run_backward(q, weights, grad,
-                       {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_bias, to_shares});
+                       {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_shares});
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 """The quadratic depthwise convolution on a GPU, y = (a * x) . (b * x) + c * x, in Triton.
 
-Has run in Triton's interpreter only, not on a GPU, so far; for compute capability 9.0 it was compiled
-(tests/test_kernels_triton.py). `pytest -m gpu` and benchmarks/gpu.py are what to run on a GPU.
+So far it has run in Triton's interpreter only, not on a GPU; it was compiled for compute capability 9.0
+(tests/nn/kernels/test_triton.py). On a GPU, run `pytest -m gpu` and benchmarks/gpu.py.
 
 Forward reads x (with its halo) and writes y: 2 passes over a tensor, where three convolutions, a
 product and a sum take 12. Backward keeps nothing but x:
@@ -42,7 +42,7 @@ WEIGHT_TILES = 16  # at least so many to a share, lest writing the sums cost mor
 
 @functools.cache
 def available() -> bool:
-    """Say whether the kernels can run here: triton, and a GPU or TRITON_INTERPRET=1."""
+    """Return whether the kernels can run here: with triton, and a GPU or TRITON_INTERPRET=1."""
     if importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,7 +90,7 @@ def quadratic_backward(
 
 @dataclass(frozen=True)
 class _Maps:
-    """What all the maps of a call have in common, and the kernel that goes over them."""
+    """The shape and layout that all maps of a call share, and the kernel size."""
 
     batch: int
     channels: int

@@ -32,22 +32,20 @@ SHAPES = [
 TOLERANCE = 1e-5  # of the largest value; float32 has 1.2e-7, and sums have thousands of terms
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
-def quadratic(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None) -> Tensor:
-    return depthwise(x, w_a) * depthwise(x, w_b) + depthwise(x, w_c, bias)
+def quadratic(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
+    return depthwise(x, w_a) * depthwise(x, w_b) + depthwise(x, w_c)
 
 
 def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, 1e-6).permute(0, 3, 1, 2)
 
 
-def mixed(
-    x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
-) -> Tensor:
-    return x + quadratic(normalised(x, scale, shift), w_a, w_b, w_c, bias)
+def mixed(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x + quadratic(normalised(x, scale, shift), w_a, w_b, w_c)
 
 
 def nested(
@@ -55,7 +53,6 @@ def nested(
     w_a: Tensor,
     w_b: Tensor,
     w_c: Tensor,
-    bias: Tensor,
     scale: Tensor,
     shift: Tensor,
     shares: Tensor,
@@ -64,7 +61,7 @@ def nested(
     for share, width in zip(shares, range(3, kernel + 1, 2), strict=True):
         centre = (..., *(slice((kernel - width) // 2, (kernel + width) // 2),) * 2)
         a, b, c = (w[centre] for w in (w_a, w_b, w_c))
-        y = y + share * quadratic(normalised(x, scale, shift), a, b, c, bias)
+        y = y + share * quadratic(normalised(x, scale, shift), a, b, c)
     return y
 
 
@@ -72,7 +69,6 @@ class Case(NamedTuple):
     """What the forms take: all but the last three are `operator`'s, (x, w_a, w_b, w_c)."""
 
     operator: tuple[Tensor, Tensor, Tensor, Tensor]
-    bias: Tensor
     norm: Norm
     shares: Tensor
     grad: Tensor
@@ -82,9 +78,9 @@ def case(shape: tuple[int, ...], kernel: int) -> Case:
     torch.manual_seed(0)
     channels = shape[1]
     w_a, w_b, w_c = (torch.randn(channels, 1, kernel, kernel) / kernel for _ in range(3))
-    bias, scale, shift = (torch.randn(channels) for _ in range(3))
+    scale, shift = (torch.randn(channels) for _ in range(2))
     x, grad = torch.randn(shape), torch.randn(shape)
-    return Case((x, w_a, w_b, w_c), bias, Norm(scale, shift), torch.rand(kernel // 2), grad)
+    return Case((x, w_a, w_b, w_c), Norm(scale, shift), torch.rand(kernel // 2), grad)
 
 
 def expected(form: object, arguments: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +104,7 @@ def assert_close(got: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> None
 @pytest.mark.parametrize("shape", SHAPES)
 def test_operator_is_its_definition(shape: tuple[int, ...], kernel: int) -> None:
     operator, *_, grad = case(shape, kernel)
-    got = (mixer.quadratic_forward(*operator), *mixer.quadratic_backward(grad, *operator))
+    got = (mixer.forward(*operator), *mixer.backward(grad, *operator)[:4])
     assert_close(got, expected(quadratic, operator, grad))
 
 
@@ -117,7 +113,7 @@ def test_operator_is_its_definition(shape: tuple[int, ...], kernel: int) -> None
 def test_minimal_filtering_loses_little(kernel: int, most: float) -> None:
     operator, *_ = case((2, 32, 24, 24), kernel)
     exact = quadratic(*[t.double() for t in operator])
-    error = (mixer.quadratic_forward(*operator) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    error = (mixer.forward(*operator) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < most
 
 
@@ -125,7 +121,7 @@ def test_minimal_filtering_loses_little(kernel: int, most: float) -> None:
 def test_gradients_lose_little(kernel: int) -> None:
     operator, *_, grad = case((2, 32, 24, 24), kernel)
     for got, exact in zip(
-        mixer.quadratic_backward(grad, *operator), expected(quadratic, operator, grad)[1:], strict=True
+        mixer.backward(grad, *operator)[:4], expected(quadratic, operator, grad)[1:], strict=True
     ):
         assert got is not None
         assert (got - exact).square().mean().sqrt() < 5e-7 * exact.square().mean().sqrt()
@@ -133,10 +129,10 @@ def test_gradients_lose_little(kernel: int) -> None:
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_a_column_is_the_same_bits_whatever_is_right_of_it(kernel: int) -> None:
-    (x, *weights), *_ = case((1, 40, 6, 40), kernel)
-    wide = mixer.quadratic_forward(x, *weights)
+    (x, a, b, c), *_ = case((1, 40, 6, 40), kernel)
+    wide = mixer.forward(x, a, b, c)
     for width in range(12 + kernel, 40, 3):  # groups of tiles that overlap or not, the last whole or cut off
-        narrow = mixer.quadratic_forward(x[..., :width], *weights)
+        narrow = mixer.forward(x[..., :width], a, b, c)
         inside = width - kernel // 2 - 4  # the last tiles meet zeros where the others have columns
         torch.testing.assert_close(narrow[..., :inside], wide[..., :inside], rtol=0, atol=0)
 
@@ -144,19 +140,20 @@ def test_a_column_is_the_same_bits_whatever_is_right_of_it(kernel: int) -> None:
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mixer_is_its_definition(shape: tuple[int, ...], kernel: int) -> None:
-    operator, bias, norm, _, grad = case(shape, kernel)
-    y = mixer.mixer_forward(*operator, bias, norm)
-    got = (y, *mixer.mixer_backward(grad, *operator, bias, norm))
-    assert_close(got, expected(mixed, (*operator, bias, norm.weight, norm.bias), grad))
+    operator, norm, _, grad = case(shape, kernel)
+    y = mixer.forward(*operator, norm)
+    got = (y, *mixer.backward(grad, *operator, norm)[:-1])
+    assert_close(got, expected(mixed, (*operator, norm.weight, norm.bias), grad))
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nested_is_the_sum_over_its_kernels(shape: tuple[int, ...], kernel: int) -> None:
-    operator, bias, norm, shares, grad = case(shape, kernel)
-    y = mixer.nested_forward(*operator, bias, norm, shares)
-    gradients, to_shares = mixer.nested_backward(grad, *operator, bias, norm, shares)
-    wanted = expected(nested, (*operator, bias, norm.weight, norm.bias, shares), grad)
+    operator, norm, shares, grad = case(shape, kernel)
+    y = mixer.forward(*operator, norm, shares)
+    *gradients, to_shares = mixer.backward(grad, *operator, norm, shares)
+    assert to_shares is not None
+    wanted = expected(nested, (*operator, norm.weight, norm.bias, shares), grad)
     assert_close((y, *gradients), wanted[:-1])
     magnitude = (grad * y).abs().sum()  # of the terms of what is one number for each kernel
     torch.testing.assert_close(to_shares / magnitude, (wanted[-1] / magnitude).float(), rtol=0, atol=1e-6)
@@ -164,23 +161,16 @@ def test_nested_is_the_sum_over_its_kernels(shape: tuple[int, ...], kernel: int)
 
 def test_kernel_beyond_the_maps_reach_is_of_any_size() -> None:
     operator, *_, grad = case((2, 5, 2, 4), 21)
-    got = (mixer.quadratic_forward(*operator), *mixer.quadratic_backward(grad, *operator))
+    got = (mixer.forward(*operator), *mixer.backward(grad, *operator)[:4])
     assert_close(got, expected(quadratic, operator, grad))
     assert not mixer.is_supported(torch.zeros(1, 5, 20, 20), 21)
-
-
-def test_mixer_without_a_bias_has_no_gradient_of_it() -> None:
-    operator, bias, norm, _, grad = case((2, 5, 4, 3), 3)
-    with_zeros = mixer.mixer_forward(*operator, torch.zeros_like(bias), norm)
-    assert mixer.mixer_forward(*operator, None, norm).equal(with_zeros)
-    assert mixer.mixer_backward(grad, *operator, None, norm).bias is None
 
 
 @pytest.mark.parametrize(("needs_x", "needs_weights"), [(True, False), (False, True), (False, False)])
 def test_only_needed_gradients_are_computed(needs_x: bool, needs_weights: bool) -> None:
     operator, *_, grad = case((2, 20, 6, 5), 5)
-    everything = mixer.quadratic_backward(grad, *operator)
-    got = mixer.quadratic_backward(grad, *operator, needs_x=needs_x, needs_weights=needs_weights)
+    everything = mixer.backward(grad, *operator)[:4]
+    got = mixer.backward(grad, *operator, needs_x=needs_x, needs_weights=needs_weights)[:4]
     for ours, theirs, needed in zip(got, everything, (needs_x, *[needs_weights] * 3), strict=True):
         assert (ours is not None) == needed
         assert ours is None or (theirs is not None and ours.equal(theirs))
@@ -191,21 +181,22 @@ def test_only_needed_gradients_are_computed(needs_x: bool, needs_weights: bool) 
 def test_only_needed_gradients_of_the_mixers_are_computed(
     shape: tuple[int, ...], needs_x: bool, needs_weights: bool
 ) -> None:
-    operator, bias, norm, shares, grad = case(shape, 7)
-    everything, all_shares = mixer.nested_backward(grad, *operator, bias, norm, shares)
-    got, to_shares = mixer.nested_backward(
-        grad, *operator, bias, norm, shares, needs_x=needs_x, needs_weights=needs_weights
+    operator, norm, shares, grad = case(shape, 7)
+    *everything, all_shares = mixer.backward(grad, *operator, norm, shares)
+    *got, to_shares = mixer.backward(
+        grad, *operator, norm, shares, needs_x=needs_x, needs_weights=needs_weights
     )
-    alone = mixer.mixer_backward(grad, *operator, bias, norm)
-    got_alone = mixer.mixer_backward(
-        grad, *operator, bias, norm, needs_x=needs_x, needs_weights=needs_weights
-    )
+    assert to_shares is not None
+    assert all_shares is not None
+    *alone, none = mixer.backward(grad, *operator, norm)
+    assert none is None
+    *got_alone, _ = mixer.backward(grad, *operator, norm, needs_x=needs_x, needs_weights=needs_weights)
     for some, wanted in ((got, everything), (got_alone, alone)):
-        for ours, theirs, needed in zip(some, wanted, (needs_x, *[needs_weights] * 6), strict=True):
+        for ours, theirs, needed in zip(some, wanted, (needs_x, *[needs_weights] * 5), strict=True):
             assert (ours is not None) == needed
             assert ours is None or (theirs is not None and ours.equal(theirs))
     # without the weights' gradients, what c adds to it is summed over places instead of over taps
-    magnitude = (grad * mixer.nested_forward(*operator, bias, norm, shares)).abs().sum().clamp(min=1e-3)
+    magnitude = (grad * mixer.forward(*operator, norm, shares)).abs().sum().clamp(min=1e-3)
     torch.testing.assert_close(to_shares / magnitude, all_shares / magnitude, rtol=0, atol=1e-6)
 
 
@@ -218,13 +209,13 @@ def layouts(x: Tensor) -> list[Tensor]:
 
 def test_memory_formats_do_not_matter_and_results_are_channels_last() -> None:
     (x, w_a, w_b, w_c), *_, grad = case((2, 20, 6, 5), 5)
-    y = mixer.quadratic_forward(x, w_a, w_b, w_c)
+    y = mixer.forward(x, w_a, w_b, w_c)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    gradients = mixer.quadratic_backward(grad, x, w_a, w_b, w_c)
+    gradients = mixer.backward(grad, x, w_a, w_b, w_c)[:4]
     for one, other in zip(layouts(x), reversed(layouts(grad)), strict=True):
         a, b, c = (w.to(memory_format=torch.channels_last) for w in (w_a, w_b, w_c))
-        assert mixer.quadratic_forward(one, a, b, c).equal(y)
-        for ours, theirs in zip(mixer.quadratic_backward(other, one, a, b, c), gradients, strict=True):
+        assert mixer.forward(one, a, b, c).equal(y)
+        for ours, theirs in zip(mixer.backward(other, one, a, b, c)[:4], gradients, strict=True):
             assert ours is not None
             assert theirs is not None
             assert ours.equal(theirs)
@@ -232,10 +223,10 @@ def test_memory_formats_do_not_matter_and_results_are_channels_last() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3)])
 def test_empty_batch_has_zero_gradients(shape: tuple[int, ...]) -> None:
-    operator, bias, norm, shares, grad = case(shape, 3)
-    assert mixer.nested_forward(*operator, bias, norm, shares).shape == shape
-    gradients, to_shares = mixer.nested_backward(grad, *operator, bias, norm, shares)
-    given = (*operator, bias, norm.weight, norm.bias, shares)
+    operator, norm, shares, grad = case(shape, 3)
+    assert mixer.forward(*operator, norm, shares).shape == shape
+    *gradients, to_shares = mixer.backward(grad, *operator, norm, shares)
+    given = (*operator, norm.weight, norm.bias, shares)
     for ours, theirs in zip((*gradients, to_shares), given, strict=True):
         assert ours is not None
         assert ours.equal(torch.zeros_like(theirs))
@@ -244,14 +235,14 @@ def test_empty_batch_has_zero_gradients(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("shape", [(3, 40, 40, 41), (37, 24, 12, 13), (1, 24, 50, 50)])
 def test_results_are_the_same_bits_for_any_number_of_threads(shape: tuple[int, ...], kernel: int) -> None:
-    operator, bias, norm, shares, grad = case(shape, kernel)
+    operator, norm, shares, grad = case(shape, kernel)
 
     def everything() -> list[Tensor | None]:
-        gradients, to_shares = mixer.nested_backward(grad, *operator, bias, norm, shares)
+        *gradients, to_shares = mixer.backward(grad, *operator, norm, shares)
         return [
-            mixer.quadratic_forward(*operator),
-            *mixer.quadratic_backward(grad, *operator),
-            mixer.nested_forward(*operator, bias, norm, shares),
+            mixer.forward(*operator),
+            *mixer.backward(grad, *operator)[:4],
+            mixer.forward(*operator, norm, shares),
             *gradients,
             to_shares,
         ]
@@ -273,9 +264,9 @@ def test_results_are_the_same_bits_for_any_number_of_threads(shape: tuple[int, .
 
 def test_channel_does_not_leak_into_another() -> None:
     operator, *_ = case((2, 40, 6, 7), 5)
-    y = mixer.quadratic_forward(*operator)
+    y = mixer.forward(*operator)
     operator[0][:, 17] = float("nan")
-    spoilt = mixer.quadratic_forward(*operator)
+    spoilt = mixer.forward(*operator)
     assert spoilt[:, 17].isnan().any()
     others = [c for c in range(40) if c != 17]
     assert spoilt[:, others].equal(y[:, others])
@@ -285,9 +276,9 @@ def test_channel_does_not_leak_into_another() -> None:
 def test_image_that_is_no_number_leaves_the_others_alone(kernel: int) -> None:
     # what a thread computes one image with is used for the next; odd widths end within a tile
     operator, *_, grad = case((3, 40, 6, 13), kernel)
-    clean = (mixer.quadratic_forward(*operator), mixer.quadratic_backward(grad, *operator)[0])
+    clean = (mixer.forward(*operator), mixer.backward(grad, *operator).x)
     operator[0][1] = grad[1] = float("nan")
-    spoilt = (mixer.quadratic_forward(*operator), mixer.quadratic_backward(grad, *operator)[0])
+    spoilt = (mixer.forward(*operator), mixer.backward(grad, *operator).x)
     for before, after in zip(clean, spoilt, strict=True):
         assert before is not None
         assert after is not None
@@ -296,10 +287,10 @@ def test_image_that_is_no_number_leaves_the_others_alone(kernel: int) -> None:
 
 
 def test_large_offset_of_the_channels_leaves_the_norm_exact() -> None:
-    (x, w_a, w_b, w_c), bias, norm, *_ = case((2, 24, 5, 5), 3)
+    (x, w_a, w_b, w_c), norm, *_ = case((2, 24, 5, 5), 3)
     x = x + 1000.0
-    got = mixer.mixer_forward(x, w_a, w_b, w_c, bias, norm).double() - x.double()
-    double = [t.double() for t in (x, w_a, w_b, w_c, bias, norm.weight, norm.bias)]
+    got = mixer.forward(x, w_a, w_b, w_c, norm).double() - x.double()
+    double = [t.double() for t in (x, w_a, w_b, w_c, norm.weight, norm.bias)]
     wanted = mixed(*double) - double[0]
     # near 1000 float32 has steps of 6e-5, which the mean has too
     torch.testing.assert_close(got, wanted, rtol=0, atol=5e-3)
@@ -317,4 +308,4 @@ def test_wrong_inputs_are_refused(change: dict[int, Tensor], message: str) -> No
     operator, *_ = case((2, 5, 4, 3), 3)
     x, w_a, w_b, w_c = (change.get(i, tensor) for i, tensor in enumerate(operator))
     with pytest.raises(AssertionError, match=message):
-        mixer.quadratic_forward(x, w_a, w_b, w_c)
+        mixer.forward(x, w_a, w_b, w_c)

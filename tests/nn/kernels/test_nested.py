@@ -85,7 +85,7 @@ def test_the_fused_mixer_half_equals_torchs_own(
         monkeypatch.setenv("QNAS_KERNELS", enabled)
         inputs = [t.requires_grad_() for t in mixer_inputs(max(kernels), len(kernels), torch.float32)]
         y = run_mixer(kernels, *inputs)
-        assert ("NestedMixerHalf" in type(y.grad_fn).__name__) == (enabled == "1")
+        assert ("MixerHalf" in type(y.grad_fn).__name__) == (enabled == "1")
         results.append((y, *gradients(y, inputs)))
     for fused, plain in zip(*results, strict=True):
         assert fused.shape == plain.shape
@@ -95,13 +95,13 @@ def test_the_fused_mixer_half_equals_torchs_own(
 @needs_kernels
 def test_an_architecture_step_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    backward = mixer.nested_backward
+    backward = mixer.backward
 
-    def record(*arguments: Tensor, **flags: bool) -> tuple[mixer.MixerGradients, Tensor]:
+    def record(*arguments: Tensor, **flags: bool) -> mixer.Gradients:
         asked.append(flags)
         return backward(*arguments, **flags)  # type: ignore[arg-type]  # as it was called
 
-    monkeypatch.setattr(mixer, "nested_backward", record)
+    monkeypatch.setattr(mixer, "backward", record)
     *inputs, shares = mixer_inputs(7, 3, torch.float32)
     shares.requires_grad_()
     (alone,) = gradients(run_mixer((3, 5, 7), *inputs, shares), [shares])

@@ -45,10 +45,10 @@ def plain(x: Tensor, *parameters: Tensor, eps: float = 1e-6) -> Tensor:
     return x + F.linear(hidden, project.flatten(1), project_bias).permute(0, 3, 1, 2)
 
 
-def run(inputs: list[Tensor], **options: bool) -> list[Tensor]:
+def run(inputs: list[Tensor]) -> list[Tensor]:
     """Return the result and the gradients of all inputs."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    y = channel_half(*leaves, **options)  # type: ignore[arg-type]  # mypy takes the list for the options
+    y = channel_half(*leaves)
     return [y, *torch.autograd.grad(y, leaves, weigh(y))]
 
 
@@ -62,16 +62,13 @@ def close(ours: Tensor, exact: Tensor, name: str) -> None:
     assert error <= 3e-6 * scale, f"{name}: {error:.1e} of {scale:.1e}"
 
 
-@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_the_definitions(
-    shape: tuple[int, int, int, int, int], recompute: bool, form: str
-) -> None:
+def test_values_and_gradients_are_the_definitions(shape: tuple[int, int, int, int, int], form: str) -> None:
     inputs = draw(*shape)
     exact = [t.double().requires_grad_() for t in inputs]
     y = plain(*exact)
     wanted = [y, *torch.autograd.grad(y, exact, weigh(y))]
-    got = run(inputs, recompute=recompute)
+    got = run(inputs)
     if shape[1] == 1:  # normalised, one channel is nothing: its gradients are rounding errors
         wanted, got = [*wanted[:1], *wanted[3:]], [*got[:1], *got[3:]]
         names: tuple[str, ...] = ("y", *NAMES[2:])
@@ -84,8 +81,7 @@ def test_values_and_gradients_are_the_definitions(
 
 def test_gradients_are_those_of_finite_differences() -> None:
     inputs = [t.double().requires_grad_() for t in draw(2, 3, 2, 3, 5)]
-    for recompute in (True, False):
-        assert torch.autograd.gradcheck(lambda *t, r=recompute: channel_half(*t, recompute=r), inputs)
+    assert torch.autograd.gradcheck(channel_half, inputs)
 
 
 def test_each_of_torchs_chunks_adds_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,35 +157,18 @@ def test_results_are_the_same_on_every_run(form: str) -> None:
         assert torch.equal(first, second)
 
 
-def test_results_are_the_same_bits_whether_kept_or_computed_again(form: str) -> None:
-    inputs = draw(6, 40, 29, 31, 160)
-    for kept, again in zip(run(inputs, recompute=False), run(inputs, recompute=True), strict=True):
-        assert torch.equal(kept, again)
-
-
 @pytest.mark.skipif(native.library() is None, reason="no C++ kernels here")
-@pytest.mark.parametrize("recompute", [True, False])
-def test_kernels_results_are_the_same_bits_for_any_number_of_threads(recompute: bool) -> None:
+def test_kernels_results_are_the_same_bits_for_any_number_of_threads() -> None:
     inputs, before = draw(6, 40, 29, 31, 160), torch.get_num_threads()  # 32M multiply-adds, 5 panels
     results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(run(inputs, recompute=recompute))
+            results.append(run(inputs))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.skipif(native.library() is None, reason="no C++ kernels here")
-def test_what_was_kept_by_one_form_is_read_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves = [t.requires_grad_() for t in draw(2, 12, 5, 7, 24)]
-    wanted = run(leaves)
-    y = channel_half(*leaves, recompute=False)
-    monkeypatch.setenv("QNAS_KERNELS", "0")
-    for ours, reference in zip(torch.autograd.grad(y, leaves, weigh(y)), wanted[1:], strict=True):
-        assert torch.equal(ours, reference)
 
 
 def gelu(h: Tensor) -> tuple[Tensor, Tensor]:
