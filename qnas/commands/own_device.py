@@ -69,7 +69,7 @@ def sample(
     lines = [
         field("networks", f"{n} of {found.name}, {spread}"),
         field("files", f"{folder}/: NAME.json{', NAME.onnx' if onnx else ''}, {path.name}"),
-        field("fill in", f"latency_ms in {path}, each network by itself; on this machine: qnas measure"),
+        field("fill in", f"latency_ms in {path}, one network at a time; on this machine: qnas measure"),
         next_command(f"qnas fit-latency {path} --device-name NAME"),
     ]
     content = {"csv": str(path), "networks": n, "format": file_format, "seed": seed}
@@ -110,7 +110,7 @@ def measure(
     done = measure_sample(
         file, found, runtime=runtime, threads=threads, repeats=repeats, force=force, quiet=quiet
     )
-    kept = f", {done.kept} had been before" if done.kept else ""
+    kept = f", {done.kept} already had a latency" if done.kept else ""
     lines = [field("measured", f"{len(done.timings)} networks{kept}; {done.runtime}")]
     if done.noisy:
         worst = done.timings[done.noisy[0]].spread

@@ -183,10 +183,10 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
 
 
 def _solved_for(effects: "Mapping[str, Any] | None") -> str:
-    """Describe the objective that the derived network is the best by."""
+    """Describe the scores that the networks were solved for."""
     if effects is None:
-        return "for the most probable networks: effects on the loss could not be told"
+        return "by the probabilities: the candidates' effects on the loss could not be measured"
     return (
-        f"for the least loss by effects of candidates, fitted to {effects['networks']} networks near the "
-        f"budget; they explain {effects['explained']:.0%} of what networks left out differ by"
+        f"by the candidates' effects on the loss, fitted to {effects['networks']} networks near the budget; "
+        f"they explain {effects['explained']:.0%} of the variance of networks left out"
     )
