@@ -88,7 +88,7 @@ class Prediction:
 def check_source(latency: str) -> None:
     """Raise UsageError for an unknown source of latencies."""
     if latency not in (DEVICE, NN_METER):
-        raise UsageError(f"--latency {latency!r}: expected {DEVICE} or {NN_METER}")
+        raise UsageError(f"`latency={latency!r}`: expected {DEVICE} or {NN_METER}")
 
 
 def table_from(latency: str, device: Device, space: SearchSpace) -> LatencyTable:

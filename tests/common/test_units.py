@@ -76,8 +76,8 @@ def test_zero_and_infinity_can_be_written() -> None:
     [("2.5M", 2.5e6), ("300m", 3e8), ("1.2G", 1.2e9), ("5k", 5e3), ("123", 123.0), ("2B", 2e9)],
 )
 def test_a_count_is_read_with_its_suffix(text: str, count: float) -> None:
-    assert parse_count(text, "--max-macs") == pytest.approx(count, rel=1e-15)
-    assert parse_count(format_count(count), "--max-macs") == pytest.approx(count, rel=5e-3)
+    assert parse_count(text, "`max_macs`") == pytest.approx(count, rel=1e-15)
+    assert parse_count(format_count(count), "`max_macs`") == pytest.approx(count, rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -92,5 +92,5 @@ def test_a_count_is_read_with_its_suffix(text: str, count: float) -> None:
 )
 def test_what_is_no_count_is_refused_with_the_fix(text: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse_count(text, "--max-params")
+        parse_count(text, "`max_params`")
     assert str(error.value) == message

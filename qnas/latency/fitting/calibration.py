@@ -99,7 +99,7 @@ def calibrate(
         raise TableError(
             f"{where}: {len(measured)} networks are too few for a level of {level:g}: measure at least "
             f"{needed} ({LEAST_FITTED} for scale and offset, {needed - LEAST_FITTED} for the margin), or "
-            "give a lower --level"
+            "give a lower `level`"
         )
     order = np.random.default_rng(SEED).permutation(len(measured))
     last = order[-max(margin_networks(level), len(measured) // 2) :]
@@ -151,7 +151,7 @@ def write_calibrated(
     in_the_way = [folder / table.name for table in tables if (folder / table.name).exists()]
     if in_the_way and not force:
         raise CheckpointError(
-            f"{in_the_way[0]}: exists already: give --force to replace it, or another --out"
+            f"{in_the_way[0]}: exists already: `force=True` replaces it, or give another `out`"
         )
     accuracy = {**device.accuracy, CALIBRATED: {"all": found.after}}
     content = json.loads(device.to_json()) | {

@@ -185,7 +185,7 @@ def _check_number(n: int, terms: int, where: str) -> None:
     if n < needed:
         raise TableError(
             f"{where}: {n} networks are too few for the {terms} terms that the space's latencies have: "
-            f"measure at least {needed}, better {2 * needed} (qnas sample --n {2 * needed})"
+            f"measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
         )
 
 

@@ -175,7 +175,7 @@ def _check_titles(archive: Archive, source: Path, device: str) -> None:
         if titles.get(title, device) != device:
             raise TableError(
                 f"{source}: the predictors of {titles[title]}, not of {device} "
-                f"({PUBLISHED[device].title}); import them with --device {titles[title]}"
+                f"({PUBLISHED[device].title}); import them with `device='{titles[title]}'`"
             )
 
 

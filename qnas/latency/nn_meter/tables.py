@@ -235,7 +235,7 @@ def _check_imported(device: Device, default: Callable[[], str]) -> None:
     if predictors.is_imported(device.name):
         return
     try:
-        without = f"; without --latency nn-meter, {device.name}'s own model says {default()}"
+        without = f"; without `latency='nn-meter'`, {device.name}'s own model says {default()}"
     except TableError:  # it has none
         without = ""
     raise TableError(
