@@ -83,11 +83,11 @@ def test_a_count_is_read_with_its_suffix(text: str, count: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("2.5T", "--max-params '2.5T': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("many", "--max-params 'many': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("30ms", "--max-params '30ms': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("-1M", "--max-params '-1M': expected a count above zero"),
-        ("1e999", "--max-params '1e999': expected a count above zero"),
+        ("2.5T", "`max_params` '2.5T': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("many", "`max_params` 'many': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("30ms", "`max_params` '30ms': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("-1M", "`max_params` '-1M': expected a count above zero"),
+        ("1e999", "`max_params` '1e999': expected a count above zero"),
     ],
 )
 def test_what_is_no_count_is_refused_with_the_fix(text: str, message: str) -> None:
