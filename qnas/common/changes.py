@@ -1,4 +1,4 @@
-"""Differences between the request of a former run and the present one, in words."""
+"""Descriptions of the differences between the request of a former run and the present one."""
 
 import csv
 import io
@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
-_SHOWN = 5  # changes that are named; of more the number is said
+from qnas.common.errors import abbreviate
+
+_SHOWN = 5  # items of a list that are compared one by one
 _DIGEST_SHOWN = 8  # characters
 
 Path = tuple[str | int, ...]
@@ -17,13 +19,13 @@ Texts = Mapping[str, str]  # of the files that a run keeps a copy of, by name
 def describe_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], kept: Texts | None = None, given: Texts | None = None
 ) -> list[str]:
-    """Say which entries of two requests differ, and how; versions may differ.
+    """Describe the differences between two requests, apart from those of versions.
 
     `kept` and `given` are the run's copies of its space and latency tables (space.yaml,
-    table-DEVICE.csv) and what they are now: where a digest differs they say what changed in them.
+    table-DEVICE.csv) and their present texts, from which a change of a digest is described.
     """
     kept, given = kept or {}, given or {}
-    # what follows from other entries is said only where they are the same
+    # entries that follow from others are reported only where those are equal
     follows = {"budget_ms", "limit"}
     if before.get("space_digest") != now.get("space_digest"):
         follows.add("table_digest")  # a table is of one space
@@ -39,7 +41,7 @@ def describe_changes(
 
 
 def _change(path: Path, old: Any, new: Any, kept: Texts, given: Texts) -> list[str]:
-    """Put one change into words, or several where a table is of several devices."""
+    """Describe one change; a change of latency tables gives a text for each device."""
     key = str(path[-1])
     digests = f"digest {str(old)[:_DIGEST_SHOWN]} -> {str(new)[:_DIGEST_SHOWN]}"
     if path[0] == "versions":
@@ -78,7 +80,7 @@ def _are_tables(before: Any, now: Any) -> bool:
 
 
 def _option(path: Path, old: Any, new: Any) -> str:
-    """Put a changed option into words: `batch size was 64, is 128`."""
+    """Describe a changed option: `batch size was 64, is 128`."""
     name = str(path[-1]).replace("_px", " in pixels").replace("_", " ")
     if len(path) > 2 and isinstance(path[1], int):  # of an item of a list, which may have a name
         name += f" of {path[2]}" if len(path) > 3 else f" of {path[0]} {path[1] + 1}"
@@ -91,7 +93,7 @@ def _option(path: Path, old: Any, new: Any) -> str:
 
 
 def _space(before: str | None, now: str | None) -> str:
-    """Say what changed in a space; nothing where the run's copy of it is not there."""
+    """Describe the changes of a space; empty where the run has no copy of it."""
     if before is None or now is None:
         return ""
     try:
@@ -100,13 +102,11 @@ def _space(before: str | None, now: str | None) -> str:
         return ""
     if not isinstance(old, dict) or old.get("name") != new.get("name"):
         return f"it was {old.get('name')}, is {new.get('name')}" if isinstance(old, dict) else ""
-    return _abbreviate(
-        [_in_space(path, a, b) for path, a, b in _differences(old, new) if path != ("source",)]
-    )
+    return abbreviate([_in_space(path, a, b) for path, a, b in _differences(old, new) if path != ("source",)])
 
 
 def _in_space(path: Path, old: Any, new: Any) -> str:
-    """Put a change into words: `channels 32 -> 48 in stage 1`."""
+    """Describe a change of a space: `channels 32 -> 48 in stage 1`."""
     stage = f" in stage {int(path[1]) + 1}" if path[0] == "stages" and len(path) > 1 else ""
     name = ".".join(str(part) for part in path[2 if stage else 0 :] if isinstance(part, str))
     if isinstance(old, list) or isinstance(new, list):  # of other lengths, or they were compared one by one
@@ -116,14 +116,14 @@ def _in_space(path: Path, old: Any, new: Any) -> str:
 
 
 def _tables(kept: Texts, given: Texts) -> list[str]:
-    """Say which devices' tables changed, and where."""
+    """Describe the changes of each device's table."""
     found = []
     for name in sorted(name for name in given if name.startswith("table-")):
         device = name.removeprefix("table-").removesuffix(".csv")
         if kept.get(name, given[name]) != given[name]:
             old, new = _latencies(kept[name]), _latencies(given[name])
             both = [row for row in new if row in old]  # rows differ only where the space does
-            changed = _abbreviate([f"{row} {old[row]} -> {new[row]}" for row in both if old[row] != new[row]])
+            changed = abbreviate([f"{row} {old[row]} -> {new[row]}" for row in both if old[row] != new[row]])
             found.append(f"the latency table of {device} changed{f': {changed} (ms)' if changed else ''}")
     return found
 
@@ -133,8 +133,3 @@ def _latencies(text: str) -> dict[str, str]:
     rows = csv.DictReader(io.StringIO(text))
     shown = ((row.get("position"), row.get("candidate"), row.get("latency_ms")) for row in rows)
     return {f"{position} {candidate}".strip(): str(ms) for position, candidate, ms in shown}
-
-
-def _abbreviate(items: list[str]) -> str:
-    more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return ", ".join([*items[:_SHOWN], *more])

@@ -1,4 +1,4 @@
-"""YAML and JSON files that people write: read as a mapping, with all their problems told in one line."""
+"""Reading of the YAML and JSON files that users write, with all problems of a file in one line."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -24,7 +24,7 @@ def read_mapping(text: str, where: str, schema: str, error: Callable[[str], Qnas
     return content
 
 
-# pydantic's kind of a problem -> what we say of it; other kinds keep pydantic's own words
+# pydantic's kind of a problem -> our message; other kinds keep pydantic's message
 EXPECTATIONS = {
     "missing": "missing",
     "extra_forbidden": "unknown key",
@@ -45,10 +45,15 @@ EXPECTATIONS = {
 }
 
 
-def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """Put all problems of a file into one line: key, what was expected, the value found.
+def to_tuples(value: Any) -> Any:
+    """Turn the lists of JSON into tuples, nested ones too."""
+    return tuple(map(to_tuples, value)) if isinstance(value, list) else value
 
-    With the model that was read an unknown key is followed by the nearest known ones.
+
+def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Describe all problems of a file in one line: key, expected value, value found.
+
+    With the model an unknown key is followed by the nearest known ones.
     """
     lines = []
     for problem in error.errors():
@@ -69,7 +74,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """Write where a problem is: `stages[1].channels`."""
+    """Return the place of a problem: `stages[1].channels`."""
     key = ""
     for part in loc:
         if isinstance(part, str):
@@ -80,7 +85,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the part of a model may have that lies at `loc`."""
+    """Return the keys of the part of a model at `loc`."""
     for part in loc:
         if isinstance(part, str):
             fields = {field.alias or name: field for name, field in model.model_fields.items()}
@@ -99,7 +104,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _show(found: Any) -> str:
-    """Write a value of a file shortly."""
+    """Return a short text for a value of a file."""
     if found is None:
         return "nothing"
     if isinstance(found, dict | list | tuple):

@@ -4,12 +4,12 @@ The message of an error is one line: the place, what was found and what was expe
 line prints it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
 class QnasError(Exception):
-    """A problem that the user can mend. Its text is one line."""
+    """A problem that the user can fix. Its text is one line."""
 
 
 class UsageError(QnasError):
@@ -45,7 +45,7 @@ class BrokenImageError(DataError):
 
 
 class CheckpointError(QnasError):
-    """A run folder or checkpoint is damaged, or does not fit what was asked."""
+    """A run folder or checkpoint is damaged, or does not fit the request."""
 
 
 class ExportError(QnasError):
@@ -53,11 +53,11 @@ class ExportError(QnasError):
 
 
 class TrainingError(QnasError):
-    """A training came to a state that nothing can be made of."""
+    """Training reached a state from which it cannot continue."""
 
 
 class ProcessError(QnasError):
-    """Another process of a run is gone, or holds something else than this one."""
+    """Another process of a run has ended, or its state differs from that of this process."""
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
@@ -65,7 +65,7 @@ class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which names are known, the nearest first.
+    """List the known names, the nearest first.
 
     >>> nearest("vpo", ["cpu", "vpu"])
     'did you mean vpu? known: cpu, vpu'
@@ -76,6 +76,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+def abbreviate(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
+    """Join the first items of a list, and say how many more there are.
+
+    >>> abbreviate(["a", "b", "c"], most=2)
+    'a, b, and 1 more'
+    """
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*items[:most], *more])
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

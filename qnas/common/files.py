@@ -1,4 +1,4 @@
-"""Reading and writing files so that a reader never sees half of one."""
+"""Reading of files, and atomic writing: a reader never sees a half-written file."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from qnas.common.errors import QnasError
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the path into errors of writing that name no file, such as a full disk."""
+    """Add the path to errors of writing that name no file, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a loss of power, as fsync has it for a file's content."""
+    """Flush the entries of a folder to the disk, so that they survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -97,6 +97,19 @@ def write_json(path: Path, content: Any) -> None:
 def json_text(content: Any) -> str:
     """Return a JSON file's text."""
     return json.dumps(content, indent=2) + "\n"
+
+
+def read_text(path: Path, error: Callable[[str], QnasError], expected: str) -> str:
+    """Read a text file in UTF-8, with or without the mark that spreadsheets put first.
+
+    `error` makes the exception that is raised where there is none; `expected` names the file in it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise error(f"{path}: no such file, expected {expected}") from None
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not a text file in UTF-8") from cause
 
 
 def read_json(path: Path, error: Callable[[str], QnasError]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def cpu_name(info: Path = _CPU_INFO) -> str:
 
 
 def cpu_clock(info: Path = _CPU_INFO, clock: Path = _CPU_CLOCK) -> str:
-    """Say what is known of the processor's clock: who governs it, and how fast it is now."""
+    """Describe the processor's clock: its governor and its present frequency."""
     governor = _read(clock / "scaling_governor").strip()
     khz, highest_khz = (_read(clock / f"scaling_{name}_freq").strip() for name in ("cur", "max"))
     if khz.isdigit() and highest_khz.isdigit():
@@ -28,7 +28,7 @@ def cpu_clock(info: Path = _CPU_INFO, clock: Path = _CPU_CLOCK) -> str:
 
 
 def gpu_clock() -> str:
-    """Say what is known of the first NVIDIA GPU's clock: how fast it is now, and at most."""
+    """Describe the clock of the first NVIDIA GPU: its present and its highest frequency."""
     tool = shutil.which("nvidia-smi")
     query = ["--id=0", "--query-gpu=clocks.sm,clocks.max.sm,persistence_mode", "--format=csv,noheader"]
     if tool is None:
@@ -41,7 +41,7 @@ def gpu_clock() -> str:
 
 
 def load() -> str:
-    """Say how busy the machine is: processes that run, on average over a minute, and cores."""
+    """Describe the load of the machine: its cores, and the load average over a minute."""
     cores = os.cpu_count()
     if not hasattr(os, "getloadavg"):
         return f"{cores} cores"

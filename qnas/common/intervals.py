@@ -12,8 +12,7 @@ LEVEL = 0.95
 def wilson(accuracy: float, images: int) -> tuple[float, float]:
     """Return the 95% interval of an accuracy (share of 1) that was counted on so many images.
 
-    It says how far another draw of images would move the accuracy of the same network. Training it again
-    moves it too, which the interval does not hold.
+    The interval covers the choice of the images, not the randomness of training.
 
     >>> [round(end, 3) for end in wilson(0.9, 100)]
     [0.826, 0.945]

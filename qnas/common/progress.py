@@ -22,7 +22,7 @@ WINDOW_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Report:
-    """How far some work is."""
+    """The progress of some work."""
 
     phase: str
     done: int  # steps
@@ -96,10 +96,10 @@ class Progress:
         self._total, self._skipped, self._done = total, 0, 0
         self._last_line = time.monotonic()
         self._pace = Pace(self._last_line)
-        self._said: tuple[str, int] | None = None  # where the last line was
+        self._last_shown: tuple[str, int] | None = None  # where the last line was
 
     def phase(self, name: str) -> None:
-        """Name what is being done from here on."""
+        """Set the name of the present phase."""
         if name != self._phase:
             self._phase = name
             self._bar.set_description(name)
@@ -144,7 +144,7 @@ class Progress:
     def _line(self, left: float | None) -> None:
         if self._quiet:
             return
-        self._said = (self._phase, self._done)
+        self._last_shown = (self._phase, self._done)
         share = self._done / max(1, self._total - self._skipped)
         parts = _joined(f"{self._phase}: {share:4.0%}", _time_left(left), self._figures)
         print(parts, file=sys.stderr, flush=True)
@@ -156,7 +156,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if not self._terminal and error is None and self._said != (self._phase, self._done):
+        if not self._terminal and error is None and self._last_shown != (self._phase, self._done):
             self._line(None)
 
 

@@ -10,6 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from qnas.common.errors import QnasError, nearest
+from qnas.common.files import read_text
 
 
 def shipped(folder: str) -> Traversable:
@@ -22,14 +23,18 @@ def shipped(folder: str) -> Traversable:
     return beside
 
 
-def user_cache(name: str) -> Path:
-    """Return a folder for what can be made again: $QNAS_HOME/NAME, else qnas/NAME in the user's cache."""
+def user_folder(name: str, variable: str, default: str) -> Path:
+    """Return a folder of the user: $QNAS_HOME/NAME, else qnas/NAME in $VARIABLE or ~/DEFAULT."""
     if os.environ.get("QNAS_HOME"):
         return Path(os.environ["QNAS_HOME"]) / name
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # a relative one is to be passed over, says the XDG base directory specification
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return root / "qnas" / name
+    given = os.environ.get(variable, "")
+    # the XDG base directory specification tells to ignore a relative path
+    return (Path(given) if os.path.isabs(given) else Path.home() / default) / "qnas" / name
+
+
+def user_cache(name: str) -> Path:
+    """Return a folder for files that can be computed again."""
+    return user_folder(name, "XDG_CACHE_HOME", ".cache")
 
 
 def stems(folder: str, suffix: str) -> dict[str, Traversable]:
@@ -55,10 +60,7 @@ def read_named(
         return shipped[name].read_text(encoding="utf-8"), f"{what} {name}"
     path = Path(name_or_path)
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as cause:
-            raise error(f"{path}: not a text file in UTF-8") from cause
+        return read_text(path, error, what), str(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise error(f"{what} {name}: no such file")
     raise error(f"unknown {what} {name!r}: {nearest(name, shipped)}")

@@ -38,7 +38,7 @@ def parse_count(text: str, name: str) -> float:
 
     Raises UsageError, with the fix, when it is no number above zero with K, M, G or nothing.
 
-    >>> parse_count("2.5M", "--max-params")
+    >>> parse_count("2.5M", "`max_params`")
     2500000.0
     """
     match = _FORM.fullmatch(text)

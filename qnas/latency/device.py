@@ -29,8 +29,9 @@ from pydantic import (
     model_validator,
 )
 
-from qnas.common.documents import describe_problems
+from qnas.common.documents import describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
+from qnas.common.files import read_text
 from qnas.common.resources import shipped, stems
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
@@ -111,16 +112,12 @@ class Calibration(_Node):
     source: str
 
 
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class Device(_Node):
     """A checked device file."""
 
     file_schema: Literal["qnas.device/1"] = Field(alias="schema")
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    aliases: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
+    aliases: Annotated[tuple[str, ...], BeforeValidator(to_tuples)] = ()
     title: str
     runtime: str
     precision: str
@@ -186,7 +183,7 @@ class Device(_Node):
         return device
 
     def kernel_source(self, kernel: Kernel) -> Source:
-        """Return what the latency of a kernel rests on. Raises TableError for an unknown kind."""
+        """Return the source of a kernel's latency. Raises TableError for an unknown kind."""
         return self.kind if self._kernel_function is not None else self._model_of(kernel).kind
 
     def _model_of(self, kernel: Kernel) -> KernelModel:
@@ -227,7 +224,7 @@ class Device(_Node):
         return self.calibrated(cost.latency_ms(kernel))
 
     def checked_ms(self, latency_ms: Any, of: object) -> float:
-        """Return what a function given in Python returned. Raises TableError where it is no latency."""
+        """Return the result of a Python function as a latency. Raises TableError where it is none."""
         try:
             value = float(latency_ms)
         except (TypeError, ValueError):
@@ -286,10 +283,7 @@ def load_device(device: str | Path | Device) -> Device:
         return _load_shipped(name)
     path = Path(device)
     if path.is_file():
-        try:
-            return _parse_file(path.read_text(encoding="utf-8"), path)
-        except UnicodeDecodeError as error:
-            raise TableError(f"{path}: not a text file in UTF-8") from error
+        return _parse_file(read_text(path, TableError, "a device file"), path)
     if path.suffix == ".json" or len(path.parts) > 1:
         raise TableError(f"device {name}: no such file")
     raise TableError(f"unknown device {name!r}: {nearest(name, [*names, *by_alias])}")
@@ -303,7 +297,7 @@ def check_own_name(name: str, what: str = "device name") -> None:
         raise UsageError(f"{what} {name}: a device that ships has this name: choose another")
 
 
-# A command asks for a device at several places: a file is parsed once as long as its text is the same.
+# A command loads a device at several places: a file with the same text is parsed once.
 @lru_cache(maxsize=32)
 def _parse_file(text: str, path: Path) -> Device:
     device = parse_device(text, str(path))

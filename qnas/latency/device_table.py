@@ -17,12 +17,17 @@ from qnas.spaces.space import Candidate, SearchSpace, load_space
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel of a network with its predicted latency; `kind` is measured, fitted or estimated."""
+    """A kernel of a network with its predicted latency.
 
-    block: str
+    `kind` is measured, fitted or estimated; in an ONNX network it is uncovered where the device does not
+    know the kernel, which is then priced as a pass over its map.
+    """
+
+    name: str  # of the block, or of the nodes of an ONNX network
     kernel: Kernel
     latency_ms: float
     kind: str
+    op: str = ""  # the operators of the nodes
 
 
 def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelRow, ...]:

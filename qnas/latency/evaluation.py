@@ -87,8 +87,8 @@ class Networks:
 def read_networks(path: Path, *, every: int = 1) -> Networks:
     """Read a file of measured networks, or one network in `every` of it.
 
-    Raises TableError where there is no such file, and where it is none of this format: the message
-    names the array that is missing or is not as expected. Nothing in the file is unpickled.
+    Raises TableError where there is no such file or where it has another format: the message names
+    the array that is missing or wrong. Nothing in the file is unpickled.
     """
     arrays = _load(path)
     count = len(arrays["family"])
@@ -158,33 +158,30 @@ def _array(path: Path, content: "np.lib.npyio.NpzFile", name: str) -> npt.NDArra
 def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int) -> None:
     """Raise TableError for the first array that does not fit the others."""
 
-    def expect(name: str, fine: bool, expected: str) -> None:
+    def expect(name: str, fine: bool | np.bool_, expected: str) -> None:
         if not fine:
-            raise TableError(f"{path}: {name}: expected {expected}, got shape {arrays[name].shape}")
-
-    def expect_values(name: str, fine: bool, expected: str) -> None:
-        if not fine:
-            raise TableError(f"{path}: {name}: expected {expected}")
+            raise TableError(
+                f"{path}: {name}: expected {expected}, got an array of shape {arrays[name].shape}"
+            )
 
     devices, ops, start, of_network = (arrays[n] for n in ("devices", "ops", "indptr", "indices"))
     measured: Array = arrays["latency_ms"].astype(np.float64)
     expect("latency_ms", measured.shape == (count, len(devices)), f"shape {(count, len(devices))}")
-    expect_values("devices", len(set(map(str, devices))) == len(devices), "each name once")
-    fine = bool(np.all(np.isnan(measured) | (np.isfinite(measured) & (measured > 0))))
-    expect_values("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
+    expect("devices", len(set(map(str, devices))) == len(devices), "each name once")
+    fine = np.all(np.isnan(measured) | (np.isfinite(measured) & (measured > 0)))
+    expect("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
     columns = len(OPERATOR_COLUMNS)
     expect("ops", ops.shape[1] == columns, f"{columns} columns ({', '.join(OPERATOR_COLUMNS)})")
     kinds, sizes = ops[:, 0].astype(np.int64), ops[:, 1:7].astype(np.int64)
-    fine = bool(np.all((kinds >= 0) & (kinds < len(arrays["op_names"]))))
-    expect_values("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
-    expect_values("ops", bool(np.all(sizes >= 1)), "sizes, kernels and strides of 1 and more")
+    fine = np.all((kinds >= 0) & (kinds < len(arrays["op_names"])))
+    expect("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
+    expect("ops", np.all(sizes >= 1), "sizes, kernels and strides of 1 and more")
     expect("indptr", len(start) == count + 1, f"shape {(count + 1,)}")
     bounds = start.astype(np.int64)
-    fine = bounds[0] == 0 and bounds[-1] == len(of_network) and bool(np.all(np.diff(bounds) >= 0))
-    expect_values("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")
+    fine = bounds[0] == 0 and bounds[-1] == len(of_network) and np.all(np.diff(bounds) >= 0)
+    expect("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")
     chosen = of_network.astype(np.int64)
-    fine = bool(np.all((chosen >= 0) & (chosen < len(ops))))
-    expect_values("indices", fine, f"rows of ops, 0 to {len(ops) - 1}")
+    expect("indices", np.all((chosen >= 0) & (chosen < len(ops))), f"rows of ops, 0 to {len(ops) - 1}")
 
 
 def predict_networks(device: Device, networks: Networks) -> Array:
@@ -200,10 +197,13 @@ def predict_networks(device: Device, networks: Networks) -> Array:
 def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
     """Compare predictions with measurements: for "all" networks, then for each family by name.
 
-    Networks that were not measured on the device are passed over. Raises TableError where none was.
+    Networks that were not measured on the device are ignored. Raises TableError where none was.
     """
-    measured = networks.latency_ms.get(_column(device, networks.latency_ms))
-    assert measured is not None
+    columns = [name for name in (device.name, *device.aliases) if name in networks.latency_ms]
+    if not columns:
+        names = ", ".join(sorted(networks.latency_ms)) or "none"
+        raise TableError(f"device {device.name} is not among those of the file: {names}")
+    measured = networks.latency_ms[columns[0]]
     known = np.isfinite(measured)
     if not known.any():
         raise TableError(f"none of the {len(networks)} networks was measured on {device.name}")
@@ -214,15 +214,6 @@ def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
         str(family): figures(predicted[families == family], measured[families == family])
         for family in sorted(set(families.tolist()))
     }
-
-
-def _column(device: Device, measured: Mapping[str, Array]) -> str:
-    for name in (device.name, *device.aliases):
-        if name in measured:
-            return name
-    raise TableError(
-        f"device {device.name} is not among those of the file: {', '.join(sorted(measured)) or 'none'}"
-    )
 
 
 def figures(predicted_ms: Array | Sequence[float], measured_ms: Array | Sequence[float]) -> Figures:

@@ -16,10 +16,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise, product
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from qnas.common.documents import to_tuples
 from qnas.common.errors import nearest
 from qnas.latency.kernels import Kernel
 
@@ -32,7 +33,7 @@ def _rows(k: Kernel) -> int:
 def _winograd_blocks(k: Kernel) -> int:
     """Blocks of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full.
 
-    What a 3x3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) is cut into.
+    A 3x3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) is cut into these.
     """
     tiles = k.batch * math.ceil(k.out_px / 4) ** 2
     return math.ceil(tiles / 128) * math.ceil(k.c_out / 128)
@@ -52,10 +53,6 @@ _DECIMALS = 12
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _to_tuples(value: Any) -> Any:
-    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
-
-
 class Grid(BaseModel):
     """A checked grid; a device file holds it as it is.
 
@@ -66,8 +63,8 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(_to_tuples)]]
-    ms: Annotated[tuple[tuple[_Positive, ...], ...], BeforeValidator(_to_tuples)]
+    knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(to_tuples)]]
+    ms: Annotated[tuple[tuple[_Positive, ...], ...], BeforeValidator(to_tuples)]
     beyond: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
     @model_validator(mode="after")
@@ -120,11 +117,11 @@ class Grid(BaseModel):
 
     @property
     def floor_ms(self) -> float:
-        """The least that any kernel takes."""
+        """The smallest latency of any kernel."""
         return self.ms[0][0]
 
     def latency_ms(self, kernel: Kernel) -> float:
-        """Return what a kernel takes, in milliseconds."""
+        """Return the latency of a kernel in milliseconds."""
         return self.at({axis: AXES[axis](kernel) for axis in self.knots})
 
     def at(self, point: Mapping[str, float]) -> float:

@@ -6,6 +6,7 @@ function.
 """
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
@@ -17,6 +18,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from qnas.common.errors import TableError, UsageError
+from qnas.common.files import read_text
 from qnas.latency.device import Device, Figures, Source, check_own_name
 from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures
@@ -231,13 +233,8 @@ def _check_additive(device: Device, accuracy: Figures, latency_ms: Array) -> Non
 def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a CSV file, of a DataFrame (pandas or polars), or the dictionaries themselves."""
     if isinstance(blocks, str | Path):
-        try:
-            with Path(blocks).open(encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
-        except FileNotFoundError:
-            raise TableError(f"{blocks}: no such file, expected a CSV of measured blocks") from None
-        except UnicodeDecodeError as error:
-            raise TableError(f"{blocks}: not a text file in UTF-8") from error
+        text = read_text(Path(blocks), TableError, "a CSV of measured blocks")
+        return list(csv.DictReader(io.StringIO(text)))
     if hasattr(blocks, "to_dicts"):
         return list(blocks.to_dicts())
     if hasattr(blocks, "to_dict"):

@@ -23,7 +23,7 @@ from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace
 
-# Where latencies come from.
+# Sources of latencies.
 DEVICE = "device"
 NN_METER = "nn-meter"
 
@@ -58,7 +58,7 @@ class Prediction:
     margin: float  # share that a measurement may lie above the prediction; 0 where none is known
     parts: tuple[Part, ...]
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
-    note: str = ""  # what the parts rest on, where that is more than their kinds
+    note: str = ""  # on the sources of the parts
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -73,22 +73,15 @@ class Prediction:
         return tuple(sorted(layers, key=lambda layer: -layer.latency_ms))
 
     def facts(self, dearest: int) -> dict[str, Any]:
-        """Return the same as JSON values, with so many of the layers."""
-        return {
-            "device": self.device,
-            "latency_ms": self.latency_ms,
-            "coverage": self.coverage,
-            "margin": self.margin,
-            "batchnorm_ms": self.batchnorm_ms,
-            "note": self.note,
-            "dearest": [vars(layer) for layer in self.layers[:dearest]],
-        }
+        """Return the prediction as JSON values, with the most expensive layers in place of the parts."""
+        facts = {name: value for name, value in vars(self).items() if name != "parts"}
+        return facts | {"dearest": [vars(layer) for layer in self.layers[:dearest]]}
 
 
 def check_source(latency: str) -> None:
     """Raise UsageError for an unknown source of latencies."""
     if latency not in (DEVICE, NN_METER):
-        raise UsageError(f"--latency {latency!r}: expected {DEVICE} or {NN_METER}")
+        raise UsageError(f"`latency={latency!r}`: expected {DEVICE} or {NN_METER}")
 
 
 def table_from(latency: str, device: Device, space: SearchSpace) -> LatencyTable:
@@ -107,10 +100,9 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     table = table_from(latency, device, space)
     indices = arch.indices(space)
     if latency == NN_METER:
-        mapped = nn_meter.predict_rows(device, lower(space, arch))
-        parts = _mapped_parts(mapped)
+        parts = _parts(nn_meter.predict_rows(device, lower(space, arch)))
     elif device.prices_kernels:
-        parts = _kernel_parts(predict_blocks(device, lower(space, arch)))
+        parts = _parts(predict_blocks(device, lower(space, arch)))
     else:
         parts = _table_parts(table, space, arch)
     return Prediction(
@@ -142,13 +134,13 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
     """Predict an ONNX file. Raises TableError where the device has no model of kernels."""
     check_source(latency)
     rows = predict_onnx(device, network)
-    parts = [Part(row.name, describe_kernel(row.kernel), row.latency_ms, row.kind) for row in rows]
+    parts = _parts(rows)
     runtime_ms, notes = device.network_ms, []
     if latency == NN_METER:
-        # what qnas does not know, nn-Meter does not either: such a kernel keeps the device's pass
+        # nn-Meter does not know operators that qnas does not know: they keep the device's latency of a pass
         known = [row for row in rows if row.kind != "uncovered"]
         mapped = nn_meter.map_kernels(device, [(row.name, row.kernel) for row in known])
-        parts = [part for part in parts if part.kind == "uncovered"] + _mapped_parts(mapped)
+        parts = [part for part in parts if part.kind == "uncovered"] + _parts(mapped)
         runtime_ms = 0.0
         notes.append(_describe(nn_meter.cover(mapped)))
     if network.uncovered:
@@ -165,12 +157,12 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
     )
 
 
-def _kernel_parts(rows: Iterable[KernelRow]) -> list[Part]:
-    return [Part(row.block, describe_kernel(row.kernel), row.latency_ms, row.kind) for row in rows]
+def _parts(rows: Iterable[KernelRow]) -> list[Part]:
+    return [Part(row.name, describe_kernel(row.kernel), row.latency_ms, _kind(row)) for row in rows]
 
 
-def _mapped_parts(rows: Iterable[nn_meter.MappedRow]) -> list[Part]:
-    return [Part(row.block, describe_kernel(row.kernel), row.latency_ms, row.mapped) for row in rows]
+def _kind(row: KernelRow) -> str:
+    return row.mapped if isinstance(row, nn_meter.MappedRow) else row.kind
 
 
 def _describe(coverage: nn_meter.Coverage) -> str:

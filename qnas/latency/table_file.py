@@ -3,13 +3,13 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
-from qnas.common.errors import TableError
-from qnas.common.files import write_text
+from qnas.common.errors import TableError, abbreviate
+from qnas.common.files import read_text, write_text
 from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
@@ -30,18 +30,17 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class _Expected:
+class _Expected(NamedTuple):
     """A row of a table without its latency: the position, candidate and shape of a block."""
 
     position: str
-    stage: str
-    c_in: int | str  # the runtime has no shape: empty
-    c_out: int | str
-    stride: int | str
-    resolution_px: int | str
-    candidate: str
-    layers: str
+    stage: str = ""
+    c_in: int | str = ""  # the runtime has no shape: empty
+    c_out: int | str = ""
+    stride: int | str = ""
+    resolution_px: int | str = ""
+    candidate: str = ""
+    layers: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -54,7 +53,7 @@ class _Expected:
 
 def _expected_rows(space: SearchSpace) -> list[_Expected]:
     """Return the rows of a space's table in the order in which they are written."""
-    rows = [_Expected(RUNTIME, "", "", "", "", "", "", "")]
+    rows = [_Expected(RUNTIME)]
     for part in skeleton(space):
         if isinstance(part, Slot):
             p = part.position
@@ -106,7 +105,7 @@ def table_text(table: LatencyTable, space: SearchSpace) -> str:
     for row in _expected_rows(space):
         cell = by_key[row.key] if row.candidate else fixed[row.position]
         values = {
-            **vars(row),
+            **row._asdict(),
             "latency_ms": f"{cell.latency_ms:.{DECIMALS}f}",
             "estimated_ms": f"{cell.estimated_ms:.{DECIMALS}f}",
             "source": cell.source,
@@ -121,12 +120,7 @@ def read_table(path: Path, space: SearchSpace, *, device: str | None = None) -> 
     Raises TableError with every problem in one line: rows that are missing, there twice, of another
     shape or unknown, and values that are no latency.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise TableError(f"{path}: no such file, expected the latency table of space {space.name}") from None
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not a text file in UTF-8") from error
+    text = read_text(path, TableError, f"the latency table of space {space.name}")
     return parse_table(text, space, where=str(path), device=device or path.parent.name)
 
 
@@ -176,17 +170,12 @@ def table_from_rows(
             found[key] = default[what]
     missing = [row.title for key, row in expected.items() if key not in found]
     if missing:
-        problems.insert(0, f"{len(missing)} of {len(expected)} rows missing: {_abbreviate(missing)}")
+        problems.insert(0, f"{len(missing)} of {len(expected)} rows missing: {abbreviate(missing)}")
     if problems:
-        raise TableError(f"{where}: not a latency table of space {space.name}: {_abbreviate(problems, '; ')}")
+        raise TableError(f"{where}: not a latency table of space {space.name}: {abbreviate(problems, '; ')}")
     fixed = tuple((row.position, found[key]) for key, row in expected.items() if not row.candidate)
     cells = tuple(tuple(found[p.name, name] for name in p.names) for p in space.positions)
     return LatencyTable(device, space.name, space.digest, fixed, cells)
-
-
-def _abbreviate(items: Sequence[str], between: str = ", ", limit: int = 5) -> str:
-    more = f"{between}and {len(items) - limit} more" if len(items) > limit else ""
-    return between.join(items[:limit]) + more
 
 
 def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[str]:

@@ -113,11 +113,11 @@ class _Problem:
             np.array([_whole(limit, i) for limit in binding], np.int64).reshape(len(binding), len(row))
             for i, row in enumerate(self.scores)
         ]
-        # what the positions from i on take at least
+        # the least amounts of the positions from i on
         self.least = [np.zeros((len(binding), 1), np.int64)]
         for row in reversed(self.amounts):
             self.least.insert(0, self.least[0] + row.min(1, keepdims=True))
-        self.best = [0.0]  # what the positions from i on score at most
+        self.best = [0.0]  # the highest scores of the positions from i on
         for best in reversed(self.scores):
             self.best.insert(0, self.best[0] + float(best.max()))
         self.mixtures = [*np.eye(len(binding)), *self._worst_mixture()]
@@ -130,7 +130,7 @@ class _Problem:
     def search(self, kept: int, floor: float, margin: int) -> tuple[list[Network], float, bool]:
         """Go through the positions, keeping so many partial networks and none bounded below `floor`.
 
-        Returns the best networks, what others that were left out score at most, and whether a network
+        Returns the best networks, an upper bound of the scores of those left out, and whether a network
         that fits in whole numbers does not by its exact amount.
         """
         partial = _Partial(
@@ -157,7 +157,7 @@ class _Problem:
     def _extend(
         self, partial: _Partial, i: int, floor: float, numbers: dict[int, int]
     ) -> tuple[_Partial, Floats]:
-        """Take each candidate of position i, leave what cannot fit or cannot matter; return the bounds."""
+        """Extend by each candidate of position i, less those that cannot fit or matter; return the bounds."""
         choices = len(self.scores[i])
         score = (partial.score[:, None] + self.scores[i]).ravel()
         amount = (partial.amount[:, :, None] + self.amounts[i][:, None, :]).reshape(
@@ -176,7 +176,7 @@ class _Problem:
         return _Partial(score[stays], amount[:, stays], key[place], parent, pick), bound[stays]
 
     def _bound(self, score: Floats, amount: Ints, i: int) -> Floats:
-        """Return what partial networks can score at most once the positions from i on are filled."""
+        """Return the highest scores that partial networks can reach with the positions from i on."""
         bound = score + self.best[i]
         for mixture, relaxed in zip(self.mixtures, self.relaxed, strict=True):
             taken, gained = relaxed[i]
@@ -240,7 +240,7 @@ class _Problem:
         return list(networks.values()), refused
 
     def _worst_mixture(self) -> list[Floats]:
-        """Return how the limits share the pressure in the linear relaxation; nothing for one limit."""
+        """Return the normalised dual prices of the limits in the linear relaxation; none for one limit."""
         if len(self.room) < 2:
             return []
         sizes = [len(row) for row in self.scores]
@@ -259,7 +259,7 @@ class _Problem:
         return [prices / prices.sum()] if (prices > 0).sum() > 1 else []
 
     def _relax(self, mixture: Floats) -> list[tuple[Floats, Floats]]:
-        """Return, for the positions from i on, what may be scored at most by what may be taken.
+        """Return, for the positions from i on, the highest score as a function of the amount.
 
         Concave and piecewise linear: the steps along every position's upper hull, steepest first.
         """
@@ -283,7 +283,7 @@ class _Problem:
 
 
 def _whole(limit: Limit, position: int) -> list[int]:
-    """Return what a position's candidates take in units; more than the limit is all the same."""
+    """Return the amounts of a position's candidates in units, cut off at twice the limit."""
     return [round(min(cell / limit.limit, 2.0) * UNITS) for cell in limit.cells[position]]
 
 
@@ -292,7 +292,7 @@ def _room(limit: Limit) -> int:
 
 
 def _starts(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Say of each column of sorted rows whether it differs from the one before."""
+    """Return for each column of sorted rows whether it differs from the one before."""
     starts = np.ones(rows.shape[1], bool)
     starts[1:] = (rows[:, 1:] != rows[:, :-1]).any(0)
     return starts

@@ -26,9 +26,9 @@ class Limit:
     """The largest amount of one resource that a network may take."""
 
     name: str  # a device's, "params" or "macs"
-    budget: float  # as it was asked: milliseconds on a device, else a count
-    limit: float  # what the sum may be: the budget less the device's margin
-    fixed: float  # what every network of the space takes
+    budget: float  # as the user gave it: milliseconds on a device, else a count
+    limit: float  # of the sum: the budget less the device's margin
+    fixed: float  # amount that every network of the space has
     cells: tuple[tuple[float, ...], ...]  # [position][candidate]
     table: LatencyTable | None = None  # of a device
 
@@ -38,12 +38,12 @@ class Limit:
 
     @cached_property
     def least(self) -> float:
-        """The amount of the network that takes least."""
+        """The smallest amount of any network of the space."""
         return math.fsum([self.fixed, *map(min, self.cells)])
 
     @cached_property
     def most(self) -> float:
-        """The amount of the network that takes most."""
+        """The largest amount of any network of the space."""
         return math.fsum([self.fixed, *map(max, self.cells)])
 
     @property
@@ -88,10 +88,10 @@ def check_limits(limits: Limits) -> None:
     """Raise InfeasibleBudgetError, with what is possible, if no network meets one of the limits."""
     for limit in limits:
         if limit.least > limit.limit:
-            raise InfeasibleBudgetError(_too_little(limit))
+            raise InfeasibleBudgetError(_describe_infeasible(limit))
 
 
-def _too_little(limit: Limit) -> str:
+def _describe_infeasible(limit: Limit) -> str:
     least = limit.describe(limit.least, round_up=True)
     if limit.table is None:
         return f"no network has at most {limit.describe(limit.budget)}: the smallest has {least}"

@@ -1,4 +1,4 @@
-"""How far limits are from the budgets that a search was run for, by the amounts that it expects."""
+"""The distance of limits from the budgets of a search, measured by the expected amounts."""
 
 import numpy as np
 

@@ -18,7 +18,7 @@ from qnas.spaces.block_order import Labels, block_labels
 from qnas.spaces.space import SearchSpace
 
 SOLVER = "qnas.knapsack"
-K_BEST = 20  # networks that are solved for, to be ranked on held-out images
+K_BEST = 20  # solutions, to be ranked on held-out images
 BISECTIONS = 12  # of the range of MACs, for the network that MACs alone would choose
 
 Scores = tuple[tuple[float, ...], ...]  # [position][candidate]
@@ -35,7 +35,7 @@ class Solution:
     bound: float  # no network within the limits has a higher score than this
     solver: str
     rank: int = 1  # by score, from 1
-    solved: int = 1  # networks that were solved for, of which it is one
+    solved: int = 1  # number of solutions, this one included
 
     @property
     def latency_ms(self) -> float:
@@ -54,7 +54,7 @@ def solve(scores: Scores, limits: Limits) -> Solution:
 
 
 def check_feasible(limits: Limits) -> None:
-    """Raise InfeasibleBudgetError, with what is possible, if no network meets all the limits at once."""
+    """Raise InfeasibleBudgetError, with the reason, if no network meets all the limits at once."""
     # the network that uses least of all limits together
     pressure = sum(np.concatenate([np.asarray(row) for row in limit.cells]) / limit.limit for limit in limits)
     ends = np.cumsum([len(row) for row in limits[0].cells])[:-1]
@@ -94,12 +94,12 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
     of the solve under MACs.
     """
     devices = [limit for limit in limits if limit.table is not None]
-    asked = [limit for limit in limits if limit.table is None]
+    counts = [limit for limit in limits if limit.table is None]
     macs = count_limit(space, "macs", math.inf)
 
     def solve_under(most: float) -> Solution | None:
         try:
-            solution = solve(scores, (replace(macs, budget=most, limit=most), *asked))
+            solution = solve(scores, (replace(macs, budget=most, limit=most), *counts))
         except InfeasibleBudgetError:
             return None
         return solution if all(d.amount(solution.indices) <= d.limit for d in devices) else None
@@ -124,7 +124,7 @@ def largest(space: SearchSpace, limits: Limits) -> Solution:
 
 
 def check_searchable(space: SearchSpace, limits: Limits) -> None:
-    """Raise an error, before anything is trained, where there is nothing to search or no way to succeed."""
+    """Raise an error, before training, for a space of one network and for limits that no network meets."""
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
     check_feasible(limits)

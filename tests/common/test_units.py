@@ -76,21 +76,21 @@ def test_zero_and_infinity_can_be_written() -> None:
     [("2.5M", 2.5e6), ("300m", 3e8), ("1.2G", 1.2e9), ("5k", 5e3), ("123", 123.0), ("2B", 2e9)],
 )
 def test_a_count_is_read_with_its_suffix(text: str, count: float) -> None:
-    assert parse_count(text, "--max-macs") == pytest.approx(count, rel=1e-15)
-    assert parse_count(format_count(count), "--max-macs") == pytest.approx(count, rel=5e-3)
+    assert parse_count(text, "`max_macs`") == pytest.approx(count, rel=1e-15)
+    assert parse_count(format_count(count), "`max_macs`") == pytest.approx(count, rel=5e-3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("2.5T", "--max-params '2.5T': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("many", "--max-params 'many': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("30ms", "--max-params '30ms': expected a number, such as 2.5M, 300M or 1.2G"),
-        ("-1M", "--max-params '-1M': expected a count above zero"),
-        ("1e999", "--max-params '1e999': expected a count above zero"),
+        ("2.5T", "`max_params` '2.5T': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("many", "`max_params` 'many': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("30ms", "`max_params` '30ms': expected a number, such as 2.5M, 300M or 1.2G"),
+        ("-1M", "`max_params` '-1M': expected a count above zero"),
+        ("1e999", "`max_params` '1e999': expected a count above zero"),
     ],
 )
 def test_what_is_no_count_is_refused_with_the_fix(text: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse_count(text, "--max-params")
+        parse_count(text, "`max_params`")
     assert str(error.value) == message

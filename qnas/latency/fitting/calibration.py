@@ -4,12 +4,11 @@ The networks are split at random. On one part scale and offset are fitted (non-n
 on the relative error), on the other the errors of the corrected predictions are measured; the margin
 is their conformal quantile (split conformal prediction, Lei et al., JASA 2018). For a new network that
 is exchangeable with those measured, the probability that it takes at most (1 + margin) times its
-prediction is at least the level, for any model and any distribution of errors and as few networks as
-there are. That holds on average over calibrations. A network that a search chose is not quite
+prediction is at least the level, for any model, any distribution of errors and any number of
+networks. That holds on average over calibrations. A network that a search chose is not quite
 exchangeable with a sample: measure it too.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def _rank(n: int, level: float) -> int:
 
 
 def conformal_margin(errors: NDArray[np.float64], level: float) -> float:
-    """Return what a new error is at most, with a probability of at least `level`; 0 if it is below.
+    """Return a bound that a new error keeps with a probability of at least `level`; at least 0.
 
     errors: measured / predicted - 1 of networks that the predictions were not fitted to, enough of
     them (`margin_networks`).
@@ -99,7 +98,7 @@ def calibrate(
         raise TableError(
             f"{where}: {len(measured)} networks are too few for a level of {level:g}: measure at least "
             f"{needed} ({LEAST_FITTED} for scale and offset, {needed - LEAST_FITTED} for the margin), or "
-            "give a lower --level"
+            "give a lower `level`"
         )
     order = np.random.default_rng(SEED).permutation(len(measured))
     last = order[-max(margin_networks(level), len(measured) // 2) :]
@@ -127,7 +126,7 @@ def calibrate(
 
 
 def check_margin(calibration: Calibration, where: str) -> None:
-    """Raise TableError where the margin is so large that the times are not of what was predicted."""
+    """Raise TableError where the margin is too large for measurements of the predicted networks."""
     if calibration.margin > MOST_MARGIN:
         raise TableError(
             f"{where}: measured latencies are up to {calibration.margin:.0%} above the corrected "
@@ -144,24 +143,23 @@ def write_calibrated(
     Tables that were measured are copied too, as they were measured, into the folder beside the file,
     so that the copy predicts from the same cells; the calibration is applied when they are read.
     Tables that the model gives are not: it gives them again. Raises CheckpointError where a table
-    stands in the way, TableError where the name is none.
+    exists already, TableError for a name that is not allowed.
     """
     tables = _measured_tables(device)
     folder = path.with_suffix("")
     in_the_way = [folder / table.name for table in tables if (folder / table.name).exists()]
     if in_the_way and not force:
         raise CheckpointError(
-            f"{in_the_way[0]}: exists already: give --force to replace it, or another --out"
+            f"{in_the_way[0]}: exists already: `force=True` replaces it, or give another `out`"
         )
-    accuracy = {**device.accuracy, CALIBRATED: {"all": found.after}}
-    content = json.loads(device.to_json()) | {
+    changes = {
         "name": name,
-        "aliases": [],
+        "aliases": (),
         "title": f"{device.title}, calibrated",
-        "accuracy": {held: {k: v.model_dump() for k, v in of.items()} for held, of in accuracy.items()},
-        "calibration": found.calibration.model_dump(),
+        "accuracy": {**device.accuracy, CALIBRATED: {"all": found.after}},
+        "calibration": found.calibration,
     }
-    text = parse_device(json.dumps(content), str(path)).to_json()
+    text = parse_device(device.model_copy(update=changes).to_json(), str(path)).to_json()
     for table in tables:
         write_text(folder / table.name, table.read_text(encoding="utf-8"))
     write_text(path, text)

@@ -12,19 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qnas.common.errors import ArchError, TableError
-from qnas.common.files import write_text
+from qnas.common.errors import ArchError, TableError, abbreviate
+from qnas.common.files import read_text, write_text
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace
 
 COLUMNS = ("name", "choices", "latency_ms", "p95_ms", "runtime")
 REQUIRED = ("name", "choices", "latency_ms")
-_SHOWN = 5  # problems of a file that are told
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A network and what it took; None where it was not measured."""
+    """A network and its latency; None where it was not measured."""
 
     name: str
     arch: Arch
@@ -49,16 +48,10 @@ def write_measured(path: Path, networks: Iterable[Measured]) -> None:
 def read_measured(path: Path, space: SearchSpace) -> tuple[Measured, ...]:
     """Read networks of a space from CSV.
 
-    Raises TableError with every problem in one line: columns that are missing, names there twice,
-    choices that are not of the space, and times that are no milliseconds above 0.
+    Raises TableError with every problem in one line: missing columns, duplicate names,
+    choices that are not of the space, and times that are not above 0.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before the first column
-    except (FileNotFoundError, IsADirectoryError):
-        raise TableError(f"{path}: no such file, expected the CSV that qnas sample writes") from None
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not a text file in UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(read_text(path, TableError, "the CSV that qnas sample writes")))
     lacking = [column for column in REQUIRED if column not in (reader.fieldnames or ())]
     if lacking:
         raise TableError(f"{path}: columns missing: {', '.join(lacking)}; expected {','.join(COLUMNS)}")
@@ -66,38 +59,36 @@ def read_measured(path: Path, space: SearchSpace) -> tuple[Measured, ...]:
     problems = []
     for row in reader:
         values = {key: (row.get(key) or "").strip() for key in COLUMNS}
-        read = _read_row(values, space)
-        problems += [f"line {reader.line_num}, {problem}" for problem in read.problems]
+        network, wrong = _read_row(values, space)
         if values["name"] in found:
-            problems.append(f"line {reader.line_num}, name: {values['name']!r} is there twice")
-        if read.network is not None:
-            found[values["name"]] = read.network
+            wrong.append(f"name: {values['name']!r} is there twice")
+        problems += [f"line {reader.line_num}, {problem}" for problem in wrong]
+        if network is not None:
+            found[values["name"]] = network
     if not found and not problems:
         problems.append("no networks in it")
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise TableError(f"{path}: {'; '.join(problems[:_SHOWN])}{more}")
+        raise TableError(f"{path}: {abbreviate(problems, '; ')}")
     return tuple(found.values())
 
 
 def measured_only(networks: Sequence[Measured], where: Path) -> tuple[Measured, ...]:
     """Return the networks, all of which must be measured.
 
-    Raises TableError where some are not: to leave out what was too slow to measure would bend the fit,
-    so it is the user who deletes such rows.
+    Raises TableError where some are not: leaving out networks that were too slow to measure would bias
+    the fit, so only the user deletes such rows.
     """
     missing = [network.name for network in networks if network.latency_ms is None]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise TableError(
-            f"{where}, latency_ms: empty for {', '.join(missing[:3])}{more}: fill in {len(missing)} of "
+            f"{where}, latency_ms: empty for {abbreviate(missing, most=3)}: fill in {len(missing)} of "
             f"{len(networks)} (qnas measure does it on this machine), or delete these rows"
         )
     return tuple(networks)
 
 
 def one_runtime(networks: Iterable[Measured], where: Path) -> str:
-    """Return what ran the networks, empty where it is not said. Raises TableError where it was not one."""
+    """Return the runtime of the networks, empty where none is given. Raises TableError for several."""
     named = {network.runtime for network in networks}
     if len(named) > 1:
         words = " and ".join(repr(name) for name in sorted(named)[:2])
@@ -107,14 +98,8 @@ def one_runtime(networks: Iterable[Measured], where: Path) -> str:
     return named.pop() if named else ""
 
 
-@dataclass(frozen=True)
-class _Row:
-    network: Measured | None
-    problems: list[str]
-
-
-def _read_row(values: dict[str, str], space: SearchSpace) -> _Row:
-    """Return a row's network, or what is wrong with it, the column first."""
+def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | None, list[str]]:
+    """Return a row's network, or its problems, each with its column first."""
     problems = []
     if not values["name"]:
         problems.append("name: empty")
@@ -133,5 +118,5 @@ def _read_row(values: dict[str, str], space: SearchSpace) -> _Row:
         if time is not None and not 0 < time < math.inf:
             problems.append(f"{column}: {values[column]!r}, expected milliseconds above 0 or nothing")
     if problems or arch is None:
-        return _Row(None, problems)
-    return _Row(Measured(values["name"], arch, **times, runtime=values["runtime"]), [])
+        return None, problems
+    return Measured(values["name"], arch, **times, runtime=values["runtime"]), []

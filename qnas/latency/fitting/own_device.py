@@ -49,8 +49,8 @@ _FIXED = ("", "fixed")
 _DENSE = ("launch", "mmacs", "kelements_in", "kelements_out", "kweights")
 _MOVING = ("launch", "kelements_in")
 
-# What the cost of a kind of kernel may depend on; others: _MOVING. Terms without a rate of the first
-# step start at zero: they are how implementations differ.
+# The features that the cost of a kind of kernel may depend on; of other kinds: _MOVING. Terms without a
+# rate of the first step start at zero: implementations differ in them.
 _TERMS: dict[str, tuple[str, ...]] = {
     "conv1x1": _DENSE,
     "conv": (*_DENSE, "kcolumns"),
@@ -80,20 +80,22 @@ class OwnFit:
 
 
 def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[float], where: str) -> OwnFit:
-    """Fit what kernels cost to the latencies of networks of a space, in ms, a value each.
+    """Fit the costs of kernels to the latencies of networks of a space, in ms, a value each.
 
     Accuracy is that of `FOLDS`-fold cross-validation, the choice of the ridge included. Raises
-    TableError, with what to do, where the networks cannot carry a model: `where` names them.
+    TableError, with the remedy, where the networks do not determine a model: `where` names them.
     """
     measured = np.array(latency_ms, dtype=np.float64)
     assert len(archs) == len(measured)
     assert (measured > 0).all()
     counts = [_kernels(space, arch) for arch in archs]
-    _check_kinds(space, counts, where)
+    rng = np.random.default_rng(SEED)
+    probes = [_kernels(space, sample_arch(space, rng)) for _ in range(_PROBES)]
+    _check_kinds(probes, counts, where)
     kinds = sorted({*_TERMS, *_OTHER_KINDS, *(kernel.kind for kernels in counts for kernel in kernels)})
     columns = [_FIXED, *((kind, term) for kind in kinds for term in _TERMS.get(kind, _MOVING))]
     matrix = _matrix(counts, columns)
-    terms = _count_terms(space, columns)
+    terms = _count_terms(_matrix(probes, columns))
     _check_number(len(archs), terms, where)
     _check_spread(measured, where)
     predicted = np.empty_like(measured)
@@ -155,10 +157,10 @@ def _matrix(networks: Sequence[Sequence[Kernel]], columns: Sequence[Column]) -> 
     return matrix
 
 
-def _check_kinds(space: SearchSpace, networks: Sequence[Sequence[Kernel]], where: str) -> None:
+def _check_kinds(
+    probes: Sequence[Sequence[Kernel]], networks: Sequence[Sequence[Kernel]], where: str
+) -> None:
     """Raise TableError where kinds of kernels that vary in the space do not vary in the networks."""
-    rng = np.random.default_rng(SEED)
-    probes = [_kernels(space, sample_arch(space, rng)) for _ in range(_PROBES)]
     known = sorted({kernel.kind for kernels in probes for kernel in kernels})
     alike = [kind for kind in known if _varies(kind, probes) and not _varies(kind, networks)]
     if alike:
@@ -172,10 +174,8 @@ def _varies(kind: str, networks: Sequence[Sequence[Kernel]]) -> bool:
     return len({tuple(sorted(map(str, (k for k in kernels if k.kind == kind)))) for kernels in networks}) > 1
 
 
-def _count_terms(space: SearchSpace, columns: Sequence[Column]) -> int:
-    """Return how many terms the networks of a space can tell apart, however many are measured."""
-    rng = np.random.default_rng(SEED)
-    matrix = _matrix([_kernels(space, sample_arch(space, rng)) for _ in range(_PROBES)], columns)
+def _count_terms(matrix: Array) -> int:
+    """Return the number of terms that networks of a space can tell apart, however many are measured."""
     scale = np.abs(matrix).max(axis=0)
     return int(np.linalg.matrix_rank(matrix / np.where(scale > 0, scale, 1.0), tol=1e-6))
 
@@ -185,7 +185,7 @@ def _check_number(n: int, terms: int, where: str) -> None:
     if n < needed:
         raise TableError(
             f"{where}: {n} networks are too few for the {terms} terms that the space's latencies have: "
-            f"measure at least {needed}, better {2 * needed} (qnas sample --n {2 * needed})"
+            f"measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
         )
 
 
@@ -216,7 +216,7 @@ def constant_error_pct(measured: Array) -> float:
 
 
 def folds(n: int, count: int) -> list[npt.NDArray[np.bool_]]:
-    """Return which rows each fold holds out, in a fixed random order."""
+    """Return the rows that each fold holds out, in a fixed random order."""
     number = np.random.default_rng(SEED).permutation(n) % count
     return [number == fold for fold in range(count)]
 
@@ -234,7 +234,7 @@ def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tu
 
 
 class _Prior:
-    """The first step: rates of the machine, and from them what each term probably costs."""
+    """The first step: rates of the machine, and the cost of each term that follows from them."""
 
     def __init__(self, columns: Sequence[Column], matrix: Array, latency_ms: Array) -> None:
         tied = np.zeros((len(columns), 5))  # of each column, what it counts at the rates and the fixed part
@@ -270,12 +270,12 @@ class _Prior:
 
 
 def _positive(values: Array) -> Array:
-    """Replace zeros, of what no network has, by ones: to divide by."""
+    """Replace zeros by ones, to divide by."""
     return np.where(values > 0, values, 1.0)
 
 
 def _model(columns: Sequence[Column], weights: Array, matrix: Array) -> dict[str, KernelModel]:
-    """Return what each kind costs, with a note on what the networks do not tell of it."""
+    """Return the cost of each kind, with a note where the networks do not determine it."""
     model = {}
     for kind in dict.fromkeys(kind for kind, _ in columns if kind):
         of_kind = [j for j, column in enumerate(columns) if column[0] == kind]
@@ -292,5 +292,5 @@ def _model(columns: Sequence[Column], weights: Array, matrix: Array) -> dict[str
 
 
 def _rounded(weight: float) -> float:
-    """Keep six digits: more would not be readable, nor mean anything."""
+    """Round to six digits."""
     return float(f"{weight:.6g}")

@@ -1,18 +1,19 @@
 """The files of a ZIP archive or a folder, read one by one and never unpacked.
 
-Nothing is written for what an archive says, so a hostile name has nowhere to go. An archive with
-one is refused all the same, as are links, encrypted members, and files in more than one folder: it
-is not what it should be.
+Nothing is written to the disk, so a hostile name in an archive does no harm. Such an archive is refused
+nevertheless, as are links, encrypted members, and files in more than one folder.
 """
 
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from qnas.common.errors import TableError
 
@@ -26,7 +27,7 @@ class Member:
 
     name: str
     size: int
-    open: Callable[[], BinaryIO]
+    open: Callable[[], IO[bytes]]
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Archive:
 
 @contextmanager
 def open_archive(source: Path) -> Iterator[Archive]:
-    """Give the files of a ZIP archive or folder, which lie at its top or all in one folder there.
+    """Open a ZIP archive or folder, whose files lie at its top or all in one folder there.
 
-    Hidden files are passed over. Raises TableError where it is neither, where it holds what it should
-    not, and inside the block where the archive turns out damaged.
+    Hidden files are ignored. Raises TableError where it is neither, where it holds anything else than
+    files, and inside the block where the archive is damaged.
     """
     if source.is_dir():
         yield _folder(source)
@@ -57,7 +58,7 @@ def open_archive(source: Path) -> Iterator[Archive]:
 
 
 def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
-    files: list[tuple[str, str, Member]] = []  # folder, name, member
+    files: list[tuple[str, Member]] = []  # each with its folder
     for info in archive.infolist():
         where = f"{source}: {info.filename[:200]!r}"
         parts = info.filename.removesuffix("/").split("/")
@@ -72,50 +73,45 @@ def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
             continue
         if info.compress_type not in _COMPRESSIONS:
             raise TableError(f"{where}: packed in an unusual way, expected deflated or stored files")
-        member = Member(parts[-1], info.file_size, _opener(archive, info))
-        files.append(("/".join(parts[:-1]), parts[-1], member))
+        files.append(("/".join(parts[:-1]), Member(parts[-1], info.file_size, partial(archive.open, info))))
     return _archive(files, source)
 
 
-def _opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], BinaryIO]:
-    def open_member() -> BinaryIO:
-        return archive.open(info)  # type: ignore[return-value]  # IO[bytes], which is all that is used
+def _open_file(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
-    return open_member
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
 
 def _folder(source: Path) -> Archive:
-    files: list[tuple[str, str, Member]] = []
-    visible = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
-    if len(visible) == 1 and visible[0].is_dir() and not visible[0].is_symlink():
-        source = visible[0]
-        visible = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
-    for path in visible:
+    files: list[tuple[str, Member]] = []
+    top = _visible(source)
+    if len(top) == 1 and top[0].is_dir() and not top[0].is_symlink():
+        source = top[0]
+    for path in _visible(source):
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
             raise TableError(f"{path}: a folder, expected files at the top or all in one folder")
         if not stat.S_ISREG(found.st_mode):
             raise TableError(f"{path}: a link or device, expected files")
-        files.append(("", path.name, Member(path.name, found.st_size, _file_opener(path))))
+        files.append(("", Member(path.name, found.st_size, partial(_open_file, path))))
     return _archive(files, source)
 
 
-def _file_opener(path: Path) -> Callable[[], BinaryIO]:
-    return lambda: path.open("rb")
-
-
-def _archive(files: list[tuple[str, str, Member]], source: Path) -> Archive:
+def _archive(files: list[tuple[str, Member]], source: Path) -> Archive:
     if len(files) > MAX_MEMBERS:
         raise TableError(f"{source}: {len(files)} files, expected at most {MAX_MEMBERS}")
-    folders = sorted({folder for folder, _, _ in files})
+    folders = sorted({folder for folder, _ in files})
     if len(folders) > 1 or any("/" in folder for folder in folders):
         raise TableError(
             f"{source}: files in {', '.join(folder or 'the top' for folder in folders[:5])}, "
             f"expected them at the top or all in one folder"
         )
-    names = [name for _, name, _ in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    members = tuple(member for _, member in files)
+    twice = sorted(name for name, count in Counter(member.name for member in members).items() if count > 1)
     if twice:
         raise TableError(f"{source}: {', '.join(twice[:5])}: there twice")
     stem = source.name if source.is_dir() else source.stem
-    return Archive((stem, *folders), tuple(member for _, _, member in files))
+    return Archive((stem, *folders), members)

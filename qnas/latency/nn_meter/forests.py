@@ -22,20 +22,6 @@ _MAX_NODES = 2**30  # so that a child's number fits int32, and twice it too wher
 _WALKS = 1 << 18  # trees times rows walked at once: a few MB
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A regression tree: nodes by number, inner ones and leaves apart.
-
-    A child at or above 0 is an inner node, below it the leaf ~child; `root` likewise.
-    """
-
-    root: int
-    feature: npt.NDArray[np.uint8]  # (inner,)
-    threshold: npt.NDArray[np.float32]  # (inner,): the left child where the feature is at most this
-    children: npt.NDArray[np.int32]  # (inner, 2): left, right
-    value: npt.NDArray[np.float64]  # (leaves,)
-
-
 def flatten_tree(
     *,
     left: npt.NDArray[Any],
@@ -44,8 +30,8 @@ def flatten_tree(
     threshold: npt.NDArray[Any],
     value: npt.NDArray[Any],
     n_features: int,
-) -> Tree:
-    """Return a tree from scikit-learn's columns, one entry a node, the root first.
+) -> "Forest":
+    """Return the forest of one tree from scikit-learn's columns, one entry a node, the root first.
 
     Raises ValueError where they are no tree: a child that is missing or does not come after its
     parent (which also means that every walk ends), an unknown feature, a value that is no number.
@@ -73,8 +59,9 @@ def flatten_tree(
         raise ValueError("a threshold or value that is not finite")
     number = np.where(leaf, -np.cumsum(leaf), np.cumsum(inner) - 1)  # ~(i - 1) == -i
     children = np.stack([number[left[inner]], number[right[inner]]], axis=1)
-    return Tree(
-        int(number[0]),
+    return Forest(
+        n_features,
+        number[:1].astype(np.int32),
         feature[inner].astype(np.uint8),
         float32_below(threshold[inner].astype(np.float64)),
         children.astype(np.int32),
@@ -96,20 +83,23 @@ def float32_below(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Forest:
-    """The mean of regression trees, whose nodes are numbered through as those of `Tree` are."""
+    """The mean of regression trees, with the inner nodes and the leaves of all trees in two lists.
+
+    A child or root at or above 0 is the number of an inner node; below 0 it is the leaf ~child.
+    """
 
     n_features: int
     roots: npt.NDArray[np.int32]  # (trees,)
     feature: npt.NDArray[np.uint8]  # (inner,)
-    threshold: npt.NDArray[np.float32]  # (inner,)
-    children: npt.NDArray[np.int32]  # (inner, 2)
+    threshold: npt.NDArray[np.float32]  # (inner,): the left child where the feature is at most this
+    children: npt.NDArray[np.int32]  # (inner, 2): left, right
     value: npt.NDArray[np.float64]  # (leaves,)
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], n_features: int) -> Self:
-        """Join trees. Raises ValueError where there are none, or too many nodes."""
-        if not trees:
-            raise ValueError("a forest without trees")
+    def join(cls, trees: Sequence["Forest"]) -> Self:
+        """Join forests. Raises ValueError unless they have the same features, or for too many nodes."""
+        if len({tree.n_features for tree in trees}) != 1:
+            raise ValueError("no trees, or trees with unequal numbers of features")
         inner = np.cumsum([0, *(len(tree.feature) for tree in trees)])
         leaves = np.cumsum([0, *(len(tree.value) for tree in trees)])
         if max(inner[-1], leaves[-1]) > _MAX_NODES:
@@ -120,8 +110,8 @@ class Forest:
             return np.asarray(shifted, np.int32)
 
         return cls(
-            n_features,
-            np.array([shift(np.array(tree.root), i) for i, tree in enumerate(trees)], np.int32),
+            trees[0].n_features,
+            np.concatenate([shift(tree.roots, i) for i, tree in enumerate(trees)]),
             np.concatenate([tree.feature for tree in trees]),
             np.concatenate([tree.threshold for tree in trees]),
             np.concatenate([shift(tree.children, i) for i, tree in enumerate(trees)]),

@@ -11,6 +11,7 @@ from scikit-learn 0.22 on, under the names of numpy 1 and 2. Nodes have seven fi
 scikit-learn 1.3 (`missing_go_to_left`, of no use here: no input is missing).
 """
 
+import math
 import re
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qnas.common.errors import TableError
-from qnas.latency.nn_meter.forests import Forest, Tree, flatten_tree
+from qnas.latency.nn_meter.forests import Forest, flatten_tree
 from qnas.latency.nn_meter.pickle_machine import (
     Constructors,
     GlobalName,
@@ -26,9 +27,9 @@ from qnas.latency.nn_meter.pickle_machine import (
     PickleBounds,
     RefusedError,
     Stateful,
-    is_int,
     read_pickle,
     refuse_unless,
+    require,
 )
 
 # numpy
@@ -51,16 +52,14 @@ class _DType(Stateful):
 
     def build(self, state: object) -> None:
         refuse_unless(self._dtype is None, "a dtype that is set twice")
-        refuse_unless(isinstance(state, tuple) and len(state) in (8, 9), "a dtype of an unknown form")
-        assert isinstance(state, tuple)
+        form = "a dtype of an unknown form"
+        state = require(state, tuple, form)
+        refuse_unless(len(state) in (8, 9), form)
         _, order, subtype, names, members = state[:5]
-        refuse_unless(
-            order in ("<", ">", "=", "|") and subtype is None and (len(state) == 8 or not state[8]),
-            "a dtype of an unknown form",
-        )
+        refuse_unless(order in ("<", ">", "=", "|") and subtype is None and not any(state[8:]), form)
         struct_size = _STRUCT.fullmatch(self._code)
         if struct_size is None:
-            refuse_unless(names is None and members is None, "a dtype of an unknown form")
+            refuse_unless(names is None and members is None, form)
             self._dtype = np.dtype(self._code).newbyteorder(order)
         else:
             self._dtype = _struct_dtype(names, members, int(struct_size[1]))
@@ -73,20 +72,18 @@ class _DType(Stateful):
 
 
 def _struct_dtype(names: object, members: object, size: int) -> "np.dtype[Any]":
-    refuse_unless(isinstance(names, tuple) and 1 <= len(names) <= 16, "a struct of an unknown form")
-    refuse_unless(isinstance(members, dict), "a struct of an unknown form")
-    assert isinstance(names, tuple)
-    assert isinstance(members, dict)
+    names = require(names, tuple, "a struct of an unknown form")
+    members = require(members, dict, "a struct of an unknown form")
+    refuse_unless(1 <= len(names) <= 16, "a struct of an unknown form")
     refuse_unless(all(isinstance(name, str) and name in members for name in names), "a struct without names")
     refuse_unless(len(set(names)) == len(names) and all(names), "a struct whose names are no names")
     formats, offsets = [], []
     for name in names:
-        member = members[name]
-        refuse_unless(
-            isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], _DType), "a bad member"
-        )
-        dtype, offset = member[0].dtype, member[1]
-        refuse_unless(dtype.names is None and is_int(offset), "a struct in a struct")
+        member = require(members[name], tuple, "a bad member")
+        refuse_unless(len(member) == 2, "a bad member")
+        dtype = require(member[0], _DType, "a bad member").dtype
+        offset = require(member[1], int, "a bad member")
+        refuse_unless(dtype.names is None, "a struct in a struct")
         refuse_unless(0 <= offset <= size - dtype.itemsize, "a member outside its struct")
         formats.append(dtype)
         offsets.append(offset)
@@ -113,26 +110,20 @@ class _Array(Stateful):
 
     def build(self, state: object) -> None:
         refuse_unless(not self._built, "an array that is set twice")
-        refuse_unless(isinstance(state, tuple) and len(state) == 5, "an array of an unknown form")
-        assert isinstance(state, tuple)
+        state = require(state, tuple, "an array of an unknown form")
+        refuse_unless(len(state) == 5, "an array of an unknown form")
         _, shape, dtype, fortran, content = state
         self._set(shape, dtype, "F" if fortran is True else "C", content)
 
     def _set(self, shape: object, dtype: object, order: Any, content: object) -> None:
-        refuse_unless(
-            isinstance(shape, tuple)
-            and len(shape) <= 4
-            and all(is_int(length) and 0 <= length < 2**40 for length in shape),
-            "an array of an unknown shape",
-        )
-        refuse_unless(isinstance(dtype, _DType), "an array of an unknown dtype")
-        refuse_unless(isinstance(content, bytes | Payload), "an array of objects, expected plain numbers")
-        assert isinstance(shape, tuple)
-        assert isinstance(dtype, _DType)
-        assert isinstance(content, bytes | Payload)
-        expected = dtype.dtype.itemsize
-        for length in shape:
-            expected *= length
+        unknown = "an array of an unknown shape"
+        shape = require(shape, tuple, unknown)
+        lengths = [require(length, int, unknown) for length in shape]
+        refuse_unless(len(shape) <= 4 and all(0 <= length < 2**40 for length in lengths), unknown)
+        dtype = require(dtype, _DType, "an array of an unknown dtype")
+        if not isinstance(content, bytes | Payload):
+            raise RefusedError("an array of objects, expected plain numbers")
+        expected = dtype.dtype.itemsize * math.prod(lengths)
         refuse_unless(
             len(content) == expected, f"an array of {len(content)} bytes, its shape needs {expected}"
         )
@@ -147,12 +138,11 @@ class _Array(Stateful):
 
 
 def _scalar(args: tuple[Any, ...]) -> object:
-    refuse_unless(
-        len(args) == 2 and isinstance(args[0], _DType) and isinstance(args[1], bytes), "an unknown number"
-    )
-    dtype = args[0].dtype
-    refuse_unless(dtype.names is None and len(args[1]) == dtype.itemsize, "a number of another size")
-    number: object = np.frombuffer(args[1], dtype)[0].item()
+    refuse_unless(len(args) == 2, "an unknown number")
+    dtype = require(args[0], _DType, "an unknown number").dtype
+    content = require(args[1], bytes, "an unknown number")
+    refuse_unless(dtype.names is None and len(content) == dtype.itemsize, "a number of another size")
+    number: object = np.frombuffer(content, dtype)[0].item()
     return number
 
 
@@ -167,9 +157,8 @@ class _Estimator(Stateful):
         self.state: dict[str, object] | None = None
 
     def build(self, state: object) -> None:
-        refuse_unless(self.state is None and isinstance(state, dict), "an estimator that is set twice")
-        assert isinstance(state, dict)
-        self.state = state
+        refuse_unless(self.state is None, "an estimator that is set twice")
+        self.state = require(state, dict, "an estimator of an unknown form")
 
 
 class _ForestEstimator(_Estimator):
@@ -187,18 +176,15 @@ class _PickledTree(Stateful):
     """sklearn.tree._tree.Tree, flat as soon as it is set."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
-        refuse_unless(len(args) == 3 and is_int(args[0]) and args[2] == 1, "a tree with several outputs")
-        self.n_features: int = args[0]
-        self.tree: Tree | None = None
+        refuse_unless(len(args) == 3 and args[2] == 1, "a tree with several outputs")
+        self.n_features = require(args[0], int, "a tree with several outputs")
+        self.tree: Forest | None = None
 
     def build(self, state: object) -> None:
-        refuse_unless(self.tree is None and isinstance(state, dict), "a tree that is set twice")
-        assert isinstance(state, dict)
-        nodes, values = state.get("nodes"), state.get("values")
-        refuse_unless(isinstance(nodes, _Array) and isinstance(values, _Array), "a tree without nodes")
-        assert isinstance(nodes, _Array)
-        assert isinstance(values, _Array)
-        table, value = nodes.take(), values.take()
+        refuse_unless(self.tree is None, "a tree that is set twice")
+        state = require(state, dict, "a tree without nodes")
+        arrays = (require(state.get(name), _Array, "a tree without nodes") for name in ("nodes", "values"))
+        table, value = (array.take() for array in arrays)
         refuse_unless(
             table.ndim == 1 and set(_NODE_FIELDS) <= set(table.dtype.names or ()), "nodes without children"
         )
@@ -250,22 +236,17 @@ def read_forest(stream: BinaryIO, where: str, limits: PickleBounds | None = None
 
 
 def _forest(root: object) -> Forest:
-    refuse_unless(isinstance(root, _ForestEstimator), "no RandomForestRegressor")
-    assert isinstance(root, _ForestEstimator)
-    estimators = (root.state or {}).get("estimators_")
-    refuse_unless(isinstance(estimators, list) and bool(estimators), "a forest without trees")
-    assert isinstance(estimators, list)
-    trees, counts = [], set()
+    state = require(root, _ForestEstimator, "no RandomForestRegressor").state or {}
+    estimators = require(state.get("estimators_"), list, "a forest without trees")
+    trees = []
     for estimator in estimators:
         pickled = (estimator.state or {}).get("tree_") if isinstance(estimator, _TreeEstimator) else None
         if not isinstance(pickled, _PickledTree) or pickled.tree is None:
             raise RefusedError("a forest of something else than fitted regression trees")
         trees.append(pickled.tree)
-        counts.add(pickled.n_features)
     # a memoised tree named a thousand times would make a small file a large forest
     refuse_unless(len({id(tree) for tree in trees}) == len(trees), "a tree that occurs twice")
-    refuse_unless(len(counts) == 1, "trees with unequal numbers of features")
     try:
-        return Forest.of(trees, counts.pop())
+        return Forest.join(trees)
     except ValueError as error:
         raise RefusedError(str(error)) from error

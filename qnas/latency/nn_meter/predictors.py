@@ -1,4 +1,4 @@
-"""nn-Meter's published predictors in qnas: what there is to download, its import, and the store.
+"""nn-Meter's published predictors: the list of downloads, the import, and the local store.
 
 nn-Meter (MobiSys 2021, github.com/microsoft/nn-Meter, MIT) publishes a random forest for each kind of
 kernel of each device: a ZIP archive with a pickle KERNEL.pkl each. An import reads them without
@@ -8,20 +8,21 @@ user's data folder: $QNAS_HOME/predictors, else qnas/predictors in $XDG_DATA_HOM
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 from qnas.common.errors import TableError, nearest
 from qnas.common.files import atomic_path
+from qnas.common.resources import user_folder
 from qnas.latency.nn_meter.archives import Archive, Member, open_archive
 from qnas.latency.nn_meter.forests import Forest
 from qnas.latency.nn_meter.pickles import read_forest
@@ -29,7 +30,7 @@ from qnas.latency.nn_meter.pickles import read_forest
 SCHEMA = "qnas.predictors/1"
 DOWNLOAD = "https://github.com/microsoft/nn-Meter/releases/tag/v1.0-data"
 MAX_PICKLE_BYTES = 8 << 30  # the published forests of one device have some 2 GB together
-_ABOUT = "about"  # the member of the store's file that says what it is
+_ABOUT = "about"  # the member of the store's file that describes it
 
 # Predictor -> number of its features, in nn-Meter's order (see `nn_meter`).
 FEATURE_COUNTS = {
@@ -89,12 +90,7 @@ def published_name(device: str) -> str:
 
 def store_folder() -> Path:
     """Return the folder that imported predictors lie in, which need not exist."""
-    if os.environ.get("QNAS_HOME"):
-        return Path(os.environ["QNAS_HOME"]) / "predictors"
-    data = os.environ.get("XDG_DATA_HOME", "")
-    # a relative one is to be passed over, says the XDG base directory specification
-    base = Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share"
-    return base / "qnas" / "predictors"
+    return user_folder("predictors", "XDG_DATA_HOME", ".local/share")
 
 
 def _path(device: str) -> Path:
@@ -102,7 +98,7 @@ def _path(device: str) -> Path:
 
 
 def download_hint(device: str) -> str:
-    """Say which file to download for a device, and the command that imports it."""
+    """Return the file to download for a device, and the command that imports it."""
     name = published_name(device)
     file = f"{PUBLISHED[name].title}.zip"
     return f"download {file} from {DOWNLOAD} and run: qnas predictors import {file} --device {name}"
@@ -138,8 +134,8 @@ def import_predictors(source: Path, device: str, report: Report | None = None) -
     """Read the published predictors of a device from a ZIP archive or folder into the store.
 
     One forest is in memory at a time. Raises TableError where the archive is not that of the device,
-    lacks a kernel, or holds anything but forests with the expected features; the predictors that
-    were imported before then stay as they were.
+    lacks a kernel, or holds anything but forests with the expected features; predictors that were
+    imported before then stay.
     """
     name = published_name(device)
     path = _path(name)
@@ -147,11 +143,18 @@ def import_predictors(source: Path, device: str, report: Report | None = None) -
         _check_titles(archive, source, name)
         chosen = _choose(archive, source, name)
         ignored = tuple(m.name for m in archive.members if m not in chosen.values())
-        counted = _Counted(sum(member.size for member in chosen.values()), report)
+        total, done = sum(member.size for member in chosen.values()), 0
         facts = {}
-        with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as store:
+
+        def count(kernel: str, size: int) -> None:
+            nonlocal done
+            done += size
+            if report is not None:
+                report(kernel, done, total)
+
+        with atomic_path(path) as written, zipfile.ZipFile(written, "w", zipfile.ZIP_STORED) as store:
             for kernel, member in chosen.items():
-                forest = _read_member(member, kernel, source, counted)
+                forest = _read_member(member, kernel, source, partial(count, kernel))
                 facts[kernel] = ForestFacts(len(forest.roots), forest.n_nodes)
                 for field, array in forest.arrays().items():
                     _write_array(store, f"{kernel}.{field}", array)
@@ -175,7 +178,7 @@ def _check_titles(archive: Archive, source: Path, device: str) -> None:
         if titles.get(title, device) != device:
             raise TableError(
                 f"{source}: the predictors of {titles[title]}, not of {device} "
-                f"({PUBLISHED[device].title}); import them with --device {titles[title]}"
+                f"({PUBLISHED[device].title}); import them with `device='{titles[title]}'`"
             )
 
 
@@ -197,23 +200,11 @@ def _choose(archive: Archive, source: Path, device: str) -> dict[str, Member]:
     return chosen
 
 
-class _Counted:
-    """Bytes of all pickles, counted as they are read."""
-
-    def __init__(self, total: int, report: Report | None) -> None:
-        self._total, self._report, self._done = total, report, 0
-
-    def add(self, kernel: str, count: int) -> None:
-        self._done += count
-        if self._report is not None:
-            self._report(kernel, self._done, self._total)
-
-
 class _CountedStream(io.RawIOBase):
-    """A stream that is counted, to be buffered in large pieces."""
+    """A stream whose bytes are counted as they are read, to be buffered in large pieces."""
 
-    def __init__(self, stream: BinaryIO, kernel: str, counted: _Counted) -> None:
-        self._stream, self._kernel, self._counted = stream, kernel, counted
+    def __init__(self, stream: IO[bytes], count: Callable[[int], None]) -> None:
+        self._stream, self._count = stream, count
 
     def readable(self) -> bool:
         return True
@@ -221,14 +212,14 @@ class _CountedStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         content = self._stream.read(len(buffer))
         buffer[: len(content)] = content
-        self._counted.add(self._kernel, len(content))
+        self._count(len(content))
         return len(content)
 
 
-def _read_member(member: Member, kernel: str, source: Path, counted: _Counted) -> Forest:
+def _read_member(member: Member, kernel: str, source: Path, count: Callable[[int], None]) -> Forest:
     where = f"{source}: {member.name}"
     with member.open() as opened:
-        stream = io.BufferedReader(_CountedStream(opened, kernel, counted), 1 << 20)
+        stream = io.BufferedReader(_CountedStream(opened, count), 1 << 20)
         forest = read_forest(stream, where)
     if forest.n_features != FEATURE_COUNTS[kernel]:
         raise TableError(
@@ -243,34 +234,28 @@ def _write_array(store: zipfile.ZipFile, name: str, array: np.ndarray[Any, Any])
 
 
 def list_predictors() -> tuple[Predictors, ...]:
-    """Return what was imported, by device. Raises TableError where a file of the store is damaged."""
+    """Return the imported predictors of all devices. Raises TableError where a file is damaged."""
     return tuple(describe_predictors(name) for name in PUBLISHED if _path(name).is_file())
 
 
 def describe_predictors(device: str) -> Predictors:
-    """Return what is known of a device's imported predictors.
+    """Return the facts of a device's imported predictors.
 
     Raises TableError where there are none, or their file is damaged.
     """
     with _stored(device) as content:
         about = json.loads(str(content[_ABOUT]))
-        if about["schema"] != SCHEMA:
-            raise ValueError(f"schema {about['schema']}, expected {SCHEMA}")
+        schema = about.pop("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema}, expected {SCHEMA}")
+        about["forests"] = {kernel: ForestFacts(**fact) for kernel, fact in about["forests"].items()}
+        about["ignored"] = tuple(about["ignored"])
         path = _path(device)
-        return Predictors(
-            about["device"],
-            about["title"],
-            about["source"],
-            about["date"],
-            {kernel: ForestFacts(**fact) for kernel, fact in about["forests"].items()},
-            tuple(about["ignored"]),
-            path,
-            path.stat().st_size,
-        )
+        return Predictors(**about, path=path, size_bytes=path.stat().st_size)
 
 
 def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
-    """Return those of a device's imported forests that are asked for, by kernel.
+    """Return a device's imported forests of these kernels.
 
     Raises TableError where nothing was imported, or the file is damaged.
     """
@@ -284,7 +269,7 @@ def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
 
 @contextmanager
 def _stored(device: str) -> Iterator[Any]:
-    """Give the arrays of a device's file, which are read when they are asked for."""
+    """Open a device's file, whose arrays are read when they are accessed."""
     name, path = published_name(device), _path(device)
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -299,7 +284,7 @@ def _stored(device: str) -> Iterator[Any]:
 
 
 def is_imported(device: str) -> bool:
-    """Whether a device's predictors were imported; no, where there are none for it."""
+    """Whether a device's predictors were imported."""
     return ALIASES.get(device, device) in PUBLISHED and _path(device).is_file()
 
 

@@ -1,21 +1,20 @@
 """Latencies by nn-Meter (MobiSys 2021): its own prediction code, with the imported forests.
 
-nn-Meter prices a network as the sum of its fused kernels, each by a random forest of its kind; it has
-nothing for what every network takes besides, so the fixed part of a table is zero. How a kernel of
-ours is priced is its coverage:
+nn-Meter prices a network as the sum of its fused kernels, each by a random forest of its kind. It has no
+fixed latency of a network, so the fixed part of a table is zero. Kernels are priced in three ways:
 
 - direct: by the forest of its operator. nn-Meter has one forest for a convolution, folded norm and
   ReLU or not, and so have we; a sum is priced with or without a ReLU, which costs nothing once fused.
 - stand-in: by the forest of another operator that touches as many elements.
-- uncovered: nn-Meter has no forest to offer, and would count 0 ms without a word. The kernel takes
-  what the device's own model says.
+- uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
+  model prices the kernel.
 
 Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
 and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
 counted (`in_range`).
 
-nn-Meter's package is imported when the first latency is asked for: it takes a second, and writes its
-configuration into the home folder, for which it gets a temporary one.
+The package nn_meter is imported for the first prediction: that takes a second, and writes a
+configuration into the home folder, in whose place it finds a temporary one.
 """
 
 import math
@@ -23,7 +22,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from qnas.common.errors import TableError
@@ -49,7 +48,7 @@ class Choice(NamedTuple):
     mapped: Mapped
 
 
-# Kind of kernel -> what prices it: the first that the device has.
+# Kind of kernel -> the forests that can price it, of which the first that the device has is used.
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "conv": (Choice("conv-bn-relu", "direct"),),
     "conv1x1": (Choice("conv-bn-relu", "direct"),),
@@ -73,10 +72,10 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "gelu": (Choice("hswish", "stand-in"),),
     "hsigmoid": (Choice("hswish", "stand-in"),),
     "clip": (Choice("relu", "stand-in"),),
-    # concat: its forest asks for the channels of each part, which a kernel does not hold
+    # concat: its forest needs the channels of each part, which a kernel does not hold
 }
 
-# What nn-Meter calls an operator that the predictor prices, where that is another name.
+# Predictor -> nn-Meter's name of its operator, where that is another one.
 _OPERATORS = {"addrelu": "add-relu"}
 
 
@@ -103,22 +102,12 @@ TRAINED: dict[str, _Trained] = {
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The latency of a kernel, its predictor (empty: the device's model), and whether that knows the size."""
-
-    latency_ms: float
-    mapped: Mapped
-    predictor: str
-    in_range: bool
-
-
-@dataclass(frozen=True)
 class MappedRow(KernelRow):
     """A kernel of a network with its latency; `kind` is fitted where direct, else estimated."""
 
-    mapped: Mapped
-    predictor: str  # nn-Meter's name; empty where uncovered
-    in_range: bool  # whether the forest was trained on kernels of this size
+    mapped: Mapped = "uncovered"
+    predictor: str = ""  # nn-Meter's name; empty where uncovered
+    in_range: bool = True  # whether the forest was trained on kernels of this size
 
 
 def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow, ...]:
@@ -134,50 +123,33 @@ def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow
 def map_kernels(device: Device, kernels: Sequence[tuple[str, Kernel]]) -> tuple[MappedRow, ...]:
     """Return the latencies of these kernels by nn-Meter, each given with the name of its block or node.
 
-    Raises TableError where the device's predictors were not imported, which says how to and what the
-    device's own model says, and where neither nn-Meter nor that model knows a kernel.
+    Raises TableError where the device's predictors were not imported, with the way to import
+    them and the device's own prediction, and where neither nn-Meter nor that model knows a kernel.
     """
 
-    def default() -> str:
-        return (
-            f"{math.fsum([device.network_ms, *(device.kernel_ms(kernel) for _, kernel in kernels)]):.4g} ms"
-        )
-
-    _check_imported(device, default)
+    _check_imported(
+        device, lambda: [math.fsum([device.network_ms, *(device.kernel_ms(kernel) for _, kernel in kernels)])]
+    )
     estimates = estimate(device, (kernel for _, kernel in kernels))
-    return tuple(_row(name, kernel, estimates[kernel]) for name, kernel in kernels)
+    return tuple(replace(estimates[kernel], name=name) for name, kernel in kernels)
 
 
 def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
     """Return the table of a space's deployed networks by nn-Meter. Raises TableError as `map_kernels`."""
 
-    def default() -> str:
+    def default() -> list[float]:
         own = load_table(device, space)
-        bounds = dict.fromkeys(f"{ms:.4g}" for ms in (own.fastest_ms, own.slowest_ms))
-        return f"{' to '.join(bounds)} ms for {space.name}"
+        return [own.fastest_ms, own.slowest_ms]
 
     _check_imported(device, default)
     kernels = (fuse(block.layers, device.fusion) for block, _ in all_blocks(space))
     estimates = estimate(device, (kernel for of_block in kernels for kernel in of_block))
 
     def price(block: BlockSpec) -> Cell:
-        return _cell([_row("", kernel, estimates[kernel]) for kernel in fuse(block.layers, device.fusion)])
+        return _cell([estimates[kernel] for kernel in fuse(block.layers, device.fusion)])
 
     return build_table(
         device, space, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"), price
-    )
-
-
-def _row(name: str, kernel: Kernel, found: Estimate) -> MappedRow:
-    kind = "fitted" if found.mapped == "direct" else "estimated"
-    return MappedRow(
-        block=name,
-        kernel=kernel,
-        latency_ms=found.latency_ms,
-        kind=kind,
-        mapped=found.mapped,
-        predictor=found.predictor,
-        in_range=found.in_range,
     )
 
 
@@ -230,12 +202,13 @@ def cover(rows: Sequence[MappedRow]) -> Coverage:
     return Coverage(shares, len(rows), len(outside), math.fsum(outside) / total)
 
 
-def _check_imported(device: Device, default: Callable[[], str]) -> None:
-    """Raise TableError where there are no predictors, with what is said without nn-Meter."""
+def _check_imported(device: Device, default: Callable[[], list[float]]) -> None:
+    """Raise TableError where there are no predictors, with the latencies of the device's own model."""
     if predictors.is_imported(device.name):
         return
     try:
-        without = f"; without --latency nn-meter, {device.name}'s own model says {default()}"
+        own_ms = " to ".join(dict.fromkeys(f"{ms:.4g}" for ms in default()))
+        without = f"; without `latency='nn-meter'`, {device.name}'s own model says {own_ms} ms"
     except TableError:  # it has none
         without = ""
     raise TableError(
@@ -243,34 +216,35 @@ def _check_imported(device: Device, default: Callable[[], str]) -> None:
     )
 
 
-def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, Estimate]:
-    """Return what each of these kernels takes, asking nn-Meter once.
+def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRow]:
+    """Return the latency of each of these kernels, in one call of nn-Meter.
 
     Raises TableError where a kernel is priced neither by nn-Meter nor by the device's model.
     """
     distinct = tuple(dict.fromkeys(kernels))
-    has = predictors.describe_predictors(device.name).forests
-    chosen = {kernel: choice for kernel in distinct if (choice := _choose(kernel, has)) is not None}
-    priced = _ask(device.name, {kernel: choice.predictor for kernel, choice in chosen.items()})
+    available = predictors.describe_predictors(device.name).forests
+    chosen = {kernel: choice for kernel in distinct if (choice := _choose(kernel, available)) is not None}
+    priced = _predict(device.name, {kernel: choice.predictor for kernel, choice in chosen.items()})
     found = {}
     for kernel in distinct:
-        # a forest trained on noise may say 0 or less, which no kernel takes
+        # a forest trained on noise may predict 0 or less, which is no latency
         if priced.get(kernel, 0.0) > 0:
             predictor, mapped = chosen[kernel]
-            found[kernel] = Estimate(priced[kernel], mapped, predictor, in_range(kernel, predictor))
+            kind, known = "fitted" if mapped == "direct" else "estimated", in_range(kernel, predictor)
+            found[kernel] = MappedRow("", kernel, priced[kernel], kind, "", mapped, predictor, known)
         else:
-            found[kernel] = Estimate(device.kernel_ms(kernel), "uncovered", "", True)
+            found[kernel] = MappedRow("", kernel, device.kernel_ms(kernel), "estimated")
     return found
 
 
-def _choose(kernel: Kernel, has: Iterable[str]) -> Choice | None:
+def _choose(kernel: Kernel, available: Iterable[str]) -> Choice | None:
     if kernel.batch != 1:  # what nn-Meter measured
         return None
-    return next((choice for choice in CHOICES.get(kernel.kind, ()) if choice.predictor in has), None)
+    return next((choice for choice in CHOICES.get(kernel.kind, ()) if choice.predictor in available), None)
 
 
 def in_range(kernel: Kernel, predictor: str) -> bool:
-    """Whether a predictor was trained on kernels of this size; what it knows of channels is not told."""
+    """Whether a predictor was trained on kernels of this size; its channels are not published."""
     trained = TRAINED.get(predictor)
     return trained is None or (
         kernel.resolution_px in trained.px
@@ -281,36 +255,33 @@ def in_range(kernel: Kernel, predictor: str) -> bool:
 
 @dataclass
 class _Recorder:
-    """A predictor as nn-Meter calls it, which keeps what it said of each kernel.
-
-    nn-Meter adds all kernels up; what each takes is what is wanted here.
-    """
+    """A predictor as nn-Meter calls it, which records its predictions: nn-Meter returns only their sum."""
 
     forest: Forest
-    said: list[float] = field(default_factory=list)
+    predictions: list[float] = field(default_factory=list)
 
     def predict(self, rows: Sequence[Sequence[float]]) -> list[float]:
         values: list[float] = self.forest.predict(rows).tolist()
-        self.said += values
+        self.predictions += values
         return values
 
 
-def _ask(device: str, asked: Mapping[Kernel, str]) -> dict[Kernel, float]:
-    """Return what nn-Meter's code says each kernel takes, by the predictor of this name."""
-    if not asked:
+def _predict(device: str, predictor_of: Mapping[Kernel, str]) -> dict[Kernel, float]:
+    """Return the latency of each kernel by nn-Meter's code and the predictor of this name."""
+    if not predictor_of:
         return {}
-    forests = predictors.load_forests(device, dict.fromkeys(asked.values()))
+    forests = predictors.load_forests(device, dict.fromkeys(predictor_of.values()))
     recorders = {name: _Recorder(forest) for name, forest in forests.items()}
-    total = _nn_predict()(recorders, [_unit(kernel, name) for kernel, name in asked.items()])
-    # it keeps the order of kernels within a predictor
-    said = {name: iter(recorder.said) for name, recorder in recorders.items()}
-    priced = {kernel: next(said[name]) for kernel, name in asked.items()}
+    total = _nn_predict()(recorders, [_unit(kernel, name) for kernel, name in predictor_of.items()])
+    # nn-Meter keeps the order of kernels within a predictor
+    predictions = {name: iter(recorder.predictions) for name, recorder in recorders.items()}
+    priced = {kernel: next(predictions[name]) for kernel, name in predictor_of.items()}
     assert math.isclose(total, math.fsum(priced.values()), rel_tol=1e-9, abs_tol=1e-9), "kernels left out"
     return priced
 
 
 def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
-    """Return a kernel as nn-Meter's kernel detector does: it takes what it needs of this."""
+    """Return a kernel in the form of nn-Meter's kernel detector."""
     px, channels = kernel.resolution_px, kernel.c_in
     return {
         "op": _OPERATORS.get(predictor, predictor),

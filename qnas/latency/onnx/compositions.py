@@ -1,7 +1,7 @@
 """Operators that exporters write as several: a GELU, a norm, a split.
 
-A composition of elementwise operators (or of means) of one tensor is what it computes: it is put
-through numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` where it
+A composition of elementwise operators (or of means) of one tensor is identified by its values: it is
+evaluated on random numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` where it
 agrees with one. Its parts have no other readers.
 """
 
@@ -83,7 +83,7 @@ def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
             kind = _kind(reader, nodes, views[0]) if len(same) == 1 else None
             if kind is not None:
                 best = Composition(kind, tuple(sorted(inside)), source, views[0])
-        # all else is computed from the source: what ran last is not it
+        # all else is computed from the source, so the tensor that was written last is not the source
         latest = max(reader.writer.get(s, -1) for s in outside)
         if latest < 0 or latest in taken or not _is_composable(reader, reader.nodes[latest]):
             break
@@ -104,7 +104,7 @@ def _is_composable(reader: Reader, node: Node) -> bool:
 
 
 def _kind(reader: Reader, nodes: Sequence[Node], view: str) -> str | None:
-    """Return what nodes compute of a tensor, by putting numbers through them."""
+    """Return the function of a tensor that nodes compute, identified by random numbers."""
     rank = len(reader.shapes[view])
     shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
     sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -132,7 +132,7 @@ def _kind(reader: Reader, nodes: Sequence[Node], view: str) -> str | None:
 
 
 def splits(reader: Reader) -> dict[int, Composition]:
-    """Return slices that together are all of a tensor, once: exporters write a split so."""
+    """Return slices that together are all of a tensor, as exporters write a split."""
     by_source: dict[str, list[int]] = {}
     for position, node in enumerate(reader.nodes):
         if node.op == "Slice":

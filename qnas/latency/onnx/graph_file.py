@@ -1,9 +1,8 @@
 """An ONNX file as a graph for one image: the nodes that run, and the shape of every tensor.
 
-What is known before the first image arrives does not run: a node whose inputs are all constants
-(weights, arithmetic on shapes) is computed when a runtime loads the file, and is left out here. Such
-values are followed as far as shapes depend on them. Weights themselves are never read, so that a
-file whose weights lie in another one is priced without them.
+A node whose inputs are all constants (weights, arithmetic on shapes) is computed when a runtime loads
+the file, not for each image, and is left out. Such values are followed as far as shapes depend on them.
+Weights are never read, so a file whose weights lie in another file is priced without them.
 """
 
 import math
@@ -69,8 +68,8 @@ def read_graph(path: Path, *, resolution_px: int | None = None) -> Graph:
     """Read an ONNX file for a batch of one image.
 
     `resolution_px` is taken for a height and width that the file leaves free. Raises ArchError where
-    the file is no ONNX, has not one image as its only input, a batch of more than one, or tensors
-    whose shape depends on data; and where free sizes need a resolution, or fixed ones forbid it.
+    the file is no ONNX file, has other inputs than one image, a batch of more than one, or tensors whose
+    shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
     model = _load(path)
     if model.functions:
@@ -121,7 +120,7 @@ def _load(path: Path) -> onnx.ModelProto:
 def evaluate(
     protos: Sequence[onnx.NodeProto], feeds: Mapping[str, Array], output: str, opset: int
 ) -> Array | None:
-    """Return what standard operators compute from `feeds`; None where onnx cannot evaluate them."""
+    """Return the output of standard operators for `feeds`; None where onnx cannot evaluate them."""
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in feeds.items()
@@ -131,7 +130,7 @@ def evaluate(
     try:
         with np.errstate(all="ignore"):
             (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
-    except Exception:  # what it raises is of many kinds, and means that the operator is not known
+    except Exception:  # of many kinds: the operator is not known
         return None
     return np.asarray(value)
 
@@ -224,7 +223,7 @@ class _Walk:
         return image.name, is_last
 
     def step(self, proto: onnx.NodeProto) -> None:
-        """Learn what a node's outputs are; keep the node if it runs for every image."""
+        """Infer a node's outputs; keep the node if it runs for every image."""
         inputs = tuple(proto.input)
         operands = [name for name in inputs if name]
         standard = proto.domain in _STANDARD

@@ -1,8 +1,8 @@
 """An ONNX network as chains of the operators that latency models know.
 
-An exporter writes what it was given: layout changes around a norm, a GELU as five operators, a bias
-as a sum. The treatment of these is decided in `tensors` (operators without cost), `compositions`
-(several operators that are one), `operators` and here:
+Exported graphs hold layout changes around a norm, a GELU as five operators, a bias as a sum. Their
+treatment is decided in `tensors` (operators without cost), `compositions` (several operators that are
+one), `operators` and here:
 
 - A layer norm over channels between two changes of layout is one `layernorm`. A transposition that
   moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
@@ -79,7 +79,7 @@ _AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
 
 @dataclass
 class _Item:
-    """An operator in the making, and the tensor that it hands on."""
+    """The last operator of a chain so far, and its output tensor."""
 
     operator: OnnxOperator
     output: str
@@ -90,7 +90,7 @@ def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
     found = {**compositions(reader), **splits(reader)}
     inner = {i for at, composition in found.items() for i in composition.positions if i != at}
     chains: list[list[_Item]] = []
-    tail: dict[str, list[_Item]] = {}  # the tensor that a chain's last operator hands on -> the chain
+    tail: dict[str, list[_Item]] = {}  # output of a chain's last operator -> the chain
     for position, node in enumerate(reader.nodes):
         if position in inner:
             continue
@@ -125,7 +125,7 @@ def _composed(reader: Reader, composition: Composition) -> OnnxOperator:
 def _only_writer(
     reader: Reader, tail: dict[str, list[_Item]], sources: set[str], positions: set[int]
 ) -> list[_Item] | None:
-    """Return the chain whose last output is all that an operator reads, and read by it alone."""
+    """Return the chain whose last output is the only input of an operator, and is read by no other."""
     if len(sources) != 1:
         return None
     (source,) = sources

@@ -10,7 +10,7 @@ from qnas.latency.onnx.graph_file import Node
 from qnas.latency.onnx.tensors import Reader
 
 # direct: an operator that the models know; stand-in: priced as another one with the same
-# multiply-adds; uncovered: none of both
+# multiply-adds; uncovered: neither
 Status = Literal["direct", "stand-in", "uncovered"]
 
 
@@ -39,7 +39,7 @@ def _side(area: int) -> int:
 
 
 def _square_note(*areas: Sequence[int]) -> str:
-    """Say which sizes are not square."""
+    """Describe the areas that are not square."""
     odd = [area for area in areas if math.prod(area) != _side(math.prod(area)) ** 2]
     sides = [_side(math.prod(area)) for area in odd]
     return "; ".join(
@@ -48,11 +48,17 @@ def _square_note(*areas: Sequence[int]) -> str:
     )
 
 
+def _operator(
+    node: Node, kernel: Kernel, *areas: Sequence[int], macs: int = 0, status: Status = "direct"
+) -> OnnxOperator:
+    """Return the operator of a node; its note names those of the areas that are not square."""
+    return OnnxOperator(node.name, node.op, kernel, macs, status, _square_note(*areas))
+
+
 def pass_over(reader: Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
     """Return an operator that passes over a tensor and keeps its size."""
     pixels, channels = reader.map_of(tensor)
-    kernel = Kernel(kind, _side(pixels), channels, channels)
-    return OnnxOperator(node.name, node.op, kernel, 0, status, _square_note([pixels]))
+    return _operator(node, Kernel(kind, _side(pixels), channels, channels), [pixels], status=status)
 
 
 def _uncovered(reader: Reader, node: Node) -> OnnxOperator:
@@ -74,8 +80,8 @@ def _strides(node: Node, rank: int) -> int:
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a convolution; one in groups as one of as many input channels as a group has.
 
-    Its multiply-adds and weights are those of the groups together, and it is launched once; that it
-    reads all input channels is not seen, so it counts as a stand-in.
+    Its multiply-adds and weights are those of the groups together, and it is launched once; its
+    reads of all input channels are not counted, so it is a stand-in.
     """
     x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
     groups = node.attribute("group", 1)
@@ -92,13 +98,12 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
         max(1, x[0]),
     )
     is_direct = (groups == 1 or is_depthwise) and len(x) == 4 and set(dilations) == {1}
-    return OnnxOperator(
-        node.name,
-        node.op,
+    return _operator(
+        node,
         _window(kernel, _side(math.prod(y[2:]))),
-        math.prod(y) * math.prod(weight[1:]),
-        "direct" if is_direct else "stand-in",
-        _square_note(x[2:], weight[2:]),
+        *(x[2:], weight[2:]),
+        macs=math.prod(y) * math.prod(weight[1:]),
+        status="direct" if is_direct else "stand-in",
     )
 
 
@@ -109,7 +114,7 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     size = _side(math.prod(weight[2:]))
     kernel = Kernel("conv", _side(math.prod(x[2:])), x[1] // groups, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
-    return OnnxOperator(node.name, node.op, kernel, macs, "stand-in", _square_note(x[2:], weight[2:]))
+    return _operator(node, kernel, x[2:], weight[2:], macs=macs, status="stand-in")
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
@@ -126,9 +131,9 @@ def _product(reader: Reader, node: Node) -> OnnxOperator:
     rows = max(1, math.prod(y) // c_out)
     if weights:
         kernel = Kernel("linear" if rows == 1 else "conv", _side(rows), fan_in, c_out)
-        return OnnxOperator(node.name, node.op, kernel, macs, "direct", _square_note([rows]))
+        return _operator(node, kernel, [rows], macs=macs)
     kernel = Kernel("matmul", _side(rows), fan_in, c_out)
-    return OnnxOperator(node.name, node.op, kernel, macs, "stand-in", _square_note([rows]))
+    return _operator(node, kernel, [rows], macs=macs, status="stand-in")
 
 
 def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
@@ -139,8 +144,7 @@ def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
             return _global_pool(reader, node)
         size, stride = _side(math.prod(window)), _strides(node, len(window))
         kernel = Kernel(kind, _side(math.prod(x[2:])), x[1], y[1], size, stride, max(1, x[0]))
-        note = _square_note(x[2:], window)
-        return OnnxOperator(node.name, node.op, _window(kernel, _side(math.prod(y[2:]))), 0, "direct", note)
+        return _operator(node, _window(kernel, _side(math.prod(y[2:]))), x[2:], window)
 
     return read
 
@@ -166,7 +170,7 @@ def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
     axis = node.attribute("axis", -1) % len(shape)
     channels, rows = math.prod(shape[axis:]), math.prod(shape[:axis])
     kernel = Kernel("layernorm", _side(rows), channels, channels)
-    return OnnxOperator(node.name, node.op, kernel, 0, "direct", _square_note([rows]))
+    return _operator(node, kernel, [rows])
 
 
 def _clip(reader: Reader, node: Node) -> OnnxOperator:
@@ -225,10 +229,10 @@ def _transposition(reader: Reader, node: Node) -> OnnxOperator:
     order = node.attribute("perm")
     if order == [0, 2, 1, 3, 4]:
         kernel = Kernel("shuffle", _side(math.prod(shape[3:])), shape[1] * shape[2], shape[2])
-        return OnnxOperator(node.name, node.op, kernel, 0, "direct", _square_note(shape[3:]))
+        return _operator(node, kernel, shape[3:])
     if order == [0, 1, 2, 4, 3]:
         kernel = Kernel("shuffle", _side(shape[1] * shape[2]), shape[3] * shape[4], shape[4])
-        return OnnxOperator(node.name, node.op, kernel, 0, "direct", _square_note(shape[1:3]))
+        return _operator(node, kernel, shape[1:3])
     return pass_over(reader, node, "transpose", node.inputs[0])
 
 
@@ -243,7 +247,7 @@ def _of_output(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
 _PRODUCT = _sum_or_product("mul", "mul_scalar")
 
 
-# ONNX operator -> how it is read. Whatever is neither here nor free is uncovered.
+# ONNX operator -> its reader. An operator that is neither here nor free is uncovered.
 OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,

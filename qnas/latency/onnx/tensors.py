@@ -1,8 +1,8 @@
-"""An ONNX graph without what is free: which tensors are views of which, and how they are laid out.
+"""An ONNX graph without its free operators: the views of tensors, and their layouts.
 
 Only layouts and shapes change in FREE nodes and in transpositions between (N, C, H, W) and
 (N, H, W, C): TFLite and OpenVINO choose their own layout when they load a file, and PyTorch has
-both as views. What only changes precision is free too, since a device's figures are of one precision and
+both as views. Changes of precision are free too, since a device's figures are of one precision and
 price the whole network in it.
 """
 
@@ -20,12 +20,12 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BF
 
 
 class Reader:
-    """A graph with what is free taken out: who writes and who reads each tensor that is left."""
+    """A graph without free operators, with the writer and the readers of each tensor."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.shapes = graph.shapes
-        self._same: dict[str, str] = {}  # output of a free node -> what it is another view of
+        self._same: dict[str, str] = {}  # output of a free node -> the tensor that it is a view of
         # of maps: whether channels are the last dimension; other tensors of four dimensions are no maps
         self._is_last: dict[str, bool] = {graph.input: graph.is_channels_last}
         self.nodes: list[Node] = []
@@ -49,7 +49,7 @@ class Reader:
         return self._same.get(tensor, tensor)
 
     def activations(self, node: Node) -> list[str]:
-        """Return a node's inputs that are no constants."""
+        """Return a node's inputs that are not constants."""
         return [name for name in node.inputs if name and name not in self.graph.constants]
 
     def constant(self, node: Node, place: int) -> Array | None:
@@ -80,7 +80,7 @@ class Reader:
         return max(1, pixels), max(1, math.prod(shape[1:-2]))
 
     def changes_precision(self, node: Node) -> bool:
-        """Whether a node hands on what it is given as numbers of another precision."""
+        """Whether a node only changes the precision of its input."""
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             return True
         if node.op != "Cast":

@@ -80,7 +80,7 @@ def test_a_file_of_another_form_is_refused(tiny_space: SearchSpace, tmp_path: Pa
 
 def test_networks_without_a_latency_are_named(tmp_path: Path) -> None:
     rows = [Measured("a", Arch(CHOICES), 1.0), *(Measured(name, Arch(CHOICES)) for name in "bcdef")]
-    with pytest.raises(TableError, match="latency_ms: empty for b, c, d and 2 more: fill in 5 of 6"):
+    with pytest.raises(TableError, match="latency_ms: empty for b, c, d, and 2 more: fill in 5 of 6"):
         measured_only(rows, tmp_path / "x.csv")
     assert measured_only(rows[:1], tmp_path / "x.csv") == (rows[0],)
 

@@ -190,7 +190,7 @@ def test_the_file_predicts_what_was_fitted(space: SearchSpace, archs: list[Arch]
 def test_too_few_networks_are_refused_with_the_number_needed(space: SearchSpace, archs: list[Arch]) -> None:
     times = latencies(true_device(), space, archs)
     assert fit_own(space, archs[:LEAST_NETWORKS], times[:LEAST_NETWORKS].tolist(), "t.csv").terms < 16
-    with pytest.raises(TableError, match=r"t\.csv: 19 networks are too few .* at least 20, .*--n 40"):
+    with pytest.raises(TableError, match=r"t\.csv: 19 networks are too few .* at least 20, .*`networks=40`"):
         fit_own(space, archs[:19], times[:19].tolist(), "t.csv")
 
 

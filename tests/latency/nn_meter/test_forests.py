@@ -20,7 +20,7 @@ def flat(forest: RandomForestRegressor) -> Forest:
         )
         for tree in (estimator.tree_ for estimator in forest.estimators_)
     ]
-    return Forest.of(trees, forest.n_features_in_)
+    return Forest.join(trees)
 
 
 def at_the_thresholds(forest: RandomForestRegressor, x: Any) -> Any:
@@ -117,7 +117,7 @@ TREE: dict[str, Any] = {
 
 
 def test_a_tree_by_hand() -> None:
-    forest = Forest.of([flatten_tree(**TREE)], 2)
+    forest = Forest.join([flatten_tree(**TREE)])
     np.testing.assert_array_equal(forest.predict([[0.5, 9], [0.6, 9]]), [1.0, 2.0])
 
 
@@ -154,11 +154,11 @@ def test_columns_that_are_no_tree_are_refused(change: dict[str, Any], message: s
     ],
 )
 def test_arrays_that_are_no_forest_are_refused(change: dict[str, Any]) -> None:
-    arrays = Forest.of([flatten_tree(**TREE)], 2).arrays()
+    arrays = Forest.join([flatten_tree(**TREE)]).arrays()
     with pytest.raises(ValueError, match=r"lengths|child"):
         Forest.from_arrays({**arrays, **change})
 
 
 def test_a_forest_needs_trees() -> None:
-    with pytest.raises(ValueError, match="without trees"):
-        Forest.of([], 2)
+    with pytest.raises(ValueError, match="no trees"):
+        Forest.join([])

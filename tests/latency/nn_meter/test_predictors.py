@@ -151,7 +151,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: py
 
 def test_the_archive_of_another_device_is_refused(tmp_path: Path) -> None:
     # the same kernels in both: only the names tell them apart
-    with pytest.raises(TableError, match=r"of adreno-640, not of adreno-630 .*--device adreno-640"):
+    with pytest.raises(TableError, match=r"of adreno-640, not of adreno-630 .*`device='adreno-640'`"):
         import_predictors(published(tmp_path, "adreno-640"), "adreno-630")
     with pytest.raises(TableError, match="not of cortex-a76"):
         import_predictors(published(tmp_path), "cpu")

@@ -131,7 +131,7 @@ def test_a_quadra_block_maps_as_the_reference_says(device: str, add: str, uncove
     parts = skeleton(space)
     blocks = [p if isinstance(p, BlockSpec) else fill(space, p, p.position.candidates[0]) for p in parts]
     rows = predict_rows(as_device(device), blocks)
-    inside = [row for row in rows if row.block == "1.1"]
+    inside = [row for row in rows if row.name == "1.1"]
     assert [row.kernel.kind for row in inside] == [
         *("layernorm", "dwconv", "dwconv", "mul", "dwconv", "add", "add"),
         *("layernorm", "conv1x1", "gelu", "conv1x1", "add"),

@@ -27,7 +27,7 @@ from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import predict_blocks
 from qnas.latency.kernels import Kernel
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
-from qnas.latency.onnx.pricing import coverage, predict_onnx
+from qnas.latency.onnx.pricing import predict_onnx
 from qnas.latency.prediction import predict_file
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
@@ -199,7 +199,7 @@ def test_every_neuron_has_a_latency_of_its_own_and_no_layer_is_free(norm: str) -
         assert all(row.latency_ms > 0 for row in rows)
         totals: dict[str, float] = {}
         for position, choice in zip(space.positions, arch.choices, strict=True):
-            of_block = (row.latency_ms for row in rows if row.block == position.name)
+            of_block = (row.latency_ms for row in rows if row.name == position.name)
             totals[str(position.candidate(choice).parameters["neuron"])] = math.fsum(of_block)
         # a device may run type2 and type3, a square before and after the convolution, in one time
         assert len({round(ms, 9) for ms in totals.values()}) >= len(NEURONS) - 1, name
@@ -766,11 +766,10 @@ def test_an_unknown_operator_is_counted_and_priced_as_a_pass(file: Path) -> None
     assert (convolution.kind, unknown.kind) == ("fitted", "uncovered")
     assert unknown.kernel == Kernel("elementwise", 8, 4, 4)
     assert unknown.latency_ms == device.kernel_ms(Kernel("add", 8, 4, 4)) > 0
-    total = convolution.latency_ms + unknown.latency_ms
-    assert coverage([convolution, unknown]) == pytest.approx(convolution.latency_ms / total)
-    assert coverage([convolution, unknown], runtime_ms=2) == pytest.approx(
-        (2 + convolution.latency_ms) / (2 + total)
-    )
+    for fixed_ms in (0.0, 2.0):
+        predicted = predict_file("device", device.model_copy(update={"fixed_ms": fixed_ms}), found)
+        covered = fixed_ms + convolution.latency_ms
+        assert predicted.coverage == pytest.approx(covered / (covered + unknown.latency_ms))
 
 
 def test_a_power_other_than_a_square_is_unknown(file: Path) -> None:
