@@ -69,7 +69,7 @@ class Exported:
 
 
 def check_request(formats: Sequence[str], precision: str) -> Precision:
-    """Return the precision, checked. Raises UsageError for what is unknown, not installed or not supported."""
+    """Return the precision, checked. Raises UsageError where one is unknown, missing or not supported."""
     known: tuple[Precision, ...] = get_args(Precision)
     if precision not in known:
         raise UsageError(f"`precision={precision!r}`: {nearest(precision, known)}")
