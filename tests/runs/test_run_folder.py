@@ -44,7 +44,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     with opened(folder):
         for resume, force in ((True, False), (False, True), (False, False)):
             with (
-                pytest.raises(CheckpointError, match=f"process {os.getpid()} is at work in it"),
+                pytest.raises(CheckpointError, match=f"process {os.getpid()} is working in it"),
                 opened(folder, resume=resume, force=force),
             ):
                 pass
