@@ -45,8 +45,8 @@ def measure_sample(
 ) -> Measurement:
     """Time the networks of a sample's CSV that have no latency yet, from the ONNX files beside it.
 
-    The times are written into the CSV once all are there. Interrupted, it saves its samples and raises
-    Interrupted; asked again, it goes on from them. With `force` everything is timed anew. Raises
+    The times are written into the CSV once all are there. When interrupted, it saves its samples and
+    raises Interrupted; the next call continues from them. With `force` all networks are timed again. Raises
     UsageError for an unknown runtime or a missing ONNX file, TableError for a broken CSV,
     CheckpointError where other times or samples come from another runtime.
     """
@@ -104,7 +104,7 @@ def measure_sample(
 def time_files(
     files: Mapping[str, Path], *, runtime: str = "onnxruntime", threads: int = 1, repeats: int = REPEATS
 ) -> dict[str, Timing]:
-    """Return what ONNX files take on a runtime of this machine, timed as those of a sample are.
+    """Return the latencies of ONNX files on a runtime of this machine, timed like a sample.
 
     Raises UsageError for an unknown runtime, and for a file that it cannot load.
     """
@@ -115,7 +115,7 @@ def time_files(
 
 
 def time_calls(makers: Mapping[str, Maker], *, repeats: int = REPEATS) -> dict[str, Timing]:
-    """Return what calls take on this machine, timed as the networks of a sample are."""
+    """Return the latencies of calls on this machine, timed like a sample."""
     return time_all(
         makers, loads=LOADS, repeats=repeats, tolerance=TOLERANCE, stopwatch=host_stopwatch(), quiet=True
     )

@@ -1,4 +1,4 @@
-"""The device file of this machine, new or added to."""
+"""The device file of this machine: a new one, or an existing one with a further space."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def this_device(runtime: Runtime, name: str, repeats: int) -> Device:
 
 
 def former_device(device: Device, file: Path, table_file: Path, *, force: bool) -> Device | None:
-    """Return what is there of this device; None where it is new, or another is replaced."""
+    """Return the existing device of this file; None where there is none or another one is replaced."""
     former = load_device(file) if file.exists() else None
     if former is not None and (former.title, former.runtime) != (device.title, device.runtime):
         others = any(path != table_file for path in table_file.parent.glob("*.csv"))
@@ -51,7 +51,7 @@ def former_device(device: Device, file: Path, table_file: Path, *, force: bool) 
                 if getattr(former, key) != getattr(device, key)
             ]
             raise CheckpointError(
-                f"{file}: is another device: {'; '.join(differs)}: "
+                f"{file}: describes another device: {'; '.join(differs)}: "
                 f"give {'another' if others else '`force=True` or another'} `device_name`"
             )
         former = None

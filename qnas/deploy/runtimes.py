@@ -1,8 +1,8 @@
 """Modules and ONNX files as calls on a runtime of this machine, ready to be timed.
 
-A call computes one image that lies where the runtime wants it: copies from and to Python are no part
-of it, since a block inside a network makes none. All compute in float32. What is timed is what is
-deployed: batch normalisation is folded. ONNX files run with a free batch size, as they are exported.
+A call computes one image that is already in the memory of the runtime: it copies nothing from or to
+Python, since a block inside a network does not either. All compute in float32. Modules are timed as
+they are deployed: batch normalisation is folded. ONNX files run with a free batch size, as they are exported.
 
 The settings are the runtimes' own for lowest latency, where they do not disturb what runs next to
 them; every one is written into `Runtime.settings`. torch runs in channels_last memory, as `subnet`

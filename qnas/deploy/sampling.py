@@ -1,4 +1,4 @@
-"""Networks to time, where only whole networks can be timed: which ones say most about all others.
+"""The choice of networks to time on a device where only whole networks can be timed.
 
 Paths drawn at random have latencies that bunch in the middle and say little of the ends, so the
 range is cut into as many windows as networks are wanted, and each window gives one. Of the networks

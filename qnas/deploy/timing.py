@@ -4,7 +4,7 @@ A round visits every call once, in a new random order; a call's latency is the m
 which an interruption now and then does not move. A visit starts with a call that is not timed, which
 brings back what the others have put out of the caches. Calls too short for a clock are timed in loops.
 
-What a clock is, is not known here: a host's, or events on an accelerator's stream (`qnas.deploy.runtimes`).
+The clock is a parameter: a host's, or events on an accelerator's stream (`qnas.deploy.runtimes`).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Timing many things in one sitting: with progress, saved samples, Ctrl-C, and going on.
+"""A session that times many things: it shows progress, saves samples, and can be resumed after Ctrl-C.
 
 Everything is visited in rounds (`qnas.deploy.timing`), and made several times: an instance is one or
 two percent faster or slower for as long as it lives, by where in memory it came to lie, which no
@@ -43,13 +43,13 @@ def time_all(
     go_on: str = "`resume=True`",
     quiet: bool = False,
 ) -> dict[str, Timing]:
-    """Return what each of these takes, as `pool` says.
+    """Return the latency of each of these, summarised by `pool`.
 
     Each is visited `repeats` times, in equal shares rounded up, in so many loads; what is noisy then in
     up to MOST_REPEATS times as many. `request` is all that samples depend on; with `resume` those in
     `state_file` count too, and the file is removed at the end. Raises Interrupted after Ctrl-C or
-    SIGTERM, having saved the samples and saying what goes on from them; CheckpointError where the
-    samples to be resumed are missing, damaged, or of another request.
+    SIGTERM, having saved the samples; CheckpointError where the samples to be resumed are missing,
+    damaged, or of another request.
     """
     request = {**(request or {}), "loads": loads}
     samples: Samples = {name: [] for name in makers}

@@ -1,4 +1,4 @@
-"""The state of an unfinished run, so that it survives what stops a process, and what damages a file.
+"""The state of an unfinished run, protected against interruptions and damaged files.
 
     qnas.checkpoint/2     what this file is
     SHA-256 of the rest   checked before any of the rest is read

@@ -1,7 +1,6 @@
 """A finished search, read from its folder: its request, its results and its latency tables.
 
-Only the folder is read, and torch is not imported: a run can be explained years later, on a machine that
-has neither its device nor its data.
+It needs only the folder and no torch, so a run can be explained on a machine without its device and data.
 """
 
 from collections.abc import Mapping
@@ -87,7 +86,7 @@ class FinishedRun:
 
 
 def asked_devices(run: FinishedRun) -> list[str]:
-    """Return the devices that were asked for, by name or path; those of arch.json where none is recorded."""
+    """Return the devices of the request, by name or path; those of arch.json where none is recorded."""
     asked = [entry["device"] for entry in run.config.get("limits", ()) if "device" in entry]
     return asked or [limit.name for limit in run.limits if limit.table is not None]
 

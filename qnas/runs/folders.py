@@ -27,7 +27,7 @@ def latest_run() -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return what a run was asked. Raises CheckpointError where the folder holds no run."""
+    """Return the request of a run, its config.json. Raises CheckpointError where the folder holds no run."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder}: not a run folder (no {CONFIG_FILE})")
     return read_json(folder / CONFIG_FILE, CheckpointError)

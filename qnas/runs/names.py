@@ -1,15 +1,15 @@
 """The names of a run's files and folders.
 
-    config.json           what was asked, resolved, with versions
+    config.json           the request with all defaults filled in, and versions
     space.yaml            a copy of the search space
     table-DEVICE.csv      a copy of the latency table
     metrics.jsonl         a line a logged step
     metrics.csv           a line an epoch, where a network is trained
     checkpoint.pt         the state of an unfinished run (and checkpoint-before.pt)
-    run.lock              there while a process is at work here
+    run.lock              present while a process works in the folder
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
-    report.html           all of this to look at, in one page
+    report.html           a page with all of this
     broken.csv            the images that were left out, where there are any
     budget.png            the expected amounts on their way to the limits
     search.json           the final probabilities; the k best networks ranked; the rivals

@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, when it can be resumed, and what a new run clears.
+"""The folder of a run: its lock, the conditions for resuming, and the files that a new run clears.
 
 `names` lists the files. Every file is written whole or not at all, and can be read without qnas.
 """
@@ -57,13 +57,13 @@ def opened(
     resume: bool,
     force: bool,
 ) -> Iterator[None]:
-    """Make a run folder or enter one, and keep others out of it while the block runs.
+    """Create or enter a run folder, and lock it while the block runs.
 
-    `request` is what was asked, for config.json; `copies` are the texts of the files it rests on, by
-    name, which the run keeps; `result` is the file that is written last, whose presence says that the
-    run is complete. A folder that holds anything is refused without `resume` or `force`; `force`
-    removes the former run's files, and what was made from them. To resume, the former run must have
-    been asked the same. Raises CheckpointError, and Interrupted in place of KeyboardInterrupt.
+    `request` is the content of config.json; `copies` are the texts of the files that the run depends on,
+    by name, which the folder keeps; `result` is the file that is written last: it marks a complete run.
+    A folder that is not empty is refused without `resume` or `force`; `force` removes the former run's
+    files, and those made from them. A run can only be resumed with the same request. Raises
+    CheckpointError, and Interrupted in place of KeyboardInterrupt.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder, found a file")
@@ -89,7 +89,7 @@ def opened(
 
 
 def interrupted(folder: Path) -> Interrupted:
-    """Return what to raise when a run in a folder was asked to stop and can go on from it."""
+    """Return the error of a run that was interrupted and can be resumed from its folder."""
     return Interrupted(f"the state is saved in {folder}: `resume=True` goes on from it")
 
 
@@ -102,9 +102,9 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise CheckpointError(f"{folder}: process {file.read() or '?'} is at work in it") from None
+            raise CheckpointError(f"{folder}: process {file.read() or '?'} is working in it") from None
         if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it as we opened it
-            raise CheckpointError(f"{folder}: another process was at work in it just now: try again")
+            raise CheckpointError(f"{folder}: another process has just finished in it: try again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -117,7 +117,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _check_resumable(
     folder: Path, request: Mapping[str, Any], copies: Mapping[str, str], result: str
 ) -> None:
-    """Raise CheckpointError where a run is complete, or was asked something else."""
+    """Raise CheckpointError where a run is complete, or had another request."""
     if (folder / result).is_file():
         Checkpoints(folder).remove()  # left where it was killed right after its result
         what = "training" if result == RESULT_FILE else "search"

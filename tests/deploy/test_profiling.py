@@ -188,7 +188,9 @@ def test_a_measurement_is_replaced_only_when_forced(tiny_space: SearchSpace, tmp
     Machine().profile(tiny_space, tmp_path)
     with pytest.raises(CheckpointError, match=r"tiny\.csv: exists already: `force=True`"):
         Machine().profile(tiny_space, tmp_path)
-    with pytest.raises(CheckpointError, match=r"is another device: .*1 thread, this one is .*2 threads"):
+    with pytest.raises(
+        CheckpointError, match=r"describes another device: .*1 thread, this one is .*2 threads"
+    ):
         Machine(threads=2).profile(tiny_space, tmp_path)
     assert "2 threads" in Machine(threads=2).profile(tiny_space, tmp_path, force=True).device.title
 
@@ -206,7 +208,9 @@ def test_a_second_space_joins_the_device_and_keeps_what_was_there(
     device = Machine().profile(other, tmp_path).device
     assert set(device.accuracy) == {"whole networks of tiny", "whole networks of quadranet-small"}
     assert device.calibration is not None
-    with pytest.raises(CheckpointError, match="is another device"):  # the other space's table would lie
+    with pytest.raises(
+        CheckpointError, match="describes another device"
+    ):  # the other space's table would lie
         Machine(threads=2).profile(tiny_space, tmp_path, force=True)
     again = Machine().profile(tiny_space, tmp_path, force=True).device
     assert again.calibration is None  # it was made for the table that is gone

@@ -226,7 +226,7 @@ def test_a_budget_that_does_not_bind_has_no_price(tiny_space: SearchSpace, tmp_p
     e = explained(tiny_space, tmp_path, share=2.0)
     (d,) = e.devices
     assert (d.price, d.more, d.next_better) == (0.0, None, None)
-    assert "no slower network has less loss" in describe_explanation(e)
+    assert "no slower network has a lower loss" in describe_explanation(e)
 
 
 def test_the_margin_of_a_device_is_kept_at_other_budgets(tiny_space: SearchSpace, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     with opened(folder):
         for resume, force in ((True, False), (False, True), (False, False)):
             with (
-                pytest.raises(CheckpointError, match=f"process {os.getpid()} is at work in it"),
+                pytest.raises(CheckpointError, match=f"process {os.getpid()} is working in it"),
                 opened(folder, resume=resume, force=force),
             ):
                 pass
@@ -54,7 +54,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     # nor is the network replaced that is being trained from it
     with (
         opened(folder / SUBNET_FOLDER),
-        pytest.raises(CheckpointError, match=r"subnet: process \d+ is at work"),
+        pytest.raises(CheckpointError, match=r"subnet: process \d+ is working"),
         opened(folder, force=True),
     ):
         pass

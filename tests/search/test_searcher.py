@@ -256,7 +256,7 @@ def test_resuming_something_else_is_refused(
     same = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     with pytest.raises(CheckpointError, match="is complete, there is nothing to resume"):
         run_search(same, folder, {"data": "digits"}, resume=True)
-    with pytest.raises(CheckpointError, match="already holds a run: give --resume"):
+    with pytest.raises(CheckpointError, match="already holds a run: `resume=True`"):
         run_search(same, folder, {"data": "digits"})
     with pytest.raises(CheckpointError, match="nothing to resume"):
         run_search(same, tmp_path / "none", {"data": "digits"}, resume=True)

@@ -313,7 +313,7 @@ def test_with_all_checkpoints_damaged_it_stops(place: Workplace, out: Path) -> N
     (line,) = (line for line in place.said.splitlines() if line.startswith("qnas: error: "))
     assert f"{NEWEST} is damaged" in line
     assert f"{BEFORE} is damaged" in line
-    assert "--force instead of --resume starts anew" in line
+    assert "--force without --resume starts anew" in line
 
 
 def test_asked_something_else_it_is_not_resumed(place: Workplace, tmp_path: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
-"""A check on real images that a written file computes the same as the trained network.
+"""A comparison of a written file with the trained network on real images.
 
-A float32 file differs from the network by the order of its sums alone. What half precision and int8
-may cost is said in TOLERANCES; a file beyond that is refused.
+A float32 file differs from the network only by the order of its sums. TOLERANCES limits the differences
+of half precision and int8; a file beyond them is refused.
 """
 
 from dataclasses import asdict, dataclass

@@ -187,7 +187,18 @@ def _listed(names: Iterable[str]) -> str:
 
 def _copied(product: Product) -> Copied:
     """Return the sources of the neurons and registered modules that a network has, with what they use."""
-    given = {*"OrderedDict Path Tensor build load load_file nn preprocess sys torch".split()}
+    given = {
+        "OrderedDict",
+        "Path",
+        "Tensor",
+        "build",
+        "load",
+        "load_file",
+        "nn",
+        "preprocess",
+        "sys",
+        "torch",
+    }
     given |= {product.name, *(known.__name__ for known in CLASSES)}
     copied = Copied(given, (*CLASSES, BatchNorm2d))
     for block in product.blocks:

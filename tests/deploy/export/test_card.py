@@ -88,7 +88,7 @@ def test_the_page_says_all_that_a_user_needs() -> None:
 def test_a_card_without_a_search_or_a_measurement_says_so() -> None:
     entry = {**CARD["files"]["model.onnx"], "measured": None}
     page = markdown({**CARD, "limits": [], "certificate": None, "files": {"model.onnx": entry}})
-    assert "not searched for" in page
+    assert "does not come from a search" in page
     assert "not measured" in page
 
 
