@@ -54,7 +54,7 @@ def test_the_network_is_trained_on_the_dataset_when_it_is_given_again(
 def test_another_budget_is_ranked_on_the_dataset_when_it_is_given_again(
     result: qnas.SearchResult, tmp_path: Path
 ) -> None:
-    budgets: dict[str | qnas.Device, str] = {"cpu": "220us"}
+    budgets = {"cpu": "220us"}
     with pytest.raises(DataError, match=AGAIN):
         qnas.derive(result, budgets, rerank=True, out=tmp_path / "refused")
     alone = qnas.derive(result, budgets, out=tmp_path / "alone")

@@ -280,7 +280,8 @@ def test_what_a_format_cannot_express_is_refused_in_one_line(name: str, tmp_path
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = super().forward(x) if float(x.sum()) > 0 else x.amax((2, 3))  # type: ignore[no-untyped-call]
             # torch 2.8 writes a branch that depends on the images as ONNX all the same, but no eigenvalues
-            return y + torch.linalg.eigvalsh(x[:, 0]).sum()
+            total: Tensor = y + torch.linalg.eigvalsh(x[:, 0]).sum()
+            return total
 
     product = trained()
     if name == "standalone":
