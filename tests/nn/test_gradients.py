@@ -241,7 +241,7 @@ def test_forms_that_do_not_go_with_the_weights_are_refused_with_the_fix() -> Non
     assert gradient_for("independent", None) == gradient_for("shared", None) == "two-path"
     assert gradient_for("nested", None) == gradient_for("nested", "exact") == "exact"
     assert gradient_for("shared", "gumbel") == "gumbel"
-    with pytest.raises(ValueError, match="the exact gradient, not two-path"):
+    with pytest.raises(ValueError, match="`gradient='two-path'`: expected 'exact'"):
         gradient_for("nested", "two-path")
     with pytest.raises(ValueError, match="`gradient='exact'` needs `weights='nested'`, got 'shared'"):
         gradient_for("shared", "exact")
