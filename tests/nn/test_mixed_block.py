@@ -145,8 +145,8 @@ def test_a_block_that_does_not_say_how_weights_are_shared_has_independent_ones_a
     with pytest.raises(UsageError) as error:
         make(space, "shared")
     assert str(error.value) == (
-        "block gate does not say which of its parameters are slices of the largest: search with --weights "
-        "independent"
+        "block gate does not say which of its parameters are slices of the largest: search with "
+        "`weights='independent'`"
     )
 
 
