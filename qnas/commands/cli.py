@@ -68,7 +68,7 @@ app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboar
 # networks and devices
 app.command()(latency.describe)
 app.command(short_help="A network's latency on known devices, by layer.")(latency.predict)
-app.command()(latency.devices)
+app.command(short_help="List the devices whose latencies are known.")(latency.devices)
 app.command("eval-latency", short_help="Compare a device's predictions with measurements.")(
     latency.eval_latency
 )
