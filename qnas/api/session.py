@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import qnas
+from qnas.common.errors import QnasWarning
 from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
 from qnas.data.broken_images import MAX_BROKEN
 from qnas.data.given import GivenData
@@ -98,5 +99,5 @@ def load_images(
         quiet=quiet,
     )
     for note in images.notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, QnasWarning, stacklevel=3)
     return images

@@ -7,14 +7,17 @@ state saved.
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from qnas import __version__
 from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
 from qnas.commands.flags import as_flags
-from qnas.common.errors import Interrupted, QnasError
+from qnas.common.errors import Interrupted, QnasError, QnasWarning
 from qnas.common.plugins import load_plugins
 
 app = typer.Typer(
@@ -91,12 +94,31 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print our warnings as lines on stderr; those of other packages stay as they are."""
+    show = warnings.showwarning
+
+    def show_ours(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, QnasWarning):
+            print(f"qnas: warning: {as_flags(str(message))}", file=sys.stderr)
+        else:
+            show(message, category, *rest)
+
+    warnings.showwarning = show_ours  # type: ignore[assignment]  # called with these by position
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
 def main() -> None:
     """Run the command line; what the user can mend becomes one line and exit code 1."""
     # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="qnas")  # also where a module is run: usage and completion use it
+        with _warnings_in_a_line():
+            app(prog_name="qnas")  # also where a module is run: usage and completion use it
     except QnasError as error:
         _fail(f"error: {error}", 1)
     except OSError as error:

@@ -64,6 +64,10 @@ class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
     """The user asked to stop, and the state was saved."""
 
 
+class QnasWarning(UserWarning):
+    """Something that the user should know, and that stops nothing; the command line prints it as a line."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """List the known names, the nearest first.
 

@@ -8,7 +8,7 @@ The template is `page.html` with `style.css`, both beside this module.
 """
 
 import json
-import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qnas.common.errors import CheckpointError, first_line
+from qnas.common.errors import CheckpointError, QnasWarning, first_line
 from qnas.common.files import read_json, write_text
 from qnas.common.units import format_count, format_ms
 from qnas.runs import names
@@ -149,4 +149,4 @@ def close_with_report(folder: Path, pending: Files) -> None:
     try:
         write_report(folder, pending)
     except Exception as error:  # whatever is wrong with a page: hours of work are not lost for it
-        print(f"qnas: warning: no {folder / names.REPORT_FILE}: {first_line(error)}", file=sys.stderr)
+        warnings.warn(f"no {folder / names.REPORT_FILE}: {first_line(error)}", QnasWarning, stacklevel=2)
