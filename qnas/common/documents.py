@@ -24,7 +24,8 @@ def read_mapping(text: str, where: str, schema: str, error: Callable[[str], Qnas
     return content
 
 
-# pydantic's kind of a problem -> our message; other kinds keep pydantic's message
+# pydantic's kind of a problem -> our message; other kinds keep pydantic's message.
+# A limit is written with g: some versions of pydantic make 10 of a number's limit 10.0.
 EXPECTATIONS = {
     "missing": "missing",
     "extra_forbidden": "unknown key",
@@ -35,8 +36,8 @@ EXPECTATIONS = {
     "finite_number": "expected a finite number",
     "string_type": "expected text",
     "string_pattern_mismatch": "expected the form {pattern}",
-    "greater_than_equal": "expected at least {ge}",
-    "less_than_equal": "expected at most {le}",
+    "greater_than_equal": "expected at least {ge:.12g}",
+    "less_than_equal": "expected at most {le:.12g}",
     "too_short": "expected at least {min_length}, got {actual_length}",
     "too_long": "expected at most {max_length}, got {actual_length}",
     "model_type": "expected a mapping",
