@@ -59,7 +59,9 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
     for problem in error.errors():
         kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
         if kind in EXPECTATIONS:
-            message = EXPECTATIONS[kind].format(**problem.get("ctx", {}))
+            # some versions of pydantic show a bound of 10 as 10.0
+            bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in problem.get("ctx", {}).items()}
+            message = EXPECTATIONS[kind].format(**bounds)
         else:
             message = message[:1].lower() + message[1:]
         loc = problem["loc"]
