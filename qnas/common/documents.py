@@ -24,8 +24,7 @@ def read_mapping(text: str, where: str, schema: str, error: Callable[[str], Qnas
     return content
 
 
-# pydantic's kind of a problem -> our message; other kinds keep pydantic's message.
-# A limit is written with g: some versions of pydantic make 10 of a number's limit 10.0.
+# pydantic's kind of a problem -> our message; other kinds keep pydantic's message
 EXPECTATIONS = {
     "missing": "missing",
     "extra_forbidden": "unknown key",
@@ -36,8 +35,8 @@ EXPECTATIONS = {
     "finite_number": "expected a finite number",
     "string_type": "expected text",
     "string_pattern_mismatch": "expected the form {pattern}",
-    "greater_than_equal": "expected at least {ge:.12g}",
-    "less_than_equal": "expected at most {le:.12g}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than_equal": "expected at most {le}",
     "too_short": "expected at least {min_length}, got {actual_length}",
     "too_long": "expected at most {max_length}, got {actual_length}",
     "model_type": "expected a mapping",
@@ -60,7 +59,9 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
     for problem in error.errors():
         kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
         if kind in EXPECTATIONS:
-            message = EXPECTATIONS[kind].format(**problem.get("ctx", {}))
+            # some versions of pydantic show a bound of 10 as 10.0
+            bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in problem.get("ctx", {}).items()}
+            message = EXPECTATIONS[kind].format(**bounds)
         else:
             message = message[:1].lower() + message[1:]
         loc = problem["loc"]

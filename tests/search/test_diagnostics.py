@@ -225,6 +225,6 @@ def test_of_several_limits_the_tightest_is_expected_to_be_met(tiny_space: Search
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_is_refused_with_its_step(loss: float) -> None:
-    with pytest.raises(TrainingError, match=r"step 7: the loss is .* last checkpoint .* batch size"):
+    with pytest.raises(TrainingError, match=r"step 7: the loss is .* last checkpoint .* `batch_size`"):
         check_finite(loss, 7)
     check_finite(0.0, 7)
