@@ -77,7 +77,7 @@ def test_from_a_budget_to_a_file_that_runs(
     assert logits.shape == (7, 10)
     # what stands is not overwritten without being asked to
     before = Path(facts["path"]).read_bytes()
-    assert "exists already: give --force" in complaint(capsys, "export", searched)
+    assert "exists already: --force replaces it" in complaint(capsys, "export", searched)
     assert Path(facts["path"]).read_bytes() == before
     assert qnas("export", searched, "--force", "--resolution", "16") == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -93,7 +93,7 @@ def test_several_formats_at_once_and_what_does_not_go(
     assert "no int8: take fp32 or fp16, or the format onnx" in complaint(
         capsys, "export", searched, "--format", "standalone", "--precision", "int8"
     )
-    assert "--format 'onyx': did you mean onnx?" in complaint(capsys, "export", searched, "--format", "onyx")
+    assert "--format onyx: did you mean onnx?" in complaint(capsys, "export", searched, "--format", "onyx")
     assert "leave out --batch 2" in complaint(capsys, "export", searched, "--batch", "2", "--measure")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)

@@ -47,7 +47,7 @@ def test_a_search_is_solved_over_the_range_of_several_devices(
         assert f"{point['heldout_accuracy']:.1%}" in shown
         Arch(tuple(point["choices"])).indices(tiny_space)
     assert qnas("pareto", run, *options) == 1
-    assert "exists already: give --force" in capsys.readouterr().err
+    assert "exists already: --force replaces it" in capsys.readouterr().err
     assert qnas("pareto", run, *options, "--force", "--json") == 0
     assert [front["device"] for front in json.loads(capsys.readouterr().out)["devices"]] == ["myriad-vpu"]
 
@@ -61,7 +61,7 @@ def test_without_its_supernet_it_is_solved_and_not_ranked(
     assert "supernet.safetensors: no such file" in capsys.readouterr().err
     assert qnas("pareto", tmp_path / "run", "-q") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "not ranked on images" in shown
+    assert "without a ranking on images" in shown
     assert "supernet.safetensors: no such file" in shown
     assert qnas("pareto", tmp_path / "run", "-q", "--no-rerank", "--force") == 0
     assert "as asked" in capsys.readouterr().out

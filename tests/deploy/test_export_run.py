@@ -312,7 +312,7 @@ def test_what_cannot_be_asked_is_refused(
 
 
 def test_out_is_a_folder(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"mine\.onnx: expected a folder"):
+    with pytest.raises(UsageError, match=r"mine\.onnx`: expected a folder"):
         export(trained, tmp_path / "mine.onnx")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: expected a folder, found a file"):

@@ -158,4 +158,4 @@ def test_csv_and_picture_hold_what_the_json_does(record: FinishedRun, tmp_path: 
     assert (pictures[0] != pictures[1]).any()
     shown = describe_fronts(document)
     assert max(map(len, shown.splitlines())) <= 80
-    assert "far from what was searched for" in shown
+    assert "far from the searched budget" in shown

@@ -71,5 +71,5 @@ def test_the_exact_gradient_goes_with_nested_weights_and_no_other(
     if allowed:
         assert config.override(changes).gradient == gradient
     else:
-        with pytest.raises(UsageError, match="nested weights"):
+        with pytest.raises(UsageError, match="`weights='nested'`"):
             config.override(changes)
