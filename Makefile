@@ -18,7 +18,7 @@ help:
 	@echo "make test       set up, then the tests"
 	@echo "make test-slow  the tests that take minutes each, one to two hours in all"
 	@echo "make test-oldest  the tests with the lowest versions that pyproject.toml allows, on Python $(PYTHONS)"
-	@echo "make lint       ruff and strict mypy"
+	@echo "make lint       ruff, strict mypy and the rooms' contracts"
 	@echo "make lock       write uv.lock again where pyproject.toml has changed (uv sync --frozen --extra dev installs it)"
 	@echo "make docs       build the documentation into site/; every broken link is an error"
 	@echo "make tables     fit the device models again from DATA=$(DATA) and write latency_tables/"
