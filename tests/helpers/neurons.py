@@ -93,7 +93,7 @@ def _check_start(name: str) -> None:
     if NEURONS[name].zeros is None:
         for use in (start_linear, quadratic_weights):
             with pytest.raises(
-                UsageError, match=f"neurons with a linear part .*, but the network has {name}"
+                UsageError, match=rf"neurons with a linear part .*, but the network has {name}"
             ):
                 use(block)
         return

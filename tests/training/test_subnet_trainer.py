@@ -328,7 +328,7 @@ def test_a_network_of_neurons_without_a_linear_part_is_let_in_as_a_whole(
     digits: ImageData, asked: dict[str, Any]
 ) -> None:
     network = nn.Sequential(QuadraBlock(3, 3, 1, neuron="type4"), nn.Flatten(), nn.Linear(192, 10))
-    with pytest.raises(UsageError, match="neurons with a linear part .*, but the network has type4"):
+    with pytest.raises(UsageError, match=r"neurons with a linear part .*, but the network has type4"):
         SubnetTrainer(network, digits, config(**{"linear_start": False, **asked}))
     SubnetTrainer(network, digits, config(linear_start=False))
 
