@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qnas.api.results import SearchResult, TrainedNetwork
+from qnas.runs.names import ARCH_FILE, SUBNET_FOLDER
 
 if TYPE_CHECKING:
     from qnas.data.given import GivenData
@@ -52,4 +53,6 @@ def export(
         force=force,
     )
     folder = trained.folder if isinstance(trained, TrainedNetwork | SearchResult) else Path(trained)
+    if folder.name == SUBNET_FOLDER and (folder.parent / ARCH_FILE).is_file():
+        folder = folder.parent  # the run that the network was trained in
     return export_trained(folder, None if out is None else Path(out), request)

@@ -1,6 +1,7 @@
 """The Python API and the command line do the same work: their files are the same, byte for byte."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def test_a_training_and_an_export_write_the_same_network(
     network = qnas.TrainedNetwork.load(trained.folder).build()
     assert not network.training
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, len(trained.classes))
+
+
+def test_an_export_goes_into_the_run_that_the_network_was_trained_in(
+    both: tuple[qnas.SearchResult, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(both[0].folder, tmp_path / "run")
+    trained = qnas.train_subnet(run, epochs=1, threads=1)
+    assert trained.folder == run / "subnet"
+    assert qnas.export(trained, ["standalone"], images=4).folder == run / "export"
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_from_a_folder_of_images_to_a_network_that_runs(tmp_path: Path) -> None:
     if not os.environ.get(INSTALL):
         programs = tmp_path / "venv" / "bin"
         programs.mkdir(parents=True)
-        for name, arguments in (("python", ""), ("qnas", "-m qnas")):
+        for name, arguments in (("python", ""), ("qnas", "-m qnas.commands")):
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
             (programs / name).chmod(0o755)
     done = subprocess.run(

@@ -391,7 +391,7 @@ def test_torchrun_searches_is_killed_and_resumes(tiny_yaml: Path, tmp_path: Path
     out = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "qnas", "search", "--device", "cpu", "--budget", "250us", "--space", str(tiny_yaml)),
+        *("-m", "qnas.commands", "search", "--device", "cpu", "--budget", "250us", "--space", str(tiny_yaml)),
         *("--resolution", "8", "--epochs", "40", "--warmup-epochs", "1", "--out", str(out)),
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
