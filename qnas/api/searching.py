@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
 from qnas.common.errors import CheckpointError, UsageError
+from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
+from qnas.runs.names import SPACE_FILE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_searchable
@@ -73,13 +75,14 @@ def run_search(
         raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
     former = _former(Path(out)) if resume and out is not None else {}
     given = former.get("space", SPACE) if space is None else space
-    known = given if isinstance(given, SearchSpace) else load_space(given)
+    known = _space(given, former, out)
     asked = AskedLimits.of(budgets, max_params, max_macs, former)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
+    check_searchable(known, limits)
 
     # the images' modules import torch, which takes seconds: what can be refused was refused before
-    from qnas.data.given import kind_of, recorded_data, reopen
+    from qnas.data.given import kind_of, reopen
 
     data = reopen(data, former, DATA)
     if former and preset is None:
@@ -89,11 +92,18 @@ def run_search(
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
     config = config.override(settings | named(loss=loss, metric=metric))
-    check_searchable(known, limits)
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
+    from qnas.api.session import (
+        display_of,
+        load_images,
+        objective_of,
+        record_images,
+        shows_bar,
+        threads_set,
+        versions,
+    )
     from qnas.runs.folders import free_folder
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
@@ -121,13 +131,21 @@ def run_search(
             "space": known.name if isinstance(given, SearchSpace) else str(given),
             "space_digest": known.digest,
             "table_digest": entries[0]["table_digest"],
-            "data": recorded_data(data, images),
-            "data_digest": images.digest,
-            **({} if broken is None else {"max_broken": broken}),
+            **record_images(data, images, broken),
             "versions": versions(),
         }
         search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)
     return SearchResult.load(folder)
+
+
+def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str | Path | None) -> SearchSpace:
+    """Return the space that is meant; a run that had a SearchSpace records its name, and keeps a copy."""
+    if isinstance(given, SearchSpace):
+        return given
+    is_file = bool(Path(given).suffix)
+    if former and out is not None and not is_file and str(given) not in stems("search_spaces", ".yaml"):
+        return load_space(Path(out) / SPACE_FILE)
+    return load_space(given)
 
 
 def _former(out: Path) -> Mapping[str, Any]:

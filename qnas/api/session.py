@@ -4,6 +4,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import scipy
@@ -14,7 +15,7 @@ import qnas
 from qnas.common.errors import QnasWarning
 from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
 from qnas.data.broken_images import MAX_BROKEN
-from qnas.data.given import GivenData
+from qnas.data.given import GivenData, recorded_data
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
 from qnas.search.config import SearchConfig
@@ -64,6 +65,12 @@ def objective_of(
         labels,
         len(images.classes),
     )
+
+
+def record_images(data: GivenData, images: ImageData, max_broken: float | None) -> dict[str, Any]:
+    """Return what a run's config.json records of its images."""
+    given = {} if max_broken is None else {"max_broken": max_broken}
+    return {"data": recorded_data(data, images), "data_digest": images.digest, **given}
 
 
 def versions() -> dict[str, str]:

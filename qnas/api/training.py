@@ -45,8 +45,16 @@ def train_subnet(
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    from qnas.api.session import display_of, load_images, objective_of, shows_bar, threads_set, versions
-    from qnas.data.given import kind_of, recorded_data, reopen
+    from qnas.api.session import (
+        display_of,
+        load_images,
+        objective_of,
+        record_images,
+        shows_bar,
+        threads_set,
+        versions,
+    )
+    from qnas.data.given import kind_of, reopen
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
@@ -94,9 +102,7 @@ def train_subnet(
             "command": "train-subnet",
             "choices": list(found.arch.choices),
             "space_digest": found.space.digest,
-            "data": recorded_data(data, images),
-            "data_digest": images.digest,
-            **({} if broken is None else {"max_broken": broken}),
+            **record_images(data, images, broken),
             **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
             "versions": versions(),
         }

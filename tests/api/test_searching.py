@@ -98,7 +98,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     assert not (out / ARCH_FILE).exists()
     with pytest.raises(CheckpointError, match="cannot resume"):
         qnas.run_search(budgets={"vpu": "2ms"}, out=out, resume=True, space=result.space)
-    qnas.run_search(space=result.space, out=out, resume=True)
+    qnas.run_search(out=out, resume=True)  # with its space, of which the run has a copy
     for name in (ARCH_FILE, METRICS_FILE):
         assert (out / name).read_bytes() == (result.folder / name).read_bytes()
 
