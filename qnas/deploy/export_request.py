@@ -7,7 +7,7 @@ from typing import Any
 
 from qnas.common.errors import UsageError
 from qnas.data.given import GivenData
-from qnas.deploy.export.product import Precision
+from qnas.deploy.export.product import FilePrecision
 from qnas.runs.found_arch import FoundArch
 
 IMAGES = 512  # of the test images that files are checked with
@@ -41,7 +41,7 @@ class ExportJob:
     """A checked request with the trained network that it is for."""
 
     request: ExportRequest
-    precision: Precision
+    precision: FilePrecision
     trained: Path  # the folder that train-subnet wrote
     found: FoundArch
     result: Mapping[str, Any]  # its result.json

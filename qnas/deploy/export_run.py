@@ -11,7 +11,7 @@ from qnas.common.files import read_json, staged
 from qnas.deploy.export.card import write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import Precision, Product, RealImages
+from qnas.deploy.export.product import FilePrecision, Product, RealImages
 from qnas.deploy.export_facts import card_document, file_metadata
 from qnas.deploy.export_images import checking_images
 from qnas.deploy.export_request import ExportJob, ExportRequest
@@ -103,7 +103,7 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     )
 
 
-def _check_free(out: Path, request: ExportRequest, precision: Precision) -> None:
+def _check_free(out: Path, request: ExportRequest, precision: FilePrecision) -> None:
     if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
         raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():

@@ -24,7 +24,7 @@ RESULT_FILE = "subnet/result.json"  # of a run: how well its network does, train
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredAccuracy:
     """An accuracy on test images, with its 95% interval where their number is known."""
 
     accuracy: float
@@ -45,8 +45,8 @@ class Contestant:
     macs: int
     params: int
     latencies_ms: dict[str, float | None]  # by device; None where it is not known
-    supernet: Measured | None  # with the supernet's weights
-    trained: Measured | None  # trained by itself
+    supernet: MeasuredAccuracy | None  # with the supernet's weights
+    trained: MeasuredAccuracy | None  # trained by itself
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | 
         return own_ms
 
 
-def _measured(accuracy: float, images: int | None) -> Measured:
+def _measured(accuracy: float, images: int | None) -> MeasuredAccuracy:
     low, high = (None, None) if images is None else wilson(accuracy, images)
-    return Measured(accuracy, images, low, high)
+    return MeasuredAccuracy(accuracy, images, low, high)
 
 
-def _supernet_accuracy(found: FoundArch) -> Measured | None:
+def _supernet_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
     path = found.folder / SEARCH_FILE
     if not path.is_file():
         return None
@@ -133,7 +133,7 @@ def _supernet_accuracy(found: FoundArch) -> Measured | None:
     return _measured(document["derived"]["accuracy"], document.get("images", {}).get("test"))
 
 
-def _trained_accuracy(path: Path) -> Measured | None:
+def _trained_accuracy(path: Path) -> MeasuredAccuracy | None:
     if not path.is_file():
         return None
     document = read_json(path, CheckpointError)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qnas.common.units import format_count, format_ms
-from qnas.runs.compare import Comparison, Contestant, Measured
+from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
 from qnas.runs.text import field, short_name, table_rows, wrapped
@@ -22,7 +22,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             accuracy = "-"
             if ranked:
                 low, high = point["heldout_low"], point["heldout_high"]
-                accuracy = measured_text(Measured(point["heldout_accuracy"], None, low, high))
+                accuracy = measured_text(MeasuredAccuracy(point["heldout_accuracy"], None, low, high))
             counts = (format_count(point["macs"]), format_count(point["params"]))
             took = format_ms(point["latency_ms"], round_up=True)
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
@@ -233,7 +233,7 @@ def _latency_table(runs: Sequence[Contestant]) -> str:
     return table_rows(("latency", *(run.label for run in runs)), rows)
 
 
-def measured_text(measured: Measured | None) -> str:
+def measured_text(measured: MeasuredAccuracy | None) -> str:
     """Write an accuracy with its interval: `86.9% (83.0-90.0)`; a dash where there is none."""
     if measured is None:
         return "-"

@@ -10,7 +10,7 @@ from qnas.common.errors import ExportError, UsageError, nearest
 from qnas.common.files import write_json
 from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
-from qnas.deploy.export.product import Precision, Product, RealImages, Run
+from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run
 from qnas.deploy.export.tracing import root_cause
 
 
@@ -23,8 +23,8 @@ class Format:
     """
 
     suffixes: tuple[str, ...]
-    precisions: tuple[Precision, ...]
-    write: Callable[[Product, Precision, Path, str], None]
+    precisions: tuple[FilePrecision, ...]
+    write: Callable[[Product, FilePrecision, Path, str], None]
     load: Callable[[Path], Run]
     runtime: Callable[[], str]
 
@@ -54,7 +54,7 @@ class Exported:
     """A format's files in their folder, and how closely they compute what the network computes."""
 
     format: str
-    precision: Precision
+    precision: FilePrecision
     runtime: str  # that they were checked with
     files: tuple[str, ...]  # names; the first is what is loaded
     digests: tuple[str, ...]  # SHA-256 of each
@@ -68,9 +68,9 @@ class Exported:
         return asdict(self)
 
 
-def check_request(formats: Sequence[str], precision: str) -> Precision:
+def check_request(formats: Sequence[str], precision: str) -> FilePrecision:
     """Return the precision, checked. Raises UsageError for what is unknown, missing or unsupported."""
-    known: tuple[Precision, ...] = get_args(Precision)
+    known: tuple[FilePrecision, ...] = get_args(FilePrecision)
     if precision not in known:
         raise UsageError(f"`precision={precision!r}`: {nearest(precision, known)}")
     for name in formats:
@@ -84,7 +84,7 @@ def check_request(formats: Sequence[str], precision: str) -> Precision:
     return next(p for p in known if p == precision)
 
 
-def file_names(name: str, precision: Precision) -> tuple[str, ...]:
+def file_names(name: str, precision: FilePrecision) -> tuple[str, ...]:
     """Return what a format's files are called: `model.onnx`, `model_int8.onnx`."""
     stem = "model" if precision == "fp32" else f"model_{precision}"
     return tuple(f"{stem}{suffix}" for suffix in FORMATS[name].suffixes)
@@ -93,7 +93,7 @@ def file_names(name: str, precision: Precision) -> tuple[str, ...]:
 def export_files(
     product: Product,
     formats: Sequence[str],
-    precision: Precision,
+    precision: FilePrecision,
     folder: Path,
     images: RealImages,
     *,
@@ -115,7 +115,7 @@ def export_files(
 def _export(
     product: Product,
     name: str,
-    precision: Precision,
+    precision: FilePrecision,
     folder: Path,
     images: RealImages,
     tolerance: Tolerance,

@@ -7,12 +7,12 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.product import FilePrecision, Product, Run
 from qnas.deploy.export.quantization import quantise
 from qnas.deploy.export.tracing import BATCH, INPUT, OUTPUT, check_form, trace_onnx
 
 
-def graph_of(product: Product, precision: Precision, where: str) -> onnx.ModelProto:
+def graph_of(product: Product, precision: FilePrecision, where: str) -> onnx.ModelProto:
     """Return a product as a checked graph. Raises ExportError."""
     model = trace_onnx(product.deployed(precision), product.shape, where)
     if precision == "int8":
@@ -25,7 +25,7 @@ def graph_of(product: Product, precision: Precision, where: str) -> onnx.ModelPr
     return model
 
 
-def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
     """Write a product as an ONNX file. Raises ExportError."""
     path.write_bytes(graph_of(product, precision, where).SerializeToString())
 

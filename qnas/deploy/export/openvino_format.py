@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qnas.common.errors import ExportError, UsageError
 from qnas.deploy.export import onnx_format
-from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.product import FilePrecision, Product, Run
 from qnas.deploy.export.tracing import root_cause
 
 
@@ -26,7 +26,7 @@ def version() -> str:
     return f"OpenVINO {import_openvino('format openvino').__version__.partition('-')[0]}"
 
 
-def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
     """Write a product as `path`, .xml, with the .bin beside it. Raises ExportError, UsageError.
 
     In fp16 the weights are kept in half precision; what is computed in it is the device's choice.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
-from qnas.deploy.export.product import Precision, RealImages, Run
+from qnas.deploy.export.product import FilePrecision, RealImages, Run
 from qnas.deploy.export.tracing import root_cause
 
 CHECKED_BATCHES = (1, 2, 5)  # a batch size that got frozen shows
@@ -35,7 +35,7 @@ class Tolerance:
 
 # fp16: ten times what rounding of weights and maps came to in networks of the shipped spaces. int8:
 # logits move by some percent and images between two classes change sides; what counts is the accuracy.
-TOLERANCES: dict[Precision, Tolerance] = {
+TOLERANCES: dict[FilePrecision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.99, 0.01),
     "fp16": Tolerance(1e-2, 0.98, 0.01),
     "int8": Tolerance(0.5, 0.8, 0.02),

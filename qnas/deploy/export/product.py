@@ -13,7 +13,7 @@ from qnas.data.normalisation import normalise
 from qnas.deploy.export.folding import fold_norms
 from qnas.spaces.lower import BlockSpec
 
-Precision = Literal["fp32", "fp16", "int8"]
+FilePrecision = Literal["fp32", "fp16", "int8"]
 Run = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised float32 -> logits (B, classes), float32
 
 
@@ -80,7 +80,7 @@ class Product:
         """Channels, height and width of an image."""
         return self.channels, self.resolution_px, self.resolution_px
 
-    def deployed(self, precision: Precision) -> nn.Module:
+    def deployed(self, precision: FilePrecision) -> nn.Module:
         """Return a copy with norms folded, in contiguous memory; fp16 computes in it, from and to float32.
 
         Norms are folded in float32: half precision has no room for the products of scales and weights.

@@ -19,7 +19,7 @@ from qnas import __version__
 from qnas.common.errors import ExportError
 from qnas.deploy.export import plain
 from qnas.deploy.export.copied_source import Copied
-from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.product import FilePrecision, Product, Run
 from qnas.nn.batch_norm import BatchNorm2d
 from qnas.nn.blocks import CLIP_RANGE, ChannelLayerNorm, GlobalAveragePool
 from qnas.spaces.blocks import BLOCKS, module_of
@@ -29,7 +29,7 @@ from qnas.spaces.neurons import NEURONS
 
 WEIGHTS = ".safetensors"
 _WIDTH = 75  # of a block that is written on one line, without what stands around it
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def _convolution(spec: LayerSpec) -> str:
@@ -139,7 +139,7 @@ def _in_plain(key: str, block: BlockSpec) -> str:
     return f"mixer.{key}" if is_mixer else key
 
 
-def source(product: Product, precision: Precision) -> str:
+def source(product: Product, precision: FilePrecision) -> str:
     """Return the text of model.py.
 
     Raises ExportError for a layer that has no plain form, or a block whose source cannot be copied.
@@ -312,7 +312,7 @@ if __name__ == "__main__":
 '''
 
 
-def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
     """Write a product as `path`, .py, with the .safetensors beside it. Raises ExportError."""
     path.write_text(source(product, precision), encoding="utf-8")
     weights = {}

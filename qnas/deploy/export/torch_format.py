@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qnas.common.errors import ExportError
 from qnas.common.files import json_text
-from qnas.deploy.export.product import Precision, Product, Run
+from qnas.deploy.export.product import FilePrecision, Product, Run
 from qnas.deploy.export.tracing import BATCH, root_cause, silence
 from qnas.nn.quadratic import decompositions
 
@@ -16,7 +16,7 @@ _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "tor
 _EXPORTED_BATCH = 3  # of a free batch size
 
 
-def write(product: Product, precision: Precision, path: Path, where: str) -> None:
+def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
     """Write a product as a .pt2. Raises ExportError."""
     shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
     given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)

@@ -9,7 +9,7 @@ fixed latency of a network, so the fixed part of a table is zero. Kernels are pr
 - uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
   model prices the kernel.
 
-Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
+PricingForest-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
 and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
 counted (`in_range`).
 
@@ -41,7 +41,7 @@ Mapped = Literal["direct", "stand-in", "uncovered"]
 MAPPINGS: tuple[Mapped, ...] = ("direct", "stand-in", "uncovered")
 
 
-class Choice(NamedTuple):
+class PricingForest(NamedTuple):
     """A forest that can price a kernel."""
 
     predictor: str
@@ -49,29 +49,29 @@ class Choice(NamedTuple):
 
 
 # Kind of kernel -> the forests that can price it, of which the first that the device has is used.
-CHOICES: dict[str, tuple[Choice, ...]] = {
-    "conv": (Choice("conv-bn-relu", "direct"),),
-    "conv1x1": (Choice("conv-bn-relu", "direct"),),
-    "patch": (Choice("conv-bn-relu", "direct"),),
-    "dwconv": (Choice("dwconv-bn-relu", "direct"),),
-    "linear": (Choice("fc", "direct"),),
-    "gap": (Choice("global-avgpool", "direct"),),
-    "maxpool": (Choice("maxpool", "direct"),),
-    "avgpool": (Choice("avgpool", "direct"),),
-    "batchnorm": (Choice("bn", "direct"),),
-    "relu": (Choice("relu", "direct"),),
-    "hswish": (Choice("hswish", "direct"),),
-    "add": (Choice("add", "direct"), Choice("addrelu", "direct")),
-    "addrelu": (Choice("addrelu", "direct"),),
-    "split": (Choice("split", "direct"),),
-    "shuffle": (Choice("channelshuffle", "direct"),),
-    "mul": (Choice("add", "stand-in"), Choice("addrelu", "stand-in")),  # two maps in, one out
-    "square": (Choice("relu", "stand-in"),),  # a map in, a map out
-    "scale": (Choice("bn", "stand-in"),),  # a factor a channel
-    "layernorm": (Choice("bn", "stand-in"),),
-    "gelu": (Choice("hswish", "stand-in"),),
-    "hsigmoid": (Choice("hswish", "stand-in"),),
-    "clip": (Choice("relu", "stand-in"),),
+FORESTS_OF_KIND: dict[str, tuple[PricingForest, ...]] = {
+    "conv": (PricingForest("conv-bn-relu", "direct"),),
+    "conv1x1": (PricingForest("conv-bn-relu", "direct"),),
+    "patch": (PricingForest("conv-bn-relu", "direct"),),
+    "dwconv": (PricingForest("dwconv-bn-relu", "direct"),),
+    "linear": (PricingForest("fc", "direct"),),
+    "gap": (PricingForest("global-avgpool", "direct"),),
+    "maxpool": (PricingForest("maxpool", "direct"),),
+    "avgpool": (PricingForest("avgpool", "direct"),),
+    "batchnorm": (PricingForest("bn", "direct"),),
+    "relu": (PricingForest("relu", "direct"),),
+    "hswish": (PricingForest("hswish", "direct"),),
+    "add": (PricingForest("add", "direct"), PricingForest("addrelu", "direct")),
+    "addrelu": (PricingForest("addrelu", "direct"),),
+    "split": (PricingForest("split", "direct"),),
+    "shuffle": (PricingForest("channelshuffle", "direct"),),
+    "mul": (PricingForest("add", "stand-in"), PricingForest("addrelu", "stand-in")),  # two maps in, one out
+    "square": (PricingForest("relu", "stand-in"),),  # a map in, a map out
+    "scale": (PricingForest("bn", "stand-in"),),  # a factor a channel
+    "layernorm": (PricingForest("bn", "stand-in"),),
+    "gelu": (PricingForest("hswish", "stand-in"),),
+    "hsigmoid": (PricingForest("hswish", "stand-in"),),
+    "clip": (PricingForest("relu", "stand-in"),),
     # concat: its forest needs the channels of each part, which a kernel does not hold
 }
 
@@ -237,10 +237,12 @@ def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRo
     return found
 
 
-def _choose(kernel: Kernel, available: Iterable[str]) -> Choice | None:
+def _choose(kernel: Kernel, available: Iterable[str]) -> PricingForest | None:
     if kernel.batch != 1:  # what nn-Meter measured
         return None
-    return next((choice for choice in CHOICES.get(kernel.kind, ()) if choice.predictor in available), None)
+    return next(
+        (choice for choice in FORESTS_OF_KIND.get(kernel.kind, ()) if choice.predictor in available), None
+    )
 
 
 def in_range(kernel: Kernel, predictor: str) -> bool:

@@ -26,7 +26,7 @@ from qnas.common.files import read_json
 from qnas.deploy.export import openvino_format, torch_format
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import Precision, Product, RealImages
+from qnas.deploy.export.product import FilePrecision, Product, RealImages
 from qnas.nn.blocks import QuadraBlock
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import sample_arch
@@ -45,7 +45,7 @@ ALL = [
 
 
 def export(
-    name: str, folder: Path, product: Product | None = None, precision: Precision = "fp32"
+    name: str, folder: Path, product: Product | None = None, precision: FilePrecision = "fp32"
 ) -> Exported:
     (done,) = export_files(product or trained(), [name], precision, folder, digits(100))
     return done
@@ -59,7 +59,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Return what exports once and gives the folder again whenever the same is asked: not to be changed."""
 
     @cache
-    def write(name: str, precision: Precision = "fp32", norm: str = "layernorm") -> tuple[Path, Exported]:
+    def write(name: str, precision: FilePrecision = "fp32", norm: str = "layernorm") -> tuple[Path, Exported]:
         folder = tmp_path_factory.mktemp(f"{name}-{precision}-{norm}")
         return folder, export(name, folder, trained(norm), precision)
 
@@ -73,7 +73,7 @@ def top1(logits: Tensor) -> list[int]:
 @pytest.mark.parametrize(("name", "precision"), ALL)
 @pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
 def test_a_file_that_is_read_back_computes_what_the_network_computes(
-    name: str, precision: Precision, norm: str, written: Written
+    name: str, precision: FilePrecision, norm: str, written: Written
 ) -> None:
     folder, done = written(name, precision, norm)
     run, product = FORMATS[name].load(folder / done.files[0]), trained(norm)
@@ -92,7 +92,7 @@ def test_a_file_that_is_read_back_computes_what_the_network_computes(
 
 @pytest.mark.parametrize(("name", "precision"), ALL)
 def test_beside_a_file_stands_how_close_it_is_and_no_more(
-    name: str, precision: Precision, written: Written
+    name: str, precision: FilePrecision, written: Written
 ) -> None:
     folder, done = written(name, precision)
     assert done.files == file_names(name, precision)
@@ -234,7 +234,7 @@ def spoil(product: Product) -> Product:
     ("name", "precision"), [(name, "fp32") for name in FORMATS if name != "openvino"] + [("onnx", "int8")]
 )
 def test_a_file_of_another_network_is_refused(
-    name: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, precision: FilePrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = FORMATS[name].write
 
@@ -265,7 +265,7 @@ def test_a_wrong_folding_is_noticed(name: str, tmp_path: Path, monkeypatch: pyte
 def test_a_file_that_cannot_be_loaded_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(product: Product, precision: Precision, path: Path, where: str) -> None:
+    def broken(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
         path.write_bytes(b"no such format")
 
     monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=broken))
@@ -331,7 +331,7 @@ def test_a_missing_openvino_is_said_with_the_fix_before_anything_is_written(
 
 
 def test_every_precision_has_a_tolerance() -> None:
-    assert set(TOLERANCES) == set(get_args(Precision))
+    assert set(TOLERANCES) == set(get_args(FilePrecision))
 
 
 @pytest.mark.slow

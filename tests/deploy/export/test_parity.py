@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
-from qnas.deploy.export.product import Precision, RealImages, Run
+from qnas.deploy.export.product import FilePrecision, RealImages, Run
 
 
 def run_of(network: nn.Module, change: Callable[[Tensor], Tensor] = lambda logits: logits) -> Run:
@@ -20,7 +20,7 @@ def run_of(network: nn.Module, change: Callable[[Tensor], Tensor] = lambda logit
     return run
 
 
-def check(run: Run, n: int = 40, precision: Precision = "fp32", **options: Any) -> Parity:
+def check(run: Run, n: int = 40, precision: FilePrecision = "fp32", **options: Any) -> Parity:
     return compare(trained().network, run, digits(n), TOLERANCES[precision], where="file", **options)
 
 
@@ -97,7 +97,7 @@ def test_a_file_that_computes_something_else_is_refused(
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_nan_is_refused_at_every_precision(precision: Precision) -> None:
+def test_nan_is_refused_at_every_precision(precision: FilePrecision) -> None:
     with pytest.raises(ExportError, match="by nan"):
         check(run_of(trained().network, lambda y: y * float("nan")), precision=precision)
 

@@ -16,7 +16,14 @@ from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.nn_meter.forests import Forest
 from qnas.latency.nn_meter.predictors import FEATURE_COUNTS, PUBLISHED, import_predictors
-from qnas.latency.nn_meter.tables import CHOICES, cover, describe_mapping, estimate, in_range, predict_rows
+from qnas.latency.nn_meter.tables import (
+    FORESTS_OF_KIND,
+    cover,
+    describe_mapping,
+    estimate,
+    in_range,
+    predict_rows,
+)
 from qnas.latency.table_file import read_table, write_table
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import solve
@@ -80,13 +87,13 @@ def vectors(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> dict[st
 
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("device", PUBLISHED)
-@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("kind", FORESTS_OF_KIND)
 def test_a_kernel_takes_what_its_forest_says_of_its_features(kind: str, device: str) -> None:
     forests = sklearn_forests(device)
     shape = (56, 24, 24 if kind == "dwconv" else 40, 3, 2)
     kernel = Kernel(kind, *shape)
     found = estimate(as_device(device), [kernel])[kernel]
-    choice = next((c for c in CHOICES[kind] if c.predictor in forests), None)
+    choice = next((c for c in FORESTS_OF_KIND[kind] if c.predictor in forests), None)
     if choice is None:
         assert found.mapped == "uncovered"
         assert found.latency_ms == a76().kernel_ms(kernel) > 0
@@ -109,7 +116,7 @@ def test_nn_meters_code_makes_the_features_of_the_reference(
         return predict(forest, rows)
 
     monkeypatch.setattr(Forest, "predict", recording)
-    for kind, choices in CHOICES.items():
+    for kind, choices in FORESTS_OF_KIND.items():
         shape = (56, 24, 24 if kind == "dwconv" else 40, 3, stride)
         estimate(a76(), [Kernel(kind, *shape)])
         assert asked.pop() == [pytest.approx(vectors(*shape)[choices[0].predictor])]

@@ -21,7 +21,7 @@ from torch import nn
 
 from qnas.common.errors import ArchError, TableError
 from qnas.deploy.export.onnx_format import graph_of
-from qnas.deploy.export.product import Precision, Product
+from qnas.deploy.export.product import FilePrecision, Product
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import predict_blocks
@@ -173,7 +173,9 @@ def neural_product(norm: str) -> tuple[Product, SearchSpace, Arch]:
         pytest.param("batchnorm", "int8", marks=pytest.mark.slow),
     ],
 )
-def test_a_file_of_any_neuron_takes_what_its_arch_takes(norm: str, precision: Precision, file: Path) -> None:
+def test_a_file_of_any_neuron_takes_what_its_arch_takes(
+    norm: str, precision: FilePrecision, file: Path
+) -> None:
     product, space, arch = neural_product(norm)
     assert len(set(arch.choices)) == len(NEURONS)
     file.write_bytes(graph_of(product, precision, "file").SerializeToString())
@@ -210,7 +212,9 @@ def test_every_neuron_has_a_latency_of_its_own_and_no_layer_is_free(norm: str) -
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_file_of_another_precision_is_priced_as_the_same_network(precision: Precision, file: Path) -> None:
+def test_a_file_of_another_precision_is_priced_as_the_same_network(
+    precision: FilePrecision, file: Path
+) -> None:
     product = trained("batchnorm")
     operators = []
     for each in ("fp32", precision):
