@@ -1,4 +1,4 @@
-"""What the experiments share: the data, networks trained alone, supernets, and the files of results.
+"""Shared parts of the experiments: the data, networks trained alone, supernets, and the files of results.
 
 Both experiments (rank_correlation.py, search_quality.py) train dozens of small networks by one recipe.
 Every training is a JSON line under a key of all that it depends on, so that a run that was stopped goes
@@ -55,7 +55,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every network is trained on its own, from scratch."""
+    """The recipe by which every network is trained on its own, from scratch."""
 
     images: int = 10_000  # of the training images, as many of each class
     epochs: int = 6

@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine reaches with the same number of threads."""
+    """The rate that the machine reaches with the same number of threads."""
 
     gflops: float
     gbs: float

@@ -1,4 +1,4 @@
-"""What a step of the search costs, against a training step of one network of the space, as ratios.
+"""The cost of a search step as a ratio to a training step of one network of the space.
 
     python benchmarks/search_steps.py [--threads 1] [--rounds 12] [--spaces NAME ...] [--json FILE]
 

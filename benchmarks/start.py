@@ -1,4 +1,4 @@
-"""What does it do to a network that its depthwise kernels start about their centres?
+"""The effect on a network of depthwise kernels that start about their centres.
 
     python benchmarks/start.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 

@@ -37,7 +37,7 @@ _FIXED: Column = ("", "fixed")
 
 @dataclass(frozen=True)
 class Form:
-    """What the cost of kernels may depend on, on one device.
+    """The terms that the cost of kernels may depend on, on one device.
 
     `own` has the features of each kind of kernel that have a weight of their own. `shared` has
     weights that stand for several: name -> kind and feature -> how often the weight counts there.

@@ -1,4 +1,4 @@
-"""What kernels may cost on each edge device: the terms that are fitted, and what stands beside them.
+"""The terms of kernel costs that are fitted on each edge device, and the constants beside them.
 
 Each term has a meaning on the device, and elementwise operators are counted in passes over a map, by
 what they move: a read and a write are one, an operand more is half of one. Which operators are one

@@ -1,4 +1,4 @@
-"""What layer normalisation costs on a Cortex-A76, which no measured network tells: from blocks.
+"""The cost of layer normalisation on a Cortex-A76, from measured blocks: no measured network has one.
 
 nn-Meter's branch for hybrid transformers published blocks timed on the same phone with a newer
 TFLite: `transffn` (layer normalisation, 1x1 convolution, hard swish, 1x1 convolution, residual) and

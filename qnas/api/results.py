@@ -97,7 +97,7 @@ class DerivedNetwork:
 
     @property
     def warning(self) -> str | None:
-        """What is doubtful about the result, such as a budget far from the one searched for."""
+        """A doubt about the result, such as a budget far from the searched one; None where there is none."""
         return self.document.get("warning")
 
     def build(self) -> "nn.Module":
@@ -147,7 +147,7 @@ class SearchResult(DerivedNetwork):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What was asked, resolved, with versions: the content of `config.json`."""
+        """The resolved request with versions: the content of `config.json`."""
         return self.run.config
 
     @property
@@ -185,7 +185,7 @@ class TrainedNetwork:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """What was asked, resolved, with versions: the content of `config.json`."""
+        """The resolved request with versions: the content of `config.json`."""
         return read_config(self.folder)
 
     @property

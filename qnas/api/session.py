@@ -1,4 +1,4 @@
-"""What the long functions of the API share: progress, the process they run in, and versions."""
+"""Shared parts of the functions that train: progress, threads, images and versions."""
 
 import platform
 import warnings

@@ -108,7 +108,7 @@ class Grid(BaseModel):
 
     @cached_property
     def _steps(self) -> tuple[int, ...]:
-        """How far apart two neighbours of each axis are in the flat list of values."""
+        """Return the distance of two neighbours of each axis in the flat list of values."""
         return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
     @cached_property

@@ -108,7 +108,7 @@ class OnDevice:
 
     @property
     def no_less(self) -> str:
-        """What a step less latency means where it leads to no other network."""
+        """Describe a step to less latency that leads to no other network."""
         return "changes nothing" if self.can_be_less else "leaves no network"
 
 

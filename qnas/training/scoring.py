@@ -40,7 +40,7 @@ class Classified:
 
     @property
     def right(self) -> Tensor:
-        """Which images are classified correctly, (images,) bool."""
+        """Whether each image is classified correctly, (images,) bool."""
         return self.predicted == self.labels
 
     @property

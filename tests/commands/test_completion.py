@@ -1,4 +1,4 @@
-"""What Tab offers, by the completers themselves and in every shell that is on this machine."""
+"""The completions of Tab, by the completers themselves and in every shell of this machine."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What holds for all commands: text of at most 80 columns, --json for scripts, silence when quiet."""
+"""Laws of all commands: text of at most 80 columns, --json for scripts, silence when quiet."""
 
 import json
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ head: {classes: 10}
 
 
 def same_network(space: SearchSpace, indices: tuple[int, ...]) -> object:
-    """What a network is: its layers in order, wherever they stand in a stage."""
+    """Return the identity of a network: its layers in order, wherever they stand in a stage."""
     return tuple(block.layers for block in lower(space, arch_from_indices(space, indices)) if block.layers)
 
 

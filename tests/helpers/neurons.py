@@ -1,4 +1,4 @@
-"""What holds for every neuron, in whichever file it was registered."""
+"""Laws of every neuron, in whichever file it was registered."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the repository is, the tests' own files, and the shared measurements where they are there."""
+"""Paths of the repository, of the tests' own files, and of the shared measurements where they exist."""
 
 from pathlib import Path
 

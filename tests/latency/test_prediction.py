@@ -1,4 +1,4 @@
-"""What `qnas predict` shows adds up, and is what the table says."""
+"""Predictions add up, and agree with the table."""
 
 import math
 from pathlib import Path

@@ -38,7 +38,7 @@ def test_the_module_is_what_was_counted(name: str) -> None:
 
 
 class _Outputs:
-    """What the blocks of a network returned."""
+    """The outputs of the blocks of a network."""
 
     def __init__(self, macs: int, shapes: dict[str, tuple[int, ...]]) -> None:
         self.macs, self.shapes = macs, shapes

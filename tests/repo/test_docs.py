@@ -40,7 +40,7 @@ GENERATED = {f"docs/{path}": text for path, text in HOOKS["generated_pages"]().i
 
 
 class Typed(NamedTuple):
-    """What a reader is told to type, in a block or within a sentence."""
+    """A command that a page shows, in a block or within a sentence."""
 
     page: str
     line: str

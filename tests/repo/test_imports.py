@@ -1,4 +1,4 @@
-"""What importing costs; the direction of imports is held by import-linter's contracts (`make lint`)."""
+"""The cost of importing; the direction of imports is held by import-linter's contracts (`make lint`)."""
 
 import subprocess
 import sys

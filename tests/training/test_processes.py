@@ -113,7 +113,7 @@ def in_two_processes(work: Callable[[World], Any], *, timeout_s: float = 60) -> 
 
 
 def state_of(searcher: Searcher) -> dict[str, Any]:
-    """What must agree, as numpy arrays, which pass through a pipe."""
+    """Return the state that must agree, as numpy arrays, which pass through a pipe."""
     state = searcher.state
     tensors = {f"supernet.{k}": v for k, v in state.supernet.state_dict().items()}
     return {

@@ -1,4 +1,4 @@
-"""What a recipe does to a training. That a plain training learns, stops and goes on is in test_train."""
+"""The effect of a recipe on a training. That a plain training learns, stops and goes on is in test_loop."""
 
 import csv
 import json

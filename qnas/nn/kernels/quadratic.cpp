@@ -931,7 +931,7 @@ void run_backward(Problem& q, const float* const weights[3], const float* grad, 
         const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 3 * q.levels + 1);
         run(scratch, [&](const auto& task, auto* sums) { task.backward(grad, to.x, sums, block, to_weights); });
     }
-    // slices are added in order, whoever computed them
+    // slices are added in order, whichever thread computed them
     const int cut = (q.kernel - q.taps) / 2;
     const size_t stride = size_t(q.kernel) * q.kernel;
     for (int f = 0; f < 3; ++f) {

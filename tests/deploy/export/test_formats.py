@@ -1,4 +1,4 @@
-"""What every format promises; a new one joins by its entry in FORMATS."""
+"""The promises of every format; a new one joins by its entry in FORMATS."""
 
 import copy
 import importlib.util

@@ -66,7 +66,7 @@ def nested(
 
 
 class Case(NamedTuple):
-    """What the forms take: all but the last three are `operator`'s, (x, w_a, w_b, w_c)."""
+    """The inputs of the forms: all but the last three are `operator`'s, (x, w_a, w_b, w_c)."""
 
     operator: tuple[Tensor, Tensor, Tensor, Tensor]
     norm: Norm

@@ -38,7 +38,7 @@ from qnas.spaces.space import SearchSpace, load_space
 
 @dataclass
 class Found(HTMLParser):
-    """What a page holds."""
+    """The contents of a page."""
 
     text: str
     elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
