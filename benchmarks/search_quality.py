@@ -374,13 +374,13 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
         f"## Search quality at {facts['share']:g} of the range of latencies",
         f"{describe_recipe(Recipe(**facts['recipe']))} Searches take {facts['seconds']:.0f} s; the budget is "
         f"{facts['budget_ms']:.2f} ms, {facts['share']:g} of the way from the fastest network to the "
-        "slowest. Mean and standard deviation over seeds of the search, or between the random networks. "
-        "`gain` is over the mean of the random networks, `beaten` how many of them have less accuracy. "
-        "What `qnas search` ends with is `shared, re-ranked`. `spread` is the standard deviation of the "
-        "random networks' held-out accuracies with the supernet's weights, `tau` Kendall's with their "
-        "accuracies of training alone, and `tau with size` that of the sum of two ranks, by the supernet and "
-        "by parameters; `explained` is the share of the variance between networks' losses that the sum of "
-        "measured effects predicts, of networks left out.",
+        "slowest. The figures are means and standard deviations over seeds of the search, or over the random "
+        "networks. `gain` is the difference to the mean of the random networks; `beaten` is how many of them "
+        "are less accurate. `qnas search` returns `shared, re-ranked`. `spread` is the standard deviation of "
+        "the random networks' held-out accuracies with the supernet's weights. `tau` is Kendall's tau of "
+        "these and the accuracies of the same networks trained alone; `tau with size` uses the sum of two "
+        "ranks instead, by the supernet and by parameters. `explained` is the share of the variance between "
+        "networks' losses that the sum of measured effects predicts for networks that it was not fitted to.",
     ]
     for data in found:
         rows = [describe_kind(kind, data) for kind in data["kinds"] if kind != "random"]
@@ -405,11 +405,12 @@ def describe_noise(data: Mapping[str, Any]) -> str:
     accuracies = sorted(row["accuracy"] for row in random)
     spread = 100 * statistics.stdev(accuracies)
     return (
-        f"Trainings of one network differ by {noise:.1f} points but for what a seed does to all of them "
-        f"(standard deviation; {len(data['repeated'])} networks, {len(TRAINED_SEEDS)} seeds), random "
-        f"networks of the budget's latency, each trained once with the same seed, by {spread:.1f}: the "
-        f"networks themselves by about {math.sqrt(max(spread**2 - noise**2, 0)):.1f}. But for the lowest "
-        f"they differ by {100 * statistics.stdev(accuracies[1:]):.1f}."
+        f"Two trainings of one network with different seeds differ by {noise:.1f} points, once the effect "
+        f"that a seed has on every network is removed (standard deviation; {len(data['repeated'])} networks, "
+        f"{len(TRAINED_SEEDS)} seeds). Random networks of the budget's latency, each trained once with the "
+        f"same seed, differ by {spread:.1f} points, of which about "
+        f"{math.sqrt(max(spread**2 - noise**2, 0)):.1f} come from the networks themselves. Without the "
+        f"least accurate network they differ by {100 * statistics.stdev(accuracies[1:]):.1f} points."
     )
 
 
