@@ -70,7 +70,6 @@ from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.figures import probability_figures
 from qnas.search.rerank import STANDARD_ERRORS, ranking_document
 from qnas.search.searcher import Searcher
 from qnas.search.selection import select
@@ -261,7 +260,7 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     return {
         "derived_s": derived_s,
         "expected_ms": float(state.expected[0]),
-        **probability_figures(state),
+        **{name: state.figures()[name] for name in ("entropy", "identity_share")},
         "ranked": ranking_document(ranked),
         "random_heldout": [evaluator.score(arch, heldout).accuracy for arch in random_networks(setting)],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
