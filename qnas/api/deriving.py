@@ -33,10 +33,8 @@ from qnas.runs.pareto import (
     spread_budgets,
 )
 from qnas.runs.plots import draw_fronts
-from qnas.solver.limits import latency_limit
-from qnas.solver.searched_budget import far_from_searched
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solve_best
+from qnas.solver.limits import far_from_searched, latency_limit
+from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solution_document, solve_best
 from qnas.spaces.arch import arch_from_indices
 
 if TYPE_CHECKING:

@@ -35,8 +35,7 @@ from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection, count_screened, select
 from qnas.search.state import SearchState
 from qnas.solver.sampling import sample_near
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import CandidateIndices, largest, macs_guided
+from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.training.loop import run_to_end
