@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.ops import StochasticDepth
 
 from qnas.common.errors import UsageError
 from qnas.data.augmentation import Augmentation
@@ -26,13 +28,13 @@ from qnas.training.losses import Objective, make_objective
 from qnas.training.optimizer import ReLinear, Teacher, make_optimizer, make_schedule, weight_step
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.regularisation import drop_blocks, moving_average, update_average
 from qnas.training.scoring import Classified, classify
 
 REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
     "`quadratic_gamma` below 1) may help"
 )
+_PLAIN = ("steps_done", "accuracy", "epoch_loss", "best")  # of a trainer's state
 
 
 class SubnetTrainer:
@@ -53,7 +55,9 @@ class SubnetTrainer:
         self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
         self.network = network.to(self.acceleration.device)
         # before the hooks below, of which the average needs none
-        self.average = moving_average(network) if recipe.ema_decay else None
+        self.average = AveragedModel(network, use_buffers=True) if recipe.ema_decay else None
+        if self.average is not None:
+            self.average.requires_grad_(False)
         if recipe.stochastic_depth:
             drop_blocks(network, recipe.stochastic_depth)
         if config.compile:
@@ -64,7 +68,13 @@ class SubnetTrainer:
             config.loss, config.metric, self.split.labels, len(data.classes)
         )
         self.batch_size = min(recipe.batch_size, len(self.split))
-        self._check_batch()
+        world.check_batch(self.batch_size)
+        images, parts = self.batch_size // world.size, recipe.accumulation
+        if images % parts:
+            raise UsageError(
+                f"`accumulation`: the {images} images of a step and process cannot be split into {parts} "
+                "equal parts: change `accumulation` or `batch_size`"
+            )
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(
@@ -81,16 +91,6 @@ class SubnetTrainer:
         # both made at the first step: of a loaded state, and with the processes joined
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._forward: nn.Module = network
-
-    def _check_batch(self) -> None:
-        """Raise UsageError where a batch cannot be split evenly over processes and parts."""
-        self.world.check_batch(self.batch_size)
-        parts = self.config.recipe.accumulation
-        if self.batch_size // self.world.size % parts:
-            raise UsageError(
-                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process "
-                f"cannot be split into {parts} equal parts: change `accumulation` or `batch_size`"
-            )
 
     @property
     def result(self) -> nn.Module:
@@ -118,7 +118,8 @@ class SubnetTrainer:
         images, labels = next(self._batches)
         self._forward.train()
         # what modules draw: other images in other processes are other draws
-        torch.manual_seed(_step_seed(config.seed, self.steps_done, self.world.rank))
+        draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
+        torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
         loss = weight_step(
             self._forward,
             self.optimizer,
@@ -135,7 +136,7 @@ class SubnetTrainer:
         self.world.average([loss])  # the gradients are averaged already
         check_finite(float(loss), self.steps_done + 1, REMEDY)
         if self.average is not None:
-            update_average(self.average, self.network, recipe.ema_decay, self.steps_done)
+            _update_average(self.average, self.network, recipe.ema_decay, self.steps_done)
         row = {"loss": float(loss)}
         self.epoch_loss += float(loss)
         rate = float(self.schedule.get_last_lr()[0])
@@ -173,30 +174,28 @@ class SubnetTrainer:
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         return f"loss {row['loss']:.3f}{known}"
 
+    def _parts(self) -> dict[str, Any]:
+        """Return what keeps a state of its own, by its name in a checkpoint."""
+        average = {"average": self.average} if self.average else {}
+        return {
+            "network": self.network,
+            **average,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "schedule": self.schedule,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps."""
-        return {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict() if self.average else {},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "steps_done": self.steps_done,
-            "accuracy": self.accuracy,
-            "epoch_loss": self.epoch_loss,
-            "best": self.best,
-        }
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {name: part.state_dict() for name, part in self._parts().items()} | plain
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.network.load_state_dict(saved["network"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
-        self.epoch_loss, self.best = saved["epoch_loss"], saved["best"]
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
+        for name in _PLAIN:
+            setattr(self, name, saved[name])
 
 
 def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
@@ -227,5 +226,31 @@ def _augmentation(recipe: Recipe, classes: int) -> Augmentation | None:
     return None if augmentation == Augmentation(classes, 0, recipe.randaugment_std) else augmentation
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
+def drop_blocks(network: nn.Module, rate: float) -> None:
+    """Let residual blocks drop out for some images while training (stochastic depth, arXiv 1603.09382).
+
+    The rate grows linearly from 0 at the first block to `rate` at the last. Hooks on this network's blocks
+    implement it, so that the weights keep their names and an exported network has none of it. A
+    QuadraBlock drops out as a whole, so that its fused halves stay as they are.
+    """
+    blocks = [block for block in network.modules() if getattr(block, "is_residual", False)]
+    for number, block in enumerate(blocks):
+        depth = StochasticDepth(rate * number / max(len(blocks) - 1, 1), mode="row")
+
+        def drop(
+            module: nn.Module, inputs: tuple[Tensor], output: Tensor, depth: StochasticDepth = depth
+        ) -> Tensor | None:
+            return inputs[0] + depth(output - inputs[0]) if module.training else None
+
+        block.register_forward_hook(drop)
+
+
+def _update_average(average: AveragedModel, network: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the network after `step` updates.
+
+    The decay is smaller at first: the first weights are random, and would be most of a short training's
+    average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    average.update_parameters(network)
