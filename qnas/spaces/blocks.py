@@ -108,6 +108,10 @@ class Block:
         """Return the parameter of that name, None where the block has none."""
         return next((p for p in self.parameters if p.name == name), None)
 
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters in order, those that are not given at their defaults."""
+        return {p.name: given.get(p.name, p.default) for p in self.parameters}
+
     def check(self, given: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
         """Yield the problems of given parameters, each with the parameter or None for the whole."""
         for name, value in given.items():
@@ -146,18 +150,15 @@ class Block:
     def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
         """Return the layers of the block. Raises SpaceError where they do not fit the place."""
         layers = self.layers(place, **parameters)
-        shape = (place.c_in, place.resolution_px), (place.c_out, -(-place.resolution_px // place.stride))
-        found = (
-            ((layers[0].c_in, layers[0].resolution_px), (layers[-1].c_out, layers[-1].out_px))
-            if layers
-            else (shape[0], shape[0])
-        )
-        if found != shape:
-            (a, b), (c, d) = found
-            (e, f), (g, h) = shape
+        c_in, px, c_out = place.c_in, place.resolution_px, place.c_out
+        wanted = (c_in, px, c_out, -(-px // place.stride))
+        found = (c_in, px, c_in, px)
+        if layers:
+            found = (layers[0].c_in, layers[0].resolution_px, layers[-1].c_out, layers[-1].out_px)
+        if found != wanted:
             raise SpaceError(
-                f"block {self.candidate_name(parameters)}: its layers go from {a} channels at {b} px to {c} "
-                f"at {d} px, but the place needs {e} at {f} px to {g} at {h} px"
+                "block {}: its layers go from {} channels at {} px to {} at {} px, but the place needs {} at "
+                "{} px to {} at {} px".format(self.candidate_name(parameters), *found, *wanted)
             )
         return layers
 

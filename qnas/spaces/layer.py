@@ -54,9 +54,8 @@ class LayerSpec:
     @property
     def params(self) -> int:
         """Trained parameters, biases included."""
-        op = OPS[self.op]
-        weights = op.weights(self)
-        return weights + self.c_out * (self.bias if weights else 2 * op.scales_and_shifts)
+        weights = OPS[self.op].weights(self)
+        return weights + self.c_out * (self.bias if weights else 2 * OPS[self.op].scales_and_shifts)
 
     @property
     def elements_in(self) -> int:
@@ -69,31 +68,19 @@ class LayerSpec:
         return self.out_px**2 * self.c_out
 
 
-def _none(_: LayerSpec) -> int:
-    return 0
-
-
-def _conv_weights(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_in * s.c_out
-
-
-def _dwconv_weights(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_out
-
-
 class Op(NamedTuple):
     """The cost of an operator: its weights are used once at each place of the output."""
 
-    weights: Callable[[LayerSpec], int] = _none
+    weights: Callable[[LayerSpec], int] = lambda s: 0
     operands: int = 1
     changes_channels: bool = False
     scales_and_shifts: bool = False  # by two parameters a channel
 
 
 OPS: dict[str, Op] = {
-    "conv": Op(_conv_weights, changes_channels=True),
-    "dwconv": Op(_dwconv_weights),
-    "linear": Op(_conv_weights, changes_channels=True),
+    "conv": Op(lambda s: s.kernel**2 * s.c_in * s.c_out, changes_channels=True),
+    "dwconv": Op(lambda s: s.kernel**2 * s.c_out),
+    "linear": Op(lambda s: s.c_in * s.c_out, changes_channels=True),
     "layernorm": Op(scales_and_shifts=True),
     "batchnorm": Op(scales_and_shifts=True),
     "gelu": Op(),

@@ -6,8 +6,10 @@ the name of the submodule that computes it. A block carries the parameters that 
 nothing reads them back out of layers.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from qnas.common.errors import SpaceError
 from qnas.spaces.arch import Arch, arch_from_indices
@@ -45,20 +47,11 @@ class Slot:
 def stem_layers(space: SearchSpace, resolution_px: int) -> tuple[LayerSpec, ...]:
     """Return the layers of the stem: a convolution, a norm, and an activation where the space has one."""
     stem = space.stem
-    conv = LayerSpec(
-        "conv",
-        "conv",
-        resolution_px,
-        space.input.channels,
-        stem.channels,
-        stem.kernel,
-        stem.stride,
-        bias=space.norm == "layernorm",
-    )
-    layers = [conv, LayerSpec("norm", space.norm, conv.out_px, stem.channels, stem.channels)]
-    if stem.activation:
-        layers.append(LayerSpec("act", space.activation, conv.out_px, stem.channels, stem.channels))
-    return tuple(layers)
+    c, bias = stem.channels, space.norm == "layernorm"
+    conv = LayerSpec("conv", "conv", resolution_px, space.input.channels, c, stem.kernel, stem.stride, bias)
+    norm = LayerSpec("norm", space.norm, conv.out_px, c, c)
+    act = LayerSpec("act", space.activation, conv.out_px, c, c)
+    return (conv, norm, act) if stem.activation else (conv, norm)
 
 
 def transition_layers(
@@ -78,12 +71,10 @@ def transition_layers(
 
 def head_layers(space: SearchSpace, c_in: int, classes: int, resolution_px: int) -> tuple[LayerSpec, ...]:
     """Return the layers of the head: a pointwise convolution where the space has one, pooling, classifier."""
-    px, norm = resolution_px, space.norm
+    px, norm, channels = resolution_px, space.norm, space.head.channels or c_in
     pre_norm = norm == "layernorm"
     layers = []
-    channels = c_in
     if space.head.channels is not None:
-        channels = space.head.channels
         expand = LayerSpec("expand", "conv", px, c_in, channels, bias=pre_norm)
         norm1 = LayerSpec("norm1", norm, px, *((c_in, c_in) if pre_norm else (channels, channels)))
         act = LayerSpec("act", space.activation, px, channels, channels)
@@ -129,10 +120,7 @@ def skeleton(
 
 def smallest_resolution_px(space: SearchSpace) -> int:
     """Return the smallest input that passes all strides of the space."""
-    total = max(space.stem.stride, space.stem.kernel if space.stem.kernel == space.stem.stride else 1)
-    for stage in space.stages:
-        total *= stage.stride
-    return total
+    return math.prod((space.stem.stride, *(stage.stride for stage in space.stages)))
 
 
 def check_resolution(space: SearchSpace, resolution_px: int) -> None:
@@ -147,9 +135,8 @@ def check_resolution(space: SearchSpace, resolution_px: int) -> None:
 def make_block(name: str, block: str, place: Place, **parameters: Value) -> BlockSpec:
     """Return a block with these parameters at a place. Raises SpaceError where its layers do not fit."""
     kind = BLOCKS[block]
-    values = {p.name: parameters.get(p.name, p.default) for p in kind.parameters}
     assert not list(kind.check(parameters)), parameters
-    given = {key: value for key, value in values.items() if value is not None}
+    given = kind.complete(parameters)
     return BlockSpec(name, kind.kind(given), kind.layers_at(place, given), block, place, given)
 
 
@@ -172,9 +159,8 @@ def lower(
 
 
 def layers_of(blocks: Iterable[BlockSpec]) -> Iterator[LayerSpec]:
-    """Yield all layers of these blocks in order."""
-    for block in blocks:
-        yield from block.layers
+    """Return all layers of these blocks in order."""
+    return chain.from_iterable(block.layers for block in blocks)
 
 
 def count_macs(blocks: Iterable[BlockSpec]) -> int:
@@ -191,7 +177,6 @@ def smallest_and_largest(space: SearchSpace) -> tuple[Arch, Arch]:
     """Return the networks with the fewest and the most MACs."""
     slots = [part for part in skeleton(space) if isinstance(part, Slot)]
     macs = [[count_macs([fill(space, slot, c)]) for c in slot.position.candidates] for slot in slots]
-    return (
-        arch_from_indices(space, tuple(row.index(min(row)) for row in macs)),
-        arch_from_indices(space, tuple(row.index(max(row)) for row in macs)),
-    )
+    ends = (tuple(row.index(end(row)) for row in macs) for end in (min, max))
+    least, most = (arch_from_indices(space, indices) for indices in ends)
+    return least, most
