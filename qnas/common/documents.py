@@ -80,22 +80,20 @@ def _key(loc: tuple[int | str, ...]) -> str:
     key = ""
     for part in loc:
         if isinstance(part, str):
-            key += f".{part}" if key else part
+            key += f".{part}"
         elif not key.endswith("candidates"):  # lists in them are written out: not the file's numbers
             key += f"[{part}]"
-    return key
+    return key.removeprefix(".")
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the part of a model at `loc`."""
-    for part in loc:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for number, part in enumerate(loc):
         if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            parts = list(_models(fields[part].annotation)) if part in fields else []
-            if not parts:
-                return []
-            model = parts[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
+            inner = next(_models(fields[part].annotation), None) if part in fields else None
+            return _known_keys(inner, loc[number + 1 :]) if inner else []
+    return list(fields)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -109,16 +109,12 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
         return solution if all(d.amount(solution.indices) <= d.limit for d in devices) else None
 
     low, high = macs.least, macs.most
-    best = solve_under(high)
-    if best is not None:
+    if best := solve_under(high):
         return best
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         found = solve_under(middle)
-        if found is None:
-            high = middle
-        else:
-            low, best = middle, found
+        low, high, best = (middle, high, found) if found else (low, middle, best)
     return best or solve_under(macs.least)
 
 

@@ -24,12 +24,12 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, TypeVar
 
 from qnas.common.errors import SpaceError, nearest
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, is_same_definition
+from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, check_free
 
 Value = int | str  # of a parameter
 Layers = tuple[LayerSpec, ...]
@@ -122,8 +122,7 @@ class Block:
                 yield None, f"{self.name} takes no {name}{hint}"
             elif problem := parameter.problem(value):
                 yield name, problem
-        missing = sorted(p.name for p in self.parameters if p.default is None and p.name not in given)
-        if missing:
+        if missing := sorted(p.name for p in self.parameters if p.default is None and p.name not in given):
             yield None, f"{self.name} needs {' and '.join(missing)}"
 
     def kind(self, parameters: Mapping[str, Value]) -> str:
@@ -204,18 +203,10 @@ def register_block(
         layers = getattr(definition, "layers", None) if is_class else definition
         if not callable(layers):
             raise SpaceError(f"block {name}: the class has no static method `layers(place, ...)`")
-        block = Block(
-            name,
-            _parameters(name, layers, parameters or {}, sliced),
-            layers,
-            keeps_shape,
-            needs_batchnorm,
-            definition if is_class else module,
-            definition,
-        )
-        before = BLOCKS.get(name)
-        if before is not None and not is_same_definition(before.definition, definition):
-            raise SpaceError(f"block {name}: the name is taken")
+        known = _parameters(name, layers, parameters or {}, sliced)
+        made_by = definition if is_class else module
+        block = Block(name, known, layers, keeps_shape, needs_batchnorm, made_by, definition)
+        check_free(f"block {name}", getattr(BLOCKS.get(name), "definition", None), definition)
         _check_block(block)
         BLOCKS[name] = block
         return definition
@@ -267,8 +258,7 @@ def _parameters(
 
 
 # Places at which a block is tried when it is registered: channels in and out, stride, pixels.
-_TRIED = ((8, 8, 1, 9), (8, 8, 1, 16))
-_TRIED_SHAPE_CHANGES = ((8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
+_TRIED = ((8, 8, 1, 9), (8, 8, 1, 16), (8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
 
 
 def _check_block(block: Block) -> None:
@@ -276,22 +266,22 @@ def _check_block(block: Block) -> None:
     norms = ("batchnorm",) if block.needs_batchnorm else ("batchnorm", "layernorm")
     ordered = {p.name: sorted(p.values, key=str if p.is_word else int) for p in block.parameters}
     corners = [{name: values[i] for name, values in ordered.items()} for i in (0, -1)]
-    shapes = _TRIED if block.keeps_shape else _TRIED + _TRIED_SHAPE_CHANGES
-    for shape, norm in ((shape, norm) for shape in shapes for norm in norms):
-        for parameters in corners:
-            place = Place(*shape, norm=norm, activation="relu")
-            try:
-                layers = block.layers_at(place, parameters)
-            except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise SpaceError(
-                    f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            roles = [layer.role for layer in layers]
-            if len(set(roles)) < len(roles):
-                raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
-            if block.module is None:
-                _check_chain(block.name, layers)
+    for shape, norm, parameters in product(_TRIED, norms, corners):
+        place = Place(*shape, norm=norm, activation="relu")
+        if block.keeps_shape and not place.keeps_shape:
+            continue
+        try:
+            layers = block.layers_at(place, parameters)
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise SpaceError(
+                f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        roles = [layer.role for layer in layers]
+        if len(set(roles)) < len(roles):
+            raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
+        if block.module is None:
+            _check_chain(block.name, layers)
     if block.module is not None and not isinstance(block.module, str):
         module_of(block, Place(8, 8, 1, 8, norms[0], "relu"), corners[0])
 
@@ -301,10 +291,8 @@ def _check_chain(name: str, layers: Layers) -> None:
     rest = layers[:-1] if layers and layers[-1].op == "add" else layers
     for layer in rest:
         if layer.op in ("add", "mul", "square"):
-            raise SpaceError(
-                f"block {name}: layer {layer.role} ({layer.op}) cannot be in a chain; the block needs a "
-                "module"
-            )
+            problem = "cannot be in a chain; the block needs a module"
+            raise SpaceError(f"block {name}: layer {layer.role} ({layer.op}) {problem}")
     for before, after in pairwise(rest):
         if (before.c_out, before.out_px) != (after.c_in, after.resolution_px):
             raise SpaceError(f"block {name}: layer {after.role} does not take what {before.role} returns")
@@ -324,15 +312,9 @@ def module_of(
     assert callable(make)
     known = {**asdict(place), **parameters}
     wanted = inspect.signature(make).parameters.values()
-    unknown = [
-        a.name
-        for a in wanted
-        if a.name not in known and a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)
-    ]
-    if unknown:
-        raise SpaceError(
-            f"block {block.name}: its module needs {', '.join(unknown)}, known are {', '.join(known)}"
-        )
+    needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if unknown := ", ".join(a.name for a in needed if a.name not in known):
+        raise SpaceError(f"block {block.name}: its module needs {unknown}, known are {', '.join(known)}")
     return make, {a.name: known[a.name] for a in wanted if a.name in known}
 
 
@@ -390,25 +372,23 @@ def mbconv_layers(place: Place, kernel: int, expansion: int) -> Layers:
     """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381)."""
     c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
     hidden = expansion * c_in
-    layers = []
-    if expansion > 1:
-        layers += [
-            LayerSpec("expand", "conv", px, c_in, hidden),
-            LayerSpec("norm1", norm, px, hidden, hidden),
-            LayerSpec("act1", place.activation, px, hidden, hidden),
-        ]
+    expand = (
+        LayerSpec("expand", "conv", px, c_in, hidden),
+        LayerSpec("norm1", norm, px, hidden, hidden),
+        LayerSpec("act1", place.activation, px, hidden, hidden),
+    )
     depthwise = LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, place.stride)
     px = depthwise.out_px
-    layers += [
+    residual = LayerSpec("residual", "add", px, c_out, c_out)
+    return (
+        *(expand if expansion > 1 else ()),
         depthwise,
         LayerSpec("norm2", norm, px, hidden, hidden),
         LayerSpec("act2", place.activation, px, hidden, hidden),
         LayerSpec("project", "conv", px, hidden, c_out),
         LayerSpec("norm3", norm, px, c_out, c_out),
-    ]
-    if place.keeps_shape:
-        layers.append(LayerSpec("residual", "add", px, c_out, c_out))
-    return tuple(layers)
+        *((residual,) if place.keeps_shape else ()),
+    )
 
 
 @register_block("identity")
