@@ -86,11 +86,8 @@ def measure_effects(
     no sum of effects: a model that does not predict the networks it was not fitted to says nothing of
     others.
     """
-    labels = block_labels(space)
-    drawn = [
-        place_blocks_first(labels, network)
-        for network in draw_networks(limits, log_probabilities, networks, rng)
-    ]
+    labels, found = block_labels(space), draw_networks(limits, log_probabilities, networks, rng)
+    drawn = [place_blocks_first(labels, network) for network in found]
     if len(set(drawn)) <= TOGETHER:
         return None
     measured, groups = [], []
@@ -157,10 +154,9 @@ def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], list[int]]:
         places.append(numbers.setdefault(("position", i), len(numbers)))
         row = []
         for candidate in slot.position.candidates:
-            kinds: list[Any] = []
-            if fill(space, slot, candidate).layers:
-                kinds = ["block", candidate, (stage, "block"), (stage, candidate), ("position", i)]
-            row.append([numbers.setdefault(kind, len(numbers)) for kind in kinds])
+            kinds: list[Any] = ["block", candidate, (stage, "block"), (stage, candidate), ("position", i)]
+            is_block = bool(fill(space, slot, candidate).layers)
+            row.append([numbers.setdefault(kind, len(numbers)) for kind in kinds if is_block])
         columns.append(row)
     return columns, places
 

@@ -61,13 +61,10 @@ def evaluator_of(state: SearchState) -> Evaluator:
             rows = [problem.objective.loss(supernet(images, network), labels) for network in networks]
         return torch.stack(rows).double().cpu()
 
-    return Evaluator(
-        problem.data,
-        problem.acceleration.device,
-        problem.objective,
-        lambda arch: supernet.subnet(arch, classes),
-        losses,
-    )
+    def build(arch: Arch) -> nn.Module:
+        return supernet.subnet(arch, classes)
+
+    return Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
 
 
 def saved_evaluator(
@@ -86,13 +83,13 @@ def saved_evaluator(
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)
     searched = config["search"]
-    images = load_data(
-        reopen(data, config),
-        resolution_px=searched["resolution_px"],
-        channels=space.input.channels,
-        max_broken=config.get("max_broken", MAX_BROKEN),
-        quiet=True,
+    px, channels, broken = (
+        searched["resolution_px"],
+        space.input.channels,
+        config.get("max_broken", MAX_BROKEN),
     )
+    given = reopen(data, config)
+    images = load_data(given, resolution_px=px, channels=channels, max_broken=broken, quiet=True)
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
     objective = saved_objective(

@@ -83,7 +83,7 @@ def screen(
     for solution in solutions:
         found.append(losses([solution.indices], images, labels))
         on_screened()
-    sizes = [_count_params(space, solution) for solution in solutions]
+    sizes = [count_params(lower(space, arch)) for arch in _archs(space, solutions)]
     order, _ = prefer(torch.cat(found), sizes)
     return tuple(solutions[i] for i in sorted(order[:keep]))
 
@@ -99,26 +99,20 @@ def rerank(
 
     `on_scored` is called after each network.
     """
-    scores = []
-    for solution in solutions:
-        scores.append(score(arch_from_indices(space, solution.indices), data.heldout))
+    archs, scores = _archs(space, solutions), []
+    for arch in archs:
+        scores.append(score(arch, data.heldout))
         on_scored()
-    sizes = [_count_params(space, solution) for solution in solutions]
+    sizes = [count_params(lower(space, arch)) for arch in archs]
     order, level = prefer(torch.stack([s.losses for s in scores]), sizes)
     return tuple(
-        Ranked(
-            solutions[i],
-            arch_from_indices(space, solutions[i].indices),
-            scores[i].score,
-            sizes[i],
-            is_level=place < level,
-        )
+        Ranked(solutions[i], archs[i], scores[i].score, sizes[i], is_level=place < level)
         for place, i in enumerate(order)
     )
 
 
-def _count_params(space: SearchSpace, solution: Solution) -> int:
-    return count_params(lower(space, arch_from_indices(space, solution.indices)))
+def _archs(space: SearchSpace, solutions: Sequence[Solution]) -> list[Arch]:
+    return [arch_from_indices(space, solution.indices) for solution in solutions]
 
 
 def ranking_document(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:

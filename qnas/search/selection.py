@@ -108,8 +108,7 @@ def rerank_saved(
     check_rankable(run.folder, run.config)
     evaluator = saved_evaluator(run.folder, run.config, run.space, data, loss)
     keep = keep or len(solutions)
+    space, images, device = run.space, evaluator.data, evaluator.device
     with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:
-        screened = screen(
-            run.space, solutions, evaluator.data, evaluator.losses, keep, evaluator.device, progress.step
-        )
-        return rerank(run.space, screened, evaluator.data, evaluator.classify, progress.step)
+        screened = screen(space, solutions, images, evaluator.losses, keep, device, progress.step)
+        return rerank(space, screened, images, evaluator.classify, progress.step)

@@ -101,14 +101,10 @@ def make_optimizer(
 ) -> PathAdamW:
     """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
     quadratic = {id(weight) for weight in relinear.weights} if relinear else set()
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for weight in weights:
-        if id(weight) not in quadratic:
-            (decayed if weight.ndim > 1 else plain).append(weight)
+    rest = [weight for weight in weights if id(weight) not in quadratic]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in rest if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     if relinear:
         groups.append(

@@ -87,16 +87,13 @@ class World:
         """Return the main process's value, which can be pickled, in all processes."""
         if self.size == 1:
             return value
-        values: list[Any] = [value]
+        values = [value]
         dist.broadcast_object_list(values, src=0)
-        received: T = values[0]
-        return received
+        return values[0]
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """Wrap a network whose parameters are all used at every step, so that gradients are averaged."""
-        if self.size == 1:
-            return network
-        return DistributedDataParallel(network)
+        return network if self.size == 1 else DistributedDataParallel(network)
 
     def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
         """Return the context of a forward and backward pass of a network from `parallel`.

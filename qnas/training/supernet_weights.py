@@ -46,10 +46,11 @@ def build_inherited(source: FoundArch) -> nn.Module:
 
     Raises CheckpointError where the supernet's weights are missing or of another space.
     """
-    state = load_supernet(supernet_file(source))
-    classes = next((len(w) for name, w in state.items() if name.endswith("head.classifier.weight")), 0)
-    network = build_subnet(source.space, source.arch, classes or source.space.head.classes)
-    load_weights(network, subnet_state(state, source.space, source.arch), supernet_file(source))
+    file = supernet_file(source)
+    state = load_supernet(file)
+    heads = (len(w) for name, w in state.items() if name.endswith("head.classifier.weight"))
+    network = build_subnet(source.space, source.arch, next(heads, source.space.head.classes))
+    load_weights(network, subnet_state(state, source.space, source.arch), file)
     return network.eval()
 
 
