@@ -70,9 +70,8 @@ from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.rerank import STANDARD_ERRORS, ranking_document
 from qnas.search.searcher import Searcher
-from qnas.search.selection import select
+from qnas.search.selection import STANDARD_ERRORS, ranking_document, select
 from qnas.solver.limits import Limits, latency_limit
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solve, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch

@@ -40,7 +40,7 @@ from qnas.spaces.arch import arch_from_indices
 if TYPE_CHECKING:
     from qnas.api.session import Progress
     from qnas.data.given import GivenData
-    from qnas.search.rerank import Ranked
+    from qnas.search.selection import Ranked
     from qnas.training.losses import LossFunction
 
 
@@ -218,6 +218,6 @@ def _rank_if_possible(
 def _document(ranked: "Sequence[Ranked]") -> list[dict[str, Any]]:
     if not ranked:
         return []
-    from qnas.search.rerank import ranking_document
+    from qnas.search.selection import ranking_document
 
     return ranking_document(ranked)

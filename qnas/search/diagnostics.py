@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.special import entr, softmax
 
+from qnas.nn.supernet import candidate_mask, limit_tensors
 from qnas.runs.plots import UNSETTLED
 from qnas.solver.limits import Limit, Limits
 from qnas.solver.max_entropy import max_entropy_strengths
@@ -189,19 +190,11 @@ def undecided(space: SearchSpace, limit: Limit) -> Undecided:
 
     Where uniform probabilities are below the limit, those of larger cells are larger.
     """
-    mask = np.array([[i < len(row) for i in range(max(map(len, limit.cells)))] for row in limit.cells])
-    cells = np.zeros(mask.shape)
-    cells[mask] = np.concatenate(limit.cells)
-    scale = max(max(row) - min(row) for row in limit.cells) / limit.limit
-    (strength,) = max_entropy_strengths(
-        np.array([limit.fixed]),
-        cells[None],
-        np.array([limit.limit]),
-        mask,
-        bounds=(-MOST_TILT / scale, MOST_TILT / scale),
-        tolerance=1e-9,
-    )
-    p = softmax(np.where(mask, -strength / limit.limit * cells, -np.inf), axis=1)
+    mask = candidate_mask(space)
+    fixed, cells, most = (part.numpy() for part in limit_tensors((limit,), mask))
+    tilt = MOST_TILT / (max(max(row) - min(row) for row in limit.cells) / limit.limit)
+    (strength,) = max_entropy_strengths(fixed, cells, most, mask.numpy(), (-tilt, tilt), tolerance=1e-9)
+    p = softmax(np.where(mask, -strength / limit.limit * cells[0], -np.inf), axis=1)
     identities = [
         row[position.names.index("identity")]
         for row, position in zip(p, space.positions, strict=True)

@@ -30,9 +30,8 @@ from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_supernet
 from qnas.search.evaluator import Evaluator, evaluator_of
 from qnas.search.problem import Problem
-from qnas.search.rerank import ranking_document
 from qnas.search.searcher import Searcher
-from qnas.search.selection import Selection, count_screened, select
+from qnas.search.selection import Selection, count_screened, ranking_document, select
 from qnas.search.state import SearchState
 from qnas.solver.sampling import sample_near
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document

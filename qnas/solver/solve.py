@@ -37,7 +37,6 @@ class Solution:
     score: float  # sum of the chosen candidates' scores
     limits: Limits  # that it meets
     bound: float  # no network within the limits has a higher score than this
-    solver: str
     rank: int = 1  # by score, from 1
     solved: int = 1  # number of solutions, this one included
 
@@ -84,7 +83,7 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
         )
     bound = max(found.scores[0], found.left_out)
     return tuple(
-        Solution(network, score, limits, bound, SOLVER, rank, len(found.networks))
+        Solution(network, score, limits, bound, rank, len(found.networks))
         for rank, (network, score) in enumerate(zip(found.networks, found.scores, strict=True), 1)
     )
 
@@ -156,7 +155,7 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
             "params": count_params(blocks),
             "limits": [_limit_entry(each, solution.indices) for each in solution.limits],
             "certificate": {
-                "solver": solution.solver,
+                "solver": SOLVER,
                 "score": solution.score,
                 "score_bound": solution.bound,
                 "rank": solution.rank,
