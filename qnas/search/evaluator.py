@@ -76,9 +76,9 @@ def saved_evaluator(
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
-    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or a loss
-    that is not one of qnas. Raises CheckpointError where the supernet is missing or damaged,
-    DataError where the data are, or are others than they were.
+    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or its
+    own loss. Raises CheckpointError where the supernet is missing or damaged, DataError where the data are,
+    or are others than they were.
     """
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)

@@ -37,10 +37,6 @@ class Schedule:
         """The number of architecture steps."""
         return (self.total_steps - self.warmup_steps) // self.arch_every
 
-    def is_warming_up(self, step: int) -> bool:
-        """Whether the next step trains weights only."""
-        return step < self.warmup_steps
-
     def has_arch_step(self, step: int) -> bool:
         """Whether an architecture step follows this weight step, the first being number 1."""
         searched = step - self.warmup_steps
@@ -87,7 +83,7 @@ class Problem:
         data: ImageData,
         config: SearchConfig,
         world: World,
-        objective: Objective | None = None,
+        objective: Objective | None,
     ) -> None:
         check_searchable(space, limits)
         self.space, self.data, self.config, self.world = space, data, config, world

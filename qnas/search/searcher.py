@@ -56,7 +56,7 @@ class Searcher:
     @property
     def is_warming_up(self) -> bool:
         """Whether only weights are trained so far."""
-        return self.schedule.is_warming_up(self.state.step)
+        return self.state.step < self.schedule.warmup_steps
 
     @property
     def steps_done(self) -> int:

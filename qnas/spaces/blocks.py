@@ -11,12 +11,11 @@ W_a, W_c and a bias) and the first pointwise convolution. Behind the neurons typ
 a shift, and it stays a separate operator.
 
 The clip to [-6, 6] is needed since with batch normalisation nothing else bounds what a block multiplies. In
-evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
-blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
-at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
-than linearly. The bound is ReLU6's, six standard deviations where the norm's scale is 1. It costs an
-elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself, and the
-linear neuron, which multiplies nothing, needs no clip.
+evaluation a norm is a constant scale and shift, and so a network of d blocks, which square their inputs, is a
+polynomial of degree 2^d: it overflows at more contrast or at another resolution than in training. Clipped, a
+mixer adds at most 6 to its input. The bound is ReLU6's, six standard deviations where the norm's scale is 1.
+It costs an elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself,
+and the linear neuron, which multiplies nothing, needs no clip.
 """
 
 import inspect
@@ -318,16 +317,6 @@ def module_of(
     return make, {a.name: known[a.name] for a in wanted if a.name in known}
 
 
-def mixer_layers(place: Place, kernel: int, neuron: str) -> list[LayerSpec]:
-    """Return the layers of a neuron in depthwise form, without norms."""
-    c, px = place.c_in, place.resolution_px
-    biases = NEURONS[neuron].convolution_biases(place.norm)
-    return [
-        LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
-        for role, op in NEURONS[neuron].layers.items()
-    ]
-
-
 @register_block(
     "quadra",
     parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17), "neuron": NEURONS.keys()},
@@ -339,7 +328,11 @@ def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAU
     assert place.keeps_shape
     c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
     norm, pre_norm = place.norm, place.norm == "layernorm"
-    mixer = mixer_layers(place, kernel, neuron)
+    biases = NEURONS[neuron].convolution_biases(norm)
+    mixer = [
+        LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
+        for role, op in NEURONS[neuron].layers.items()
+    ]
     expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
     act = LayerSpec("act", place.activation, px, hidden, hidden)
     project = LayerSpec("project", "conv", px, hidden, c, bias=True)

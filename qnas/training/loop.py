@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,11 +104,12 @@ def run_to_end(
     checkpoints = Checkpoints(folder)
     with (
         joined(world),
-        _own_random_numbers(seed),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         interruptible() as signals,
         (display if world.is_main else silent)(stepper.total_steps, stepper.phase) as progress,
         world.watched(),
     ):
+        torch.manual_seed(seed)
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
         if saved is not None:
             try:
@@ -154,14 +154,6 @@ def run_to_end(
         if world.any(bool(signals)):  # came as the last state was saved
             raise interrupted(folder)
         world.check_same(stepper.to_dict())
-
-
-@contextmanager
-def _own_random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch's own random numbers, and give the caller's back at the end."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def check_finite(

@@ -21,11 +21,6 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -
         raise CheckpointError(f"{where}: not the weights of this network: {problem}") from error
 
 
-def has_supernet(source: FoundArch) -> bool:
-    """Whether the weights of the supernet that the architecture was searched in are there."""
-    return supernet_file(source).is_file()
-
-
 def supernet_file(source: FoundArch) -> Path:
     """Return the file of the supernet's weights: beside the architecture, or where its document says."""
     return source.folder / str(source.document.get("supernet", SUPERNET_FILE))

@@ -52,9 +52,8 @@ def train_subnet(
 
     `request` is what else was asked, for config.json; `objective` stands in for the loss and metric that
     the configuration names. A linear start would undo the supernet's quadratic weights: UsageError with
-    both. Of several processes only the main one reads and writes in the folder. The weights are written as
-    safetensors, with the architecture and its space beside them. Raises CheckpointError where the folder or
-    the supernet's weights cannot be used.
+    both. Of several processes only the main one reads and writes in the folder. Raises CheckpointError where
+    the folder or the supernet's weights cannot be used.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
@@ -93,7 +92,11 @@ def train_subnet(
         try:
             train()
         except TrainingError as error:
-            raise _keep_best(trainer, folder, error) from error
+            if not trainer.best:
+                raise
+            save_tensors(folder / names.BEST_FILE, trainer.best["weights"])
+            kept = f"the weights of epoch {trainer.best['epoch']} are in {folder / names.BEST_FILE}"
+            raise TrainingError(f"{error}; {kept}") from error
         return _finish(trainer, folder, source, request)
 
 
@@ -130,12 +133,3 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
     write_json(folder / names.RESULT_FILE, result)
     Checkpoints(folder).remove()
     return score
-
-
-def _keep_best(trainer: SubnetTrainer, folder: Path, error: TrainingError) -> TrainingError:
-    """Save the best weights of a training that diverged; return the error to raise."""
-    if not trainer.best:
-        return error
-    save_tensors(folder / names.BEST_FILE, trainer.best["weights"])
-    kept = f"the weights of epoch {trainer.best['epoch']} are in {folder / names.BEST_FILE}"
-    return TrainingError(f"{error}; {kept}")
