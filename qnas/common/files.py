@@ -45,8 +45,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def staged(folder: Path) -> Iterator[Path]:
     """Give an empty folder; its files take their places in `folder` when the block ends without an error.
 
-    On an error what stood there before stays, and nothing half-written is left. What `folder` holds
-    besides stays too.
+    On an error what stood there before stays, and nothing half-written is left. All else stays too.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -63,8 +63,7 @@ class Pace:
 class Progress(AbstractContextManager["Progress"]):
     """Count the steps of a known total, and show the phase, the latest figures and the time left.
 
-    With `on_progress` each step is reported to that function and nothing is printed; with `quiet` only
-    warnings are.
+    With `on_progress` each step is reported to that function; with `quiet` only warnings are printed.
     """
 
     def __init__(

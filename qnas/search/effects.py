@@ -43,8 +43,7 @@ WINDOW = 0.7  # of the latency of the most probable network: drawn networks take
 TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
-# Cross-entropies in nats, (networks, B), of networks given by their candidates' numbers, on each of some
-# images (B, C, H, W) with labels (B,).
+# cross-entropies in nats, (networks, B), of networks by number on images (B, C, H, W) with labels (B,)
 Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 
 
@@ -82,9 +81,8 @@ def measure_effects(
     """Draw networks within the limits by their probabilities, run them and fit the effects.
 
     Their blocks are put first. A batch is taken for every `TOGETHER` networks; `on_measured` is called with
-    the number of networks after each. None where too few networks are found, or where their losses follow
-    no sum of effects: a model that does not predict the networks it was not fitted to says nothing of
-    others.
+    the number of networks after each. None where too few networks are found, or where the model does not
+    predict the networks that it was not fitted to.
     """
     labels, found = block_labels(space), draw_networks(limits, log_probabilities, networks, rng)
     drawn = [place_blocks_first(labels, network) for network in found]

@@ -71,9 +71,8 @@ class Schedule:
 class Problem:
     """A space, the limits on its networks, the images, and how to search.
 
-    Without an objective it is the one that the configuration names. Raises ArchError or
-    InfeasibleBudgetError where there is nothing to search, UsageError where the machine or the number of
-    processes does not fit.
+    Without an objective it is the one that the configuration names. Raises ArchError or InfeasibleBudgetError
+    where there is nothing to search, UsageError where the machine or the number of processes does not fit.
     """
 
     def __init__(

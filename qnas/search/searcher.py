@@ -1,9 +1,8 @@
 """The search: the supernet's weights and its architecture are trained in turn.
 
-The warm-up trains weights only. After it, an architecture step on held-out images follows every few
-weight steps. Paths are sampled evenly among networks within the limits from beginning to end, so that all
-networks are trained alike. Batches depend only on the seed and their number, so that a resumed search equals
-an uninterrupted one.
+The warm-up trains weights only. After it, an architecture step on held-out images follows every few weight
+steps. Paths are sampled evenly among networks within the limits, so that all are trained alike. Batches
+depend only on the seed and their number, so that a resumed search equals an uninterrupted one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,8 +78,7 @@ class Searcher:
     def step(self) -> dict[str, Any]:
         """Take a weight step, and an architecture step when it is due; return what to log.
 
-        The log has figures, and `warnings` where something goes wrong. Raises TrainingError where a loss
-        is not finite.
+        The log has figures, and any `warnings`. Raises TrainingError where a loss is not finite.
         """
         state = self.state
         if self._weight_batches is None or self._arch_batches is None:

@@ -138,8 +138,7 @@ def rerank_saved(
 ) -> tuple[Ranked, ...]:
     """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
 
-    More than `keep` networks are screened first. Raises CheckpointError where the run does not record what a
-    ranking needs, and what `saved_evaluator` does.
+    More than `keep` are screened first. Raises as `saved_evaluator` and `check_rankable`.
     """
     check_rankable(run.folder, run.config)
     evaluator = saved_evaluator(run.folder, run.config, run.space, data, loss)

@@ -1,12 +1,11 @@
 """The k best networks within some limits: a multiple-choice knapsack, solved exactly.
 
-A network has one candidate at each position. Its score is the sum of their scores, and so are its
-amounts. The positions are processed in order with all partial networks that can still lead to a result
-(dynamic programming with lists: Nemhauser and Ullmann, 1969). Three kinds cannot: those whose upper bound is
-below the k-th best network known; those that k others beat in the score and in every amount; and of
-those that are one network by its labels, all but the best placed. The upper bound is the linear
-relaxation of the positions to come (Sinha and Zoltners, 1979), under each limit alone and under the
-mixture of them that binds most.
+A network has one candidate at each position; its score and its amounts are the sums of theirs. The positions
+are processed in order with all partial networks that can still lead to a result (dynamic programming with
+lists: Nemhauser and Ullmann, 1969). Three kinds cannot: those whose upper bound is below the k-th best known
+network; those that k others beat in the score and in every amount; and of those that are one network by its
+labels, all but the best placed. The upper bound is the linear relaxation of the positions to come (Sinha and
+Zoltners, 1979), under each limit alone and under the mixture of them that binds most.
 
 A first pass keeps few partial networks and finds good ones, by which the next passes prune. What a
 pass drops because its list is full stays in the bound that is returned. So the bound always holds, and
@@ -125,8 +124,8 @@ class _Problem:
     def search(self, kept: int, floor: float, margin: int) -> tuple[list[Network], float, bool]:
         """Go through the positions, keeping so many partial networks and none bounded below `floor`.
 
-        Returns the best networks, an upper bound of the scores of those left out, and whether a network
-        that fits in whole numbers does not by its exact amount.
+        Returns the best networks, an upper bound of the scores of those left out, and whether a network that
+        fits in whole numbers does not by its exact amount.
         """
         none = np.zeros(1, np.int64)
         partial = _Partial(np.zeros(1), np.zeros((len(self.room), 1), np.int64), none, none, none)

@@ -25,10 +25,9 @@ def max_entropy_strengths(
 ) -> Floats:
     """Return the strength of each limit, (limits,).
 
-    fixed, limit: (limits,); cells: (limits, positions, candidates), 0 where the mask (positions,
-    candidates) is. A strength of at least 0 leaves a limit alone that the uniform distribution keeps; with
-    a lower bound below 0 the expected amount equals the limit, as nearly as the bounds allow. `tolerance`
-    is of the expected amount over the limit.
+    fixed, limit: (limits,); cells: (limits, positions, candidates), 0 where the mask (positions, candidates)
+    is. A strength of at least 0 leaves a limit alone that the uniform distribution keeps; with a lower bound
+    below 0 the expected amount equals the limit, as nearly as it can. `tolerance` is a share of the limit.
     """
     cells, margin = cells / limit[:, None, None], 1 - fixed / limit
 

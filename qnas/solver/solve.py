@@ -91,10 +91,9 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
 def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:
     """Return the network that MACs alone would choose within these limits; None where there is none.
 
-    The scores are solved under a limit on MACs instead of the devices' limits. The limit is the largest,
-    by bisection to a 4096th of the range, whose solution meets the devices' limits too. Where MACs order
-    networks as the devices do, the solution is the derived network itself. Its limits and bound are those
-    of the solve under MACs.
+    The scores are solved under a limit on MACs instead of the devices': the largest, by bisection to a 4096th
+    of the range, whose solution meets the devices' limits too. Where MACs order networks as the devices do,
+    that is the derived network itself. Its limits and bound are those of the solve under MACs.
     """
     devices = [limit for limit in limits if limit.table is not None]
     counts = [limit for limit in limits if limit.table is None]
@@ -132,9 +131,9 @@ def check_searchable(space: SearchSpace, limits: Limits) -> None:
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of the arch.json of a solution, with the certificate that a reader can check.
 
-    The prediction is the certificate's `fixed_ms` and `position_ms` together; it is at most
-    `limit_ms`, the budget over 1 + margin. These and `budget_ms` are of the first device; `limits` has
-    the same of each: `amount`, which is `fixed` and `positions` together, is at most `limit`.
+    The prediction, the certificate's `fixed_ms` and `position_ms` together, is at most `limit_ms`, the budget
+    over 1 + margin. These are of the first device; `limits` has the same of each: `amount`, which is `fixed`
+    and `positions` together, is at most `limit`.
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)

@@ -1,8 +1,7 @@
 """One layer of a network as a value: its operator and shape, and what it costs in MACs and memory.
 
-Maps are square. One multiply-add is one MAC, counted for convolutions and linear layers only (the
-convention of the papers and of torch's own counter); elementwise operators count no MACs but have a
-latency. Sizes are for one image.
+Maps are square, and sizes are for one image. One multiply-add is one MAC, counted for convolutions and linear
+layers only, as the papers and torch's own counter do; elementwise operators have a latency but no MACs.
 """
 
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from typing import NamedTuple
 class LayerSpec:
     """An operator at a place: `role` names it inside its block.
 
-    `resolution_px` is the height and width of the input. A convolution with an odd kernel is padded so
-    that the output has resolution / stride pixels, rounded up; a kernel as large as its stride (a patch)
-    is not padded, and the output is rounded down.
+    `resolution_px` is the height and width of the input. An odd kernel is padded so that the output has
+    resolution / stride pixels, rounded up; a kernel as large as its stride (a patch) is not: rounded down.
     """
 
     role: str

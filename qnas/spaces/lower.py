@@ -1,9 +1,8 @@
 """The one lowering: a space and an architecture to blocks, each a tuple of layers.
 
-The module builders, the counters and every latency source read what this returns, so they cannot
-disagree. Layers stand in the order in which they run; `role` names a layer inside its block and is
-the name of the submodule that computes it. A block carries the parameters that it was made with, so that
-nothing reads them back out of layers.
+The module builders, the counters and every latency source read what this returns, so they cannot disagree.
+Layers stand in the order in which they run; `role` names a layer inside its block, and the submodule that
+computes it. A block carries its parameters, so that nothing reads them back out of layers.
 """
 
 import math
@@ -91,8 +90,7 @@ def skeleton(
 ) -> tuple[BlockSpec | Slot, ...]:
     """Return the fixed blocks of every network of the space, with slots where candidates go.
 
-    Without arguments it is that of the deployed network. Raises SpaceError where the resolution is
-    too small to pass all strides.
+    By default it is that of the deployed network. Raises SpaceError where the resolution is too small.
     """
     px = space.input.resolution_px if resolution_px is None else resolution_px
     check_resolution(space, px)

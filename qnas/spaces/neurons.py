@@ -3,8 +3,8 @@
 In the docstrings of the formulas `*` is a depthwise convolution at stride 1, padded to keep the size; `.`
 and `^2` are elementwise. Types 2 to 4 are as counted in QuadraLib (MLSys 2022, arXiv 2204.01701).
 
-A formula only calls its convolutions and uses operators and methods of tensors, so it needs no torch to be
-defined, and the stand-alone export copies its source.
+A formula only calls its convolutions and uses operators and methods of tensors: it is defined without torch,
+and the stand-alone export copies its source.
 """
 
 import inspect
@@ -39,13 +39,11 @@ class Neuron:
     # a product alone, has the same third.
     start: Mapping[str, float] = field(default_factory=dict)
     ones: tuple[str, ...] = ()  # convolutions whose bias starts at one
-    # ReLinear (arXiv 2110.06081) starts these weights at zero, so that the neuron is linear; None: the
-    # neuron has no linear part
+    # ReLinear (arXiv 2110.06081) starts these at zero, so that the neuron is linear; None: no linear part
     zeros: tuple[str, ...] | None = None
     # the weights of the quadratic terms, which ReLinear lets in slowly; the same where not given
     quadratic: tuple[str, ...] | None = None
-    # A batch norm behind the neuron folds into these convolutions, the last of which takes the shift as a
-    # bias; it stays an operator where there are none.
+    # a batch norm folds into these, the last of which takes the shift as a bias; where none, it stays
     folds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,9 +1,8 @@
 """A search space, read from a YAML file or made in Python, as a frozen value.
 
-A network is a stem, stages of positions with a transition before each, and a head. Every position
-is filled by one of its candidates; a fixed network is a space with one candidate a position. The
-latency of a space is that of its own `input.resolution_px` and `head.classes`, whatever it is
-trained on.
+A network is a stem, stages of positions with a transition before each, and a head. Every position is filled
+by one of its candidates; a fixed network is a space with one candidate a position. Latencies are those of the
+space's own `input.resolution_px` and `head.classes`, whatever it is trained on.
 """
 
 import hashlib
@@ -47,8 +46,7 @@ Channels = Annotated[int, Field(ge=1, le=16384)]
 class Candidate(_Node):
     """A block that a position may hold, with all its parameters.
 
-    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`; parameters that have a
-    default may be left out.
+    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`, without defaults.
     """
 
     block: str
@@ -344,8 +342,7 @@ def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
 def parse_space(text: str, where: str) -> SearchSpace:
     """Read a space from YAML text; `where` names it in messages.
 
-    Raises SpaceError with every problem of the file in one line; those between keys follow once each
-    key is right by itself.
+    Raises SpaceError with every problem in one line; those between keys once each key is right by itself.
     """
     return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
 

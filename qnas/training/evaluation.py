@@ -1,8 +1,7 @@
 """The facts of a trained network: its accuracy, its size, its latencies, and its speed on this machine.
 
-Accuracies have Wilson's interval (1927), since the usual normal interval is wrong for shares near 0 or 1
-and for the few images of one class. The interval covers other test sets of the same kind and size, not
-other seeds.
+Accuracies have Wilson's interval (`common.intervals`), which covers other test sets of the same kind and
+size, not other seeds.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Losses that networks are trained and ranked by, and metrics that they are reported by.
 
-A loss gives one value an image, so that ranking can compare networks image by image. Any callable of
-the same signature can stand in for the named ones.
+A loss gives one value an image, so that networks can be compared image by image. Any callable of the same
+signature can stand in for the named ones.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,9 @@
 """The training of one network: from the supernet's weights or from scratch.
 
-It is trained on all training images. The test images are evaluated after every epoch for the curve, but
-do not select the result: that is the last weights, or their moving average where the recipe has one. The
-weights of the best epoch are kept as well; their accuracy is too high, since they are the best of many
-evaluations on the test images. Selecting an epoch properly would need a validation split, and with a
-learning rate that falls to a hundredth the last weights are among the best.
+It is trained on all training images. The test images are evaluated after every epoch for the curve, but do
+not select the result: that is the last weights, or their moving average where the recipe has one. The weights
+of the best epoch are kept as well; their accuracy is too high, as it selected them. A proper selection would
+need a validation split, and as the learning rate falls to a hundredth the last weights are among the best.
 """
 
 import math
@@ -248,8 +247,7 @@ def drop_blocks(network: nn.Module, rate: float) -> None:
 def _update_average(average: AveragedModel, network: nn.Module, decay: float, step: int) -> None:
     """Move the average towards the network after `step` updates.
 
-    The decay is smaller at first: the first weights are random, and would be most of a short training's
-    average.
+    The decay is smaller at first: the random first weights would be most of a short training's average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped

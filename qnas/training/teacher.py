@@ -67,9 +67,8 @@ def load_teacher(
 ) -> tuple[Teacher, str]:
     """Return the teacher that is asked for, and a digest of its weights.
 
-    `spec` is `supernet-largest` (of the run that the architecture is from), `timm:NAME` (its pretrained
-    weights) or the folder of a trained network. Raises UsageError or CheckpointError where there is none,
-    or where its classes are not those of the data.
+    `spec` is `supernet-largest` (of the architecture's run), `timm:NAME` (its pretrained weights) or the
+    folder of a trained network. Raises UsageError or CheckpointError where there is none, or other classes.
     """
     if spec == SUPERNET_LARGEST:
         network = _largest(source, data, device)
