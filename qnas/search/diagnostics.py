@@ -3,7 +3,7 @@
 A search that stalls or collapses still ends with a network within its budget, and so looks like a success.
 Each step's figures are therefore compared with a reference that follows from the budget: the share of
 identity and the entropy of the maximum-entropy probabilities whose expected amounts are the limits
-(`undecided`). A search moves away as it learns, but neither far beyond that share nor to zero entropy at once.
+(`undecided`). A search moves away as it learns, but not far beyond that share nor to zero entropy at once.
 
 A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so
 that a resumed search reports the same as an uninterrupted one.
