@@ -251,6 +251,7 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     space, heldout = setting.space, searcher.problem.data.heldout
     start = time.process_time()
     state, evaluator = searcher.state, evaluator_of(searcher.state)
+    figures = state.figures()
     selection = select(state)
     effects, ranked = selection.effects, selection.ranking
     derived_s = time.process_time() - start
@@ -259,7 +260,8 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     return {
         "derived_s": derived_s,
         "expected_ms": float(state.expected[0]),
-        **{name: state.figures()[name] for name in ("entropy", "identity_share")},
+        "entropy": figures["entropy"],
+        "identity_share": figures["identity_share"],
         "ranked": ranking_document(ranked),
         "random_heldout": [evaluator.score(arch, heldout).accuracy for arch in random_networks(setting)],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,

@@ -19,8 +19,8 @@ from scipy.special import entr, softmax
 
 from qnas.nn.supernet import candidate_mask, limit_tensors
 from qnas.runs.plots import UNSETTLED
+from qnas.solver.distributions import max_entropy_strengths
 from qnas.solver.limits import Limit, Limits
-from qnas.solver.max_entropy import max_entropy_strengths
 from qnas.spaces.space import SearchSpace
 
 OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
@@ -101,6 +101,9 @@ class Watch:
         violation = sight.ratio - 1
         self.violations = [*self.violations, violation][-self.arch_window :]
         self.at_bound = self.at_bound + 1 if abs(sight.multiplier) >= self.multiplier_bound else 0
+        distances = [abs(v) for v in self.violations]
+        stalls = len(distances) == self.arch_window and max(distances) - min(distances) < MOVED * distances[0]
+        stalls = stalls and min(distances) >= (UNSETTLED if sight.settling else OFF_TARGET)
         # halfway from what the budget asks for to nothing but identities
         most = (1 + self.expects.identity_share) / 2
         name, share = max(sight.shares.items(), key=lambda item: item[1], default=("", 0.0))
@@ -108,7 +111,7 @@ class Watch:
         gone = early and sight.entropy < DECIDED * self.expects.entropy
         return self._new(
             {
-                "stall": self._stalls(UNSETTLED if sight.settling else OFF_TARGET)
+                "stall": stalls
                 and f"the expected amount has stood at {sight.ratio:.0%} of the limit for "
                 f"{self.arch_window} architecture steps: the search is too short to reach it",
                 "bound": self.at_bound >= self.bound_window
@@ -128,12 +131,6 @@ class Watch:
                 f"{sight.entropy:.3f} nats): later steps change nothing (a longer warm-up helps)",
             }
         )
-
-    def _stalls(self, tolerance: float) -> bool:
-        distances = [abs(v) for v in self.violations]
-        if len(distances) < self.arch_window or min(distances) < tolerance:
-            return False
-        return max(distances) - min(distances) < MOVED * distances[0]
 
     def _new(self, conditions: Mapping[str, str | bool]) -> list[str]:
         """Return the messages of conditions that hold and did not before."""

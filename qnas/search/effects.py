@@ -27,8 +27,8 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import CandidateIndices, Scores, solve
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.lower import BlockSpec, fill, skeleton

@@ -33,7 +33,7 @@ from qnas.search.problem import Problem
 from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection, count_screened, ranking_document, select
 from qnas.search.state import SearchState
-from qnas.solver.sampling import sample_near
+from qnas.solver.distributions import sample_near
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower

@@ -19,7 +19,6 @@ and the linear neuron, which multiplies nothing, needs no clip.
 """
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -28,7 +27,7 @@ from typing import Any, TypeVar
 
 from qnas.common.errors import SpaceError, nearest
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, check_free
+from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
 
 Value = int | str  # of a parameter
 Layers = tuple[LayerSpec, ...]
@@ -219,24 +218,22 @@ def _parameters(
     """Return the parameters as declared, with the defaults of the function. Raises SpaceError."""
     _, *arguments = inspect.signature(layers).parameters.values()
     problems = []
-    if not re.fullmatch(r"[a-z][a-z0-9]*", block):
+    if not NAME.fullmatch(block):
         problems.append(f"the name must be lower-case letters and digits, got {block!r}")
     taken = [argument.name for argument in arguments]
     if sorted(taken) != sorted(values):
-        problems.append(
-            f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {', '.join(values) or 'none'}"
-        )
+        declared = ", ".join(values) or "none"
+        problems.append(f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {declared}")
     problems += [f"sliced: no parameter {each}" for each in sliced if each not in values]
     reserved = {"block", *(field.name for field in fields(Place))}
     for parameter, allowed in values.items():
         if parameter in reserved:
             problems.append(f"a parameter cannot be called {parameter}")
         numbers = [v for v in allowed if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
-        words = [v for v in allowed if isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9]*", v)]
+        words = [v for v in allowed if isinstance(v, str) and NAME.fullmatch(v)]
         if not allowed or len(allowed) not in (len(numbers), len(words)):
-            problems.append(
-                f"{parameter}: expected whole numbers from 0, or words of lower-case letters and digits"
-            )
+            expected = "whole numbers from 0, or words of lower-case letters and digits"
+            problems.append(f"{parameter}: expected {expected}")
         elif words and parameter in sliced:
             problems.append(f"sliced: {parameter} has words as values, which have no largest")
     all_words = [v for allowed in values.values() for v in allowed if isinstance(v, str)]

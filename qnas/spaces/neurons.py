@@ -18,6 +18,7 @@ from qnas.spaces.layer import OPS
 
 Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
 CONVOLUTION = "dwconv"
+NAME = re.compile(r"[a-z][a-z0-9]*")  # of neurons, blocks, and words as values of a block's parameter
 _ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
 _ELEMENTWISE -= {CONVOLUTION, "gap"}
 # the layers that a QuadraBlock has besides its neuron's
@@ -47,7 +48,7 @@ class Neuron:
     folds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise SpaceError(f"neuron {self.name!r}: the name must be lower-case letters and digits")
         problems = []
         if unknown := sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION}):

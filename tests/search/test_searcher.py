@@ -39,8 +39,8 @@ from qnas.search.config import LatencyLoss, Paths, SearchConfig
 from qnas.search.problem import FINAL_TEMPERATURE, SNAPSHOTS
 from qnas.search.search_result import run_search
 from qnas.search.searcher import Searcher
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import check_searchable, solve
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end

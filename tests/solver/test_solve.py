@@ -12,8 +12,8 @@ from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.table import Cell, LatencyTable
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits, check_limits, count_limit, far_from_searched, latency_limit
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import (
     Scores,
     Solution,
