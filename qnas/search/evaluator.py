@@ -83,12 +83,8 @@ def saved_evaluator(
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)
     searched = config["search"]
-    px, channels, broken = (
-        searched["resolution_px"],
-        space.input.channels,
-        config.get("max_broken", MAX_BROKEN),
-    )
-    given = reopen(data, config)
+    given, channels = reopen(data, config), space.input.channels
+    px, broken = searched["resolution_px"], config.get("max_broken", MAX_BROKEN)
     images = load_data(given, resolution_px=px, channels=channels, max_broken=broken, quiet=True)
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")

@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qnas.common.documents import describe_problems, read_mapping, to_tuples
+from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
 from qnas.common.errors import SpaceError, nearest
 from qnas.common.resources import read_named
 from qnas.spaces.blocks import BLOCKS, Block, Value
@@ -34,16 +26,10 @@ from qnas.spaces.blocks import BLOCKS, Block, Value
 SCHEMA = "qnas.space/1"
 
 
-class _Node(BaseModel):
-    """A part of the file: frozen, unknown keys refused, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
 
-class Candidate(_Node):
+class Candidate(FilePart):
     """A block that a position may hold, with all its parameters.
 
     It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`, without defaults.
@@ -143,14 +129,14 @@ Candidates = Annotated[
 ]
 
 
-class Input(_Node):
+class Input(FilePart):
     """The deployed network's input."""
 
     channels: Annotated[int, Field(ge=1, le=16)] = 3
     resolution_px: Annotated[int, Field(ge=1, le=4096)]
 
 
-class Stem(_Node):
+class Stem(FilePart):
     """The first convolution. A kernel equal to the stride cuts the image into patches."""
 
     channels: Channels
@@ -159,7 +145,7 @@ class Stem(_Node):
     activation: bool = False
 
 
-class Stage(_Node):
+class Stage(FilePart):
     """Positions of one width. `stride` is that of the transition before the first position."""
 
     channels: Channels
@@ -168,7 +154,7 @@ class Stage(_Node):
     candidates: Candidates | None = None  # instead of the space's own
 
 
-class Head(_Node):
+class Head(FilePart):
     """Pooling and classifier, after a pointwise convolution to `channels` where that is given."""
 
     classes: Annotated[int, Field(ge=2)]
@@ -201,7 +187,7 @@ class Position:
         return self.candidates[self.names.index(name)]
 
 
-class SearchSpace(_Node):
+class SearchSpace(FilePart):
     """A checked search space. Two spaces with one digest have the same networks."""
 
     file_schema: Literal["qnas.space/1"] = Field(alias="schema")
