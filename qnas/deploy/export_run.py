@@ -16,10 +16,12 @@ from qnas.deploy.export_facts import card_document, file_metadata
 from qnas.deploy.export_images import checking_images
 from qnas.deploy.export_request import ExportJob, ExportRequest
 from qnas.deploy.measured_export import time_exported
-from qnas.runs.found_arch import find_arch, trained_folder
-from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE
+from qnas.nn.subnet import build_subnet
+from qnas.runs.found_arch import find_arch
+from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
-from qnas.training.supernet_weights import build_trained
+from qnas.training.supernet_weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     """
     precision = check_request(request.formats, request.precision)
     folder = source.parent if source.suffix == ".json" else source
-    trained = trained_folder(folder)
-    if trained is None:
+    trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
+    if not (trained / RESULT_FILE).is_file():
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     out = out or folder / EXPORT_FOLDER
     _check_free(out, request, precision)
@@ -126,9 +128,12 @@ def _read_result(path: Path) -> dict[str, Any]:
 def _product(job: ExportJob, calibration: RealImages | None) -> Product:
     found, result, px = job.found, job.result, job.resolution_px
     classes = tuple(result["classes"])
+    network = build_subnet(found.space, found.arch, len(classes)).eval()
+    weights = job.trained / WEIGHTS_FILE
+    load_weights(network, load_tensors(weights), weights)
     return Product(
         "qnas_" + re.sub(r"\W", "_", found.space.name),
-        build_trained(found, len(classes)),
+        network,
         lower(found.space, found.arch, resolution_px=px, classes=len(classes)),
         classes,
         tuple(result["mean"]),

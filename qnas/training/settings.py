@@ -22,10 +22,8 @@ MetricName = Literal["accuracy", "balanced-accuracy"]
 
 def _scientific(value: Any) -> Any:
     """Read `4e-3` as a number: YAML 1.1 has it as text, because it lacks a point."""
-    if not isinstance(value, str) or "e" not in value.lower():
-        return value
     try:
-        return float(value)
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
         return value
 

@@ -49,7 +49,9 @@ REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
     "`quadratic_gamma` below 1) may help"
 )
-_PLAIN = ("steps_done", "accuracy", "epoch_loss", "best")  # of a trainer's state
+# what a checkpoint holds of a trainer: states of parts, and values
+_PARTS = ("network", "average", "optimizer", "scaler", "schedule")
+_VALUES = ("steps_done", "accuracy", "epoch_loss", "best")
 
 
 class SubnetTrainer:
@@ -189,27 +191,18 @@ class SubnetTrainer:
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         return f"loss {row['loss']:.3f}{known}"
 
-    def _parts(self) -> dict[str, Any]:
-        """Return what keeps a state of its own, by its name in a checkpoint."""
-        average = {"average": self.average} if self.average else {}
-        return {
-            "network": self.network,
-            **average,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-            "schedule": self.schedule,
-        }
-
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps."""
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        return {name: part.state_dict() for name, part in self._parts().items()} | plain
+        parts = {name: getattr(self, name) for name in _PARTS}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return states | {name: getattr(self, name) for name in _VALUES}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        for name, part in self._parts().items():
-            part.load_state_dict(saved[name])
-        for name in _PLAIN:
+        for name in _PARTS:
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(saved[name])
+        for name in _VALUES:
             setattr(self, name, saved[name])
 
 
