@@ -122,10 +122,8 @@ class SearchState:
             progress=schedule.progress(self.step),
             settling=schedule.is_settling(self.step),
             ratio=self.expected_ratio,
-            multiplier=figures["multiplier"],
-            entropy=figures["entropy"],
-            identity_share=figures["identity_share"],
             shares={name: sum(found) / choices for name, found in self._shares().items()},
+            **{name: figures[name] for name in ("multiplier", "entropy", "identity_share")},
         )
 
     def _shares(self) -> dict[str, list[float]]:

@@ -111,8 +111,10 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
         return best
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        found = solve_under(middle)
-        low, high, best = (middle, high, found) if found else (low, middle, best)
+        if found := solve_under(middle):
+            low, best = middle, found
+        else:
+            high = middle
     return best or solve_under(macs.least)
 
 

@@ -59,12 +59,10 @@ def transition_layers(
     """Return a norm and a convolution of kernel = stride; nothing where the shape stays."""
     if stride == 1 and c_in == c_out:
         return ()
-    if space.norm == "layernorm":
-        return (
-            LayerSpec("norm", space.norm, resolution_px, c_in, c_in),
-            LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride, bias=True),
-        )
-    conv = LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride)
+    pre_norm = space.norm == "layernorm"
+    conv = LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride, bias=pre_norm)
+    if pre_norm:
+        return LayerSpec("norm", space.norm, resolution_px, c_in, c_in), conv
     return conv, LayerSpec("norm", space.norm, conv.out_px, c_out, c_out)
 
 
