@@ -38,7 +38,7 @@ from qnas.latency.fitting.measurements import Measured, read_measured
 from qnas.latency.fitting.own_device import fit_own, own_device
 from qnas.latency.table import RUNTIME, LatencyTable
 from qnas.runs.found_arch import find_arch
-from qnas.solver.sampling import sample_near
+from qnas.solver.distributions import sample_near
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

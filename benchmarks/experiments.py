@@ -33,8 +33,8 @@ from qnas.nn import blocks
 from qnas.nn.subnet import build_subnet
 from qnas.search.config import SearchConfig
 from qnas.search.searcher import Searcher
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits
-from qnas.solver.sampling import sample_near
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import stream

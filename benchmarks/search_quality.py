@@ -70,10 +70,8 @@ from qnas.latency.table import LatencyTable
 from qnas.nn import blocks
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.figures import probability_figures
-from qnas.search.rerank import STANDARD_ERRORS, ranking_document
 from qnas.search.searcher import Searcher
-from qnas.search.selection import select
+from qnas.search.selection import STANDARD_ERRORS, ranking_document, select
 from qnas.solver.limits import Limits, latency_limit
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solve, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
@@ -253,6 +251,7 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     space, heldout = setting.space, searcher.problem.data.heldout
     start = time.process_time()
     state, evaluator = searcher.state, evaluator_of(searcher.state)
+    figures = state.figures()
     selection = select(state)
     effects, ranked = selection.effects, selection.ranking
     derived_s = time.process_time() - start
@@ -261,7 +260,8 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
     return {
         "derived_s": derived_s,
         "expected_ms": float(state.expected[0]),
-        **probability_figures(state),
+        "entropy": figures["entropy"],
+        "identity_share": figures["identity_share"],
         "ranked": ranking_document(ranked),
         "random_heldout": [evaluator.score(arch, heldout).accuracy for arch in random_networks(setting)],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,

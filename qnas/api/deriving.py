@@ -33,16 +33,14 @@ from qnas.runs.pareto import (
     spread_budgets,
 )
 from qnas.runs.plots import draw_fronts
-from qnas.solver.limits import latency_limit
-from qnas.solver.searched_budget import far_from_searched
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solve_best
+from qnas.solver.limits import far_from_searched, latency_limit
+from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solution_document, solve_best
 from qnas.spaces.arch import arch_from_indices
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
     from qnas.data.given import GivenData
-    from qnas.search.rerank import Ranked
+    from qnas.search.selection import Ranked
     from qnas.training.losses import LossFunction
 
 
@@ -220,6 +218,6 @@ def _rank_if_possible(
 def _document(ranked: "Sequence[Ranked]") -> list[dict[str, Any]]:
     if not ranked:
         return []
-    from qnas.search.rerank import ranking_document
+    from qnas.search.selection import ranking_document
 
     return ranking_document(ranked)

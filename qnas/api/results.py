@@ -15,8 +15,8 @@ from qnas.common.files import read_json
 from qnas.common.units import format_count, format_ms
 from qnas.runs.finished_run import FinishedRun, read_finished_run, read_limits
 from qnas.runs.folders import read_config
-from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import REPORT_FILE, RESULT_FILE, SUBNET_FOLDER
+from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
+from qnas.runs.names import REPORT_FILE, RESULT_FILE
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_document, make_arch
 from qnas.spaces.space import SearchSpace
@@ -166,10 +166,8 @@ class TrainedNetwork:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a trained network, or that of a run. Raises CheckpointError where there is none."""
-        trained = Path(folder)
-        if (trained / SUBNET_FOLDER / RESULT_FILE).is_file():
-            trained = trained / SUBNET_FOLDER
-        if not (trained / RESULT_FILE).is_file():
+        trained = trained_folder(Path(folder))
+        if trained is None:
             raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
         return cls(find_arch(trained), read_json(trained / RESULT_FILE, CheckpointError))
 

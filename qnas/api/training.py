@@ -58,12 +58,12 @@ def train_subnet(
     from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
-    from qnas.training.supernet_weights import has_supernet, supernet_file
+    from qnas.training.subnet_trainer import train_subnet as train_in_folder
+    from qnas.training.supernet_weights import supernet_file
     from qnas.training.teacher import load_teacher
-    from qnas.training.trained_subnet import train_subnet as train_in_folder
 
     found = find_source(latest_run() if source is None else source, space)
-    searched = has_supernet(found)
+    searched = supernet_file(found).is_file()
     if weights not in (None, "supernet", "scratch"):
         raise UsageError(f"`weights='{weights}'`: expected supernet or scratch")
     if weights == "supernet" and not searched:

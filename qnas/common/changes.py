@@ -14,17 +14,17 @@ _DIGEST_SHOWN = 8  # characters
 
 Path = tuple[str | int, ...]
 Texts = Mapping[str, str]  # of the files that a run keeps a copy of, by name
+NO_TEXTS: Texts = {}
 
 
 def describe_changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], kept: Texts | None = None, given: Texts | None = None
+    before: Mapping[str, Any], now: Mapping[str, Any], kept: Texts = NO_TEXTS, given: Texts = NO_TEXTS
 ) -> list[str]:
     """Describe the differences between two requests, apart from those of versions.
 
     `kept` and `given` are the run's copies of its space and latency tables (space.yaml,
     table-DEVICE.csv) and their present texts, from which a change of a digest is described.
     """
-    kept, given = kept or {}, given or {}
     # entries that follow from others are reported only where those are equal
     follows = {"budget_ms", "limit"}
     if before.get("space_digest") != now.get("space_digest"):
@@ -61,7 +61,7 @@ def _differences(before: Any, now: Any, path: Path = ()) -> Iterator[tuple[Path,
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from _differences(before.get(key), now.get(key), (*path, key))
-    elif _are_tables(before, now):
+    elif isinstance(before, list) and isinstance(now, list) and _are_tables(before, now):
         for i, (old, new) in enumerate(zip(before, now, strict=True)):
             same_name = "name" in old and old["name"] == new.get("name")
             yield from _differences(old, new, (*path, i, *([old["name"]] if same_name else [])))
@@ -69,14 +69,9 @@ def _differences(before: Any, now: Any, path: Path = ()) -> Iterator[tuple[Path,
         yield path, before, now
 
 
-def _are_tables(before: Any, now: Any) -> bool:
+def _are_tables(before: list[Any], now: list[Any]) -> bool:
     """Whether both are lists of as many mappings, which are compared one by one."""
-    return (
-        isinstance(before, list)
-        and isinstance(now, list)
-        and len(before) == len(now)
-        and all(isinstance(item, Mapping) for item in (*before, *now))
-    )
+    return len(before) == len(now) and all(isinstance(item, Mapping) for item in (*before, *now))
 
 
 def _option(path: Path, old: Any, new: Any) -> str:
@@ -131,5 +126,4 @@ def _tables(kept: Texts, given: Texts) -> list[str]:
 def _latencies(text: str) -> dict[str, str]:
     """Return the milliseconds of a table's rows, by position and candidate."""
     rows = csv.DictReader(io.StringIO(text))
-    shown = ((row.get("position"), row.get("candidate"), row.get("latency_ms")) for row in rows)
-    return {f"{position} {candidate}".strip(): str(ms) for position, candidate, ms in shown}
+    return {f"{r.get('position')} {r.get('candidate')}".strip(): str(r.get("latency_ms")) for r in rows}

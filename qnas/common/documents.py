@@ -4,9 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qnas.common.errors import QnasError, nearest
+
+
+class FilePart(BaseModel):
+    """A part of a file: frozen, unknown keys refused, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
@@ -80,22 +86,20 @@ def _key(loc: tuple[int | str, ...]) -> str:
     key = ""
     for part in loc:
         if isinstance(part, str):
-            key += f".{part}" if key else part
+            key += f".{part}"
         elif not key.endswith("candidates"):  # lists in them are written out: not the file's numbers
             key += f"[{part}]"
-    return key
+    return key.removeprefix(".")
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the part of a model at `loc`."""
-    for part in loc:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for number, part in enumerate(loc):
         if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            parts = list(_models(fields[part].annotation)) if part in fields else []
-            if not parts:
-                return []
-            model = parts[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
+            inner = next(_models(fields[part].annotation), None) if part in fields else None
+            return _known_keys(inner, loc[number + 1 :]) if inner else []
+    return list(fields)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

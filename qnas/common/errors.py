@@ -1,7 +1,6 @@
 """Errors that a user can fix, by cause. All other exceptions are bugs of qnas and keep their traceback.
 
-The message of an error is one line: the place, what was found and what was expected. Only the command
-line prints it.
+The message of an error is one line: the place, what was found and what was expected.
 """
 
 from collections.abc import Iterable, Sequence

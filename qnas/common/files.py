@@ -34,10 +34,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield partial
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            _sync(partial)
             partial.replace(path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,8 +45,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def staged(folder: Path) -> Iterator[Path]:
     """Give an empty folder; its files take their places in `folder` when the block ends without an error.
 
-    On an error what stood there before stays, and nothing half-written is left. What `folder` holds
-    besides stays too.
+    On an error what stood there before stays, and nothing half-written is left. All else stays too.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +55,10 @@ def staged(folder: Path) -> Iterator[Path]:
             yield stage
             written = sorted(stage.iterdir())
             for path in written:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                _sync(path)
             for path in written:
                 path.replace(folder / path.name)
-            _sync_folder(folder)
+            _sync(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         for path in made:
@@ -69,9 +66,9 @@ def staged(folder: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, so that they survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk, so that they survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -5,9 +5,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
@@ -61,11 +60,10 @@ class Pace:
         return seconds / steps * (total - done) if self._settled else None
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Count the steps of a known total, and show the phase, the latest figures and the time left.
 
-    With `on_progress` each step is reported to that function and nothing is printed; with `quiet` only
-    warnings are.
+    With `on_progress` each step is reported to that function; with `quiet` only warnings are printed.
     """
 
     def __init__(
@@ -84,13 +82,13 @@ class Progress:
         self._phase = phase
         self._figures = ""
         # not tqdm's own measure, which shows nothing on a terminal that reports no size
-        size = shutil.get_terminal_size()
+        columns, lines = shutil.get_terminal_size()
         self._bar = tqdm(
             total=total,
             desc=f"{phase}: ",
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
-            ncols=size.columns,
-            nrows=size.lines,
+            ncols=columns,
+            nrows=lines,
             disable=self._quiet or not self._terminal,
         )
         self._total, self._skipped, self._done = total, 0, 0
@@ -106,9 +104,7 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """Count steps that an earlier process made."""
-        self._skipped = steps
-        self._bar.initial = steps
-        self._bar.n = steps
+        self._skipped = self._bar.initial = self._bar.n = steps
         self._bar.refresh()
 
     def step(self, figures: str = "") -> None:
@@ -149,12 +145,7 @@ class Progress:
         parts = _joined(f"{self._phase}: {share:4.0%}", _time_left(left), self._figures)
         print(parts, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._bar.close()
         if not self._terminal and error is None and self._last_shown != (self._phase, self._done):
             self._line(None)

@@ -26,7 +26,7 @@ from qnas.common.progress import Progress
 from qnas.latency.fitting.measurements import Measured, write_measured
 from qnas.latency.table import LatencyTable
 from qnas.runs.names import SPACE_FILE
-from qnas.solver.sampling import sample_near
+from qnas.solver.distributions import sample_near
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_document, arch_from_indices
 from qnas.spaces.layer import LayerSpec

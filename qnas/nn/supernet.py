@@ -29,8 +29,8 @@ from qnas.nn.mixed_block import (
 )
 from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import build_subnet, module_name, subnet_state
+from qnas.solver.distributions import max_entropy_strengths
 from qnas.solver.limits import Limits
-from qnas.solver.max_entropy import max_entropy_strengths
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import Labels, block_labels, take_first_places
 from qnas.spaces.lower import BlockSpec, skeleton
@@ -310,7 +310,7 @@ def expected_latency_of_pairs(
 def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
     """Return the logits of the most even probabilities whose expected amounts are within the limits.
 
-    (positions, candidates), float64: the distribution of maximum entropy, `qnas.solver.max_entropy`.
+    (positions, candidates), float64: the distribution of maximum entropy, `qnas.solver.distributions`.
     """
     fixed, amounts, limit = (part.numpy() for part in limits)
     strengths = max_entropy_strengths(fixed, amounts, limit, mask.numpy())

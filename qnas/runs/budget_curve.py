@@ -9,8 +9,7 @@ import numpy as np
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.runs.finished_run import FinishedRun
-from qnas.solver.limits import Limits
-from qnas.solver.searched_budget import far_from_searched
+from qnas.solver.limits import Limits, far_from_searched
 from qnas.solver.solve import CandidateIndices, Scores, solve
 
 BUDGETS = 40  # over the device's range, besides those near the search's own

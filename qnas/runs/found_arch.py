@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import ArchError
-from qnas.runs.names import ARCH_FILE, SPACE_FILE
+from qnas.runs.names import ARCH_FILE, RESULT_FILE, SPACE_FILE, SUBNET_FOLDER
 from qnas.spaces.arch import Arch, only_arch, read_arch, read_arch_document
 from qnas.spaces.space import SearchSpace, load_space
 
@@ -34,6 +34,12 @@ def find_arch(path: Path, space: str | None = None) -> FoundArch:
     beside = file.parent / SPACE_FILE
     found = load_space(space or (beside if beside.is_file() else document["space"]))
     return FoundArch(found, read_arch(file, found), document, file.parent)
+
+
+def trained_folder(folder: Path) -> Path | None:
+    """Return where the trained network of a run or of this folder lies; None where there is none."""
+    places = (folder / SUBNET_FOLDER, folder)
+    return next((place for place in places if (place / RESULT_FILE).is_file()), None)
 
 
 def find_network(target: str | Path, space: str | None = None) -> tuple[SearchSpace, Arch | None]:

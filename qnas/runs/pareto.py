@@ -16,8 +16,7 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.intervals import wilson
 from qnas.runs.finished_run import FinishedRun
-from qnas.solver.limits import Limit, Limits
-from qnas.solver.searched_budget import expected_amount, far_from_searched, near_searched
+from qnas.solver.limits import Limit, Limits, expected_amount, far_from_searched, near_searched
 from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels

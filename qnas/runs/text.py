@@ -35,7 +35,7 @@ def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Seque
 
 
 def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
-    """Say how the first network of a ranking (`rerank.ranking_document`) was chosen from those solved for."""
+    """Say how the first network of a ranking (`ranking_document`) was chosen from those solved for."""
     first, level = ranking[0], sum(entry["level"] for entry in ranking)
     accuracy = f"held-out accuracy {first['heldout_accuracy']:.1%}"
     if solved == 1:

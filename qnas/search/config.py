@@ -8,20 +8,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from qnas.nn.modes import GradientForm, WeightsMode, gradient_for
-from qnas.training.settings import (
-    CompileField,
-    Count,
-    LossField,
-    MetricField,
-    Natural,
-    Number,
-    PrecisionField,
-    SeedField,
-    SettingsFile,
-    Share,
-    ThreadsField,
-    TorchDeviceField,
-)
+from qnas.training import settings
+from qnas.training.settings import Count, Natural, Number, SettingsFile, Share
 
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
 Paths = Literal["even", "probabilities"]
@@ -85,9 +73,9 @@ class SearchConfig(SettingsFile):
         description="How paths are drawn that train the weights: evenly within the limits, or by the "
         "architecture's probabilities.",
     )
-    torch_device: TorchDeviceField = "auto"
-    precision: PrecisionField = "auto"
-    compile: CompileField = False
+    torch_device: settings.TorchDeviceField = "auto"
+    precision: settings.PrecisionField = "auto"
+    compile: settings.CompileField = False
     effect_networks: Natural | None = Field(
         default=None,
         description="Networks that the candidates' effects on the loss are fitted to; 0 derives by "
@@ -102,10 +90,10 @@ class SearchConfig(SettingsFile):
     random_networks: Natural = Field(
         default=10, description="Random networks of equal latency to compare with."
     )
-    threads: ThreadsField = 0
-    seed: SeedField = 0
-    loss: LossField = "cross-entropy"
-    metric: MetricField = "accuracy"
+    threads: settings.ThreadsField = 0
+    seed: settings.SeedField = 0
+    loss: settings.LossField = "cross-entropy"
+    metric: settings.MetricField = "accuracy"
 
     @model_validator(mode="after")
     def _check_gradient(self) -> Self:

@@ -1,10 +1,9 @@
 """Diagnostics of a search while it runs: stalls, collapses and unstable training.
 
 A search that stalls or collapses still ends with a network within its budget, and so looks like a success.
-Each step's figures are therefore compared with those of a sound search. The reference follows from the
-budget: of all probabilities whose expected amounts are the limits, those of maximum entropy (`undecided`)
-have a certain share of identity and a certain entropy. A search moves away from these as it learns, but
-neither far beyond that share nor to zero entropy at once.
+Each step's figures are therefore compared with a reference that follows from the budget: the share of
+identity and the entropy of the maximum-entropy probabilities whose expected amounts are the limits
+(`undecided`). A search moves away as it learns, but not far beyond that share nor to zero entropy at once.
 
 A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so
 that a resumed search reports the same as an uninterrupted one.
@@ -18,9 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.special import entr, softmax
 
+from qnas.nn.supernet import candidate_mask, limit_tensors
 from qnas.runs.plots import UNSETTLED
+from qnas.solver.distributions import max_entropy_strengths
 from qnas.solver.limits import Limit, Limits
-from qnas.solver.max_entropy import max_entropy_strengths
 from qnas.spaces.space import SearchSpace
 
 OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
@@ -101,6 +101,9 @@ class Watch:
         violation = sight.ratio - 1
         self.violations = [*self.violations, violation][-self.arch_window :]
         self.at_bound = self.at_bound + 1 if abs(sight.multiplier) >= self.multiplier_bound else 0
+        distances = [abs(v) for v in self.violations]
+        stalls = len(distances) == self.arch_window and max(distances) - min(distances) < MOVED * distances[0]
+        stalls = stalls and min(distances) >= (UNSETTLED if sight.settling else OFF_TARGET)
         # halfway from what the budget asks for to nothing but identities
         most = (1 + self.expects.identity_share) / 2
         name, share = max(sight.shares.items(), key=lambda item: item[1], default=("", 0.0))
@@ -108,7 +111,7 @@ class Watch:
         gone = early and sight.entropy < DECIDED * self.expects.entropy
         return self._new(
             {
-                "stall": self._stalls(UNSETTLED if sight.settling else OFF_TARGET)
+                "stall": stalls
                 and f"the expected amount has stood at {sight.ratio:.0%} of the limit for "
                 f"{self.arch_window} architecture steps: the search is too short to reach it",
                 "bound": self.at_bound >= self.bound_window
@@ -128,12 +131,6 @@ class Watch:
                 f"{sight.entropy:.3f} nats): later steps change nothing (a longer warm-up helps)",
             }
         )
-
-    def _stalls(self, tolerance: float) -> bool:
-        distances = [abs(v) for v in self.violations]
-        if len(distances) < self.arch_window or min(distances) < tolerance:
-            return False
-        return max(distances) - min(distances) < MOVED * distances[0]
 
     def _new(self, conditions: Mapping[str, str | bool]) -> list[str]:
         """Return the messages of conditions that hold and did not before."""
@@ -189,19 +186,11 @@ def undecided(space: SearchSpace, limit: Limit) -> Undecided:
 
     Where uniform probabilities are below the limit, those of larger cells are larger.
     """
-    mask = np.array([[i < len(row) for i in range(max(map(len, limit.cells)))] for row in limit.cells])
-    cells = np.zeros(mask.shape)
-    cells[mask] = np.concatenate(limit.cells)
-    scale = max(max(row) - min(row) for row in limit.cells) / limit.limit
-    (strength,) = max_entropy_strengths(
-        np.array([limit.fixed]),
-        cells[None],
-        np.array([limit.limit]),
-        mask,
-        bounds=(-MOST_TILT / scale, MOST_TILT / scale),
-        tolerance=1e-9,
-    )
-    p = softmax(np.where(mask, -strength / limit.limit * cells, -np.inf), axis=1)
+    mask = candidate_mask(space)
+    fixed, cells, most = (part.numpy() for part in limit_tensors((limit,), mask))
+    tilt = MOST_TILT / (max(max(row) - min(row) for row in limit.cells) / limit.limit)
+    (strength,) = max_entropy_strengths(fixed, cells, most, mask.numpy(), (-tilt, tilt), tolerance=1e-9)
+    p = softmax(np.where(mask, -strength / limit.limit * cells[0], -np.inf), axis=1)
     identities = [
         row[position.names.index("identity")]
         for row, position in zip(p, space.positions, strict=True)

@@ -27,8 +27,8 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import CandidateIndices, Scores, solve
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.lower import BlockSpec, fill, skeleton
@@ -43,8 +43,7 @@ WINDOW = 0.7  # of the latency of the most probable network: drawn networks take
 TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
-# Cross-entropies in nats, (networks, B), of networks given by their candidates' numbers, on each of some
-# images (B, C, H, W) with labels (B,).
+# cross-entropies in nats, (networks, B), of networks by number on images (B, C, H, W) with labels (B,)
 Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 
 
@@ -82,15 +81,11 @@ def measure_effects(
     """Draw networks within the limits by their probabilities, run them and fit the effects.
 
     Their blocks are put first. A batch is taken for every `TOGETHER` networks; `on_measured` is called with
-    the number of networks after each. None where too few networks are found, or where their losses follow
-    no sum of effects: a model that does not predict the networks it was not fitted to says nothing of
-    others.
+    the number of networks after each. None where too few networks are found, or where the model does not
+    predict the networks that it was not fitted to.
     """
-    labels = block_labels(space)
-    drawn = [
-        place_blocks_first(labels, network)
-        for network in draw_networks(limits, log_probabilities, networks, rng)
-    ]
+    labels, found = block_labels(space), draw_networks(limits, log_probabilities, networks, rng)
+    drawn = [place_blocks_first(labels, network) for network in found]
     if len(set(drawn)) <= TOGETHER:
         return None
     measured, groups = [], []
@@ -157,10 +152,9 @@ def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], list[int]]:
         places.append(numbers.setdefault(("position", i), len(numbers)))
         row = []
         for candidate in slot.position.candidates:
-            kinds: list[Any] = []
-            if fill(space, slot, candidate).layers:
-                kinds = ["block", candidate, (stage, "block"), (stage, candidate), ("position", i)]
-            row.append([numbers.setdefault(kind, len(numbers)) for kind in kinds])
+            kinds: list[Any] = ["block", candidate, (stage, "block"), (stage, candidate), ("position", i)]
+            is_block = bool(fill(space, slot, candidate).layers)
+            row.append([numbers.setdefault(kind, len(numbers)) for kind in kinds if is_block])
         columns.append(row)
     return columns, places
 

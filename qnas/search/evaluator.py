@@ -61,13 +61,10 @@ def evaluator_of(state: SearchState) -> Evaluator:
             rows = [problem.objective.loss(supernet(images, network), labels) for network in networks]
         return torch.stack(rows).double().cpu()
 
-    return Evaluator(
-        problem.data,
-        problem.acceleration.device,
-        problem.objective,
-        lambda arch: supernet.subnet(arch, classes),
-        losses,
-    )
+    def build(arch: Arch) -> nn.Module:
+        return supernet.subnet(arch, classes)
+
+    return Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
 
 
 def saved_evaluator(
@@ -79,20 +76,16 @@ def saved_evaluator(
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
-    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or a loss
-    that is not one of qnas. Raises CheckpointError where the supernet is missing or damaged,
-    DataError where the data are, or are others than they were.
+    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or its
+    own loss. Raises CheckpointError where the supernet is missing or damaged, DataError where the data are,
+    or are others than they were.
     """
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)
     searched = config["search"]
-    images = load_data(
-        reopen(data, config),
-        resolution_px=searched["resolution_px"],
-        channels=space.input.channels,
-        max_broken=config.get("max_broken", MAX_BROKEN),
-        quiet=True,
-    )
+    given, channels = reopen(data, config), space.input.channels
+    px, broken = searched["resolution_px"], config.get("max_broken", MAX_BROKEN)
+    images = load_data(given, resolution_px=px, channels=channels, max_broken=broken, quiet=True)
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
     objective = saved_objective(

@@ -75,8 +75,7 @@ def penalised(
 ) -> Tensor:
     """Return the loss of an architecture step; `strength` is used by the multiplier form only.
 
-    task_loss: scalar, nats; expected_ms: scalar, milliseconds. Increases with expected_ms at every
-    scale (for a positive strength).
+    task_loss: scalar, nats; expected_ms: scalar. Increases with expected_ms for a positive strength.
     """
     if form == "multiplier":
         return task_loss + strength * (expected_ms / budget_ms - 1)

@@ -1,9 +1,9 @@
 """The result of a search: the derived network, its certificate, and a comparison with its rivals.
 
 The derived network is the first that `search.selection` ranks. It is compared, on the test images and with
-the same supernet's weights, with cheaper alternatives: random networks of its latency, the network that MACs
-alone would choose, and the largest within the budget; and with the same search under other seeds where such
-runs lie beside this one. None of these figures chooses anything.
+the same supernet's weights, with random networks of its latency, the network that MACs alone would choose,
+and the largest within the budget; and with the same search under other seeds where such runs lie beside this
+one. None of these figures chooses anything.
 """
 
 import statistics
@@ -30,13 +30,11 @@ from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_supernet
 from qnas.search.evaluator import Evaluator, evaluator_of
 from qnas.search.problem import Problem
-from qnas.search.rerank import ranking_document
 from qnas.search.searcher import Searcher
-from qnas.search.selection import Selection, count_screened, select
+from qnas.search.selection import Selection, count_screened, ranking_document, select
 from qnas.search.state import SearchState
-from qnas.solver.sampling import sample_near
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import CandidateIndices, largest, macs_guided
+from qnas.solver.distributions import sample_near
+from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.training.loop import run_to_end
@@ -55,18 +53,15 @@ def run_search(
 ) -> Selection:
     """Search to the end in a run folder, write the results there, and return the ranked networks.
 
-    `request` goes to config.json. Raises CheckpointError where the folder cannot be
-    used, Interrupted once the state is saved after Ctrl-C or SIGTERM.
+    `request` goes to config.json. Raises CheckpointError where the folder cannot be used, Interrupted once
+    the state is saved after Ctrl-C or SIGTERM.
     """
     problem = searcher.problem
     request = {"search": problem.config.record() | problem.objective.record(), **request}
+    tables = [limit.table for limit in problem.limits if limit.table is not None]
     copies = {
         names.SPACE_FILE: problem.space.to_yaml(),
-        **{
-            names.table_file(limit.name): table_text(limit.table, problem.space)
-            for limit in problem.limits
-            if limit.table is not None
-        },
+        **{names.table_file(table.device): table_text(table, problem.space) for table in tables},
         **broken_copies(names.BROKEN_FILE, problem.data.broken),
     }
     seed, world = problem.config.seed, problem.world
@@ -80,11 +75,8 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     selection = select(state, display)
     found = _search_document(state, selection, folder, display)
     winner = selection.ranking[0]
-    draw_budget(
-        read_metrics(folder / names.METRICS_FILE),
-        folder / names.BUDGET_PLOT_FILE,
-        multiplier_bound=state.multiplier.bound,
-    )
+    metrics, plot = read_metrics(folder / names.METRICS_FILE), folder / names.BUDGET_PLOT_FILE
+    draw_budget(metrics, plot, multiplier_bound=state.multiplier.bound)
     write_json(folder / names.SEARCH_FILE, found | {"layers": _layers(state.problem, winner.arch, request)})
     save_supernet(folder / names.SUPERNET_FILE, state.supernet.state_dict())
     details = {
@@ -136,14 +128,8 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> dict
     space, limits, latency_ms = problem.space, problem.limits, winner.solution.latency_ms
     table = limits[0].table
     assert table is not None, "the first limit is a device's"
-    random = sample_near(
-        table,
-        RANDOM_WINDOW * latency_ms,
-        latency_ms,
-        problem.config.random_networks,
-        np.random.default_rng(problem.config.seed),
-        within=limits[1:],
-    )
+    count, rng = problem.config.random_networks, np.random.default_rng(problem.config.seed)
+    random = sample_near(table, RANDOM_WINDOW * latency_ms, latency_ms, count, rng, within=limits[1:])
     derived, most = winner.solution.indices, largest(space, limits).indices
     guided = macs_guided(space, selection.scores, limits)
     networks = dict.fromkeys([derived, most, *([guided.indices] if guided else []), *random])
@@ -179,11 +165,10 @@ def _test(problem: Problem, evaluator: Evaluator, indices: CandidateIndices) -> 
 def _layers(problem: Problem, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return the latency of each kernel of a network on each device that it is limited on."""
     latency = request.get("latency", DEVICE)
-    devices = [limit.table.origin for limit in problem.limits if limit.table is not None]
+    devices = [limit.table.origin for limit in problem.limits if limit.table and limit.table.origin]
     return {
         device.name: [vars(part) for part in predict_arch(latency, device, problem.space, arch).parts]
         for device in devices
-        if device is not None
     }
 
 
@@ -210,5 +195,5 @@ def seeds_beside(folder: Path) -> dict[int, float]:
 def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
     search = config.get("search")
     if isinstance(search, dict):
-        search = {key: value for key, value in search.items() if key != "seed"}
-    return {key: value for key, value in config.items() if key != "versions"} | {"search": search}
+        search = search | {"seed": None}
+    return {**config, "versions": None, "search": search}

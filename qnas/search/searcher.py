@@ -1,29 +1,32 @@
 """The search: the supernet's weights and its architecture are trained in turn.
 
-The warm-up trains weights only. After it, an architecture step on held-out images follows every few
-weight steps. Paths are sampled evenly among networks within the limits from beginning to end, so that all
-networks are trained alike. Batches depend only on the seed and their number, so that a resumed search equals
-an uninterrupted one.
+The warm-up trains weights only. After it, an architecture step on held-out images follows every few weight
+steps. Paths are sampled evenly among networks within the limits, so that all are trained alike. Batches
+depend only on the seed and their number, so that a resumed search equals an uninterrupted one.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qnas.data.image_data import ImageData
-from qnas.nn.supernet import even_logits
+from qnas.nn.gradients import GRADIENTS
+from qnas.nn.modes import gradient_for
+from qnas.nn.supernet import even_logits, expected_latency, largest_ratio, sample_path
 from qnas.search.config import SearchConfig
-from qnas.search.figures import budget_figures, probability_figures, rounded_probabilities, sight
-from qnas.search.problem import make_problem
-from qnas.search.state import initial_state
-from qnas.search.steps import take_arch_step, take_weight_step
+from qnas.search.penalty import penalised, settle
+from qnas.search.problem import Problem
+from qnas.search.state import SearchState
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import check_finite, stream
-from qnas.training.losses import Objective
+from qnas.training.losses import Objective, mean_loss
+from qnas.training.optimizer import weight_step
 from qnas.training.processes import ALONE, World
+
+SETTLING_LOGIT = 0.5  # by which a step of settling changes a logit, at most
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -40,10 +43,11 @@ class Searcher:
         world: World = ALONE,
         objective: Objective | None = None,
     ) -> None:
-        self.problem = make_problem(space, limits, data, config, world, objective)
-        self.state = initial_state(self.problem)
+        self.problem = Problem(space, limits, data, config, world, objective)
+        self.state = SearchState(self.problem)
         self.schedule = self.problem.schedule
         self.total_steps = self.schedule.total_steps
+        # (positions, candidates), of the distribution that even paths are drawn from
         self._even_logits = even_logits(self.problem.limit_tensors, self.state.supernet.mask)
         self._weight_batches: Batches | None = None
         self._arch_batches: Batches | None = None
@@ -51,7 +55,7 @@ class Searcher:
     @property
     def is_warming_up(self) -> bool:
         """Whether only weights are trained so far."""
-        return self.schedule.is_warming_up(self.state.step)
+        return self.state.step < self.schedule.warmup_steps
 
     @property
     def steps_done(self) -> int:
@@ -74,8 +78,7 @@ class Searcher:
     def step(self) -> dict[str, Any]:
         """Take a weight step, and an architecture step when it is due; return what to log.
 
-        The log has figures, and `warnings` where something goes wrong. Raises TrainingError where a loss
-        is not finite.
+        The log has figures, and any `warnings`. Raises TrainingError where a loss is not finite.
         """
         state = self.state
         if self._weight_batches is None or self._arch_batches is None:
@@ -89,10 +92,10 @@ class Searcher:
             figures["arch_loss"], figures["arch_accuracy"] = self._arch_step(*next(self._arch_batches))
             check_finite(figures["arch_loss"], state.step)
             state.arch_step += 1
-            figures |= budget_figures(state) | probability_figures(state)
+            figures |= state.figures()
             if self.schedule.is_snapshot(state.arch_step):
-                figures["probabilities"] = rounded_probabilities(state)
-            warnings += state.watch.after_arch_step(sight(state, figures))
+                figures["probabilities"] = state.rounded_probabilities()
+            warnings += state.watch.after_arch_step(state.sight(figures))
         return figures | ({"warnings": warnings} if warnings else {})
 
     def summary(self, row: Mapping[str, float]) -> str:
@@ -107,19 +110,82 @@ class Searcher:
     def _streams(self) -> tuple[Batches, Batches]:
         """Return the batches of weight and architecture steps, from those that the state is at."""
         problem, state, seed = self.problem, self.state, self.problem.config.seed
-        ours = partial(
-            stream,
-            batch_size=problem.batch_size,
-            device=problem.acceleration.device,
-            part=problem.world.part,
-        )
+        size, device, part = problem.batch_size, problem.acceleration.device, problem.world.part
+        data = problem.data
         return (
-            ours(problem.data.train, seed=seed, start=state.step, augment=True),
-            ours(problem.data.heldout, seed=seed + 1, start=state.arch_step, augment=False),
+            stream(data.train, size, seed, state.step, augment=True, device=device, part=part),
+            stream(data.heldout, size, seed + 1, state.arch_step, augment=False, device=device, part=part),
         )
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
-        return take_weight_step(self.state, self._even_logits, images, labels)
+        """Train the weights of a path, or of the whole mixture; return the loss."""
+        problem, state = self.problem, self.state
+        config, supernet = problem.config, state.supernet.train()
+        if config.weights == "nested" and config.nested_weight_steps == "mixture":
+            with torch.no_grad():
+                routes = supernet.mixture(state.temperature)
+        else:
+            logits = self._even_logits if config.paths == "even" else state.logits
+            routes = sample_path(logits, supernet.mask, state.generator)
+        loss = weight_step(
+            lambda x: supernet(x, routes),
+            state.weight_optimizer,
+            images,
+            labels,
+            config.label_smoothing,
+            acceleration=problem.acceleration,
+            scaler=state.scaler,
+            world=problem.world,
+            loss_function=problem.objective.loss,
+        )
+        state.weight_schedule.step()
+        return float(loss)
 
     def _arch_step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        return take_arch_step(self.state, images, labels)
+        """Move the architecture parameters; return the loss of the task and the accuracy on the batch."""
+        problem, state = self.problem, self.state
+        supernet = state.supernet.train()
+        config, limits, world = problem.config, problem.limit_tensors, problem.world
+        draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
+        step = draw(supernet, state.temperature, state.generator)
+        for weight in state.weights:  # no gradients of weights: they are most of a backward pass
+            weight.requires_grad_(False)
+        with problem.acceleration.autocast_unscaled():
+            logits = supernet(images, step.routes)
+            task_loss = mean_loss(problem.objective.loss, logits, labels)
+        # of several limits the one that is exceeded most presses, as if it were the device's
+        ratio = largest_ratio(step.expected(limits), limits.limit)
+        (pull,) = torch.autograd.grad(ratio, supernet.alpha, retain_graph=True)
+        strength = state.multiplier.strength(float(pull.norm()))  # 0 where the budget does not bind
+        limit_ms = problem.limit_ms
+        loss = penalised(config.latency_loss, task_loss, ratio * limit_ms, limit_ms, strength)
+        (supernet.alpha.grad,) = torch.autograd.grad(loss, supernet.alpha)
+        world.average([supernet.alpha.grad])  # the latency's part is the same in all processes
+        task_loss, right = task_loss.detach(), _share_right(logits.detach(), labels)
+        world.average([task_loss, right])
+        task_norm = float((supernet.alpha.grad - strength * pull).norm())
+        state.arch_optimizer.param_groups[0]["lr"] = problem.schedule.arch_learning_rate(state.step)
+        state.arch_optimizer.step()
+        step.after_update(supernet)
+        for weight in state.weights:
+            weight.requires_grad_(True)
+        if problem.binds:
+            state.multiplier = state.multiplier.after(state.expected_ratio * limit_ms, limit_ms, task_norm)
+            if problem.schedule.is_settling(state.step) and config.latency_loss == "multiplier":
+                _settle(state)
+        return float(task_loss), float(right)
+
+
+def _settle(state: SearchState) -> None:
+    supernet, temperature = state.supernet, state.temperature
+    fixed, cells, limit = state.problem.limit_tensors
+
+    def ratio() -> Tensor:
+        expected = expected_latency(supernet.logits(temperature), supernet.mask, fixed, cells)
+        return largest_ratio(expected, limit)
+
+    settle(supernet.alpha, ratio, SETTLING_LOGIT * temperature)
+
+
+def _share_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()

@@ -1,43 +1,60 @@
 """The state of a search: everything that changes from step to step, so that a search can be resumed."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import Tensor
 
 from qnas.nn.supernet import Supernet, expected_latency, largest_ratio, log_probabilities
-from qnas.search.diagnostics import Watch, make_watch
+from qnas.search.diagnostics import Sight, make_watch
 from qnas.search.penalty import Multiplier
 from qnas.search.problem import Problem
 from qnas.solver.solve import Scores
 from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
-from qnas.training.optimizer import PathAdamW, make_optimizer, make_schedule
+from qnas.training.optimizer import make_optimizer, make_schedule
 
 # Second: ProxylessNAS has 0.999 for searches of many thousand steps; a short one must forget sooner
 # how strong the pressure was on the way to the budget.
 ARCH_BETAS = (0.0, 0.99)
 
 
-@dataclass
 class SearchState:
     """The weights, the architecture parameters, their optimisers, and the number of steps taken."""
 
-    problem: Problem
-    supernet: Supernet
-    weights: list[nn.Parameter]  # all parameters but the architecture's
-    weight_optimizer: PathAdamW
-    scaler: GradScaler  # of the weights' loss; has an effect in float16 only
-    weight_schedule: torch.optim.lr_scheduler.LRScheduler
-    arch_optimizer: torch.optim.Adam
-    multiplier: Multiplier
-    generator: torch.Generator  # draws paths and pairs
-    watch: Watch
-    step: int = 0  # weight steps taken
-    arch_step: int = 0
+    def __init__(self, problem: Problem) -> None:
+        config, schedule, classes = problem.config, problem.schedule, len(problem.data.classes)
+        self.problem = problem
+        self.step = self.arch_step = 0  # weight steps and architecture steps taken
+        self.generator = torch.Generator().manual_seed(config.seed)  # draws paths and pairs
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.supernet = Supernet(problem.space, classes, self.generator, config.weights)
+        # the architecture parameters stay on the CPU
+        self.supernet.parts.to(problem.acceleration.device)
+        if config.compile:
+            compile_blocks(self.supernet)
+        self.weights = self.supernet.weights  # all parameters but the architecture's
+        self.weight_optimizer = make_optimizer(self.weights, config.learning_rate, config.weight_decay)
+        self.scaler = problem.acceleration.scaler()  # of the weights' loss; has an effect in float16 only
+        self.weight_schedule = make_schedule(
+            self.weight_optimizer, schedule.total_steps, schedule.steps_per_epoch
+        )
+        self.arch_optimizer = torch.optim.Adam(
+            [self.supernet.alpha], lr=config.arch_learning_rate, betas=ARCH_BETAS
+        )
+        self.multiplier = Multiplier()
+        self.watch = make_watch(
+            problem.space,
+            problem.limits,
+            weight_steps=schedule.total_steps,
+            arch_steps=schedule.arch_steps,
+            guess=guessing_loss(problem.objective.loss, problem.data.train.labels, classes),
+            multiplier_bound=self.multiplier.bound,
+        )
 
     @property
     def temperature(self) -> float:
@@ -73,14 +90,65 @@ class SearchState:
             for row, position in zip(log_p, self.problem.space.positions, strict=True)
         )
 
+    def figures(self) -> dict[str, float]:
+        """Return what is logged after an architecture step.
+
+        The expected amounts of all limits and the pressure on them; the mean entropy a position (nats), and
+        the mean probability of identity where it is one of several candidates.
+        """
+        problem, expected, mask = self.problem, self.expected, self.supernet.mask
+        ratios = (expected / problem.limit_tensors.limit).tolist()
+        log_p = log_probabilities(self.logits, mask)
+        identities = self._shares().get("identity", [])
+        return {
+            "expected_ms": float(expected[0]),
+            "limit_ms": problem.limit_ms,
+            **{f"of_limit_{limit.name}": ratio for limit, ratio in zip(problem.limits, ratios, strict=True)},
+            "multiplier": self.multiplier.value,
+            "temperature": self.temperature,
+            "entropy": float(-(log_p.exp() * log_p.masked_fill(~mask, 0.0)).sum(1).mean()),
+            "identity_share": sum(identities) / len(identities) if identities else 0.0,
+        }
+
+    def rounded_probabilities(self) -> list[list[float]]:
+        """Return every candidate's probability, by position, to four decimals."""
+        return [[round(math.exp(log_p), 4) for log_p in row] for row in self.log_probabilities]
+
+    def sight(self, figures: Mapping[str, float]) -> Sight:
+        """Return what the diagnostics look at after an architecture step with these figures."""
+        schedule = self.problem.schedule
+        choices = sum(len(position.names) > 1 for position in self.problem.space.positions)
+        return Sight(
+            progress=schedule.progress(self.step),
+            settling=schedule.is_settling(self.step),
+            ratio=self.expected_ratio,
+            shares={name: sum(found) / choices for name, found in self._shares().items()},
+            **{name: figures[name] for name in ("multiplier", "entropy", "identity_share")},
+        )
+
+    def _shares(self) -> dict[str, list[float]]:
+        """Return each candidate's probability at every position where it is one of several, by name."""
+        p = log_probabilities(self.logits, self.supernet.mask).exp().tolist()
+        found: dict[str, list[float]] = {}
+        for row, position in zip(p, self.problem.space.positions, strict=True):
+            if len(position.names) > 1:
+                for name, share in zip(position.names, row, strict=False):
+                    found.setdefault(name, []).append(share)
+        return found
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what keeps a state of its own, by its name in a checkpoint."""
+        return {
+            "supernet": self.supernet,
+            "weight_optimizer": self.weight_optimizer,
+            "scaler": self.scaler,
+            "schedule": self.weight_schedule,
+            "arch_optimizer": self.arch_optimizer,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain values and tensors."""
-        return {
-            "supernet": self.supernet.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.weight_schedule.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
+        return {name: part.state_dict() for name, part in self._parts().items()} | {
             "multiplier": asdict(self.multiplier),
             "watch": self.watch.to_dict(),
             "generator": self.generator.get_state(),
@@ -90,45 +158,9 @@ class SearchState:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.supernet.load_state_dict(saved["supernet"])
-        self.weight_optimizer.load_state_dict(saved["weight_optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.weight_schedule.load_state_dict(saved["schedule"])
-        self.arch_optimizer.load_state_dict(saved["arch_optimizer"])
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
         self.multiplier = Multiplier(**saved["multiplier"])
         self.watch.load(saved["watch"])
         self.generator.set_state(saved["generator"])
         self.step, self.arch_step = saved["step"], saved["arch_step"]
-
-
-def initial_state(problem: Problem) -> SearchState:
-    """Return the state of a search before its first step."""
-    config, schedule, data = problem.config, problem.schedule, problem.data
-    classes = len(data.classes)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        supernet = Supernet(problem.space, classes, generator, config.weights)
-    supernet.parts.to(problem.acceleration.device)  # the architecture parameters stay on the CPU
-    if config.compile:
-        compile_blocks(supernet)
-    optimizer = make_optimizer(supernet.weights, config.learning_rate, config.weight_decay)
-    return SearchState(
-        problem=problem,
-        supernet=supernet,
-        weights=supernet.weights,
-        weight_optimizer=optimizer,
-        scaler=problem.acceleration.scaler(),
-        weight_schedule=make_schedule(optimizer, schedule.total_steps, schedule.steps_per_epoch),
-        arch_optimizer=torch.optim.Adam([supernet.alpha], lr=config.arch_learning_rate, betas=ARCH_BETAS),
-        multiplier=Multiplier(),
-        generator=generator,
-        watch=make_watch(
-            problem.space,
-            problem.limits,
-            weight_steps=schedule.total_steps,
-            arch_steps=schedule.arch_steps,
-            guess=guessing_loss(problem.objective.loss, data.train.labels, classes),
-            multiplier_bound=Multiplier().bound,
-        ),
-    )

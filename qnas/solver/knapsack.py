@@ -1,12 +1,11 @@
 """The k best networks within some limits: a multiple-choice knapsack, solved exactly.
 
-A network has one candidate at each position. Its score is the sum of their scores, and so are its
-amounts. The positions are processed in order with all partial networks that can still lead to a result
-(dynamic programming with lists: Nemhauser and Ullmann, 1969). Three kinds cannot: those whose upper bound is
-below the k-th best network known; those that k others beat in the score and in every amount; and of
-those that are one network by its labels, all but the best placed. The upper bound is the linear
-relaxation of the positions to come (Sinha and Zoltners, 1979), under each limit alone and under the
-mixture of them that binds most.
+A network has one candidate at each position; its score and its amounts are the sums of theirs. The positions
+are processed in order with all partial networks that can still lead to a result (dynamic programming with
+lists: Nemhauser and Ullmann, 1969). Three kinds cannot: those whose upper bound is below the k-th best known
+network; those that k others beat in the score and in every amount; and of those that are one network by its
+labels, all but the best placed. The upper bound is the linear relaxation of the positions to come (Sinha and
+Zoltners, 1979), under each limit alone and under the mixture of them that binds most.
 
 A first pass keeps few partial networks and finds good ones, by which the next passes prune. What a
 pass drops because its list is full stays in the bound that is returned. So the bound always holds, and
@@ -60,13 +59,7 @@ class _Partial:
 
     def take(self, entries: Ints) -> "_Partial":
         """Return some of these."""
-        return _Partial(
-            self.score[entries],
-            self.amount[:, entries],
-            self.key[entries],
-            self.parent[entries],
-            self.pick[entries],
-        )
+        return _Partial(*(column.take(entries, axis=-1) for column in vars(self).values()))
 
 
 def k_best(scores: Scores, limits: Limits, k: int, labels: Labels) -> Found:
@@ -108,7 +101,8 @@ class _Problem:
         self.tolerance = TOLERANCE * sum(float(np.ptp(row)) for row in self.scores)
         self.slack = len(self.scores) + 4  # half a unit a position, and the rounding of a network's amount
         binding = [limit for limit in limits if limit.binds]
-        self.room = np.array([[_room(limit) + self.slack] for limit in binding], np.int64).reshape(-1, 1)
+        room = [round((limit.limit - limit.fixed) / limit.limit * UNITS) + self.slack for limit in binding]
+        self.room = np.array(room, np.int64).reshape(-1, 1)
         self.amounts = [
             np.array([_whole(limit, i) for limit in binding], np.int64).reshape(len(binding), len(row))
             for i, row in enumerate(self.scores)
@@ -130,14 +124,11 @@ class _Problem:
     def search(self, kept: int, floor: float, margin: int) -> tuple[list[Network], float, bool]:
         """Go through the positions, keeping so many partial networks and none bounded below `floor`.
 
-        Returns the best networks, an upper bound of the scores of those left out, and whether a network
-        that fits in whole numbers does not by its exact amount.
+        Returns the best networks, an upper bound of the scores of those left out, and whether a network that
+        fits in whole numbers does not by its exact amount.
         """
-        partial = _Partial(
-            np.zeros(1),
-            np.zeros((len(self.room), 1), np.int64),
-            *(np.zeros(1, np.int64) for _ in range(3)),
-        )
+        none = np.zeros(1, np.int64)
+        partial = _Partial(np.zeros(1), np.zeros((len(self.room), 1), np.int64), none, none, none)
         passed: list[_Partial] = []
         numbers: dict[int, int] = {}  # of the sequences of labels: (sequence before, label) -> sequence
         left_out = -math.inf
@@ -160,9 +151,8 @@ class _Problem:
         """Extend by each candidate of position i, less those that cannot fit or matter; return the bounds."""
         choices = len(self.scores[i])
         score = (partial.score[:, None] + self.scores[i]).ravel()
-        amount = (partial.amount[:, :, None] + self.amounts[i][:, None, :]).reshape(
-            len(self.amounts[i]), len(score)
-        )
+        amount = partial.amount[:, :, None] + self.amounts[i][:, None, :]
+        amount = amount.reshape(len(amount), len(score))
         bound = self._bound(score, amount, i + 1)
         fits = (amount + self.least[i + 1] <= self.room).all(0)
         stays = np.flatnonzero(fits & (bound >= floor - self.tolerance))
@@ -196,9 +186,8 @@ class _Problem:
             places = np.arange(len(order))
             first = _starts(amount[:, order])
             rank = places - np.maximum.accumulate(np.where(first, places, 0))
-            different = rank < self.k
             # a sequence of labels may be here with several amounts, but not twice with the same
-            return np.sort(order[different])
+            return np.sort(order[rank < self.k])
         order = np.lexsort((-score, amount[0]))
         # of each sequence the best entry only, so that k that dominate are k different networks
         by_key = np.lexsort((-score, partial.key))
@@ -273,22 +262,14 @@ class _Problem:
             taken, gained = np.append(taken, steps[:, 0]), np.append(gained, steps[:, 1])
             order = np.argsort(-gained / taken, kind="stable")
             taken, gained = taken[order], gained[order]
-            curves.append(
-                (
-                    start_taken + np.append(0.0, np.cumsum(taken)),
-                    start_gained + np.append(0.0, np.cumsum(gained)),
-                )
-            )
+            along = start_taken + np.append(0.0, np.cumsum(taken))
+            curves.append((along, start_gained + np.append(0.0, np.cumsum(gained))))
         return curves[::-1]
 
 
 def _whole(limit: Limit, position: int) -> list[int]:
     """Return the amounts of a position's candidates in units, cut off at twice the limit."""
     return [round(min(cell / limit.limit, 2.0) * UNITS) for cell in limit.cells[position]]
-
-
-def _room(limit: Limit) -> int:
-    return round((limit.limit - limit.fixed) / limit.limit * UNITS)
 
 
 def _starts(rows: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Limits on a network: milliseconds on a device, parameters, or multiply-adds.
+"""Limits on a network: milliseconds, parameters or multiply-adds; and their distance from those of a search.
 
 Each limit has a fixed part and a cell for each position and candidate, like a latency table, so that one
 solver, one expected value and one penalty serve all of them. A network has to meet all limits at once.
@@ -10,15 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.units import format_count, format_ms
 from qnas.latency.table import LatencyTable
 from qnas.spaces.lower import BlockSpec, count_macs, count_params, fill, skeleton
 from qnas.spaces.space import SearchSpace
 
+Rows = Sequence[Sequence[float]]  # [position][candidate]
 Count = Literal["params", "macs"]
 COUNTS: tuple[Count, ...] = ("params", "macs")
 LABEL: dict[str, str] = {"params": "parameters", "macs": "MACs"}
+# An expected amount further than this share from its limit is far from the search. A search ends within 3%
+# of its budget, and exchanging one block moves a network in the middle of a shipped space by at most 7 to
+# 25%, by space and device. Beyond that, several blocks must differ from those that the probabilities favour,
+# and the probabilities were not learned at such a budget.
+FAR = 0.25
 
 
 @dataclass(frozen=True)
@@ -87,16 +95,51 @@ def count_limit(space: SearchSpace, name: Count, most: float) -> Limit:
 def check_limits(limits: Limits) -> None:
     """Raise InfeasibleBudgetError, with what is possible, if no network meets one of the limits."""
     for limit in limits:
-        if limit.least > limit.limit:
-            raise InfeasibleBudgetError(_describe_infeasible(limit))
+        if limit.least <= limit.limit:
+            continue
+        least, table = limit.describe(limit.least, round_up=True), limit.table
+        if table is None:
+            problem = f"no network has at most {limit.describe(limit.budget)}: the smallest has {least}"
+        else:
+            margin = f", and {table.margin:.1%} of margin" if table.margin else ""
+            problem = (
+                f"no network of {table.space} runs in {format_ms(limit.budget)} on {limit.name}: "
+                f"the fastest takes {least}{margin}"
+            )
+        raise InfeasibleBudgetError(problem)
 
 
-def _describe_infeasible(limit: Limit) -> str:
-    least = limit.describe(limit.least, round_up=True)
-    if limit.table is None:
-        return f"no network has at most {limit.describe(limit.budget)}: the smallest has {least}"
-    margin = f", and {limit.table.margin:.1%} of margin" if limit.table.margin else ""
+def far_from_searched(scores: Rows, limits: Limits, *, pressed: bool) -> str | None:
+    """Return a warning where limits are far from those of the search; None where they are near.
+
+    `scores` are log probabilities. The amounts that they expect are compared with the limits. The limit
+    that is exceeded most, or reached most nearly, counts, since a search holds that one at its limit. More
+    than FAR above is far, and so is more than FAR below where a budget bound the search (`pressed`).
+    """
+    expected = [expected_amount(scores, limit) for limit in limits]
+    overs = [
+        amount / min(limit.limit, limit.most) - 1 for amount, limit in zip(expected, limits, strict=True)
+    ]
+    at = int(np.argmax(overs))
+    limit, over = limits[at], overs[at]
+    if not (over > FAR or (pressed and over < -FAR)):
+        return None
+    on = f" on {limit.name}" if limit.table is not None else ""
     return (
-        f"no network of {limit.table.space} runs in {format_ms(limit.budget)} on {limit.name}: "
-        f"the fastest takes {least}{margin}"
+        "this is far from what was searched for: the probabilities of the search expect "
+        f"{limit.describe(expected[at])}{on}, {abs(over):.0%} {'above' if over > 0 else 'below'} what is "
+        "allowed; a search for this budget would probably find a better network"
     )
+
+
+def near_searched(log_probabilities: Rows, limit: Limit, *, pressed: bool) -> tuple[float, float | None]:
+    """Return the range of budgets of one limit that are near the search's; None: no upper end."""
+    margin = limit.budget / limit.limit
+    expected = margin * expected_amount(log_probabilities, limit)
+    return expected / (1 + FAR), expected / (1 - FAR) if pressed else None
+
+
+def expected_amount(log_probabilities: Rows, limit: Limit) -> float:
+    """Return the expected amount of a network drawn by these probabilities."""
+    rows = zip(log_probabilities, limit.cells, strict=True)
+    return limit.fixed + sum(float(np.exp(log_p) @ np.asarray(cells)) for log_p, cells in rows)

@@ -7,14 +7,18 @@ network (`block_order`): `solve_best` counts such placements once, with the high
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from qnas.common.errors import ArchError, InfeasibleBudgetError
 from qnas.solver.knapsack import k_best
-from qnas.solver.limits import Limits, check_limits, count_limit
+from qnas.solver.limits import Limit, Limits, check_limits, count_limit
+from qnas.spaces.arch import arch_document, arch_from_indices
 from qnas.spaces.block_order import Labels, block_labels
+from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 
 SOLVER = "qnas.knapsack"
@@ -33,7 +37,6 @@ class Solution:
     score: float  # sum of the chosen candidates' scores
     limits: Limits  # that it meets
     bound: float  # no network within the limits has a higher score than this
-    solver: str
     rank: int = 1  # by score, from 1
     solved: int = 1  # number of solutions, this one included
 
@@ -80,7 +83,7 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
         )
     bound = max(found.scores[0], found.left_out)
     return tuple(
-        Solution(network, score, limits, bound, SOLVER, rank, len(found.networks))
+        Solution(network, score, limits, bound, rank, len(found.networks))
         for rank, (network, score) in enumerate(zip(found.networks, found.scores, strict=True), 1)
     )
 
@@ -88,10 +91,9 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
 def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:
     """Return the network that MACs alone would choose within these limits; None where there is none.
 
-    The scores are solved under a limit on MACs instead of the devices' limits. The limit is the largest,
-    by bisection to a 4096th of the range, whose solution meets the devices' limits too. Where MACs order
-    networks as the devices do, the solution is the derived network itself. Its limits and bound are those
-    of the solve under MACs.
+    The scores are solved under a limit on MACs instead of the devices': the largest, by bisection to a 4096th
+    of the range, whose solution meets the devices' limits too. Where MACs order networks as the devices do,
+    that is the derived network itself. Its limits and bound are those of the solve under MACs.
     """
     devices = [limit for limit in limits if limit.table is not None]
     counts = [limit for limit in limits if limit.table is None]
@@ -105,16 +107,14 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
         return solution if all(d.amount(solution.indices) <= d.limit for d in devices) else None
 
     low, high = macs.least, macs.most
-    best = solve_under(high)
-    if best is not None:
+    if best := solve_under(high):
         return best
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        found = solve_under(middle)
-        if found is None:
-            high = middle
-        else:
+        if found := solve_under(middle):
             low, best = middle, found
+        else:
+            high = middle
     return best or solve_under(macs.least)
 
 
@@ -128,3 +128,61 @@ def check_searchable(space: SearchSpace, limits: Limits) -> None:
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
     check_feasible(limits)
+
+
+def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of the arch.json of a solution, with the certificate that a reader can check.
+
+    The prediction, the certificate's `fixed_ms` and `position_ms` together, is at most `limit_ms`, the budget
+    over 1 + margin. These are of the first device; `limits` has the same of each: `amount`, which is `fixed`
+    and `positions` together, is at most `limit`.
+    """
+    arch = arch_from_indices(space, solution.indices)
+    blocks = lower(space, arch)
+    limit, table = solution.limits[0], solution.limits[0].table
+    assert table is not None, "the first limit is a device's"
+    return arch_document(
+        space,
+        arch,
+        {
+            "device": table.device,
+            "table_digest": table.digest,
+            "budget_ms": limit.budget,
+            "margin": table.margin,
+            "limit_ms": limit.limit,
+            "latency_ms": solution.latency_ms,
+            "latency_coverage": table.coverage(solution.indices),
+            "macs": count_macs(blocks),
+            "params": count_params(blocks),
+            "limits": [_limit_entry(each, solution.indices) for each in solution.limits],
+            "certificate": {
+                "solver": SOLVER,
+                "score": solution.score,
+                "score_bound": solution.bound,
+                "rank": solution.rank,
+                "solved": solution.solved,
+                "fixed_ms": table.fixed_ms,
+                "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
+                "fastest_ms": table.fastest_ms,
+                "slowest_ms": table.slowest_ms,
+            },
+            **details,
+        },
+    )
+
+
+def _limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
+    table = limit.table
+    of_device = {} if table is None else {"table_digest": table.digest, "coverage": table.coverage(indices)}
+    return {
+        "name": limit.name,
+        "unit": limit.unit,
+        "budget": limit.budget,
+        "limit": limit.limit,
+        "amount": limit.amount(indices),
+        "fixed": limit.fixed,
+        "positions": [row[i] for row, i in zip(limit.cells, indices, strict=True)],
+        "least": limit.least,
+        "most": limit.most,
+        **of_device,
+    }

@@ -1,12 +1,10 @@
 """The order of blocks and identities within a stage, which makes no difference to a network.
 
 Block X in the second position of a stage and identity in the third is the same network as the other way
-round. The effect of a block, and its best weights, depend on the number of blocks before it. So
-a supernet's weights are those of the first block of a stage, of the second and so on, wherever these
-stand: a path of one block at a stage's third position runs with the weights of the first. Each weight is
-then trained by every path that has so many blocks, and not by those alone that leave the right positions
-empty: of three positions half of which are identity, the first is trained by seven paths of eight instead
-of four.
+round. The effect of a block, and its best weights, depend on the number of blocks before it. So a supernet's
+weights are those of the first block of a stage, of the second and so on, wherever these stand. Each weight is
+then trained by every path that has so many blocks: of three positions half of which are identity, the first
+is trained by seven paths of eight, and not by the four that have a block at the first position.
 """
 
 from collections.abc import Sequence

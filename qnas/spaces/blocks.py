@@ -11,25 +11,23 @@ W_a, W_c and a bias) and the first pointwise convolution. Behind the neurons typ
 a shift, and it stays a separate operator.
 
 The clip to [-6, 6] is needed since with batch normalisation nothing else bounds what a block multiplies. In
-evaluation a norm is a constant scale and shift, a block squares its input, and so a network of d
-blocks is a polynomial of degree 2^d, which overflows off its training distribution: at more contrast,
-at another resolution. Clipped, a mixer adds at most 6 to its input and the network grows no faster
-than linearly. The bound is ReLU6's, six standard deviations where the norm's scale is 1. It costs an
-elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself, and the
-linear neuron, which multiplies nothing, needs no clip.
+evaluation a norm is a constant scale and shift, and so a network of d blocks, which square their inputs, is a
+polynomial of degree 2^d: it overflows at more contrast or at another resolution than in training. Clipped, a
+mixer adds at most 6 to its input. The bound is ReLU6's, six standard deviations where the norm's scale is 1.
+It costs an elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself,
+and the linear neuron, which multiplies nothing, needs no clip.
 """
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, TypeVar
 
 from qnas.common.errors import SpaceError, nearest
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, is_same_definition
+from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
 
 Value = int | str  # of a parameter
 Layers = tuple[LayerSpec, ...]
@@ -108,6 +106,10 @@ class Block:
         """Return the parameter of that name, None where the block has none."""
         return next((p for p in self.parameters if p.name == name), None)
 
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters in order, those that are not given at their defaults."""
+        return {p.name: given.get(p.name, p.default) for p in self.parameters}
+
     def check(self, given: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
         """Yield the problems of given parameters, each with the parameter or None for the whole."""
         for name, value in given.items():
@@ -118,8 +120,7 @@ class Block:
                 yield None, f"{self.name} takes no {name}{hint}"
             elif problem := parameter.problem(value):
                 yield name, problem
-        missing = sorted(p.name for p in self.parameters if p.default is None and p.name not in given)
-        if missing:
+        if missing := sorted(p.name for p in self.parameters if p.default is None and p.name not in given):
             yield None, f"{self.name} needs {' and '.join(missing)}"
 
     def kind(self, parameters: Mapping[str, Value]) -> str:
@@ -146,18 +147,15 @@ class Block:
     def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
         """Return the layers of the block. Raises SpaceError where they do not fit the place."""
         layers = self.layers(place, **parameters)
-        shape = (place.c_in, place.resolution_px), (place.c_out, -(-place.resolution_px // place.stride))
-        found = (
-            ((layers[0].c_in, layers[0].resolution_px), (layers[-1].c_out, layers[-1].out_px))
-            if layers
-            else (shape[0], shape[0])
-        )
-        if found != shape:
-            (a, b), (c, d) = found
-            (e, f), (g, h) = shape
+        c_in, px, c_out = place.c_in, place.resolution_px, place.c_out
+        wanted = (c_in, px, c_out, -(-px // place.stride))
+        found = (c_in, px, c_in, px)
+        if layers:
+            found = (layers[0].c_in, layers[0].resolution_px, layers[-1].c_out, layers[-1].out_px)
+        if found != wanted:
             raise SpaceError(
-                f"block {self.candidate_name(parameters)}: its layers go from {a} channels at {b} px to {c} "
-                f"at {d} px, but the place needs {e} at {f} px to {g} at {h} px"
+                "block {}: its layers go from {} channels at {} px to {} at {} px, but the place needs {} at "
+                "{} px to {} at {} px".format(self.candidate_name(parameters), *found, *wanted)
             )
         return layers
 
@@ -203,18 +201,10 @@ def register_block(
         layers = getattr(definition, "layers", None) if is_class else definition
         if not callable(layers):
             raise SpaceError(f"block {name}: the class has no static method `layers(place, ...)`")
-        block = Block(
-            name,
-            _parameters(name, layers, parameters or {}, sliced),
-            layers,
-            keeps_shape,
-            needs_batchnorm,
-            definition if is_class else module,
-            definition,
-        )
-        before = BLOCKS.get(name)
-        if before is not None and not is_same_definition(before.definition, definition):
-            raise SpaceError(f"block {name}: the name is taken")
+        known = _parameters(name, layers, parameters or {}, sliced)
+        made_by = definition if is_class else module
+        block = Block(name, known, layers, keeps_shape, needs_batchnorm, made_by, definition)
+        check_free(f"block {name}", getattr(BLOCKS.get(name), "definition", None), definition)
         _check_block(block)
         BLOCKS[name] = block
         return definition
@@ -228,24 +218,22 @@ def _parameters(
     """Return the parameters as declared, with the defaults of the function. Raises SpaceError."""
     _, *arguments = inspect.signature(layers).parameters.values()
     problems = []
-    if not re.fullmatch(r"[a-z][a-z0-9]*", block):
+    if not NAME.fullmatch(block):
         problems.append(f"the name must be lower-case letters and digits, got {block!r}")
     taken = [argument.name for argument in arguments]
     if sorted(taken) != sorted(values):
-        problems.append(
-            f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {', '.join(values) or 'none'}"
-        )
+        declared = ", ".join(values) or "none"
+        problems.append(f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {declared}")
     problems += [f"sliced: no parameter {each}" for each in sliced if each not in values]
     reserved = {"block", *(field.name for field in fields(Place))}
     for parameter, allowed in values.items():
         if parameter in reserved:
             problems.append(f"a parameter cannot be called {parameter}")
         numbers = [v for v in allowed if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
-        words = [v for v in allowed if isinstance(v, str) and re.fullmatch(r"[a-z][a-z0-9]*", v)]
+        words = [v for v in allowed if isinstance(v, str) and NAME.fullmatch(v)]
         if not allowed or len(allowed) not in (len(numbers), len(words)):
-            problems.append(
-                f"{parameter}: expected whole numbers from 0, or words of lower-case letters and digits"
-            )
+            expected = "whole numbers from 0, or words of lower-case letters and digits"
+            problems.append(f"{parameter}: expected {expected}")
         elif words and parameter in sliced:
             problems.append(f"sliced: {parameter} has words as values, which have no largest")
     all_words = [v for allowed in values.values() for v in allowed if isinstance(v, str)]
@@ -266,8 +254,7 @@ def _parameters(
 
 
 # Places at which a block is tried when it is registered: channels in and out, stride, pixels.
-_TRIED = ((8, 8, 1, 9), (8, 8, 1, 16))
-_TRIED_SHAPE_CHANGES = ((8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
+_TRIED = ((8, 8, 1, 9), (8, 8, 1, 16), (8, 16, 2, 9), (8, 16, 1, 8), (16, 8, 2, 16))
 
 
 def _check_block(block: Block) -> None:
@@ -275,22 +262,22 @@ def _check_block(block: Block) -> None:
     norms = ("batchnorm",) if block.needs_batchnorm else ("batchnorm", "layernorm")
     ordered = {p.name: sorted(p.values, key=str if p.is_word else int) for p in block.parameters}
     corners = [{name: values[i] for name, values in ordered.items()} for i in (0, -1)]
-    shapes = _TRIED if block.keeps_shape else _TRIED + _TRIED_SHAPE_CHANGES
-    for shape, norm in ((shape, norm) for shape in shapes for norm in norms):
-        for parameters in corners:
-            place = Place(*shape, norm=norm, activation="relu")
-            try:
-                layers = block.layers_at(place, parameters)
-            except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise SpaceError(
-                    f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            roles = [layer.role for layer in layers]
-            if len(set(roles)) < len(roles):
-                raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
-            if block.module is None:
-                _check_chain(block.name, layers)
+    for shape, norm, parameters in product(_TRIED, norms, corners):
+        place = Place(*shape, norm=norm, activation="relu")
+        if block.keeps_shape and not place.keeps_shape:
+            continue
+        try:
+            layers = block.layers_at(place, parameters)
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise SpaceError(
+                f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        roles = [layer.role for layer in layers]
+        if len(set(roles)) < len(roles):
+            raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
+        if block.module is None:
+            _check_chain(block.name, layers)
     if block.module is not None and not isinstance(block.module, str):
         module_of(block, Place(8, 8, 1, 8, norms[0], "relu"), corners[0])
 
@@ -300,10 +287,8 @@ def _check_chain(name: str, layers: Layers) -> None:
     rest = layers[:-1] if layers and layers[-1].op == "add" else layers
     for layer in rest:
         if layer.op in ("add", "mul", "square"):
-            raise SpaceError(
-                f"block {name}: layer {layer.role} ({layer.op}) cannot be in a chain; the block needs a "
-                "module"
-            )
+            problem = "cannot be in a chain; the block needs a module"
+            raise SpaceError(f"block {name}: layer {layer.role} ({layer.op}) {problem}")
     for before, after in pairwise(rest):
         if (before.c_out, before.out_px) != (after.c_in, after.resolution_px):
             raise SpaceError(f"block {name}: layer {after.role} does not take what {before.role} returns")
@@ -323,26 +308,10 @@ def module_of(
     assert callable(make)
     known = {**asdict(place), **parameters}
     wanted = inspect.signature(make).parameters.values()
-    unknown = [
-        a.name
-        for a in wanted
-        if a.name not in known and a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)
-    ]
-    if unknown:
-        raise SpaceError(
-            f"block {block.name}: its module needs {', '.join(unknown)}, known are {', '.join(known)}"
-        )
+    needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if unknown := ", ".join(a.name for a in needed if a.name not in known):
+        raise SpaceError(f"block {block.name}: its module needs {unknown}, known are {', '.join(known)}")
     return make, {a.name: known[a.name] for a in wanted if a.name in known}
-
-
-def mixer_layers(place: Place, kernel: int, neuron: str) -> list[LayerSpec]:
-    """Return the layers of a neuron in depthwise form, without norms."""
-    c, px = place.c_in, place.resolution_px
-    biases = NEURONS[neuron].convolution_biases(place.norm)
-    return [
-        LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
-        for role, op in NEURONS[neuron].layers.items()
-    ]
 
 
 @register_block(
@@ -356,7 +325,11 @@ def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAU
     assert place.keeps_shape
     c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
     norm, pre_norm = place.norm, place.norm == "layernorm"
-    mixer = mixer_layers(place, kernel, neuron)
+    biases = NEURONS[neuron].convolution_biases(norm)
+    mixer = [
+        LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
+        for role, op in NEURONS[neuron].layers.items()
+    ]
     expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
     act = LayerSpec("act", place.activation, px, hidden, hidden)
     project = LayerSpec("project", "conv", px, hidden, c, bias=True)
@@ -389,25 +362,23 @@ def mbconv_layers(place: Place, kernel: int, expansion: int) -> Layers:
     """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381)."""
     c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
     hidden = expansion * c_in
-    layers = []
-    if expansion > 1:
-        layers += [
-            LayerSpec("expand", "conv", px, c_in, hidden),
-            LayerSpec("norm1", norm, px, hidden, hidden),
-            LayerSpec("act1", place.activation, px, hidden, hidden),
-        ]
+    expand = (
+        LayerSpec("expand", "conv", px, c_in, hidden),
+        LayerSpec("norm1", norm, px, hidden, hidden),
+        LayerSpec("act1", place.activation, px, hidden, hidden),
+    )
     depthwise = LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, place.stride)
     px = depthwise.out_px
-    layers += [
+    residual = LayerSpec("residual", "add", px, c_out, c_out)
+    return (
+        *(expand if expansion > 1 else ()),
         depthwise,
         LayerSpec("norm2", norm, px, hidden, hidden),
         LayerSpec("act2", place.activation, px, hidden, hidden),
         LayerSpec("project", "conv", px, hidden, c_out),
         LayerSpec("norm3", norm, px, c_out, c_out),
-    ]
-    if place.keeps_shape:
-        layers.append(LayerSpec("residual", "add", px, c_out, c_out))
-    return tuple(layers)
+        *((residual,) if place.keeps_shape else ()),
+    )
 
 
 @register_block("identity")

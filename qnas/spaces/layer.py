@@ -1,8 +1,7 @@
 """One layer of a network as a value: its operator and shape, and what it costs in MACs and memory.
 
-Maps are square. One multiply-add is one MAC, counted for convolutions and linear layers only (the
-convention of the papers and of torch's own counter); elementwise operators count no MACs but have a
-latency. Sizes are for one image.
+Maps are square, and sizes are for one image. One multiply-add is one MAC, counted for convolutions and linear
+layers only, as the papers and torch's own counter do; elementwise operators have a latency but no MACs.
 """
 
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from typing import NamedTuple
 class LayerSpec:
     """An operator at a place: `role` names it inside its block.
 
-    `resolution_px` is the height and width of the input. A convolution with an odd kernel is padded so
-    that the output has resolution / stride pixels, rounded up; a kernel as large as its stride (a patch)
-    is not padded, and the output is rounded down.
+    `resolution_px` is the height and width of the input. An odd kernel is padded so that the output has
+    resolution / stride pixels, rounded up; a kernel as large as its stride (a patch) is not: rounded down.
     """
 
     role: str
@@ -54,9 +52,8 @@ class LayerSpec:
     @property
     def params(self) -> int:
         """Trained parameters, biases included."""
-        op = OPS[self.op]
-        weights = op.weights(self)
-        return weights + self.c_out * (self.bias if weights else 2 * op.scales_and_shifts)
+        weights = OPS[self.op].weights(self)
+        return weights + self.c_out * (self.bias if weights else 2 * OPS[self.op].scales_and_shifts)
 
     @property
     def elements_in(self) -> int:
@@ -69,31 +66,19 @@ class LayerSpec:
         return self.out_px**2 * self.c_out
 
 
-def _none(_: LayerSpec) -> int:
-    return 0
-
-
-def _conv_weights(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_in * s.c_out
-
-
-def _dwconv_weights(s: LayerSpec) -> int:
-    return s.kernel**2 * s.c_out
-
-
 class Op(NamedTuple):
     """The cost of an operator: its weights are used once at each place of the output."""
 
-    weights: Callable[[LayerSpec], int] = _none
+    weights: Callable[[LayerSpec], int] = lambda s: 0
     operands: int = 1
     changes_channels: bool = False
     scales_and_shifts: bool = False  # by two parameters a channel
 
 
 OPS: dict[str, Op] = {
-    "conv": Op(_conv_weights, changes_channels=True),
-    "dwconv": Op(_dwconv_weights),
-    "linear": Op(_conv_weights, changes_channels=True),
+    "conv": Op(lambda s: s.kernel**2 * s.c_in * s.c_out, changes_channels=True),
+    "dwconv": Op(lambda s: s.kernel**2 * s.c_out),
+    "linear": Op(lambda s: s.c_in * s.c_out, changes_channels=True),
     "layernorm": Op(scales_and_shifts=True),
     "batchnorm": Op(scales_and_shifts=True),
     "gelu": Op(),

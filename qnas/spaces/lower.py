@@ -1,13 +1,14 @@
 """The one lowering: a space and an architecture to blocks, each a tuple of layers.
 
-The module builders, the counters and every latency source read what this returns, so they cannot
-disagree. Layers stand in the order in which they run; `role` names a layer inside its block and is
-the name of the submodule that computes it. A block carries the parameters that it was made with, so that
-nothing reads them back out of layers.
+The module builders, the counters and every latency source read what this returns, so they cannot disagree.
+Layers stand in the order in which they run; `role` names a layer inside its block, and the submodule that
+computes it. A block carries its parameters, so that nothing reads them back out of layers.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from qnas.common.errors import SpaceError
 from qnas.spaces.arch import Arch, arch_from_indices
@@ -45,20 +46,11 @@ class Slot:
 def stem_layers(space: SearchSpace, resolution_px: int) -> tuple[LayerSpec, ...]:
     """Return the layers of the stem: a convolution, a norm, and an activation where the space has one."""
     stem = space.stem
-    conv = LayerSpec(
-        "conv",
-        "conv",
-        resolution_px,
-        space.input.channels,
-        stem.channels,
-        stem.kernel,
-        stem.stride,
-        bias=space.norm == "layernorm",
-    )
-    layers = [conv, LayerSpec("norm", space.norm, conv.out_px, stem.channels, stem.channels)]
-    if stem.activation:
-        layers.append(LayerSpec("act", space.activation, conv.out_px, stem.channels, stem.channels))
-    return tuple(layers)
+    c, bias = stem.channels, space.norm == "layernorm"
+    conv = LayerSpec("conv", "conv", resolution_px, space.input.channels, c, stem.kernel, stem.stride, bias)
+    norm = LayerSpec("norm", space.norm, conv.out_px, c, c)
+    act = LayerSpec("act", space.activation, conv.out_px, c, c)
+    return (conv, norm, act) if stem.activation else (conv, norm)
 
 
 def transition_layers(
@@ -67,23 +59,19 @@ def transition_layers(
     """Return a norm and a convolution of kernel = stride; nothing where the shape stays."""
     if stride == 1 and c_in == c_out:
         return ()
-    if space.norm == "layernorm":
-        return (
-            LayerSpec("norm", space.norm, resolution_px, c_in, c_in),
-            LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride, bias=True),
-        )
-    conv = LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride)
+    pre_norm = space.norm == "layernorm"
+    conv = LayerSpec("conv", "conv", resolution_px, c_in, c_out, stride, stride, bias=pre_norm)
+    if pre_norm:
+        return LayerSpec("norm", space.norm, resolution_px, c_in, c_in), conv
     return conv, LayerSpec("norm", space.norm, conv.out_px, c_out, c_out)
 
 
 def head_layers(space: SearchSpace, c_in: int, classes: int, resolution_px: int) -> tuple[LayerSpec, ...]:
     """Return the layers of the head: a pointwise convolution where the space has one, pooling, classifier."""
-    px, norm = resolution_px, space.norm
+    px, norm, channels = resolution_px, space.norm, space.head.channels or c_in
     pre_norm = norm == "layernorm"
     layers = []
-    channels = c_in
     if space.head.channels is not None:
-        channels = space.head.channels
         expand = LayerSpec("expand", "conv", px, c_in, channels, bias=pre_norm)
         norm1 = LayerSpec("norm1", norm, px, *((c_in, c_in) if pre_norm else (channels, channels)))
         act = LayerSpec("act", space.activation, px, channels, channels)
@@ -100,8 +88,7 @@ def skeleton(
 ) -> tuple[BlockSpec | Slot, ...]:
     """Return the fixed blocks of every network of the space, with slots where candidates go.
 
-    Without arguments it is that of the deployed network. Raises SpaceError where the resolution is
-    too small to pass all strides.
+    By default it is that of the deployed network. Raises SpaceError where the resolution is too small.
     """
     px = space.input.resolution_px if resolution_px is None else resolution_px
     check_resolution(space, px)
@@ -129,10 +116,7 @@ def skeleton(
 
 def smallest_resolution_px(space: SearchSpace) -> int:
     """Return the smallest input that passes all strides of the space."""
-    total = max(space.stem.stride, space.stem.kernel if space.stem.kernel == space.stem.stride else 1)
-    for stage in space.stages:
-        total *= stage.stride
-    return total
+    return math.prod((space.stem.stride, *(stage.stride for stage in space.stages)))
 
 
 def check_resolution(space: SearchSpace, resolution_px: int) -> None:
@@ -147,9 +131,8 @@ def check_resolution(space: SearchSpace, resolution_px: int) -> None:
 def make_block(name: str, block: str, place: Place, **parameters: Value) -> BlockSpec:
     """Return a block with these parameters at a place. Raises SpaceError where its layers do not fit."""
     kind = BLOCKS[block]
-    values = {p.name: parameters.get(p.name, p.default) for p in kind.parameters}
     assert not list(kind.check(parameters)), parameters
-    given = {key: value for key, value in values.items() if value is not None}
+    given = kind.complete(parameters)
     return BlockSpec(name, kind.kind(given), kind.layers_at(place, given), block, place, given)
 
 
@@ -172,9 +155,8 @@ def lower(
 
 
 def layers_of(blocks: Iterable[BlockSpec]) -> Iterator[LayerSpec]:
-    """Yield all layers of these blocks in order."""
-    for block in blocks:
-        yield from block.layers
+    """Return all layers of these blocks in order."""
+    return chain.from_iterable(block.layers for block in blocks)
 
 
 def count_macs(blocks: Iterable[BlockSpec]) -> int:
@@ -191,7 +173,6 @@ def smallest_and_largest(space: SearchSpace) -> tuple[Arch, Arch]:
     """Return the networks with the fewest and the most MACs."""
     slots = [part for part in skeleton(space) if isinstance(part, Slot)]
     macs = [[count_macs([fill(space, slot, c)]) for c in slot.position.candidates] for slot in slots]
-    return (
-        arch_from_indices(space, tuple(row.index(min(row)) for row in macs)),
-        arch_from_indices(space, tuple(row.index(max(row)) for row in macs)),
-    )
+    ends = (tuple(row.index(end(row)) for row in macs) for end in (min, max))
+    least, most = (arch_from_indices(space, indices) for indices in ends)
+    return least, most

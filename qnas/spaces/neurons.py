@@ -3,8 +3,8 @@
 In the docstrings of the formulas `*` is a depthwise convolution at stride 1, padded to keep the size; `.`
 and `^2` are elementwise. Types 2 to 4 are as counted in QuadraLib (MLSys 2022, arXiv 2204.01701).
 
-A formula only calls its convolutions and uses operators and methods of tensors, so it needs no torch to be
-defined, and the stand-alone export copies its source.
+A formula only calls its convolutions and uses operators and methods of tensors: it is defined without torch,
+and the stand-alone export copies its source.
 """
 
 import inspect
@@ -18,12 +18,9 @@ from qnas.spaces.layer import OPS
 
 Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
 CONVOLUTION = "dwconv"
-_ELEMENTWISE = {op for op, costs in OPS.items() if not costs.changes_channels} - {
-    CONVOLUTION,
-    "layernorm",
-    "batchnorm",
-    "gap",
-}
+NAME = re.compile(r"[a-z][a-z0-9]*")  # of neurons, blocks, and words as values of a block's parameter
+_ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
+_ELEMENTWISE -= {CONVOLUTION, "gap"}
 # the layers that a QuadraBlock has besides its neuron's
 _TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "act", "project", "mixer"}
 
@@ -43,33 +40,28 @@ class Neuron:
     # a product alone, has the same third.
     start: Mapping[str, float] = field(default_factory=dict)
     ones: tuple[str, ...] = ()  # convolutions whose bias starts at one
-    # ReLinear (arXiv 2110.06081) starts these weights at zero, so that the neuron is linear; None: the
-    # neuron has no linear part
+    # ReLinear (arXiv 2110.06081) starts these at zero, so that the neuron is linear; None: no linear part
     zeros: tuple[str, ...] | None = None
     # the weights of the quadratic terms, which ReLinear lets in slowly; the same where not given
     quadratic: tuple[str, ...] | None = None
-    # A batch norm behind the neuron folds into these convolutions, the last of which takes the shift as a
-    # bias; it stays an operator where there are none.
+    # a batch norm folds into these, the last of which takes the shift as a bias; where none, it stays
     folds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise SpaceError(f"neuron {self.name!r}: the name must be lower-case letters and digits")
         problems = []
-        unknown = sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION})
-        if unknown:
+        if unknown := sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION}):
             allowed = ", ".join([CONVOLUTION, *sorted(_ELEMENTWISE)])
             problems.append(f"unknown operator {', '.join(unknown)}, expected {allowed}")
-        taken = sorted(_TAKEN_ROLES & {*self.layers})
-        if taken:
+        if taken := sorted(_TAKEN_ROLES & {*self.layers}):
             problems.append(f"the block has a layer {', '.join(taken)} already")
         roles = self.roles
         if not roles:
             problems.append(f"its layers have no {CONVOLUTION}")
         named = (*self.biases, *self.start, *self.ones, *(self.zeros or ()), *(self.quadratic or ()))
         named += (*self.folds, *([self.constant] if self.constant else []))
-        absent = sorted({*named} - {*roles})
-        if absent:
+        if absent := sorted({*named} - {*roles}):
             problems.append(f"no convolution {', '.join(absent)} among {', '.join(roles)}")
         arguments = [p for p in inspect.signature(self.formula).parameters.values() if p.default is p.empty]
         if len(arguments) != 1 + len(roles):
@@ -115,21 +107,18 @@ def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> 
 
     def register(formula: Formula) -> Formula:
         neuron = Neuron(name, formula, dict(layers), **properties)
-        before = NEURONS.get(name)
-        if before is not None and not is_same_definition(before.formula, formula):
-            raise SpaceError(f"neuron {name}: the name is taken")
+        check_free(f"neuron {name}", getattr(NEURONS.get(name), "formula", None), formula)
         NEURONS[name] = neuron
         return formula
 
     return register
 
 
-def is_same_definition(before: Any, now: Any) -> bool:
-    """Return whether both are one function or class of one module, as when a notebook's cell runs again."""
-    names = [
-        (getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (before, now)
-    ]
-    return names[0] == names[1] and None not in names[0]
+def check_free(what: str, before: Any, now: Any) -> None:
+    """Raise SpaceError where a name has a definition that is not this one of a notebook's cell run again."""
+    old, new = ((getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (before, now))
+    if before is not None and (old != new or None in old):
+        raise SpaceError(f"{what}: the name is taken")
 
 
 @register_neuron(

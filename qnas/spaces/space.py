@@ -1,33 +1,24 @@
 """A search space, read from a YAML file or made in Python, as a frozen value.
 
-A network is a stem, stages of positions with a transition before each, and a head. Every position
-is filled by one of its candidates; a fixed network is a space with one candidate a position. The
-latency of a space is that of its own `input.resolution_px` and `head.classes`, whatever it is
-trained on.
+A network is a stem, stages of positions with a transition before each, and a head. Every position is filled
+by one of its candidates; a fixed network is a space with one candidate a position. Latencies are those of the
+space's own `input.resolution_px` and `head.classes`, whatever it is trained on.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qnas.common.documents import describe_problems, read_mapping
+from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
 from qnas.common.errors import SpaceError, nearest
 from qnas.common.resources import read_named
 from qnas.spaces.blocks import BLOCKS, Block, Value
@@ -35,20 +26,13 @@ from qnas.spaces.blocks import BLOCKS, Block, Value
 SCHEMA = "qnas.space/1"
 
 
-class _Node(BaseModel):
-    """A part of the file: frozen, unknown keys refused, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
 
-class Candidate(_Node):
+class Candidate(FilePart):
     """A block that a position may hold, with all its parameters.
 
-    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`; parameters that have a
-    default may be left out.
+    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`, without defaults.
     """
 
     block: str
@@ -70,16 +54,15 @@ class Candidate(_Node):
         if block is None:
             known = nearest(str(content["block"]), BLOCKS)
             message = f"unknown block ({known}, or one that a `plugin` registers first)"
-            problems = [_problem(("block",), message, content["block"])]
-        else:
-            problems = [
-                _problem((name,) if name else (), message, given[name] if name else content)
-                for name, message in block.check(given)
-            ]
-        if problems or block is None:
+            problem = _problem(("block",), message, content["block"])
+            raise ValidationError.from_exception_data("Candidate", [problem])
+        problems = [
+            _problem((name,) if name else (), message, given[name] if name else content)
+            for name, message in block.check(given)
+        ]
+        if problems:
             raise ValidationError.from_exception_data("Candidate", problems)
-        values = {p.name: given.get(p.name, p.default) for p in block.parameters}
-        return {"block": block.name, "parameters": values}
+        return {"block": block.name, "parameters": block.complete(given)}
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
@@ -141,23 +124,19 @@ def _expand_candidates(entries: Any) -> Any:
     return tuple(expanded)
 
 
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 Candidates = Annotated[
     tuple[Candidate, ...], BeforeValidator(_expand_candidates), Field(min_length=1, max_length=64)
 ]
 
 
-class Input(_Node):
+class Input(FilePart):
     """The deployed network's input."""
 
     channels: Annotated[int, Field(ge=1, le=16)] = 3
     resolution_px: Annotated[int, Field(ge=1, le=4096)]
 
 
-class Stem(_Node):
+class Stem(FilePart):
     """The first convolution. A kernel equal to the stride cuts the image into patches."""
 
     channels: Channels
@@ -166,7 +145,7 @@ class Stem(_Node):
     activation: bool = False
 
 
-class Stage(_Node):
+class Stage(FilePart):
     """Positions of one width. `stride` is that of the transition before the first position."""
 
     channels: Channels
@@ -175,7 +154,7 @@ class Stage(_Node):
     candidates: Candidates | None = None  # instead of the space's own
 
 
-class Head(_Node):
+class Head(FilePart):
     """Pooling and classifier, after a pointwise convolution to `channels` where that is given."""
 
     classes: Annotated[int, Field(ge=2)]
@@ -208,7 +187,7 @@ class Position:
         return self.candidates[self.names.index(name)]
 
 
-class SearchSpace(_Node):
+class SearchSpace(FilePart):
     """A checked search space. Two spaces with one digest have the same networks."""
 
     file_schema: Literal["qnas.space/1"] = Field(alias="schema")
@@ -221,7 +200,7 @@ class SearchSpace(_Node):
     # conv: a normed convolution between stages; block: the first block of a stage makes the change
     transition: Literal["conv", "block"]
     candidates: Candidates
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(to_tuples), Field(min_length=1)]
     head: Head
 
     @model_validator(mode="after")
@@ -229,17 +208,17 @@ class SearchSpace(_Node):
         problems = []
         if self.stem.kernel % 2 == 0 and self.stem.kernel != self.stem.stride:
             problems.append(f"stem.kernel: expected an odd number or the stride, got {self.stem.kernel}")
-        if self.transition == "block":
-            # at larger strides a kernel may equal the stride, and the kernels' outputs differ in size
-            problems += [
-                f"stages[{i}].stride: expected at most 2 with transition: block, got {stage.stride}"
-                for i, stage in enumerate(self.stages)
-                if stage.stride > 2
-            ]
-        for where, candidates in self._candidate_lists():
+        # at larger strides a kernel may equal the stride, and the kernels' outputs differ in size
+        problems += [
+            f"stages[{i}].stride: expected at most 2 with transition: block, got {stage.stride}"
+            for i, stage in enumerate(self.stages)
+            if self.transition == "block" and stage.stride > 2
+        ]
+        lists = {"candidates": self.candidates}
+        lists |= {f"stages[{i}].candidates": s.candidates for i, s in enumerate(self.stages) if s.candidates}
+        for where, candidates in lists.items():
             names = [c.name for c in candidates]
-            if len(set(names)) < len(names):
-                twice = sorted({name for name in names if names.count(name) > 1})
+            if twice := sorted({name for name in names if names.count(name) > 1}):
                 problems.append(f"{where}: listed twice: {', '.join(twice)}")
             problems += [
                 f"{where}: {c.block} needs norm: batchnorm, got {self.norm}"
@@ -255,12 +234,6 @@ class SearchSpace(_Node):
             raise ValueError("; ".join(dict.fromkeys(problems)))
         return self
 
-    def _candidate_lists(self) -> Iterator[tuple[str, tuple[Candidate, ...]]]:
-        yield "candidates", self.candidates
-        for i, stage in enumerate(self.stages):
-            if stage.candidates is not None:
-                yield f"stages[{i}].candidates", stage.candidates
-
     @cached_property
     def positions(self) -> tuple[Position, ...]:
         """All positions in order. Where the shape changes, candidates that keep it are left out."""
@@ -268,18 +241,13 @@ class SearchSpace(_Node):
         channels = self.stem.channels
         for i, stage in enumerate(self.stages):
             for j in range(stage.positions):
-                first = j == 0 and self.transition == "block"
-                position = Position(
-                    name=f"{i + 1}.{j + 1}",
-                    stage=i,
-                    c_in=channels if first else stage.channels,
-                    c_out=stage.channels,
-                    stride=stage.stride if first else 1,
-                    candidates=stage.candidates or self.candidates,
-                )
+                changes = j == 0 and self.transition == "block"
+                c_in, stride = (channels, stage.stride) if changes else (stage.channels, 1)
+                candidates = stage.candidates or self.candidates
+                position = Position(f"{i + 1}.{j + 1}", i, c_in, stage.channels, stride, candidates)
                 if not position.keeps_shape:
-                    able = (c for c in position.candidates if not BLOCKS[c.block].keeps_shape)
-                    position = Position(**{**vars(position), "candidates": tuple(able)})
+                    able = tuple(c for c in candidates if not BLOCKS[c.block].keeps_shape)
+                    position = replace(position, candidates=able)
                 found.append(position)
             channels = stage.channels
         return tuple(found)
@@ -301,19 +269,20 @@ class SearchSpace(_Node):
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
         """Return the same space with another norm."""
-        content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        return SearchSpace.model_validate({**content, "norm": norm})
+        return SearchSpace.model_validate(self._written() | {"norm": norm})
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
         """Return the same space for images of another size: with the same weights, other latencies."""
-        content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        shown = {**content["input"], "resolution_px": resolution_px}
-        return SearchSpace.model_validate({**content, "input": shown})
+        content = self._written()
+        content["input"]["resolution_px"] = resolution_px
+        return SearchSpace.model_validate(content)
 
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
-        content = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self._written(), sort_keys=False, allow_unicode=True))
+
+    def _written(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def make_space(
@@ -359,8 +328,7 @@ def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
 def parse_space(text: str, where: str) -> SearchSpace:
     """Read a space from YAML text; `where` names it in messages.
 
-    Raises SpaceError with every problem of the file in one line; those between keys follow once each
-    key is right by itself.
+    Raises SpaceError with every problem in one line; those between keys once each key is right by itself.
     """
     return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
 

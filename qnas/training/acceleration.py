@@ -55,8 +55,7 @@ UNSCALED = PLAIN.scaler()
 def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_rank: int = 0) -> Acceleration:
     """Return where to run: `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
 
-    `local_rank` is the number of the GPU. Raises UsageError where a GPU is asked for and missing, or
-    has no bfloat16.
+    `local_rank` is the GPU's number. Raises UsageError where a GPU is missing, or has no bfloat16.
     """
     has_gpu = torch.cuda.is_available()
     if torch_device == "cuda" and not has_gpu:
@@ -85,10 +84,9 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
 def compile_blocks(module: nn.Module) -> None:
     """Have torch.compile compile each block on its first run, in place; names of weights stay.
 
-    Blocks, not networks: a supernet's paths are ever new combinations of the same blocks, and each
-    combination would be compiled anew. Blocks of one shape share a program. On a CPU it does not pay:
-    a block is no faster than with the kernels of `qnas.nn.kernels`, and every shape takes tens of seconds to
-    compile; on a GPU it has not been measured.
+    Blocks, not networks: each path of a supernet, a new combination of blocks, would be compiled anew. Blocks
+    of one shape share a program. On a CPU it does not pay: a block is no faster than with `qnas.nn.kernels`,
+    and every shape takes tens of seconds to compile; on a GPU it has not been measured.
     """
     blocks = [block for block in module.modules() if isinstance(block, QuadraBlock | Chain)]
     # torch gives up on a function that it compiled 8 times, and one forward serves all these blocks; times

@@ -1,8 +1,7 @@
 """The facts of a trained network: its accuracy, its size, its latencies, and its speed on this machine.
 
-Accuracies have Wilson's interval (1927), since the usual normal interval is wrong for shares near 0 or 1
-and for the few images of one class. The interval covers other test sets of the same kind and size, not
-other seeds.
+Accuracies have Wilson's interval (`common.intervals`), which covers other test sets of the same kind and
+size, not other seeds.
 """
 
 import os
@@ -92,7 +91,7 @@ def measure_speed(
 
     This is the median over passes of a batch, in float32 as the test images are classified.
     """
-    device = acceleration.device
+    device, on_gpu = acceleration.device, acceleration.device.type == "cuda"
     shape = (SPEED_BATCH, channels, resolution_px, resolution_px)
     images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     network.eval()
@@ -101,10 +100,9 @@ def measure_speed(
     while len(seconds) < SPEED_PASSES or sum(seconds) < SPEED_SECONDS:
         start = time.perf_counter()
         network(images)
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    on_gpu = device.type == "cuda"
     return {
         "images_per_second": SPEED_BATCH / statistics.median(seconds),
         "batch_size": SPEED_BATCH,

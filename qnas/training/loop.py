@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from qnas.common.errors import CheckpointError, TrainingError, first_line
 from qnas.common.progress import Display, silent
-from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
 from qnas.data.image_data import Split
 from qnas.runs.checkpoint import Checkpoints
@@ -26,18 +24,11 @@ from qnas.training.processes import ALONE, World, joined
 
 
 def set_up_process(threads: int) -> None:
-    """Set torch's threads (0 leaves them) and let the C library keep freed memory."""
+    """Set torch's threads (0 leaves them) and let the C library keep freed memory (glibc only)."""
     if threads:
         torch.set_num_threads(threads)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of returning it to the system (glibc only).
-
-    A training step frees and requests the same few megabytes over and over; as fresh pages they cost
-    more than the arithmetic on them: a quarter of a step of quadranet-small.
-    """
+    # a training step frees and requests the same few megabytes over and over; as fresh pages they cost
+    # more than the arithmetic on them: a quarter of a step of quadranet-small
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
@@ -47,34 +38,15 @@ def _keep_freed_memory() -> None:
 
 
 def stream(
-    split: Split,
-    batch_size: int,
-    seed: int,
-    start: int,
-    *,
-    augment: bool,
-    augmentation: Augmentation | None = None,
-    device: torch.device | str = "cpu",
-    part: tuple[int, int] = (0, 1),
+    split: Split, batch_size: int, seed: int, start: int, **options: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches without end, from number `start` of a sequence that depends on the seed only.
 
-    `augmentation`, `device` and `part` as in `data.batches`.
+    `options` are those of `data.batches`: augment, augmentation, device, part.
     """
     epoch, skip = divmod(start, batch_count(split, batch_size, drop_last=True))
     while True:
-        yield from batches(
-            split,
-            batch_size,
-            seed=seed,
-            epoch=epoch,
-            augment=augment,
-            augmentation=augmentation,
-            drop_last=True,
-            start=skip,
-            device=device,
-            part=part,
-        )
+        yield from batches(split, batch_size, seed=seed, epoch=epoch, drop_last=True, start=skip, **options)
         epoch, skip = epoch + 1, 0
 
 
@@ -132,11 +104,12 @@ def run_to_end(
     checkpoints = Checkpoints(folder)
     with (
         joined(world),
-        _own_random_numbers(seed),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         interruptible() as signals,
         (display if world.is_main else silent)(stepper.total_steps, stepper.phase) as progress,
         world.watched(),
     ):
+        torch.manual_seed(seed)
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
         if saved is not None:
             try:
@@ -144,13 +117,14 @@ def run_to_end(
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 text = f"the checkpoint is not of this run: {first_line(error)}"
                 raise CheckpointError(f"{folder}: {text}") from error
-            _set_random_state(saved["random"])
+            random = saved["random"]
+            torch.set_rng_state(random["cpu"])
+            torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
         if checkpoints.damage:
-            went_back = f"went back to the one before it, of step {stepper.steps_done}"
-            progress.warn(f"{checkpoints.damage}: {went_back}")
-        metrics = None
-        if world.is_main:
-            metrics = Metrics(folder / METRICS_FILE, keep_bytes=saved["metrics_bytes"] if saved else 0)
+            step = stepper.steps_done
+            progress.warn(f"{checkpoints.damage}: went back to the one before it, of step {step}")
+        kept = saved["metrics_bytes"] if saved else 0
+        metrics = Metrics(folder / METRICS_FILE, keep_bytes=kept) if world.is_main else None
         progress.skip(stepper.steps_done)
         saved_step, saved_at = stepper.steps_done, time.monotonic()
         while stepper.steps_done < stepper.total_steps:
@@ -169,7 +143,10 @@ def run_to_end(
                 or time.monotonic() - saved_at >= interval.seconds
             ):
                 # the lines first: a checkpoint must not know of more of them than there are
-                state = {"metrics_bytes": metrics.sync(), "random": _random_state()}
+                metrics_bytes = metrics.sync()
+                # torch's own random numbers; no step draws from numpy's or Python's
+                random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+                state = {"metrics_bytes": metrics_bytes, "random": random}
                 checkpoints.save({"stepper": stepper.to_dict(), **state})
                 saved_step, saved_at = stepper.steps_done, time.monotonic()
             if stops:
@@ -177,24 +154,6 @@ def run_to_end(
         if world.any(bool(signals)):  # came as the last state was saved
             raise interrupted(folder)
         world.check_same(stepper.to_dict())
-
-
-@contextmanager
-def _own_random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch's own random numbers, and give the caller's back at the end."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the state of torch's own random numbers; no step draws from numpy's or Python's."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def check_finite(

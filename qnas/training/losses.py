@@ -1,7 +1,7 @@
 """Losses that networks are trained and ranked by, and metrics that they are reported by.
 
-A loss gives one value an image, so that ranking can compare networks image by image. Any callable of
-the same signature can stand in for the named ones.
+A loss gives one value an image, so that networks can be compared image by image. Any callable of the same
+signature can stand in for the named ones.
 """
 
 from collections.abc import Callable
@@ -91,9 +91,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Return the mean over the classes of the share of their images that are classified correctly."""
     right = (predicted == labels).double()
-    return float(
-        torch.stack([right[labels == label].mean() for label in torch.bincount(labels).nonzero()]).mean()
-    )
+    shares = [right[labels == label].mean() for label in torch.bincount(labels).nonzero()]
+    return float(torch.stack(shares).mean())
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,8 @@ def make_objective(
         loss = balanced_loss(labels, classes)
     elif isinstance(loss, str):
         loss = cross_entropy if loss == "cross-entropy" else FocalLoss()
-    if isinstance(metric, str):
-        return Objective(loss, balanced_accuracy if metric == "balanced-accuracy" else None)
-    return Objective(loss, metric)
+    named = {"accuracy": None, "balanced-accuracy": balanced_accuracy}
+    return Objective(loss, named[metric] if isinstance(metric, str) else metric)
 
 
 def saved_objective(

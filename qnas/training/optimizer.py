@@ -64,18 +64,14 @@ class PathAdamW(torch.optim.AdamW):
                 # the group's own rate stays the schedule's, whose end is one rate for all groups
                 group["lr"] *= group.get("rate_share", 1.0)
             super().step()
-            for group in self.param_groups:
-                self._shrink(group["params"], group["lr"] * group.get("l1", 0.0))
+            with torch.no_grad():
+                for group in self.param_groups:
+                    if (by := group["lr"] * group.get("l1", 0.0)) > 0:
+                        for weight in group["params"]:
+                            weight.copy_(F.softshrink(weight, by))
         finally:
             for group, (weights, rate) in zip(self.param_groups, whole, strict=True):
                 group["params"], group["lr"] = weights, rate
-
-    @staticmethod
-    @torch.no_grad()
-    def _shrink(weights: Iterable[nn.Parameter], by: float) -> None:
-        if by > 0:
-            for weight in weights:
-                weight.copy_(F.softshrink(weight, by))
 
 
 @dataclass(frozen=True)
@@ -101,14 +97,10 @@ def make_optimizer(
 ) -> PathAdamW:
     """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
     quadratic = {id(weight) for weight in relinear.weights} if relinear else set()
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for weight in weights:
-        if id(weight) not in quadratic:
-            (decayed if weight.ndim > 1 else plain).append(weight)
+    rest = [weight for weight in weights if id(weight) not in quadratic]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in rest if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     if relinear:
         groups.append(

@@ -3,9 +3,8 @@
     torchrun --nproc-per-node 2 -m qnas.commands search --device vpu --budget 30ms
 
 All processes hold the same weights, architecture parameters and random states, and so draw the same paths.
-Each computes its part of the batch that a single process would see. Gradients are averaged over the
-processes, so that the copies stay equal to the last bit (`World.check_same` tests it at the end) and equal
-to a single process's but for the order of additions.
+Each computes its part of the batch that a single process would see. As gradients are averaged, the copies
+stay equal to the last bit (`World.check_same`), and to a single process's but for the order of additions.
 
 DistributedDataParallel averages the gradients of a single network (`World.parallel`). It does not suit the
 sampled paths of a supernet: it would send every candidate's gradient, mostly zeros. On two gloo processes
@@ -87,16 +86,13 @@ class World:
         """Return the main process's value, which can be pickled, in all processes."""
         if self.size == 1:
             return value
-        values: list[Any] = [value]
+        values = [value]
         dist.broadcast_object_list(values, src=0)
-        received: T = values[0]
-        return received
+        return values[0]
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """Wrap a network whose parameters are all used at every step, so that gradients are averaged."""
-        if self.size == 1:
-            return network
-        return DistributedDataParallel(network)
+        return network if self.size == 1 else DistributedDataParallel(network)
 
     def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
         """Return the context of a forward and backward pass of a network from `parallel`.
@@ -130,7 +126,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_lost(error):
+            # gloo's own errors are plain RuntimeErrors that begin with the place in its source
+            is_lost = isinstance(error, dist.DistError) or "gloo/" in str(error)
+            if self.size == 1 or not is_lost:
                 raise
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             raise ProcessError(
@@ -190,8 +188,3 @@ def _feed(found: "hashlib._Hash", value: object) -> None:
             _feed(found, item)
     else:
         found.update(repr(value).encode())
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    # gloo's own errors are plain RuntimeErrors that begin with the place in its source
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)

@@ -8,20 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qnas.training.settings import (
-    CompileField,
-    Count,
-    LossField,
-    MetricField,
-    Number,
-    PrecisionField,
-    SeedField,
-    Settings,
-    SettingsFile,
-    Share,
-    ThreadsField,
-    TorchDeviceField,
-)
+from qnas.training import settings
+from qnas.training.settings import Count, Number, Settings, SettingsFile, Share
 
 # By kind of data, where none is named; for two CPU cores or one GPU.
 DEFAULTS = {
@@ -109,13 +97,13 @@ class TrainConfig(Settings):
     LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
 
     recipe: Recipe
-    torch_device: TorchDeviceField = "auto"
-    precision: PrecisionField = "auto"
-    compile: CompileField = False
-    threads: ThreadsField = 0
-    seed: SeedField = 0
-    loss: LossField = "cross-entropy"
-    metric: MetricField = "accuracy"
+    torch_device: settings.TorchDeviceField = "auto"
+    precision: settings.PrecisionField = "auto"
+    compile: settings.CompileField = False
+    threads: settings.ThreadsField = 0
+    seed: settings.SeedField = 0
+    loss: settings.LossField = "cross-entropy"
+    metric: settings.MetricField = "accuracy"
 
     @property
     def resolution_px(self) -> int:

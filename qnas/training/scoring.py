@@ -75,8 +75,7 @@ def classify(
 def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Measure the batch norms' statistics anew on these batches; no other state changes.
 
-    Statistics that were gathered while other paths ran do not fit this one. Without batch normalisation
-    nothing happens.
+    Statistics that were gathered while other paths ran do not fit this one.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-from qnas.common.documents import describe_problems, read_mapping
+from qnas.common.documents import FilePart, describe_problems, read_mapping
 from qnas.common.errors import UsageError
 from qnas.common.resources import read_named
 
@@ -22,10 +22,8 @@ MetricName = Literal["accuracy", "balanced-accuracy"]
 
 def _scientific(value: Any) -> Any:
     """Read `4e-3` as a number: YAML 1.1 has it as text, because it lacks a point."""
-    if not isinstance(value, str) or "e" not in value.lower():
-        return value
     try:
-        return float(value)
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
         return value
 
@@ -54,10 +52,8 @@ MetricField = Annotated[
 ]
 
 
-class Settings(BaseModel):
+class Settings(FilePart):
     """A frozen set of settings whose problems are reported together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     WHAT: ClassVar[str]  # the model's name in messages
     LATER: ClassVar[tuple[str, ...]] = ()  # fields that config.json lacks at their default, as it once did

@@ -1,38 +1,57 @@
-"""The training of one network: from the supernet's weights or from scratch.
+"""The training of one network, from the supernet's weights or from scratch, and the files that it leaves.
 
-It is trained on all training images. The test images are evaluated after every epoch for the curve, but
-do not select the result: that is the last weights, or their moving average where the recipe has one. The
-weights of the best epoch are kept as well; their accuracy is too high, since they are the best of many
-evaluations on the test images. Selecting an epoch properly would need a validation split, and with a
-learning rate that falls to a hundredth the last weights are among the best.
+It is trained on all training images. The test images are evaluated after every epoch for the curve, but do
+not select the result: that is the last weights, or their moving average where the recipe has one. The weights
+of the best epoch are kept as well; their accuracy is too high, as it selected them. A proper selection would
+need a validation split, and as the learning rate falls to a hundredth the last weights are among the best.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.ops import StochasticDepth
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import CheckpointError, TrainingError, UsageError
+from qnas.common.files import json_text, write_json
+from qnas.common.progress import Display, silent
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
-from qnas.data.image_data import ImageData
-from qnas.nn.blocks import quadratic_weights
+from qnas.data.broken_images import broken_copies
+from qnas.data.image_data import ImageData, sample_images
+from qnas.nn.blocks import count_parameters, quadratic_weights, start_linear
+from qnas.nn.subnet import build_subnet
+from qnas.runs import names
+from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.report.page import close_with_report
+from qnas.runs.run_folder import opened
+from qnas.runs.tensors import save_tensors
 from qnas.training.acceleration import choose_acceleration, compile_blocks
-from qnas.training.loop import check_finite, stream
+from qnas.training.evaluation import accuracy_facts, measure_speed, size_facts
+from qnas.training.loop import check_finite, run_to_end, stream
 from qnas.training.losses import Objective, make_objective
 from qnas.training.optimizer import ReLinear, Teacher, make_optimizer, make_schedule, weight_step
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.regularisation import drop_blocks, moving_average, update_average
-from qnas.training.scoring import Classified, classify
+from qnas.training.scoring import Classified, Score, classify, prediction_tensors
+from qnas.training.supernet_weights import inherit
 
+SAMPLE_IMAGES = 16  # of the test images, kept to check an export with
 REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
     "`quadratic_gamma` below 1) may help"
 )
+# what a checkpoint holds of a trainer: states of parts, and values
+_PARTS = ("network", "average", "optimizer", "scaler", "schedule")
+_VALUES = ("steps_done", "accuracy", "epoch_loss", "best")
 
 
 class SubnetTrainer:
@@ -53,7 +72,9 @@ class SubnetTrainer:
         self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
         self.network = network.to(self.acceleration.device)
         # before the hooks below, of which the average needs none
-        self.average = moving_average(network) if recipe.ema_decay else None
+        self.average = AveragedModel(network, use_buffers=True) if recipe.ema_decay else None
+        if self.average is not None:
+            self.average.requires_grad_(False)
         if recipe.stochastic_depth:
             drop_blocks(network, recipe.stochastic_depth)
         if config.compile:
@@ -64,7 +85,13 @@ class SubnetTrainer:
             config.loss, config.metric, self.split.labels, len(data.classes)
         )
         self.batch_size = min(recipe.batch_size, len(self.split))
-        self._check_batch()
+        world.check_batch(self.batch_size)
+        images, parts = self.batch_size // world.size, recipe.accumulation
+        if images % parts:
+            raise UsageError(
+                f"`accumulation`: the {images} images of a step and process cannot be split into {parts} "
+                "equal parts: change `accumulation` or `batch_size`"
+            )
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(
@@ -81,16 +108,6 @@ class SubnetTrainer:
         # both made at the first step: of a loaded state, and with the processes joined
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._forward: nn.Module = network
-
-    def _check_batch(self) -> None:
-        """Raise UsageError where a batch cannot be split evenly over processes and parts."""
-        self.world.check_batch(self.batch_size)
-        parts = self.config.recipe.accumulation
-        if self.batch_size // self.world.size % parts:
-            raise UsageError(
-                f"`accumulation`: the {self.batch_size // self.world.size} images of a step and process "
-                f"cannot be split into {parts} equal parts: change `accumulation` or `batch_size`"
-            )
 
     @property
     def result(self) -> nn.Module:
@@ -118,7 +135,8 @@ class SubnetTrainer:
         images, labels = next(self._batches)
         self._forward.train()
         # what modules draw: other images in other processes are other draws
-        torch.manual_seed(_step_seed(config.seed, self.steps_done, self.world.rank))
+        draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
+        torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
         loss = weight_step(
             self._forward,
             self.optimizer,
@@ -135,7 +153,7 @@ class SubnetTrainer:
         self.world.average([loss])  # the gradients are averaged already
         check_finite(float(loss), self.steps_done + 1, REMEDY)
         if self.average is not None:
-            update_average(self.average, self.network, recipe.ema_decay, self.steps_done)
+            _update_average(self.average, self.network, recipe.ema_decay, self.steps_done)
         row = {"loss": float(loss)}
         self.epoch_loss += float(loss)
         rate = float(self.schedule.get_last_lr()[0])
@@ -175,28 +193,17 @@ class SubnetTrainer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps."""
-        return {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict() if self.average else {},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "steps_done": self.steps_done,
-            "accuracy": self.accuracy,
-            "epoch_loss": self.epoch_loss,
-            "best": self.best,
-        }
+        parts = {name: getattr(self, name) for name in _PARTS}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return states | {name: getattr(self, name) for name in _VALUES}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.network.load_state_dict(saved["network"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.steps_done, self.accuracy = saved["steps_done"], saved["accuracy"]
-        self.epoch_loss, self.best = saved["epoch_loss"], saved["best"]
+        for name in _PARTS:
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(saved[name])
+        for name in _VALUES:
+            setattr(self, name, saved[name])
 
 
 def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
@@ -215,17 +222,132 @@ def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
 
 def _augmentation(recipe: Recipe, classes: int) -> Augmentation | None:
     """Return the augmentation beside shifts and mirroring; None where there is none."""
-    augmentation = Augmentation(
-        classes,
-        recipe.randaugment,
-        recipe.randaugment_std,
-        recipe.random_erasing,
-        recipe.mixup,
-        recipe.cutmix,
-        recipe.random_resized_crop,
-    )
+    _, *strengths = fields(Augmentation)  # which are fields of a recipe too
+    augmentation = Augmentation(classes, **{each.name: getattr(recipe, each.name) for each in strengths})
     return None if augmentation == Augmentation(classes, 0, recipe.randaugment_std) else augmentation
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
+def drop_blocks(network: nn.Module, rate: float) -> None:
+    """Let residual blocks drop out for some images while training (stochastic depth, arXiv 1603.09382).
+
+    The rate grows linearly from 0 at the first block to `rate` at the last. Hooks on this network's blocks
+    implement it, so that the weights keep their names and an exported network has none of it. A
+    QuadraBlock drops out as a whole, so that its fused halves stay as they are.
+    """
+    blocks = [block for block in network.modules() if getattr(block, "is_residual", False)]
+    for number, block in enumerate(blocks):
+        depth = StochasticDepth(rate * number / max(len(blocks) - 1, 1), mode="row")
+
+        def drop(
+            module: nn.Module, inputs: tuple[Tensor], output: Tensor, depth: StochasticDepth = depth
+        ) -> Tensor | None:
+            return inputs[0] + depth(output - inputs[0]) if module.training else None
+
+        block.register_forward_hook(drop)
+
+
+def _update_average(average: AveragedModel, network: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the network after `step` updates.
+
+    The decay is smaller at first: the random first weights would be most of a short training's average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    average.update_parameters(network)
+
+
+def train_subnet(
+    source: FoundArch,
+    data: ImageData,
+    config: TrainConfig,
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    from_supernet: bool,
+    teacher: Teacher | None = None,
+    objective: Objective | None = None,
+    resume: bool = False,
+    force: bool = False,
+    display: Display = silent,
+    world: World = ALONE,
+) -> Score:
+    """Train the network of an architecture in a folder; return its score on the test images.
+
+    `request` is what else was asked, for config.json; `objective` stands in for the loss and metric that
+    the configuration names. A linear start would undo the supernet's quadratic weights: UsageError with
+    both. Of several processes only the main one reads and writes in the folder. Raises CheckpointError where
+    the folder or the supernet's weights cannot be used.
+    """
+    if folder.resolve() == source.folder.resolve():
+        raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
+    if from_supernet and config.recipe.linear_start:
+        raise UsageError(
+            "`linear_start=True` sets weights to zero that the supernet trained: give `weights='scratch'` or "
+            "leave it out"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_subnet(source.space, source.arch, len(data.classes))
+    if from_supernet:
+        inherit(network, source)
+    if config.recipe.linear_start:
+        start_linear(network)
+    trainer = SubnetTrainer(network, data, config, world, teacher, objective)
+    request = {
+        "train": config.record() | trainer.objective.record(),
+        "from_supernet": from_supernet,
+        **({} if "data" in request else {"data": data.name}),
+        **request,
+    }
+    copies = {
+        names.SPACE_FILE: source.space.to_yaml(),
+        names.ARCH_FILE: json_text(source.document),
+        names.RECIPE_FILE: config.recipe.to_yaml(),
+        **broken_copies(names.BROKEN_FILE, data.broken),
+    }
+    writes = opened(folder, request, copies, result=names.RESULT_FILE, resume=resume, force=force)
+    with writes if world.is_main else nullcontext():
+        try:
+            run_to_end(trainer, folder, seed=config.seed, resume=resume, display=display, world=world)
+        except TrainingError as error:
+            if not (trainer.best and world.is_main):
+                raise
+            save_tensors(folder / names.BEST_FILE, trainer.best["weights"])
+            kept = f"the weights of epoch {trainer.best['epoch']} are in {folder / names.BEST_FILE}"
+            raise TrainingError(f"{error}; {kept}") from error
+        return _finish(trainer, folder, source, request) if world.is_main else trainer.test().score
+
+
+def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Mapping[str, Any]) -> Score:
+    """Write the files of a training that has ended; return its score on the test images."""
+    network, data, found = trainer.result, trainer.data, trainer.test()
+    save_tensors(folder / names.WEIGHTS_FILE, network.state_dict())
+    best = dict(trainer.best)
+    save_tensors(folder / names.BEST_FILE, best.pop("weights"))
+    images, labels = sample_images(data.test, SAMPLE_IMAGES)
+    save_tensors(folder / names.SAMPLE_FILE, {"images": images, "labels": labels})
+    save_tensors(folder / names.PREDICTIONS_FILE, prediction_tensors(found, data.test))
+    speed = measure_speed(network, trainer.acceleration, data.channels, data.resolution_px)
+    write_json(folder / names.SPEED_FILE, speed)
+    score = found.score
+    result = {
+        "schema": "qnas.subnet/1",
+        "test_accuracy": score.accuracy,
+        "test_loss": score.loss,
+        "test_images": score.images,
+        "broken_images": len(data.broken),
+        **accuracy_facts(found, data.classes, trainer.objective),
+        "best_by_test_images": best,
+        "params": count_parameters(network),
+        "deployed": size_facts(source),
+        "resolution_px": trainer.config.resolution_px,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "data": request["data"],
+    }
+    close_with_report(folder, {names.RESULT_FILE: result})
+    # last, since its presence says that the run is complete
+    write_json(folder / names.RESULT_FILE, result)
+    Checkpoints(folder).remove()
+    return score

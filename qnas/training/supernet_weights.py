@@ -21,11 +21,6 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -
         raise CheckpointError(f"{where}: not the weights of this network: {problem}") from error
 
 
-def has_supernet(source: FoundArch) -> bool:
-    """Whether the weights of the supernet that the architecture was searched in are there."""
-    return supernet_file(source).is_file()
-
-
 def supernet_file(source: FoundArch) -> Path:
     """Return the file of the supernet's weights: beside the architecture, or where its document says."""
     return source.folder / str(source.document.get("supernet", SUPERNET_FILE))
@@ -46,10 +41,11 @@ def build_inherited(source: FoundArch) -> nn.Module:
 
     Raises CheckpointError where the supernet's weights are missing or of another space.
     """
-    state = load_supernet(supernet_file(source))
-    classes = next((len(w) for name, w in state.items() if name.endswith("head.classifier.weight")), 0)
-    network = build_subnet(source.space, source.arch, classes or source.space.head.classes)
-    load_weights(network, subnet_state(state, source.space, source.arch), supernet_file(source))
+    file = supernet_file(source)
+    state = load_supernet(file)
+    heads = (len(w) for name, w in state.items() if name.endswith("head.classifier.weight"))
+    network = build_subnet(source.space, source.arch, next(heads, source.space.head.classes))
+    load_weights(network, subnet_state(state, source.space, source.arch), file)
     return network.eval()
 
 

@@ -13,8 +13,8 @@ from qnas.common.errors import CheckpointError, UsageError, first_line
 from qnas.common.files import read_json
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
-from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import RESULT_FILE, SUBNET_FOLDER, SUPERNET_FILE
+from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
+from qnas.runs.names import RESULT_FILE, SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.optimizer import Teacher
@@ -42,16 +42,14 @@ class Renormalised(nn.Module):
         super().__init__()
         self.network = network
         self.size_px = size_px  # the only one that the network takes
-        for name, values in zip(("mean", "std"), given, strict=True):
-            self.register_buffer(f"given_{name}", torch.tensor(values)[:, None, None])
-        for name, values in zip(("mean", "std"), expected, strict=True):
-            self.register_buffer(f"expected_{name}", torch.tensor(values)[:, None, None])
+        names = ("given_mean", "given_std", "expected_mean", "expected_std")
+        for name, values in zip(names, (*given, *expected), strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, classes)."""
-        given_mean, given_std = self.get_buffer("given_mean"), self.get_buffer("given_std")
-        expected_mean, expected_std = self.get_buffer("expected_mean"), self.get_buffer("expected_std")
-        x = (x * given_std + given_mean - expected_mean) / expected_std
+        given_mean, given_std, mean, std = self.buffers(recurse=False)
+        x = (x * given_std + given_mean - mean) / std
         if self.size_px is not None and x.shape[-1] != self.size_px:
             x = nn.functional.interpolate(x, (self.size_px, self.size_px), mode="bilinear", antialias=True)
         logits: Tensor = self.network(x)
@@ -69,9 +67,8 @@ def load_teacher(
 ) -> tuple[Teacher, str]:
     """Return the teacher that is asked for, and a digest of its weights.
 
-    `spec` is `supernet-largest` (of the run that the architecture is from), `timm:NAME` (its pretrained
-    weights) or the folder of a trained network. Raises UsageError or CheckpointError where there is none,
-    or where its classes are not those of the data.
+    `spec` is `supernet-largest` (of the architecture's run), `timm:NAME` (its pretrained weights) or the
+    folder of a trained network. Raises UsageError or CheckpointError where there is none, or other classes.
     """
     if spec == SUPERNET_LARGEST:
         network = _largest(source, data, device)
@@ -97,39 +94,33 @@ def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> 
 
 
 def _from_run(folder: Path, data: ImageData) -> nn.Module:
-    trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
-    if not (trained / RESULT_FILE).is_file():
-        raise UsageError(
-            f"`teacher='{folder}'`: expected {SUPERNET_LARGEST}, {TIMM}NAME or a trained network's folder"
-        )
-    result = read_json(trained / RESULT_FILE, CheckpointError)
-    found = find_arch(trained)
+    trained, asked = trained_folder(folder), f"`teacher='{folder}'`"
+    if trained is None:
+        raise UsageError(f"{asked}: expected {SUPERNET_LARGEST}, {TIMM}NAME or a trained network's folder")
+    result, found = read_json(trained / RESULT_FILE, CheckpointError), find_arch(trained)
     if tuple(result["classes"]) != data.classes:
-        raise UsageError(f"`teacher='{folder}'`: its classes are not those of the data")
-    if found.space.input.channels != data.channels:
-        raise UsageError(
-            f"`teacher='{folder}'`: of images with {found.space.input.channels} channels, not {data.channels}"
-        )
+        raise UsageError(f"{asked}: its classes are not those of the data")
+    if (channels := found.space.input.channels) != data.channels:
+        raise UsageError(f"{asked}: of images with {channels} channels, not {data.channels}")
     network = build_trained(found, len(data.classes))
     return Renormalised(network, (data.mean, data.std), (result["mean"], result["std"]))
 
 
 def _from_timm(name: str, data: ImageData) -> nn.Module:
+    asked = f"`teacher='{TIMM}{name}'`"
     try:
         import timm  # an extra, and heavy
     except ImportError:
-        raise UsageError(f"`teacher='{TIMM}{name}'`: needs timm: pip install 'quadranet-nas[timm]'") from None
+        raise UsageError(f"{asked}: needs timm: pip install 'quadranet-nas[timm]'") from None
     if data.channels not in (1, 3):
-        raise UsageError(f"`teacher='{TIMM}{name}'`: takes images of 3 channels, not {data.channels}")
+        raise UsageError(f"{asked}: takes images of 3 channels, not {data.channels}")
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, no such weights, no way to the hub: almost anything
-        raise UsageError(f"`teacher='{TIMM}{name}'`: {first_line(error)}") from error
+        raise UsageError(f"{asked}: {first_line(error)}") from error
     classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
     if classes != len(data.classes):
-        raise UsageError(
-            f"`teacher='{TIMM}{name}'`: knows {classes} classes, the data have {len(data.classes)}"
-        )
+        raise UsageError(f"{asked}: knows {classes} classes, the data have {len(data.classes)}")
     about = network.pretrained_cfg
     assert isinstance(about, dict)
     size_px = int(about["input_size"][-1]) if about.get("fixed_input_size") else None

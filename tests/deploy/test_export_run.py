@@ -35,7 +35,7 @@ from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, 
 from qnas.spaces.arch import Arch, arch_document
 from qnas.spaces.space import parse_space
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.trained_subnet import train_subnet
+from qnas.training.subnet_trainer import train_subnet
 
 FORMATS_HERE = tuple(
     name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None

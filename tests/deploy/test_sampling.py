@@ -12,7 +12,7 @@ from qnas.latency.device_table import load_table
 from qnas.latency.fitting.measurements import read_measured
 from qnas.latency.table import LatencyTable
 from qnas.runs.found_arch import find_arch
-from qnas.solver.sampling import sample_near
+from qnas.solver.distributions import sample_near
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space

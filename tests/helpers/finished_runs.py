@@ -12,10 +12,8 @@ from qnas.latency.table_file import table_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.runs.pareto import Accuracy
-from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.solver.searched_budget import expected_amount
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import Scores, solve_best
+from qnas.solver.limits import Limits, count_limit, expected_amount, latency_limit
+from qnas.solver.solve import Scores, solution_document, solve_best
 from qnas.spaces.space import SearchSpace
 
 

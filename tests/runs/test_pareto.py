@@ -23,8 +23,7 @@ from qnas.runs.pareto import (
 )
 from qnas.runs.plots import draw_fronts
 from qnas.runs.run_text import describe_fronts
-from qnas.solver.limits import Limit, count_limit, latency_limit
-from qnas.solver.searched_budget import FAR
+from qnas.solver.limits import FAR, Limit, count_limit, latency_limit
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.space import SearchSpace

@@ -34,8 +34,8 @@ from qnas.search.effects import (
 from qnas.search.evaluator import evaluator_of
 from qnas.search.searcher import Searcher
 from qnas.search.selection import count_effect_networks, effects_of
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import CandidateIndices, Scores
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of

@@ -26,10 +26,9 @@ from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FI
 from qnas.runs.plots import draw_budget
 from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
-from qnas.search.rerank import ranking_document, screen
 from qnas.search.search_result import RANDOM_WINDOW, run_search, seeds_beside
 from qnas.search.searcher import Searcher
-from qnas.search.selection import Selection, effects_of, rerank_saved
+from qnas.search.selection import Selection, effects_of, ranking_document, rerank_saved, screen
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import largest, macs_guided, solve_best
 from qnas.spaces.arch import Arch

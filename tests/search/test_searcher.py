@@ -36,11 +36,11 @@ from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.search.config import LatencyLoss, Paths, SearchConfig
-from qnas.search.schedule import FINAL_TEMPERATURE, SNAPSHOTS
+from qnas.search.problem import FINAL_TEMPERATURE, SNAPSHOTS
 from qnas.search.search_result import run_search
 from qnas.search.searcher import Searcher
+from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
-from qnas.solver.sampling import sample_near
 from qnas.solver.solve import check_searchable, solve
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import Interval, run_to_end
@@ -408,7 +408,7 @@ def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
         drawn.append(tuple(index for index in path if isinstance(index, int)))
         return path
 
-    monkeypatch.setattr("qnas.search.steps.sample_path", draw)
+    monkeypatch.setattr("qnas.search.searcher.sample_path", draw)
     config = CONFIG.override({"paths": paths, "batch_size": 8, "arch_learning_rate": 0.0})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
     identity = tuple(position.names.index("identity") for position in tiny_space.positions)
@@ -507,8 +507,8 @@ def simulated(
         return torch.stack(losses).sum()
 
     monkeypatch.setattr(supernet, "forward", task_loss)
-    monkeypatch.setattr("qnas.search.steps.mean_loss", lambda function, loss, labels: loss)
-    monkeypatch.setattr("qnas.search.steps._share_right", lambda loss, labels: torch.zeros(()))
+    monkeypatch.setattr("qnas.search.searcher.mean_loss", lambda function, loss, labels: loss)
+    monkeypatch.setattr("qnas.search.searcher._share_right", lambda loss, labels: torch.zeros(()))
     monkeypatch.setattr(supernet, "train", lambda: supernet)
     monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: 1.0)
     nothing = itertools.repeat((torch.empty(0), torch.empty(0)))

@@ -12,11 +12,18 @@ from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.table import Cell, LatencyTable
-from qnas.solver.limits import Limits, check_limits, count_limit, latency_limit
-from qnas.solver.sampling import sample_near
-from qnas.solver.searched_budget import far_from_searched
-from qnas.solver.solution_document import solution_document
-from qnas.solver.solve import Scores, Solution, check_feasible, largest, macs_guided, solve, solve_best
+from qnas.solver.distributions import sample_near
+from qnas.solver.limits import Limits, check_limits, count_limit, far_from_searched, latency_limit
+from qnas.solver.solve import (
+    Scores,
+    Solution,
+    check_feasible,
+    largest,
+    macs_guided,
+    solution_document,
+    solve,
+    solve_best,
+)
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace, load_space

@@ -28,9 +28,8 @@ from qnas.training.loop import Interval, run_to_end, stream
 from qnas.training.optimizer import GRADIENT_CLIP, ReLinear, make_optimizer, make_schedule, weight_step
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.scoring import classify, recalibrate
-from qnas.training.subnet_trainer import SubnetTrainer
+from qnas.training.subnet_trainer import SubnetTrainer, train_subnet
 from qnas.training.supernet_weights import load_weights
-from qnas.training.trained_subnet import train_subnet
 
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 CONFIG = TrainConfig(recipe=RECIPE)

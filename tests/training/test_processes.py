@@ -37,8 +37,7 @@ from qnas.training import processes as distributed
 from qnas.training.loop import run_to_end
 from qnas.training.processes import ALONE, World, digest, joined, world_of_environment
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.subnet_trainer import SubnetTrainer
-from qnas.training.trained_subnet import train_subnet
+from qnas.training.subnet_trainer import SubnetTrainer, train_subnet
 
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="torch does not fork once it has seen a GPU")
 

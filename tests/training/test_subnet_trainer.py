@@ -39,9 +39,7 @@ from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.losses import Objective, accuracy
 from qnas.training.optimizer import Teacher
 from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.regularisation import drop_blocks
-from qnas.training.subnet_trainer import SubnetTrainer
-from qnas.training.trained_subnet import train_subnet
+from qnas.training.subnet_trainer import SubnetTrainer, drop_blocks, train_subnet
 
 RECIPE = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3)
 EVERYTHING: dict[str, Any] = {

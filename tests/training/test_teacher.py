@@ -20,8 +20,8 @@ from qnas.spaces.lower import smallest_and_largest
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.acceleration import PLAIN
 from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.subnet_trainer import train_subnet
 from qnas.training.teacher import Renormalised, load_teacher
-from qnas.training.trained_subnet import train_subnet
 
 CHOICES = ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2")
 OPTIONS: dict[str, Any] = {"weight": 0.5, "temperature": 2.0}

@@ -104,7 +104,7 @@ def save_every(steps: int, seconds: float) -> None:
     """Save the state so often."""
     from qnas.search import search_result as outcome
     from qnas.training import loop as train
-    from qnas.training import trained_subnet as train_subnet
+    from qnas.training import subnet_trainer as train_subnet
 
     for user in (outcome, train_subnet):
         user.run_to_end = partial(train.run_to_end, interval=train.Interval(steps, seconds))  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ class Workplace:
         self.log = folder / "log"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["qnas.search.search_result", "qnas.training.trained_subnet", "sklearn.datasets"]
+            ["qnas.search.search_result", "qnas.training.subnet_trainer", "sklearn.datasets"]
         )
 
     def qnas(self, command: str, *plans: Plan) -> int:

@@ -18,7 +18,7 @@ from qnas.runs.report.pictures import heat_map
 from qnas.runs.report.search_charts import budget_charts, pareto_charts, rival_charts, training_charts
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
-from qnas.solver.searched_budget import near_searched
+from qnas.solver.limits import near_searched
 
 # options of a search that its config.json records under `search`
 OPTIONS = (

@@ -4,7 +4,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import entr, softmax
 
-from qnas.solver.max_entropy import max_entropy_strengths
+from qnas.solver.distributions import max_entropy_strengths
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[True, True, True], [True, True, False], [True, True, True]])

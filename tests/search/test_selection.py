@@ -17,7 +17,7 @@ from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet, save_tensors
 from qnas.search.evaluator import Evaluator, saved_evaluator
-from qnas.search.rerank import SCREEN_IMAGES, prefer, ranking_document, rerank, screen
+from qnas.search.selection import SCREEN_IMAGES, prefer, ranking_document, rerank, screen
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
