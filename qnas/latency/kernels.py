@@ -10,7 +10,7 @@ Fusion never crosses the border of a block: in our spaces no block ends with a
 convolution whose norm is in the next block. So latency is a sum over positions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qnas.spaces.layer import LayerSpec
@@ -88,20 +88,23 @@ def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...
 
 def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[Kernel, ...]:
     """Return the kernels of a sequence of single operators, each given as a kernel of its own name."""
+    return tuple(kernel for _, kernel in fused_parts(operators, fusion))
+
+
+def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slice, Kernel]]:
+    """Yield the kernels of `fuse_operators`, each with the part of the operators that it stands for."""
     rules = FUSIONS[fusion]
     longest = max(map(len, rules))
     names = [SAME_AS.get(op.kind, op.kind) for op in operators]
-    kernels = []
     i = 0
     while i < len(names):
         for length in range(min(longest, len(names) - i), 0, -1):
             sequence = tuple(names[i : i + length])
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
-                kernels.append(_with_kind(operators[i], kind))
+                yield slice(i, i + length), _with_kind(operators[i], kind)
                 i += length
                 break
-    return tuple(kernels)
 
 
 def _with_kind(operator: Kernel, kind: str) -> Kernel:

@@ -38,21 +38,17 @@ def _side(area: int) -> int:
     return math.isqrt(max(1, area) - 1) + 1
 
 
-def _square_note(*areas: Sequence[int]) -> str:
-    """Describe the areas that are not square."""
-    odd = [area for area in areas if math.prod(area) != _side(math.prod(area)) ** 2]
-    sides = [_side(math.prod(area)) for area in odd]
-    return "; ".join(
-        f"{' x '.join(map(str, area))} taken as {side} x {side}"
-        for area, side in zip(odd, sides, strict=True)
-    )
-
-
 def _operator(
     node: Node, kernel: Kernel, *areas: Sequence[int], macs: int = 0, status: Status = "direct"
 ) -> OnnxOperator:
     """Return the operator of a node; its note names those of the areas that are not square."""
-    return OnnxOperator(node.name, node.op, kernel, macs, status, _square_note(*areas))
+    sides = [(area, _side(math.prod(area))) for area in areas]
+    notes = [
+        f"{' x '.join(map(str, area))} taken as {side} x {side}"
+        for area, side in sides
+        if math.prod(area) != side**2
+    ]
+    return OnnxOperator(node.name, node.op, kernel, macs, status, "; ".join(notes))
 
 
 def pass_over(reader: Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
@@ -125,15 +121,13 @@ def _product(reader: Reader, node: Node) -> OnnxOperator:
     a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     weights = [place for place in (0, 1) if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
-    macs = math.prod(y) * fan_in
     # a column is what a row is where the weights stand first
     c_out = max(1, (y[-2] if weights == [0] else y[-1]) if len(y) > 1 else math.prod(y))
     rows = max(1, math.prod(y) // c_out)
-    if weights:
-        kernel = Kernel("linear" if rows == 1 else "conv", _side(rows), fan_in, c_out)
-        return _operator(node, kernel, [rows], macs=macs)
-    kernel = Kernel("matmul", _side(rows), fan_in, c_out)
-    return _operator(node, kernel, [rows], macs=macs, status="stand-in")
+    kind = "matmul" if not weights else "linear" if rows == 1 else "conv"
+    kernel = Kernel(kind, _side(rows), fan_in, c_out)
+    status: Status = "direct" if weights else "stand-in"
+    return _operator(node, kernel, [rows], macs=math.prod(y) * fan_in, status=status)
 
 
 def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
@@ -141,16 +135,12 @@ def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
         x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
         window = node.attribute("kernel_shape")
         if kind == "avgpool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
-            return _global_pool(reader, node)
+            return pass_over(reader, node, "gap", node.inputs[0])
         size, stride = _side(math.prod(window)), _strides(node, len(window))
         kernel = Kernel(kind, _side(math.prod(x[2:])), x[1], y[1], size, stride, max(1, x[0]))
         return _operator(node, _window(kernel, _side(math.prod(y[2:]))), x[2:], window)
 
     return read
-
-
-def _global_pool(reader: Reader, node: Node) -> OnnxOperator:
-    return pass_over(reader, node, "gap", node.inputs[0])
 
 
 def _mean(reader: Reader, node: Node) -> OnnxOperator:
@@ -162,7 +152,8 @@ def _mean(reader: Reader, node: Node) -> OnnxOperator:
     axes = list(given) if given is not None else values.tolist() if values is not None else []
     reduced = {axis % len(shape) for axis in axes}
     places = set(range(1, len(shape))) - {reader.channel_axis(tensor) % len(shape)}
-    return _global_pool(reader, node) if len(shape) >= 3 and reduced == places else _uncovered(reader, node)
+    is_global = len(shape) >= 3 and reduced == places
+    return pass_over(reader, node, "gap", tensor) if is_global else _uncovered(reader, node)
 
 
 def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
@@ -180,10 +171,15 @@ def _clip(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOperator]:
-    """Return the reader of an operator of two tensors, one of which may be one value, or one a channel."""
+    """Return the reader of an operator of two tensors, one of which may be one value, or one a channel.
+
+    A product of a map with itself is a `square`.
+    """
 
     def read(reader: Reader, node: Node) -> OnnxOperator:
         y = node.outputs[0]
+        if maps == "mul" and reader.root(node.inputs[0]) == reader.root(node.inputs[1]):
+            return pass_over(reader, node, "square", y)
         smaller = min(node.inputs[:2], key=lambda name: math.prod(reader.shapes[name]))
         size = math.prod(reader.shapes[smaller])
         kind = maps
@@ -197,13 +193,6 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOper
         return pass_over(reader, node, kind, y)
 
     return read
-
-
-def _product_of_two(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a product, of a map with itself a `square`."""
-    if reader.root(node.inputs[0]) == reader.root(node.inputs[1]):
-        return pass_over(reader, node, "square", node.outputs[0])
-    return _PRODUCT(reader, node)
 
 
 def _power(reader: Reader, node: Node) -> OnnxOperator:
@@ -244,9 +233,6 @@ def _of_output(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
     return lambda reader, node: pass_over(reader, node, kind, node.outputs[0])
 
 
-_PRODUCT = _sum_or_product("mul", "mul_scalar")
-
-
 # ONNX operator -> its reader. An operator that is neither here nor free is uncovered.
 OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Conv": _convolution,
@@ -264,10 +250,10 @@ OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Sigmoid": _of_input("sigmoid"),
     "Add": _sum_or_product("add", "add_scalar"),
     "Sub": _sum_or_product("sub", "add_scalar"),
-    "Mul": _product_of_two,
+    "Mul": _sum_or_product("mul", "mul_scalar"),
     "Pow": _power,
     "Div": _sum_or_product(UNCOVERED, "mul_scalar"),
-    "GlobalAveragePool": _global_pool,
+    "GlobalAveragePool": _of_input("gap"),
     "ReduceMean": _mean,
     "AveragePool": _pool("avgpool"),
     "MaxPool": _pool("maxpool"),

@@ -1,12 +1,12 @@
 """The latencies of the kernels of an ONNX network on a device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow
-from qnas.latency.kernels import Kernel, fuse_operators
+from qnas.latency.kernels import Kernel, fused_parts
 from qnas.latency.onnx.networks import OnnxNetwork
 from qnas.latency.onnx.operators import OnnxOperator
 
@@ -18,22 +18,10 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     where the device has no model, or lacks what uncovered operators are priced by.
     """
     return tuple(
-        _price(device, part, kernel)
+        _price(device, chain[part], kernel)
         for chain in network.chains
-        for part, kernel in _fused(chain, device.fusion)
+        for part, kernel in fused_parts([operator.kernel for operator in chain], device.fusion)
     )
-
-
-def _fused(chain: Sequence[OnnxOperator], fusion: str) -> Iterator[tuple[tuple[OnnxOperator, ...], Kernel]]:
-    """Yield the kernels of a chain, each with the operators that it stands for."""
-    start = 0
-    while start < len(chain):
-        for stop in range(len(chain), start, -1):
-            kernels = fuse_operators([o.kernel for o in chain[start:stop]], fusion)
-            if len(kernels) == 1:  # the longest sequence that is one kernel, as `fuse_operators` takes it
-                yield tuple(chain[start:stop]), kernels[0]
-                start = stop
-                break
 
 
 # The kinds by which one is priced where a device does not know it: the same multiply-adds or the same pass.
