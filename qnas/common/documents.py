@@ -4,9 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qnas.common.errors import QnasError, nearest
+
+
+class FilePart(BaseModel):
+    """A part of a file: frozen, unknown keys refused, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:

@@ -19,17 +19,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from qnas.common.documents import describe_problems, to_tuples
+from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
 from qnas.common.files import read_text
 from qnas.common.resources import shipped, stems
@@ -45,13 +37,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Source = Literal["measured", "fitted", "estimated"]
 
 
-class _Node(BaseModel):
-    """A part of the file: frozen, unknown keys refused, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class KernelModel(_Node):
+class KernelModel(FilePart):
     """The cost of one kind of kernel, in one of three forms.
 
     `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
@@ -85,7 +71,7 @@ class KernelModel(_Node):
         return math.fsum(weight * FEATURES[name](kernel) for name, weight in self.terms.items())
 
 
-class Figures(_Node):
+class Figures(FilePart):
     """The accuracy of predictions on measurements that the model has not seen; shares in percent."""
 
     n: int
@@ -96,7 +82,7 @@ class Figures(_Node):
     spearman: float | None = None  # rank correlation; None where there is none, of one network say
 
 
-class Calibration(_Node):
+class Calibration(FilePart):
     """A correction of a model by measured networks: latency = scale * model + offset, with a margin.
 
     The margin is the conformal quantile of measured / predicted - 1: a share `level` of networks like
@@ -112,7 +98,7 @@ class Calibration(_Node):
     source: str
 
 
-class Device(_Node):
+class Device(FilePart):
     """A checked device file."""
 
     file_schema: Literal["qnas.device/1"] = Field(alias="schema")
@@ -127,10 +113,10 @@ class Device(_Node):
     source: str
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
     # what was held out of the fit -> group ("all", a family, an operator) -> figures
-    accuracy: dict[str, dict[str, Figures]] = {}
+    accuracy: dict[str, dict[str, Figures]] = Field(default={})
     fusion: str = "edge"
     fixed_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    model: dict[str, KernelModel] = {}
+    model: dict[str, KernelModel] = Field(default={})
     calibration: Calibration | None = None
 
     _tables: Traversable | None = PrivateAttr(default=None)

@@ -41,6 +41,11 @@ class Kernel:
             return max(1, self.resolution_px // self.stride)
         return -(-self.resolution_px // self.stride)
 
+    @property
+    def rows(self) -> int:
+        """Output pixels of all images: the rows of the matrix product that a convolution is."""
+        return self.batch * self.out_px**2
+
 
 # Names of operators that runtimes do not tell apart, or that other graphs name otherwise.
 SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}

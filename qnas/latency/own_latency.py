@@ -9,6 +9,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -189,9 +190,7 @@ def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchS
     device = device.model_copy(update={"source": source, "accuracy": entry})
     table = build_table(device, space, _cell(device, fixed_ms, source), lambda _: _cell(device, 0.0, source))
     cells = tuple(tuple(_cell(device, float(ms - row.min()), source) for ms in row) for row in rows)
-    return _with_table(
-        device, LatencyTable(table.device, table.space, table.space_digest, table.fixed, cells)
-    )
+    return _with_table(device, replace(table, cells=cells))
 
 
 def _design(space: SearchSpace) -> tuple[np.ndarray[Any, np.dtype[np.int64]], bool]:

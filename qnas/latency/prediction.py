@@ -158,11 +158,10 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
 
 
 def _parts(rows: Iterable[KernelRow]) -> list[Part]:
-    return [Part(row.name, describe_kernel(row.kernel), row.latency_ms, _kind(row)) for row in rows]
-
-
-def _kind(row: KernelRow) -> str:
-    return row.mapped if isinstance(row, nn_meter.MappedRow) else row.kind
+    return [
+        Part(row.name, describe_kernel(row.kernel), row.latency_ms, getattr(row, "mapped", row.kind))
+        for row in rows
+    ]
 
 
 def _describe(coverage: nn_meter.Coverage) -> str:

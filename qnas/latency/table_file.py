@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,20 +15,6 @@ from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import SearchSpace
-
-COLUMNS = (
-    "position",
-    "stage",
-    "c_in",
-    "c_out",
-    "stride",
-    "resolution_px",
-    "candidate",
-    "latency_ms",
-    "estimated_ms",
-    "source",
-    "layers",
-)
 
 
 class _Expected(NamedTuple):
@@ -49,6 +36,9 @@ class _Expected(NamedTuple):
     @property
     def title(self) -> str:
         return f"{self.position} {self.candidate}".strip()
+
+
+COLUMNS = (*_Expected._fields[:-1], "latency_ms", "estimated_ms", "source", "layers")
 
 
 def _expected_rows(space: SearchSpace) -> list[_Expected]:
@@ -94,23 +84,15 @@ def write_table(table: LatencyTable, space: SearchSpace, path: Path) -> None:
 def table_text(table: LatencyTable, space: SearchSpace) -> str:
     """Return a table as CSV."""
     fixed = dict(table.fixed)
-    by_key = {
-        (position.name, name): cell
-        for position, row in zip(space.positions, table.cells, strict=True)
-        for name, cell in zip(position.names, row, strict=True)
-    }
+    cells = chain.from_iterable(table.cells)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for row in _expected_rows(space):
-        cell = by_key[row.key] if row.candidate else fixed[row.position]
-        values = {
-            **row._asdict(),
-            "latency_ms": f"{cell.latency_ms:.{DECIMALS}f}",
-            "estimated_ms": f"{cell.estimated_ms:.{DECIMALS}f}",
-            "source": cell.source,
-        }
-        writer.writerow([values[column] for column in COLUMNS])
+        cell = next(cells) if row.candidate else fixed[row.position]
+        latency_ms, estimated_ms = (f"{ms:.{DECIMALS}f}" for ms in (cell.latency_ms, cell.estimated_ms))
+        figures = {"latency_ms": latency_ms, "estimated_ms": estimated_ms, "source": cell.source}
+        writer.writerow(row._asdict() | figures)
     return text.getvalue()
 
 

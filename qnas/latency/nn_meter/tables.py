@@ -9,7 +9,7 @@ fixed latency of a network, so the fixed part of a table is zero. Kernels are pr
 - uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
   model prices the kernel.
 
-PricingForest-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
+Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
 and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
 counted (`in_range`).
 
@@ -27,11 +27,11 @@ from typing import Any, Literal, NamedTuple
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device
-from qnas.latency.device_table import KernelRow, all_blocks, build_table, load_table
+from qnas.latency.device_table import KernelRow, all_blocks, build_table, cell_of, load_table
 from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.forests import Forest
-from qnas.latency.table import DECIMALS, Cell, LatencyTable
+from qnas.latency.table import Cell, LatencyTable
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
 
@@ -74,9 +74,6 @@ FORESTS_OF_KIND: dict[str, tuple[PricingForest, ...]] = {
     "clip": (PricingForest("relu", "stand-in"),),
     # concat: its forest needs the channels of each part, which a kernel does not hold
 }
-
-# Predictor -> nn-Meter's name of its operator, where that is another one.
-_OPERATORS = {"addrelu": "add-relu"}
 
 
 class _Trained(NamedTuple):
@@ -146,17 +143,11 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
     estimates = estimate(device, (kernel for of_block in kernels for kernel in of_block))
 
     def price(block: BlockSpec) -> Cell:
-        return _cell([estimates[kernel] for kernel in fuse(block.layers, device.fusion)])
+        rows = [estimates[kernel] for kernel in fuse(block.layers, device.fusion)]
+        return cell_of(rows, describe_mapping(rows))
 
-    return build_table(
-        device, space, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"), price
-    )
-
-
-def _cell(rows: Sequence[MappedRow]) -> Cell:
-    latency = round(math.fsum(row.latency_ms for row in rows), DECIMALS)
-    estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), DECIMALS)
-    return Cell(latency, min(estimated, latency), describe_mapping(rows) or "no operator")
+    runtime = Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels")
+    return build_table(device, space, runtime, price)
 
 
 def describe_mapping(rows: Iterable[MappedRow]) -> str:
@@ -286,7 +277,7 @@ def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
     """Return a kernel in the form of nn-Meter's kernel detector."""
     px, channels = kernel.resolution_px, kernel.c_in
     return {
-        "op": _OPERATORS.get(predictor, predictor),
+        "op": predictor.replace("addrelu", "add-relu"),
         "inputh": px,
         "cin": channels,
         "cout": kernel.c_out,
