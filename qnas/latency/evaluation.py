@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,11 @@ _DTYPES = {"text": "U", "numbers": "fiu", "integers": "iu"}
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks that were timed as wholes.
-
-    Network i runs the operators `operators[of_network[start[i] : start[i + 1]]]`, in that order.
-    `latency_ms` has a value for each network, by device, NaN where it was not measured.
-    """
+    """Networks that were timed as wholes, in ms by device, NaN where one was not measured."""
 
     families: npt.NDArray[np.str_]
     operators: tuple[Kernel, ...]
-    start: npt.NDArray[np.int64]
-    of_network: npt.NDArray[np.int64]
+    of_network: Sequence[npt.NDArray[np.int64]]  # the numbers of each one's operators, in running order
     latency_ms: Mapping[str, Array]
 
     def __len__(self) -> int:
@@ -57,16 +53,9 @@ class Networks:
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "Networks":
         """Return the networks for which `chosen`, a value for each, is true."""
-        rows = np.flatnonzero(chosen)
-        lengths = self.start[rows + 1] - self.start[rows]
-        parts = [self.of_network[self.start[i] : self.start[i + 1]] for i in rows]
-        return Networks(
-            self.families[rows],
-            self.operators,
-            np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate(parts) if parts else np.array([], dtype=np.int64),
-            {device: ms[rows] for device, ms in self.latency_ms.items()},
-        )
+        of_network = tuple(compress(self.of_network, chosen))
+        latency_ms = {device: ms[chosen] for device, ms in self.latency_ms.items()}
+        return Networks(self.families[chosen], self.operators, of_network, latency_ms)
 
     def fused(self, fusion: str) -> tuple[tuple[Kernel, ...], sparse.csr_matrix]:
         """Return the distinct kernels of all networks, and how often each occurs in each network.
@@ -75,9 +64,8 @@ class Networks:
         """
         column: dict[Kernel, int] = {}
         rows, columns = [], []
-        for row in range(len(self)):
-            operators = self.of_network[self.start[row] : self.start[row + 1]].tolist()
-            for kernel in fuse_operators([self.operators[j] for j in operators], fusion):
+        for row, operators in enumerate(self.of_network):
+            for kernel in fuse_operators([self.operators[j] for j in operators.tolist()], fusion):
                 rows.append(row)
                 columns.append(column.setdefault(kernel, len(column)))
         counts = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(self), len(column)))
@@ -104,8 +92,7 @@ def read_networks(path: Path, *, every: int = 1) -> Networks:
     networks = Networks(
         arrays["family"].astype(np.str_),
         tuple(operators),
-        arrays["indptr"].astype(np.int64),
-        arrays["indices"].astype(np.int64),
+        np.split(arrays["indices"].astype(np.int64), arrays["indptr"][1:-1].astype(np.int64)),
         {device: measured[:, d] for d, device in enumerate(devices)},
     )
     return networks if every == 1 else networks.only(np.arange(count) % every == 0)
@@ -123,10 +110,8 @@ def _load(path: Path) -> dict[str, npt.NDArray[np.generic]]:
                     f"{path}: not a file of measured networks: no array {', '.join(missing)} in it; "
                     f"expected {', '.join(_ARRAYS)}"
                 )
-            arrays = {}
-            wanted = [*_ARRAYS, *(["op_columns"] if "op_columns" in content.files else [])]
-            for name in wanted:
-                arrays[name] = _array(path, content, name)
+            wanted = [name for name in (*_ARRAYS, "op_columns") if name in content.files]
+            arrays = {name: _array(path, content, name) for name in wanted}
     except (FileNotFoundError, IsADirectoryError):
         raise TableError(f"{path}: no such file, expected the measured networks") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
