@@ -35,10 +35,10 @@ class RefusedError(Exception):
 class Payload:
     """Bytes too long for anything but an array; they can be taken once, and are then let go."""
 
-    def __init__(self, content: bytes, release: Callable[[int], None]) -> None:
+    def __init__(self, content: bytes, unpickler: "_Unpickler") -> None:
         self._content: bytes | None = content
-        self._release = release
-        self._size = len(content)
+        self._unpickler, self._size = unpickler, len(content)
+        unpickler.held += self._size
 
     def __len__(self) -> int:
         return self._size
@@ -48,7 +48,7 @@ class Payload:
         if self._content is None:
             raise RefusedError("the bytes of an array are used twice")
         content, self._content = self._content, None
-        self._release(self._size)
+        self._unpickler.held -= self._size
         return content
 
 
@@ -74,7 +74,10 @@ def require(value: object, kind: type[T], message: str) -> T:
 
 
 class Stateful:
-    """An object that a pickle sets the state of after it was made."""
+    """An object that a pickle sets the state of after it was made, once."""
+
+    title: ClassVar[str]  # in messages
+    is_set = False
 
     def build(self, state: object) -> None:
         """Set the state. Raises RefusedError where it is not one of this object."""
@@ -111,7 +114,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, stream: BinaryIO, constructors: Constructors, bounds: PickleBounds) -> None:
         super().__init__(stream)
         self._stream, self._constructors, self._bounds = stream, constructors, bounds
-        self._text_left, self._held = bounds.all_text_bytes, 0
+        self._text_left, self.held = bounds.all_text_bytes, 0
         self.metastack: list[list[Any]] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
@@ -153,8 +156,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> GlobalName:
         """Return what stands for a name, which is not imported."""
         full = f"{module}.{name}"
-        if full not in self._constructors:
-            raise RefusedError(f"it names {full[:200]!r}, which a forest does not need")
+        refuse_unless(full in self._constructors, f"it names {full[:200]!r}, which a forest does not need")
         return GlobalName(full, self._constructors[full])
 
     def _bytes(self, form: str) -> None:
@@ -163,15 +165,10 @@ class _Unpickler(pickle._Unpickler):
             self.append(self.read(size))
             return
         refuse_unless(
-            self._held + size <= self._bounds.held_bytes,
-            f"an array of {size} bytes, with {self._held} held already",
+            self.held + size <= self._bounds.held_bytes,
+            f"an array of {size} bytes, with {self.held} held already",
         )
-        content = self._whole(size)
-        self._hold(size)
-        self.append(Payload(content, lambda size: self._hold(-size)))
-
-    def _hold(self, size: int) -> None:
-        self._held += size
+        self.append(Payload(self._whole(size), self))
 
     def _mark(self) -> None:
         refuse_unless(len(self.metastack) < self._bounds.open_parts, "values nested too deeply")
@@ -195,7 +192,10 @@ class _Unpickler(pickle._Unpickler):
 
     def _build(self) -> None:
         state = self.stack.pop()
-        require(self.stack[-1], Stateful, "a state for something that has none").build(state)
+        target = require(self.stack[-1], Stateful, "a state for something that has none")
+        refuse_unless(not target.is_set, f"{target.title} that is set twice")
+        target.build(state)
+        target.is_set = True
 
     dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
         **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN},

@@ -41,6 +41,8 @@ _STRUCT = re.compile(r"V([0-9]{1,3})")
 class _DType(Stateful):
     """numpy.dtype of a plain number, or of a struct of them."""
 
+    title = "a dtype"
+
     def __init__(self, args: tuple[Any, ...]) -> None:
         refuse_unless(len(args) == 3 and isinstance(args[0], str), "a dtype of an unknown form")
         self._code: str = args[0]
@@ -48,10 +50,8 @@ class _DType(Stateful):
             bool(_NUMBERS.fullmatch(self._code) or _STRUCT.fullmatch(self._code)),
             f"dtype {self._code[:20]!r}, expected plain numbers",
         )
-        self._dtype: np.dtype[Any] | None = None
 
     def build(self, state: object) -> None:
-        refuse_unless(self._dtype is None, "a dtype that is set twice")
         form = "a dtype of an unknown form"
         state = require(state, tuple, form)
         refuse_unless(len(state) in (8, 9), form)
@@ -60,14 +60,13 @@ class _DType(Stateful):
         struct_size = _STRUCT.fullmatch(self._code)
         if struct_size is None:
             refuse_unless(names is None and members is None, form)
-            self._dtype = np.dtype(self._code).newbyteorder(order)
+            self._dtype: np.dtype[Any] = np.dtype(self._code).newbyteorder(order)
         else:
             self._dtype = _struct_dtype(names, members, int(struct_size[1]))
 
     @property
     def dtype(self) -> "np.dtype[Any]":
-        if self._dtype is None:
-            raise RefusedError("a dtype that is used before it is set")
+        refuse_unless(self.is_set, "a dtype that is used before it is set")
         return self._dtype
 
 
@@ -93,23 +92,24 @@ def _struct_dtype(names: object, members: object, size: int) -> "np.dtype[Any]":
 class _Array(Stateful):
     """numpy.ndarray from bytes."""
 
+    title = "an array"
+
     def __init__(self, args: tuple[Any, ...]) -> None:
         refuse_unless(
             len(args) == 3 and isinstance(args[0], GlobalName) and args[0].name == "numpy.ndarray",
             "an array of another class",
         )
-        self._built = False
 
     @classmethod
     def of_buffer(cls, args: tuple[Any, ...]) -> "_Array":
         refuse_unless(len(args) in (4, 5) and args[3] in ("C", "F"), "an array of an unknown form")
         refuse_unless(len(args) == 4 or args[4] is None, "an array with its axes exchanged")
         array = cls.__new__(cls)
+        array.is_set = True
         array._set(args[2], args[1], args[3], args[0])
         return array
 
     def build(self, state: object) -> None:
-        refuse_unless(not self._built, "an array that is set twice")
         state = require(state, tuple, "an array of an unknown form")
         refuse_unless(len(state) == 5, "an array of an unknown form")
         _, shape, dtype, fortran, content = state
@@ -128,11 +128,10 @@ class _Array(Stateful):
             len(content) == expected, f"an array of {len(content)} bytes, its shape needs {expected}"
         )
         self._shape, self._dtype, self._order, self._content = shape, dtype.dtype, order, content
-        self._built = True
 
     def take(self) -> npt.NDArray[Any]:
         """Return the array, once: its bytes are let go."""
-        refuse_unless(self._built, "an array that is used before it is set")
+        refuse_unless(self.is_set, "an array that is used before it is set")
         content = self._content.take() if isinstance(self._content, Payload) else self._content
         return np.frombuffer(content, self._dtype).reshape(self._shape, order=self._order)
 
@@ -152,12 +151,13 @@ def _scalar(args: tuple[Any, ...]) -> object:
 class _Estimator(Stateful):
     """A RandomForestRegressor or DecisionTreeRegressor: its attributes."""
 
+    title = "an estimator"
+
     def __init__(self, args: tuple[Any, ...]) -> None:
         refuse_unless(args == (), "an estimator with arguments")
-        self.state: dict[str, object] | None = None
+        self.state: dict[str, object] = {}
 
     def build(self, state: object) -> None:
-        refuse_unless(self.state is None, "an estimator that is set twice")
         self.state = require(state, dict, "an estimator of an unknown form")
 
 
@@ -175,13 +175,13 @@ _NODE_FIELDS = ("left_child", "right_child", "feature", "threshold")
 class _PickledTree(Stateful):
     """sklearn.tree._tree.Tree, flat as soon as it is set."""
 
+    title = "a tree"
+
     def __init__(self, args: tuple[Any, ...]) -> None:
         refuse_unless(len(args) == 3 and args[2] == 1, "a tree with several outputs")
         self.n_features = require(args[0], int, "a tree with several outputs")
-        self.tree: Forest | None = None
 
     def build(self, state: object) -> None:
-        refuse_unless(self.tree is None, "a tree that is set twice")
         state = require(state, dict, "a tree without nodes")
         arrays = (require(state.get(name), _Array, "a tree without nodes") for name in ("nodes", "values"))
         table, value = (array.take() for array in arrays)
@@ -231,22 +231,19 @@ def read_forest(stream: BinaryIO, where: str, limits: PickleBounds | None = None
         root = read_pickle(stream, _GLOBALS, limits or PickleBounds())
         refuse_unless(stream.read(1) == b"", "bytes after its end")
         return _forest(root)
-    except RefusedError as error:
+    except (RefusedError, ValueError) as error:
         raise TableError(f"{where}: no random forest that is safe to read: {error}") from error
 
 
 def _forest(root: object) -> Forest:
-    state = require(root, _ForestEstimator, "no RandomForestRegressor").state or {}
+    state = require(root, _ForestEstimator, "no RandomForestRegressor").state
     estimators = require(state.get("estimators_"), list, "a forest without trees")
     trees = []
     for estimator in estimators:
-        pickled = (estimator.state or {}).get("tree_") if isinstance(estimator, _TreeEstimator) else None
-        if not isinstance(pickled, _PickledTree) or pickled.tree is None:
+        pickled = estimator.state.get("tree_") if isinstance(estimator, _TreeEstimator) else None
+        if not isinstance(pickled, _PickledTree) or not pickled.is_set:
             raise RefusedError("a forest of something else than fitted regression trees")
         trees.append(pickled.tree)
     # a memoised tree named a thousand times would make a small file a large forest
     refuse_unless(len({id(tree) for tree in trees}) == len(trees), "a tree that occurs twice")
-    try:
-        return Forest.join(trees)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
+    return Forest.join(trees)
