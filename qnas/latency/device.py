@@ -25,6 +25,7 @@ from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
 from qnas.common.files import read_text
 from qnas.common.resources import shipped, stems
+from qnas.common.units import number_or_nan
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
@@ -211,10 +212,7 @@ class Device(FilePart):
 
     def checked_ms(self, latency_ms: Any, of: object) -> float:
         """Return the result of a Python function as a latency. Raises TableError where it is none."""
-        try:
-            value = float(latency_ms)
-        except (TypeError, ValueError):
-            value = math.nan
+        value = number_or_nan(latency_ms)
         if not 0 <= value < math.inf:
             raise TableError(
                 f"device {self.name}: its function returned {latency_ms!r} for {of}: expected milliseconds, "

@@ -54,18 +54,10 @@ _FOLDS: dict[tuple[str, ...], str] = {
     ("conv", "batchnorm"): "conv",
     ("dwconv", "batchnorm"): "dwconv",
 }
-_CONV_ACTIVATIONS: dict[tuple[str, ...], str] = {
-    ("conv", "batchnorm", "relu"): "conv",
-    ("conv", "relu"): "conv",
-    ("dwconv", "batchnorm", "relu"): "dwconv",
-    ("dwconv", "relu"): "dwconv",
-}
 _CHAINS: dict[tuple[str, ...], str] = {
+    **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},
+    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "linear", "batchnorm", "mul", "scale")},
     ("add", "relu"): "addrelu",
-    ("mul", "relu"): "mul",
-    ("scale", "relu"): "scale",
-    ("batchnorm", "relu"): "batchnorm",
-    ("linear", "relu"): "linear",
     ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
     ("add_scalar", "relu", "mul_scalar"): "hsigmoid",
     ("reshape", "transpose", "reshape"): "shuffle",
@@ -74,7 +66,7 @@ _CHAINS: dict[tuple[str, ...], str] = {
 # Sort of runtime -> sequence of operators -> the kernel that stands for them, with the shape of the
 # first operator. The longest sequence that fits is taken.
 FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
-    "edge": {**_FOLDS, **_CONV_ACTIVATIONS, **_CHAINS},  # TFLite, OpenVINO
+    "edge": {**_FOLDS, **_CHAINS},  # TFLite, OpenVINO
     "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else
 }
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from qnas.common.errors import TableError, abbreviate
 from qnas.common.files import read_text, write_text
+from qnas.common.units import number_or_nan
 from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
@@ -174,10 +175,7 @@ def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
     """Return the row's cell, or what is wrong with its numbers."""
     numbers = []
     for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
-        try:
-            number = float(values[column] or "")
-        except ValueError:
-            number = math.nan
+        number = number_or_nan(values[column])
         if not 0 <= number < math.inf:
             return f"{column} {values[column] or 'empty'!r}, expected milliseconds at or above 0"
         numbers.append(number)

@@ -42,11 +42,9 @@ class Node:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute's value, text as str."""
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                value = helper.get_attribute_value(attribute)
-                return value.decode() if isinstance(value, bytes) else value
-        return default
+        values = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute if a.name == name}
+        value = values.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
 
 
 def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
@@ -275,17 +273,14 @@ class Graph:
 
     def _inferred_types(self, proto: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         domain = "" if proto.domain in _STANDARD else proto.domain
+        inputs = [name for name in proto.input if name in self.shapes]
         try:
             schema = onnx.defs.get_schema(proto.op_type, self._opsets.get(domain, 1), domain)
             return shape_inference.infer_node_outputs(
                 schema,
                 proto,
-                {
-                    i: helper.make_tensor_type_proto(self.types[i], self.shapes[i])
-                    for i in proto.input
-                    if i in self.shapes
-                },
-                {i: numpy_helper.from_array(self.values[i]) for i in proto.input if i in self.values},
+                {i: helper.make_tensor_type_proto(self.types[i], self.shapes[i]) for i in inputs},
+                {i: numpy_helper.from_array(self.values[i]) for i in inputs if i in self.values},
                 opset_imports=[helper.make_opsetid(d, v) for d, v in self._opsets.items()],
                 ir_version=self._context.ir_version,
             )

@@ -63,14 +63,28 @@ def _uncovered(reader: Reader, node: Node) -> OnnxOperator:
     return pass_over(reader, node, UNCOVERED, largest, "uncovered")
 
 
-def _window(kernel: Kernel, out_px: int) -> Kernel:
-    """Return a kernel with the resolution that gives its output, whatever the padding was."""
-    return kernel if kernel.out_px == out_px else replace(kernel, resolution_px=out_px * kernel.stride)
+def _windowed(
+    reader: Reader,
+    node: Node,
+    kind: str,
+    window: Sequence[int],
+    *,
+    c_in: int | None = None,
+    macs: int = 0,
+    status: Status = "direct",
+) -> OnnxOperator:
+    """Return an operator of windows of its input, of the stride that its node has.
 
-
-def _strides(node: Node, rank: int) -> int:
-    strides: list[int] = node.attribute("strides") or [1] * rank
-    return max(1, round(float(math.prod(strides) ** (1 / rank))))
+    Its resolution is the one that gives its output, whatever the padding was.
+    """
+    x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    strides: list[int] = node.attribute("strides") or [1] * len(window)
+    stride = max(1, round(float(math.prod(strides) ** (1 / len(window)))))
+    px, out_px = _side(math.prod(x[2:])), _side(math.prod(y[2:]))
+    kernel = Kernel(kind, px, c_in or x[1], y[1], _side(math.prod(window)), stride, max(1, x[0]))
+    if kernel.out_px != out_px:
+        kernel = replace(kernel, resolution_px=out_px * stride)
+    return _operator(node, kernel, x[2:], window, macs=macs, status=status)
 
 
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
@@ -79,36 +93,22 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     Its multiply-adds and weights are those of the groups together, and it is launched once; its
     reads of all input channels are not counted, so it is a stand-in.
     """
-    x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
     groups = node.attribute("group", 1)
     is_depthwise = groups == x[1] > 1
-    stride = _strides(node, len(x) - 2)
+    kind, c_in = ("dwconv", x[1]) if is_depthwise else ("conv", weight[1])
+    macs = math.prod(y) * math.prod(weight[1:])
     dilations = node.attribute("dilations") or [1]
-    kernel = Kernel(
-        "dwconv" if is_depthwise else "conv",
-        _side(math.prod(x[2:])),
-        x[1] if is_depthwise else weight[1],
-        y[1],
-        _side(math.prod(weight[2:])),
-        stride,
-        max(1, x[0]),
-    )
     is_direct = (groups == 1 or is_depthwise) and len(x) == 4 and set(dilations) == {1}
-    return _operator(
-        node,
-        _window(kernel, _side(math.prod(y[2:]))),
-        *(x[2:], weight[2:]),
-        macs=math.prod(y) * math.prod(weight[1:]),
-        status="direct" if is_direct else "stand-in",
-    )
+    status: Status = "direct" if is_direct else "stand-in"
+    return _windowed(reader, node, kind, weight[2:], c_in=c_in, macs=macs, status=status)
 
 
 def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposed convolution as a convolution with the same multiply-adds."""
-    x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
-    groups = node.attribute("group", 1)
-    size = _side(math.prod(weight[2:]))
-    kernel = Kernel("conv", _side(math.prod(x[2:])), x[1] // groups, y[1], size, 1, max(1, x[0]))
+    x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
+    c_in, size = x[1] // node.attribute("group", 1), _side(math.prod(weight[2:]))
+    kernel = Kernel("conv", _side(math.prod(x[2:])), c_in, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
     return _operator(node, kernel, x[2:], weight[2:], macs=macs, status="stand-in")
 
@@ -136,9 +136,7 @@ def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
         window = node.attribute("kernel_shape")
         if kind == "avgpool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
             return pass_over(reader, node, "gap", node.inputs[0])
-        size, stride = _side(math.prod(window)), _strides(node, len(window))
-        kernel = Kernel(kind, _side(math.prod(x[2:])), x[1], y[1], size, stride, max(1, x[0]))
-        return _operator(node, _window(kernel, _side(math.prod(y[2:]))), x[2:], window)
+        return _windowed(reader, node, kind, window)
 
     return read
 
