@@ -66,9 +66,8 @@ def tile(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling:
                 if high is None:
                     continue
                 cycles = _tile_cycles(wide.longest_in_px, high.longest_in_px, channels, c_out, kernel, stride)
-                if cycles is None:
-                    continue
-                if _line_bytes(wide.longest_out_px) * high.longest_out_px * c_out > _OUTPUT_BYTES:
+                out_bytes = _line_bytes(wide.longest_out_px) * high.longest_out_px * c_out
+                if cycles is None or out_bytes > _OUTPUT_BYTES:
                     continue
                 tiles, pixels = wide.tiles * high.tiles, wide.computed_px * high.computed_px
                 # as the compiler counts: an element added in software as dear as a cycle of a tile
@@ -100,12 +99,13 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
     most = min(out_px, (window_px - kernel + 2 * padding) // stride + 1)
     if most >= out_px:
         return _Cut(1, out_px, out_px, px)
-    tiles = computed = longest_out = longest_in = start = 0
+    lengths: list[int] = []  # of the tiles' outputs and inputs
+    inputs: list[int] = []
+    start = 0
     while start < out_px:
-        before, first = 0, start * stride - padding  # what is computed for nothing before the tile
-        lead = 0
+        first = start * stride - padding
         if first < 0:
-            before, first = start, 0
+            first, lead, before = 0, 0, start  # `before` is computed for nothing before the tile
         else:
             lead = first % stride
             if aligned:
@@ -116,13 +116,10 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
             end -= 1
         if end <= start:
             return None
-        length = before + end - start + _after(end, px, kernel, stride, padding)
-        tiles += 1
-        computed += length
-        longest_out = max(longest_out, length)
-        longest_in = max(longest_in, min(px, (end - 1) * stride + kernel - padding) - first + lead)
+        lengths.append(before + end - start + _after(end, px, kernel, stride, padding))
+        inputs.append(min(px, (end - 1) * stride + kernel - padding) - first + lead)
         start = end
-    return _Cut(tiles, computed, longest_out, longest_in)
+    return _Cut(len(lengths), sum(lengths), max(lengths), max(inputs))
 
 
 def _after(end: int, px: int, kernel: int, stride: int, padding: int) -> int:

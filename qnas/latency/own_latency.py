@@ -165,12 +165,8 @@ def _price_blocks(device: Device, space: SearchSpace, price: Callable[[BlockSpec
 def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchSpace) -> Device:
     """Fit a function of networks by a cell for each candidate and a fixed part, all at or above 0."""
     indices, are_all = _design(space)
-    latency_ms = np.array(
-        [
-            device.checked_ms(network(arch), " ".join(arch.choices))
-            for arch in (arch_from_indices(space, tuple(map(int, row))) for row in indices)
-        ]
-    )
+    archs = [arch_from_indices(space, tuple(row)) for row in indices.tolist()]
+    latency_ms = np.array([device.checked_ms(network(arch), " ".join(arch.choices)) for arch in archs])
     if (latency_ms == 0).any():
         raise TableError(f"device {device.name}: its function returned 0 ms for a network")
     sizes = [len(position.candidates) for position in space.positions]

@@ -96,8 +96,7 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
     columns = [_FIXED, *((kind, term) for kind in kinds for term in _TERMS.get(kind, _MOVING))]
     matrix = _matrix(counts, columns)
     terms = _count_terms(_matrix(probes, columns))
-    _check_number(len(archs), terms, where)
-    _check_spread(measured, where)
+    _check_measured(measured, terms, where)
     predicted = np.empty_like(measured)
     for held in folds(len(measured), FOLDS):
         weights, _ = _fit_best(columns, matrix[~held], measured[~held])
@@ -180,16 +179,14 @@ def _count_terms(matrix: Array) -> int:
     return int(np.linalg.matrix_rank(matrix / np.where(scale > 0, scale, 1.0), tol=1e-6))
 
 
-def _check_number(n: int, terms: int, where: str) -> None:
+def _check_measured(measured: Array, terms: int, where: str) -> None:
+    """Raise TableError for too few networks, or for networks that take nearly the same time."""
     needed = max(LEAST_NETWORKS, math.ceil(1.25 * terms))
-    if n < needed:
+    if len(measured) < needed:
         raise TableError(
-            f"{where}: {n} networks are too few for the {terms} terms that the space's latencies have: "
-            f"measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
+            f"{where}: {len(measured)} networks are too few for the {terms} terms that the space's latencies "
+            f"have: measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
         )
-
-
-def _check_spread(measured: Array, where: str) -> None:
     spread = float(measured.max() / measured.min())
     if spread < LEAST_SPREAD:
         raise TableError(

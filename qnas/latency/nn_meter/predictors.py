@@ -183,9 +183,8 @@ def _check_titles(archive: Archive, source: Path, device: str) -> None:
 
 
 def _choose(archive: Archive, source: Path, device: str) -> dict[str, Member]:
-    found = {member.name.removesuffix(".pkl"): member for member in archive.members}
-    pickles = {name: member for name, member in found.items() if member.name == f"{name}.pkl"}
-    chosen = {kernel: pickles[kernel] for kernel in FEATURE_COUNTS if kernel in pickles}
+    members = {member.name: member for member in archive.members}
+    chosen = {kernel: members[file] for kernel in FEATURE_COUNTS if (file := f"{kernel}.pkl") in members}
     missing = [kernel for kernel in PUBLISHED[device].kernels if kernel not in chosen]
     if missing:
         raise TableError(
@@ -259,12 +258,9 @@ def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
 
     Raises TableError where nothing was imported, or the file is damaged.
     """
-    members = [field.name for field in fields(Forest)]
+    names = [field.name for field in fields(Forest)]
     with _stored(device) as content:
-        return {
-            kernel: Forest.from_arrays({name: content[f"{kernel}.{name}"] for name in members})
-            for kernel in kernels
-        }
+        return {k: Forest.from_arrays({name: content[f"{k}.{name}"] for name in names}) for k in kernels}
 
 
 @contextmanager

@@ -108,10 +108,7 @@ class MappedRow(KernelRow):
 
 
 def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow, ...]:
-    """Return the latencies of the kernels of these blocks by nn-Meter; a network takes their sum.
-
-    Raises TableError as `map_kernels`.
-    """
+    """Return the kernels of these blocks by nn-Meter. Raises TableError as `map_kernels`."""
     return map_kernels(
         device, [(block.name, kernel) for block in blocks for kernel in fuse(block.layers, device.fusion)]
     )
@@ -139,8 +136,8 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
         return [own.fastest_ms, own.slowest_ms]
 
     _check_imported(device, default)
-    kernels = (fuse(block.layers, device.fusion) for block, _ in all_blocks(space))
-    estimates = estimate(device, (kernel for of_block in kernels for kernel in of_block))
+    blocks = [block for block, _ in all_blocks(space)]
+    estimates = estimate(device, (kernel for b in blocks for kernel in fuse(b.layers, device.fusion)))
 
     def price(block: BlockSpec) -> Cell:
         rows = [estimates[kernel] for kernel in fuse(block.layers, device.fusion)]
