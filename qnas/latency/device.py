@@ -1,13 +1,11 @@
 """A device: the source of its latencies, their accuracy, and the cost of its kernels.
 
-A device file is readable JSON. The model is additive: a network takes `fixed_ms` plus the sum over its
-kernels. The latency of a kernel is a sum of coefficients times features, or is interpolated in a grid of
-measurements. All coefficients are positive, all features grow with the shape and no grid falls, so
-no kernel is free and none gets faster by growing.
+A device file is readable JSON. A network takes `fixed_ms` plus the sum over its kernels, each a sum of
+coefficients times features or interpolated in a grid of measurements. All coefficients are positive, all
+features grow with the shape and no grid falls, so no kernel is free and none gets faster by growing.
 
-Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in a
-folder beside the file that has the file's name without the suffix. `own_latency` makes devices from
-functions and from measured blocks.
+Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in the
+folder beside it of its name without the suffix. `own_latency` makes devices from functions and blocks.
 """
 
 import json
@@ -86,8 +84,7 @@ class Figures(FilePart):
 class Calibration(FilePart):
     """A correction of a model by measured networks: latency = scale * model + offset, with a margin.
 
-    The margin is the conformal quantile of measured / predicted - 1: a share `level` of networks like
-    those of the calibration takes at most (1 + margin) times the prediction.
+    A share `level` of networks like those measured takes at most (1 + margin) times the prediction.
     """
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -229,10 +226,7 @@ class Device(FilePart):
 
 
 def parse_device(text: str, where: str) -> Device:
-    """Read a device from JSON text; `where` names it in messages.
-
-    Raises TableError with every problem of the file in one line.
-    """
+    """Read a device from JSON text. Raises TableError with all problems; `where` names it in messages."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

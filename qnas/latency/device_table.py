@@ -69,10 +69,7 @@ def build_table(
 
 
 def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
-    """Return the table of a space's deployed networks by the device's model of kernels.
-
-    Raises TableError where the device has no model, or a model without one of the kinds of kernels.
-    """
+    """Return a space's table by the device's model of kernels. Raises TableError as `predict_blocks`."""
 
     @cache  # positions of a stage have the same blocks
     def price(block: BlockSpec) -> Cell:

@@ -58,10 +58,7 @@ class Networks:
         return Networks(self.families[chosen], self.operators, of_network, latency_ms)
 
     def fused(self, fusion: str) -> tuple[tuple[Kernel, ...], sparse.csr_matrix]:
-        """Return the distinct kernels of all networks, and how often each occurs in each network.
-
-        Shape of the counts: (networks, kernels).
-        """
+        """Return the distinct kernels, and how often each occurs in each network: (networks, kernels)."""
         column: dict[Kernel, int] = {}
         rows, columns = [], []
         for row, operators in enumerate(self.of_network):
@@ -75,8 +72,7 @@ class Networks:
 def read_networks(path: Path, *, every: int = 1) -> Networks:
     """Read a file of measured networks, or one network in `every` of it.
 
-    Raises TableError where there is no such file or where it has another format: the message names
-    the array that is missing or wrong. Nothing in the file is unpickled.
+    Nothing in it is unpickled. Raises TableError with the array that is missing or wrong.
     """
     arrays = _load(path)
     count = len(arrays["family"])
@@ -170,10 +166,7 @@ def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int
 
 
 def predict_networks(device: Device, networks: Networks) -> Array:
-    """Return the latency of each network on a device, in ms, by the device's model.
-
-    Raises TableError for an operator that the device has no cost for.
-    """
+    """Return each network's latency in ms by the device's model. Raises TableError for unknown kernels."""
     kernels, counts = networks.fused(device.fusion)
     ms = np.array([device.kernel_ms(kernel) for kernel in kernels], dtype=np.float64)
     return np.asarray(counts @ ms + device.network_ms, dtype=np.float64)

@@ -2,8 +2,7 @@
 
 Every feature is at or above zero and never falls when channels, kernel size or resolution grow at
 equal stride; with weights at or above zero a prediction has the same properties by construction.
-Counts are in thousands or millions, so that the weights in a device file are readable numbers:
-milliseconds a thousand elements, milliseconds a million multiply-adds.
+Counts are in thousands (`k`) or millions (`m`), so that the weights in a device file are readable.
 
 `_c32` counts channels rounded up to tiles, whose unused part is computed too, `_r4` output pixels,
 `_t16x8` the sides of the output; `_above_256` begins where a tensor outgrows a cache or a launch;

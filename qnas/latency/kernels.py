@@ -1,10 +1,9 @@
 """Kernels, the units that a runtime executes: fused layers, or fused operators of an imported graph.
 
 A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
-result is still in registers, so the unit of latency is the fused kernel. Which operators fuse is a
-list of sequences for each kind of runtime, in FUSIONS. An operator that is in none of them is a kernel
-by itself, under its own name. Operators come in the order in which they run, in
-which the parts of a fused kernel follow one another.
+result is still in registers, so the unit of latency is the fused kernel. FUSIONS has the sequences that
+fuse for each kind of runtime; an operator that is in none of them is a kernel by itself, under its own
+name. Operators come in the order in which they run.
 
 Fusion never crosses the border of a block: in our spaces no block ends with a
 convolution whose norm is in the next block. So latency is a sum over positions.

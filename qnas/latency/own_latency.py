@@ -1,8 +1,7 @@
 """Devices whose latencies come from Python: a function of a layer, a block or a network, or measured blocks.
 
-Such a Device is used wherever the name of a device is: in tables, limits, predictions and the files of a
-run. It is not written to a device file, so a run that was searched with one keeps the table, not the
-function.
+Such a Device is used wherever the name of a device is. It is not written to a device file, so a run that
+was searched with one keeps the table, not the function.
 """
 
 import csv
@@ -88,8 +87,7 @@ def device_from_blocks(
 
     Rows have `position`, `candidate` (empty for fixed blocks) and `latency_ms`; the other columns of
     latency_tables/DEVICE/SPACE.csv are checked where they are given. Identity takes 0 ms where it has no
-    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems of the
-    rows.
+    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems.
 
     >>> from qnas.latency.prediction import table_from
     >>> from qnas.spaces.space import load_space

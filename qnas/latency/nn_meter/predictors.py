@@ -238,10 +238,7 @@ def list_predictors() -> tuple[Predictors, ...]:
 
 
 def describe_predictors(device: str) -> Predictors:
-    """Return the facts of a device's imported predictors.
-
-    Raises TableError where there are none, or their file is damaged.
-    """
+    """Return the facts of a device's predictors. Raises TableError where there are none, or damaged ones."""
     with _stored(device) as content:
         about = json.loads(str(content[_ABOUT]))
         schema = about.pop("schema")
@@ -254,10 +251,7 @@ def describe_predictors(device: str) -> Predictors:
 
 
 def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
-    """Return a device's imported forests of these kernels.
-
-    Raises TableError where nothing was imported, or the file is damaged.
-    """
+    """Return a device's forests of these kernels. Raises TableError as `describe_predictors`."""
     names = [field.name for field in fields(Forest)]
     with _stored(device) as content:
         return {k: Forest.from_arrays({name: content[f"{k}.{name}"] for name in names}) for k in kernels}

@@ -9,9 +9,8 @@ fixed latency of a network, so the fixed part of a table is zero. Kernels are pr
 - uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
   model prices the kernel.
 
-Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
-and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
-counted (`in_range`).
+Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate, and
+rounds a size to one that it was trained on: kernels of other sizes are counted (`in_range`).
 
 The package nn_meter is imported for the first prediction: that takes a second, and writes a
 configuration into the home folder, in whose place it finds a temporary one.
@@ -148,11 +147,7 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
 
 
 def describe_mapping(rows: Iterable[MappedRow]) -> str:
-    """Name the operators of these kernels by how they were priced.
-
-    For instance `direct: dwconv add; stand-in: gelu by hswish; uncovered: concat; 2 of 9 kernels of
-    sizes that the forests were not trained on`.
-    """
+    """Name the operators by how they were priced: `direct: dwconv, add; stand-in: gelu by hswish`."""
     rows = tuple(rows)
     parts = []
     for mapped in MAPPINGS:
@@ -205,10 +200,7 @@ def _check_imported(device: Device, default: Callable[[], list[float]]) -> None:
 
 
 def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRow]:
-    """Return the latency of each of these kernels, in one call of nn-Meter.
-
-    Raises TableError where a kernel is priced neither by nn-Meter nor by the device's model.
-    """
+    """Price kernels in one call of nn-Meter. Raises TableError where neither it nor the device knows one."""
     distinct = tuple(dict.fromkeys(kernels))
     available = predictors.describe_predictors(device.name).forests
     chosen = {kernel: choice for kernel in distinct if (choice := _choose(kernel, available)) is not None}
@@ -287,9 +279,8 @@ def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
 def _nn_predict() -> Callable[[Mapping[str, Any], list[dict[str, Any]]], float]:
     """Import nn-Meter's prediction.
 
-    Its package writes ~/.nn_meter when it is imported and fails where it cannot; the code that is used
-    here needs none of it. Its import of pkg_resources warns. Raises TableError where it is not installed
-    in full.
+    Its package writes ~/.nn_meter when it is imported and fails where it cannot, though nothing here needs
+    it. Its import of pkg_resources warns. Raises TableError where it is not installed in full.
     """
     kept = {name: os.environ.get(name) for name in ("HOME", "USERPROFILE")}
     with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():

@@ -108,10 +108,7 @@ def evaluate(
 
 
 class Graph:
-    """The nodes that run, in order, for one image, and shapes, types and values of tensors.
-
-    The image has shape (1, C, H, W), or (1, H, W, C) where `is_channels_last`.
-    """
+    """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C), and the tensors."""
 
     def __init__(self, model: onnx.ModelProto, path: Path, resolution_px: int | None) -> None:
         self._path = path

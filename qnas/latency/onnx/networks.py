@@ -30,10 +30,9 @@ from qnas.latency.onnx.tensors import Reader
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """A network as chains of operators.
+    """A network as chains of operators, in an order in which they can run.
 
-    Chains stand in an order in which they can run. Within one, each operator is the only reader of
-    the one before it and reads nothing else: fusion happens inside chains only.
+    In a chain each operator is the only reader of the one before it and reads nothing else, so it may fuse.
     """
 
     path: Path

@@ -73,10 +73,7 @@ def _windowed(
     macs: int = 0,
     status: Status = "direct",
 ) -> OnnxOperator:
-    """Return an operator of windows of its input, of the stride that its node has.
-
-    Its resolution is the one that gives its output, whatever the padding was.
-    """
+    """Return an operator of windows; its resolution gives its output, whatever the padding was."""
     x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     strides: list[int] = node.attribute("strides") or [1] * len(window)
     stride = max(1, round(float(math.prod(strides) ** (1 / len(window)))))
@@ -114,10 +111,7 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a matrix product: `linear` for one row, a pointwise convolution for many.
-
-    Without weights it is a `matmul`, with a row of the first matrix for a pixel.
-    """
+    """Return a matrix product: `linear` for one row, else a row a pixel; `matmul` without weights."""
     a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     weights = [place for place in (0, 1) if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
@@ -169,10 +163,7 @@ def _clip(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOperator]:
-    """Return the reader of an operator of two tensors, one of which may be one value, or one a channel.
-
-    A product of a map with itself is a `square`.
-    """
+    """Return the reader of an operator of two tensors, one of which may be one value, or one a channel."""
 
     def read(reader: Reader, node: Node) -> OnnxOperator:
         y = node.outputs[0]
