@@ -24,22 +24,16 @@ from qnas.common.documents import FilePart, to_tuples
 from qnas.common.errors import nearest
 from qnas.latency.kernels import Kernel
 
-
-def _winograd_blocks(k: Kernel) -> int:
-    """Blocks of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full.
-
-    A 3x3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) is cut into these.
-    """
-    tiles = k.batch * math.ceil(k.out_px / 4) ** 2
-    return math.ceil(tiles / 128) * math.ceil(k.c_out / 128)
-
-
 AXES: dict[str, Callable[[Kernel], float]] = {
     "rows": lambda k: k.rows,
     "fan_in": lambda k: k.kernel**2 * k.c_in,  # inputs that one output is a sum of
     "channels": lambda k: k.c_out,
     "elements": lambda k: k.batch * k.resolution_px**2 * k.c_in,  # of one input map
-    "winograd_blocks": _winograd_blocks,
+    # of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full, into which a 3x3
+    # convolution by Winograd's F(4x4, 3x3) is cut (Lavin and Gray, arXiv 1509.09308)
+    "winograd_blocks": lambda k: (
+        math.ceil(k.batch * math.ceil(k.out_px / 4) ** 2 / 128) * math.ceil(k.c_out / 128)
+    ),
 }
 
 # of a millisecond: the way through logarithms and back must not make a flat part of a grid fall

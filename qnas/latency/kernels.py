@@ -98,12 +98,9 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
             sequence = tuple(names[i : i + length])
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
-                yield slice(i, i + length), _with_kind(operators[i], kind)
+                first = operators[i]
+                if kind == "conv" and first.kernel == first.stride:
+                    kind = "conv1x1" if first.kernel == 1 else "patch"
+                yield slice(i, i + length), replace(first, kind=kind)
                 i += length
                 break
-
-
-def _with_kind(operator: Kernel, kind: str) -> Kernel:
-    if kind == "conv" and operator.kernel == operator.stride:
-        kind = "conv1x1" if operator.kernel == 1 else "patch"
-    return replace(operator, kind=kind)

@@ -76,7 +76,6 @@ class OwnFit:
     fixed_ms: float
     accuracy: Figures
     terms: int  # that the networks of the space can tell apart
-    ridge: float
 
 
 def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[float], where: str) -> OwnFit:
@@ -99,23 +98,15 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
     _check_measured(measured, terms, where)
     predicted = np.empty_like(measured)
     for held in folds(len(measured), FOLDS):
-        weights, _ = _fit_best(columns, matrix[~held], measured[~held])
-        predicted[held] = matrix[held] @ weights
+        predicted[held] = matrix[held] @ _fit_best(columns, matrix[~held], measured[~held])
     accuracy = figures(predicted, measured)
     _check_accuracy(accuracy, measured, where)
-    weights, ridge = _fit_best(columns, matrix, measured)
-    model = _model(columns, weights, matrix)
-    return OwnFit(model, _rounded(weights[0]), accuracy, terms, ridge)
+    weights = _fit_best(columns, matrix, measured)
+    return OwnFit(_model(columns, weights, matrix), _rounded(weights[0]), accuracy, terms)
 
 
 def own_device(
-    fit: OwnFit,
-    *,
-    name: str,
-    space: SearchSpace,
-    networks: int,
-    runtime: str,
-    day: date,
+    fit: OwnFit, *, name: str, space: SearchSpace, networks: int, runtime: str, day: date
 ) -> Device:
     """Return the device of a fit."""
     return Device(
@@ -218,8 +209,8 @@ def folds(n: int, count: int) -> list[npt.NDArray[np.bool_]]:
     return [number == fold for fold in range(count)]
 
 
-def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tuple[Array, float]:
-    """Return the weights at the ridge that predicts best what is left out, and the ridge."""
+def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> Array:
+    """Return the weights at the ridge that predicts best what is left out."""
     errors = dict.fromkeys(_RIDGES, 0.0)
     for held in folds(len(latency_ms), _INNER_FOLDS):
         prior = _Prior(columns, matrix[~held], latency_ms[~held])
@@ -227,7 +218,7 @@ def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tu
             predicted = matrix[held] @ prior.fit(matrix[~held], latency_ms[~held], ridge)
             errors[ridge] += float(np.sum((predicted / latency_ms[held] - 1) ** 2))
     ridge = min(_RIDGES, key=lambda r: errors[r])
-    return _Prior(columns, matrix, latency_ms).fit(matrix, latency_ms, ridge), ridge
+    return _Prior(columns, matrix, latency_ms).fit(matrix, latency_ms, ridge)
 
 
 class _Prior:
