@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,7 @@ def device_from_function(
     if layer is not None:
         return device.with_functions(kernel=layer)
     if block is not None:
-        price = block
-        return device.with_functions(table=lambda of, searched: _price_blocks(of, searched, price))
+        return device.with_functions(table=partial(_price_blocks, block))
     assert network is not None
     assert space is not None
     return _fit_blocks(device, network, space)
@@ -152,7 +152,7 @@ def _with_table(device: Device, table: LatencyTable) -> Device:
     return device.with_functions(table=load)
 
 
-def _price_blocks(device: Device, space: SearchSpace, price: Callable[[BlockSpec], float]) -> LatencyTable:
+def _price_blocks(price: Callable[[BlockSpec], float], device: Device, space: SearchSpace) -> LatencyTable:
     def cell(block: BlockSpec) -> Cell:
         latency_ms = device.checked_ms(price(block), f"block {block.name}") if block.layers else 0.0
         return _cell(device, latency_ms, "a function of the block")

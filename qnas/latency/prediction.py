@@ -105,13 +105,16 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         parts = _parts(predict_blocks(device, lower(space, arch)))
     else:
         parts = _table_parts(table, space, arch)
+    batchnorm_ms = None
+    if space.norm != "batchnorm" and device.prices_kernels:
+        batchnorm_ms = table_from(latency, device, space.with_norm("batchnorm")).latency_ms(indices)
     return Prediction(
         table.device,
         table.latency_ms(indices),
         table.coverage(indices),
         table.margin,
         tuple(parts),
-        _batchnorm_ms(latency, device, space, arch),
+        batchnorm_ms,
         source_note(latency, device, space, arch),
     )
 
@@ -121,13 +124,6 @@ def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) ->
     if latency != NN_METER:
         return ""
     return _describe(nn_meter.cover(nn_meter.predict_rows(device, lower(space, arch))))
-
-
-def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
-    """Return the latency of the same choices with batch norm; None where it is the same."""
-    if space.norm == "batchnorm" or not device.prices_kernels:
-        return None
-    return table_from(latency, device, space.with_norm("batchnorm")).latency_ms(arch.indices(space))
 
 
 def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Prediction:

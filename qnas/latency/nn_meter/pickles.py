@@ -255,9 +255,9 @@ class _DType(_Stateful):
 
 
 def _struct_dtype(names: object, members: object, size: int) -> "np.dtype[Any]":
-    names = _require(names, tuple, "a struct of an unknown form")
-    members = _require(members, dict, "a struct of an unknown form")
-    _refuse_unless(1 <= len(names) <= 16, "a struct of an unknown form")
+    form = "a struct of an unknown form"
+    names, members = _require(names, tuple, form), _require(members, dict, form)
+    _refuse_unless(1 <= len(names) <= 16, form)
     _refuse_unless(all(isinstance(name, str) and name in members for name in names), "a struct without names")
     _refuse_unless(len(set(names)) == len(names) and all(names), "a struct whose names are no names")
     formats, offsets = [], []

@@ -87,8 +87,7 @@ def _is_composable(reader: Reader, node: Node) -> bool:
     """Whether a node applies arithmetic to tensors and scalars, or a mean."""
     if node.op not in _COMPOSABLE:
         return False
-    constants = [name for name in node.inputs if name in reader.graph.constants]
-    values = [reader.graph.values.get(name) for name in constants]
+    values = [reader.graph.values.get(name) for name in node.inputs if name in reader.graph.constants]
     return all(v is not None and (v.size == 1 or node.op == "ReduceMean") for v in values)
 
 
