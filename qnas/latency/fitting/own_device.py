@@ -280,5 +280,4 @@ def _model(columns: Sequence[Column], weights: Array, matrix: Array) -> dict[str
 
 
 def _rounded(weight: float) -> float:
-    """Round to six digits."""
     return float(f"{weight:.6g}")

@@ -60,7 +60,6 @@ class _Payload:
         return self._size
 
     def take(self) -> bytes:
-        """Return the bytes, once."""
         if self._content is None:
             raise _RefusedError("the bytes of an array are used twice")
         content, self._content = self._content, None
@@ -73,7 +72,6 @@ class _GlobalName(str):
 
 
 def _refuse_unless(holds: bool, message: str) -> None:
-    """Raise _RefusedError with the message unless something holds."""
     if not holds:
         raise _RefusedError(message)
 
@@ -140,7 +138,6 @@ class _Unpickler(pickle._Unpickler):
         return self._whole(size)
 
     def readline(self) -> bytes:
-        """Return a line with its end."""
         content = self._stream.readline(self._bounds.text_bytes)
         _refuse_unless(content.endswith(b"\n"), "it ends too soon")
         self._spend(len(content))
@@ -157,7 +154,6 @@ class _Unpickler(pickle._Unpickler):
         _refuse_unless(self._text_left >= 0, f"more than {self._bounds.all_text_bytes} bytes of text")
 
     def find_class(self, module: str, name: str) -> _GlobalName:
-        """Return what stands for a name, which is not imported."""
         full = f"{module}.{name}"
         _refuse_unless(full in _GLOBALS, f"it names {full[:200]!r}, which a forest does not need")
         return _GlobalName(full)
