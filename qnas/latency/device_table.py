@@ -28,7 +28,6 @@ class KernelRow:
     kernel: Kernel
     latency_ms: float
     kind: str
-    op: str = ""  # the operators of the nodes
 
 
 def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelRow, ...]:

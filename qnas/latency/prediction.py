@@ -179,8 +179,7 @@ def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> Kern
         others = [(replace(kernel, kind=k), "estimated") for k in _STAND_INS.get(kernel.kind, ())]
         others += [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
         priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
-    name, op = "+".join(o.name for o in part), "+".join(o.op for o in part)
-    return KernelRow(name, kernel, device.kernel_ms(priced_as), kind, op)
+    return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
 
 
 def _known(device: Device, kernel: Kernel) -> str | None:

@@ -211,7 +211,7 @@ def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRo
         if priced.get(kernel, 0.0) > 0:
             predictor, mapped = chosen[kernel]
             kind, known = "fitted" if mapped == "direct" else "estimated", in_range(kernel, predictor)
-            found[kernel] = MappedRow("", kernel, priced[kernel], kind, "", mapped, predictor, known)
+            found[kernel] = MappedRow("", kernel, priced[kernel], kind, mapped, predictor, known)
         else:
             found[kernel] = MappedRow("", kernel, device.kernel_ms(kernel), "estimated")
     return found

@@ -124,15 +124,12 @@ def _product(reader: Reader, node: Node) -> OnnxOperator:
     return _operator(node, kernel, [rows], macs=math.prod(y) * fan_in, status=status)
 
 
-def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
-    def read(reader: Reader, node: Node) -> OnnxOperator:
-        x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
-        window = node.attribute("kernel_shape")
-        if kind == "avgpool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
-            return pass_over(reader, node, "gap", node.inputs[0])
-        return _windowed(reader, node, kind, window)
-
-    return read
+def _pool(reader: Reader, node: Node) -> OnnxOperator:
+    x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    window = node.attribute("kernel_shape")
+    if node.op == "AveragePool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
+        return pass_over(reader, node, "gap", node.inputs[0])
+    return _windowed(reader, node, "avgpool" if node.op == "AveragePool" else "maxpool", window)
 
 
 def _mean(reader: Reader, node: Node) -> OnnxOperator:
@@ -152,8 +149,7 @@ def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
     shape = reader.shapes[node.inputs[0]]
     axis = node.attribute("axis", -1) % len(shape)
     channels, rows = math.prod(shape[axis:]), math.prod(shape[:axis])
-    kernel = Kernel("layernorm", _side(rows), channels, channels)
-    return _operator(node, kernel, [rows])
+    return _operator(node, Kernel("layernorm", _side(rows), channels, channels), [rows])
 
 
 def _clip(reader: Reader, node: Node) -> OnnxOperator:
@@ -177,9 +173,7 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOper
         elif is_per_channel(reader, smaller, y) and reader.map_of(y)[0] > 1:
             constant = smaller in reader.graph.constants
             kind = "scale" if maps in ("mul", UNCOVERED) else scalar if constant else maps
-        if kind == UNCOVERED:
-            return _uncovered(reader, node)
-        return pass_over(reader, node, kind, y)
+        return _uncovered(reader, node) if kind == UNCOVERED else pass_over(reader, node, kind, y)
 
     return read
 
@@ -205,12 +199,10 @@ def _transposition(reader: Reader, node: Node) -> OnnxOperator:
     """
     shape = reader.shapes[node.inputs[0]]
     order = node.attribute("perm")
-    if order == [0, 2, 1, 3, 4]:
-        kernel = Kernel("shuffle", _side(math.prod(shape[3:])), shape[1] * shape[2], shape[2])
-        return _operator(node, kernel, shape[3:])
-    if order == [0, 1, 2, 4, 3]:
-        kernel = Kernel("shuffle", _side(shape[1] * shape[2]), shape[3] * shape[4], shape[4])
-        return _operator(node, kernel, shape[1:3])
+    if order in ([0, 2, 1, 3, 4], [0, 1, 2, 4, 3]):
+        area, (groups, channels) = (shape[3:], shape[1:3]) if order[1] == 2 else (shape[1:3], shape[3:])
+        kernel = Kernel("shuffle", _side(math.prod(area)), groups * channels, channels)
+        return _operator(node, kernel, area)
     return pass_over(reader, node, "transpose", node.inputs[0])
 
 
@@ -244,8 +236,8 @@ OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Div": _sum_or_product(UNCOVERED, "mul_scalar"),
     "GlobalAveragePool": _of_input("gap"),
     "ReduceMean": _mean,
-    "AveragePool": _pool("avgpool"),
-    "MaxPool": _pool("maxpool"),
+    "AveragePool": _pool,
+    "MaxPool": _pool,
     "Concat": _of_output("concat"),
     "Split": _of_input("split"),
     "Slice": _of_output("slice"),
