@@ -176,16 +176,14 @@ class Graph:
             )
         of_image = range(1, _LARGEST_IMAGE_CHANNELS + 1)
         is_last = dims[1] not in of_image and dims[3] in of_image
-        channels, places = (3, (1, 2)) if is_last else (1, (2, 3))
+        channels, places = (3, slice(1, 3)) if is_last else (1, slice(2, 4))
         if not dims[channels]:
             raise ArchError(f"{where} has a free number of channels, not a fixed")
-        free = [i for i in places if not dims[i]]
-        if free and resolution_px is None:
+        dims[places] = [side or resolution_px or 0 for side in dims[places]]
+        if 0 in dims[places]:
             raise ArchError(f"{self._path}: height and width of the images are free: give a resolution in px")
-        for i in free:
-            dims[i] = resolution_px or 0
-        if resolution_px is not None and any(dims[i] != resolution_px for i in places):
-            size = " x ".join(str(dims[i]) for i in places)
+        if resolution_px is not None and set(dims[places]) != {resolution_px}:
+            size = " x ".join(map(str, dims[places]))
             raise ArchError(
                 f"{self._path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
             )
