@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 from qnas.common.errors import UsageError
 
@@ -31,6 +32,14 @@ def parse_latency(text: str) -> float:
     if not math.isfinite(latency_ms) or latency_ms <= 0:
         raise UsageError(f"budget {text!r}: expected a latency above zero")
     return latency_ms
+
+
+def number_or_nan(value: Any) -> float:
+    """Return a value, or the number that a text is; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def parse_count(text: str, name: str) -> float:

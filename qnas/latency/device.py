@@ -1,13 +1,11 @@
 """A device: the source of its latencies, their accuracy, and the cost of its kernels.
 
-A device file is readable JSON. The model is additive: a network takes `fixed_ms` plus the sum over its
-kernels. The latency of a kernel is a sum of coefficients times features, or is interpolated in a grid of
-measurements. All coefficients are positive, all features grow with the shape and no grid falls, so
-no kernel is free and none gets faster by growing.
+A device file is readable JSON. A network takes `fixed_ms` plus the sum over its kernels, each a sum of
+coefficients times features or interpolated in a grid of measurements. All coefficients are positive, all
+features grow with the shape and no grid falls, so no kernel is free and none gets faster by growing.
 
-Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in a
-folder beside the file that has the file's name without the suffix. `own_latency` makes devices from
-functions and from measured blocks.
+Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in the
+folder beside it of its name without the suffix. `own_latency` makes devices from functions and blocks.
 """
 
 import json
@@ -19,20 +17,13 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from qnas.common.documents import describe_problems, to_tuples
+from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
 from qnas.common.files import read_text
 from qnas.common.resources import shipped, stems
+from qnas.common.units import number_or_nan
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
@@ -45,13 +36,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Source = Literal["measured", "fitted", "estimated"]
 
 
-class _Node(BaseModel):
-    """A part of the file: frozen, unknown keys refused, no silent conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class KernelModel(_Node):
+class KernelModel(FilePart):
     """The cost of one kind of kernel, in one of three forms.
 
     `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
@@ -85,7 +70,7 @@ class KernelModel(_Node):
         return math.fsum(weight * FEATURES[name](kernel) for name, weight in self.terms.items())
 
 
-class Figures(_Node):
+class Figures(FilePart):
     """The accuracy of predictions on measurements that the model has not seen; shares in percent."""
 
     n: int
@@ -96,11 +81,10 @@ class Figures(_Node):
     spearman: float | None = None  # rank correlation; None where there is none, of one network say
 
 
-class Calibration(_Node):
+class Calibration(FilePart):
     """A correction of a model by measured networks: latency = scale * model + offset, with a margin.
 
-    The margin is the conformal quantile of measured / predicted - 1: a share `level` of networks like
-    those of the calibration takes at most (1 + margin) times the prediction.
+    A share `level` of networks like those measured takes at most (1 + margin) times the prediction.
     """
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -112,7 +96,7 @@ class Calibration(_Node):
     source: str
 
 
-class Device(_Node):
+class Device(FilePart):
     """A checked device file."""
 
     file_schema: Literal["qnas.device/1"] = Field(alias="schema")
@@ -127,10 +111,10 @@ class Device(_Node):
     source: str
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
     # what was held out of the fit -> group ("all", a family, an operator) -> figures
-    accuracy: dict[str, dict[str, Figures]] = {}
+    accuracy: dict[str, dict[str, Figures]] = Field(default={})
     fusion: str = "edge"
     fixed_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    model: dict[str, KernelModel] = {}
+    model: dict[str, KernelModel] = Field(default={})
     calibration: Calibration | None = None
 
     _tables: Traversable | None = PrivateAttr(default=None)
@@ -225,10 +209,7 @@ class Device(_Node):
 
     def checked_ms(self, latency_ms: Any, of: object) -> float:
         """Return the result of a Python function as a latency. Raises TableError where it is none."""
-        try:
-            value = float(latency_ms)
-        except (TypeError, ValueError):
-            value = math.nan
+        value = number_or_nan(latency_ms)
         if not 0 <= value < math.inf:
             raise TableError(
                 f"device {self.name}: its function returned {latency_ms!r} for {of}: expected milliseconds, "
@@ -245,10 +226,7 @@ class Device(_Node):
 
 
 def parse_device(text: str, where: str) -> Device:
-    """Read a device from JSON text; `where` names it in messages.
-
-    Raises TableError with every problem of the file in one line.
-    """
+    """Read a device from JSON text. Raises TableError with all problems; `where` names it in messages."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

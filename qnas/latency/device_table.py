@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources.abc import Traversable
 
 from qnas.common.errors import TableError
@@ -27,7 +28,6 @@ class KernelRow:
     kernel: Kernel
     latency_ms: float
     kind: str
-    op: str = ""  # the operators of the nodes
 
 
 def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelRow, ...]:
@@ -68,39 +68,30 @@ def build_table(
 
 
 def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
-    """Return the table of a space's deployed networks by the device's model of kernels.
+    """Return a space's table by the device's model of kernels. Raises TableError as `predict_blocks`."""
 
-    Raises TableError where the device has no model, or a model without one of the kinds of kernels.
-    """
-    known: dict[BlockSpec, Cell] = {}  # positions of a stage have the same blocks
-
+    @cache  # positions of a stage have the same blocks
     def price(block: BlockSpec) -> Cell:
-        key = replace(block, name="")
-        if key not in known:
-            known[key] = _price(device, block)
-        return known[key]
+        rows = predict_blocks(device, [block])
+        by_kind: dict[str, list[str]] = {}
+        for row in rows:
+            by_kind.setdefault(row.kind, []).append(row.kernel.kind)
+        kinds = (
+            f"{kind}: {' '.join(dict.fromkeys(by_kind[kind]))}" for kind in sorted(by_kind, reverse=True)
+        )
+        return cell_of(rows, "; ".join(kinds))
 
     source = f"{device.kind}: what every network takes besides its kernels"
-    table = build_table(device, space, Cell(round(device.network_ms, DECIMALS), 0.0, source), price)
+    runtime = Cell(round(device.network_ms, DECIMALS), 0.0, source)
+    table = build_table(device, space, runtime, lambda block: price(block.unnamed))
     return replace(table, margin=device.margin)
 
 
-def _price(device: Device, block: BlockSpec) -> Cell:
-    rows = predict_blocks(device, [block])
+def cell_of(rows: Sequence[KernelRow], source: str) -> Cell:
+    """Return the sum of a block's kernels."""
     latency = round(math.fsum(row.latency_ms for row in rows), DECIMALS)
     estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), DECIMALS)
-    return Cell(latency, min(estimated, latency), _source(rows))
-
-
-def _source(rows: Sequence[KernelRow]) -> str:
-    if not rows:
-        return "no operator"
-    by_kind: dict[str, list[str]] = {}
-    for row in rows:
-        by_kind.setdefault(row.kind, []).append(row.kernel.kind)
-    return "; ".join(
-        f"{kind}: {' '.join(dict.fromkeys(by_kind[kind]))}" for kind in sorted(by_kind, reverse=True)
-    )
+    return Cell(latency, min(estimated, latency), source or "no operator")
 
 
 def load_table(device: Device, space: SearchSpace) -> LatencyTable:

@@ -9,7 +9,9 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,21 +37,17 @@ _ARRAYS: dict[str, tuple[str, int]] = {
     "indptr": ("integers", 1),
     "indices": ("integers", 1),
 }
-_DTYPES = {"text": "U", "numbers": "fiu", "integers": "iu"}
+# kind of values -> numpy's kinds of it, and the type in which they are read
+_DTYPES = {"text": ("U", np.str_), "numbers": ("fiu", np.float64), "integers": ("iu", np.int64)}
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks that were timed as wholes.
-
-    Network i runs the operators `operators[of_network[start[i] : start[i + 1]]]`, in that order.
-    `latency_ms` has a value for each network, by device, NaN where it was not measured.
-    """
+    """Networks that were timed as wholes, in ms by device, NaN where one was not measured."""
 
     families: npt.NDArray[np.str_]
     operators: tuple[Kernel, ...]
-    start: npt.NDArray[np.int64]
-    of_network: npt.NDArray[np.int64]
+    of_network: Sequence[npt.NDArray[np.int64]]  # the numbers of each one's operators, in running order
     latency_ms: Mapping[str, Array]
 
     def __len__(self) -> int:
@@ -57,27 +55,16 @@ class Networks:
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "Networks":
         """Return the networks for which `chosen`, a value for each, is true."""
-        rows = np.flatnonzero(chosen)
-        lengths = self.start[rows + 1] - self.start[rows]
-        parts = [self.of_network[self.start[i] : self.start[i + 1]] for i in rows]
-        return Networks(
-            self.families[rows],
-            self.operators,
-            np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate(parts) if parts else np.array([], dtype=np.int64),
-            {device: ms[rows] for device, ms in self.latency_ms.items()},
-        )
+        of_network = tuple(compress(self.of_network, chosen))
+        latency_ms = {device: ms[chosen] for device, ms in self.latency_ms.items()}
+        return Networks(self.families[chosen], self.operators, of_network, latency_ms)
 
     def fused(self, fusion: str) -> tuple[tuple[Kernel, ...], sparse.csr_matrix]:
-        """Return the distinct kernels of all networks, and how often each occurs in each network.
-
-        Shape of the counts: (networks, kernels).
-        """
+        """Return the distinct kernels, and how often each occurs in each network: (networks, kernels)."""
         column: dict[Kernel, int] = {}
         rows, columns = [], []
-        for row in range(len(self)):
-            operators = self.of_network[self.start[row] : self.start[row + 1]].tolist()
-            for kernel in fuse_operators([self.operators[j] for j in operators], fusion):
+        for row, operators in enumerate(self.of_network):
+            for kernel in fuse_operators([self.operators[j] for j in operators.tolist()], fusion):
                 rows.append(row)
                 columns.append(column.setdefault(kernel, len(column)))
         counts = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(self), len(column)))
@@ -87,31 +74,23 @@ class Networks:
 def read_networks(path: Path, *, every: int = 1) -> Networks:
     """Read a file of measured networks, or one network in `every` of it.
 
-    Raises TableError where there is no such file or where it has another format: the message names
-    the array that is missing or wrong. Nothing in the file is unpickled.
+    Nothing in it is unpickled. Raises TableError with the array that is missing or wrong.
     """
     arrays = _load(path)
     count = len(arrays["family"])
-    names = [str(name) for name in arrays["op_names"]]
-    devices = [str(device) for device in arrays["devices"]]
     _check(path, arrays, count)
-    operators = []
+    names, operators = arrays["op_names"].tolist(), []
     for op, h_in, c_in, _, c_out, kernel, stride, broadcast in arrays["ops"].tolist():
         # a product with one value a channel is another operator than one of two maps
         kind = "scale" if names[op] == "mul" and broadcast else names[op]
         operators.append(Kernel(kind, h_in, c_in, c_out, kernel, stride))
-    measured = arrays["latency_ms"].astype(np.float64)
-    networks = Networks(
-        arrays["family"].astype(np.str_),
-        tuple(operators),
-        arrays["indptr"].astype(np.int64),
-        arrays["indices"].astype(np.int64),
-        {device: measured[:, d] for d, device in enumerate(devices)},
-    )
+    of_network = np.split(arrays["indices"], arrays["indptr"][1:-1])
+    latency_ms = dict(zip(arrays["devices"].tolist(), arrays["latency_ms"].T, strict=True))
+    networks = Networks(arrays["family"], tuple(operators), of_network, latency_ms)
     return networks if every == 1 else networks.only(np.arange(count) % every == 0)
 
 
-def _load(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
@@ -123,10 +102,8 @@ def _load(path: Path) -> dict[str, npt.NDArray[np.generic]]:
                     f"{path}: not a file of measured networks: no array {', '.join(missing)} in it; "
                     f"expected {', '.join(_ARRAYS)}"
                 )
-            arrays = {}
-            wanted = [*_ARRAYS, *(["op_columns"] if "op_columns" in content.files else [])]
-            for name in wanted:
-                arrays[name] = _array(path, content, name)
+            wanted = [name for name in (*_ARRAYS, "op_columns") if name in content.files]
+            arrays = {name: _array(path, content, name) for name in wanted}
     except (FileNotFoundError, IsADirectoryError):
         raise TableError(f"{path}: no such file, expected the measured networks") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -137,25 +114,27 @@ def _load(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     return arrays
 
 
-def _array(path: Path, content: "np.lib.npyio.NpzFile", name: str) -> npt.NDArray[np.generic]:
+def _array(path: Path, content: "np.lib.npyio.NpzFile", name: str) -> npt.NDArray[Any]:
     try:
         assert content.zip is not None
         if content.zip.getinfo(f"{name}.npy").file_size > _MOST_BYTES:
             raise TableError(f"{path}: {name}: more than {_MOST_BYTES >> 30} GB")
-        array: npt.NDArray[np.generic] = content[name]
+        array: npt.NDArray[Any] = content[name]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise TableError(f"{path}: {name}: cannot be read: {error}") from error
     if name in _ARRAYS:
         values, dimensions = _ARRAYS[name]
-        if array.dtype.kind not in _DTYPES[values] or array.ndim != dimensions:
+        kinds, dtype = _DTYPES[values]
+        if array.dtype.kind not in kinds or array.ndim != dimensions:
             raise TableError(
                 f"{path}: {name}: expected {values} in {dimensions} dimension{'s'[: dimensions - 1]}, "
                 f"got {array.dtype} of shape {array.shape}"
             )
+        array = array.astype(dtype)
     return array
 
 
-def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int) -> None:
+def _check(path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int) -> None:
     """Raise TableError for the first array that does not fit the others."""
 
     def expect(name: str, fine: bool | np.bool_, expected: str) -> None:
@@ -165,30 +144,26 @@ def _check(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], count: int
             )
 
     devices, ops, start, of_network = (arrays[n] for n in ("devices", "ops", "indptr", "indices"))
-    measured: Array = arrays["latency_ms"].astype(np.float64)
+    measured = arrays["latency_ms"]
     expect("latency_ms", measured.shape == (count, len(devices)), f"shape {(count, len(devices))}")
-    expect("devices", len(set(map(str, devices))) == len(devices), "each name once")
+    expect("devices", len(set(devices)) == len(devices), "each name once")
     fine = np.all(np.isnan(measured) | (np.isfinite(measured) & (measured > 0)))
     expect("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
     columns = len(OPERATOR_COLUMNS)
     expect("ops", ops.shape[1] == columns, f"{columns} columns ({', '.join(OPERATOR_COLUMNS)})")
-    kinds, sizes = ops[:, 0].astype(np.int64), ops[:, 1:7].astype(np.int64)
-    fine = np.all((kinds >= 0) & (kinds < len(arrays["op_names"])))
+    fine = np.all((ops[:, 0] >= 0) & (ops[:, 0] < len(arrays["op_names"])))
     expect("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
-    expect("ops", np.all(sizes >= 1), "sizes, kernels and strides of 1 and more")
+    expect("ops", np.all(ops[:, 1:7] >= 1), "sizes, kernels and strides of 1 and more")
     expect("indptr", len(start) == count + 1, f"shape {(count + 1,)}")
-    bounds = start.astype(np.int64)
-    fine = bounds[0] == 0 and bounds[-1] == len(of_network) and np.all(np.diff(bounds) >= 0)
+    fine = start[0] == 0 and start[-1] == len(of_network) and np.all(np.diff(start) >= 0)
     expect("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")
-    chosen = of_network.astype(np.int64)
-    expect("indices", np.all((chosen >= 0) & (chosen < len(ops))), f"rows of ops, 0 to {len(ops) - 1}")
+    expect(
+        "indices", np.all((of_network >= 0) & (of_network < len(ops))), f"rows of ops, 0 to {len(ops) - 1}"
+    )
 
 
 def predict_networks(device: Device, networks: Networks) -> Array:
-    """Return the latency of each network on a device, in ms, by the device's model.
-
-    Raises TableError for an operator that the device has no cost for.
-    """
+    """Return each network's latency in ms by the device's model. Raises TableError for unknown kernels."""
     kernels, counts = networks.fused(device.fusion)
     ms = np.array([device.kernel_ms(kernel) for kernel in kernels], dtype=np.float64)
     return np.asarray(counts @ ms + device.network_ms, dtype=np.float64)
@@ -209,9 +184,9 @@ def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
         raise TableError(f"none of the {len(networks)} networks was measured on {device.name}")
     measured, networks = measured[known], networks.only(known)
     predicted = predict_networks(device, networks)
-    families = networks.families.astype(np.str_)
+    families = networks.families
     return {"all": figures(predicted, measured)} | {
-        str(family): figures(predicted[families == family], measured[families == family])
+        family: figures(predicted[families == family], measured[families == family])
         for family in sorted(set(families.tolist()))
     }
 

@@ -2,8 +2,7 @@
 
 Every feature is at or above zero and never falls when channels, kernel size or resolution grow at
 equal stride; with weights at or above zero a prediction has the same properties by construction.
-Counts are in thousands or millions, so that the weights in a device file are readable numbers:
-milliseconds a thousand elements, milliseconds a million multiply-adds.
+Counts are in thousands (`k`) or millions (`m`), so that the weights in a device file are readable.
 
 `_c32` counts channels rounded up to tiles, whose unused part is computed too, `_r4` output pixels,
 `_t16x8` the sides of the output; `_above_256` begins where a tensor outgrows a cache or a launch;
@@ -21,11 +20,6 @@ from qnas.latency import myriad
 from qnas.latency.kernels import Kernel
 
 
-def _rows(k: Kernel) -> int:
-    """Output pixels."""
-    return k.batch * k.out_px**2
-
-
 def _up(value: int, tile: int) -> int:
     return -(-value // tile) * tile
 
@@ -41,7 +35,7 @@ def _fan_in(k: Kernel, tile: int = 1) -> int:
 
 
 def _mmacs(k: Kernel, row_tile: int = 1, in_tile: int = 1, out_tile: int = 1) -> float:
-    return _up(_rows(k), row_tile) * _fan_in(k, in_tile) * _up(k.c_out, out_tile) / 1e6
+    return _up(k.rows, row_tile) * _fan_in(k, in_tile) * _up(k.c_out, out_tile) / 1e6
 
 
 def _kin(k: Kernel) -> float:
@@ -49,7 +43,7 @@ def _kin(k: Kernel) -> float:
 
 
 def _kout(k: Kernel) -> float:
-    return _rows(k) * k.c_out / 1e3
+    return k.rows * k.c_out / 1e3
 
 
 def _klines(k: Kernel) -> float:
@@ -65,52 +59,11 @@ def _kchannels(k: Kernel) -> float:
     return k.c_out / 1e3
 
 
-def _above(count: float, threshold: float) -> float:
-    return max(0.0, count - threshold)
-
-
-def _beyond(k: Kernel, channels: int) -> float:
-    """Million multiply-adds of the output channels after so many."""
-    return _rows(k) * _fan_in(k) * max(0, k.c_out - channels) / 1e6
-
-
-def _mmacs_tiled(k: Kernel, width: int, height: int) -> float:
-    """Million multiply-adds of tiles of pixels, with channels in fours: what a GPU's groups compute."""
-    return k.batch * _up(k.out_px, width) * _up(k.out_px, height) * _fan_in(k, 4) * _up(k.c_out, 4) / 1e6
-
-
-def _tiling(k: Kernel) -> myriad.Tiling:
-    return myriad.tile(k.resolution_px, k.c_in, k.c_out, k.kernel, k.stride)
-
-
-def _engine_mcycles(k: Kernel) -> float:
-    tiling = _tiling(k)
-    return k.batch * tiling.groups * tiling.cycles * tiling.pixels / 1e6
-
-
-def _engine_ktiles(k: Kernel) -> float:
-    tiling = _tiling(k)
-    return k.batch * (tiling.groups * tiling.tiles - 1) / 1e3
-
-
-def _engine_ksums(k: Kernel) -> float:
-    """Thousand elements that pass through software: partial sums of groups, and the ReLU after them."""
-    groups = _tiling(k).groups
-    return (1.5 * (groups - 1) + 1) * _kout(k) if groups > 1 else 0.0
-
-
-def _engine_kborders(k: Kernel) -> float:
-    """Thousand elements that are copied out of tiles without their borders."""
-    tiling = _tiling(k)
-    return tiling.groups * _kout(k) if tiling.tiles > 1 else 0.0
-
-
-def _engine_kweights(k: Kernel) -> float:
-    """Thousand weights that are read, once for each tile of the map."""
-    return _tiling(k).tiles * _fan_in(k) * _up(k.c_out, 8) / 1e3
-
-
 Count = Callable[[Kernel], float]
+
+
+def _above(threshold: int, count: Count) -> Count:
+    return lambda k: max(0.0, count(k) - threshold)
 
 
 def _from_kernel(size: int, count: Count) -> Count:
@@ -120,6 +73,10 @@ def _from_kernel(size: int, count: Count) -> Count:
 def _strided(count: Count) -> Count:
     """Count for strides above 1 only; models are compared at equal stride, so nothing falls."""
     return lambda k: count(k) if k.stride > 1 else 0.0
+
+
+def _tiled(count: Callable[[Kernel, myriad.Tiling], float]) -> Count:
+    return lambda k: count(k, myriad.tile(k.resolution_px, k.c_in, k.c_out, k.kernel, k.stride))
 
 
 FEATURES: dict[str, Count] = {
@@ -134,28 +91,31 @@ FEATURES: dict[str, Count] = {
     "mmacs_r4_i4_c4": lambda k: _mmacs(k, 4, 4, 4),
     "mmacs_r4_i4_c8": lambda k: _mmacs(k, 4, 4, 8),
     "mmacs_r8_i4_c16": lambda k: _mmacs(k, 8, 4, 16),
-    "mmacs_t16x8": lambda k: _mmacs_tiled(k, 16, 8),
+    # tiles of pixels, with channels in fours: what a GPU's groups compute
+    "mmacs_t16x8": lambda k: (
+        k.batch * _up(k.out_px, 16) * _up(k.out_px, 8) * _fan_in(k, 4) * _up(k.c_out, 4) / 1e6
+    ),
     "mmacs_k5": _from_kernel(5, _mmacs),
     "mmacs_k7": _from_kernel(7, _mmacs),
-    "mmacs_beyond_c512": lambda k: _beyond(k, 512),
-    "mmacs_row": lambda k: _rows(k) * k.kernel * _channels_in(k) * k.c_out / 1e6,
+    "mmacs_beyond_c512": lambda k: k.rows * _fan_in(k) * max(0, k.c_out - 512) / 1e6,
+    "mmacs_row": lambda k: k.rows * k.kernel * _channels_in(k) * k.c_out / 1e6,
     # memory
     "kelements_in": _kin,
-    "kelements_in_above_256": lambda k: _above(_kin(k), 256),
-    "kelements_in_above_1024": lambda k: _above(_kin(k), 1024),
+    "kelements_in_above_256": _above(256, _kin),
+    "kelements_in_above_1024": _above(1024, _kin),
     "kelements_out": _kout,
-    "kelements_out_above_128": lambda k: _above(_kout(k), 128),
-    "kelements_out_above_1024": lambda k: _above(_kout(k), 1024),
+    "kelements_out_above_128": _above(128, _kout),
+    "kelements_out_above_1024": _above(1024, _kout),
     "kelements_out_k3": _from_kernel(3, _kout),
     "kelements_out_k5": _from_kernel(5, _kout),
     "kelements_out_k7": _from_kernel(7, _kout),
     "kweights": _kweights,
-    "kweights_above_64": lambda k: _above(_kweights(k), 64),
-    "kweights_above_1024": lambda k: _above(_kweights(k), 1024),
-    "kcolumns": lambda k: _rows(k) * _fan_in(k) / 1e3,  # the matrix of im2col
+    "kweights_above_64": _above(64, _kweights),
+    "kweights_above_1024": _above(1024, _kweights),
+    "kcolumns": lambda k: k.rows * _fan_in(k) / 1e3,  # the matrix of im2col
     # loops
     "kfan_in": lambda k: _fan_in(k) / 1e3,  # the length of one sum
-    "kpixels": lambda k: _rows(k) / 1e3,
+    "kpixels": lambda k: k.rows / 1e3,
     "klines": _klines,
     "klines_k3": _from_kernel(3, _klines),
     "klines_k5": _from_kernel(5, _klines),
@@ -169,12 +129,15 @@ FEATURES: dict[str, Count] = {
     "strided_kelements_out_k5": _strided(_from_kernel(5, _kout)),
     "strided_kchannels_out_k3": _strided(_from_kernel(3, _kchannels)),
     # the engines of a Myriad X
-    "engine_mcycles": _engine_mcycles,
-    "engine_ktiles": _engine_ktiles,
-    "engine_ksums": _engine_ksums,
-    "engine_kborders": _engine_kborders,
-    "engine_kweights": _engine_kweights,
-    "engine_missed_mmacs": lambda k: 0.0 if _tiling(k).on_engine else _mmacs(k),
-    "engine_1x1_mcycles": lambda k: _rows(k) * myriad.engine_cycles(k.c_in, k.c_out, 1) / 1e6,
+    "engine_mcycles": _tiled(lambda k, t: k.batch * t.groups * t.cycles * t.pixels / 1e6),
+    "engine_ktiles": _tiled(lambda k, t: k.batch * (t.groups * t.tiles - 1) / 1e3),
+    # elements that pass through software: partial sums of groups, and the ReLU after them
+    "engine_ksums": _tiled(lambda k, t: (1.5 * (t.groups - 1) + 1) * _kout(k) if t.groups > 1 else 0.0),
+    # elements that are copied out of tiles without their borders
+    "engine_kborders": _tiled(lambda k, t: t.groups * _kout(k) if t.tiles > 1 else 0.0),
+    # weights that are read, once for each tile of the map
+    "engine_kweights": _tiled(lambda k, t: t.tiles * _fan_in(k) * _up(k.c_out, 8) / 1e3),
+    "engine_missed_mmacs": _tiled(lambda k, t: 0.0 if t.on_engine else _mmacs(k)),
+    "engine_1x1_mcycles": lambda k: k.rows * myriad.engine_cycles(k.c_in, k.c_out, 1) / 1e6,
     "engine_1x1_missed_mmacs": lambda k: 0.0 if myriad.on_engine_1x1(k.resolution_px, k.c_out) else _mmacs(k),
 }

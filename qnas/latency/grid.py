@@ -18,33 +18,22 @@ from functools import cached_property
 from itertools import pairwise, product
 from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from qnas.common.documents import to_tuples
+from qnas.common.documents import FilePart, to_tuples
 from qnas.common.errors import nearest
 from qnas.latency.kernels import Kernel
 
-
-def _rows(k: Kernel) -> int:
-    """Output pixels of all images: the rows of the matrix product that a convolution is."""
-    return k.batch * k.out_px**2
-
-
-def _winograd_blocks(k: Kernel) -> int:
-    """Blocks of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full.
-
-    A 3x3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308) is cut into these.
-    """
-    tiles = k.batch * math.ceil(k.out_px / 4) ** 2
-    return math.ceil(tiles / 128) * math.ceil(k.c_out / 128)
-
-
 AXES: dict[str, Callable[[Kernel], float]] = {
-    "rows": _rows,
+    "rows": lambda k: k.rows,
     "fan_in": lambda k: k.kernel**2 * k.c_in,  # inputs that one output is a sum of
     "channels": lambda k: k.c_out,
     "elements": lambda k: k.batch * k.resolution_px**2 * k.c_in,  # of one input map
-    "winograd_blocks": _winograd_blocks,
+    # of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full, into which a 3x3
+    # convolution by Winograd's F(4x4, 3x3) is cut (Lavin and Gray, arXiv 1509.09308)
+    "winograd_blocks": lambda k: (
+        math.ceil(k.batch * math.ceil(k.out_px / 4) ** 2 / 128) * math.ceil(k.c_out / 128)
+    ),
 }
 
 # of a millisecond: the way through logarithms and back must not make a flat part of a grid fall
@@ -53,7 +42,7 @@ _DECIMALS = 12
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Grid(BaseModel):
+class Grid(FilePart):
     """A checked grid; a device file holds it as it is.
 
     `knots` has a list an axis of AXES, by which `ms` has its values: a row for every point of all
@@ -61,11 +50,9 @@ class Grid(BaseModel):
     axis. `beyond` gives milliseconds for each unit of a product of axes: `rows*fan_in*channels`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
     knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(to_tuples)]]
     ms: Annotated[tuple[tuple[_Positive, ...], ...], BeforeValidator(to_tuples)]
-    beyond: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    beyond: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default={})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

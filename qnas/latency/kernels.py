@@ -1,16 +1,15 @@
 """Kernels, the units that a runtime executes: fused layers, or fused operators of an imported graph.
 
 A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
-result is still in registers, so the unit of latency is the fused kernel. Which operators fuse is a
-list of sequences for each kind of runtime, in FUSIONS. An operator that is in none of them is a kernel
-by itself, under its own name. Operators come in the order in which they run, in
-which the parts of a fused kernel follow one another.
+result is still in registers, so the unit of latency is the fused kernel. FUSIONS has the sequences that
+fuse for each kind of runtime; an operator that is in none of them is a kernel by itself, under its own
+name. Operators come in the order in which they run.
 
 Fusion never crosses the border of a block: in our spaces no block ends with a
 convolution whose norm is in the next block. So latency is a sum over positions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qnas.spaces.layer import LayerSpec
@@ -41,6 +40,11 @@ class Kernel:
             return max(1, self.resolution_px // self.stride)
         return -(-self.resolution_px // self.stride)
 
+    @property
+    def rows(self) -> int:
+        """Output pixels of all images: the rows of the matrix product that a convolution is."""
+        return self.batch * self.out_px**2
+
 
 # Names of operators that runtimes do not tell apart, or that other graphs name otherwise.
 SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}
@@ -49,18 +53,10 @@ _FOLDS: dict[tuple[str, ...], str] = {
     ("conv", "batchnorm"): "conv",
     ("dwconv", "batchnorm"): "dwconv",
 }
-_CONV_ACTIVATIONS: dict[tuple[str, ...], str] = {
-    ("conv", "batchnorm", "relu"): "conv",
-    ("conv", "relu"): "conv",
-    ("dwconv", "batchnorm", "relu"): "dwconv",
-    ("dwconv", "relu"): "dwconv",
-}
 _CHAINS: dict[tuple[str, ...], str] = {
+    **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},
+    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "linear", "batchnorm", "mul", "scale")},
     ("add", "relu"): "addrelu",
-    ("mul", "relu"): "mul",
-    ("scale", "relu"): "scale",
-    ("batchnorm", "relu"): "batchnorm",
-    ("linear", "relu"): "linear",
     ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
     ("add_scalar", "relu", "mul_scalar"): "hsigmoid",
     ("reshape", "transpose", "reshape"): "shuffle",
@@ -69,7 +65,7 @@ _CHAINS: dict[tuple[str, ...], str] = {
 # Sort of runtime -> sequence of operators -> the kernel that stands for them, with the shape of the
 # first operator. The longest sequence that fits is taken.
 FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
-    "edge": {**_FOLDS, **_CONV_ACTIVATIONS, **_CHAINS},  # TFLite, OpenVINO
+    "edge": {**_FOLDS, **_CHAINS},  # TFLite, OpenVINO
     "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else
 }
 
@@ -88,23 +84,23 @@ def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...
 
 def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[Kernel, ...]:
     """Return the kernels of a sequence of single operators, each given as a kernel of its own name."""
+    return tuple(kernel for _, kernel in fused_parts(operators, fusion))
+
+
+def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slice, Kernel]]:
+    """Yield the kernels of `fuse_operators`, each with the part of the operators that it stands for."""
     rules = FUSIONS[fusion]
     longest = max(map(len, rules))
     names = [SAME_AS.get(op.kind, op.kind) for op in operators]
-    kernels = []
     i = 0
     while i < len(names):
         for length in range(min(longest, len(names) - i), 0, -1):
             sequence = tuple(names[i : i + length])
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
-                kernels.append(_with_kind(operators[i], kind))
+                first = operators[i]
+                if kind == "conv" and first.kernel == first.stride:
+                    kind = "conv1x1" if first.kernel == 1 else "patch"
+                yield slice(i, i + length), replace(first, kind=kind)
                 i += length
                 break
-    return tuple(kernels)
-
-
-def _with_kind(operator: Kernel, kind: str) -> Kernel:
-    if kind == "conv" and operator.kernel == operator.stride:
-        kind = "conv1x1" if operator.kernel == 1 else "patch"
-    return replace(operator, kind=kind)

@@ -49,24 +49,6 @@ class _Cut:
 @cache
 def tile(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling:
     """Return the cut that the compiler prefers: the least groups, then the least passes over tiles."""
-    found = _best(px, c_in, c_out, kernel, stride)
-    if found is not None:
-        return found
-    # the compiler gives up and the convolution runs in software: counted as if one tile could do
-    return Tiling(1, 1, engine_cycles(c_in, c_out, kernel), (-(-px // stride)) ** 2, on_engine=False)
-
-
-def engine_cycles(c_in: int, c_out: int, kernel: int) -> int:
-    """Return the engine's cycles for a pixel of a convolution that needs no tiles."""
-    return min(_cycles(c_in, c_out, kernel, blocks) for blocks in _MODES)
-
-
-def on_engine_1x1(px: int, c_out: int) -> bool:
-    """Return whether the output of a 1x1 convolution fits the buffer in as many bands as are tried."""
-    return _line_bytes(px) * -(-px // _MOST_BANDS) * c_out <= _OUTPUT_BYTES
-
-
-def _best(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling | None:
     out_px = -(-px // stride)
     best, best_cost = None, 0
     for groups in range(1, _MOST_GROUPS + 1):
@@ -84,9 +66,8 @@ def _best(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling | 
                 if high is None:
                     continue
                 cycles = _tile_cycles(wide.longest_in_px, high.longest_in_px, channels, c_out, kernel, stride)
-                if cycles is None:
-                    continue
-                if _line_bytes(wide.longest_out_px) * high.longest_out_px * c_out > _OUTPUT_BYTES:
+                out_bytes = _line_bytes(wide.longest_out_px) * high.longest_out_px * c_out
+                if cycles is None or out_bytes > _OUTPUT_BYTES:
                     continue
                 tiles, pixels = wide.tiles * high.tiles, wide.computed_px * high.computed_px
                 # as the compiler counts: an element added in software as dear as a cycle of a tile
@@ -96,7 +77,18 @@ def _best(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling | 
                 break
         if best is not None and groups * out_px**2 * c_out > best_cost:
             break  # more groups cannot cost less
-    return best
+    # without one the compiler gives up and the convolution runs in software: counted as if one tile could do
+    return best or Tiling(1, 1, engine_cycles(c_in, c_out, kernel), out_px**2, on_engine=False)
+
+
+def engine_cycles(c_in: int, c_out: int, kernel: int) -> int:
+    """Return the engine's cycles for a pixel of a convolution that needs no tiles."""
+    return min(_cycles(c_in, c_out, kernel, blocks) for blocks in _MODES)
+
+
+def on_engine_1x1(px: int, c_out: int) -> bool:
+    """Return whether the output of a 1x1 convolution fits the buffer in as many bands as are tried."""
+    return _line_bytes(px) * -(-px // _MOST_BANDS) * c_out <= _OUTPUT_BYTES
 
 
 @cache
@@ -107,12 +99,13 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
     most = min(out_px, (window_px - kernel + 2 * padding) // stride + 1)
     if most >= out_px:
         return _Cut(1, out_px, out_px, px)
-    tiles = computed = longest_out = longest_in = start = 0
+    lengths: list[int] = []  # of the tiles' outputs and inputs
+    inputs: list[int] = []
+    start = 0
     while start < out_px:
-        before, first = 0, start * stride - padding  # what is computed for nothing before the tile
-        lead = 0
+        first = start * stride - padding
         if first < 0:
-            before, first = start, 0
+            first, lead, before = 0, 0, start  # `before` is computed for nothing before the tile
         else:
             lead = first % stride
             if aligned:
@@ -123,13 +116,10 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
             end -= 1
         if end <= start:
             return None
-        length = before + end - start + _after(end, px, kernel, stride, padding)
-        tiles += 1
-        computed += length
-        longest_out = max(longest_out, length)
-        longest_in = max(longest_in, min(px, (end - 1) * stride + kernel - padding) - first + lead)
+        lengths.append(before + end - start + _after(end, px, kernel, stride, padding))
+        inputs.append(min(px, (end - 1) * stride + kernel - padding) - first + lead)
         start = end
-    return _Cut(tiles, computed, longest_out, longest_in)
+    return _Cut(len(lengths), sum(lengths), max(lengths), max(inputs))
 
 
 def _after(end: int, px: int, kernel: int, stride: int, padding: int) -> int:
@@ -141,13 +131,12 @@ def _after(end: int, px: int, kernel: int, stride: int, padding: int) -> int:
 def _tile_cycles(width: int, height: int, c_in: int, c_out: int, kernel: int, stride: int) -> int | None:
     """Return the cycles for a pixel of a tile in the best mode; None where the tile fits in no mode."""
     lines = min(kernel + stride + 2 + (width <= 8), height)  # that must be there at once
-    costs = []
-    for blocks in _MODES:
-        channels = -(-c_in // blocks)
-        if channels * kernel**2 > _WEIGHTS:
-            continue
-        if _INPUT_BYTES // blocks // channels // _line_bytes(width) >= lines:
-            costs.append(_cycles(c_in, c_out, kernel, blocks))
+    channels = {blocks: -(-c_in // blocks) for blocks in _MODES}
+    costs = (
+        _cycles(c_in, c_out, kernel, blocks)
+        for blocks, n in channels.items()
+        if n * kernel**2 <= _WEIGHTS and _INPUT_BYTES // blocks // n // _line_bytes(width) >= lines
+    )
     return min(costs, default=None)
 
 

@@ -1,15 +1,16 @@
 """Devices whose latencies come from Python: a function of a layer, a block or a network, or measured blocks.
 
-Such a Device is used wherever the name of a device is: in tables, limits, predictions and the files of a
-run. It is not written to a device file, so a run that was searched with one keeps the table, not the
-function.
+Such a Device is used wherever the name of a device is. It is not written to a device file, so a run that
+was searched with one keeps the table, not the function.
 """
 
 import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,7 @@ def device_from_function(
     if layer is not None:
         return device.with_functions(kernel=layer)
     if block is not None:
-        price = block
-        return device.with_functions(table=lambda of, searched: _price_blocks(of, searched, price))
+        return device.with_functions(table=partial(_price_blocks, block))
     assert network is not None
     assert space is not None
     return _fit_blocks(device, network, space)
@@ -87,8 +87,7 @@ def device_from_blocks(
 
     Rows have `position`, `candidate` (empty for fixed blocks) and `latency_ms`; the other columns of
     latency_tables/DEVICE/SPACE.csv are checked where they are given. Identity takes 0 ms where it has no
-    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems of the
-    rows.
+    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems.
 
     >>> from qnas.latency.prediction import table_from
     >>> from qnas.spaces.space import load_space
@@ -153,7 +152,7 @@ def _with_table(device: Device, table: LatencyTable) -> Device:
     return device.with_functions(table=load)
 
 
-def _price_blocks(device: Device, space: SearchSpace, price: Callable[[BlockSpec], float]) -> LatencyTable:
+def _price_blocks(price: Callable[[BlockSpec], float], device: Device, space: SearchSpace) -> LatencyTable:
     def cell(block: BlockSpec) -> Cell:
         latency_ms = device.checked_ms(price(block), f"block {block.name}") if block.layers else 0.0
         return _cell(device, latency_ms, "a function of the block")
@@ -164,12 +163,8 @@ def _price_blocks(device: Device, space: SearchSpace, price: Callable[[BlockSpec
 def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchSpace) -> Device:
     """Fit a function of networks by a cell for each candidate and a fixed part, all at or above 0."""
     indices, are_all = _design(space)
-    latency_ms = np.array(
-        [
-            device.checked_ms(network(arch), " ".join(arch.choices))
-            for arch in (arch_from_indices(space, tuple(map(int, row))) for row in indices)
-        ]
-    )
+    archs = [arch_from_indices(space, tuple(row)) for row in indices.tolist()]
+    latency_ms = np.array([device.checked_ms(network(arch), " ".join(arch.choices)) for arch in archs])
     if (latency_ms == 0).any():
         raise TableError(f"device {device.name}: its function returned 0 ms for a network")
     sizes = [len(position.candidates) for position in space.positions]
@@ -189,9 +184,7 @@ def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchS
     device = device.model_copy(update={"source": source, "accuracy": entry})
     table = build_table(device, space, _cell(device, fixed_ms, source), lambda _: _cell(device, 0.0, source))
     cells = tuple(tuple(_cell(device, float(ms - row.min()), source) for ms in row) for row in rows)
-    return _with_table(
-        device, LatencyTable(table.device, table.space, table.space_digest, table.fixed, cells)
-    )
+    return _with_table(device, replace(table, cells=cells))
 
 
 def _design(space: SearchSpace) -> tuple[np.ndarray[Any, np.dtype[np.int64]], bool]:

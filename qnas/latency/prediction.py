@@ -6,18 +6,18 @@ its parts are the device's kernels where it has a model of kernels, else the tab
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import TableError, UsageError
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
-from qnas.latency.kernels import Kernel
+from qnas.latency.kernels import Kernel, fused_parts
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.onnx.networks import OnnxNetwork
-from qnas.latency.onnx.pricing import predict_onnx
+from qnas.latency.onnx.operators import OnnxOperator
 from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
@@ -105,13 +105,16 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         parts = _parts(predict_blocks(device, lower(space, arch)))
     else:
         parts = _table_parts(table, space, arch)
+    batchnorm_ms = None
+    if space.norm != "batchnorm" and device.prices_kernels:
+        batchnorm_ms = table_from(latency, device, space.with_norm("batchnorm")).latency_ms(indices)
     return Prediction(
         table.device,
         table.latency_ms(indices),
         table.coverage(indices),
         table.margin,
         tuple(parts),
-        _batchnorm_ms(latency, device, space, arch),
+        batchnorm_ms,
         source_note(latency, device, space, arch),
     )
 
@@ -121,13 +124,6 @@ def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) ->
     if latency != NN_METER:
         return ""
     return _describe(nn_meter.cover(nn_meter.predict_rows(device, lower(space, arch))))
-
-
-def _batchnorm_ms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
-    """Return the latency of the same choices with batch norm; None where it is the same."""
-    if space.norm == "batchnorm" or not device.prices_kernels:
-        return None
-    return table_from(latency, device, space.with_norm("batchnorm")).latency_ms(arch.indices(space))
 
 
 def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Prediction:
@@ -157,12 +153,47 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
     )
 
 
+def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
+    """Return the latencies of the kernels of an ONNX network by the device's model.
+
+    A network takes their sum plus `device.network_ms`. Raises TableError where the device has no model,
+    or lacks what uncovered operators are priced by.
+    """
+    return tuple(
+        _price(device, chain[part], kernel)
+        for chain in network.chains
+        for part, kernel in fused_parts([operator.kernel for operator in chain], device.fusion)
+    )
+
+
+# The kinds by which one is priced where a device does not know it: the same multiply-adds or the same pass.
+_STAND_INS = {"matmul": ("conv1x1", "linear")}
+_PASSES = ("elementwise", "add")
+
+
+def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
+    source, status = _known(device, kernel), part[0].status
+    if source is not None and status != "uncovered":
+        priced_as, kind = kernel, "estimated" if status == "stand-in" else source
+    else:
+        others = [(replace(kernel, kind=k), "estimated") for k in _STAND_INS.get(kernel.kind, ())]
+        others += [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
+        priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
+    return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
+
+
+def _known(device: Device, kernel: Kernel) -> str | None:
+    try:
+        return device.kernel_source(kernel)
+    except TableError:
+        return None
+
+
 def _parts(rows: Iterable[KernelRow]) -> list[Part]:
-    return [Part(row.name, describe_kernel(row.kernel), row.latency_ms, _kind(row)) for row in rows]
-
-
-def _kind(row: KernelRow) -> str:
-    return row.mapped if isinstance(row, nn_meter.MappedRow) else row.kind
+    return [
+        Part(row.name, describe_kernel(row.kernel), row.latency_ms, getattr(row, "mapped", row.kind))
+        for row in rows
+    ]
 
 
 def _describe(coverage: nn_meter.Coverage) -> str:

@@ -4,30 +4,18 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from qnas.common.errors import TableError, abbreviate
 from qnas.common.files import read_text, write_text
+from qnas.common.units import number_or_nan
 from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import SearchSpace
-
-COLUMNS = (
-    "position",
-    "stage",
-    "c_in",
-    "c_out",
-    "stride",
-    "resolution_px",
-    "candidate",
-    "latency_ms",
-    "estimated_ms",
-    "source",
-    "layers",
-)
 
 
 class _Expected(NamedTuple):
@@ -49,6 +37,9 @@ class _Expected(NamedTuple):
     @property
     def title(self) -> str:
         return f"{self.position} {self.candidate}".strip()
+
+
+COLUMNS = (*_Expected._fields[:-1], "latency_ms", "estimated_ms", "source", "layers")
 
 
 def _expected_rows(space: SearchSpace) -> list[_Expected]:
@@ -94,23 +85,15 @@ def write_table(table: LatencyTable, space: SearchSpace, path: Path) -> None:
 def table_text(table: LatencyTable, space: SearchSpace) -> str:
     """Return a table as CSV."""
     fixed = dict(table.fixed)
-    by_key = {
-        (position.name, name): cell
-        for position, row in zip(space.positions, table.cells, strict=True)
-        for name, cell in zip(position.names, row, strict=True)
-    }
+    cells = chain.from_iterable(table.cells)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for row in _expected_rows(space):
-        cell = by_key[row.key] if row.candidate else fixed[row.position]
-        values = {
-            **row._asdict(),
-            "latency_ms": f"{cell.latency_ms:.{DECIMALS}f}",
-            "estimated_ms": f"{cell.estimated_ms:.{DECIMALS}f}",
-            "source": cell.source,
-        }
-        writer.writerow([values[column] for column in COLUMNS])
+        cell = next(cells) if row.candidate else fixed[row.position]
+        latency_ms, estimated_ms = (f"{ms:.{DECIMALS}f}" for ms in (cell.latency_ms, cell.estimated_ms))
+        figures = {"latency_ms": latency_ms, "estimated_ms": estimated_ms, "source": cell.source}
+        writer.writerow(row._asdict() | figures)
     return text.getvalue()
 
 
@@ -192,10 +175,7 @@ def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
     """Return the row's cell, or what is wrong with its numbers."""
     numbers = []
     for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
-        try:
-            number = float(values[column] or "")
-        except ValueError:
-            number = math.nan
+        number = number_or_nan(values[column])
         if not 0 <= number < math.inf:
             return f"{column} {values[column] or 'empty'!r}, expected milliseconds at or above 0"
         numbers.append(number)

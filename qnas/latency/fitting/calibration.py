@@ -63,8 +63,7 @@ def _rank(n: int, level: float) -> int:
 def conformal_margin(errors: NDArray[np.float64], level: float) -> float:
     """Return a bound that a new error keeps with a probability of at least `level`; at least 0.
 
-    errors: measured / predicted - 1 of networks that the predictions were not fitted to, enough of
-    them (`margin_networks`).
+    errors: measured / predicted - 1 of `margin_networks` or more that the predictions were not fitted to.
     """
     rank = _rank(len(errors), level)
     assert rank <= len(errors), f"{len(errors)} errors cannot give a level of {level}"
@@ -85,8 +84,7 @@ def calibrate(
 
     `fixed_ms` is the part of every prediction that belongs to no kernel: the offset is never so low
     that it, scaled, falls below zero. `source` is for the file, `where` names the networks in messages.
-    Raises TableError where the networks are too few for the level, with the number needed, and where
-    measurements do not grow with predictions.
+    Raises TableError where the networks are too few for the level, or times do not grow with predictions.
     """
     assert 0 < level < 1, level
     predicted, measured = np.array(predicted_ms), np.array(measured_ms)
@@ -140,10 +138,9 @@ def write_calibrated(
 ) -> None:
     """Write a copy of a device with this calibration, under another name.
 
-    Tables that were measured are copied too, as they were measured, into the folder beside the file,
-    so that the copy predicts from the same cells; the calibration is applied when they are read.
-    Tables that the model gives are not: it gives them again. Raises CheckpointError where a table
-    exists already, TableError for a name that is not allowed.
+    Measured tables are copied as they are into the folder beside the file: the calibration is applied when
+    they are read. The model gives the others again. Raises CheckpointError where a table exists already,
+    TableError for a name that is not allowed.
     """
     tables = _measured_tables(device)
     folder = path.with_suffix("")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qnas.common.errors import ArchError, TableError, abbreviate
 from qnas.common.files import read_text, write_text
+from qnas.common.units import number_or_nan
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace
 
@@ -110,11 +111,7 @@ def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | No
         problems.append(str(error))
     times: dict[str, float | None] = {}
     for column in ("latency_ms", "p95_ms"):
-        try:
-            times[column] = float(values[column]) if values[column] else None
-        except ValueError:
-            times[column] = math.nan
-        time = times[column]
+        times[column] = time = number_or_nan(values[column]) if values[column] else None
         if time is not None and not 0 < time < math.inf:
             problems.append(f"{column}: {values[column]!r}, expected milliseconds above 0 or nothing")
     if problems or arch is None:

@@ -76,7 +76,6 @@ class OwnFit:
     fixed_ms: float
     accuracy: Figures
     terms: int  # that the networks of the space can tell apart
-    ridge: float
 
 
 def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[float], where: str) -> OwnFit:
@@ -96,27 +95,18 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
     columns = [_FIXED, *((kind, term) for kind in kinds for term in _TERMS.get(kind, _MOVING))]
     matrix = _matrix(counts, columns)
     terms = _count_terms(_matrix(probes, columns))
-    _check_number(len(archs), terms, where)
-    _check_spread(measured, where)
+    _check_measured(measured, terms, where)
     predicted = np.empty_like(measured)
     for held in folds(len(measured), FOLDS):
-        weights, _ = _fit_best(columns, matrix[~held], measured[~held])
-        predicted[held] = matrix[held] @ weights
+        predicted[held] = matrix[held] @ _fit_best(columns, matrix[~held], measured[~held])
     accuracy = figures(predicted, measured)
     _check_accuracy(accuracy, measured, where)
-    weights, ridge = _fit_best(columns, matrix, measured)
-    model = _model(columns, weights, matrix)
-    return OwnFit(model, _rounded(weights[0]), accuracy, terms, ridge)
+    weights = _fit_best(columns, matrix, measured)
+    return OwnFit(_model(columns, weights, matrix), _rounded(weights[0]), accuracy, terms)
 
 
 def own_device(
-    fit: OwnFit,
-    *,
-    name: str,
-    space: SearchSpace,
-    networks: int,
-    runtime: str,
-    day: date,
+    fit: OwnFit, *, name: str, space: SearchSpace, networks: int, runtime: str, day: date
 ) -> Device:
     """Return the device of a fit."""
     return Device(
@@ -180,16 +170,14 @@ def _count_terms(matrix: Array) -> int:
     return int(np.linalg.matrix_rank(matrix / np.where(scale > 0, scale, 1.0), tol=1e-6))
 
 
-def _check_number(n: int, terms: int, where: str) -> None:
+def _check_measured(measured: Array, terms: int, where: str) -> None:
+    """Raise TableError for too few networks, or for networks that take nearly the same time."""
     needed = max(LEAST_NETWORKS, math.ceil(1.25 * terms))
-    if n < needed:
+    if len(measured) < needed:
         raise TableError(
-            f"{where}: {n} networks are too few for the {terms} terms that the space's latencies have: "
-            f"measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
+            f"{where}: {len(measured)} networks are too few for the {terms} terms that the space's latencies "
+            f"have: measure at least {needed}, better {2 * needed} (qnas sample with `networks={2 * needed}`)"
         )
-
-
-def _check_spread(measured: Array, where: str) -> None:
     spread = float(measured.max() / measured.min())
     if spread < LEAST_SPREAD:
         raise TableError(
@@ -221,8 +209,8 @@ def folds(n: int, count: int) -> list[npt.NDArray[np.bool_]]:
     return [number == fold for fold in range(count)]
 
 
-def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tuple[Array, float]:
-    """Return the weights at the ridge that predicts best what is left out, and the ridge."""
+def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> Array:
+    """Return the weights at the ridge that predicts best what is left out."""
     errors = dict.fromkeys(_RIDGES, 0.0)
     for held in folds(len(latency_ms), _INNER_FOLDS):
         prior = _Prior(columns, matrix[~held], latency_ms[~held])
@@ -230,7 +218,7 @@ def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> tu
             predicted = matrix[held] @ prior.fit(matrix[~held], latency_ms[~held], ridge)
             errors[ridge] += float(np.sum((predicted / latency_ms[held] - 1) ** 2))
     ridge = min(_RIDGES, key=lambda r: errors[r])
-    return _Prior(columns, matrix, latency_ms).fit(matrix, latency_ms, ridge), ridge
+    return _Prior(columns, matrix, latency_ms).fit(matrix, latency_ms, ridge)
 
 
 class _Prior:
@@ -292,5 +280,4 @@ def _model(columns: Sequence[Column], weights: Array, matrix: Array) -> dict[str
 
 
 def _rounded(weight: float) -> float:
-    """Round to six digits."""
     return float(f"{weight:.6g}")

@@ -183,9 +183,8 @@ def _check_titles(archive: Archive, source: Path, device: str) -> None:
 
 
 def _choose(archive: Archive, source: Path, device: str) -> dict[str, Member]:
-    found = {member.name.removesuffix(".pkl"): member for member in archive.members}
-    pickles = {name: member for name, member in found.items() if member.name == f"{name}.pkl"}
-    chosen = {kernel: pickles[kernel] for kernel in FEATURE_COUNTS if kernel in pickles}
+    members = {member.name: member for member in archive.members}
+    chosen = {kernel: members[file] for kernel in FEATURE_COUNTS if (file := f"{kernel}.pkl") in members}
     missing = [kernel for kernel in PUBLISHED[device].kernels if kernel not in chosen]
     if missing:
         raise TableError(
@@ -239,10 +238,7 @@ def list_predictors() -> tuple[Predictors, ...]:
 
 
 def describe_predictors(device: str) -> Predictors:
-    """Return the facts of a device's imported predictors.
-
-    Raises TableError where there are none, or their file is damaged.
-    """
+    """Return the facts of a device's predictors. Raises TableError where there are none, or damaged ones."""
     with _stored(device) as content:
         about = json.loads(str(content[_ABOUT]))
         schema = about.pop("schema")
@@ -255,16 +251,10 @@ def describe_predictors(device: str) -> Predictors:
 
 
 def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
-    """Return a device's imported forests of these kernels.
-
-    Raises TableError where nothing was imported, or the file is damaged.
-    """
-    members = [field.name for field in fields(Forest)]
+    """Return a device's forests of these kernels. Raises TableError as `describe_predictors`."""
+    names = [field.name for field in fields(Forest)]
     with _stored(device) as content:
-        return {
-            kernel: Forest.from_arrays({name: content[f"{kernel}.{name}"] for name in members})
-            for kernel in kernels
-        }
+        return {k: Forest.from_arrays({name: content[f"{k}.{name}"] for name in names}) for k in kernels}
 
 
 @contextmanager

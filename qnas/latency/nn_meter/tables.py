@@ -9,9 +9,8 @@ fixed latency of a network, so the fixed part of a table is zero. Kernels are pr
 - uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
   model prices the kernel.
 
-PricingForest-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate,
-and between the sizes that it was trained on it rounds to one of them: kernels of other sizes are
-counted (`in_range`).
+Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate, and
+rounds a size to one that it was trained on: kernels of other sizes are counted (`in_range`).
 
 The package nn_meter is imported for the first prediction: that takes a second, and writes a
 configuration into the home folder, in whose place it finds a temporary one.
@@ -27,11 +26,11 @@ from typing import Any, Literal, NamedTuple
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device
-from qnas.latency.device_table import KernelRow, all_blocks, build_table, load_table
+from qnas.latency.device_table import KernelRow, all_blocks, build_table, cell_of, load_table
 from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.forests import Forest
-from qnas.latency.table import DECIMALS, Cell, LatencyTable
+from qnas.latency.table import Cell, LatencyTable
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
 
@@ -75,9 +74,6 @@ FORESTS_OF_KIND: dict[str, tuple[PricingForest, ...]] = {
     # concat: its forest needs the channels of each part, which a kernel does not hold
 }
 
-# Predictor -> nn-Meter's name of its operator, where that is another one.
-_OPERATORS = {"addrelu": "add-relu"}
-
 
 class _Trained(NamedTuple):
     """The sizes that forests were trained on: input pixels, kernel sizes, strides."""
@@ -111,10 +107,7 @@ class MappedRow(KernelRow):
 
 
 def predict_rows(device: Device, blocks: Iterable[BlockSpec]) -> tuple[MappedRow, ...]:
-    """Return the latencies of the kernels of these blocks by nn-Meter; a network takes their sum.
-
-    Raises TableError as `map_kernels`.
-    """
+    """Return the kernels of these blocks by nn-Meter. Raises TableError as `map_kernels`."""
     return map_kernels(
         device, [(block.name, kernel) for block in blocks for kernel in fuse(block.layers, device.fusion)]
     )
@@ -142,29 +135,19 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
         return [own.fastest_ms, own.slowest_ms]
 
     _check_imported(device, default)
-    kernels = (fuse(block.layers, device.fusion) for block, _ in all_blocks(space))
-    estimates = estimate(device, (kernel for of_block in kernels for kernel in of_block))
+    blocks = [block for block, _ in all_blocks(space)]
+    estimates = estimate(device, (kernel for b in blocks for kernel in fuse(b.layers, device.fusion)))
 
     def price(block: BlockSpec) -> Cell:
-        return _cell([estimates[kernel] for kernel in fuse(block.layers, device.fusion)])
+        rows = [estimates[kernel] for kernel in fuse(block.layers, device.fusion)]
+        return cell_of(rows, describe_mapping(rows))
 
-    return build_table(
-        device, space, Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels"), price
-    )
-
-
-def _cell(rows: Sequence[MappedRow]) -> Cell:
-    latency = round(math.fsum(row.latency_ms for row in rows), DECIMALS)
-    estimated = round(math.fsum(row.latency_ms for row in rows if row.kind == "estimated"), DECIMALS)
-    return Cell(latency, min(estimated, latency), describe_mapping(rows) or "no operator")
+    runtime = Cell(0.0, 0.0, "nn-Meter: a network takes the sum of its kernels")
+    return build_table(device, space, runtime, price)
 
 
 def describe_mapping(rows: Iterable[MappedRow]) -> str:
-    """Name the operators of these kernels by how they were priced.
-
-    For instance `direct: dwconv add; stand-in: gelu by hswish; uncovered: concat; 2 of 9 kernels of
-    sizes that the forests were not trained on`.
-    """
+    """Name the operators by how they were priced: `direct: dwconv, add; stand-in: gelu by hswish`."""
     rows = tuple(rows)
     parts = []
     for mapped in MAPPINGS:
@@ -217,10 +200,7 @@ def _check_imported(device: Device, default: Callable[[], list[float]]) -> None:
 
 
 def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRow]:
-    """Return the latency of each of these kernels, in one call of nn-Meter.
-
-    Raises TableError where a kernel is priced neither by nn-Meter nor by the device's model.
-    """
+    """Price kernels in one call of nn-Meter. Raises TableError where neither it nor the device knows one."""
     distinct = tuple(dict.fromkeys(kernels))
     available = predictors.describe_predictors(device.name).forests
     chosen = {kernel: choice for kernel in distinct if (choice := _choose(kernel, available)) is not None}
@@ -231,7 +211,7 @@ def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRo
         if priced.get(kernel, 0.0) > 0:
             predictor, mapped = chosen[kernel]
             kind, known = "fitted" if mapped == "direct" else "estimated", in_range(kernel, predictor)
-            found[kernel] = MappedRow("", kernel, priced[kernel], kind, "", mapped, predictor, known)
+            found[kernel] = MappedRow("", kernel, priced[kernel], kind, mapped, predictor, known)
         else:
             found[kernel] = MappedRow("", kernel, device.kernel_ms(kernel), "estimated")
     return found
@@ -286,7 +266,7 @@ def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
     """Return a kernel in the form of nn-Meter's kernel detector."""
     px, channels = kernel.resolution_px, kernel.c_in
     return {
-        "op": _OPERATORS.get(predictor, predictor),
+        "op": predictor.replace("addrelu", "add-relu"),
         "inputh": px,
         "cin": channels,
         "cout": kernel.c_out,
@@ -299,9 +279,8 @@ def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
 def _nn_predict() -> Callable[[Mapping[str, Any], list[dict[str, Any]]], float]:
     """Import nn-Meter's prediction.
 
-    Its package writes ~/.nn_meter when it is imported and fails where it cannot; the code that is used
-    here needs none of it. Its import of pkg_resources warns. Raises TableError where it is not installed
-    in full.
+    Its package writes ~/.nn_meter when it is imported and fails where it cannot, though nothing here needs
+    it. Its import of pkg_resources warns. Raises TableError where it is not installed in full.
     """
     kept = {name: os.environ.get(name) for name in ("HOME", "USERPROFILE")}
     with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():

@@ -6,7 +6,7 @@ Weights are never read, so a file whose weights lie in another file is priced wi
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,29 +42,12 @@ class Node:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute's value, text as str."""
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                value = helper.get_attribute_value(attribute)
-                return value.decode() if isinstance(value, bytes) else value
-        return default
+        values = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute if a.name == name}
+        value = values.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
 
 
-@dataclass(frozen=True)
-class Graph:
-    """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C)."""
-
-    nodes: tuple[Node, ...]
-    input: str
-    is_channels_last: bool  # of the input
-    outputs: frozenset[str]
-    shapes: Mapping[str, Shape]  # of activations and of constants
-    types: Mapping[str, int]  # onnx element types
-    constants: frozenset[str]
-    values: Mapping[str, Array]  # of the small constants
-    opset: int
-
-
-def read_graph(path: Path, *, resolution_px: int | None = None) -> Graph:
+def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     """Read an ONNX file for a batch of one image.
 
     `resolution_px` is taken for a height and width that the file leaves free. Raises ArchError where
@@ -74,25 +57,14 @@ def read_graph(path: Path, *, resolution_px: int | None = None) -> Graph:
     model = _load(path)
     if model.functions:
         model = inliner.inline_local_functions(model)
-    walk = _Walk(model, path)
-    name, is_last = walk.set_image(resolution_px)
+    graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
-        walk.step(proto)
-    outputs = frozenset(output.name for output in model.graph.output)
-    return Graph(
-        _used(walk.nodes, outputs),
-        name,
-        is_last,
-        outputs,
-        walk.shapes,
-        walk.types,
-        frozenset(walk.constants),
-        walk.values,
-        walk.opset,
-    )
+        graph.add(proto)
+    graph.nodes = _used(graph.nodes, graph.outputs)
+    return graph
 
 
-def _used(nodes: Sequence[Node], outputs: frozenset[str]) -> tuple[Node, ...]:
+def _used(nodes: Sequence[Node], outputs: frozenset[str]) -> list[Node]:
     """Return the nodes that an output depends on."""
     read = set(outputs)
     used = []
@@ -100,7 +72,7 @@ def _used(nodes: Sequence[Node], outputs: frozenset[str]) -> tuple[Node, ...]:
         if read.intersection(node.outputs):
             read.update(node.inputs)
             used.append(node)
-    return tuple(reversed(used))
+    return used[::-1]
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -135,196 +107,177 @@ def evaluate(
     return np.asarray(value)
 
 
-class _Walk:
-    """Shapes, types and values of tensors, collected node by node."""
+class Graph:
+    """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C), and the tensors."""
 
-    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
-        self.path = path
-        self.graph = model.graph
-        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
-        self.ir_version = model.ir_version
-        self.context = onnx.checker.C.CheckerContext()
-        self.context.ir_version = model.ir_version
-        self.context.opset_imports = self.opsets
+    def __init__(self, model: onnx.ModelProto, path: Path, resolution_px: int | None) -> None:
+        self._path = path
+        self._opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
+        self._context = onnx.checker.C.CheckerContext()
+        self._context.ir_version = model.ir_version
+        self._context.opset_imports = self._opsets
+        self._stated = {info.name: info.type for info in (*model.graph.value_info, *model.graph.output)}
+        self.opset = int(self._opsets.get("", 1))  # the version of the standard operators
+        self.outputs = frozenset(output.name for output in model.graph.output)
         self.nodes: list[Node] = []
-        self.shapes: dict[str, Shape] = {}
-        self.types: dict[str, int] = {}
-        self.values: dict[str, Array] = {}
+        self.shapes: dict[str, Shape] = {}  # of activations and of constants
+        self.types: dict[str, int] = {}  # onnx element types
+        self.values: dict[str, Array] = {}  # of the small constants
         self.constants: set[str] = set()
-        self.stated = {info.name: info.type for info in (*model.graph.value_info, *model.graph.output)}
         for tensor in model.graph.initializer:
-            self._set_constant(tensor.name, tuple(tensor.dims), tensor.data_type)
-            if math.prod(tensor.dims) <= LARGEST_VALUE:
-                self._set_value(tensor.name, self._read(tensor))
+            self._set_tensor(tensor.name, tensor)
         for sparse in model.graph.sparse_initializer:
-            self._set_constant(sparse.values.name, tuple(sparse.dims), sparse.values.data_type)
+            self._set_constant(sparse.values.name, sparse.dims, sparse.values.data_type)
+        images = [info for info in model.graph.input if info.name not in self.constants]
+        self.input, self.is_channels_last = self._set_image(images, resolution_px)
 
-    @property
-    def opset(self) -> int:
-        """The version of the standard operators."""
-        return int(self.opsets.get("", 1))
-
-    def _set_constant(self, name: str, shape: Shape, element: int) -> None:
+    def _set_constant(self, name: str, shape: Iterable[int], element: int) -> None:
         self.constants.add(name)
-        self.shapes[name] = shape
+        self.shapes[name] = tuple(shape)
         self.types[name] = element
 
     def _set_value(self, name: str, value: Array) -> None:
         self._set_constant(name, value.shape, helper.np_dtype_to_tensor_dtype(value.dtype))
         self.values[name] = value
 
+    def _set_tensor(self, name: str, tensor: onnx.TensorProto) -> None:
+        self._set_constant(name, tensor.dims, tensor.data_type)
+        if math.prod(tensor.dims) <= LARGEST_VALUE:
+            self._set_value(name, self._read(tensor))
+
     def _read(self, tensor: onnx.TensorProto) -> Array:
         try:
             if external_data_helper.uses_external_data(tensor):
-                external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+                external_data_helper.load_external_data_for_tensor(tensor, str(self._path.parent))
             return numpy_helper.to_array(tensor)
         except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
             raise ArchError(
-                f"{self.path}: the values of {tensor.name!r} cannot be read: put the data file that "
+                f"{self._path}: the values of {tensor.name!r} cannot be read: put the data file that "
                 "belongs to this ONNX file beside it"
             ) from error
 
-    def set_image(self, resolution_px: int | None) -> tuple[str, bool]:
+    def _set_image(
+        self, inputs: Sequence[onnx.ValueInfoProto], resolution_px: int | None
+    ) -> tuple[str, bool]:
         """Give the input its shape for one image; return its name and whether channels come last."""
-        inputs = [i for i in self.graph.input if i.name not in self.constants]
         if len(inputs) != 1:
             names = ", ".join(i.name for i in inputs) or "none"
-            raise ArchError(f"{self.path}: expected one input, a batch of images; found {names}")
+            raise ArchError(f"{self._path}: expected one input, a batch of images; found {names}")
         (image,) = inputs
+        where = f"{self._path}: input {image.name!r}"
         dims = [d.dim_value if d.HasField("dim_value") else 0 for d in image.type.tensor_type.shape.dim]
         if len(dims) != 4:
             shape = ", ".join(str(d or "?") for d in dims)
-            raise ArchError(
-                f"{self.path}: input {image.name!r} has the shape ({shape}), expected images: four dimensions"
-            )
+            raise ArchError(f"{where} has the shape ({shape}), expected images: four dimensions")
         if dims[0] > 1:
             raise ArchError(
-                f"{self.path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
+                f"{self._path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
                 "export it so"
             )
-        is_last = dims[1] not in range(1, _LARGEST_IMAGE_CHANNELS + 1) and dims[3] in range(
-            1, _LARGEST_IMAGE_CHANNELS + 1
-        )
-        channels, places = (3, (1, 2)) if is_last else (1, (2, 3))
+        of_image = range(1, _LARGEST_IMAGE_CHANNELS + 1)
+        is_last = dims[1] not in of_image and dims[3] in of_image
+        channels, places = (3, slice(1, 3)) if is_last else (1, slice(2, 4))
         if not dims[channels]:
-            raise ArchError(f"{self.path}: input {image.name!r} has a free number of channels, not a fixed")
-        free = [i for i in places if not dims[i]]
-        if free and resolution_px is None:
-            raise ArchError(f"{self.path}: height and width of the images are free: give a resolution in px")
-        for i in free:
-            dims[i] = resolution_px or 0
-        if resolution_px is not None and any(dims[i] != resolution_px for i in places):
-            size = " x ".join(str(dims[i]) for i in places)
+            raise ArchError(f"{where} has a free number of channels, not a fixed")
+        dims[places] = [side or resolution_px or 0 for side in dims[places]]
+        if 0 in dims[places]:
+            raise ArchError(f"{self._path}: height and width of the images are free: give a resolution in px")
+        if resolution_px is not None and set(dims[places]) != {resolution_px}:
+            size = " x ".join(map(str, dims[places]))
             raise ArchError(
-                f"{self.path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
+                f"{self._path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
             )
         self.shapes[image.name] = (1, *dims[1:])
         self.types[image.name] = image.type.tensor_type.elem_type
         return image.name, is_last
 
-    def step(self, proto: onnx.NodeProto) -> None:
+    def add(self, proto: onnx.NodeProto) -> None:
         """Infer a node's outputs; keep the node if it runs for every image."""
-        inputs = tuple(proto.input)
-        operands = [name for name in inputs if name]
         standard = proto.domain in _STANDARD
         name = proto.name or next(filter(None, proto.output), proto.op_type)
         self._check(proto, name)
         if standard and proto.op_type == "Constant":
             self._set_stated_value(proto)
             return
-        if standard and proto.op_type in ("Shape", "Size") and proto.input[0] in self.shapes:
-            self._set_shape_value(proto)
-            return
-        is_constant = bool(operands) and all(operand in self.constants for operand in operands)
-        for output, (shape, element) in self._infer(proto, name, is_constant):
-            self.shapes[output] = shape
-            self.types[output] = element
+        operands = list(filter(None, proto.input))
+        asks_shape = standard and proto.op_type in ("Shape", "Size")
+        is_constant = asks_shape or (bool(operands) and self.constants.issuperset(operands))
+        self._infer(proto, name, is_constant)
         if is_constant:
-            self._fold(proto, operands)
+            self._fold(proto, operands, asks_shape)
             return
         op = proto.op_type if standard else f"{proto.domain}.{proto.op_type}"
-        self.nodes.append(Node(name, op, inputs, tuple(proto.output), proto))
+        self.nodes.append(Node(name, op, tuple(proto.input), tuple(proto.output), proto))
 
     def _check(self, proto: onnx.NodeProto, name: str) -> None:
         try:
-            onnx.checker.check_node(proto, self.context)
+            onnx.checker.check_node(proto, self._context)
         except onnx.checker.ValidationError as error:
             problem = str(error).strip().splitlines()[0]
-            raise ArchError(f"{self.path}: not a valid ONNX graph: {name!r}: {problem}") from error
+            raise ArchError(f"{self._path}: not a valid ONNX graph: {name!r}: {problem}") from error
         if proto.op_type == "Constant" and len(proto.attribute) != 1:
-            raise ArchError(f"{self.path}: not a valid ONNX graph: {name!r}: a constant without a value")
+            raise ArchError(f"{self._path}: not a valid ONNX graph: {name!r}: a constant without a value")
         unknown = [operand for operand in proto.input if operand and operand not in self.shapes]
         if unknown:
             raise ArchError(
-                f"{self.path}: {proto.op_type} {name!r} reads {unknown[0]!r}, whose shape is not known: "
+                f"{self._path}: {proto.op_type} {name!r} reads {unknown[0]!r}, whose shape is not known: "
                 "expected operators in running order, with shapes that follow from the image's"
             )
 
     def _set_stated_value(self, proto: onnx.NodeProto) -> None:
         (attribute,) = proto.attribute
         value = helper.get_attribute_value(attribute)
-        if attribute.name == "sparse_value":
-            self._set_constant(proto.output[0], tuple(value.dims), value.values.data_type)
+        if isinstance(value, onnx.SparseTensorProto):
+            self._set_constant(proto.output[0], value.dims, value.values.data_type)
         elif isinstance(value, onnx.TensorProto):
-            self._set_constant(proto.output[0], tuple(value.dims), value.data_type)
-            if math.prod(value.dims) <= LARGEST_VALUE:
-                self._set_value(proto.output[0], self._read(value))
+            self._set_tensor(proto.output[0], value)
         else:
             kind = {"value_float": np.float32, "value_floats": np.float32}.get(attribute.name, np.int64)
             is_text = attribute.name.startswith("value_string")
             self._set_value(proto.output[0], np.array(value, dtype=object if is_text else kind))
 
-    def _set_shape_value(self, proto: onnx.NodeProto) -> None:
-        shape = self.shapes[proto.input[0]]
-        if proto.op_type == "Size":
-            self._set_value(proto.output[0], np.array(math.prod(shape), dtype=np.int64))
-            return
-        limits = {a.name: a.i for a in proto.attribute}
-        part = shape[limits.get("start", 0) : limits.get("end", len(shape))]
-        self._set_value(proto.output[0], np.array(part, dtype=np.int64))
-
-    def _fold(self, proto: onnx.NodeProto, operands: Sequence[str]) -> None:
+    def _fold(self, proto: onnx.NodeProto, operands: Sequence[str], asks_shape: bool) -> None:
+        """Follow the value of a constant, where it and those that it depends on are small."""
         self.constants.update(filter(None, proto.output))
         output = proto.output[0]
         size = math.prod(self.shapes[output]) if output in self.shapes else LARGEST_VALUE + 1
-        if size > LARGEST_VALUE or len(proto.output) > 1 or not all(name in self.values for name in operands):
+        if asks_shape:  # any values of that shape will do, all in one place
+            feeds = {name: np.broadcast_to(np.float32(0), self.shapes[name]) for name in operands}
+        else:
+            feeds = {name: self.values[name] for name in operands if name in self.values}
+        if size > LARGEST_VALUE or len(proto.output) > 1 or len(feeds) < len(set(operands)):
             return
-        value = evaluate([proto], {name: self.values[name] for name in operands}, output, self.opset)
+        value = evaluate([proto], feeds, output, self.opset)
         if value is not None:
             self._set_value(output, value)
 
-    def _infer(
-        self, proto: onnx.NodeProto, name: str, is_constant: bool
-    ) -> Iterator[tuple[str, tuple[Shape, int]]]:
-        """Yield shape and element type of the outputs, of constants where they are known."""
+    def _infer(self, proto: onnx.NodeProto, name: str, is_constant: bool) -> None:
+        """Set shape and element type of the outputs, of constants where they are known."""
         inferred = self._inferred_types(proto)
         for output in filter(None, proto.output):
-            found = _static(inferred.get(output)) or _static(self.stated.get(output))
+            found = _static(inferred.get(output)) or _static(self._stated.get(output))
             if found is None and proto.op_type in _KEEP_SHAPE and proto.input[0] in self.shapes:
                 found = self.shapes[proto.input[0]], self.types[proto.input[0]]
             if found is not None:
-                yield output, found
+                self.shapes[output], self.types[output] = found
             elif not is_constant:
                 raise ArchError(
-                    f"{self.path}: the shape of {output!r}, which {proto.op_type} {name!r} gives, is not "
+                    f"{self._path}: the shape of {output!r}, which {proto.op_type} {name!r} gives, is not "
                     "known before it runs: expected standard operators whose shapes follow from the image's"
                 )
 
     def _inferred_types(self, proto: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         domain = "" if proto.domain in _STANDARD else proto.domain
+        inputs = [name for name in proto.input if name in self.shapes]
         try:
-            schema = onnx.defs.get_schema(proto.op_type, self.opsets.get(domain, 1), domain)
+            schema = onnx.defs.get_schema(proto.op_type, self._opsets.get(domain, 1), domain)
             return shape_inference.infer_node_outputs(
                 schema,
                 proto,
-                {
-                    i: helper.make_tensor_type_proto(self.types[i], self.shapes[i])
-                    for i in proto.input
-                    if i in self.shapes
-                },
-                {i: numpy_helper.from_array(self.values[i]) for i in proto.input if i in self.values},
-                opset_imports=[helper.make_opsetid(d, v) for d, v in self.opsets.items()],
-                ir_version=self.ir_version,
+                {i: helper.make_tensor_type_proto(self.types[i], self.shapes[i]) for i in inputs},
+                {i: numpy_helper.from_array(self.values[i]) for i in inputs if i in self.values},
+                opset_imports=[helper.make_opsetid(d, v) for d, v in self._opsets.items()],
+                ir_version=self._context.ir_version,
             )
         except (
             onnx.defs.SchemaError,

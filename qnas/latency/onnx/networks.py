@@ -30,10 +30,9 @@ from qnas.latency.onnx.tensors import Reader
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """A network as chains of operators.
+    """A network as chains of operators, in an order in which they can run.
 
-    Chains stand in an order in which they can run. Within one, each operator is the only reader of
-    the one before it and reads nothing else: fusion happens inside chains only.
+    In a chain each operator is the only reader of the one before it and reads nothing else, so it may fuse.
     """
 
     path: Path
@@ -77,20 +76,12 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
 _AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
 
 
-@dataclass
-class _Item:
-    """The last operator of a chain so far, and its output tensor."""
-
-    operator: OnnxOperator
-    output: str
-
-
 def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
     """Return the operators of a graph as chains."""
     found = {**compositions(reader), **splits(reader)}
     inner = {i for at, composition in found.items() for i in composition.positions if i != at}
-    chains: list[list[_Item]] = []
-    tail: dict[str, list[_Item]] = {}  # output of a chain's last operator -> the chain
+    chains: list[list[OnnxOperator]] = []
+    tail: dict[str, list[OnnxOperator]] = {}  # output of a chain's last operator -> the chain
     for position, node in enumerate(reader.nodes):
         if position in inner:
             continue
@@ -98,22 +89,16 @@ def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
         positions = composition.positions if composition else (position,)
         sources = {composition.source} if composition else reader.sources([node])
         chain = _only_writer(reader, tail, sources, set(positions))
-        if chain is not None and composition is None and _is_absorbed(reader, node, chain[-1].operator):
-            item = chain[-1]
-            parts = replace(
-                item.operator,
-                name=f"{item.operator.name}+{node.name}",
-                op=f"{item.operator.op}+{node.op}",
-            )
-            chain[-1] = _Item(parts, node.outputs[0])
+        if chain is not None and composition is None and _is_absorbed(reader, node, chain[-1]):
+            last = chain[-1]
+            chain[-1] = replace(last, name=f"{last.name}+{node.name}", op=f"{last.op}+{node.op}")
         else:
-            operator = _composed(reader, composition) if composition else read_operator(reader, node)
             if chain is None:
                 chain = []
                 chains.append(chain)
-            chain.append(_Item(operator, node.outputs[0]))
+            chain.append(_composed(reader, composition) if composition else read_operator(reader, node))
         tail[node.outputs[0]] = chain
-    return tuple(tuple(item.operator for item in chain) for chain in chains)
+    return tuple(map(tuple, chains))
 
 
 def _composed(reader: Reader, composition: Composition) -> OnnxOperator:
@@ -123,8 +108,8 @@ def _composed(reader: Reader, composition: Composition) -> OnnxOperator:
 
 
 def _only_writer(
-    reader: Reader, tail: dict[str, list[_Item]], sources: set[str], positions: set[int]
-) -> list[_Item] | None:
+    reader: Reader, tail: dict[str, list[OnnxOperator]], sources: set[str], positions: set[int]
+) -> list[OnnxOperator] | None:
     """Return the chain whose last output is the only input of an operator, and is read by no other."""
     if len(sources) != 1:
         return None

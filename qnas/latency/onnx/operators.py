@@ -38,21 +38,17 @@ def _side(area: int) -> int:
     return math.isqrt(max(1, area) - 1) + 1
 
 
-def _square_note(*areas: Sequence[int]) -> str:
-    """Describe the areas that are not square."""
-    odd = [area for area in areas if math.prod(area) != _side(math.prod(area)) ** 2]
-    sides = [_side(math.prod(area)) for area in odd]
-    return "; ".join(
-        f"{' x '.join(map(str, area))} taken as {side} x {side}"
-        for area, side in zip(odd, sides, strict=True)
-    )
-
-
 def _operator(
     node: Node, kernel: Kernel, *areas: Sequence[int], macs: int = 0, status: Status = "direct"
 ) -> OnnxOperator:
     """Return the operator of a node; its note names those of the areas that are not square."""
-    return OnnxOperator(node.name, node.op, kernel, macs, status, _square_note(*areas))
+    sides = [(area, _side(math.prod(area))) for area in areas]
+    notes = [
+        f"{' x '.join(map(str, area))} taken as {side} x {side}"
+        for area, side in sides
+        if math.prod(area) != side**2
+    ]
+    return OnnxOperator(node.name, node.op, kernel, macs, status, "; ".join(notes))
 
 
 def pass_over(reader: Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
@@ -67,14 +63,25 @@ def _uncovered(reader: Reader, node: Node) -> OnnxOperator:
     return pass_over(reader, node, UNCOVERED, largest, "uncovered")
 
 
-def _window(kernel: Kernel, out_px: int) -> Kernel:
-    """Return a kernel with the resolution that gives its output, whatever the padding was."""
-    return kernel if kernel.out_px == out_px else replace(kernel, resolution_px=out_px * kernel.stride)
-
-
-def _strides(node: Node, rank: int) -> int:
-    strides: list[int] = node.attribute("strides") or [1] * rank
-    return max(1, round(float(math.prod(strides) ** (1 / rank))))
+def _windowed(
+    reader: Reader,
+    node: Node,
+    kind: str,
+    window: Sequence[int],
+    *,
+    c_in: int | None = None,
+    macs: int = 0,
+    status: Status = "direct",
+) -> OnnxOperator:
+    """Return an operator of windows; its resolution gives its output, whatever the padding was."""
+    x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    strides: list[int] = node.attribute("strides") or [1] * len(window)
+    stride = max(1, round(float(math.prod(strides) ** (1 / len(window)))))
+    px, out_px = _side(math.prod(x[2:])), _side(math.prod(y[2:]))
+    kernel = Kernel(kind, px, c_in or x[1], y[1], _side(math.prod(window)), stride, max(1, x[0]))
+    if kernel.out_px != out_px:
+        kernel = replace(kernel, resolution_px=out_px * stride)
+    return _operator(node, kernel, x[2:], window, macs=macs, status=status)
 
 
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
@@ -83,74 +90,46 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     Its multiply-adds and weights are those of the groups together, and it is launched once; its
     reads of all input channels are not counted, so it is a stand-in.
     """
-    x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
     groups = node.attribute("group", 1)
     is_depthwise = groups == x[1] > 1
-    stride = _strides(node, len(x) - 2)
+    kind, c_in = ("dwconv", x[1]) if is_depthwise else ("conv", weight[1])
+    macs = math.prod(y) * math.prod(weight[1:])
     dilations = node.attribute("dilations") or [1]
-    kernel = Kernel(
-        "dwconv" if is_depthwise else "conv",
-        _side(math.prod(x[2:])),
-        x[1] if is_depthwise else weight[1],
-        y[1],
-        _side(math.prod(weight[2:])),
-        stride,
-        max(1, x[0]),
-    )
     is_direct = (groups == 1 or is_depthwise) and len(x) == 4 and set(dilations) == {1}
-    return _operator(
-        node,
-        _window(kernel, _side(math.prod(y[2:]))),
-        *(x[2:], weight[2:]),
-        macs=math.prod(y) * math.prod(weight[1:]),
-        status="direct" if is_direct else "stand-in",
-    )
+    status: Status = "direct" if is_direct else "stand-in"
+    return _windowed(reader, node, kind, weight[2:], c_in=c_in, macs=macs, status=status)
 
 
 def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposed convolution as a convolution with the same multiply-adds."""
-    x, weight, y = (reader.shapes[name] for name in (node.inputs[0], node.inputs[1], node.outputs[0]))
-    groups = node.attribute("group", 1)
-    size = _side(math.prod(weight[2:]))
-    kernel = Kernel("conv", _side(math.prod(x[2:])), x[1] // groups, y[1], size, 1, max(1, x[0]))
+    x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
+    c_in, size = x[1] // node.attribute("group", 1), _side(math.prod(weight[2:]))
+    kernel = Kernel("conv", _side(math.prod(x[2:])), c_in, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
     return _operator(node, kernel, x[2:], weight[2:], macs=macs, status="stand-in")
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a matrix product: `linear` for one row, a pointwise convolution for many.
-
-    Without weights it is a `matmul`, with a row of the first matrix for a pixel.
-    """
+    """Return a matrix product: `linear` for one row, else a row a pixel; `matmul` without weights."""
     a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     weights = [place for place in (0, 1) if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
-    macs = math.prod(y) * fan_in
     # a column is what a row is where the weights stand first
     c_out = max(1, (y[-2] if weights == [0] else y[-1]) if len(y) > 1 else math.prod(y))
     rows = max(1, math.prod(y) // c_out)
-    if weights:
-        kernel = Kernel("linear" if rows == 1 else "conv", _side(rows), fan_in, c_out)
-        return _operator(node, kernel, [rows], macs=macs)
-    kernel = Kernel("matmul", _side(rows), fan_in, c_out)
-    return _operator(node, kernel, [rows], macs=macs, status="stand-in")
+    kind = "matmul" if not weights else "linear" if rows == 1 else "conv"
+    kernel = Kernel(kind, _side(rows), fan_in, c_out)
+    status: Status = "direct" if weights else "stand-in"
+    return _operator(node, kernel, [rows], macs=math.prod(y) * fan_in, status=status)
 
 
-def _pool(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
-    def read(reader: Reader, node: Node) -> OnnxOperator:
-        x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
-        window = node.attribute("kernel_shape")
-        if kind == "avgpool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
-            return _global_pool(reader, node)
-        size, stride = _side(math.prod(window)), _strides(node, len(window))
-        kernel = Kernel(kind, _side(math.prod(x[2:])), x[1], y[1], size, stride, max(1, x[0]))
-        return _operator(node, _window(kernel, _side(math.prod(y[2:]))), x[2:], window)
-
-    return read
-
-
-def _global_pool(reader: Reader, node: Node) -> OnnxOperator:
-    return pass_over(reader, node, "gap", node.inputs[0])
+def _pool(reader: Reader, node: Node) -> OnnxOperator:
+    x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    window = node.attribute("kernel_shape")
+    if node.op == "AveragePool" and tuple(window) == x[2:] and math.prod(y[2:]) == 1:
+        return pass_over(reader, node, "gap", node.inputs[0])
+    return _windowed(reader, node, "avgpool" if node.op == "AveragePool" else "maxpool", window)
 
 
 def _mean(reader: Reader, node: Node) -> OnnxOperator:
@@ -162,15 +141,15 @@ def _mean(reader: Reader, node: Node) -> OnnxOperator:
     axes = list(given) if given is not None else values.tolist() if values is not None else []
     reduced = {axis % len(shape) for axis in axes}
     places = set(range(1, len(shape))) - {reader.channel_axis(tensor) % len(shape)}
-    return _global_pool(reader, node) if len(shape) >= 3 and reduced == places else _uncovered(reader, node)
+    is_global = len(shape) >= 3 and reduced == places
+    return pass_over(reader, node, "gap", tensor) if is_global else _uncovered(reader, node)
 
 
 def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
     shape = reader.shapes[node.inputs[0]]
     axis = node.attribute("axis", -1) % len(shape)
     channels, rows = math.prod(shape[axis:]), math.prod(shape[:axis])
-    kernel = Kernel("layernorm", _side(rows), channels, channels)
-    return _operator(node, kernel, [rows])
+    return _operator(node, Kernel("layernorm", _side(rows), channels, channels), [rows])
 
 
 def _clip(reader: Reader, node: Node) -> OnnxOperator:
@@ -184,6 +163,8 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOper
 
     def read(reader: Reader, node: Node) -> OnnxOperator:
         y = node.outputs[0]
+        if maps == "mul" and reader.root(node.inputs[0]) == reader.root(node.inputs[1]):
+            return pass_over(reader, node, "square", y)
         smaller = min(node.inputs[:2], key=lambda name: math.prod(reader.shapes[name]))
         size = math.prod(reader.shapes[smaller])
         kind = maps
@@ -192,18 +173,9 @@ def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOper
         elif is_per_channel(reader, smaller, y) and reader.map_of(y)[0] > 1:
             constant = smaller in reader.graph.constants
             kind = "scale" if maps in ("mul", UNCOVERED) else scalar if constant else maps
-        if kind == UNCOVERED:
-            return _uncovered(reader, node)
-        return pass_over(reader, node, kind, y)
+        return _uncovered(reader, node) if kind == UNCOVERED else pass_over(reader, node, kind, y)
 
     return read
-
-
-def _product_of_two(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a product, of a map with itself a `square`."""
-    if reader.root(node.inputs[0]) == reader.root(node.inputs[1]):
-        return pass_over(reader, node, "square", node.outputs[0])
-    return _PRODUCT(reader, node)
 
 
 def _power(reader: Reader, node: Node) -> OnnxOperator:
@@ -227,12 +199,10 @@ def _transposition(reader: Reader, node: Node) -> OnnxOperator:
     """
     shape = reader.shapes[node.inputs[0]]
     order = node.attribute("perm")
-    if order == [0, 2, 1, 3, 4]:
-        kernel = Kernel("shuffle", _side(math.prod(shape[3:])), shape[1] * shape[2], shape[2])
-        return _operator(node, kernel, shape[3:])
-    if order == [0, 1, 2, 4, 3]:
-        kernel = Kernel("shuffle", _side(shape[1] * shape[2]), shape[3] * shape[4], shape[4])
-        return _operator(node, kernel, shape[1:3])
+    if order in ([0, 2, 1, 3, 4], [0, 1, 2, 4, 3]):
+        area, (groups, channels) = (shape[3:], shape[1:3]) if order[1] == 2 else (shape[1:3], shape[3:])
+        kernel = Kernel("shuffle", _side(math.prod(area)), groups * channels, channels)
+        return _operator(node, kernel, area)
     return pass_over(reader, node, "transpose", node.inputs[0])
 
 
@@ -242,9 +212,6 @@ def _of_input(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
 
 def _of_output(kind: str) -> Callable[[Reader, Node], OnnxOperator]:
     return lambda reader, node: pass_over(reader, node, kind, node.outputs[0])
-
-
-_PRODUCT = _sum_or_product("mul", "mul_scalar")
 
 
 # ONNX operator -> its reader. An operator that is neither here nor free is uncovered.
@@ -264,13 +231,13 @@ OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
     "Sigmoid": _of_input("sigmoid"),
     "Add": _sum_or_product("add", "add_scalar"),
     "Sub": _sum_or_product("sub", "add_scalar"),
-    "Mul": _product_of_two,
+    "Mul": _sum_or_product("mul", "mul_scalar"),
     "Pow": _power,
     "Div": _sum_or_product(UNCOVERED, "mul_scalar"),
-    "GlobalAveragePool": _global_pool,
+    "GlobalAveragePool": _of_input("gap"),
     "ReduceMean": _mean,
-    "AveragePool": _pool("avgpool"),
-    "MaxPool": _pool("maxpool"),
+    "AveragePool": _pool,
+    "MaxPool": _pool,
     "Concat": _of_output("concat"),
     "Split": _of_input("split"),
     "Slice": _of_output("slice"),

@@ -21,8 +21,7 @@ from sklearn.ensemble import ExtraTreesRegressor, RandomForestClassifier, Random
 
 from qnas.common.errors import TableError
 from qnas.latency.nn_meter.forests import Forest
-from qnas.latency.nn_meter.pickle_machine import PickleBounds
-from qnas.latency.nn_meter.pickles import read_forest
+from qnas.latency.nn_meter.pickles import PickleBounds, read_forest
 
 DATA = FILES
 

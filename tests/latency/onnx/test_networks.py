@@ -27,8 +27,7 @@ from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import predict_blocks
 from qnas.latency.kernels import Kernel
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
-from qnas.latency.onnx.pricing import predict_onnx
-from qnas.latency.prediction import predict_file
+from qnas.latency.prediction import predict_file, predict_onnx
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
 from qnas.spaces.lower import count_macs, lower
