@@ -71,8 +71,8 @@ class Networks:
         return tuple(column), counts
 
 
-def read_networks(path: Path, *, every: int = 1) -> Networks:
-    """Read a file of measured networks, or one network in `every` of it.
+def read_networks(path: Path) -> Networks:
+    """Read a file of measured networks.
 
     Nothing in it is unpickled. Raises TableError with the array that is missing or wrong.
     """
@@ -86,8 +86,7 @@ def read_networks(path: Path, *, every: int = 1) -> Networks:
         operators.append(Kernel(kind, h_in, c_in, c_out, kernel, stride))
     of_network = np.split(arrays["indices"], arrays["indptr"][1:-1])
     latency_ms = dict(zip(arrays["devices"].tolist(), arrays["latency_ms"].T, strict=True))
-    networks = Networks(arrays["family"], tuple(operators), of_network, latency_ms)
-    return networks if every == 1 else networks.only(np.arange(count) % every == 0)
+    return Networks(arrays["family"], tuple(operators), of_network, latency_ms)
 
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -55,22 +55,11 @@ class LayerSpec:
         weights = OPS[self.op].weights(self)
         return weights + self.c_out * (self.bias if weights else 2 * OPS[self.op].scales_and_shifts)
 
-    @property
-    def elements_in(self) -> int:
-        """Activations read for one image (both operands of a two-operand operator)."""
-        return OPS[self.op].operands * self.resolution_px**2 * self.c_in
-
-    @property
-    def elements_out(self) -> int:
-        """Activations written for one image."""
-        return self.out_px**2 * self.c_out
-
 
 class Op(NamedTuple):
     """The cost of an operator: its weights are used once at each place of the output."""
 
     weights: Callable[[LayerSpec], int] = lambda s: 0
-    operands: int = 1
     changes_channels: bool = False
     scales_and_shifts: bool = False  # by two parameters a channel
 
@@ -86,8 +75,8 @@ OPS: dict[str, Op] = {
     "relu6": Op(),
     "hswish": Op(),
     "clip": Op(),  # to nn.blocks.CLIP_RANGE
-    "mul": Op(operands=2),
+    "mul": Op(),
     "square": Op(),
-    "add": Op(operands=2),
+    "add": Op(),
     "gap": Op(),
 }

@@ -147,12 +147,6 @@ def test_only_takes_the_chosen_networks(networks: Networks) -> None:
     assert len(networks.only(np.zeros(3, bool))) == 0
 
 
-def test_one_network_in_so_many_is_read(tmp_path: Path) -> None:
-    found = read_networks(write(tmp_path / "nets.npz"), every=2)
-    assert found.families.tolist() == ["a", "b"]
-    assert predict_networks(board(), found).tolist() == [2.75, 7.25]
-
-
 def test_figures_are_those_of_their_definitions() -> None:
     found = figures([1.04, 1.08, 0.8, 4.0], [1.0, 1.0, 1.0, 4.0])
     assert (found.n, found.within_5_pct, found.within_10_pct) == (4, 50.0, 75.0)

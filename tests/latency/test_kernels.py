@@ -86,8 +86,8 @@ def test_features_agree_with_the_counts_of_the_layer() -> None:
         (kernel,) = fuse([layer])
         assert FEATURES["mmacs"](kernel) == pytest.approx(layer.macs / 1e6)
         assert FEATURES["kweights"](kernel) == pytest.approx(layer.params / 1e3)
-        assert FEATURES["kelements_in"](kernel) == pytest.approx(layer.elements_in / 1e3)
-        assert FEATURES["kelements_out"](kernel) == pytest.approx(layer.elements_out / 1e3)
+        assert FEATURES["kelements_in"](kernel) == pytest.approx(layer.resolution_px**2 * layer.c_in / 1e3)
+        assert FEATURES["kelements_out"](kernel) == pytest.approx(layer.out_px**2 * layer.c_out / 1e3)
 
 
 def resized(kernel: Kernel, field: str, size: int) -> Kernel:

@@ -46,15 +46,6 @@ def test_an_odd_kernel_rounds_the_size_up_and_a_patch_down() -> None:
             assert spec.out_px == -(-spec.resolution_px // spec.stride)
 
 
-def test_what_an_operator_reads_and_writes() -> None:
-    conv = LayerSpec("layer", "conv", 8, 3, 5, 3, 2)
-    add = LayerSpec("layer", "add", 8, 3, 3)
-    pool = LayerSpec("layer", "gap", 8, 3, 3)
-    assert (conv.elements_in, conv.elements_out) == (8 * 8 * 3, 4 * 4 * 5)
-    assert (add.elements_in, add.elements_out) == (2 * 8 * 8 * 3, 8 * 8 * 3)
-    assert (pool.elements_in, pool.elements_out) == (8 * 8 * 3, 3)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

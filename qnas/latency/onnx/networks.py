@@ -12,8 +12,8 @@ one), `operators` and here:
   `elementwise`, named and counted.
 
 Kernels are square and for one image. A map of another form is taken as the smallest square that holds
-as many pixels, and so are kernels and rows of tokens; the operator's `note` says so, and its `macs` are
-exact. The resolution of a convolution without our padding is the one that gives its output size.
+as many pixels, and so are kernels and rows of tokens; the operator's `macs` are exact. The resolution of
+a convolution without our padding is the one that gives its output size.
 """
 
 import math

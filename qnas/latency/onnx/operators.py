@@ -26,7 +26,6 @@ class OnnxOperator:
     kernel: Kernel
     macs: int = 0  # for one image
     status: Status = "direct"
-    note: str = ""
 
 
 def _side(area: int) -> int:
@@ -38,23 +37,14 @@ def _side(area: int) -> int:
     return math.isqrt(max(1, area) - 1) + 1
 
 
-def _operator(
-    node: Node, kernel: Kernel, *areas: Sequence[int], macs: int = 0, status: Status = "direct"
-) -> OnnxOperator:
-    """Return the operator of a node; its note names those of the areas that are not square."""
-    sides = [(area, _side(math.prod(area))) for area in areas]
-    notes = [
-        f"{' x '.join(map(str, area))} taken as {side} x {side}"
-        for area, side in sides
-        if math.prod(area) != side**2
-    ]
-    return OnnxOperator(node.name, node.op, kernel, macs, status, "; ".join(notes))
+def _operator(node: Node, kernel: Kernel, macs: int = 0, status: Status = "direct") -> OnnxOperator:
+    return OnnxOperator(node.name, node.op, kernel, macs, status)
 
 
 def pass_over(reader: Reader, node: Node, kind: str, tensor: str, status: Status = "direct") -> OnnxOperator:
     """Return an operator that passes over a tensor and keeps its size."""
     pixels, channels = reader.map_of(tensor)
-    return _operator(node, Kernel(kind, _side(pixels), channels, channels), [pixels], status=status)
+    return _operator(node, Kernel(kind, _side(pixels), channels, channels), status=status)
 
 
 def _uncovered(reader: Reader, node: Node) -> OnnxOperator:
@@ -81,7 +71,7 @@ def _windowed(
     kernel = Kernel(kind, px, c_in or x[1], y[1], _side(math.prod(window)), stride, max(1, x[0]))
     if kernel.out_px != out_px:
         kernel = replace(kernel, resolution_px=out_px * stride)
-    return _operator(node, kernel, x[2:], window, macs=macs, status=status)
+    return _operator(node, kernel, macs, status)
 
 
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
@@ -107,7 +97,7 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     c_in, size = x[1] // node.attribute("group", 1), _side(math.prod(weight[2:]))
     kernel = Kernel("conv", _side(math.prod(x[2:])), c_in, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
-    return _operator(node, kernel, x[2:], weight[2:], macs=macs, status="stand-in")
+    return _operator(node, kernel, macs, "stand-in")
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
@@ -121,7 +111,7 @@ def _product(reader: Reader, node: Node) -> OnnxOperator:
     kind = "matmul" if not weights else "linear" if rows == 1 else "conv"
     kernel = Kernel(kind, _side(rows), fan_in, c_out)
     status: Status = "direct" if weights else "stand-in"
-    return _operator(node, kernel, [rows], macs=math.prod(y) * fan_in, status=status)
+    return _operator(node, kernel, math.prod(y) * fan_in, status)
 
 
 def _pool(reader: Reader, node: Node) -> OnnxOperator:
@@ -149,7 +139,7 @@ def _layer_norm(reader: Reader, node: Node) -> OnnxOperator:
     shape = reader.shapes[node.inputs[0]]
     axis = node.attribute("axis", -1) % len(shape)
     channels, rows = math.prod(shape[axis:]), math.prod(shape[:axis])
-    return _operator(node, Kernel("layernorm", _side(rows), channels, channels), [rows])
+    return _operator(node, Kernel("layernorm", _side(rows), channels, channels))
 
 
 def _clip(reader: Reader, node: Node) -> OnnxOperator:
@@ -202,7 +192,7 @@ def _transposition(reader: Reader, node: Node) -> OnnxOperator:
     if order in ([0, 2, 1, 3, 4], [0, 1, 2, 4, 3]):
         area, (groups, channels) = (shape[3:], shape[1:3]) if order[1] == 2 else (shape[1:3], shape[3:])
         kernel = Kernel("shuffle", _side(math.prod(area)), groups * channels, channels)
-        return _operator(node, kernel, area)
+        return _operator(node, kernel)
     return pass_over(reader, node, "transpose", node.inputs[0])
 
 

@@ -738,7 +738,6 @@ def test_a_map_that_is_no_square_is_taken_as_one_at_least_as_large(file: Path) -
     assert (found.height_px, found.width_px) == (5, 10)
     assert operator.kernel.resolution_px == 8  # 64 pixels, the least square of 50 or more
     assert operator.macs == 50 * 9 * 24
-    assert operator.note == "5 x 10 taken as 8 x 8"
 
 
 def test_images_with_channels_last_are_the_same_network(file: Path) -> None:
