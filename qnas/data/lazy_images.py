@@ -1,6 +1,7 @@
 """Images that are decoded and fitted to one resolution each time they are read."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,26 +15,18 @@ from qnas.data.image_files import ImageNumbers, OriginalFile
 Original = Tensor | OriginalFile | DatasetItem  # an image before it is fitted to a resolution
 
 
+@dataclass(frozen=True, eq=False)
 class LazyImages(Dataset[Tensor]):
     """Original images as uint8 images of one resolution, decoded each time they are read.
 
     `originals` are uint8 (N, C, H, W), or one image each; `order` holds the numbers of those that are here.
     """
 
-    def __init__(
-        self,
-        originals: Tensor | Sequence[Original],
-        order: ImageNumbers,
-        *,
-        resolution_px: int,
-        channels: int,
-        pads: bool,
-    ) -> None:
-        self.originals = originals
-        self.order = order
-        self.resolution_px = resolution_px
-        self.channels = channels
-        self.pads = pads
+    originals: Tensor | Sequence[Original]
+    order: ImageNumbers
+    resolution_px: int
+    channels: int
+    pads: bool
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -57,18 +50,11 @@ class LazyImages(Dataset[Tensor]):
 
     def take(self, places: slice | ImageNumbers) -> "LazyImages":
         """Return some of these images, without decoding them."""
-        return LazyImages(
-            self.originals,
-            self.order[places],
-            resolution_px=self.resolution_px,
-            channels=self.channels,
-            pads=self.pads,
-        )
+        return replace(self, order=self.order[places])
 
     def fit(self, images: Tensor, where: str) -> Tensor:
         """Convert images to channels and resolution: (..., C', H', W') -> (..., C, H, W)."""
-        images = _to_channels(images, self.channels, where)
-        return _to_resolution(images, self.resolution_px, pads=self.pads)
+        return _to_resolution(_to_channels(images, self.channels, where), self.resolution_px, pads=self.pads)
 
 
 def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:

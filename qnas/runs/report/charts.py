@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 36  # margins of the plot in it
 TICKS = 5
 Points = Sequence[tuple[float, float]]
+Mark = Literal["line", "step", "dots", "rings", "star"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Series:
     name: str
     points: Points
     colour: int = 1
-    mark: Literal["line", "step", "dots", "rings", "star"] = "line"
+    mark: Mark = "line"
     titles: Sequence[str] = ()  # of each point, shown where a pointer rests on it
 
 

@@ -1,4 +1,4 @@
-"""Charts of a search: its budget, losses and accuracies, rivals and Pareto fronts."""
+"""Charts of a search: its course, its rivals and Pareto fronts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,125 +11,92 @@ from qnas.common.files import read_json
 from qnas.common.units import format_ms
 from qnas.runs.finished_run import FinishedRun
 from qnas.runs.plots import OF_LIMIT, UNSETTLED
-from qnas.runs.report.charts import Band, Level, Series, chart, thin
+from qnas.runs.report.charts import Band, Level, Mark, Series, chart, thin
 from qnas.runs.text import short_name
 
+Rows = Sequence[Mapping[str, Any]]
 
-def budget_charts(steps: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
-    """Show the expected amounts, the multiplier and the temperature by step."""
-    if not steps:
-        return
-    names = [key for key in steps[-1] if key.startswith(OF_LIMIT)]
-    yield chart(
-        [_by_step(key.removeprefix(OF_LIMIT), steps, key, colour) for colour, key in enumerate(names, 1)],
-        title="Expected amount against its limit",
-        x_label="step",
-        y_label="of the limit",
+
+def step_charts(rows: Rows, steps: Rows) -> Iterator[Markup]:
+    """Show the course of a search; `steps` are the rows that trained the architecture."""
+    yield _over_steps(
+        "Expected amount against its limit",
+        "of the limit",
+        [
+            _by_step(key.removeprefix(OF_LIMIT), steps, key, colour)
+            for colour, key in enumerate((k for row in steps[-1:] for k in row if k.startswith(OF_LIMIT)), 1)
+        ],
         levels=[Level(1, "the limit")],
         bands=[Band(1 - UNSETTLED, 1 + UNSETTLED, f"within {UNSETTLED:.0%}", of="y")],
         percent=True,
     )
-    yield chart(
+    yield _over_steps(
+        "Multiplier: the pressure of the limit",
+        "multiplier",
         [_by_step("multiplier", steps, "multiplier", 3)],
-        title="Multiplier: the pressure of the limit",
-        x_label="step",
-        y_label="multiplier",
         levels=[Level(0, "")],
     )
-    yield chart(
+    yield _over_steps(
+        "Temperature of the probabilities",
+        "temperature",
         [_by_step("temperature", steps, "temperature", 4)],
-        title="Temperature of the probabilities",
-        x_label="step",
-        y_label="temperature",
         y_ends=(0, 1),
     )
-
-
-def training_charts(
-    rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
-) -> tuple[Markup, Markup, Markup]:
-    """Show the losses, the held-out accuracy and the entropy of the probabilities by step."""
+    weights = _by_step("weights, training images", rows, "loss", 1)
+    architecture = _by_step("architecture, held-out images", steps, "arch_loss", 2)
+    yield _over_steps("Losses, as means over neighbouring steps", "nats", [weights, architecture])
     known = [step for step in steps if "arch_accuracy" in step]
-    losses = [
-        _by_step("weights, training images", rows, "loss", 1),
-        _by_step("architecture, held-out images", steps, "arch_loss", 2),
-    ]
-    accuracy = [_by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)]
-    undecided = [
-        _by_step("entropy of a position, nats", steps, "entropy", 1),
-        _by_step("share of identity", steps, "identity_share", 2),
-    ]
-    smoothed = "as means over neighbouring steps"
-    return (
-        chart(losses, title=f"Losses, {smoothed}", x_label="step", y_label="nats"),
-        chart(accuracy, title=f"Accuracy, {smoothed}", x_label="step", y_label="accuracy", percent=True),
-        chart(
-            undecided,
-            title="Entropy of the probabilities, on average",
-            x_label="step",
-            y_label="",
-            y_ends=(0, None),
-        ),
+    yield _over_steps(
+        "Accuracy, as means over neighbouring steps",
+        "accuracy",
+        [_by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)],
+        percent=True,
     )
+    entropy = _by_step("entropy of a position, nats", steps, "entropy", 1)
+    identity = _by_step("share of identity", steps, "identity_share", 2)
+    yield _over_steps("Entropy of the probabilities, on average", "", [entropy, identity], y_ends=(0, None))
 
 
-def _by_step(name: str, rows: Sequence[Mapping[str, Any]], key: str, colour: int) -> Series:
+def _over_steps(title: str, y_label: str, series: Sequence[Series], **options: Any) -> Markup:
+    return chart(series, title=title, x_label="step", y_label=y_label, **options)
+
+
+def _by_step(name: str, rows: Rows, key: str, colour: int) -> Series:
     return Series(name, thin([(row["step"], row[key]) for row in rows]), colour)
 
 
 def rival_charts(run: FinishedRun) -> Iterator[Markup]:
     """Show the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
-    found, indices = run.found, run.indices
-    limit = run.limits[0]
-    own_ms = limit.amount(indices)
-    ranking = found.get("ranking", [])
+    found, limit = run.found, run.limits[0]
 
-    def title(entry: Mapping[str, Any], accuracy: float) -> str:
-        latency_ms = entry.get("latency_ms", entry["amounts"][0])
-        choices = " ".join(map(short_name, entry["choices"]))
-        return f"{format_ms(latency_ms)}, {accuracy:.1%}: {choices}"
+    def cloud(name: str, entries: Rows, key: str, colour: int, mark: Mark) -> Series:
+        took = [entry["amounts"][0] for entry in entries]
+        titles = [
+            f"{format_ms(ms)}, {entry[key]:.1%}: {' '.join(map(short_name, entry['choices']))}"
+            for ms, entry in zip(took, entries, strict=True)
+        ]
+        points = [(ms, entry[key]) for ms, entry in zip(took, entries, strict=True)]
+        return Series(name, points, colour, mark, titles)
 
-    if ranking:
-        others = ranking[1:]
-        yield chart(
-            [
-                Series(
-                    f"the {len(ranking)} ranked networks",
-                    [(entry["amounts"][0], entry["heldout_accuracy"]) for entry in others],
-                    1,
-                    "dots",
-                    [title(entry, entry["heldout_accuracy"]) for entry in others],
-                ),
-                Series("derived: the first", [(own_ms, ranking[0]["heldout_accuracy"])], 4, "star"),
-            ],
-            title="Held-out images, used for selection",
+    def draw(title: str, others: Sequence[Series], derived: str, accuracy: float) -> Markup:
+        return chart(
+            [*others, Series(derived, [(limit.amount(run.indices), accuracy)], 4, "star")],
+            title=title,
             x_label=f"ms on {limit.name}",
             y_label="accuracy",
             levels=[Level(limit.limit, "the limit", "x")],
             percent=True,
         )
-    named = [("random", "random networks", found.get("random", []), 1, "dots")]
-    for key, name in (("macs_guided", "best by a limit on MACs"), ("largest", "most MACs")):
+
+    if ranking := found.get("ranking", []):
+        others = cloud(f"the {len(ranking)} ranked networks", ranking[1:], "heldout_accuracy", 1, "dots")
+        first = ranking[0]["heldout_accuracy"]
+        yield draw("Held-out images, used for selection", [others], "derived: the first", first)
+    clouds = [cloud("random networks", found.get("random", []), "accuracy", 1, "dots")]
+    for key, name, colour in (("macs_guided", "best by a limit on MACs", 3), ("largest", "most MACs", 2)):
         if found.get(key):
-            named.append((key, name, [found[key]], 2 if key == "largest" else 3, "rings"))
-    series = [
-        Series(
-            name,
-            [(entry["latency_ms"], entry["accuracy"]) for entry in entries],
-            colour,
-            mark,  # type: ignore[arg-type]  # one of the marks
-            [title(entry, entry["accuracy"]) for entry in entries],
-        )
-        for _, name, entries, colour, mark in named
-    ]
-    yield chart(
-        [*series, Series("derived", [(own_ms, found["derived"]["accuracy"])], 4, "star")],
-        title="Test images, not used for selection",
-        x_label=f"ms on {limit.name}",
-        y_label="accuracy",
-        levels=[Level(limit.limit, "the limit", "x")],
-        percent=True,
-    )
+            clouds.append(cloud(name, [found[key]], "accuracy", colour, "rings"))
+    yield draw("Test images, not used for selection", clouds, "derived", found["derived"]["accuracy"])
 
 
 def pareto_charts(path: Path) -> Iterator[Markup]:

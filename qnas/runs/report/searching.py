@@ -15,7 +15,7 @@ from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
 from qnas.runs.report.charts import Band, Level, Series, chart
 from qnas.runs.report.options import option_words
 from qnas.runs.report.pictures import heat_map
-from qnas.runs.report.search_charts import budget_charts, pareto_charts, rival_charts, training_charts
+from qnas.runs.report.search_charts import pareto_charts, rival_charts, step_charts
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
 from qnas.solver.searched_budget import near_searched
@@ -38,7 +38,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "command": command_line(run.config),
         "warnings": [(row["step"], text) for row in rows for text in row.get("warnings", ())],
-        "charts": [*budget_charts(steps), *training_charts(rows, steps)],
+        "charts": list(step_charts(rows, steps)),
         "heats": list(_heats(run, steps)),
         "accuracies": list(rival_charts(run)),
         "rivals": list(_rivals(run)),
