@@ -203,7 +203,7 @@ def _own_labels(dataset: Any) -> Labels:
 
 def _are_equal(first: Reading, second: Reading) -> bool:
     if isinstance(first, BrokenImage) or isinstance(second, BrokenImage):
-        return isinstance(first, BrokenImage) and isinstance(second, BrokenImage)
+        return type(first) is type(second)
     return torch.equal(first[0], second[0]) and first[1] == second[1]
 
 
@@ -222,18 +222,18 @@ def _read_all(
     Images are one tensor (N, C, H, W) where all are of one size; broken ones are black. Raises DataError once
     more than a share `max_broken` of the items is broken.
     """
-    pixels: list[Tensor | None] = []
+    pixels: dict[int, Tensor] = {}
     labels = items.labels.copy()
-    broken: dict[int, BrokenImage] = {}
-    for number, each in read_each(items.read, range(len(items)), max_broken, name, quiet=quiet):
-        if isinstance(each, BrokenImage):
-            broken[number] = each
-        else:
-            labels[number] = each[1]
-        pixels.append(None if not keep or isinstance(each, BrokenImage) else each[0])
-    shapes = {each.shape for each in pixels if each is not None}
+
+    def take(number: int, item: tuple[Tensor, int]) -> None:
+        image, labels[number] = item
+        if keep:
+            pixels[number] = image
+
+    broken = read_each(items.read, take, range(len(items)), max_broken, name, quiet=quiet)
+    shapes = {each.shape for each in pixels.values()}
     black = torch.zeros(next(iter(shapes), (1, 1, 1)), dtype=torch.uint8)
-    kept = [black if each is None else each for each in pixels]
+    kept = [pixels.get(number, black) for number in range(len(items))]
     return torch.stack(kept) if len(shapes) == 1 else kept, labels, broken
 
 
