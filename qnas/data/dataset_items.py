@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from qnas.common.errors import BrokenImageError, DataError
-from qnas.data.decoding import pil_pixels
+from qnas.data.decoding import expecting_whole, pil_pixels
 from qnas.data.image_files import one_line
 
 Loader = Callable[[Any], Any]
@@ -92,10 +92,8 @@ def to_pixels(image: Any, where: str) -> Tensor:
     from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
     """
     if isinstance(image, Image.Image):
-        try:
+        with expecting_whole(where):
             return pil_pixels(image)
-        except Exception as error:  # Pillow raises almost anything on a damaged file
-            raise BrokenImageError(where, f"not a whole image: {one_line(error)}") from error
     pixels = image
     if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
         pixels = torch.from_numpy(np.ascontiguousarray(image))

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple, TypeVar
 
@@ -47,6 +48,17 @@ def central_square(height: int, width: int) -> Box:
     return Box(round((height - side) / 2), round((width - side) / 2), side, side)
 
 
+@contextmanager
+def expecting_whole(where: str) -> Iterator[None]:
+    """Raise BrokenImageError for whatever Pillow raises on a damaged image, which may be almost anything."""
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
+        raise BrokenImageError(where, "not a whole image: cannot identify its format") from error
+    except Exception as error:
+        raise BrokenImageError(where, f"not a whole image: {one_line(error)}") from error
+
+
 def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None = None) -> Tensor:
     """Decode a file to uint8 (1 or 3, H, W): the whole image, or the drawn box of it, not resized yet.
 
@@ -59,7 +71,7 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
         raise BrokenImageError(file.where, "no such file") from error
     except OSError as error:
         raise BrokenImageError(file.where, f"{UNREADABLE}: {error.strerror}") from error
-    try:
+    with expecting_whole(file.where):
         # Not reset here: it is one setting for all threads, and someone else's.
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
@@ -70,10 +82,6 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
                 need = 2 * resolution_px
                 image.draft("", (math.ceil(need * width / box.width), math.ceil(need * height / box.height)))
             pixels = pil_pixels(image)
-    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
-        raise BrokenImageError(file.where, "not a whole image: cannot identify its format") from error
-    except Exception as error:  # Pillow raises almost anything on a damaged file
-        raise BrokenImageError(file.where, f"not a whole image: {one_line(error)}") from error
     return pixels if draw is None else cut_out(pixels, _scale(box, (height, width), pixels.shape[-2:]))
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, TypeAdapter
@@ -64,14 +64,9 @@ class ShardImages(Sequence[OriginalFile]):
     def __len__(self) -> int:
         return len(self.shard)
 
-    @overload
-    def __getitem__(self, place: int) -> OriginalFile: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[OriginalFile]: ...
-    def __getitem__(self, place: int | slice) -> OriginalFile | Sequence[OriginalFile]:
-        """Return an image as a stretch of its shard."""
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
+        """Return an image, an `OriginalFile`, as a stretch of its shard."""
+        assert not isinstance(place, slice), place
         path = self.shards[self.shard[place]]
         begin = self.name_ends[place - 1] if place > 0 else 0
         name = self.names[begin : self.name_ends[place]].decode()
@@ -126,9 +121,7 @@ def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
     stamp = file_stamp(shard)
     headers = recall(kept_at, SCHEMA, stamp, _KEPT)
     if headers is None:
-        headers = [
-            _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
-        ]
+        headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
         keep(kept_at, SCHEMA, stamp, headers)
     return headers
 
@@ -165,9 +158,7 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
     names = [line.strip() for line in lines if line.strip()]
     found = set(labels)
     are_numbers = all(label.isdecimal() for label in found)
-    known = (
-        {str(i): i for i in range(len(names))} if are_numbers else {name: i for i, name in enumerate(names)}
-    )
+    known = {name: i for i, name in enumerate(names)}
     numbers = {label: int(label) if are_numbers else known.get(label, -1) for label in found}
     for label, number in numbers.items():
         if not 0 <= number < len(names):

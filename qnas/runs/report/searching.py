@@ -1,6 +1,5 @@
 """The section of a page about a search: its course, its result, and an explanation."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,12 @@ from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
 from qnas.runs.report.charts import Band, Level, Series, chart
-from qnas.runs.report.options import option_words
+from qnas.runs.report.commands import search_command
 from qnas.runs.report.pictures import heat_map
 from qnas.runs.report.search_charts import pareto_charts, rival_charts, step_charts
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
 from qnas.solver.searched_budget import near_searched
-
-# options of a search that its config.json records under `search`
-OPTIONS = (
-    *("seed", "search_epochs", "warmup_epochs", "batch_size", "resolution_px", "latency_loss", "weights"),
-    *("gradient", "paths", "effect_networks", "k_best", "screened", "random_networks", "threads"),
-    *("torch_device", "precision"),
-)
 
 
 def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +28,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     e = explain(run)
     devices = [d.device for d in e.devices]
     return {
-        "command": command_line(run.config),
+        "command": search_command(run.config),
         "warnings": [(row["step"], text) for row in rows for text in row.get("warnings", ())],
         "charts": list(step_charts(rows, steps)),
         "heats": list(_heats(run, steps)),
@@ -50,17 +42,6 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "identities": [(s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None],
         "pareto": list(pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
     }
-
-
-def command_line(config: Mapping[str, Any]) -> str:
-    """Return a command for the same search, with every option written out."""
-    words = ["qnas", "search", *option_words(config, ("space", "data", "latency"))]
-    for entry in config.get("limits", []):
-        if "device" in entry:
-            words += ["--device", entry["device"], "--budget", entry["budget"]]
-        else:
-            words += [f"--max-{entry['name']}", entry["budget"]]
-    return shlex.join([*words, *option_words(config.get("search", {}), OPTIONS)])
 
 
 def _heats(run: FinishedRun, steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -91,8 +72,10 @@ def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
     ):
         entry = run.found.get(key)
         if entry and "latency_ms" in entry:
-            low, high = wilson(entry["accuracy"], images) if images is not None else (0.0, 0.0)
-            interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}" if images is not None else ""
+            interval = ""
+            if images is not None:
+                low, high = wilson(entry["accuracy"], images)
+                interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}"
             yield name, f"search.{key}", interval
 
 
@@ -109,6 +92,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
     limit, searched = next(each for each in run.limits if each.name == d.device), run.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
     near = Band(low, limit.most if high is None else high, "budgets near the searched one")
+    several = len(run.limits) > 1  # another limit may have been the binding one
     curve = chart(
         [
             Series("least loss within a budget", points, 1, "step"),
@@ -119,9 +103,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
         x_label=f"ms on {d.device}",
         y_label="nats, relative to this budget",
         levels=[Level(d.budget_ms, "the budget", "x")],
-        bands=[near]
-        if len(run.limits) == 1
-        else [],  # with several, another limit may have been the binding one
+        bands=[] if several else [near],
     )
     return {
         "device": d.device,

@@ -1,15 +1,14 @@
 """The section of a page about a trained network: curves, classes, and its worst mistakes."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qnas.runs.metrics import read_metrics
-from qnas.runs.names import ARCH_FILE, METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE, SUBNET_FOLDER
+from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
 from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.report.charts import Series, chart, thin
-from qnas.runs.report.options import option_words
+from qnas.runs.report.commands import training_command
 from qnas.runs.report.pictures import photograph
 
 MATRIX_CLASSES = 30  # of more classes the pairs that are confused most often are listed instead
@@ -43,18 +42,12 @@ def training_section(
             percent=True,
         ),
     )
-    section = {"command": command_line(config, of_run=of_run), "charts": charts, "epochs": len(epochs)}
-    return {**section, "predictions": _predictions(folder / PREDICTIONS_FILE, result)}
-
-
-def command_line(config: Mapping[str, Any], *, of_run: bool) -> str:
-    """Return a command for the same training, to be run in the folder of the page."""
-    recipe, network = (f"{SUBNET_FOLDER}/{RECIPE_FILE}", ".") if of_run else (RECIPE_FILE, ARCH_FILE)
-    weights = "supernet" if config.get("from_supernet") else "scratch"
-    words = ["qnas", "train-subnet", network, "--recipe", recipe, "--weights", weights]
-    words += option_words(config, ("data", "teacher"))
-    words += option_words(config.get("train", {}), ("seed", "threads", "torch_device", "precision"))
-    return shlex.join([*words, "--out", "again"])
+    return {
+        "command": training_command(config, of_run=of_run),
+        "charts": charts,
+        "epochs": len(epochs),
+        "predictions": _predictions(folder / PREDICTIONS_FILE, result),
+    }
 
 
 def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
