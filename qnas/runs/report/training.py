@@ -1,12 +1,18 @@
 """The section of a page about a trained network: curves, classes, and its worst mistakes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from qnas.common.errors import CheckpointError
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
-from qnas.runs.predictions import confusion, read_predictions
 from qnas.runs.report.charts import Series, chart, thin
 from qnas.runs.report.commands import training_command
 from qnas.runs.report.pictures import photograph
@@ -84,3 +90,30 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
         ],
         "pixels": found.images.shape[-1],
     }
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predicted class, confidence and loss of each test image, and the images of the worst mistakes."""
+
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    mistakes: NDArray[np.int64]
+    images: NDArray[np.uint8]
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read such a file. Raises CheckpointError where it is damaged."""
+    try:
+        return Predictions(**load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a file of predictions: {error}") from error
+
+
+def confusion(predictions: Predictions, classes: int) -> NDArray[np.int64]:
+    """Return how often (true class, predicted class) occurs, (classes, classes)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (predictions.labels, predictions.predicted), 1)
+    return counts

@@ -28,9 +28,9 @@ from qnas.runs.names import (
     SEARCH_FILE,
     SUBNET_FOLDER,
 )
-from qnas.runs.predictions import read_predictions
 from qnas.runs.report.commands import search_command, training_command
 from qnas.runs.report.page import FORMS, build_page, close_with_report, write_report
+from qnas.runs.report.training import read_predictions
 from qnas.runs.text import short_name
 from qnas.spaces.space import SearchSpace, load_space
 
