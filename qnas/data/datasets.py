@@ -172,15 +172,17 @@ def read_datasets(
 
 def _list_items(datasets: Datasets, argument: str) -> _Items:
     """Return the items of all Datasets; `argument` is what messages call the training one."""
-    found = {"train": datasets.train, "val": datasets.validation, "test": datasets.test}
-    words = {word: dataset for word, dataset in found.items() if dataset is not None}
-    arguments = {"train": argument, "val": "validation", "test": "test"}
-    return _Items(
-        tuple(words),
-        tuple(DatasetReader(dataset, arguments[word], datasets.loader) for word, dataset in words.items()),
-        tuple(np.cumsum([0, *(len(dataset) for dataset in words.values())]).tolist()),  # type: ignore[arg-type]  # checked
-        np.concatenate([_own_labels(dataset) for dataset in words.values()]),
-    )
+    each = {
+        "train": (datasets.train, argument),
+        "val": (datasets.validation, "validation"),
+        "test": (datasets.test, "test"),
+    }
+    readers = {
+        word: DatasetReader(*named, datasets.loader) for word, named in each.items() if named[0] is not None
+    }
+    starts = np.cumsum([0, *(len(reader.dataset) for reader in readers.values())])
+    labels = [_own_labels(reader.dataset) for reader in readers.values()]
+    return _Items(tuple(readers), tuple(readers.values()), tuple(starts.tolist()), np.concatenate(labels))
 
 
 def _own_labels(dataset: Any) -> Labels:

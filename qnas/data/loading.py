@@ -1,7 +1,5 @@
 """Loading of a data set: read, split, decoded to one resolution where it fits into memory."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from qnas.data.decoding import chunked
 from qnas.data.digest import digest_of
 from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Images, Split, take
-from qnas.data.image_files import ImageNumbers
 from qnas.data.labelled_images import LabelledImages
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
@@ -78,27 +75,7 @@ def load_data(
         images = lazy if isinstance(images, LazyImages) else take(images, kept)
     broken = {**source.broken, **broken}
     check_broken(broken, len(source), most, source.source)
-    return _assemble(source, splits, images, lazy, broken, keep_originals=keep_originals)
 
-
-def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
-    if isinstance(data, str | DataSpec):
-        return open_dataset(data)
-    if isinstance(data, LabelledImages):
-        return data
-    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
-
-
-def _assemble(
-    source: LabelledImages,
-    splits: Mapping[str, ImageNumbers],
-    images: Images,
-    lazy: LazyImages,
-    broken: BrokenImages,
-    *,
-    keep_originals: bool,
-) -> ImageData:
-    """Return the data set of images (N, C, H, W) that lie in the order of SPLITS."""
     labels = torch.from_numpy(source.targets[lazy.order])
     heldout, test, end = np.cumsum([len(splits[split]) for split in SPLITS]).tolist()
     mean, std = channel_statistics(take(images, slice(test)))
@@ -115,12 +92,20 @@ def _assemble(
         heldout=split("heldout", heldout, test),
         test=split("test", test, end),
         train_and_heldout=split("train_and_heldout", 0, test),
-        resolution_px=lazy.resolution_px,
-        channels=lazy.channels,
+        resolution_px=resolution_px,
+        channels=channels,
         digest=digest_of(source, broken),
         broken=tuple(each for _, each in sorted(broken.items())),
         notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),
     )
+
+
+def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
+    if isinstance(data, str | DataSpec):
+        return open_dataset(data)
+    if isinstance(data, LabelledImages):
+        return data
+    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:

@@ -29,18 +29,9 @@ from tqdm import tqdm
 
 from qnas.common.errors import DataError
 from qnas.common.resources import user_cache
+from qnas.data import image_files
 from qnas.data.file_cache import keep, one_at_a_time, recall
-from qnas.data.image_files import (
-    IMAGE_SUFFIXES,
-    SPLIT_WORDS,
-    Labels,
-    OriginalFile,
-    Stretch,
-    check_exists,
-    check_tar_end,
-    file_stamp,
-    one_line,
-)
+from qnas.data.image_files import Labels, OriginalFile
 from qnas.data.labelled_images import LabelledImages, assemble, number_classes
 
 SCHEMA = "qnas.shards/1"
@@ -70,7 +61,7 @@ class ShardImages(Sequence[OriginalFile]):
         path = self.shards[self.shard[place]]
         begin = self.name_ends[place - 1] if place > 0 else 0
         name = self.names[begin : self.name_ends[place]].decode()
-        where = Stretch(path, self.start[place], self.size[place])
+        where = image_files.Stretch(path, self.start[place], self.size[place])
         return OriginalFile(f"{path.name}/{name}", f"{path}: {name}", where)
 
 
@@ -88,7 +79,7 @@ _KEPT = TypeAdapter(list[_Header])  # in the cache, of a shard
 
 def read_shards(path: Path) -> LabelledImages:
     """List the images of a folder of shards. Raises DataError for a damaged shard or one of another form."""
-    check_exists(path)
+    image_files.check_exists(path)
     shards, words = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
     names = bytearray()
@@ -118,7 +109,7 @@ def _hash(path: Path) -> str:
 
 def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
     """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
-    stamp = file_stamp(shard)
+    stamp = image_files.file_stamp(shard)
     headers = recall(kept_at, SCHEMA, stamp, _KEPT)
     if headers is None:
         headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
@@ -130,7 +121,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the shards of a folder, sorted, and the word of the split of each, or no words at all."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of .tar shards")
-    places = [folder, *(folder / word for word in SPLIT_WORDS)]
+    places = [folder, *(folder / word for word in image_files.SPLIT_WORDS)]
     shards = [shard for place in places for shard in sorted(place.glob("*.tar"))]
     if not shards:
         packed = [*folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
@@ -154,7 +145,7 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
     except FileNotFoundError:
         return number_classes(labels)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8: {one_line(error)}") from error
+        raise DataError(f"{path}: not a text file in UTF-8: {image_files.one_line(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
     found = set(labels)
     are_numbers = all(label.isdecimal() for label in found)
@@ -175,7 +166,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                 image = label = None
                 for member in members:
                     suffix = _parts(member)[2]
-                    if f".{suffix}" in IMAGE_SUFFIXES:
+                    if f".{suffix}" in image_files.IMAGE_SUFFIXES:
                         if image is not None:
                             raise DataError(f"{shard}: {key} has two images")
                         image = member
@@ -186,9 +177,9 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                 elif image is not None or label is not None:
                     lacking = f".{_LABEL}" if label is None else "image"
                     raise DataError(f"{shard}: {key} has no {lacking} right beside it")
-            check_tar_end(file, tar.offset)
+            image_files.check_tar_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{shard}: damaged: {one_line(error)}") from error
+        raise DataError(f"{shard}: damaged: {image_files.one_line(error)}") from error
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:

@@ -97,11 +97,6 @@ class OnDevice:
     flips: tuple[tuple[Flip, ...], ...]  # a position each, by rising budget, the first at the fastest network
     curve: tuple[CurvePoint, ...]
 
-    @property
-    def no_less(self) -> str:
-        """Describe a step to less latency that leads to no other network."""
-        return "changes nothing" if self.can_be_less else "leaves no network"
-
 
 @dataclass(frozen=True)
 class Explanation:

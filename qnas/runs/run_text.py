@@ -129,7 +129,8 @@ def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
     if d.next_better is not None:
         took = format_ms(d.next_better.latency_ms, round_up=True)
         yield "", f"the next better network takes {took}: it {exchange_line(d.next_better)}"
-    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else d.no_less}"
+    no_less = "changes nothing" if d.can_be_less else "leaves no network"
+    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else no_less}"
 
 
 def exchange_line(exchange: Exchange) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,17 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     names, found = tuple(map(str, result["classes"])), read_predictions(path)
-    counts = confusion(found, len(names)).tolist()
+    counts = confusion(found, len(names))
+    of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
     # a class: name, images, recall and precision, None where there are no images to count them by
-    classes = []
-    for at, (name, row) in enumerate(zip(names, counts, strict=True)):
-        images, predicted = sum(row), sum(other[at] for other in counts)
-        classes.append(
-            (name, images, row[at] / images if images else None, row[at] / predicted if predicted else None)
-        )
-    pairs = [
-        (true, predicted, row[j])
-        for i, (true, row) in enumerate(zip(names, counts, strict=True))
-        for j, predicted in enumerate(names)
-        if row[j] and i != j
+    classes = [
+        (name, images, *(cells[i][i] / n if n else None for n in (images, guesses)))
+        for i, (name, images, guesses) in enumerate(zip(names, of_class, of_guess, strict=True))
     ]
+    pairs = [(names[i], names[j], cells[i][j]) for i, j in permutations(range(len(names)), 2) if cells[i][j]]
     return {
         "classes": classes,
-        "matrix": list(zip(names, counts, strict=True)) if len(names) <= MATRIX_CLASSES else (),
+        "matrix": list(zip(names, cells, strict=True)) if len(names) <= MATRIX_CLASSES else (),
         "confused": sorted(pairs, key=lambda pair: -pair[2])[:CONFUSED],
         "mistakes": [
             {
