@@ -37,6 +37,9 @@ class BrokenImage:
     file: str
     problem: str
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
 
 BrokenImages = Mapping[int, BrokenImage]  # by their numbers in the data set
 _KEPT: TypeAdapter[BrokenImages] = TypeAdapter(dict[int, BrokenImage])
@@ -85,7 +88,7 @@ def read_each(
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
     """Raise DataError where more than a share `most` of the images is broken."""
     if len(broken) > most * images:
-        each = [f"{image.file}: {image.problem}" for _, image in sorted(broken.items())]
+        each = [str(image) for _, image in sorted(broken.items())]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
             f"{abbreviate(each, '; ', most=3)}"

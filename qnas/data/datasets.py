@@ -140,7 +140,10 @@ def read_datasets(
 
     images: Tensor | Sequence[Any] = items
     broken: BrokenImages = {}
-    fingerprint: str | None = _fingerprint(first)
+    sampled = hashlib.sha256()
+    for each in first:
+        update_with_pixels(sampled, torch.empty(0) if isinstance(each, BrokenImage) else each[0])
+    fingerprint: str | None = sampled.hexdigest()
     bytes_each = sum(pixels.numel() for pixels, _ in whole.values()) / max(len(whole), 1)
     fits = bytes_each * len(items) <= memory_limit_bytes
     if fits or (items.labels == _UNKNOWN).any():
@@ -207,13 +210,6 @@ def _are_equal(first: Reading, second: Reading) -> bool:
     if isinstance(first, BrokenImage) or isinstance(second, BrokenImage):
         return type(first) is type(second)
     return torch.equal(first[0], second[0]) and first[1] == second[1]
-
-
-def _fingerprint(readings: Sequence[Reading]) -> str:
-    digest = hashlib.sha256()
-    for each in readings:
-        update_with_pixels(digest, torch.empty(0) if isinstance(each, BrokenImage) else each[0])
-    return digest.hexdigest()
 
 
 def _read_all(

@@ -128,10 +128,7 @@ def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     if isinstance(some.images, Tensor):
         return some.read(torch.arange(len(some))), some.labels
     ((*found,),) = in_threads(or_broken(some.images.__getitem__), [range(len(some))])
-    whole = [place for place, image in enumerate(found) if isinstance(image, Tensor)]
+    whole = {place: image for place, image in enumerate(found) if isinstance(image, Tensor)}
     if not whole:
-        problem = found[0]
-        assert isinstance(problem, BrokenImage)
-        why = f"{problem.file}: {problem.problem}"
-        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {why}")
-    return torch.stack([image for image in found if isinstance(image, Tensor)]), some.labels[whole]
+        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {found[0]}")
+    return torch.stack(list(whole.values())), some.labels[list(whole)]

@@ -79,9 +79,7 @@ def file_stamp(path: Path) -> str:
     return f"{path} {found.st_size} {found.st_mtime_ns}"
 
 
-@lru_cache(maxsize=1)  # the images of a shard follow one another
-def _cached_stamp(path: Path) -> str:
-    return file_stamp(path)
+_cached_stamp = lru_cache(maxsize=1)(file_stamp)  # the images of a shard follow one another
 
 
 def check_exists(path: Path) -> None:

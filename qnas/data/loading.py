@@ -71,8 +71,7 @@ def load_data(
     if broken:
         splits = without_broken(source, splits, broken)
         kept = np.flatnonzero(~np.isin(order, list(broken)))
-        lazy = lazy.take(kept)
-        images = lazy if isinstance(images, LazyImages) else take(images, kept)
+        images, lazy = take(images, kept), lazy.take(kept)
     broken = {**source.broken, **broken}
     check_broken(broken, len(source), most, source.source)
 

@@ -88,7 +88,12 @@ def read_shards(path: Path) -> LabelledImages:
     cache = user_cache("shards")
     with one_at_a_time(cache / f"{_hash(path)}.json"):
         for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
-            for image in _read_headers(shard, cache / f"{_hash(shard)}.json"):
+            kept_at, stamp = cache / f"{_hash(shard)}.json", image_files.file_stamp(shard)
+            headers = recall(kept_at, SCHEMA, stamp, _KEPT)
+            if headers is None:
+                headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
+                keep(kept_at, SCHEMA, stamp, headers)
+            for image in headers:
                 which.append(number)
                 start.append(image.start)
                 size.append(image.size)
@@ -105,16 +110,6 @@ def read_shards(path: Path) -> LabelledImages:
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-
-
-def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
-    """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
-    stamp = image_files.file_stamp(shard)
-    headers = recall(kept_at, SCHEMA, stamp, _KEPT)
-    if headers is None:
-        headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
-        keep(kept_at, SCHEMA, stamp, headers)
-    return headers
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:

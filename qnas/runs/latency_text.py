@@ -6,7 +6,6 @@ from typing import Any
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Figures
 from qnas.latency.prediction import Prediction
-from qnas.latency.table import LatencyTable
 from qnas.runs.text import field, table_rows, wrapped
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
@@ -75,22 +74,15 @@ def describe_figures(by_group: Mapping[str, Figures]) -> str:
     )
 
 
-def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) -> str:
-    """Say what a network takes, against the budget, and what share of it rests on measurements."""
-    latency_ms = table.latency_ms(indices)
-    return (
-        f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
-        f"({latency_ms / budget_ms:.1%}); "
-        + (f"{table.margin:.1%} of margin kept; " if table.margin else "")
-        + f"{table.coverage(indices):.0%} from measurements"
-    )
-
-
 def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
-    """Say what a network takes on each device, each followed by its note where it has one."""
+    """Say what a network takes on each device, of what budget and resting on what, with its note if any."""
     devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
     for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
-        yield field("" if i else "latency", latency_line(table, indices, budget_ms))
+        latency_ms = table.latency_ms(indices)
+        took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device}"
+        margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
+        source = f"{table.coverage(indices):.0%} from measurements"
+        yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
         if note:
             yield field("", note)
 

@@ -16,9 +16,8 @@ from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
 from qnas.runs.plots import OF_LIMIT, UNSETTLED
-from qnas.runs.report.charts import Band, Level, Mark, Series, chart, thin
+from qnas.runs.report.charts import Band, Level, Mark, Series, chart, heat_map, thin
 from qnas.runs.report.commands import search_command
-from qnas.runs.report.pictures import heat_map
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
 from qnas.solver.searched_budget import near_searched

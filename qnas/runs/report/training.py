@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 from qnas.common.errors import CheckpointError
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
-from qnas.runs.report.charts import Series, chart, thin
+from qnas.runs.report.charts import Series, chart, photograph, thin
 from qnas.runs.report.commands import training_command
-from qnas.runs.report.pictures import photograph
 
 MATRIX_CLASSES = 30  # of more classes the pairs that are confused most often are listed instead
 CONFUSED = 20  # pairs of classes that are listed
