@@ -102,17 +102,15 @@ class _Items(Sequence[DatasetItem]):
 
     def __getitem__(self, number: Any) -> Any:
         assert not isinstance(number, slice), number
-        reader, index = self.locate(range(len(self))[number])
-        label = int(self.labels[number])
-        return DatasetItem(reader, index, None if label == _UNKNOWN else label)
-
-    def locate(self, number: int) -> tuple[DatasetReader, int]:
+        number = range(len(self))[number]
         which = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.readers[which], number - self.starts[which]
+        label = int(self.labels[number])
+        index = number - self.starts[which]
+        return DatasetItem(self.readers[which], index, None if label == _UNKNOWN else label)
 
     def read(self, number: int) -> tuple[Tensor, int]:
-        reader, index = self.locate(number)
-        return reader.read(index)
+        item: DatasetItem = self[number]
+        return item.reader.read(item.index)
 
 
 Reading = tuple[Tensor, int] | BrokenImage

@@ -155,8 +155,8 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
 def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """Yield the images of a shard with their labels. Raises DataError."""
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            listed = (m for m in tar if m.isfile() and not m.issparse() and _parts(m)[1])
+        with shard.open("rb") as file:
+            listed = (m for m in image_files.tar_members(file) if m.isfile() and _parts(m)[1])
             for key, members in groupby(listed, lambda member: str(PurePosixPath(*_parts(member)[:2]))):
                 image = label = None
                 for member in members:
@@ -172,7 +172,6 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                 elif image is not None or label is not None:
                     lacking = f".{_LABEL}" if label is None else "image"
                     raise DataError(f"{shard}: {key} has no {lacking} right beside it")
-            image_files.check_tar_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{shard}: damaged: {image_files.one_line(error)}") from error
 
