@@ -18,11 +18,11 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from qnas.common.errors import DataError
 from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
-from qnas.data.dataset_items import DatasetItem, DatasetReader, Loader
 from qnas.data.decoding import spread
 from qnas.data.digest import update_with_pixels
 from qnas.data.image_files import Labels
 from qnas.data.labelled_images import LabelledImages, check_training, name_splits
+from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
 
 SAMPLE = 32  # items that are read twice
 _UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not read, or cannot be
