@@ -13,20 +13,11 @@ from qnas.spaces.space import SearchSpace
 
 def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
     """Show latencies by device, then on each device the layers that are dearest."""
-    lines = [
-        table_rows(
-            ("device", "latency", "from measurements", "with batch norm"),
-            [
-                (
-                    p.device,
-                    format_ms(p.latency_ms),
-                    f"{p.coverage:.0%}",
-                    format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-",
-                )
-                for p in predictions
-            ],
-        )
-    ]
+    rows = []
+    for p in predictions:
+        with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
+        rows.append((p.device, format_ms(p.latency_ms), f"{p.coverage:.0%}", with_norm))
+    lines = [table_rows(("device", "latency", "from measurements", "with batch norm"), rows)]
     for p in predictions:
         lines += ["", f"{p.device}: the dearest layers"]
         for layer in p.layers[:dearest]:
@@ -40,38 +31,23 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
 
 def figures_facts(figures: Figures) -> dict[str, float | int | None]:
     """Return figures as JSON values: shares and errors as fractions of 1."""
-    return {
-        "n": figures.n,
-        "rmspe": _fraction(figures.rmspe_pct),
-        "within_5": _fraction(figures.within_5_pct),
-        "within_10": _fraction(figures.within_10_pct),
-        "bias": _fraction(figures.bias_pct),
-        "spearman": figures.spearman,
+    # rounded, as what the division adds to a rounded percentage is no figure
+    fractions = {
+        name: round(getattr(figures, f"{name}_pct") / 100, 6)
+        for name in ("rmspe", "within_5", "within_10", "bias")
     }
-
-
-def _fraction(percent: float) -> float:
-    return round(percent / 100, 6)  # what the division adds to a rounded percentage is no figure
+    return {"n": figures.n, **fractions, "spearman": figures.spearman}
 
 
 def describe_figures(by_group: Mapping[str, Figures]) -> str:
     """Show how predictions compare with measurements, a line a group, all of them last."""
-    groups = [*(name for name in by_group if name != "all"), "all"]
-    return table_rows(
-        ("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"),
-        [
-            (
-                name,
-                str(f.n),
-                f"{f.rmspe_pct:.1f}%",
-                f"{f.within_5_pct:.1f}%",
-                f"{f.within_10_pct:.1f}%",
-                f"{f.bias_pct:+.1f}%",
-                "-" if f.spearman is None else f"{f.spearman:.3f}",
-            )
-            for name, f in ((name, by_group[name]) for name in groups)
-        ],
-    )
+    rows = []
+    for name in (*(name for name in by_group if name != "all"), "all"):
+        f = by_group[name]
+        percents = [f"{share:.1f}%" for share in (f.rmspe_pct, f.within_5_pct, f.within_10_pct)]
+        spearman = "-" if f.spearman is None else f"{f.spearman:.3f}"
+        rows.append((name, str(f.n), *percents, f"{f.bias_pct:+.1f}%", spearman))
+    return table_rows(("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"), rows)
 
 
 def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:

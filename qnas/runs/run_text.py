@@ -25,17 +25,12 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        lines += [
-            wrapped(
-                f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
-            ),
-            table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
-            "",
-        ]
+        title = f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
+        header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
+        lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
-        lines.append(
-            field("order", f"by the search's scores, without a ranking on images: {document['unranked']}")
-        )
+        order = f"by the search's scores, without a ranking on images: {document['unranked']}"
+        lines.append(field("order", order))
     meaning = {
         "b": "the best network within the searched budget",
         "?": "far from the searched budget: a search for that budget would probably find better",
@@ -72,14 +67,8 @@ def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
         if block.name in stories:
             story, flips = stories[block.name]
             nats, others = f"{story.loss:+.3f}", other_budgets(flips, d.budget_ms)
-        yield (
-            block.name,
-            short_name(block.choice) if block.choice else "",
-            format_ms(block.latency_ms),
-            f"{block.share:.1%}",
-            nats,
-            others,
-        )
+        took = format_ms(block.latency_ms)
+        yield block.name, short_name(block.choice), took, f"{block.share:.1%}", nats, others
 
 
 def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
