@@ -233,21 +233,14 @@ def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -
         # what each candidate takes more than the choice, on each device, and what that is worth
         more = [[of[j] - of[choice] for of in cells] for j in range(len(names))]
         worth = [sum(p * ms for p, ms in zip(prices, each, strict=True)) for each in more]
-        best, reason = None, ""
+        alternative: tuple[str | None, float, tuple[float, ...], str] = (None, 0.0, (), "")
         others = [j for j in range(len(names)) if names[j] != "identity"]
         if names[choice] == "identity" and others:
             best = max(others, key=lambda j: row[j] - row[choice] - worth[j])
             reason = _why_identity(run, own, at, best, worth[best])
-        yield PositionStory(
-            position.name,
-            names[choice],
-            names[own[at]],
-            row[cheapest] - row[choice],
-            names[best] if best is not None else None,
-            row[choice] - row[best] if best is not None else 0.0,
-            tuple(more[best]) if best is not None else (),
-            reason,
-        )
+            alternative = (names[best], row[choice] - row[best], tuple(more[best]), reason)
+        loss = row[cheapest] - row[choice]
+        yield PositionStory(position.name, names[choice], names[own[at]], loss, *alternative)
 
 
 def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:

@@ -121,39 +121,26 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
 
 def _step_charts(rows: Rows, steps: Rows) -> Iterator[Markup]:
     """Show the course of a search; `steps` are the rows that trained the architecture."""
+    amounts = [key for row in steps[-1:] for key in row if key.startswith(OF_LIMIT)]
     yield _over_steps(
         "Expected amount against its limit",
         "of the limit",
-        [
-            _by_step(key.removeprefix(OF_LIMIT), steps, key, colour)
-            for colour, key in enumerate((k for row in steps[-1:] for k in row if k.startswith(OF_LIMIT)), 1)
-        ],
+        [_by_step(key.removeprefix(OF_LIMIT), steps, key, i) for i, key in enumerate(amounts, 1)],
         levels=[Level(1, "the limit")],
         bands=[Band(1 - UNSETTLED, 1 + UNSETTLED, f"within {UNSETTLED:.0%}", of="y")],
         percent=True,
     )
-    yield _over_steps(
-        "Multiplier: the pressure of the limit",
-        "multiplier",
-        [_by_step("multiplier", steps, "multiplier", 3)],
-        levels=[Level(0, "")],
-    )
-    yield _over_steps(
-        "Temperature of the probabilities",
-        "temperature",
-        [_by_step("temperature", steps, "temperature", 4)],
-        y_ends=(0, 1),
-    )
+    multiplier = _by_step("multiplier", steps, "multiplier", 3)
+    title = "Multiplier: the pressure of the limit"
+    yield _over_steps(title, "multiplier", [multiplier], levels=[Level(0, "")])
+    temperature = _by_step("temperature", steps, "temperature", 4)
+    yield _over_steps("Temperature of the probabilities", "temperature", [temperature], y_ends=(0, 1))
     weights = _by_step("weights, training images", rows, "loss", 1)
     architecture = _by_step("architecture, held-out images", steps, "arch_loss", 2)
     yield _over_steps("Losses, as means over neighbouring steps", "nats", [weights, architecture])
     known = [step for step in steps if "arch_accuracy" in step]
-    yield _over_steps(
-        "Accuracy, as means over neighbouring steps",
-        "accuracy",
-        [_by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)],
-        percent=True,
-    )
+    accuracy = _by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)
+    yield _over_steps("Accuracy, as means over neighbouring steps", "accuracy", [accuracy], percent=True)
     entropy = _by_step("entropy of a position, nats", steps, "entropy", 1)
     identity = _by_step("share of identity", steps, "identity_share", 2)
     yield _over_steps("Entropy of the probabilities, on average", "", [entropy, identity], y_ends=(0, None))
@@ -172,12 +159,11 @@ def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
     found, limit = run.found, run.limits[0]
 
     def cloud(name: str, entries: Rows, key: str, colour: int, mark: Mark) -> Series:
-        took = [entry["amounts"][0] for entry in entries]
+        points = [(entry["amounts"][0], entry[key]) for entry in entries]
         titles = [
-            f"{format_ms(ms)}, {entry[key]:.1%}: {' '.join(map(short_name, entry['choices']))}"
-            for ms, entry in zip(took, entries, strict=True)
+            f"{format_ms(ms)}, {accuracy:.1%}: {' '.join(map(short_name, entry['choices']))}"
+            for (ms, accuracy), entry in zip(points, entries, strict=True)
         ]
-        points = [(ms, entry[key]) for ms, entry in zip(took, entries, strict=True)]
         return Series(name, points, colour, mark, titles)
 
     def draw(title: str, others: Sequence[Series], derived: str, accuracy: float) -> Markup:
@@ -211,15 +197,15 @@ def _pareto_charts(path: Path) -> Iterator[Markup]:
     for front in document["devices"]:
         low, high = front["trusted_ms"]
         points = [(p["latency_ms"], p[value], p) for p in front["points"]]
+        near = [(x, y) for x, y, p in points if not p["far"]]
+        far = [(x, y) for x, y, p in points if p["far"]]
         own = [(front["own_latency_ms"], front["own_accuracy"])]
         budget = front["own_budget_ms"]
         yield chart(
             [
                 Series("front", [(x, y) for x, y, p in points if p["on_front"]], 1, "step"),
-                Series("best within a budget", [(x, y) for x, y, p in points if not p["far"]], 1, "dots"),
-                Series(
-                    "far from the searched budget", [(x, y) for x, y, p in points if p["far"]], 1, "rings"
-                ),
+                Series("best within a budget", near, 1, "dots"),
+                Series("far from the searched budget", far, 1, "rings"),
                 Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
             ],
             title=front["device"],
