@@ -105,8 +105,8 @@ def train_subnet(
     from qnas.common.errors import CheckpointError
     from qnas.common.files import read_json
     from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
+    from qnas.runs.run_text import describe_training
     from qnas.runs.text import files_in, next_command
-    from qnas.runs.training_text import describe_training
 
     trained = train(
         source,

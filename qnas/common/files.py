@@ -1,10 +1,12 @@
 """Reading of files, and atomic writing: a reader never sees a half-written file."""
 
+import csv
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,15 @@ def write_json(path: Path, content: Any) -> None:
 def json_text(content: Any) -> str:
     """Return a JSON file's text."""
     return json.dumps(content, indent=2) + "\n"
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a CSV file's text; what a row has besides these columns is left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_text(path: Path, error: Callable[[str], QnasError], expected: str) -> str:

@@ -10,10 +10,8 @@ seeds alone, and not on earlier draws or on the number of processes that share a
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import torch
@@ -28,6 +26,9 @@ _STEPS = 10  # of a magnitude of 1, as torchvision knows whole steps only
 _OPERATIONS = 2  # one after another
 _STRETCH = math.log(4 / 3)  # of a random crop: its width over its height is from 3/4 to 4/3
 _TRIES = 10  # of a crop that fits into the image
+
+# Restores torch's global generator afterwards. torchvision draws on the CPU for any device.
+_drawing = partial(torch.random.fork_rng, devices=())
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,6 @@ class Augmentation:
             torch.default_generator.manual_seed(seed)
             mixed: tuple[Tensor, Tensor] = v2.RandomChoice(mixers)(images, labels)
         return mixed
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Restore torch's global generator afterwards. torchvision draws on the CPU for any device."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 @cache

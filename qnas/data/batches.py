@@ -63,114 +63,86 @@ def batches(
     count = batch_count(split, batch_size, drop_last=drop_last)
     if count == 0:
         raise DataError(f"{split.name}: {len(split)} images are fewer than one batch of {batch_size}")
-    mixes_parts = augmentation is not None and augmentation.mixes and parts > 1
     share = batch_size // parts
+    # the last image of the part before is mixed into the first of this one
+    skip = int(parts > 1 and augmentation is not None and augmentation.mixes)
     places = []
-    for number in range(start, count):
-        first = number * batch_size + which * share
+    for first in range(start * batch_size + which * share, count * batch_size, batch_size):
         place = torch.arange(first, min(first + share, len(split)))
-        if mixes_parts:  # the last image of the part before is mixed into the first of this one
-            before = first - 1 if which else first + batch_size - 1
-            place = torch.cat((torch.tensor([before]), place))
-        places.append(_Place(number, place, skip=int(mixes_parts)))
+        before = torch.tensor([first - 1 if which else first + batch_size - 1] * skip, dtype=torch.int64)
+        places.append(torch.cat((before, place)))
     order, draws = torch.arange(len(split)), None
     if seed is not None:
         state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
         rng = torch.Generator().manual_seed(state >> 1)
         order = torch.randperm(len(split), generator=rng)
-        draws = _draw(split, augmentation, count, rng) if augment else None
-    return _batches(split, order, draws, places, channels_last, torch.device(device))
+        draws = _draw(split, augmentation or Augmentation(classes=0), count, rng) if augment else None
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        raw = _raw_batches(split, order, draws, places)
+        for number, (place, images) in enumerate(zip(places, raw, strict=True), start):
+            images = images.to(device)  # as bytes, a quarter of what floats would take
+            labels = split.labels[order[place]].to(device)
+            if draws is None:
+                normal = normalise(images, split.mean, split.std)
+            else:
+                normal, labels = _augmented(split, images, labels, draws, place, number)
+            yield normal[skip:].contiguous(memory_format=memory_format), labels[skip:]
+
+    return read()
 
 
 @dataclass(frozen=True)
 class _Draws:
     """The random numbers of an epoch, for its images in their order, and for its batches."""
 
+    augmentation: Augmentation
     shifts: Tensor  # (N, 2)
     flips: Tensor  # (N,)
-    augmentation: Augmentation | None = None
-    image_seeds: Tensor | None = None  # (N, 2): one for pixels, one for erasing
-    batch_seeds: Sequence[int] = ()
-    crop_seeds: Tensor | None = None  # (N,), where images are cropped
+    image_seeds: Tensor  # (N, 2): one for pixels, one for erasing
+    batch_seeds: Sequence[int]
+    crop_seeds: Tensor  # (N,)
 
 
-def _draw(split: Split, augmentation: Augmentation | None, count: int, rng: torch.Generator) -> _Draws:
+def _draw(split: Split, augmentation: Augmentation, count: int, rng: torch.Generator) -> _Draws:
     """Draw the random numbers of an epoch of `count` batches."""
     border = split.images.shape[2] // 8
     shifts = torch.randint(0, 2 * border + 1, (len(split), 2), generator=rng)
     flips = torch.rand(len(split), generator=rng) < (0.5 if split.flip else 0.0)
-    if augmentation is None:
-        return _Draws(shifts, flips)
     image_seeds = torch.randint(SEEDS, (len(split), 2), generator=rng)
     batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
-    crop_seeds = None
+    crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
     if augmentation.crops:
-        crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
         shifts.fill_(border)  # in the middle
-    return _Draws(shifts, flips, augmentation, image_seeds, batch_seeds, crop_seeds)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of a batch in its epoch. The first `skip` images are only mixed into the ones after them."""
-
-    number: int
-    images: Tensor
-    skip: int
-
-
-def _batches(
-    split: Split,
-    order: Tensor,
-    draws: _Draws | None,
-    places: list[_Place],
-    channels_last: bool,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    raw = _raw_batches(split, order, draws, [place.images for place in places])
-    for place, images in zip(places, raw, strict=True):
-        images = images.to(device)  # as bytes, a quarter of what floats would take
-        labels = split.labels[order[place.images]].to(device)
-        if draws is None:
-            normal = normalise(images, split.mean, split.std)
-        else:
-            normal, labels = _augmented(split, images, labels, draws, place)
-        yield normal.contiguous(memory_format=memory_format), labels
+    return _Draws(augmentation, shifts, flips, image_seeds, batch_seeds, crop_seeds)
 
 
 def _augmented(
-    split: Split, images: Tensor, labels: Tensor, draws: _Draws, place: _Place
+    split: Split, images: Tensor, labels: Tensor, draws: _Draws, place: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """Return augmented, normalised images and their labels: uint8 (B, C, H, W) and int64 (B,)."""
-    shifts, flips = (draw[place.images].to(images.device) for draw in (draws.shifts, draws.flips))
-    images = shift_and_flip(images, shifts, flips)
+    """Return batch `number` augmented and normalised: uint8 (B, C, H, W) and int64 (B,)."""
+    shifts, flips = (draw[place].to(images.device) for draw in (draws.shifts, draws.flips))
     augmentation = draws.augmentation
-    if augmentation is None:
-        return normalise(images, split.mean, split.std), labels
-    assert draws.image_seeds is not None
-    pixel_seeds, erasing_seeds = draws.image_seeds[place.images].unbind(1)
-    normal = normalise(augmentation.change_pixels(images, pixel_seeds), split.mean, split.std)
-    normal = augmentation.erase(normal, erasing_seeds)
+    pixel_seeds, erasing_seeds = draws.image_seeds[place].unbind(1)
+    images = augmentation.change_pixels(shift_and_flip(images, shifts, flips), pixel_seeds)
+    normal = augmentation.erase(normalise(images, split.mean, split.std), erasing_seeds)
     if augmentation.mixes:
-        normal, labels = augmentation.mix(normal, labels, draws.batch_seeds[place.number])
-    return normal[place.skip :], labels[place.skip :]
+        return augmentation.mix(normal, labels, draws.batch_seeds[number])
+    return normal, labels
 
 
 def _raw_batches(split: Split, order: Tensor, draws: _Draws | None, places: list[Tensor]) -> Iterator[Tensor]:
-    if draws is not None and draws.augmentation is not None and draws.crop_seeds is not None:
+    """Yield the images (B, C, H, W) of each batch as uint8, random parts of them where they are cropped."""
+    if draws is not None and draws.augmentation.crops:
         source = split.images if isinstance(split.images, LazyImages) else split.originals
         assert source is not None, "random crops need the originals"
-        cut = partial(_cut, source, draws.augmentation)
-        chunks = (
-            zip(order[place].tolist(), draws.crop_seeds[place].tolist(), strict=True) for place in places
-        )
-        decoded = in_threads(cut, chunks)
+        seeds, cut = draws.crop_seeds, partial(_cut, source, draws.augmentation)
+        decoded = in_threads(cut, (zip(order[p].tolist(), seeds[p].tolist(), strict=True) for p in places))
     elif isinstance(split.images, LazyImages):
         decoded = in_threads(split.images.__getitem__, (order[place].tolist() for place in places))
     else:
-        for place in places:
-            yield split.read(order[place])
+        yield from (split.read(order[place]) for place in places)
         return
     for images in decoded:
         yield torch.stack(images).contiguous(memory_format=torch.channels_last)

@@ -7,10 +7,8 @@ the files. So splits, batches and a resumed run know from the start which images
 does not fail on one.
 """
 
-import csv
 import hashlib
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -18,7 +16,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
-from qnas.common.errors import BrokenImageError, DataError
+from qnas.common.errors import BrokenImageError, DataError, abbreviate
+from qnas.common.files import csv_text
 from qnas.common.resources import user_cache
 from qnas.data.decoding import UNREADABLE, chunked, in_threads
 from qnas.data.file_cache import keep, one_at_a_time, recall
@@ -27,7 +26,6 @@ from qnas.data.lazy_images import Original, read_pixels
 
 MAX_BROKEN = 0.01  # largest share of broken images with which a run goes on
 SCHEMA = "qnas.broken/2"
-_SHOWN = 3  # in a message
 
 T = TypeVar("T")
 
@@ -38,6 +36,9 @@ class BrokenImage:
 
     file: str
     problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
 
 
 BrokenImages = Mapping[int, BrokenImage]  # by their numbers in the data set
@@ -57,33 +58,40 @@ def or_broken(read: Callable[[int], T]) -> Callable[[int], T | BrokenImage]:
 
 
 def read_each(
-    read: Callable[[int], T], numbers: Sequence[int], most: float, where: str, *, quiet: bool
-) -> Iterator[tuple[int, T | BrokenImage]]:
-    """Yield (place, result) of `read` for the places of all `numbers`, read ahead in threads.
+    read: Callable[[int], T],
+    keep: Callable[[int, T], object],
+    numbers: Sequence[int],
+    most: float,
+    where: str,
+    *,
+    quiet: bool,
+) -> BrokenImages:
+    """Call `keep` with each place of `numbers` and what `read` returns for it; return the broken images.
 
-    `numbers` are those of the images in their data set. Raises DataError once more than a share `most` of the
-    images is broken.
+    Images are read ahead in threads; `numbers` are theirs in their data set. Raises DataError once more than
+    a share `most` of them is broken.
     """
-    count, broken = len(numbers), {}
+    count, broken = len(numbers), dict[int, BrokenImage]()
     with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
         # in chunks, so that too many damaged files end it early
         for chunk, found in zip(chunked(count), in_threads(or_broken(read), chunked(count)), strict=True):
             for place, each in zip(chunk, found, strict=True):
                 if isinstance(each, BrokenImage):
                     broken[int(numbers[place])] = each
-                yield place, each
+                else:
+                    keep(place, each)
             check_broken(broken, count, most, where)
             bar.update(len(chunk))
+    return broken
 
 
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
     """Raise DataError where more than a share `most` of the images is broken."""
     if len(broken) > most * images:
-        first = [f"{each.file}: {each.problem}" for _, each in sorted(broken.items())][:_SHOWN]
-        more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        each = [str(image) for _, image in sorted(broken.items())]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
-            f"{'; '.join(first)}{more}"
+            f"{abbreviate(each, '; ', most=3)}"
         )
 
 
@@ -97,16 +105,23 @@ def find_broken(
     """
     if isinstance(images[0], Tensor):
         return {}
+
+    def decode_each() -> BrokenImages:
+        numbers = range(len(images))
+        return read_each(
+            lambda n: read_pixels(images[n], 1), lambda *_: None, numbers, most, where, quiet=quiet
+        )
+
     stamp = hashlib.sha256()
     for image in images:
         if not isinstance(image, OriginalFile):
-            return _decode_each(images, most, where, quiet=quiet)
+            return decode_each()
         stamp.update(f"{image.where}\0{image.stamp()}\0".encode(errors="surrogateescape"))
     path = user_cache("broken") / f"{stamp.hexdigest()[:32]}.json"
     with one_at_a_time(path):
         broken = recall(path, SCHEMA, stamp.hexdigest(), _KEPT)
         if broken is None:
-            broken = _decode_each(images, most, where, quiet=quiet)
+            broken = decode_each()
             # a disk or a network that fails now may not tomorrow
             if not any(each.problem.startswith(UNREADABLE) for each in broken.values()):
                 keep(path, SCHEMA, stamp.hexdigest(), {str(i): asdict(each) for i, each in broken.items()})
@@ -116,17 +131,4 @@ def find_broken(
 
 def broken_copies(name: str, broken: Sequence[BrokenImage]) -> dict[str, str]:
     """Return {name: CSV of the broken images}, or an empty dict where there are none."""
-    if not broken:
-        return {}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("file", "problem"), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(each) for each in broken)
-    return {name: text.getvalue()}
-
-
-def _decode_each(
-    images: Tensor | Sequence[Original], most: float, where: str, *, quiet: bool
-) -> BrokenImages:
-    decoded = read_each(lambda n: read_pixels(images[n], 1), range(len(images)), most, where, quiet=quiet)
-    return {number: each for number, each in decoded if isinstance(each, BrokenImage)}
+    return {name: csv_text(("file", "problem"), map(asdict, broken))} if broken else {}

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from qnas.common.errors import DataError
 from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
-from qnas.data.dataset_items import DatasetItem, DatasetReader, Loader
 from qnas.data.decoding import spread
 from qnas.data.digest import update_with_pixels
 from qnas.data.image_files import Labels
 from qnas.data.labelled_images import LabelledImages, check_training, name_splits
+from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
 
 SAMPLE = 32  # items that are read twice
 _UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not read, or cannot be
@@ -102,17 +102,15 @@ class _Items(Sequence[DatasetItem]):
 
     def __getitem__(self, number: Any) -> Any:
         assert not isinstance(number, slice), number
-        reader, index = self.locate(range(len(self))[number])
-        label = int(self.labels[number])
-        return DatasetItem(reader, index, None if label == _UNKNOWN else label)
-
-    def locate(self, number: int) -> tuple[DatasetReader, int]:
+        number = range(len(self))[number]
         which = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.readers[which], number - self.starts[which]
+        label = int(self.labels[number])
+        index = number - self.starts[which]
+        return DatasetItem(self.readers[which], index, None if label == _UNKNOWN else label)
 
     def read(self, number: int) -> tuple[Tensor, int]:
-        reader, index = self.locate(number)
-        return reader.read(index)
+        item: DatasetItem = self[number]
+        return item.reader.read(item.index)
 
 
 Reading = tuple[Tensor, int] | BrokenImage
@@ -140,7 +138,10 @@ def read_datasets(
 
     images: Tensor | Sequence[Any] = items
     broken: BrokenImages = {}
-    fingerprint: str | None = _fingerprint(first)
+    sampled = hashlib.sha256()
+    for each in first:
+        update_with_pixels(sampled, torch.empty(0) if isinstance(each, BrokenImage) else each[0])
+    fingerprint: str | None = sampled.hexdigest()
     bytes_each = sum(pixels.numel() for pixels, _ in whole.values()) / max(len(whole), 1)
     fits = bytes_each * len(items) <= memory_limit_bytes
     if fits or (items.labels == _UNKNOWN).any():
@@ -172,15 +173,17 @@ def read_datasets(
 
 def _list_items(datasets: Datasets, argument: str) -> _Items:
     """Return the items of all Datasets; `argument` is what messages call the training one."""
-    found = {"train": datasets.train, "val": datasets.validation, "test": datasets.test}
-    words = {word: dataset for word, dataset in found.items() if dataset is not None}
-    arguments = {"train": argument, "val": "validation", "test": "test"}
-    return _Items(
-        tuple(words),
-        tuple(DatasetReader(dataset, arguments[word], datasets.loader) for word, dataset in words.items()),
-        tuple(np.cumsum([0, *(len(dataset) for dataset in words.values())]).tolist()),  # type: ignore[arg-type]  # checked
-        np.concatenate([_own_labels(dataset) for dataset in words.values()]),
-    )
+    each = {
+        "train": (datasets.train, argument),
+        "val": (datasets.validation, "validation"),
+        "test": (datasets.test, "test"),
+    }
+    readers = {
+        word: DatasetReader(*named, datasets.loader) for word, named in each.items() if named[0] is not None
+    }
+    starts = np.cumsum([0, *(len(reader.dataset) for reader in readers.values())])
+    labels = [_own_labels(reader.dataset) for reader in readers.values()]
+    return _Items(tuple(readers), tuple(readers.values()), tuple(starts.tolist()), np.concatenate(labels))
 
 
 def _own_labels(dataset: Any) -> Labels:
@@ -203,15 +206,8 @@ def _own_labels(dataset: Any) -> Labels:
 
 def _are_equal(first: Reading, second: Reading) -> bool:
     if isinstance(first, BrokenImage) or isinstance(second, BrokenImage):
-        return isinstance(first, BrokenImage) and isinstance(second, BrokenImage)
+        return type(first) is type(second)
     return torch.equal(first[0], second[0]) and first[1] == second[1]
-
-
-def _fingerprint(readings: Sequence[Reading]) -> str:
-    digest = hashlib.sha256()
-    for each in readings:
-        update_with_pixels(digest, torch.empty(0) if isinstance(each, BrokenImage) else each[0])
-    return digest.hexdigest()
 
 
 def _read_all(
@@ -222,18 +218,18 @@ def _read_all(
     Images are one tensor (N, C, H, W) where all are of one size; broken ones are black. Raises DataError once
     more than a share `max_broken` of the items is broken.
     """
-    pixels: list[Tensor | None] = []
+    pixels: dict[int, Tensor] = {}
     labels = items.labels.copy()
-    broken: dict[int, BrokenImage] = {}
-    for number, each in read_each(items.read, range(len(items)), max_broken, name, quiet=quiet):
-        if isinstance(each, BrokenImage):
-            broken[number] = each
-        else:
-            labels[number] = each[1]
-        pixels.append(None if not keep or isinstance(each, BrokenImage) else each[0])
-    shapes = {each.shape for each in pixels if each is not None}
+
+    def take(number: int, item: tuple[Tensor, int]) -> None:
+        image, labels[number] = item
+        if keep:
+            pixels[number] = image
+
+    broken = read_each(items.read, take, range(len(items)), max_broken, name, quiet=quiet)
+    shapes = {each.shape for each in pixels.values()}
     black = torch.zeros(next(iter(shapes), (1, 1, 1)), dtype=torch.uint8)
-    kept = [black if each is None else each for each in pixels]
+    kept = [pixels.get(number, black) for number in range(len(items))]
     return torch.stack(kept) if len(shapes) == 1 else kept, labels, broken
 
 

@@ -1,4 +1,4 @@
-"""Decoding of images to uint8 tensors, whole or cut to a box.
+"""Decoding of files, and of what a Dataset gives as images, to uint8 tensors, whole or cut to a box.
 
 Threads decode ahead of the consumer. Processes would not be faster, as Pillow and the resize release the
 interpreter's lock, and from a thread an error arrives as it was raised.
@@ -9,8 +9,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from qnas.common.errors import BrokenImageError
+from qnas.common.errors import BrokenImageError, DataError
 from qnas.data.image_files import ImageNumbers, OriginalFile, one_line
 
 BATCHES_AHEAD = 2  # decoded ahead of the consumer
+_OUTSIDE = 1e-3  # by which rounding may put a float outside 0 to 1
 UNREADABLE = "cannot be read"  # how the problem of a file begins that may be readable another time
 
 T = TypeVar("T")
@@ -47,6 +49,17 @@ def central_square(height: int, width: int) -> Box:
     return Box(round((height - side) / 2), round((width - side) / 2), side, side)
 
 
+@contextmanager
+def expecting_whole(where: str) -> Iterator[None]:
+    """Raise BrokenImageError for whatever Pillow raises on a damaged image, which may be almost anything."""
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
+        raise BrokenImageError(where, "not a whole image: cannot identify its format") from error
+    except Exception as error:
+        raise BrokenImageError(where, f"not a whole image: {one_line(error)}") from error
+
+
 def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None = None) -> Tensor:
     """Decode a file to uint8 (1 or 3, H, W): the whole image, or the drawn box of it, not resized yet.
 
@@ -59,7 +72,7 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
         raise BrokenImageError(file.where, "no such file") from error
     except OSError as error:
         raise BrokenImageError(file.where, f"{UNREADABLE}: {error.strerror}") from error
-    try:
+    with expecting_whole(file.where):
         # Not reset here: it is one setting for all threads, and someone else's.
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
@@ -70,10 +83,6 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
                 need = 2 * resolution_px
                 image.draft("", (math.ceil(need * width / box.width), math.ceil(need * height / box.height)))
             pixels = pil_pixels(image)
-    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
-        raise BrokenImageError(file.where, "not a whole image: cannot identify its format") from error
-    except Exception as error:  # Pillow raises almost anything on a damaged file
-        raise BrokenImageError(file.where, f"not a whole image: {one_line(error)}") from error
     return pixels if draw is None else cut_out(pixels, _scale(box, (height, width), pixels.shape[-2:]))
 
 
@@ -104,6 +113,42 @@ def pil_pixels(image: Image.Image) -> Tensor:
         image = image.convert("RGBA")  # a palette may hold transparency
     pixels: Tensor = tv.pil_to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     return pixels
+
+
+def to_pixels(image: Any, where: str) -> Tensor:
+    """Convert an image to uint8 (C, H, W).
+
+    It is a PIL image, a tensor (C, H, W) or (H, W), or an array (H, W, C) or (H, W), of uint8 or of floats
+    from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
+    """
+    if isinstance(image, Image.Image):
+        with expecting_whole(where):
+            return pil_pixels(image)
+    pixels = image
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
+        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        pixels = pixels.permute(2, 0, 1) if image.ndim == 3 else pixels
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (2, 3) or 0 in pixels.shape:
+        raise DataError(f"{where}: expected a PIL image, a tensor or an array, got {describe_type(image)}")
+    pixels = pixels.detach().cpu().as_subclass(Tensor)
+    if pixels.dtype.is_floating_point:
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # nor where they are NaN
+            raise DataError(
+                f"{where}: floats from {low:g} to {high:g}, expected 0 to 1: leave out the normalisation"
+            )
+        pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    if pixels.dtype != torch.uint8:
+        raise DataError(f"{where}: expected uint8, or floats from 0 to 1, got {describe_type(image)}")
+    return pixels[None] if pixels.ndim == 2 else pixels
+
+
+def describe_type(value: Any) -> str:
+    """Return the type of a value, with its dtype and shape where it has them."""
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{kind} of {value.dtype} {tuple(value.shape)}"
+    return f"{kind} of {len(value)}" if isinstance(value, tuple | list) else kind
 
 
 def in_threads(work: Callable[[Task], T], chunks: Iterable[Iterable[Task]]) -> Iterator[list[T]]:

@@ -36,8 +36,7 @@ def digest_of(source: LabelledImages, broken: Iterable[int]) -> str:
             if isinstance(image, Tensor):
                 update_with_pixels(digest, image)
     # the digest of a large data set does not depend on its bytes, so the broken ones are named
-    left_out = sorted(broken)
-    if left_out:
+    if left_out := sorted(broken):
         digest = hashlib.sha256(json.dumps([digest.hexdigest()[:16], left_out]).encode())
     return digest.hexdigest()[:16]
 

@@ -17,8 +17,8 @@ from qnas.data.image_files import (
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
     check_exists,
-    check_tar_end,
     one_line,
+    tar_members,
 )
 from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
 
@@ -43,10 +43,9 @@ def _is_table(path: Path) -> bool:
     """Whether a CSV lists files and labels, as a folder may hold other CSVs too."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            columns = _columns(csv.DictReader(file))
+            return set(_COLUMNS) <= set(_columns(csv.DictReader(file)))
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
-    return set(_COLUMNS) <= set(columns)
 
 
 def _columns(reader: "csv.DictReader[str]") -> list[str]:
@@ -207,22 +206,16 @@ def _list_tar(path: Path) -> _Tree:
                     raise DataError(f"{path}: over {UNPACKED_LIMIT_BYTES} bytes: unpack it, give the folder")
         unzipped.seek(0)
         content = unzipped.getbuffer()  # images are views of it
-        with tarfile.open(fileobj=unzipped, mode="r:") as tar:
-            for member in tar:
-                at = PurePosixPath(member.name).parts
-                if any(_is_hidden(part) for part in at):
-                    continue
-                if member.isdir():
-                    tree.setdefault(at, [])
-                elif (
-                    member.isfile()
-                    and not member.issparse()  # its bytes do not lie in one piece
-                    and PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES
-                ):
-                    image = content[member.offset_data : member.offset_data + member.size]
-                    found = OriginalFile("/".join(at), f"{path}: {member.name}", image)
-                    tree.setdefault(at[:-1], []).append(found)
-            check_tar_end(unzipped, tar.offset)
+        for member in tar_members(unzipped):
+            at = PurePosixPath(member.name).parts
+            if any(_is_hidden(part) for part in at):
+                continue
+            if member.isdir():
+                tree.setdefault(at, [])
+            elif PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
+                image = content[member.offset_data : member.offset_data + member.size]
+                found = OriginalFile("/".join(at), f"{path}: {member.name}", image)
+                tree.setdefault(at[:-1], []).append(found)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: damaged: {one_line(error)}") from error
     for at in list(tree):  # folders above those that are listed

@@ -12,7 +12,10 @@ from torch import Tensor
 from qnas.common.errors import DataError
 from qnas.data.broken_images import BrokenImage, or_broken
 from qnas.data.decoding import in_threads, spread
+from qnas.data.image_files import ImageNumbers
 from qnas.data.lazy_images import LazyImages
+
+Images = Tensor | LazyImages  # (N, C, H, W), uint8, of one resolution
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,7 @@ class Split:
     """
 
     name: str
-    images: Tensor | LazyImages
+    images: Images
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -43,12 +46,18 @@ class Split:
     def read(self, indices: Tensor) -> Tensor:
         """Return these images (B, C, H, W) as uint8. Raises DataError for a damaged file."""
         if isinstance(self.images, Tensor):
-            return take_images(self.images, indices)
+            return _gather(self.images, indices)
         return torch.stack([self.images[int(i)] for i in indices])
 
 
-def take_images(images: Tensor, indices: Tensor) -> Tensor:
-    """Return some images (N, C, H, W), channels last in memory as they are."""
+def take(images: Images, places: slice | ImageNumbers) -> Images:
+    """Return some images (N, C, H, W), undecoded or channels last in memory as they are."""
+    if isinstance(images, LazyImages):
+        return images.take(places)
+    return images[places] if isinstance(places, slice) else _gather(images, torch.from_numpy(places))
+
+
+def _gather(images: Tensor, indices: Tensor) -> Tensor:
     # (N, H, W, C) has whole images as rows, so that the gather copies them at once
     return images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
 
@@ -107,9 +116,7 @@ def subset(split: Split, n: int) -> Split:
     """
     assert n >= 1, n
     places = spread(len(split), n)
-    images = split.images
-    some = images.take(places) if isinstance(images, LazyImages) else split.read(torch.from_numpy(places))
-    return replace(split, images=some, labels=split.labels[torch.from_numpy(places)])
+    return replace(split, images=take(split.images, places), labels=split.labels[torch.from_numpy(places)])
 
 
 def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
@@ -121,10 +128,7 @@ def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     if isinstance(some.images, Tensor):
         return some.read(torch.arange(len(some))), some.labels
     ((*found,),) = in_threads(or_broken(some.images.__getitem__), [range(len(some))])
-    whole = [place for place, image in enumerate(found) if isinstance(image, Tensor)]
+    whole = {place: image for place, image in enumerate(found) if isinstance(image, Tensor)}
     if not whole:
-        problem = found[0]
-        assert isinstance(problem, BrokenImage)
-        why = f"{problem.file}: {problem.problem}"
-        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {why}")
-    return torch.stack([image for image in found if isinstance(image, Tensor)]), some.labels[whole]
+        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {found[0]}")
+    return torch.stack(list(whole.values())), some.labels[list(whole)]

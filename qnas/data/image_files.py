@@ -5,6 +5,7 @@
 
 import os
 import tarfile
+from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -79,9 +80,7 @@ def file_stamp(path: Path) -> str:
     return f"{path} {found.st_size} {found.st_mtime_ns}"
 
 
-@lru_cache(maxsize=1)  # the images of a shard follow one another
-def _cached_stamp(path: Path) -> str:
-    return file_stamp(path)
+_cached_stamp = lru_cache(maxsize=1)(file_stamp)  # the images of a shard follow one another
 
 
 def check_exists(path: Path) -> None:
@@ -90,14 +89,21 @@ def check_exists(path: Path) -> None:
         raise DataError(f"{path}: no such file or folder")
 
 
-def check_tar_end(file: BinaryIO, offset: int) -> None:
-    """Raise tarfile.ReadError unless zeros end the tar: tarfile takes a damaged header for the end."""
-    file.seek(offset)
+def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the folders and files of a tar, but no links, and no sparse files: they do not lie in one piece.
+
+    Raises tarfile.TarError for a damaged one, also where no zeros end it: tarfile takes a damaged header for
+    the end.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        yield from (m for m in tar if m.isdir() or (m.isfile() and not m.issparse()))
+        end = tar.offset
+    file.seek(end)
     found = False
     while chunk := file.read(_CHUNK_BYTES):
         found = True
         if chunk.strip(b"\0"):
-            raise tarfile.ReadError(f"an unreadable header at byte {offset}")
+            raise tarfile.ReadError(f"an unreadable header at byte {end}")
     if not found:
         raise tarfile.ReadError("no end")
 

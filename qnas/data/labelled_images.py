@@ -58,10 +58,8 @@ def name_splits(words: Collection[str]) -> dict[str, str] | None:
     """
     if {"train", "val", "test"} <= set(words):
         return {"train": "train", "val": "heldout", "test": "test"}
-    for test in ("test", "val"):
-        if {"train", test} <= set(words):
-            return {"train": "train", test: "test"}
-    return None
+    tests = [test for test in ("test", "val") if {"train", test} <= set(words)]
+    return {"train": "train", tests[0]: "test"} if tests else None
 
 
 def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], Labels]:

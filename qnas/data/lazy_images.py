@@ -1,39 +1,103 @@
-"""Images that are decoded and fitted to one resolution each time they are read."""
+"""Images that are read when they are needed: items of Datasets, and images fitted to one resolution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import index as whole_number
+from threading import Lock
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from qnas.common.errors import DataError
-from qnas.data.dataset_items import DatasetItem
-from qnas.data.decoding import DrawBox, cut_out, decode
-from qnas.data.image_files import ImageNumbers, OriginalFile
+from qnas.common.errors import BrokenImageError, DataError
+from qnas.data.decoding import DrawBox, cut_out, decode, describe_type, to_pixels
+from qnas.data.image_files import ImageNumbers, OriginalFile, one_line
+
+Loader = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetReader:
+    """A Dataset whose items are (image, label), and the name that messages give it.
+
+    `loader` makes an image of the first part of an item, where that is not one: a path, bytes, an array of
+    another form. Items are read from one thread at a time, as few Datasets are made for several; `loader`
+    runs in several threads.
+    """
+
+    dataset: Any
+    name: str
+    loader: Loader | None = None
+    lock: Any = field(default_factory=Lock)
+
+    def where(self, index: int) -> str:
+        """Return the name of an item in messages."""
+        return f"{self.name}[{index}]"
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Return an item as uint8 (C, H, W) and its label.
+
+        Raises BrokenImageError where the Dataset or the loader raises, DataError for an item of another form.
+        """
+        where = self.where(index)
+        try:
+            with self.lock:
+                item = self.dataset[index]
+        except Exception as error:  # a user's code may raise anything
+            raise BrokenImageError(where, f"{type(error).__name__}: {one_line(error)}") from error
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise DataError(f"{where}: expected (image, label), got {describe_type(item)}")
+        image, label = item
+        try:
+            number = whole_number(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = f"{where}: expected the number of a class as label, got {describe_type(label)}"
+            raise DataError(message) from error
+        if self.loader is not None:
+            try:
+                image = self.loader(image)
+            except Exception as error:
+                raise BrokenImageError(where, f"{type(error).__name__}: {one_line(error)}") from error
+        return to_pixels(image, where), number
+
+
+@dataclass(frozen=True)
+class DatasetItem:
+    """An image of a Dataset, read each time that it is needed."""
+
+    reader: DatasetReader
+    index: int
+    label: int | None  # None: not known yet, since the item could not be read
+
+    @property
+    def where(self) -> str:
+        """The name of the item in messages."""
+        return self.reader.where(self.index)
+
+    def read(self) -> Tensor:
+        """Return the image as uint8 (C, H, W). Raises BrokenImageError, and DataError for another label."""
+        pixels, label = self.reader.read(self.index)
+        if self.label not in (None, label):
+            raise DataError(f"{self.where}: label {label}, but it was {self.label} before")
+        return pixels
+
 
 Original = Tensor | OriginalFile | DatasetItem  # an image before it is fitted to a resolution
 
 
+@dataclass(frozen=True, eq=False)
 class LazyImages(Dataset[Tensor]):
     """Original images as uint8 images of one resolution, decoded each time they are read.
 
     `originals` are uint8 (N, C, H, W), or one image each; `order` holds the numbers of those that are here.
     """
 
-    def __init__(
-        self,
-        originals: Tensor | Sequence[Original],
-        order: ImageNumbers,
-        *,
-        resolution_px: int,
-        channels: int,
-        pads: bool,
-    ) -> None:
-        self.originals = originals
-        self.order = order
-        self.resolution_px = resolution_px
-        self.channels = channels
-        self.pads = pads
+    originals: Tensor | Sequence[Original]
+    order: ImageNumbers
+    resolution_px: int
+    channels: int
+    pads: bool
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -57,18 +121,11 @@ class LazyImages(Dataset[Tensor]):
 
     def take(self, places: slice | ImageNumbers) -> "LazyImages":
         """Return some of these images, without decoding them."""
-        return LazyImages(
-            self.originals,
-            self.order[places],
-            resolution_px=self.resolution_px,
-            channels=self.channels,
-            pads=self.pads,
-        )
+        return replace(self, order=self.order[places])
 
     def fit(self, images: Tensor, where: str) -> Tensor:
         """Convert images to channels and resolution: (..., C', H', W') -> (..., C, H, W)."""
-        images = _to_channels(images, self.channels, where)
-        return _to_resolution(images, self.resolution_px, pads=self.pads)
+        return _to_resolution(_to_channels(images, self.channels, where), self.resolution_px, pads=self.pads)
 
 
 def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:

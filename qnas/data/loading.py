@@ -1,27 +1,17 @@
 """Loading of a data set: read, split, decoded to one resolution where it fits into memory."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from qnas.common.errors import UsageError
-from qnas.data.broken_images import (
-    MAX_BROKEN,
-    BrokenImage,
-    BrokenImages,
-    check_broken,
-    find_broken,
-    read_each,
-)
+from qnas.data.broken_images import MAX_BROKEN, BrokenImages, check_broken, find_broken, read_each
 from qnas.data.datasets import SAMPLE, read_datasets
 from qnas.data.decoding import chunked
 from qnas.data.digest import digest_of
 from qnas.data.given import GivenData
-from qnas.data.image_data import ImageData, Split, take_images
-from qnas.data.image_files import ImageNumbers
+from qnas.data.image_data import ImageData, Images, Split, take
 from qnas.data.labelled_images import LabelledImages
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
@@ -72,7 +62,7 @@ def load_data(
         splits = without_broken(source, splits, source.broken)
     order = np.concatenate([splits[split] for split in SPLITS])
     lazy = LazyImages(source.images, order, resolution_px=resolution_px, channels=channels, pads=source.pads)
-    images: Tensor | LazyImages = lazy
+    images: Images = lazy
     broken: BrokenImages = {}
     if int(np.prod(lazy.shape, dtype=object)) <= memory_limit_bytes:
         images, broken = _decode_all(lazy, most, source.source, quiet=quiet)
@@ -81,38 +71,18 @@ def load_data(
     if broken:
         splits = without_broken(source, splits, broken)
         kept = np.flatnonzero(~np.isin(order, list(broken)))
-        lazy = lazy.take(kept)
-        images = lazy if isinstance(images, LazyImages) else take_images(images, torch.from_numpy(kept))
+        images, lazy = take(images, kept), lazy.take(kept)
     broken = {**source.broken, **broken}
     check_broken(broken, len(source), most, source.source)
-    return _assemble(source, splits, images, lazy, broken, keep_originals=keep_originals)
 
-
-def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
-    if isinstance(data, str | DataSpec):
-        return open_dataset(data)
-    if isinstance(data, LabelledImages):
-        return data
-    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
-
-
-def _assemble(
-    source: LabelledImages,
-    splits: Mapping[str, ImageNumbers],
-    images: Tensor | LazyImages,
-    lazy: LazyImages,
-    broken: BrokenImages,
-    *,
-    keep_originals: bool,
-) -> ImageData:
-    """Return the data set of images (N, C, H, W) that lie in the order of SPLITS."""
     labels = torch.from_numpy(source.targets[lazy.order])
     heldout, test, end = np.cumsum([len(splits[split]) for split in SPLITS]).tolist()
-    mean, std = channel_statistics(_part(images, 0, test))
+    mean, std = channel_statistics(take(images, slice(test)))
 
     def split(name: str, start: int, stop: int) -> Split:
-        originals = lazy.take(slice(start, stop)) if keep_originals else None
-        return Split(name, _part(images, start, stop), labels[start:stop], mean, std, source.flip, originals)
+        places = slice(start, stop)
+        originals = lazy.take(places) if keep_originals else None
+        return Split(name, take(images, places), labels[places], mean, std, source.flip, originals)
 
     return ImageData(
         name=source.name,
@@ -121,12 +91,20 @@ def _assemble(
         heldout=split("heldout", heldout, test),
         test=split("test", test, end),
         train_and_heldout=split("train_and_heldout", 0, test),
-        resolution_px=lazy.resolution_px,
-        channels=lazy.channels,
+        resolution_px=resolution_px,
+        channels=channels,
         digest=digest_of(source, broken),
         broken=tuple(each for _, each in sorted(broken.items())),
         notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),
     )
+
+
+def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
+    if isinstance(data, str | DataSpec):
+        return open_dataset(data)
+    if isinstance(data, LabelledImages):
+        return data
+    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
@@ -145,10 +123,6 @@ def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
     return (f"{changing}: images may differ in every epoch, and a resumed run is not exactly the same run",)
 
 
-def _part(images: Tensor | LazyImages, start: int, end: int) -> Tensor | LazyImages:
-    return images[start:end] if isinstance(images, Tensor) else images.take(slice(start, end))
-
-
 def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tuple[Tensor, BrokenImages]:
     """Return all images in one array (N, C, H, W), channels last in memory, and the broken ones by number.
 
@@ -156,16 +130,11 @@ def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tu
     """
     count, channels, height, width = lazy.shape
     images = torch.zeros((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-    broken: dict[int, BrokenImage] = {}
     if isinstance(lazy.originals, Tensor):
         chunks = list(chunked(count, 1024))
         for chunk in tqdm(chunks, desc="images", unit="", leave=False, disable=quiet or None):
             chosen = torch.from_numpy(lazy.order[chunk.start : chunk.stop])
             images[chunk.start : chunk.stop] = lazy.fit(lazy.originals[chosen], "images")
-        return images, broken
-    for place, image in read_each(lazy.__getitem__, lazy.order.tolist(), most, where, quiet=quiet):
-        if isinstance(image, BrokenImage):
-            broken[int(lazy.order[place])] = image
-        else:
-            images[place] = image
-    return images, broken
+        return images, {}
+    numbers = lazy.order.tolist()
+    return images, read_each(lazy.__getitem__, images.__setitem__, numbers, most, where, quiet=quiet)

@@ -1,6 +1,6 @@
 """The mean and standard deviation of each channel, and the normalisation by them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,6 @@ from qnas.data.lazy_images import LazyImages
 STATISTICS_IMAGES = 1000  # read for mean and std where not all images are in memory
 
 
-def _whole_of(lazy: LazyImages, chunks: Iterable[Iterable[int]]) -> Iterator[Tensor]:
-    """Yield the images (B, C, H, W) of each chunk of places, without the broken ones."""
-    for decoded in in_threads(or_broken(lazy.__getitem__), chunks):
-        if whole := [image for image in decoded if isinstance(image, Tensor)]:
-            yield torch.stack(whole)
-
-
 def channel_statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std of each channel, bytes counted as 0 to 1.
 
@@ -27,13 +20,12 @@ def channel_statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], 
     """
     if isinstance(images, LazyImages):
         images = images.take(spread(len(images), STATISTICS_IMAGES))
-    chunks = list(chunked(len(images)))
+        decoded = in_threads(or_broken(images.__getitem__), chunked(len(images)))
+        whole = ([image for image in found if isinstance(image, Tensor)] for found in decoded)
+        parts: Iterable[Tensor] = (torch.stack(found) for found in whole if found)
+    else:
+        parts = (images[chunk.start : chunk.stop] for chunk in chunked(len(images)))
     counted = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # of every channel and byte
-    parts = (
-        _whole_of(images, chunks)
-        if isinstance(images, LazyImages)
-        else (images[chunk.start : chunk.stop] for chunk in chunks)
-    )
     for part in parts:
         for channel, row in enumerate(counted):
             row += torch.bincount(part[:, channel].flatten(), minlength=256)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, TypeAdapter
@@ -29,18 +29,9 @@ from tqdm import tqdm
 
 from qnas.common.errors import DataError
 from qnas.common.resources import user_cache
+from qnas.data import image_files
 from qnas.data.file_cache import keep, one_at_a_time, recall
-from qnas.data.image_files import (
-    IMAGE_SUFFIXES,
-    SPLIT_WORDS,
-    Labels,
-    OriginalFile,
-    Stretch,
-    check_exists,
-    check_tar_end,
-    file_stamp,
-    one_line,
-)
+from qnas.data.image_files import Labels, OriginalFile
 from qnas.data.labelled_images import LabelledImages, assemble, number_classes
 
 SCHEMA = "qnas.shards/1"
@@ -64,18 +55,13 @@ class ShardImages(Sequence[OriginalFile]):
     def __len__(self) -> int:
         return len(self.shard)
 
-    @overload
-    def __getitem__(self, place: int) -> OriginalFile: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[OriginalFile]: ...
-    def __getitem__(self, place: int | slice) -> OriginalFile | Sequence[OriginalFile]:
-        """Return an image as a stretch of its shard."""
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: Any) -> Any:
+        """Return an image, an `OriginalFile`, as a stretch of its shard."""
+        assert not isinstance(place, slice), place
         path = self.shards[self.shard[place]]
         begin = self.name_ends[place - 1] if place > 0 else 0
         name = self.names[begin : self.name_ends[place]].decode()
-        where = Stretch(path, self.start[place], self.size[place])
+        where = image_files.Stretch(path, self.start[place], self.size[place])
         return OriginalFile(f"{path.name}/{name}", f"{path}: {name}", where)
 
 
@@ -93,7 +79,7 @@ _KEPT = TypeAdapter(list[_Header])  # in the cache, of a shard
 
 def read_shards(path: Path) -> LabelledImages:
     """List the images of a folder of shards. Raises DataError for a damaged shard or one of another form."""
-    check_exists(path)
+    image_files.check_exists(path)
     shards, words = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
     names = bytearray()
@@ -102,7 +88,12 @@ def read_shards(path: Path) -> LabelledImages:
     cache = user_cache("shards")
     with one_at_a_time(cache / f"{_hash(path)}.json"):
         for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
-            for image in _read_headers(shard, cache / f"{_hash(shard)}.json"):
+            kept_at, stamp = cache / f"{_hash(shard)}.json", image_files.file_stamp(shard)
+            headers = recall(kept_at, SCHEMA, stamp, _KEPT)
+            if headers is None:
+                headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
+                keep(kept_at, SCHEMA, stamp, headers)
+            for image in headers:
                 which.append(number)
                 start.append(image.start)
                 size.append(image.size)
@@ -121,23 +112,11 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
 
 
-def _read_headers(shard: Path, kept_at: Path) -> list[_Header]:
-    """Return the images of a shard, from the cache where it has not changed. Raises DataError."""
-    stamp = file_stamp(shard)
-    headers = recall(kept_at, SCHEMA, stamp, _KEPT)
-    if headers is None:
-        headers = [
-            _Header(image.name, image.offset_data, image.size, label) for image, label in _list_samples(shard)
-        ]
-        keep(kept_at, SCHEMA, stamp, headers)
-    return headers
-
-
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the shards of a folder, sorted, and the word of the split of each, or no words at all."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of .tar shards")
-    places = [folder, *(folder / word for word in SPLIT_WORDS)]
+    places = [folder, *(folder / word for word in image_files.SPLIT_WORDS)]
     shards = [shard for place in places for shard in sorted(place.glob("*.tar"))]
     if not shards:
         packed = [*folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
@@ -161,13 +140,11 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
     except FileNotFoundError:
         return number_classes(labels)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8: {one_line(error)}") from error
+        raise DataError(f"{path}: not a text file in UTF-8: {image_files.one_line(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
     found = set(labels)
     are_numbers = all(label.isdecimal() for label in found)
-    known = (
-        {str(i): i for i in range(len(names))} if are_numbers else {name: i for i, name in enumerate(names)}
-    )
+    known = {name: i for i, name in enumerate(names)}
     numbers = {label: int(label) if are_numbers else known.get(label, -1) for label in found}
     for label, number in numbers.items():
         if not 0 <= number < len(names):
@@ -178,13 +155,13 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
 def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """Yield the images of a shard with their labels. Raises DataError."""
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            listed = (m for m in tar if m.isfile() and not m.issparse() and _parts(m)[1])
+        with shard.open("rb") as file:
+            listed = (m for m in image_files.tar_members(file) if m.isfile() and _parts(m)[1])
             for key, members in groupby(listed, lambda member: str(PurePosixPath(*_parts(member)[:2]))):
                 image = label = None
                 for member in members:
                     suffix = _parts(member)[2]
-                    if f".{suffix}" in IMAGE_SUFFIXES:
+                    if f".{suffix}" in image_files.IMAGE_SUFFIXES:
                         if image is not None:
                             raise DataError(f"{shard}: {key} has two images")
                         image = member
@@ -195,9 +172,8 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                 elif image is not None or label is not None:
                     lacking = f".{_LABEL}" if label is None else "image"
                     raise DataError(f"{shard}: {key} has no {lacking} right beside it")
-            check_tar_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{shard}: damaged: {one_line(error)}") from error
+        raise DataError(f"{shard}: damaged: {image_files.one_line(error)}") from error
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:

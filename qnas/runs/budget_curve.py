@@ -9,12 +9,10 @@ import numpy as np
 
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.runs.finished_run import FinishedRun
-from qnas.solver.limits import Limits, far_from_searched
-from qnas.solver.solve import CandidateIndices, Scores, solve
+from qnas.solver.limits import Limit, Limits, far_from_searched
+from qnas.solver.solve import CandidateIndices, solve
 
 BUDGETS = 40  # over the device's range, besides those near the search's own
-
-
 NEAR = 100  # networks at most that the curve is followed by near it
 
 
@@ -29,67 +27,77 @@ class CurvePoint:
     indices: CandidateIndices
 
 
-def solve_within(run: FinishedRun, at: int, most_ms: float) -> CandidateIndices | None:
-    """Return the network of highest score with at most this latency on a device, if there is one."""
-    try:
-        return solve(run.searched.scores, replace_limit(run.limits, at, most_ms)).indices
-    except InfeasibleBudgetError:
-        return None
-
-
 def replace_limit(limits: Limits, at: int, most_ms: float) -> Limits:
     """Return the limits with another one in the place of one of them."""
     other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
     return (*limits[:at], other, *limits[at + 1 :])
 
 
-def loss_of(scores: Scores, indices: CandidateIndices) -> float:
-    """Return the loss of a network, minus the sum of its scores."""
-    return -math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+@dataclass(frozen=True)
+class OtherBudgets:
+    """A finished search, to be solved with other budgets for one of its limits, a device's."""
 
+    run: FinishedRun
+    at: int  # the place of the limit
+    own: CandidateIndices  # the network of least loss within the search's own limits
 
-def trace_curve(run: FinishedRun, own: CandidateIndices, at: int, step_ms: float) -> tuple[CurvePoint, ...]:
-    """Return the networks of least loss over the range of the limit `at`, a device's, by rising latency.
+    @property
+    def limit(self) -> Limit:
+        """The device's limit."""
+        return self.run.limits[self.at]
 
-    A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
-    """
-    limit, scores = run.limits[at], run.searched.scores
-    low, high = limit.limit - step_ms, limit.limit + step_ms
-    grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
-    solved: dict[CandidateIndices, float] = {}  # the largest limit that a network was found for
+    def solve(self, most_ms: float) -> CandidateIndices | None:
+        """Return the network of highest score with at most this latency, if there is one."""
+        try:
+            return solve(self.run.searched.scores, replace_limit(self.run.limits, self.at, most_ms)).indices
+        except InfeasibleBudgetError:
+            return None
 
-    def add(most_ms: float) -> float:
-        network = solve_within(run, at, most_ms)
-        if network is None:
-            return -math.inf
-        solved[network] = max(most_ms, solved.get(network, most_ms))
-        return limit.amount(network)
+    def loss(self, indices: CandidateIndices) -> float:
+        """Return the nats that a network adds to the loss of `own`, where scores are nats taken away."""
+        scores = self.run.searched.scores
+        of, own = (math.fsum(r[i] for r, i in zip(scores, n, strict=True)) for n in (indices, self.own))
+        return own - of
 
-    for most_ms in (*grid, limit.limit):
-        add(most_ms)
-    most_ms = high
-    for _ in range(NEAR):
-        most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
-        if most_ms < low:
-            break
-    margin, own_loss = limit.budget / limit.limit, loss_of(scores, own)
-    points = []
-    for network, most_ms in solved.items():
-        latency_ms, loss = limit.amount(network), loss_of(scores, network) - own_loss
-        far = _is_far(run, at, latency_ms) and _is_far(run, at, most_ms)
-        points.append(CurvePoint(margin * most_ms, latency_ms, loss, far, network))
-    points.sort(key=lambda point: (point.latency_ms, point.loss))
-    # solves are exact to rounding: what is no better than a faster one is the same by another placement
-    kept: list[CurvePoint] = []
-    for point in points:
-        if not kept or point.loss < kept[-1].loss - 1e-12:
-            kept.append(point)
-    return tuple(kept)
+    def trace(self, step_ms: float) -> tuple[CurvePoint, ...]:
+        """Return the networks of least loss over the range of the limit, by rising latency.
 
+        A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
+        """
+        limit = self.limit
+        grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
+        solved: dict[CandidateIndices, float] = {}  # the largest limit that a network was found for
 
-def _is_far(run: FinishedRun, at: int, limit_ms: float) -> bool:
-    within, searched = replace_limit(run.limits, at, limit_ms), run.searched
-    return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
+        def add(most_ms: float) -> float:
+            network = self.solve(most_ms)
+            if network is None:
+                return -math.inf
+            solved[network] = max(most_ms, solved.get(network, most_ms))
+            return limit.amount(network)
+
+        for most_ms in (*grid, limit.limit):
+            add(most_ms)
+        most_ms = limit.limit + step_ms
+        for _ in range(NEAR):
+            most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
+            if most_ms < limit.limit - step_ms:
+                break
+        margin = limit.budget / limit.limit
+        points = []
+        for network, most_ms in solved.items():
+            latency_ms = limit.amount(network)
+            far = self._is_far(latency_ms) and self._is_far(most_ms)
+            points.append(CurvePoint(margin * most_ms, latency_ms, self.loss(network), far, network))
+        # solves are exact to rounding: what is no better than a faster one is the same by another placement
+        kept: list[CurvePoint] = []
+        for point in sorted(points, key=lambda point: (point.latency_ms, point.loss)):
+            if not kept or point.loss < kept[-1].loss - 1e-12:
+                kept.append(point)
+        return tuple(kept)
+
+    def _is_far(self, limit_ms: float) -> bool:
+        within, searched = replace_limit(self.run.limits, self.at, limit_ms), self.run.searched
+        return far_from_searched(searched.log_probabilities, within, pressed=searched.pressed) is not None
 
 
 def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:

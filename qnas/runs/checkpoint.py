@@ -42,25 +42,22 @@ class Checkpoints:
 
         Raises CheckpointError where all there are damaged, or of another version of qnas.
         """
+        problems = []
         try:
-            state = _read(self._newest)
+            if (state := _read(self._newest)) is not None:
+                return state  # else stopped between the two renamings of `save`
         except _Damaged as error:
             self.damage = str(error)
-        else:
-            # without a newest one: stopped between the two renamings of `save`
-            return state if state is not None else self._load_before()
-        if (state := self._load_before()) is None:
-            raise CheckpointError(
-                f"{self.damage}, and there is none before it: `force=True` without `resume=True` starts anew"
-            )
-        return state
-
-    def _load_before(self) -> dict[str, Any] | None:
+            problems.append(self.damage)
         try:
-            return _read(self._before)
+            state = _read(self._before)
         except _Damaged as error:
-            both = f"{self.damage}, and {error}" if self.damage else str(error)
-            raise CheckpointError(f"{both}: `force=True` without `resume=True` starts anew") from None
+            problems.append(str(error))
+        else:
+            if state is not None or not problems:
+                return state
+            problems.append("there is none before it")
+        raise CheckpointError(f"{', and '.join(problems)}: `force=True` without `resume=True` starts anew")
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state; the one before it stays."""
@@ -91,13 +88,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:  # a disk that fails in the middle of a file
         raise _Damaged(f"{path} cannot be read ({error.strerror})") from error
-    if content.startswith(_HEAD):
-        start = len(_HEAD) + 65  # after the digest's 64 characters and the end of its line
-        payload = memoryview(content)[start:]
-        if content[len(_HEAD) : start] != _digest(payload):
-            raise _Damaged(f"{path} is damaged (its SHA-256 does not fit)")
-    else:
+    if not content.startswith(_HEAD):
         raise _foreign(path, content)
+    start = len(_HEAD) + 65  # after the digest's 64 characters and the end of its line
+    payload = memoryview(content)[start:]
+    if content[len(_HEAD) : start] != _digest(payload):
+        raise _Damaged(f"{path} is damaged (its SHA-256 does not fit)")
     state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     assert isinstance(state, dict), "as it was saved"
     return state

@@ -5,7 +5,7 @@ the runs know, from their folders.
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ from qnas.common.intervals import wilson
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import load_table
 from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import SEARCH_FILE
+from qnas.runs.names import RESULT_FILE, SEARCH_FILE, SUBNET_FOLDER
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
-
-RESULT_FILE = "subnet/result.json"  # of a run: how well its network does, trained by itself
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[str]) -> Contestant:
     blocks = lower(found.space, found.arch)
     own = {entry["name"]: entry["amount"] for entry in found.document.get("limits", [])}
+    supernet, trained = found.folder / SEARCH_FILE, found.folder / SUBNET_FOLDER / RESULT_FILE
     return Contestant(
         label,
         str(folder),
@@ -105,8 +104,10 @@ def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[st
         count_macs(blocks),
         count_params(blocks),
         {name: _latency_ms(name, found, own.get(name)) for name in devices},
-        _supernet_accuracy(found),
-        _trained_accuracy(found.folder / RESULT_FILE),
+        _measured(
+            supernet, lambda found: (found["derived"]["accuracy"], found.get("images", {}).get("test"))
+        ),
+        _measured(trained, lambda found: (found["test_accuracy"], found["test_images"])),
     )
 
 
@@ -120,24 +121,15 @@ def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | 
         return own_ms
 
 
-def _measured(accuracy: float, images: int | None) -> MeasuredAccuracy:
+def _measured(
+    path: Path, look_up: Callable[[dict[str, Any]], tuple[float, int | None]]
+) -> MeasuredAccuracy | None:
+    """Return the accuracy, and the number of its images, that `look_up` finds in a file, if there is one."""
+    if not path.is_file():
+        return None
+    accuracy, images = look_up(read_json(path, CheckpointError))
     low, high = (None, None) if images is None else wilson(accuracy, images)
     return MeasuredAccuracy(accuracy, images, low, high)
-
-
-def _supernet_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
-    path = found.folder / SEARCH_FILE
-    if not path.is_file():
-        return None
-    document = read_json(path, CheckpointError)
-    return _measured(document["derived"]["accuracy"], document.get("images", {}).get("test"))
-
-
-def _trained_accuracy(path: Path) -> MeasuredAccuracy | None:
-    if not path.is_file():
-        return None
-    document = read_json(path, CheckpointError)
-    return _measured(document["test_accuracy"], document["test_images"])
 
 
 def _same_networks(found: Sequence[FoundArch], runs: Sequence[Contestant]) -> tuple[tuple[str, ...], ...]:

@@ -17,19 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qnas.latency.table import RUNTIME
-from qnas.runs.budget_curve import (
-    NEAR,
-    CurvePoint,
-    loss_of,
-    price_at,
-    replace_limit,
-    solve_within,
-    trace_curve,
-)
+from qnas.runs.budget_curve import NEAR, CurvePoint, OtherBudgets, price_at, replace_limit
 from qnas.runs.finished_run import FinishedRun
 from qnas.solver.limits import Limit
-from qnas.solver.solve import CandidateIndices
-from qnas.spaces.arch import arch_from_indices
+from qnas.solver.solve import CandidateIndices, solve
 from qnas.spaces.lower import BlockSpec, skeleton
 
 STEP_SHARE = 0.05  # of the budget: what "a little more latency" is, rounded down to 1, 2 or 5
@@ -106,11 +97,6 @@ class OnDevice:
     flips: tuple[tuple[Flip, ...], ...]  # a position each, by rising budget, the first at the fastest network
     curve: tuple[CurvePoint, ...]
 
-    @property
-    def no_less(self) -> str:
-        """Describe a step to less latency that leads to no other network."""
-        return "changes nothing" if self.can_be_less else "leaves no network"
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -133,9 +119,10 @@ def explain(run: FinishedRun) -> Explanation:
         # what was derived may be over a limit by the rounding of the table's file
         limits = replace_limit(limits, at, max(limit.limit, limit.amount(run.indices)))
     run = replace(run, limits=limits)
-    own = solve_within(run, 0, limits[0].limit)
-    assert own is not None, "the derived network itself is within the limits"
-    devices = tuple(_on_device(run, own, at) for at, limit in enumerate(limits) if limit.table is not None)
+    own = solve(run.searched.scores, limits).indices
+    devices = tuple(
+        _on_device(OtherBudgets(run, at, own)) for at, limit in enumerate(limits) if limit.table is not None
+    )
     found = run.found.get("effects")
     return Explanation(
         measured=run.searched.effects is not None,
@@ -145,22 +132,22 @@ def explain(run: FinishedRun) -> Explanation:
     )
 
 
-def _on_device(run: FinishedRun, own: CandidateIndices, at: int) -> OnDevice:
-    limit = run.limits[at]
+def _on_device(budgets: OtherBudgets) -> OnDevice:
+    run, limit = budgets.run, budgets.limit
     step_ms = round_step(STEP_SHARE * limit.limit)
-    curve = trace_curve(run, own, at, step_ms)
+    curve = budgets.trace(step_ms)
     return OnDevice(
         limit.name,
         limit.budget,
         limit.amount(run.indices),
         price=price_at(curve, limit.limit),
         step_ms=step_ms,
-        more=_exchange(run, own, at, limit.limit + step_ms),
-        less=_exchange(run, own, at, limit.limit - step_ms),
-        can_be_less=solve_within(run, at, limit.limit - step_ms) is not None,
-        next_better=_next_better(run, own, at, curve),
+        more=_exchange(budgets, limit.limit + step_ms),
+        less=_exchange(budgets, limit.limit - step_ms),
+        can_be_less=budgets.solve(limit.limit - step_ms) is not None,
+        next_better=_next_better(budgets, curve),
         blocks=_block_costs(run, limit),
-        flips=tuple(_flips(run, curve, at)),
+        flips=tuple(_flips(run, curve, limit)),
         curve=curve,
     )
 
@@ -175,44 +162,38 @@ def round_step(latency_ms: float) -> float:
     return float(max(n for n in (1, 2, 5) if n * scale <= latency_ms * (1 + 1e-9)) * scale)
 
 
-def _exchange(run: FinishedRun, own: CandidateIndices, at: int, most_ms: float) -> Exchange | None:
+def _exchange(budgets: OtherBudgets, most_ms: float) -> Exchange | None:
     """Return the network for another limit; None where there is none or it is the same."""
-    network = solve_within(run, at, most_ms)
-    return None if network is None or network == own else _between(run, own, network, at, most_ms)
+    network = budgets.solve(most_ms)
+    return None if network is None or network == budgets.own else _between(budgets, network, most_ms)
 
 
-def _between(
-    run: FinishedRun, own: CandidateIndices, network: CandidateIndices, at: int, most_ms: float
-) -> Exchange:
-    limit, scores = run.limits[at], run.searched.scores
-    names = [arch_from_indices(run.space, indices).choices for indices in (own, network)]
+def _between(budgets: OtherBudgets, network: CandidateIndices, most_ms: float) -> Exchange:
+    run, limit, own = budgets.run, budgets.limit, budgets.own
     changes = tuple(
-        Change(position.name, before, after, row[j] - row[i], score[i] - score[j])
-        for position, before, after, row, score, i, j in zip(
-            run.space.positions, *names, limit.cells, scores, own, network, strict=True
+        Change(position.name, position.names[i], position.names[j], row[j] - row[i], score[i] - score[j])
+        for position, row, score, i, j in zip(
+            run.space.positions, limit.cells, run.searched.scores, own, network, strict=True
         )
         if i != j
     )
-    loss = loss_of(scores, network) - loss_of(scores, own)
-    return Exchange(most_ms * limit.budget / limit.limit, limit.amount(network), loss, changes)
+    budget_ms = most_ms * limit.budget / limit.limit
+    return Exchange(budget_ms, limit.amount(network), budgets.loss(network), changes)
 
 
-def _next_better(
-    run: FinishedRun, own: CandidateIndices, at: int, curve: Sequence[CurvePoint]
-) -> Exchange | None:
+def _next_better(budgets: OtherBudgets, curve: Sequence[CurvePoint]) -> Exchange | None:
     """Return the cheapest network beyond the limit that is known to be better."""
-    limit = run.limits[at]
+    limit = budgets.limit
     better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
     if not better:
         return None
     # between the limit and the first one known others may lie: down from it until none is left
-    network, found = better[0].indices, solve_within(run, at, better[0].latency_ms)
+    network, found = better[0].indices, budgets.solve(better[0].latency_ms)
     for _ in range(NEAR):
         if found is None or limit.amount(found) <= limit.limit:
             break
-        network = found
-        found = solve_within(run, at, limit.amount(network) * (1 - 1e-12))
-    return _between(run, own, network, at, limit.amount(network))
+        network, found = found, budgets.solve(limit.amount(found) * (1 - 1e-12))
+    return _between(budgets, network, limit.amount(network))
 
 
 def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
@@ -220,25 +201,19 @@ def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
     table = limit.table
     assert table is not None
     total = limit.amount(run.indices)
-    chosen = {
-        position.name: (choice, row[i])
-        for position, choice, row, i in zip(
-            run.space.positions, run.arch.choices, table.cells, run.indices, strict=True
-        )
-    }
-    fixed = {name: ("", cell) for name, cell in table.fixed}
+    blocks = {name: ("", cell) for name, cell in table.fixed}
+    for position, row, i in zip(run.space.positions, table.cells, run.indices, strict=True):
+        blocks[position.name] = position.names[i], row[i]
     parts = skeleton(run.space)
     order = [part.name if isinstance(part, BlockSpec) else part.position.name for part in parts]
-    blocks = {**fixed, **chosen}
     return tuple(
         BlockCost(name, choice, cell.latency_ms, cell.latency_ms / total, cell.source)
         for name, (choice, cell) in ((name, blocks[name]) for name in (*order, RUNTIME))
     )
 
 
-def _flips(run: FinishedRun, curve: Sequence[CurvePoint], at: int) -> Iterator[tuple[Flip, ...]]:
-    """Yield the choices at each position along the curve of the limit `at`."""
-    limit = run.limits[at]
+def _flips(run: FinishedRun, curve: Sequence[CurvePoint], limit: Limit) -> Iterator[tuple[Flip, ...]]:
+    """Yield the choices at each position along the curve of a limit."""
     for number, position in enumerate(run.space.positions):
         flips: list[Flip] = []
         for point in curve:
@@ -258,21 +233,14 @@ def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -
         # what each candidate takes more than the choice, on each device, and what that is worth
         more = [[of[j] - of[choice] for of in cells] for j in range(len(names))]
         worth = [sum(p * ms for p, ms in zip(prices, each, strict=True)) for each in more]
-        best, reason = None, ""
+        alternative: tuple[str | None, float, tuple[float, ...], str] = (None, 0.0, (), "")
         others = [j for j in range(len(names)) if names[j] != "identity"]
         if names[choice] == "identity" and others:
             best = max(others, key=lambda j: row[j] - row[choice] - worth[j])
             reason = _why_identity(run, own, at, best, worth[best])
-        yield PositionStory(
-            position.name,
-            names[choice],
-            names[own[at]],
-            row[cheapest] - row[choice],
-            names[best] if best is not None else None,
-            row[choice] - row[best] if best is not None else 0.0,
-            tuple(more[best]) if best is not None else (),
-            reason,
-        )
+            alternative = (names[best], row[choice] - row[best], tuple(more[best]), reason)
+        loss = row[cheapest] - row[choice]
+        yield PositionStory(position.name, names[choice], names[own[at]], loss, *alternative)
 
 
 def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:

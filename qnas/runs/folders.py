@@ -1,5 +1,6 @@
 """Runs by their folders under runs/: the latest, a new one, and the request of one. Imports no torch."""
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,8 @@ from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RUNS_FOLDER
 
 def free_folder(stem: str) -> Path:
     """Return the first folder of that name under runs/ that does not exist: stem, stem-2, ..."""
-    folder = RUNS_FOLDER / stem
-    number = 2
-    while folder.exists():
-        folder = RUNS_FOLDER / f"{stem}-{number}"
-        number += 1
-    return folder
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(folder for name in names if not (folder := RUNS_FOLDER / name).exists())
 
 
 def latest_run() -> Path:

@@ -6,7 +6,6 @@ from typing import Any
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Figures
 from qnas.latency.prediction import Prediction
-from qnas.latency.table import LatencyTable
 from qnas.runs.text import field, table_rows, wrapped
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
@@ -14,20 +13,11 @@ from qnas.spaces.space import SearchSpace
 
 def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
     """Show latencies by device, then on each device the layers that are dearest."""
-    lines = [
-        table_rows(
-            ("device", "latency", "from measurements", "with batch norm"),
-            [
-                (
-                    p.device,
-                    format_ms(p.latency_ms),
-                    f"{p.coverage:.0%}",
-                    format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-",
-                )
-                for p in predictions
-            ],
-        )
-    ]
+    rows = []
+    for p in predictions:
+        with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
+        rows.append((p.device, format_ms(p.latency_ms), f"{p.coverage:.0%}", with_norm))
+    lines = [table_rows(("device", "latency", "from measurements", "with batch norm"), rows)]
     for p in predictions:
         lines += ["", f"{p.device}: the dearest layers"]
         for layer in p.layers[:dearest]:
@@ -41,56 +31,34 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
 
 def figures_facts(figures: Figures) -> dict[str, float | int | None]:
     """Return figures as JSON values: shares and errors as fractions of 1."""
-    return {
-        "n": figures.n,
-        "rmspe": _fraction(figures.rmspe_pct),
-        "within_5": _fraction(figures.within_5_pct),
-        "within_10": _fraction(figures.within_10_pct),
-        "bias": _fraction(figures.bias_pct),
-        "spearman": figures.spearman,
+    # rounded, as what the division adds to a rounded percentage is no figure
+    fractions = {
+        name: round(getattr(figures, f"{name}_pct") / 100, 6)
+        for name in ("rmspe", "within_5", "within_10", "bias")
     }
-
-
-def _fraction(percent: float) -> float:
-    return round(percent / 100, 6)  # what the division adds to a rounded percentage is no figure
+    return {"n": figures.n, **fractions, "spearman": figures.spearman}
 
 
 def describe_figures(by_group: Mapping[str, Figures]) -> str:
     """Show how predictions compare with measurements, a line a group, all of them last."""
-    groups = [*(name for name in by_group if name != "all"), "all"]
-    return table_rows(
-        ("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"),
-        [
-            (
-                name,
-                str(f.n),
-                f"{f.rmspe_pct:.1f}%",
-                f"{f.within_5_pct:.1f}%",
-                f"{f.within_10_pct:.1f}%",
-                f"{f.bias_pct:+.1f}%",
-                "-" if f.spearman is None else f"{f.spearman:.3f}",
-            )
-            for name, f in ((name, by_group[name]) for name in groups)
-        ],
-    )
-
-
-def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) -> str:
-    """Say what a network takes, against the budget, and what share of it rests on measurements."""
-    latency_ms = table.latency_ms(indices)
-    return (
-        f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device} "
-        f"({latency_ms / budget_ms:.1%}); "
-        + (f"{table.margin:.1%} of margin kept; " if table.margin else "")
-        + f"{table.coverage(indices):.0%} from measurements"
-    )
+    rows = []
+    for name in (*(name for name in by_group if name != "all"), "all"):
+        f = by_group[name]
+        percents = [f"{share:.1f}%" for share in (f.rmspe_pct, f.within_5_pct, f.within_10_pct)]
+        spearman = "-" if f.spearman is None else f"{f.spearman:.3f}"
+        rows.append((name, str(f.n), *percents, f"{f.bias_pct:+.1f}%", spearman))
+    return table_rows(("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"), rows)
 
 
 def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
-    """Say what a network takes on each device, each followed by its note where it has one."""
+    """Say what a network takes on each device, of what budget and resting on what, with its note if any."""
     devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
     for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
-        yield field("" if i else "latency", latency_line(table, indices, budget_ms))
+        latency_ms = table.latency_ms(indices)
+        took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device}"
+        margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
+        source = f"{table.coverage(indices):.0%} from measurements"
+        yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
         if note:
             yield field("", note)
 

@@ -1,7 +1,5 @@
 """The file of a run's metrics: a JSON line a step, and a CSV row an epoch."""
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import CheckpointError
-from qnas.common.files import naming, write_text
+from qnas.common.files import csv_text, naming, write_text
 from qnas.runs.names import EPOCHS_FILE
 
 
@@ -34,16 +32,9 @@ class Metrics:
         """Append a line."""
         if "epoch" in row:
             self._epochs.append(row)
-            self._write_epochs()
+            write_text(self._path.parent / EPOCHS_FILE, csv_text(self._epochs[0], self._epochs))
         with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def _write_epochs(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._epochs[0], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._epochs)
-        write_text(self._path.parent / EPOCHS_FILE, text.getvalue())
 
     def sync(self) -> int:
         """Have all lines on the disk; return where the file ends, in bytes."""

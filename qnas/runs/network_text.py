@@ -1,7 +1,7 @@
 """Networks and search spaces as text of at most 80 columns, and as JSON values."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qnas.common.units import format_count
@@ -119,17 +119,13 @@ def describe_space(space: SearchSpace) -> str:
         lines.append(
             f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
         )
-        lists = dict.fromkeys(p.names for p in positions)
-        lines += [_fill_names(map(short_name, names)) for names in lists]
+        for names in dict.fromkeys(p.names for p in positions):
+            # in indented lines, no name broken
+            whole = ", ".join(short_name(name).replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+            lines.append(wrapped(whole, "    ", "    "))
     head = f"{space.head.channels} channels, " if space.head.channels else ""
     lines.append(f"  head: {head}{space.head.classes} classes")
     return "\n".join(lines)
-
-
-def _fill_names(names: Iterable[str]) -> str:
-    """Write names in indented lines, none of them broken."""
-    whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
-    return wrapped(whole, "    ", "    ")
 
 
 def size_line(space: SearchSpace, limits: Limits, macs: int, params: int) -> str:

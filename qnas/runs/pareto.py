@@ -5,8 +5,6 @@ lead to one network, the smallest is kept. A search learns most about networks n
 point says whether it is far from that (`far_from_searched`).
 """
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.errors import InfeasibleBudgetError
+from qnas.common.files import csv_text
 from qnas.common.intervals import wilson
 from qnas.runs.finished_run import FinishedRun
 from qnas.solver.limits import Limit, Limits, expected_amount, far_from_searched, near_searched
@@ -192,8 +191,4 @@ def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
 def fronts_csv(document: Mapping[str, Any]) -> str:
     """Return the points of a pareto.json as CSV, a line each; choices are separated by spaces."""
     points = [point for front in document["devices"] for point in front["points"]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, points[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**point, "choices": " ".join(point["choices"])} for point in points)
-    return text.getvalue()
+    return csv_text(points[0], ({**point, "choices": " ".join(point["choices"])} for point in points))

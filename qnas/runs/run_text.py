@@ -1,10 +1,10 @@
-"""The output of `pareto`, `explain` and `compare`: text of at most 80 columns."""
+"""The output of `pareto`, `explain`, `compare` and `train-subnet`: text of at most 80 columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qnas.common.units import format_count, format_ms
-from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
+from qnas.runs.compare import Comparison, Contestant
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
 from qnas.runs.text import field, short_name, table_rows, wrapped
@@ -19,26 +19,18 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             marks = [m for m, key in (("b", "own_budget"), ("?", "far")) if point[key]]
             marks += [] if point["on_front"] else ["-"]
             used |= set(marks)
-            accuracy = "-"
-            if ranked:
-                low, high = point["heldout_low"], point["heldout_high"]
-                accuracy = measured_text(MeasuredAccuracy(point["heldout_accuracy"], None, low, high))
+            accuracy = accuracy_text(*(point[f"heldout_{key}"] for key in ("accuracy", "low", "high")))
             counts = (format_count(point["macs"]), format_count(point["params"]))
             took = format_ms(point["latency_ms"], round_up=True)
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        lines += [
-            wrapped(
-                f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
-            ),
-            table_rows(("budget", "latency", "held-out (95%)", "MACs", "params", ""), rows),
-            "",
-        ]
+        title = f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
+        header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
+        lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
-        lines.append(
-            field("order", f"by the search's scores, without a ranking on images: {document['unranked']}")
-        )
+        order = f"by the search's scores, without a ranking on images: {document['unranked']}"
+        lines.append(field("order", order))
     meaning = {
         "b": "the best network within the searched budget",
         "?": "far from the searched budget: a search for that budget would probably find better",
@@ -75,14 +67,8 @@ def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
         if block.name in stories:
             story, flips = stories[block.name]
             nats, others = f"{story.loss:+.3f}", other_budgets(flips, d.budget_ms)
-        yield (
-            block.name,
-            short_name(block.choice) if block.choice else "",
-            format_ms(block.latency_ms),
-            f"{block.share:.1%}",
-            nats,
-            others,
-        )
+        took = format_ms(block.latency_ms)
+        yield block.name, short_name(block.choice), took, f"{block.share:.1%}", nats, others
 
 
 def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
@@ -132,7 +118,8 @@ def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
     if d.next_better is not None:
         took = format_ms(d.next_better.latency_ms, round_up=True)
         yield "", f"the next better network takes {took}: it {exchange_line(d.next_better)}"
-    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else d.no_less}"
+    no_less = "changes nothing" if d.can_be_less else "leaves no network"
+    yield "less", f"{step} less {exchange_line(d.less) if d.less is not None else no_less}"
 
 
 def exchange_line(exchange: Exchange) -> str:
@@ -176,22 +163,24 @@ RUNS_A_TABLE = 6  # columns of 80 characters
 def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = str) -> str:
     """Show runs side by side; `strong` sets off the lines of choices that differ."""
     c = comparison
-    lines = [field(run.label, _title(run)) for run in c.runs]
+    within = [f", within {describe_budgets(run.limits)}" if run.limits else "" for run in c.runs]
+    lines = [
+        field(run.label, f"{run.run}: {run.space}{asked}") for run, asked in zip(c.runs, within, strict=True)
+    ]
     for names in c.same_network:
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:
         lines += ["", "choices are not compared, since the runs are of different spaces"]
-    for runs in _chunks(c.runs):
+    for start in range(0, len(c.runs), RUNS_A_TABLE):
+        runs = c.runs[start : start + RUNS_A_TABLE]
         if c.positions:
             lines += ["", *_choice_lines(c, runs, strong)]
         lines += ["", _latency_table(runs)]
     rows = [
         (
             run.label,
-            measured_text(run.supernet),
-            measured_text(run.trained),
-            format_count(run.macs),
-            format_count(run.params),
+            *(accuracy_text(m.accuracy, m.low, m.high) if m else "-" for m in (run.supernet, run.trained)),
+            *map(format_count, (run.macs, run.params)),
         )
         for run in c.runs
     ]
@@ -203,16 +192,6 @@ ACCURACY_NOTE = (
     "on test images, with 95% Wilson intervals for their number; the seed of the training adds to this. "
     "Supernet accuracy is optimistic for networks that were selected with these weights"
 )
-
-
-def _title(run: Contestant) -> str:
-    within = f", within {describe_budgets(run.limits)}" if run.limits else ""
-    return f"{run.run}: {run.space}{within}"
-
-
-def _chunks(runs: Sequence[Contestant]) -> Iterator[Sequence[Contestant]]:
-    for start in range(0, len(runs), RUNS_A_TABLE):
-        yield runs[start : start + RUNS_A_TABLE]
 
 
 def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[str], str]) -> Iterator[str]:
@@ -233,10 +212,52 @@ def _latency_table(runs: Sequence[Contestant]) -> str:
     return table_rows(("latency", *(run.label for run in runs)), rows)
 
 
-def measured_text(measured: MeasuredAccuracy | None) -> str:
+def accuracy_text(accuracy: float | None, low: float | None, high: float | None) -> str:
     """Write an accuracy with its interval: `86.9% (83.0-90.0)`; a dash where there is none."""
-    if measured is None:
+    if accuracy is None:
         return "-"
-    if measured.low is None or measured.high is None:
-        return f"{measured.accuracy:.1%}"
-    return f"{measured.accuracy:.1%} ({100 * measured.low:.1f}-{100 * measured.high:.1f})"
+    interval = f" ({100 * low:.1f}-{100 * high:.1f})" if low is not None and high is not None else ""
+    return f"{accuracy:.1%}{interval}"
+
+
+CLASSES_SHOWN = 5  # those of least accuracy
+
+
+def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[str, Any], files: str) -> str:
+    """Show what a network came to: `learned` in a few words, then the facts of result.json, speed.json."""
+
+    def interval(found: Mapping[str, float]) -> str:
+        return f"{found['low']:.2%} to {found['high']:.2%}"
+
+    sure = f"{result['interval_level']:.0%} interval {interval(result['top1'])}"
+    if top := result["top5"]:
+        sure += f"; top-5 {top['value']:.2%} ({interval(top)})"
+    deployed = result["deployed"]
+    counts = f"{format_count(deployed['macs'])} MACs, {format_count(deployed['params'])} parameters"
+    latencies = ", ".join(
+        f"{name} {format_ms(found['ms'], round_up=True)}" for name, found in deployed["latency"].items()
+    )
+    worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])
+    rows = [
+        [str(row["class"])[:30], str(row["images"]), *(f"{row[key]:.1%}" for key in ("value", "low", "high"))]
+        for row in worst[:CLASSES_SHOWN]
+    ]
+    header = ["class", "images", "accuracy", "from", "to"]
+    speed_line = (
+        f"{speed['images_per_second']:.0f} images/s here at {speed['resolution_px']} px: batch "
+        f"{speed['batch_size']}, {speed['runtime']}, {speed['machine']}, threads {speed['threads']}"
+    )
+    lines = [field("accuracy", learned), field("", sure)]
+    if len(worst) > 1:
+        shown = min(CLASSES_SHOWN, len(worst))
+        lines.append(field("classes", f"the {shown} of {len(worst)} of least accuracy; all in result.json"))
+        lines += [f"{'':12}{line}" for line in table_rows(header, rows).splitlines()]
+    if broken := result.get("broken_images"):
+        lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))
+    lines += [
+        field("size", f"{counts}, at {deployed['resolution_px']} px"),
+        *([field("latency", latencies)] if latencies else []),
+        field("speed", speed_line),
+        field("files", files),
+    ]
+    return "\n".join(lines)

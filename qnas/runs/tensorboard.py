@@ -32,8 +32,9 @@ def write_events(folder: Path) -> Path:
     for name, rows in logs.items():
         writer = SummaryWriter(str(out / name))
         for row in rows:
-            for key, value in _scalars(row):
-                writer.add_scalar(key, value, row["step"])
+            for key, value in row.items():
+                if key not in ("step", "epoch") and isinstance(value, int | float):
+                    writer.add_scalar(key, value, row["step"])
             for warning in row.get("warnings", ()):
                 writer.add_text("warnings", warning, row["step"])
         writer.close()
@@ -42,15 +43,7 @@ def write_events(folder: Path) -> Path:
 
 def _logs(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield the logs of a folder by name, those that have a row."""
-    rows = read_metrics(folder / METRICS_FILE)
-    if rows:
+    if rows := read_metrics(folder / METRICS_FILE):
         yield read_config(folder).get("command", "search"), rows
-    trained = read_metrics(folder / SUBNET_FOLDER / METRICS_FILE)
-    if trained:
-        yield "train-subnet", trained
-
-
-def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in row.items():
-        if key not in ("step", "epoch") and isinstance(value, int | float):
-            yield key, value
+    if rows := read_metrics(folder / SUBNET_FOLDER / METRICS_FILE):
+        yield "train-subnet", rows

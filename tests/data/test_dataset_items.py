@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from qnas.common.errors import BrokenImageError, DataError
-from qnas.data.dataset_items import DatasetReader, to_pixels
+from qnas.data.decoding import to_pixels
+from qnas.data.lazy_images import DatasetReader
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 PIXELS = torch.from_numpy(COLOUR).permute(2, 0, 1)

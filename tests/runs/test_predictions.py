@@ -10,7 +10,7 @@ from qnas.data.batches import batches
 from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
-from qnas.runs.predictions import confusion, read_predictions
+from qnas.runs.report.training import confusion, read_predictions
 from qnas.runs.tensors import save_tensors
 from qnas.training.scoring import WORST, Forward, classify, prediction_tensors
 

@@ -19,7 +19,7 @@ from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.formats import FORMATS, file_names
 from qnas.runs.names import EXPORT_FOLDER, PREDICTIONS_FILE, RESULT_FILE, SUBNET_FOLDER
-from qnas.runs.predictions import read_predictions
+from qnas.runs.report.training import read_predictions
 
 pytest.importorskip("openvino")
 pytest.importorskip("timm")

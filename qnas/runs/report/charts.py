@@ -1,8 +1,11 @@
-"""Line and point charts as SVG that is put into a page: no script, colours from the page's style sheet.
+"""What a page shows without script or other files: charts as SVG, small pictures as data URIs of PNG.
 
-Drawn for a width of 360, so that the text is readable where a phone shows the chart at that size.
+Charts have the colours of the page's style sheet, and are drawn for a width of 360, so that the text is
+readable where a phone shows them at that size.
 """
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +13,17 @@ from html import escape
 from statistics import fmean
 from typing import Literal
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 36  # margins of the plot in it
 TICKS = 5
+HEAT = (42, 120, 214)  # seen on white and on black
 Points = Sequence[tuple[float, float]]
+Mark = Literal["line", "step", "dots", "rings", "star"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Series:
     name: str
     points: Points
     colour: int = 1
-    mark: Literal["line", "step", "dots", "rings", "star"] = "line"
+    mark: Mark = "line"
     titles: Sequence[str] = ()  # of each point, shown where a pointer rests on it
 
 
@@ -228,3 +236,29 @@ def thin(points: Points, most: int = 200) -> list[tuple[float, float]]:
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups[:-1]]
     return [*means, points[-1]]
+
+
+def heat_map(shares: NDArray[np.float64]) -> str:
+    """Return shares (rows, columns) in [0, 1] as a picture of as many pixels, the higher the denser.
+
+    One colour on nothing, so that it suits a light page and a dark one.
+    """
+    rows, columns = shares.shape
+    pixels = np.empty((rows, columns, 4), np.uint8)
+    pixels[..., :3] = HEAT
+    pixels[..., 3] = np.rint(255 * np.clip(shares, 0, 1))
+    return _data_uri(Image.fromarray(pixels, "RGBA"))
+
+
+def photograph(image: NDArray[np.uint8]) -> str:
+    """Return an image (C, H, W) of one, three or other channels, of which the first three are shown."""
+    channels = image[:3] if len(image) >= 3 else image[:1]
+    if len(channels) == 1:
+        return _data_uri(Image.fromarray(channels[0], "L"))
+    return _data_uri(Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0)), "RGB"))
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -15,18 +15,18 @@ from qnas.spaces.space import SearchSpace
 
 
 def block_rows(
-    folder: Path,
-    space: SearchSpace,
-    arch: Arch,
-    document: Mapping[str, Any],
-    kernels: Sequence[Mapping[str, Any]] = (),
+    folder: Path, space: SearchSpace, arch: Arch, device: str, kernels: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the blocks of a network for the template, with latencies on the first device of its limits.
+    """Return the blocks of a network for the template, with latencies on a device.
 
-    `document` is its arch.json; `kernels` are those of search.json for that device. Without a device, or
-    without its table in the folder, the bars show MACs.
+    `kernels` are those of search.json for the device. Without one, or without its table in the folder, the
+    bars show MACs.
     """
-    cells = _cells(folder, space, arch, document)
+    cells: dict[str, Cell] = {}
+    if device and (path := folder / table_file(device)).is_file():
+        table = read_table(path, space, device=device)
+        chosen_cells = zip(space.positions, table.cells, arch.indices(space), strict=True)
+        cells = dict(table.fixed) | {position.name: row[i] for position, row, i in chosen_cells}
     blocks = {block.name: block for block in lower(space, arch)}
     parts = dict(zip(blocks, skeleton(space), strict=True))
     positions = {position.name: position for position in space.positions}
@@ -63,17 +63,6 @@ def block_rows(
         name = str(row["name"])
         row |= {"share": amounts[name] / total, "width": amounts[name] / widest, "cell": cells.get(name)}
     return rows
-
-
-def _cells(folder: Path, space: SearchSpace, arch: Arch, document: Mapping[str, Any]) -> dict[str, Cell]:
-    """Return the latency of each block on the first device, by the table in the folder, if there is one."""
-    devices = [entry["name"] for entry in document.get("limits", []) if entry["unit"] == "ms"]
-    path = folder / table_file(devices[0]) if devices else folder
-    if not path.is_file():
-        return {}
-    table = read_table(path, space, device=devices[0])
-    positions = zip(space.positions, table.cells, arch.indices(space), strict=True)
-    return dict(table.fixed) | {position.name: row[i] for position, row, i in positions}
 
 
 def layer_text(layer: LayerSpec) -> str:

@@ -121,7 +121,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         documents=documents,
         space=space,
         device=first,
-        blocks=block_rows(folder, space, arch, document, kernels),
+        blocks=block_rows(folder, space, arch, first, kernels),
         search=search_section(folder, document) if "search" in documents else None,
         training=training,
     )

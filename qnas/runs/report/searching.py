@@ -1,31 +1,28 @@
 """The section of a page about a search: its course, its result, and an explanation."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from qnas.common.errors import CheckpointError
+from qnas.common.files import read_json
 from qnas.common.intervals import wilson
+from qnas.common.units import format_ms
 from qnas.runs.explain import OnDevice, explain
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
-from qnas.runs.report.charts import Band, Level, Series, chart
-from qnas.runs.report.options import option_words
-from qnas.runs.report.pictures import heat_map
-from qnas.runs.report.search_charts import budget_charts, pareto_charts, rival_charts, training_charts
+from qnas.runs.plots import OF_LIMIT, UNSETTLED
+from qnas.runs.report.charts import Band, Level, Mark, Series, chart, heat_map, thin
+from qnas.runs.report.commands import search_command
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
 from qnas.solver.limits import near_searched
 
-# options of a search that its config.json records under `search`
-OPTIONS = (
-    *("seed", "search_epochs", "warmup_epochs", "batch_size", "resolution_px", "latency_loss", "weights"),
-    *("gradient", "paths", "effect_networks", "k_best", "screened", "random_networks", "threads"),
-    *("torch_device", "precision"),
-)
+Rows = Sequence[Mapping[str, Any]]
 
 
 def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,11 +33,11 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     e = explain(run)
     devices = [d.device for d in e.devices]
     return {
-        "command": command_line(run.config),
+        "command": search_command(run.config),
         "warnings": [(row["step"], text) for row in rows for text in row.get("warnings", ())],
-        "charts": [*budget_charts(steps), *training_charts(rows, steps)],
+        "charts": list(_step_charts(rows, steps)),
         "heats": list(_heats(run, steps)),
-        "accuracies": list(rival_charts(run)),
+        "accuracies": list(_rival_charts(run)),
         "rivals": list(_rivals(run)),
         "random": _random(run),
         "positions": e.positions,
@@ -48,22 +45,11 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "devices": [_on_device(run, d) for d in e.devices],
         "loss_note": what_loss_is(e),
         "identities": [(s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None],
-        "pareto": list(pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
+        "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
     }
 
 
-def command_line(config: Mapping[str, Any]) -> str:
-    """Return a command for the same search, with every option written out."""
-    words = ["qnas", "search", *option_words(config, ("space", "data", "latency"))]
-    for entry in config.get("limits", []):
-        if "device" in entry:
-            words += ["--device", entry["device"], "--budget", entry["budget"]]
-        else:
-            words += [f"--max-{entry['name']}", entry["budget"]]
-    return shlex.join([*words, *option_words(config.get("search", {}), OPTIONS)])
-
-
-def _heats(run: FinishedRun, steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _heats(run: FinishedRun, steps: Rows) -> Iterator[dict[str, Any]]:
     snapshots = [row["probabilities"] for row in steps if "probabilities" in row]
     if not snapshots:
         return
@@ -91,8 +77,10 @@ def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
     ):
         entry = run.found.get(key)
         if entry and "latency_ms" in entry:
-            low, high = wilson(entry["accuracy"], images) if images is not None else (0.0, 0.0)
-            interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}" if images is not None else ""
+            interval = ""
+            if images is not None:
+                low, high = wilson(entry["accuracy"], images)
+                interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}"
             yield name, f"search.{key}", interval
 
 
@@ -109,6 +97,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
     limit, searched = next(each for each in run.limits if each.name == d.device), run.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
     near = Band(low, limit.most if high is None else high, "budgets near the searched one")
+    several = len(run.limits) > 1  # another limit may have been the binding one
     curve = chart(
         [
             Series("least loss within a budget", points, 1, "step"),
@@ -119,9 +108,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
         x_label=f"ms on {d.device}",
         y_label="nats, relative to this budget",
         levels=[Level(d.budget_ms, "the budget", "x")],
-        bands=[near]
-        if len(run.limits) == 1
-        else [],  # with several, another limit may have been the binding one
+        bands=[] if several else [near],
     )
     return {
         "device": d.device,
@@ -130,3 +117,102 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
         "curve": curve,
         "blocks": {block.name: block for block in d.blocks},
     }
+
+
+def _step_charts(rows: Rows, steps: Rows) -> Iterator[Markup]:
+    """Show the course of a search; `steps` are the rows that trained the architecture."""
+    amounts = [key for row in steps[-1:] for key in row if key.startswith(OF_LIMIT)]
+    yield _over_steps(
+        "Expected amount against its limit",
+        "of the limit",
+        [_by_step(key.removeprefix(OF_LIMIT), steps, key, i) for i, key in enumerate(amounts, 1)],
+        levels=[Level(1, "the limit")],
+        bands=[Band(1 - UNSETTLED, 1 + UNSETTLED, f"within {UNSETTLED:.0%}", of="y")],
+        percent=True,
+    )
+    multiplier = _by_step("multiplier", steps, "multiplier", 3)
+    title = "Multiplier: the pressure of the limit"
+    yield _over_steps(title, "multiplier", [multiplier], levels=[Level(0, "")])
+    temperature = _by_step("temperature", steps, "temperature", 4)
+    yield _over_steps("Temperature of the probabilities", "temperature", [temperature], y_ends=(0, 1))
+    weights = _by_step("weights, training images", rows, "loss", 1)
+    architecture = _by_step("architecture, held-out images", steps, "arch_loss", 2)
+    yield _over_steps("Losses, as means over neighbouring steps", "nats", [weights, architecture])
+    known = [step for step in steps if "arch_accuracy" in step]
+    accuracy = _by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)
+    yield _over_steps("Accuracy, as means over neighbouring steps", "accuracy", [accuracy], percent=True)
+    entropy = _by_step("entropy of a position, nats", steps, "entropy", 1)
+    identity = _by_step("share of identity", steps, "identity_share", 2)
+    yield _over_steps("Entropy of the probabilities, on average", "", [entropy, identity], y_ends=(0, None))
+
+
+def _over_steps(title: str, y_label: str, series: Sequence[Series], **options: Any) -> Markup:
+    return chart(series, title=title, x_label="step", y_label=y_label, **options)
+
+
+def _by_step(name: str, rows: Rows, key: str, colour: int) -> Series:
+    return Series(name, thin([(row["step"], row[key]) for row in rows]), colour)
+
+
+def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
+    """Show the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
+    found, limit = run.found, run.limits[0]
+
+    def cloud(name: str, entries: Rows, key: str, colour: int, mark: Mark) -> Series:
+        points = [(entry["amounts"][0], entry[key]) for entry in entries]
+        titles = [
+            f"{format_ms(ms)}, {accuracy:.1%}: {' '.join(map(short_name, entry['choices']))}"
+            for (ms, accuracy), entry in zip(points, entries, strict=True)
+        ]
+        return Series(name, points, colour, mark, titles)
+
+    def draw(title: str, others: Sequence[Series], derived: str, accuracy: float) -> Markup:
+        return chart(
+            [*others, Series(derived, [(limit.amount(run.indices), accuracy)], 4, "star")],
+            title=title,
+            x_label=f"ms on {limit.name}",
+            y_label="accuracy",
+            levels=[Level(limit.limit, "the limit", "x")],
+            percent=True,
+        )
+
+    if ranking := found.get("ranking", []):
+        others = cloud(f"the {len(ranking)} ranked networks", ranking[1:], "heldout_accuracy", 1, "dots")
+        first = ranking[0]["heldout_accuracy"]
+        yield draw("Held-out images, used for selection", [others], "derived: the first", first)
+    clouds = [cloud("random networks", found.get("random", []), "accuracy", 1, "dots")]
+    for key, name, colour in (("macs_guided", "best by a limit on MACs", 3), ("largest", "most MACs", 2)):
+        if found.get(key):
+            clouds.append(cloud(name, [found[key]], "accuracy", colour, "rings"))
+    yield draw("Test images, not used for selection", clouds, "derived", found["derived"]["accuracy"])
+
+
+def _pareto_charts(path: Path) -> Iterator[Markup]:
+    """Show each device's front by the pareto.json that `qnas pareto` wrote, if there is one."""
+    if not path.is_file():
+        return
+    document = read_json(path, CheckpointError)
+    ranked = document["ranked"]
+    value = "heldout_accuracy" if ranked else "score"
+    for front in document["devices"]:
+        low, high = front["trusted_ms"]
+        points = [(p["latency_ms"], p[value], p) for p in front["points"]]
+        near = [(x, y) for x, y, p in points if not p["far"]]
+        far = [(x, y) for x, y, p in points if p["far"]]
+        own = [(front["own_latency_ms"], front["own_accuracy"])]
+        budget = front["own_budget_ms"]
+        yield chart(
+            [
+                Series("front", [(x, y) for x, y, p in points if p["on_front"]], 1, "step"),
+                Series("best within a budget", near, 1, "dots"),
+                Series("far from the searched budget", far, 1, "rings"),
+                Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
+            ],
+            title=front["device"],
+            x_label="ms",
+            y_label="held-out accuracy" if ranked else "score",
+            levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
+            bands=[Band(low, front["slowest_ms"] if high is None else high, "near the searched budget")],
+            log_x=True,
+            percent=ranked,
+        )

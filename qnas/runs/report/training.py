@@ -1,16 +1,21 @@
 """The section of a page about a trained network: curves, classes, and its worst mistakes."""
 
-import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from qnas.common.errors import CheckpointError
 from qnas.runs.metrics import read_metrics
-from qnas.runs.names import ARCH_FILE, METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE, SUBNET_FOLDER
-from qnas.runs.predictions import confusion, read_predictions
-from qnas.runs.report.charts import Series, chart, thin
-from qnas.runs.report.options import option_words
-from qnas.runs.report.pictures import photograph
+from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
+from qnas.runs.report.charts import Series, chart, photograph, thin
+from qnas.runs.report.commands import training_command
 
 MATRIX_CLASSES = 30  # of more classes the pairs that are confused most often are listed instead
 CONFUSED = 20  # pairs of classes that are listed
@@ -43,18 +48,12 @@ def training_section(
             percent=True,
         ),
     )
-    section = {"command": command_line(config, of_run=of_run), "charts": charts, "epochs": len(epochs)}
-    return {**section, "predictions": _predictions(folder / PREDICTIONS_FILE, result)}
-
-
-def command_line(config: Mapping[str, Any], *, of_run: bool) -> str:
-    """Return a command for the same training, to be run in the folder of the page."""
-    recipe, network = (f"{SUBNET_FOLDER}/{RECIPE_FILE}", ".") if of_run else (RECIPE_FILE, ARCH_FILE)
-    weights = "supernet" if config.get("from_supernet") else "scratch"
-    words = ["qnas", "train-subnet", network, "--recipe", recipe, "--weights", weights]
-    words += option_words(config, ("data", "teacher"))
-    words += option_words(config.get("train", {}), ("seed", "threads", "torch_device", "precision"))
-    return shlex.join([*words, "--out", "again"])
+    return {
+        "command": training_command(config, of_run=of_run),
+        "charts": charts,
+        "epochs": len(epochs),
+        "predictions": _predictions(folder / PREDICTIONS_FILE, result),
+    }
 
 
 def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -62,23 +61,17 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     names, found = tuple(map(str, result["classes"])), read_predictions(path)
-    counts = confusion(found, len(names)).tolist()
+    counts = confusion(found, len(names))
+    of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
     # a class: name, images, recall and precision, None where there are no images to count them by
-    classes = []
-    for at, (name, row) in enumerate(zip(names, counts, strict=True)):
-        images, predicted = sum(row), sum(other[at] for other in counts)
-        classes.append(
-            (name, images, row[at] / images if images else None, row[at] / predicted if predicted else None)
-        )
-    pairs = [
-        (true, predicted, row[j])
-        for i, (true, row) in enumerate(zip(names, counts, strict=True))
-        for j, predicted in enumerate(names)
-        if row[j] and i != j
+    classes = [
+        (name, images, *(cells[i][i] / n if n else None for n in (images, guesses)))
+        for i, (name, images, guesses) in enumerate(zip(names, of_class, of_guess, strict=True))
     ]
+    pairs = [(names[i], names[j], cells[i][j]) for i, j in permutations(range(len(names)), 2) if cells[i][j]]
     return {
         "classes": classes,
-        "matrix": list(zip(names, counts, strict=True)) if len(names) <= MATRIX_CLASSES else (),
+        "matrix": list(zip(names, cells, strict=True)) if len(names) <= MATRIX_CLASSES else (),
         "confused": sorted(pairs, key=lambda pair: -pair[2])[:CONFUSED],
         "mistakes": [
             {
@@ -91,3 +84,30 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
         ],
         "pixels": found.images.shape[-1],
     }
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predicted class, confidence and loss of each test image, and the images of the worst mistakes."""
+
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    mistakes: NDArray[np.int64]
+    images: NDArray[np.uint8]
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read such a file. Raises CheckpointError where it is damaged."""
+    try:
+        return Predictions(**load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a file of predictions: {error}") from error
+
+
+def confusion(predictions: Predictions, classes: int) -> NDArray[np.int64]:
+    """Return how often (true class, predicted class) occurs, (classes, classes)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (predictions.labels, predictions.predicted), 1)
+    return counts

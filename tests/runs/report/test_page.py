@@ -28,10 +28,9 @@ from qnas.runs.names import (
     SEARCH_FILE,
     SUBNET_FOLDER,
 )
-from qnas.runs.predictions import read_predictions
-from qnas.runs.report import training
+from qnas.runs.report.commands import search_command, training_command
 from qnas.runs.report.page import FORMS, build_page, close_with_report, write_report
-from qnas.runs.report.searching import command_line
+from qnas.runs.report.training import read_predictions
 from qnas.runs.text import short_name
 from qnas.spaces.space import SearchSpace, load_space
 
@@ -234,7 +233,7 @@ def test_what_is_no_run_is_refused(tiny_space: SearchSpace, tmp_path: Path) -> N
 
 def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
-    words = command_line(config).split(" ")
+    words = search_command(config).split(" ")
     qnas(*words[1:], "--out", tmp_path / "again", "-q")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == config
@@ -247,13 +246,13 @@ def test_the_command_asks_for_the_same_training(
     shutil.copytree(whole, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     config = json.loads(Path("subnet/config.json").read_text())
-    words = training.command_line(config, of_run=True).split(" ")
+    words = training_command(config, of_run=True).split(" ")
     qnas(*words[1:], "-q")
     assert json.loads(Path("again/config.json").read_text()) == config
     result = Path("subnet/result.json").read_bytes()
     assert Path("again/result.json").read_bytes() == result
     text = (tmp_path / "run" / REPORT_FILE).read_text()
-    for command in (training.command_line(config, of_run=True), command_line(read_config(whole))):
+    for command in (training_command(config, of_run=True), search_command(read_config(whole))):
         assert f"<pre>{command.replace(' --', chr(32) + chr(92) + chr(10) + '  --')}</pre>" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qnas.runs.report.pictures import heat_map, photograph
+from qnas.runs.report.charts import heat_map, photograph
 
 
 def pixels(uri: str) -> NDArray[np.uint8]:
