@@ -12,6 +12,8 @@ from typing import Literal
 import typer
 
 from qnas.commands.options import Json, show
+from qnas.common.host import cpu_name, load
+from qnas.runs.text import wrapped
 
 State = Literal["ok", "off", "missing", "broken"]
 # package -> the commands that need it, and how it is installed; a plain install may lack all but the first
@@ -42,7 +44,6 @@ def doctor(as_json: Json = False) -> None:
 
     Example: qnas doctor
     """
-    from qnas.runs.text import wrapped
 
     findings = list(examine())
     width = 8 + max(len(finding.topic) for finding in findings) + 2
@@ -71,8 +72,6 @@ def examine() -> Iterator[Finding]:
 
 def _machine() -> Iterator[Finding]:
     import torch
-
-    from qnas.common.host import cpu_name, load
 
     yield Finding("cpu", "ok", f"{cpu_name()}, {platform.system()}, {load()}")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()

@@ -15,8 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from qnas.commands import completion
-from qnas.commands.flags import OPTIONS
-from qnas.commands.options import option
+from qnas.commands.options import OPTIONS, option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

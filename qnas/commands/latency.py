@@ -11,6 +11,8 @@ import typer
 from qnas.commands import completion
 from qnas.commands.options import Device, Force, Json, Latency, Space, option, show
 from qnas.common.errors import CheckpointError
+from qnas.common.files import write_text
+from qnas.runs.text import wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.device import Device as KnownDevice
@@ -74,7 +76,6 @@ def predict(
     from qnas.latency.prediction import can_predict, check_source
     from qnas.runs.latency_text import describe_predictions
     from qnas.runs.network_prediction import predict_network, read_network
-    from qnas.runs.text import wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -144,7 +145,6 @@ def eval_latency(
     from qnas.latency.device import load_device
     from qnas.latency.evaluation import evaluate_networks, read_networks
     from qnas.runs.latency_text import describe_figures, figures_facts
-    from qnas.runs.text import wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -164,7 +164,6 @@ def table(
 
     Example: qnas table quadranet-small --device cpu
     """
-    from qnas.common.files import write_text
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.table_file import table_text

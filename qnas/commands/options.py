@@ -1,7 +1,12 @@
-"""Options that several commands share, and the printing of their results."""
+"""Options that several commands share, their names in messages, and the printing of results.
+
+Everything below the command line names an argument in backquotes: "`force=True` replaces it". Here that
+becomes what can be typed: "--force replaces it".
+"""
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from qnas.commands import completion
-from qnas.commands.flags import as_flags
 from qnas.common.errors import UsageError
 from qnas.common.progress import OnStderr
+
+# arguments whose option has another name
+OPTIONS = {
+    "budgets": "budget",
+    "devices": "device",
+    "formats": "format",
+    "networks": "n",
+    "resolution_px": "resolution",
+    "search_epochs": "epochs",
+}
+_ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 
 # panels of a command's help, in the order in which its options come
 BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
@@ -106,6 +121,25 @@ MaxMacs = Annotated[
 Rerank = Annotated[
     bool | None, option("Rank them by the supernet's accuracy on held-out images. Default: if possible.")
 ]
+
+
+def as_flags(text: str) -> str:
+    """Return a text with the arguments that it names as options.
+
+    >>> as_flags("exists already: `force=True` replaces it, or another `out`")
+    'exists already: --force replaces it, or another --out'
+    >>> as_flags("`linear_start=False` or `weights='scratch'`, `resolution_px=64`")
+    '--no-linear-start or --weights scratch, --resolution 64'
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        option = OPTIONS.get(name, name).replace("_", "-")
+        if value in (None, "True"):
+            return f"--{option}"
+        return f"--no-{option}" if value == "False" else f"--{option} {value.strip(chr(39))}"
+
+    return _ARGUMENT.sub(flag, text)
 
 
 def pair_budgets(

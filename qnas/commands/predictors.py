@@ -8,6 +8,8 @@ import typer
 
 from qnas.commands import completion
 from qnas.commands.options import Json, Quiet, option, show
+from qnas.common.progress import Progress
+from qnas.runs.text import wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.nn_meter.predictors import Predictors
@@ -42,9 +44,7 @@ def import_(
 
     Example: qnas predictors import cortexA76cpu_tflite21.zip --device cpu
     """
-    from qnas.common.progress import Progress
     from qnas.latency.nn_meter.predictors import import_predictors
-    from qnas.runs.text import wrapped
 
     shown = 0
     with Progress(100, "import", quiet=quiet) as progress:
@@ -70,7 +70,6 @@ def list_(as_json: Json = False) -> None:
     Example: qnas predictors list
     """
     from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
-    from qnas.runs.text import wrapped
 
     known = list_predictors()
     lines = [wrapped(_line(predictors)) for predictors in known]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Threads, option, show
+from qnas.common.units import format_ms
+from qnas.runs.text import field, next_command
 
 if TYPE_CHECKING:
     from qnas.deploy.profiling import Profile
@@ -84,9 +86,7 @@ def profile(
 
 def _lines(measured: "Profile") -> Iterator[str]:
     """Yield the lines that describe a profile."""
-    from qnas.common.units import format_ms
     from qnas.deploy.timing import TOLERANCE
-    from qnas.runs.text import field, next_command
 
     table, device = measured.table, measured.device
     errors = [abs(total / whole - 1) for total, whole in measured.networks]

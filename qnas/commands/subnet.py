@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
+from qnas.commands.options import option, run_argument
+from qnas.common.errors import CheckpointError
+from qnas.common.files import read_json
+from qnas.common.units import format_ms
+from qnas.runs.folders import latest_run
+from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
+from qnas.runs.text import field, files_in, next_command
 
 if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
@@ -54,15 +61,14 @@ TrainSubnetCommand = field_command(
 @takes_fields
 def train_subnet(
     source: Annotated[
-        Path | None,
-        options.run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
+        Path | None, run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]")
     ] = None,
     data: options.Data = None,
     max_broken: options.MaxBroken = None,
     space: options.Space = None,
     weights: Annotated[
         str | None,
-        options.option(
+        option(
             "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
             panel=RECIPE,
             complete=completion.one_of("supernet", "scratch"),
@@ -70,7 +76,7 @@ def train_subnet(
     ] = None,
     recipe: Annotated[
         str | None,
-        options.option(
+        option(
             "A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML file. "
             "Default: by the kind of data.",
             panel=RECIPE,
@@ -79,7 +85,7 @@ def train_subnet(
     ] = None,
     teacher: Annotated[
         str | None,
-        options.option(
+        option(
             "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
             "classes), or a trained network's folder.",
             panel=RECIPE,
@@ -87,9 +93,7 @@ def train_subnet(
     ] = None,
     out: Annotated[
         Path | None,
-        options.option(
-            "Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT
-        ),
+        option("Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT),
     ] = None,
     resume: options.Resume = False,
     force: options.Force = False,
@@ -102,10 +106,6 @@ def train_subnet(
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas.api.training import train_subnet as train
-    from qnas.common.errors import CheckpointError
-    from qnas.common.files import read_json
-    from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
-    from qnas.runs.text import files_in, next_command
     from qnas.runs.training_text import describe_training
 
     trained = train(
@@ -138,7 +138,7 @@ def train_subnet(
 def export(
     source: Annotated[
         Path | None,
-        options.run_argument(
+        run_argument(
             "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
             "[RUN|ARCH]",
@@ -146,7 +146,7 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        options.option(
+        option(
             "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
             "it.  [default: onnx]",
             "--format",
@@ -155,29 +155,28 @@ def export(
     ] = None,
     precision: Annotated[
         str,
-        options.option(
+        option(
             "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
             complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
     resolution: Annotated[
-        int | None, options.option("Input size in pixels. Default: that of training.", least=1)
+        int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[int | None, options.option("A fixed batch size. Default: a free one.", least=1)] = None,
-    out: Annotated[Path | None, options.option("A folder. Default: export/ in the run.")] = None,
+    batch: Annotated[int | None, option("A fixed batch size. Default: a free one.", least=1)] = None,
+    out: Annotated[Path | None, option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
-        options.option("Images to check files with and to calibrate int8. Default: those of the training."),
+        option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
     images: Annotated[
-        int | None, options.option("Test images that files are checked with.  [default: 512]", least=1)
+        int | None, option("Test images that files are checked with.  [default: 512]", least=1)
     ] = None,
     max_drop: Annotated[
-        float | None,
-        options.option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
+        float | None, option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]")
     ] = None,
-    measure: Annotated[bool, options.option("Time the files on this machine.", "--measure")] = False,
-    threads: Annotated[int, options.option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
+    measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
+    threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -186,7 +185,6 @@ def export(
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
     from qnas.api.exporting import export as export_files
-    from qnas.runs.folders import latest_run
 
     done = export_files(
         source or latest_run(),
@@ -207,8 +205,6 @@ def export(
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
     """Yield the lines that describe exported files."""
-    from qnas.common.units import format_ms
-    from qnas.runs.text import field, files_in
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px
