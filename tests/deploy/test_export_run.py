@@ -26,9 +26,7 @@ from qnas.deploy.export import quantization
 from qnas.deploy.export.formats import FORMATS
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
-from qnas.deploy.export_images import CALIBRATION_IMAGES
-from qnas.deploy.export_request import ExportRequest
-from qnas.deploy.export_run import ExportedFiles, export_trained
+from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
