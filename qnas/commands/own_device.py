@@ -124,7 +124,7 @@ def measure(
 
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
-    from qnas.deploy.measured_export import measure_exported
+    from qnas.deploy.measurement import measure_exported
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
     measured = document["measured"]

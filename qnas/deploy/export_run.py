@@ -17,7 +17,7 @@ from qnas.deploy.card import card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Product, RealImages
-from qnas.deploy.measured_export import time_exported
+from qnas.deploy.measurement import time_exported
 from qnas.nn.subnet import build_subnet
 from qnas.runs.found_arch import FoundArch, find_arch
 from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER, WEIGHTS_FILE

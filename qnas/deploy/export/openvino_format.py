@@ -21,9 +21,9 @@ def import_openvino(who: str) -> Any:
         raise UsageError(f"{who}: openvino is not installed ({error}): pip install openvino") from error
 
 
-def version() -> str:
-    """Return `OpenVINO 2026.4.1`."""
-    return f"OpenVINO {import_openvino('format openvino').__version__.partition('-')[0]}"
+def version(who: str = "format openvino") -> str:
+    """Return `OpenVINO 2026.4.1`. Raises UsageError where it is not installed."""
+    return f"OpenVINO {import_openvino(who).__version__.partition('-')[0]}"
 
 
 def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
