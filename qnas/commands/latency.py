@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Device, Force, Json, Latency, Space, option, show
+from qnas.commands.options import Device, Force, Json, Latency, Space, argument, option, show
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_text
 from qnas.runs.text import wrapped
@@ -22,12 +22,7 @@ DEAREST = 5  # parts of a network that predict shows
 
 def describe(
     target: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPACE|ARCH",
-            help="A space, a run's folder or an arch.json.",
-            autocompletion=completion.networks,
-        ),
+        str, argument("A space, a run's folder or an arch.json.", "SPACE|ARCH", completion.networks)
     ],
     space: Space = None,
     as_json: Json = False,
@@ -51,10 +46,10 @@ def describe(
 def predict(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="ARCH|ONNX|SPACE",
-            help="A run's folder, an arch.json, an ONNX file or a fixed space.",
-            autocompletion=completion.networks,
+        argument(
+            "A run's folder, an arch.json, an ONNX file or a fixed space.",
+            "ARCH|ONNX|SPACE",
+            completion.networks,
         ),
     ],
     device: Annotated[
@@ -92,9 +87,7 @@ def predict(
 
 
 def devices(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="Device files of your own, to list as well.")
-    ] = None,
+    files: Annotated[list[Path] | None, argument("Device files of your own, to list as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the devices whose latencies are known, and the accuracy of their models.
@@ -132,8 +125,7 @@ def _device_lines(device: "KnownDevice") -> Iterator[str]:
 
 def eval_latency(
     file: Annotated[
-        Path,
-        typer.Argument(help="Measured networks, in the format of docs/reference/files.md#measured-networks."),
+        Path, argument("Measured networks, in the format of docs/reference/files.md#measured-networks.")
     ],
     device: Device,
     as_json: Json = False,
@@ -155,7 +147,7 @@ def eval_latency(
 
 
 def table(
-    space: Annotated[str, typer.Argument(help="A space by name or path.", autocompletion=completion.spaces)],
+    space: Annotated[str, argument("A space by name or path.", complete=completion.spaces)],
     device: Device,
     out: Annotated[Path | None, option("A file. Default: print it.")] = None,
     force: Force = False,

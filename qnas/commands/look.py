@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from qnas.commands.options import Json, Run, run_argument, show, strong
+from qnas.commands import completion
+from qnas.commands.options import Json, Run, argument, show, strong
 from qnas.runs.folders import latest_run
 from qnas.runs.text import field, next_command
 
@@ -49,7 +50,9 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
 
 def compare(
-    sources: Annotated[list[Path], run_argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN...")],
+    sources: Annotated[
+        list[Path], argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN...", completion.runs)
+    ],
     as_json: Json = False,
 ) -> None:
     """Show runs side by side: choices, latency on every known device, accuracy with intervals.

@@ -27,6 +27,7 @@ OPTIONS = {
     "resolution_px": "resolution",
     "search_epochs": "epochs",
 }
+Complete = Callable[[str], completion.Words]
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 
 # panels of a command's help, in the order in which its options come
@@ -44,7 +45,7 @@ def option(
     help: str,
     *flags: str,
     panel: str | None = None,
-    complete: Callable[[str], completion.Words] | None = None,
+    complete: Complete | None = None,
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
@@ -54,16 +55,24 @@ def option(
     )
 
 
-def run_argument(help: str, metavar: str = "[RUN]") -> Any:
-    """Return an argument that takes a run's folder, or none for the latest run."""
-    return typer.Argument(metavar=metavar, help=help, autocompletion=completion.runs)
+def choice(*words: str, note: str = "", panel: str | None = None) -> Any:
+    """Return an option that takes one of these words, which its help lists before a note."""
+    help = f"{', '.join(words[:-1])} or {words[-1]}.{note}"
+    return option(help, panel=panel, complete=completion.one_of(*words))
+
+
+def argument(help: str, metavar: str | None = None, complete: Complete | None = None) -> Any:
+    """Return an argument for an annotation."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete)
 
 
 Json = Annotated[bool, option("Print one JSON object instead of text.", "--json", panel=OUTPUT)]
 Quiet = Annotated[bool, option("No progress.", "--quiet", "-q", panel=OUTPUT)]
 Resume = Annotated[bool, option("Go on with the interrupted run in --out.", "--resume", panel=OUTPUT)]
 Force = Annotated[bool, option("Replace what a former run wrote.", "--force", panel=OUTPUT)]
-Run = Annotated[Path | None, run_argument("A finished search. Default: the latest run.")]
+Run = Annotated[
+    Path | None, argument("A finished search. Default: the latest run.", "[RUN]", completion.runs)
+]
 Data = Annotated[
     str | None,
     option(

@@ -4,10 +4,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, option, run_argument, show
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, argument, choice, option, show
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.common.files import write_text
 from qnas.common.units import format_ms
@@ -18,9 +16,7 @@ if TYPE_CHECKING:
     from qnas.latency.device import Figures
     from qnas.spaces.space import SearchSpace
 
-Times = Annotated[
-    Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, with latencies, or its folder.")
-]
+Times = Annotated[Path, argument("The CSV that qnas sample wrote, with latencies, or its folder.", "CSV")]
 DeviceName = Annotated[str, option("Name of the new device; its file is NAME.json.")]
 DeviceFile = Annotated[Path | None, option("Default: NAME.json in this folder.")]
 FORMATS = ("onnx", "arch")
@@ -82,13 +78,13 @@ def sample(
 def measure(
     target: Annotated[
         Path,
-        run_argument(
-            "The CSV that qnas sample wrote, or its folder; or a run whose network is exported.", "CSV|RUN"
+        argument(
+            "The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
+            "CSV|RUN",
+            completion.runs,
         ),
     ],
-    runtime: Annotated[
-        str, option("onnxruntime or openvino.", complete=completion.one_of("onnxruntime", "openvino"))
-    ] = "onnxruntime",
+    runtime: Annotated[str, choice("onnxruntime", "openvino")] = "onnxruntime",
     threads: Threads = 1,
     repeats: Annotated[int, option("Visits of a network; noisy ones get more.", least=2)] = 50,
     space: Space = None,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qnas.commands import completion
-from qnas.commands.options import Json, Quiet, option, show
+from qnas.commands.options import Json, Quiet, argument, choice, show
 from qnas.common.progress import Progress
 from qnas.runs.text import wrapped
 
@@ -22,20 +21,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Device = Annotated[
-    str,
-    option(
-        "cpu, vpu, adreno-640 or adreno-630.",
-        complete=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
-    ),
-]
+Device = Annotated[str, choice("cpu", "vpu", "adreno-640", "adreno-630")]
 
 
 @app.command("import")
 def import_(
-    source: Annotated[
-        Path, typer.Argument(metavar="ZIP|FOLDER", help="The downloaded archive, or the folder of its files.")
-    ],
+    source: Annotated[Path, argument("The downloaded archive, or the folder of its files.", "ZIP|FOLDER")],
     device: Device,
     quiet: Quiet = False,
     as_json: Json = False,

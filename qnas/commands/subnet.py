@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
-from qnas.commands.options import option, run_argument
+from qnas.commands.options import argument, choice, option
 from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json
 from qnas.common.units import format_ms
@@ -61,17 +61,19 @@ TrainSubnetCommand = field_command(
 @takes_fields
 def train_subnet(
     source: Annotated[
-        Path | None, run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]")
+        Path | None,
+        argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]", completion.runs),
     ] = None,
     data: options.Data = None,
     max_broken: options.MaxBroken = None,
     space: options.Space = None,
     weights: Annotated[
         str | None,
-        option(
-            "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+        choice(
+            "supernet",
+            "scratch",
+            note="  [default: supernet for a run, scratch for an arch.json]",
             panel=RECIPE,
-            complete=completion.one_of("supernet", "scratch"),
         ),
     ] = None,
     recipe: Annotated[
@@ -138,10 +140,11 @@ def train_subnet(
 def export(
     source: Annotated[
         Path | None,
-        run_argument(
+        argument(
             "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
             "[RUN|ARCH]",
+            completion.runs,
         ),
     ] = None,
     formats: Annotated[

@@ -4,16 +4,15 @@ A float32 file differs from the network only by the order of its sums. TOLERANCE
 of half precision and int8; a file beyond them is refused.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
 from qnas.deploy.export.product import FilePrecision, RealImages, Run
-from qnas.deploy.export.tracing import root_cause
+from qnas.deploy.export.tracing import told_as
 
 CHECKED_BATCHES = (1, 2, 5)  # a batch size that got frozen shows
 _BATCH = 32  # of the images after those
@@ -54,10 +53,6 @@ class Parity:
     agreement: float  # share of images with the same class first
     network_accuracy: float  # on these images
     accuracy: float  # of the file
-
-    def facts(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
-        return asdict(self)
 
 
 def compare(
@@ -110,10 +105,8 @@ def _put_through(
         expected: Tensor = network(given)
     if not bool(expected.isfinite().all()):
         raise ExportError(f"{where}: not written: the network's own logits are not finite numbers")
-    try:
+    with told_as(f"{where}: the file cannot run {len(given)} images"):
         got = run(given)
-    except Exception as error:  # runtimes raise kinds of their own
-        raise ExportError(f"{where}: the file cannot run {len(given)} images: {root_cause(error)}") from error
     if got.shape != expected.shape:
         raise ExportError(
             f"{where}: not written: the file's logits have the shape {tuple(got.shape)}, "

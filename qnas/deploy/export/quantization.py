@@ -9,7 +9,6 @@ operators are the standard QuantizeLinear and DequantizeLinear, which OpenVINO r
 """
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from qnas.common.errors import ExportError
 from qnas.deploy.export.product import RealImages
-from qnas.deploy.export.tracing import INPUT, root_cause, silence
+from qnas.deploy.export.tracing import INPUT, silence, told_as
 
 QUANTISED = ("Conv", "Gemm", "MatMul")
 _BATCH = 32
@@ -35,35 +33,27 @@ def quantise(model: onnx.ModelProto, calibration: RealImages, where: str) -> onn
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(model.SerializeToString())
-        try:
-            with silence():
-                quantize_static(
-                    str(source),
-                    str(target),
-                    _Calibration(calibration),
-                    quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=list(QUANTISED),
-                    per_channel=True,
-                    activation_type=QuantType.QUInt8,
-                    weight_type=QuantType.QInt8,
-                    calibrate_method=CalibrationMethod.MinMax,
-                )
-        except Exception as error:  # onnxruntime's quantiser raises many kinds
-            raise ExportError(
-                f"{where}: onnxruntime cannot quantise this network: {root_cause(error)}"
-            ) from error
+        with told_as(f"{where}: onnxruntime cannot quantise this network"), silence():
+            quantize_static(
+                str(source),
+                str(target),
+                _Calibration(calibration),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTISED),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+            )
         return onnx.load(target)
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is without types
     def __init__(self, images: RealImages) -> None:
-        self._batches = self._read(images)
-
-    @staticmethod
-    def _read(images: RealImages) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(images), _BATCH):
-            yield {INPUT: images.take(range(start, min(start + _BATCH, len(images)))).numpy()}
+        places = range(len(images))
+        batches = (places[start : start + _BATCH] for start in places[::_BATCH])
+        self._inputs = ({INPUT: images.take(batch).numpy()} for batch in batches)
 
     def get_next(self) -> dict[str, Any] | None:
         """Return the next batch, None after the last."""
-        return next(self._batches, None)
+        return next(self._inputs, None)
