@@ -145,16 +145,14 @@ def pareto(
     run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
     _check_free(folder / "pareto.json", force=force)
     searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
-    known = {}  # by name, so that an alias and its device are one
-    for device in devices if devices is not None else asked_devices(run):
-        loaded = load_device(device) if isinstance(device, str) else device
-        known[loaded.name] = loaded
+    loaded = map(load_device, asked_devices(run) if devices is None else devices)
+    known = {device.name: device for device in loaded}  # by name, so that an alias and its device are one
     counts = tuple(limit for limit in run.limits if limit.table is None)
     limits, solved = [], []
-    for loaded in known.values():
-        table = table_from(latency, loaded, run.space)
+    for device in known.values():
+        table = table_from(latency, device, run.space)
         limits.append(latency_limit(table, table.slowest_ms))
-        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(loaded.name))
+        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(device.name))
         solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
     ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)

@@ -59,15 +59,12 @@ def derive(
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
     """Yield the lines that describe a derived network."""
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note
     from qnas.runs.latency_text import describe_budgets, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 
     space, arch, limits = found.space, found.arch, found.limits
-    notes = [source_note(latency, load_device(name), space, arch) for name in devices]
     yield from (choices_by_stage(space, arch), "")
-    yield from latency_lines(limits, arch.indices(space), notes)
+    yield from latency_lines(limits, space, arch, latency, devices)
     yield field("size", size_line(space, limits, found.macs, found.params))
     yield field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s")
     if ranking := found.document["ranking"]:

@@ -125,17 +125,13 @@ def _announce(started: "Started") -> None:
 
 def _lines(result: "SearchResult") -> Iterator[str]:
     """Yield the lines that describe a finished search."""
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 
     run, space, arch = result.run, result.space, result.arch
-    devices = [load_device(name) for name in asked_devices(run)]
-    notes = [source_note(run.config["latency"], device, space, arch) for device in devices]
     yield from ("", choices_by_stage(space, arch), "")
-    yield from latency_lines(run.limits, run.indices, notes)
+    yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
         off = f"{amount / limit.limit - 1:+.1%}"

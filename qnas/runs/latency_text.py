@@ -1,14 +1,15 @@
 """Latencies, their accuracy and limits as text of at most 80 columns, and as JSON values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qnas.common.units import format_count, format_ms
-from qnas.latency.device import Figures
-from qnas.latency.prediction import Prediction
+from qnas.latency.device import Figures, load_device
+from qnas.latency.prediction import Prediction, source_note
 from qnas.latency.table import LatencyTable
 from qnas.runs.text import field, table_rows, wrapped
 from qnas.solver.limits import Limits
+from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
 
@@ -86,12 +87,14 @@ def latency_line(table: LatencyTable, indices: Sequence[int], budget_ms: float) 
     )
 
 
-def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
-    """Say what a network takes on each device, each followed by its note where it has one."""
-    devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
-    for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
-        yield field("" if i else "latency", latency_line(table, indices, budget_ms))
-        if note:
+def latency_lines(
+    limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
+) -> Iterator[str]:
+    """Say what a network takes on each device, and on what its prediction rests where that is told."""
+    tables = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
+        yield field("" if i else "latency", latency_line(table, arch.indices(space), budget_ms))
+        if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
 
 

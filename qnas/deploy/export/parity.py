@@ -5,7 +5,7 @@ of half precision and int8; a file beyond them is refused.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,13 @@ def compare(
     first images under noise, on which no metric is taken, must agree too. Raises ExportError, with
     `where` as the file's name, beyond the tolerance.
     """
-    batches = [images.take(places) for places in _batches(len(images), batch)]
+    n = len(images)
+    batches = [images.take(places) for places in _batches(n, batch)]
     pairs = [_put_through(network, run, given, tolerance, where) for given in batches]
     if noise:
         _put_through(network, run, _noisy(network, batches[-1]), tolerance, where)
-    got, expected = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    n = len(images)
-    return _measure(got[:n], expected[:n], images, tolerance, where)
+    got, expected = (torch.cat(parts)[:n] for parts in zip(*pairs, strict=True))
+    return _measure(got, expected, images, tolerance, where)
 
 
 def _batches(count: int, batch: int | None) -> list[list[int]]:
@@ -91,10 +91,8 @@ def _batches(count: int, batch: int | None) -> list[list[int]]:
     else:
         rest = max(0, count - sum(CHECKED_BATCHES))
         sizes = [*CHECKED_BATCHES, *[_BATCH] * (rest // _BATCH), *([rest % _BATCH] if rest % _BATCH else [])]
-    ends = list(accumulate(sizes))
-    return [
-        [place % count for place in range(end - size, end)] for size, end in zip(sizes, ends, strict=True)
-    ]
+    places = cycle(range(count))
+    return [list(islice(places, size)) for size in sizes]
 
 
 def _put_through(
