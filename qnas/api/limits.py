@@ -61,7 +61,7 @@ class AskedLimits:
     @cached_property
     def known(self) -> tuple[Device, ...]:
         """The devices, loaded. Raises TableError for an unknown one."""
-        return tuple(load_device(device) if isinstance(device, str) else device for device, _ in self.devices)
+        return tuple(load_device(device) for device, _ in self.devices)
 
     def limits(self, space: "SearchSpace", latency: str) -> Limits:
         """Return the limits on networks of a space, with latencies from this source.

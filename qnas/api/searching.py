@@ -72,9 +72,7 @@ def run_search(
 
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    if resume and out is None:
-        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
-    former = _former(Path(out)) if resume and out is not None else {}
+    former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
     asked = AskedLimits.of(budgets, max_params, max_macs, former)
@@ -140,8 +138,10 @@ def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str 
     return load_space(given)
 
 
-def _former(out: Path) -> Mapping[str, Any]:
-    request = read_config(out)
+def _former(out: str | Path | None) -> Mapping[str, Any]:
+    if out is None:
+        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
+    request = read_config(Path(out))
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
     return request

@@ -58,7 +58,6 @@ def derive(
 
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
-    """Yield the lines that describe a derived network."""
     from qnas.runs.latency_text import describe_budgets, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 

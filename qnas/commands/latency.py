@@ -102,7 +102,6 @@ def devices(
 
 
 def _device_lines(device: "KnownDevice") -> Iterator[str]:
-    """Yield the lines that describe a device."""
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
     yield from wrap(f"{device.name}{aliases}: {device.title}", 80)
     facts = [

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,7 +51,7 @@ def import_(
     if found.ignored:
         lines.append(wrapped(f"not read: {', '.join(found.ignored)}"))
     lines.append(f"use them:  qnas search --device {device} --latency nn-meter ...")
-    show(_facts(found), lines, as_json=as_json)
+    show({**asdict(found), "path": str(found.path)}, lines, as_json=as_json)
 
 
 @app.command("list")
@@ -66,7 +66,7 @@ def list_(as_json: Json = False) -> None:
     lines = [wrapped(_line(predictors)) for predictors in known]
     for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
         lines.append(wrapped(f"{device}: none; {download_hint(device)}"))
-    show([_facts(predictors) for predictors in known], lines, as_json=as_json)
+    show([{**asdict(found), "path": str(found.path)} for found in known], lines, as_json=as_json)
 
 
 @app.command()
@@ -89,7 +89,3 @@ def _line(found: "Predictors") -> str:
         f"{nodes / 1e6:.2f}M nodes, {found.size_bytes / 1e6:.1f} MB, "
         f"imported {found.date} from {found.source}"
     )
-
-
-def _facts(found: "Predictors") -> dict[str, Any]:
-    return {**asdict(found), "path": str(found.path)}

@@ -80,7 +80,6 @@ def profile(
 
 
 def _lines(measured: "Profile") -> Iterator[str]:
-    """Yield the lines that describe a profile."""
     from qnas.deploy.timing import TOLERANCE
 
     table, device = measured.table, measured.device

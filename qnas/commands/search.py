@@ -124,7 +124,6 @@ def _announce(started: "Started") -> None:
 
 
 def _lines(result: "SearchResult") -> Iterator[str]:
-    """Yield the lines that describe a finished search."""
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
@@ -178,7 +177,6 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
 
 
 def _solved_for(effects: "Mapping[str, Any] | None") -> str:
-    """Describe the scores that the networks were solved for."""
     if effects is None:
         return "by the probabilities: the candidates' effects on the loss could not be measured"
     return (

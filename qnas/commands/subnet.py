@@ -23,19 +23,6 @@ TrainSubnetCommand = field_command(
         "qnas.training.recipe:Recipe",
         panels={
             options.DATA: ("resolution_px", "batch_size"),
-            RECIPE: (
-                "epochs",
-                "learning_rate",
-                "warmup_epochs",
-                "weight_decay",
-                "gradient_clip",
-                "accumulation",
-                "label_smoothing",
-                "stochastic_depth",
-                "ema_decay",
-                "teacher_weight",
-                "teacher_temperature",
-            ),
             "Augmentation": (
                 "random_resized_crop",
                 "randaugment",
@@ -46,6 +33,7 @@ TrainSubnetCommand = field_command(
             ),
             "Quadratic weights": ("linear_start", "quadratic_gamma", "quadratic_alpha", "quadratic_beta"),
         },
+        rest=RECIPE,
         show_defaults=False,
     ),
     Fields(
@@ -207,7 +195,6 @@ def export(
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
-    """Yield the lines that describe exported files."""
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px
