@@ -70,13 +70,8 @@ def record_images(data: GivenData, images: ImageData, max_broken: float | None) 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {
-        "qnas": qnas.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-    }
+    own = {"qnas": qnas.__version__, "python": platform.python_version()}
+    return own | {library.__name__: library.__version__ for library in (torch, numpy, scipy)}
 
 
 def load_images(

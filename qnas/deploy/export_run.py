@@ -150,11 +150,7 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def _product(
-    found: FoundArch,
-    result: Mapping[str, Any],
-    px: int,
-    batch: int | None,
-    calibration: RealImages | None,
+    found: FoundArch, result: Mapping[str, Any], px: int, batch: int | None, calibration: RealImages | None
 ) -> Product:
     classes = tuple(result["classes"])
     network = build_subnet(found.space, found.arch, len(classes)).eval()

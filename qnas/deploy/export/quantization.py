@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from onnxruntime import quantization as ort
 
 from qnas.deploy.export.product import RealImages
 from qnas.deploy.export.tracing import INPUT, silence, told_as
@@ -34,21 +28,21 @@ def quantise(model: onnx.ModelProto, calibration: RealImages, where: str) -> onn
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(model.SerializeToString())
         with told_as(f"{where}: onnxruntime cannot quantise this network"), silence():
-            quantize_static(
+            ort.quantize_static(
                 str(source),
                 str(target),
                 _Calibration(calibration),
-                quant_format=QuantFormat.QDQ,
+                quant_format=ort.QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTISED),
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax,
+                activation_type=ort.QuantType.QUInt8,
+                weight_type=ort.QuantType.QInt8,
+                calibrate_method=ort.CalibrationMethod.MinMax,
             )
         return onnx.load(target)
 
 
-class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is without types
+class _Calibration(ort.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is without types
     def __init__(self, images: RealImages) -> None:
         places = range(len(images))
         batches = (places[start : start + _BATCH] for start in places[::_BATCH])
