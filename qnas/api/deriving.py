@@ -98,7 +98,6 @@ def derive(
         "versions": run.document.get("versions", {}),
     }
     document = solution_document(space, solution, details)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SPACE_FILE, space.to_yaml())
     for limit in limits:
         if limit.table is not None:
@@ -166,7 +165,6 @@ def pareto(
         fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms))
     details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
     document = budget_fronts.fronts_document(run.space, fronts, details)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "pareto.csv", budget_fronts.fronts_csv(document))
     draw_fronts(document, folder / "pareto.png")
     write_json(folder / "pareto.json", document)

@@ -14,8 +14,7 @@ from qnas.common.files import write_json
 from qnas.deploy.export.formats import FORMATS, Exported
 from qnas.deploy.export.product import Product
 from qnas.deploy.runtimes import SESSIONS, function_session, open_runtime
-from qnas.deploy.timing import TOLERANCE, Call, Maker, Timing, host_stopwatch, noisy
-from qnas.deploy.timing_session import time_all
+from qnas.deploy.timing import TOLERANCE, Call, Maker, Timing, host_stopwatch, noisy, time_all
 from qnas.latency.fitting.measurements import read_measured, write_measured
 from qnas.latency.onnx.networks import read_onnx
 from qnas.runs.found_arch import find_arch

@@ -32,8 +32,7 @@ from qnas.common import host
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_text
 from qnas.deploy.runtimes import Runtime, Shape
-from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy
-from qnas.deploy.timing_session import time_all
+from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy, time_all
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
 from qnas.latency.device_table import all_blocks, build_table
 from qnas.latency.evaluation import figures
