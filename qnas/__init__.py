@@ -15,33 +15,22 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qnas.api.deriving import Derivation as Derivation
-    from qnas.api.deriving import ParetoFronts as ParetoFronts
-    from qnas.api.deriving import derive as derive
-    from qnas.api.deriving import pareto as pareto
-    from qnas.api.exporting import export as export
-    from qnas.api.predicting import predict as predict
-    from qnas.api.results import DerivedNetwork as DerivedNetwork
-    from qnas.api.results import SearchResult as SearchResult
-    from qnas.api.results import TrainedNetwork as TrainedNetwork
-    from qnas.api.searching import load_run as load_run
-    from qnas.api.searching import run_search as run_search
-    from qnas.api.training import train_subnet as train_subnet
-    from qnas.common.errors import Interrupted as Interrupted
-    from qnas.common.errors import QnasError as QnasError
-    from qnas.data.datasets import Datasets as Datasets
-    from qnas.data.sources import open_dataset as open_dataset
-    from qnas.latency.device import Device as Device
-    from qnas.latency.device import load_device as load_device
-    from qnas.latency.own_latency import device_from_blocks as device_from_blocks
-    from qnas.latency.own_latency import device_from_function as device_from_function
-    from qnas.latency.prediction import Prediction as Prediction
-    from qnas.spaces.arch import Arch as Arch
-    from qnas.spaces.blocks import register_block as register_block
-    from qnas.spaces.neurons import register_neuron as register_neuron
-    from qnas.spaces.space import SearchSpace as SearchSpace
-    from qnas.spaces.space import load_space as load_space
-    from qnas.spaces.space import make_space as make_space
+    from qnas.api.deriving import Derivation, ParetoFronts, derive, pareto
+    from qnas.api.exporting import export
+    from qnas.api.predicting import predict
+    from qnas.api.results import DerivedNetwork, SearchResult, TrainedNetwork
+    from qnas.api.searching import load_run, run_search
+    from qnas.api.training import train_subnet
+    from qnas.common.errors import Interrupted, QnasError
+    from qnas.data.datasets import Datasets
+    from qnas.data.sources import open_dataset
+    from qnas.latency.device import Device, load_device
+    from qnas.latency.own_latency import device_from_blocks, device_from_function
+    from qnas.latency.prediction import Prediction
+    from qnas.spaces.arch import Arch
+    from qnas.spaces.blocks import register_block
+    from qnas.spaces.neurons import register_neuron
+    from qnas.spaces.space import SearchSpace, load_space, make_space
 
 try:
     __version__ = version("quadranet-nas")

@@ -18,20 +18,9 @@ from qnas.common.files import write_json, write_text
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table_file import write_table
+from qnas.runs import pareto as budget_fronts
 from qnas.runs.finished_run import FinishedRun, asked_devices, check_rankable
-from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, DERIVED_FOLDER, PARETO_FOLDER, SPACE_FILE, SUPERNET_FILE, table_file
-from qnas.runs.pareto import (
-    POINT_K_BEST,
-    POINTS,
-    Accuracy,
-    front_document,
-    front_points,
-    fronts_csv,
-    fronts_document,
-    solve_budgets,
-    spread_budgets,
-)
 from qnas.runs.plots import draw_fronts
 from qnas.solver.limits import far_from_searched, latency_limit
 from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solution_document, solve_best
@@ -91,7 +80,11 @@ def derive(
     solutions = solve_best(space, run.searched.scores, limits, solved)
     solve_s = time.perf_counter() - started
     ranked, unranked = _rank_if_possible(run, solutions, keep, rerank, data, loss, progress)
-    solution, ranking = (ranked[0].solution if ranked else solutions[0]), _document(ranked)
+    solution, ranking = solutions[0], []
+    if ranked:
+        from qnas.search.selection import ranking_document
+
+        solution, ranking = ranked[0].solution, ranking_document(ranked)
     warning = far_from_searched(run.searched.log_probabilities, limits, pressed=run.searched.pressed)
     details = {
         "latency_source": latency,
@@ -103,14 +96,13 @@ def derive(
         "versions": run.document.get("versions", {}),
     }
     document = solution_document(space, solution, details)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SPACE_FILE, space.to_yaml())
     for limit in limits:
         if limit.table is not None:
             write_table(limit.table, space, folder / table_file(limit.name))
     write_json(folder / ARCH_FILE, document)
-    found = FoundArch(space, arch_from_indices(space, solution.indices), document, folder)
-    return Derivation(found, searched, len(solutions), solve_s, unranked)
+    arch = arch_from_indices(space, solution.indices)
+    return Derivation(space, arch, document, folder, searched, len(solutions), solve_s, unranked)
 
 
 @dataclass(frozen=True)
@@ -131,8 +123,8 @@ def pareto(
     devices: Sequence[str | Device] | None = None,
     *,
     latency: str = DEVICE,
-    points: int = POINTS,
-    k_best: int = POINT_K_BEST,
+    points: int = budget_fronts.POINTS,
+    k_best: int = budget_fronts.POINT_K_BEST,
     rerank: bool | None = None,
     data: "GivenData | None" = None,
     loss: "LossFunction | None" = None,
@@ -150,31 +142,28 @@ def pareto(
     run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
     _check_free(folder / "pareto.json", force=force)
     searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
-    known = {}  # by name, so that an alias and its device are one
-    for device in devices if devices is not None else asked_devices(run):
-        loaded = load_device(device) if isinstance(device, str) else device
-        known[loaded.name] = loaded
+    loaded = map(load_device, asked_devices(run) if devices is None else devices)
+    known = {device.name: device for device in loaded}  # by name, so that an alias and its device are one
     counts = tuple(limit for limit in run.limits if limit.table is None)
     limits, solved = [], []
-    for loaded in known.values():
-        table = table_from(latency, loaded, run.space)
+    for device in known.values():
+        table = table_from(latency, device, run.space)
         limits.append(latency_limit(table, table.slowest_ms))
-        budgets_ms = spread_budgets(limits[-1], points, searched_for.get(loaded.name))
-        solved.append(solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
+        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(device.name))
+        solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
     ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
-    accuracies: dict[CandidateIndices, Accuracy] = {
-        r.solution.indices: Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked
+    accuracies: dict[CandidateIndices, budget_fronts.Accuracy] = {
+        r.solution.indices: budget_fronts.Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked
     }
     fronts = []
     for limit, of_budgets in zip(limits, solved, strict=True):
         own_ms = searched_for.get(limit.name)
-        of_device = front_points(run, of_budgets, accuracies, own_ms)
-        fronts.append(front_document(run, limit, of_device, own_ms))
+        of_device = budget_fronts.front_points(run, of_budgets, accuracies, own_ms)
+        fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms))
     details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
-    document = fronts_document(run.space, fronts, details)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "pareto.csv", fronts_csv(document))
+    document = budget_fronts.fronts_document(run.space, fronts, details)
+    write_text(folder / "pareto.csv", budget_fronts.fronts_csv(document))
     draw_fronts(document, folder / "pareto.png")
     write_json(folder / "pareto.json", document)
     if out is None:
@@ -213,11 +202,3 @@ def _rank_if_possible(
         if rerank:
             raise
         return (), str(error)
-
-
-def _document(ranked: "Sequence[Ranked]") -> list[dict[str, Any]]:
-    if not ranked:
-        return []
-    from qnas.search.selection import ranking_document
-
-    return ranking_document(ranked)

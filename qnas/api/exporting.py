@@ -38,8 +38,7 @@ def export(
     Raises CheckpointError where nothing is trained or a file exists already, UsageError for what cannot be
     asked, ExportError where a file does not compute what the network computes; then nothing is written.
     """
-    from qnas.deploy.export_request import IMAGES, ExportRequest
-    from qnas.deploy.export_run import export_trained
+    from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
 
     request = ExportRequest(
         formats=tuple(formats),

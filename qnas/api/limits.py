@@ -9,7 +9,7 @@ from qnas.common.errors import UsageError
 from qnas.common.units import parse_count, parse_latency
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import table_from
-from qnas.solver.limits import COUNTS, Limits, count_limit, latency_limit
+from qnas.solver.limits import COUNTS, Count, Limits, count_limit, latency_limit
 
 if TYPE_CHECKING:
     from qnas.spaces.space import SearchSpace
@@ -29,8 +29,7 @@ class AskedLimits:
     """
 
     devices: tuple[tuple[str | Device, str], ...]
-    max_params: str | None = None
-    max_macs: str | None = None
+    counts: Mapping[Count, str]  # the most that is allowed of each
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -55,44 +54,37 @@ class AskedLimits:
             budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
         items = budgets.items() if isinstance(budgets, Mapping) else budgets
         pairs = tuple((device, str(budget)) for device, budget in items)  # 30 has no unit, and is told so
-        counts = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
-        counts |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
-        return cls(pairs, counts.get("params"), counts.get("macs"))
+        most = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
+        most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
+        return cls(pairs, {name: most[name] for name in COUNTS if name in most})
 
     @cached_property
     def known(self) -> tuple[Device, ...]:
         """The devices, loaded. Raises TableError for an unknown one."""
-        return tuple(load_device(device) if isinstance(device, str) else device for device, _ in self.devices)
+        return tuple(load_device(device) for device, _ in self.devices)
 
     def limits(self, space: "SearchSpace", latency: str) -> Limits:
         """Return the limits on networks of a space, with latencies from this source.
 
         Raises UsageError for what cannot be read, TableError where a device has no table for the space.
         """
-        most = {
-            name: parse_count(asked, f"`max_{name}`")
-            for name, asked in zip(COUNTS, (self.max_params, self.max_macs), strict=True)
-            if asked is not None
-        }
-        tables = (table_from(latency, device, space) for device in self.known)
+        counts = [(name, parse_count(most, f"`max_{name}`")) for name, most in self.counts.items()]
+        tables = [table_from(latency, device, space) for device in self.known]
         return (
-            *(
-                latency_limit(table, parse_latency(budget))
-                for table, (_, budget) in zip(tables, self.devices, strict=True)
-            ),
-            *(count_limit(space, name, count) for name, count in most.items()),
+            *map(latency_limit, tables, (parse_latency(budget) for _, budget in self.devices)),
+            *(count_limit(space, name, most) for name, most in counts),
         )
 
     def entries(self, limits: Limits) -> list[dict[str, Any]]:
         """Return the request and its result, a mapping for each limit, for a run's config.json."""
-        given = [device if isinstance(device, str) else device.name for device, _ in self.devices]
-        asked: list[tuple[str | None, str]] = [
-            *zip(given, (budget for _, budget in self.devices), strict=True),
-            *((None, most) for most in (self.max_params, self.max_macs) if most),
-        ]
+        asked = [*self.devices, *((None, most) for most in self.counts.values())]
         return [
             {"name": limit.name, "budget": budget, "limit": limit.limit}
-            | ({"device": device, "table_digest": limit.table.digest} if limit.table else {})
+            | (
+                {"device": getattr(device, "name", device), "table_digest": limit.table.digest}
+                if limit.table
+                else {}
+            )
             for (device, budget), limit in zip(asked, limits, strict=True)
         ]
 
@@ -102,8 +94,7 @@ class AskedLimits:
         parts = []
         for device, (_, budget) in zip(self.known, self.devices, strict=True):
             parts += [device.aliases[0] if device.aliases else device.name, budget]
-        counts = ((self.max_params, "params"), (self.max_macs, "macs"))
-        parts += [f"{most}-{name}" for most, name in counts if most]
+        parts += [f"{most}-{name}" for name, most in self.counts.items()]
         return "-".join(part.replace(" ", "") for part in parts)
 
 

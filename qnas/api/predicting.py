@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.results import DerivedNetwork, TrainedNetwork
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, Prediction
 from qnas.runs.found_arch import FoundArch
@@ -14,7 +13,7 @@ from qnas.spaces.space import SearchSpace
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    Network = DerivedNetwork | TrainedNetwork | FoundArch | tuple[SearchSpace, Arch] | nn.Module | str | Path
+    Network = FoundArch | tuple[SearchSpace, Arch] | nn.Module | str | Path
 
 
 def predict(
@@ -39,8 +38,6 @@ def predict(
     '56.1 ms, 88% from measurements'
     """
     known = load_device(device)
-    if isinstance(network, DerivedNetwork | TrainedNetwork):
-        network = network.found
     if isinstance(network, FoundArch):
         network = (network.space, network.arch)
     if isinstance(network, str | Path | tuple):

@@ -26,38 +26,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DerivedNetwork:
+class DerivedNetwork(FoundArch):
     """An architecture that was solved for under limits, with its certificate.
 
-    `folder` holds `arch.json`, the space and the latency tables that the certificate rests on.
+    `arch` has the name of the chosen candidate at each position of `space`. `folder` holds `arch.json`, of
+    which `document` is the content, the space and the latency tables that the certificate rests on.
     """
-
-    found: FoundArch
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read what `derive` or a search wrote. Raises ArchError or SpaceError where it is not whole."""
-        return cls(find_arch(Path(folder)))
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the result."""
-        return self.found.folder
-
-    @property
-    def space(self) -> SearchSpace:
-        """The search space."""
-        return self.found.space
-
-    @property
-    def arch(self) -> Arch:
-        """The architecture: the name of the chosen candidate at each position."""
-        return self.found.arch
-
-    @property
-    def document(self) -> Mapping[str, Any]:
-        """The content of `arch.json`."""
-        return self.found.document
+        return cls(**vars(find_arch(Path(folder))))
 
     @property
     def latency_ms(self) -> float:
@@ -108,7 +87,7 @@ class DerivedNetwork:
         """
         from qnas.training.supernet_weights import build_inherited
 
-        return build_inherited(self.found)
+        return build_inherited(self)
 
     def __repr__(self) -> str:
         took = ", ".join(f"{format_ms(ms)} on {name}" for name, ms in self.latencies_ms.items())
@@ -127,7 +106,7 @@ class SearchResult(DerivedNetwork):
     def load(cls, folder: str | Path) -> Self:
         """Read a finished search. Raises CheckpointError where the folder holds none."""
         run = read_finished_run(Path(folder))
-        return cls(FoundArch(run.space, run.arch, run.document, run.folder), run)
+        return cls(run.space, run.arch, run.document, run.folder, run)
 
     @property
     def accuracy(self) -> float:
@@ -157,10 +136,9 @@ class SearchResult(DerivedNetwork):
 
 
 @dataclass(frozen=True)
-class TrainedNetwork:
-    """A network that was trained by itself: its weights, and its accuracy on the test images."""
+class TrainedNetwork(FoundArch):
+    """A network that was trained by itself: its weights, in `folder`, and its accuracy on the test images."""
 
-    found: FoundArch  # in the folder of the weights
     result: Mapping[str, Any]  # the content of result.json
 
     @classmethod
@@ -169,17 +147,7 @@ class TrainedNetwork:
         trained = trained_folder(Path(folder))
         if trained is None:
             raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
-        return cls(find_arch(trained), read_json(trained / RESULT_FILE, CheckpointError))
-
-    @property
-    def folder(self) -> Path:
-        """The folder of weights and result."""
-        return self.found.folder
-
-    @property
-    def arch(self) -> Arch:
-        """The architecture."""
-        return self.found.arch
+        return cls(**vars(find_arch(trained)), result=read_json(trained / RESULT_FILE, CheckpointError))
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -200,14 +168,14 @@ class TrainedNetwork:
         """Return the trained network in evaluation mode: (B, channels, H, W), normalised -> (B, classes)."""
         from qnas.training.supernet_weights import build_trained
 
-        return build_trained(self.found, len(self.classes))
+        return build_trained(self, len(self.classes))
 
     def __repr__(self) -> str:
-        return f"TrainedNetwork({self.found.space.name}: {self.accuracy:.2%} on test images, {self.folder})"
+        return f"TrainedNetwork({self.space.name}: {self.accuracy:.2%} on test images, {self.folder})"
 
 
 # What a function takes that needs an architecture.
-Source = DerivedNetwork | TrainedNetwork | FoundArch | tuple[SearchSpace, Arch] | str | Path
+Source = FoundArch | tuple[SearchSpace, Arch] | str | Path
 
 
 def find_source(source: Source, space: str | None = None) -> FoundArch:
@@ -216,8 +184,6 @@ def find_source(source: Source, space: str | None = None) -> FoundArch:
     `source` is a result, a folder or arch.json, the name of a space with one network, or a space with an
     architecture of it. Raises ArchError or SpaceError.
     """
-    if isinstance(source, DerivedNetwork | TrainedNetwork):
-        return source.found
     if isinstance(source, FoundArch):
         return source
     if isinstance(source, tuple):

@@ -10,6 +10,7 @@ from qnas.api.results import SearchResult
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
+from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import SPACE_FILE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
 from qnas.solver.limits import Limits
@@ -71,9 +72,7 @@ def run_search(
 
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    if resume and out is None:
-        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
-    former = _former(Path(out)) if resume and out is not None else {}
+    former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
     asked = AskedLimits.of(budgets, max_params, max_macs, former)
@@ -95,26 +94,17 @@ def run_search(
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
-    from qnas.api.session import (
-        display_of,
-        load_images,
-        objective_of,
-        record_images,
-        shows_bar,
-        threads_set,
-        versions,
-    )
-    from qnas.runs.folders import free_folder
+    from qnas.api import session
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
     from qnas.training.loop import run_to_end
     from qnas.training.processes import world_of_environment
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
-    world, display = world_of_environment(), display_of(progress)
-    with threads_set(config.threads):
-        images = load_images(data, known, config.resolution_px, broken, quiet=not shows_bar(progress))
-        objective = objective_of(config, loss, metric, images.train.labels, images)
+    world, display = world_of_environment(), session.display_of(progress)
+    with session.threads_set(config.threads):
+        images = session.load_images(data, known, config.resolution_px, broken, progress)
+        objective = session.objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective)
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
@@ -131,8 +121,8 @@ def run_search(
             "space": known.name if isinstance(given, SearchSpace) else str(given),
             "space_digest": known.digest,
             "table_digest": entries[0]["table_digest"],
-            **record_images(data, images, broken),
-            "versions": versions(),
+            **session.record_images(data, images, broken),
+            "versions": session.versions(),
         }
         search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)
     return SearchResult.load(folder)
@@ -148,10 +138,10 @@ def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str 
     return load_space(given)
 
 
-def _former(out: Path) -> Mapping[str, Any]:
-    from qnas.runs.folders import read_config
-
-    request = read_config(out)
+def _former(out: str | Path | None) -> Mapping[str, Any]:
+    if out is None:
+        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
+    request = read_config(Path(out))
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
     return request
@@ -162,8 +152,4 @@ def load_run(folder: str | Path | None = None) -> SearchResult:
 
     Raises CheckpointError where there is none.
     """
-    if folder is None:
-        from qnas.runs.folders import latest_run
-
-        folder = latest_run()
-    return SearchResult.load(folder)
+    return SearchResult.load(latest_run() if folder is None else folder)

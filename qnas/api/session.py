@@ -35,11 +35,6 @@ def display_of(progress: Progress) -> Display:
     return progress if isinstance(progress, OnStderr) else reporting_to(progress)
 
 
-def shows_bar(progress: Progress) -> bool:
-    """Whether bars are shown on stderr."""
-    return progress is True or (isinstance(progress, OnStderr) and not progress.quiet)
-
-
 @contextmanager
 def threads_set(threads: int) -> Iterator[None]:
     """Let torch have this many threads (0: as it has), and give it back its own at the end."""
@@ -75,13 +70,8 @@ def record_images(data: GivenData, images: ImageData, max_broken: float | None) 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {
-        "qnas": qnas.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-    }
+    own = {"qnas": qnas.__version__, "python": platform.python_version()}
+    return own | {library.__name__: library.__version__ for library in (torch, numpy, scipy)}
 
 
 def load_images(
@@ -89,21 +79,22 @@ def load_images(
     space: SearchSpace,
     resolution_px: int,
     max_broken: float | None,
+    progress: Progress,
     *,
     keep_originals: bool = False,
-    quiet: bool = True,
 ) -> ImageData:
     """Load images for networks of a space; None for `max_broken` is the usual share.
 
     What is doubtful about a user's Dataset is a warning.
     """
+    shows_bar = progress is True or (isinstance(progress, OnStderr) and not progress.quiet)
     images = load_data(
         data,
         resolution_px=resolution_px,
         channels=space.input.channels,
         max_broken=MAX_BROKEN if max_broken is None else max_broken,
         keep_originals=keep_originals,
-        quiet=quiet,
+        quiet=not shows_bar,
     )
     for note in images.notes:
         warnings.warn(note, QnasWarning, stacklevel=3)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qnas.api.limits import named
 from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.errors import UsageError
+from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
 from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
@@ -45,17 +46,8 @@ def train_subnet(
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
     """
-    from qnas.api.session import (
-        display_of,
-        load_images,
-        objective_of,
-        record_images,
-        shows_bar,
-        threads_set,
-        versions,
-    )
+    from qnas.api import session
     from qnas.data.given import kind_of, reopen
-    from qnas.runs.folders import free_folder, latest_run, read_config
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
     from qnas.training.subnet_trainer import train_subnet as train_in_folder
@@ -78,14 +70,14 @@ def train_subnet(
     if out is None:
         out = found.folder / SUBNET_FOLDER if searched else free_folder(f"{found.space.name}-{SUBNET_FOLDER}")
     world = world_of_environment()
-    with threads_set(config.threads):
-        images = load_images(
+    with session.threads_set(config.threads):
+        images = session.load_images(
             data,
             found.space,
             config.resolution_px,
             broken,
+            progress,
             keep_originals=config.recipe.random_resized_crop > 0,
-            quiet=not shows_bar(progress),
         )
         taught, teacher_digest = None, ""
         if teacher is not None:
@@ -102,9 +94,9 @@ def train_subnet(
             "command": "train-subnet",
             "choices": list(found.arch.choices),
             "space_digest": found.space.digest,
-            **record_images(data, images, broken),
+            **session.record_images(data, images, broken),
             **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
-            "versions": versions(),
+            "versions": session.versions(),
         }
         train_in_folder(
             found,
@@ -114,10 +106,10 @@ def train_subnet(
             request,
             from_supernet=from_supernet,
             teacher=taught,
-            objective=objective_of(config, loss, metric, images.train_and_heldout.labels, images),
+            objective=session.objective_of(config, loss, metric, images.train_and_heldout.labels, images),
             resume=resume,
             force=force,
-            display=display_of(progress),
+            display=session.display_of(progress),
             world=world,
         )
     if not world.is_main:

@@ -16,7 +16,7 @@ import typer
 
 from qnas import __version__
 from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
-from qnas.commands.flags import as_flags
+from qnas.commands.options import as_flags
 from qnas.common.errors import Interrupted, QnasError, QnasWarning
 from qnas.common.plugins import load_plugins
 

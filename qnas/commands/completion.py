@@ -8,6 +8,8 @@ imported, and a folder that cannot be read has no runs.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from qnas.common.resources import stems
+
 Words = list[tuple[str, str]]  # each with its description, which bash does not show
 
 
@@ -17,11 +19,7 @@ def _begin_with(typed: str, words: Iterable[tuple[str, str]]) -> Words:
 
 def one_of(*values: str) -> Callable[[str], Words]:
     """Return a completer of an option that takes one of these."""
-
-    def complete(incomplete: str) -> Words:
-        return _begin_with(incomplete, ((value, "") for value in values))
-
-    return complete
+    return lambda incomplete: _begin_with(incomplete, ((value, "") for value in values))
 
 
 def _known_devices() -> Words:
@@ -50,13 +48,7 @@ def device_lists(incomplete: str) -> Words:
 
 def _shipped(folder: str, what: str) -> Callable[[str], Words]:
     """Return a completer of the YAML files that ship in a folder, by name."""
-
-    def complete(incomplete: str) -> Words:
-        from qnas.common.resources import stems
-
-        return _begin_with(incomplete, ((name, what) for name in stems(folder, ".yaml")))
-
-    return complete
+    return lambda incomplete: _begin_with(incomplete, ((name, what) for name in stems(folder, ".yaml")))
 
 
 spaces = _shipped("search_spaces", "a space")

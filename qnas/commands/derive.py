@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from qnas.commands import completion, options
+from qnas.commands.options import option
+from qnas.runs.folders import latest_run
+from qnas.runs.text import choice_line, field, files_in, next_command
 
 if TYPE_CHECKING:
     from qnas.api.deriving import Derivation
@@ -19,12 +22,10 @@ def derive(
     latency: options.Latency = "device",
     k_best: Annotated[
         int | None,
-        options.option(
-            "Networks to solve for and rank. Default: as the search, which screens more.", least=1
-        ),
+        option("Networks to solve for and rank. Default: as the search, which screens more.", least=1),
     ] = None,
     rerank: options.Rerank = None,
-    out: Annotated[Path | None, options.option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
+    out: Annotated[Path | None, option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -37,7 +38,6 @@ def derive(
     Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
     """
     from qnas.api.deriving import derive as derive_network
-    from qnas.runs.folders import latest_run
 
     pairs = options.pair_budgets(device, budget)
     found = derive_network(
@@ -58,17 +58,12 @@ def derive(
 
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
-    """Yield the lines that describe a derived network."""
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note
     from qnas.runs.latency_text import describe_budgets, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
-    from qnas.runs.text import choice_line, field, files_in, next_command
 
     space, arch, limits = found.space, found.arch, found.limits
-    notes = [source_note(latency, load_device(name), space, arch) for name in devices]
     yield from (choices_by_stage(space, arch), "")
-    yield from latency_lines(limits, arch.indices(space), notes)
+    yield from latency_lines(limits, space, arch, latency, devices)
     yield field("size", size_line(space, limits, found.macs, found.params))
     yield field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s")
     if ranking := found.document["ranking"]:
@@ -87,17 +82,17 @@ def pareto(
     source: options.Run = None,
     device: Annotated[
         str | None,
-        options.option(
+        option(
             "Devices, set apart by commas: names, aliases or paths of device files. Default: those that "
             "were searched for.",
             complete=completion.device_lists,
         ),
     ] = None,
     latency: options.Latency = "device",
-    points: Annotated[int, options.option("Budgets per device.", least=2)] = 12,
-    k_best: Annotated[int, options.option("Networks to solve for and rank per budget.", least=1)] = 5,
+    points: Annotated[int, option("Budgets per device.", least=2)] = 12,
+    k_best: Annotated[int, option("Networks to solve for and rank per budget.", least=1)] = 5,
     rerank: options.Rerank = None,
-    out: Annotated[Path | None, options.option("Default: RUN/pareto.")] = None,
+    out: Annotated[Path | None, option("Default: RUN/pareto.")] = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -110,9 +105,7 @@ def pareto(
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """
     from qnas.api.deriving import pareto as solve_fronts
-    from qnas.runs.folders import latest_run
     from qnas.runs.run_text import describe_fronts
-    from qnas.runs.text import field, files_in
 
     found = solve_fronts(
         source or latest_run(),

@@ -6,12 +6,15 @@ import platform
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import typer
 
 from qnas.commands.options import Json, show
+from qnas.common.host import cpu_name, load
+from qnas.runs.text import wrapped
 
 State = Literal["ok", "off", "missing", "broken"]
 # package -> the commands that need it, and how it is installed; a plain install may lack all but the first
@@ -42,7 +45,6 @@ def doctor(as_json: Json = False) -> None:
 
     Example: qnas doctor
     """
-    from qnas.runs.text import wrapped
 
     findings = list(examine())
     width = 8 + max(len(finding.topic) for finding in findings) + 2
@@ -72,8 +74,6 @@ def examine() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from qnas.common.host import cpu_name, load
-
     yield Finding("cpu", "ok", f"{cpu_name()}, {platform.system()}, {load()}")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     asked = os.environ.get("OMP_NUM_THREADS")
@@ -84,32 +84,25 @@ def _machine() -> Iterator[Finding]:
 def _cpu_kernels() -> Finding:
     from qnas.nn.kernels import native
 
-    topic = "C++ kernels"
+    finding = partial(Finding, "C++ kernels")
     if not native.is_enabled():
-        return Finding(
-            topic, "off", "QNAS_KERNELS=0: torch's operators are used", "unset it for faster training"
-        )
+        return finding("off", "QNAS_KERNELS=0: torch's operators are used", "unset it for faster training")
     compiler = native.find_compiler()
     if compiler is None:
-        wanted = ", ".join(native.COMPILERS)
-        return Finding(
-            topic,
-            "missing",
-            "no C++ compiler: torch's operators are used",
-            f"install one of {wanted}, or set CXX",
-        )
+        advice = f"install one of {', '.join(native.COMPILERS)}, or set CXX"
+        return finding("missing", "no C++ compiler: torch's operators are used", advice)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         library = native.library()
     if library is None:
         reason = str(caught[0].message) if caught else "tried before in this process"
-        return Finding(topic, "broken", reason, f"see what {compiler} lacks, or set QNAS_KERNELS=0")
+        return finding("broken", reason, f"see what {compiler} lacks, or set QNAS_KERNELS=0")
     worst = _largest_difference()
     found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
     if worst > 1e-4:
         advice = "set QNAS_KERNELS=0 and report this, with the compiler's version"
-        return Finding(topic, "broken", f"{found}; off by {worst:.1e} from torch's result", advice)
-    return Finding(topic, "ok", f"{found}; within {worst:.0e} of torch's result")
+        return finding("broken", f"{found}; off by {worst:.1e} from torch's result", advice)
+    return finding("ok", f"{found}; within {worst:.0e} of torch's result")
 
 
 def _largest_difference() -> float:
@@ -138,16 +131,13 @@ def _gpu() -> Finding:
     from qnas.nn.kernels import triton_quadratic
 
     if not torch.cuda.is_available():
-        built = torch.version.cuda
         # commands do without one: searching and training take longer
-        advice = "where this machine has one: " + (
-            f"see that nvidia-smi lists it, with a driver for CUDA {built} or newer"
-            if built
-            else "install a torch that is built for it (pytorch.org, Get started)"
-        )
-        return Finding(
-            "GPU", "missing", f"none that torch can use (torch is built for {built or 'CPUs'})", advice
-        )
+        built, advice = "CPUs", "install a torch that is built for it (pytorch.org, Get started)"
+        if torch.version.cuda:
+            built = torch.version.cuda
+            advice = f"see that nvidia-smi lists it, with a driver for CUDA {built} or newer"
+        found = f"none that torch can use (torch is built for {built})"
+        return Finding("GPU", "missing", found, f"where this machine has one: {advice}")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if not triton_quadratic.available():
         return Finding("GPU", "ok", f"{names}, without Triton kernels", "pip install triton")
@@ -170,20 +160,13 @@ def _latency_sources() -> Iterator[Finding]:
 
     names = [" = ".join((name, *aliases)) for name, aliases in device_names().items()]
     yield Finding("devices", "ok", ", ".join(names))
-    own = sorted(map(str, OWN_DEVICES.glob("*.json")))
-    yield Finding(
-        "own devices",
-        "ok" if own else "missing",
-        ", ".join(own) if own else f"none in {OWN_DEVICES}/",
-        "" if own else "to measure this machine: qnas profile --space quadranet-small",
-    )
-    imported = [predictors.device for predictors in list_predictors()]
-    missing = sorted(PUBLISHED.keys() - set(imported))
-    yield Finding(
-        "nn-Meter",
-        "ok" if imported else "missing",
-        f"predictors of {', '.join(imported)}"
-        if imported
-        else "no predictors imported (only --latency nn-meter needs them)",
-        "" if imported else download_hint(missing[0]),
-    )
+    if own := sorted(map(str, OWN_DEVICES.glob("*.json"))):
+        yield Finding("own devices", "ok", ", ".join(own))
+    else:
+        advice = "to measure this machine: qnas profile --space quadranet-small"
+        yield Finding("own devices", "missing", f"none in {OWN_DEVICES}/", advice)
+    if imported := [predictors.device for predictors in list_predictors()]:
+        yield Finding("nn-Meter", "ok", f"predictors of {', '.join(imported)}")
+    else:
+        found = "no predictors imported (only --latency nn-meter needs them)"
+        yield Finding("nn-Meter", "missing", found, download_hint(min(PUBLISHED)))

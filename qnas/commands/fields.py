@@ -6,6 +6,7 @@ The models are imported when a command is used or asked for its own help, so tha
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from itertools import chain
 from types import UnionType
@@ -15,8 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from qnas.commands import completion
-from qnas.commands.flags import OPTIONS
-from qnas.commands.options import option
+from qnas.commands.options import OPTIONS, option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -31,13 +31,18 @@ class Fields:
 
     model: str  # as in "qnas.search.config:SearchConfig"
     panels: Mapping[str, tuple[str, ...]]  # of the help, with the names of their fields
+    rest: str | None = None  # the panel of all other fields
     show_defaults: bool = True  # of the model; False where a file that is read has them
 
     def options(self) -> Iterator[inspect.Parameter]:
         """Yield the options as parameters of a function, None where they are not given."""
         module, name = self.model.split(":")
         model: type[BaseModel] = getattr(import_module(module), name)
-        for panel, names in self.panels.items():
+        panels = dict(self.panels)
+        if self.rest is not None:
+            placed = set(chain(*panels.values()))
+            panels[self.rest] = tuple(n for n, f in model.model_fields.items() if f.repr and n not in placed)
+        for panel, names in panels.items():
             for each in names:
                 kind, made = self._option(each, model.model_fields[each], panel)
                 annotation = Annotated[kind | None, made]  # type: ignore[valid-type]  # made here
@@ -107,11 +112,14 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
     """
 
     class FieldCommand(PanelCommand):
-        _whole: Any = None  # the same command with all its options, made when it is used
+        @cached_property
+        def _whole(self) -> Any:
+            """The same command with all its options, made when it is used."""
+            return _command(self._function, groups)
 
         @property
         def params(self) -> list[Any]:
-            parameters: list[Any] = self._completed().params  # the list itself, which click changes
+            parameters: list[Any] = self._whole.params  # the list itself, which click changes
             return parameters
 
         @params.setter
@@ -120,16 +128,11 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
 
         @property
         def callback(self) -> Any:
-            return self._completed().callback
+            return self._whole.callback
 
         @callback.setter
         def callback(self, given: Any) -> None:
             self._function = given.__wrapped__
-
-        def _completed(self) -> Any:
-            if self._whole is None:
-                self._whole = _command(self._function, groups)
-            return self._whole
 
     return FieldCommand
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qnas.commands import completion
-from qnas.commands.options import Device, Force, Json, Latency, Space, option, show
+from qnas.commands.options import Device, Force, Json, Latency, Space, argument, option, show
 from qnas.common.errors import CheckpointError
+from qnas.common.files import write_text
+from qnas.runs.text import wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.device import Device as KnownDevice
@@ -20,12 +22,7 @@ DEAREST = 5  # parts of a network that predict shows
 
 def describe(
     target: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPACE|ARCH",
-            help="A space, a run's folder or an arch.json.",
-            autocompletion=completion.networks,
-        ),
+        str, argument("A space, a run's folder or an arch.json.", "SPACE|ARCH", completion.networks)
     ],
     space: Space = None,
     as_json: Json = False,
@@ -49,10 +46,10 @@ def describe(
 def predict(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="ARCH|ONNX|SPACE",
-            help="A run's folder, an arch.json, an ONNX file or a fixed space.",
-            autocompletion=completion.networks,
+        argument(
+            "A run's folder, an arch.json, an ONNX file or a fixed space.",
+            "ARCH|ONNX|SPACE",
+            completion.networks,
         ),
     ],
     device: Annotated[
@@ -74,7 +71,6 @@ def predict(
     from qnas.latency.prediction import can_predict, check_source
     from qnas.runs.latency_text import describe_predictions
     from qnas.runs.network_prediction import predict_network, read_network
-    from qnas.runs.text import wrapped
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -91,9 +87,7 @@ def predict(
 
 
 def devices(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="Device files of your own, to list as well.")
-    ] = None,
+    files: Annotated[list[Path] | None, argument("Device files of your own, to list as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the devices whose latencies are known, and the accuracy of their models.
@@ -108,7 +102,6 @@ def devices(
 
 
 def _device_lines(device: "KnownDevice") -> Iterator[str]:
-    """Yield the lines that describe a device."""
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
     yield from wrap(f"{device.name}{aliases}: {device.title}", 80)
     facts = [
@@ -131,8 +124,7 @@ def _device_lines(device: "KnownDevice") -> Iterator[str]:
 
 def eval_latency(
     file: Annotated[
-        Path,
-        typer.Argument(help="Measured networks, in the format of docs/reference/files.md#measured-networks."),
+        Path, argument("Measured networks, in the format of docs/reference/files.md#measured-networks.")
     ],
     device: Device,
     as_json: Json = False,
@@ -144,7 +136,6 @@ def eval_latency(
     from qnas.latency.device import load_device
     from qnas.latency.evaluation import evaluate_networks, read_networks
     from qnas.runs.latency_text import describe_figures, figures_facts
-    from qnas.runs.text import wrapped
 
     known = load_device(device)
     figures = evaluate_networks(known, read_networks(file))
@@ -155,7 +146,7 @@ def eval_latency(
 
 
 def table(
-    space: Annotated[str, typer.Argument(help="A space by name or path.", autocompletion=completion.spaces)],
+    space: Annotated[str, argument("A space by name or path.", complete=completion.spaces)],
     device: Device,
     out: Annotated[Path | None, option("A file. Default: print it.")] = None,
     force: Force = False,
@@ -164,7 +155,6 @@ def table(
 
     Example: qnas table quadranet-small --device cpu
     """
-    from qnas.common.files import write_text
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.table_file import table_text

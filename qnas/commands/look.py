@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from qnas.commands.options import Json, Run, run_argument, show, strong
+from qnas.commands import completion
+from qnas.commands.options import Json, Run, argument, show, strong
+from qnas.runs.folders import latest_run
+from qnas.runs.text import field, next_command
 
 
 def explain(source: Run = None, as_json: Json = False) -> None:
@@ -15,7 +18,6 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     """
     from qnas.runs.explain import explain as explain_run
     from qnas.runs.finished_run import read_finished_run
-    from qnas.runs.folders import latest_run
     from qnas.runs.run_text import describe_explanation
 
     run = source or latest_run()
@@ -28,9 +30,7 @@ def report(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """
-    from qnas.runs.folders import latest_run
     from qnas.runs.report.page import write_report
-    from qnas.runs.text import field
 
     path = write_report(source or latest_run())
     show({"file": str(path)}, [field("file", str(path))], as_json=as_json)
@@ -41,9 +41,7 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
     Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
     """
-    from qnas.runs.folders import latest_run
     from qnas.runs.tensorboard import write_events
-    from qnas.runs.text import field, next_command
 
     folder = write_events(source or latest_run())
     logs = sorted(log.name for log in folder.iterdir())
@@ -52,7 +50,9 @@ def tensorboard(source: Run = None, as_json: Json = False) -> None:
 
 
 def compare(
-    sources: Annotated[list[Path], run_argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN...")],
+    sources: Annotated[
+        list[Path], argument("Runs' folders or arch.json files, 2 to 26.", "RUN RUN...", completion.runs)
+    ],
     as_json: Json = False,
 ) -> None:
     """Show runs side by side: choices, latency on every known device, accuracy with intervals.

@@ -1,7 +1,12 @@
-"""Options that several commands share, and the printing of their results."""
+"""Options that several commands share, their names in messages, and the printing of results.
+
+Everything below the command line names an argument in backquotes: "`force=True` replaces it". Here that
+becomes what can be typed: "--force replaces it".
+"""
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +15,20 @@ from typing import Annotated, Any
 import typer
 
 from qnas.commands import completion
-from qnas.commands.flags import as_flags
 from qnas.common.errors import UsageError
 from qnas.common.progress import OnStderr
+
+# arguments whose option has another name
+OPTIONS = {
+    "budgets": "budget",
+    "devices": "device",
+    "formats": "format",
+    "networks": "n",
+    "resolution_px": "resolution",
+    "search_epochs": "epochs",
+}
+Complete = Callable[[str], completion.Words]
+_ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 
 # panels of a command's help, in the order in which its options come
 BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
@@ -29,7 +45,7 @@ def option(
     help: str,
     *flags: str,
     panel: str | None = None,
-    complete: Callable[[str], completion.Words] | None = None,
+    complete: Complete | None = None,
     least: float | None = None,
     most: float | None = None,
 ) -> Any:
@@ -39,16 +55,24 @@ def option(
     )
 
 
-def run_argument(help: str, metavar: str = "[RUN]") -> Any:
-    """Return an argument that takes a run's folder, or none for the latest run."""
-    return typer.Argument(metavar=metavar, help=help, autocompletion=completion.runs)
+def choice(*words: str, note: str = "", panel: str | None = None) -> Any:
+    """Return an option that takes one of these words, which its help lists before a note."""
+    help = f"{', '.join(words[:-1])} or {words[-1]}.{note}"
+    return option(help, panel=panel, complete=completion.one_of(*words))
+
+
+def argument(help: str, metavar: str | None = None, complete: Complete | None = None) -> Any:
+    """Return an argument for an annotation."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete)
 
 
 Json = Annotated[bool, option("Print one JSON object instead of text.", "--json", panel=OUTPUT)]
 Quiet = Annotated[bool, option("No progress.", "--quiet", "-q", panel=OUTPUT)]
 Resume = Annotated[bool, option("Go on with the interrupted run in --out.", "--resume", panel=OUTPUT)]
 Force = Annotated[bool, option("Replace what a former run wrote.", "--force", panel=OUTPUT)]
-Run = Annotated[Path | None, run_argument("A finished search. Default: the latest run.")]
+Run = Annotated[
+    Path | None, argument("A finished search. Default: the latest run.", "[RUN]", completion.runs)
+]
 Data = Annotated[
     str | None,
     option(
@@ -106,6 +130,25 @@ MaxMacs = Annotated[
 Rerank = Annotated[
     bool | None, option("Rank them by the supernet's accuracy on held-out images. Default: if possible.")
 ]
+
+
+def as_flags(text: str) -> str:
+    """Return a text with the arguments that it names as options.
+
+    >>> as_flags("exists already: `force=True` replaces it, or another `out`")
+    'exists already: --force replaces it, or another --out'
+    >>> as_flags("`linear_start=False` or `weights='scratch'`, `resolution_px=64`")
+    '--no-linear-start or --weights scratch, --resolution 64'
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        option = OPTIONS.get(name, name).replace("_", "-")
+        if value in (None, "True"):
+            return f"--{option}"
+        return f"--no-{option}" if value == "False" else f"--{option} {value.strip(chr(39))}"
+
+    return _ARGUMENT.sub(flag, text)
 
 
 def pair_budgets(

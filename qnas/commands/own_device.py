@@ -1,21 +1,22 @@
 """Your own device from measured networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
 
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, option, run_argument, show
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, argument, choice, option, show
 from qnas.common.errors import CheckpointError, UsageError
+from qnas.common.files import write_text
+from qnas.common.units import format_ms
+from qnas.runs.names import ARCH_FILE, SPACE_FILE
+from qnas.runs.text import field, next_command
 
 if TYPE_CHECKING:
     from qnas.latency.device import Figures
     from qnas.spaces.space import SearchSpace
 
-Times = Annotated[
-    Path, typer.Argument(metavar="CSV", help="The CSV that qnas sample wrote, with latencies, or its folder.")
-]
+Times = Annotated[Path, argument("The CSV that qnas sample wrote, with latencies, or its folder.", "CSV")]
 DeviceName = Annotated[str, option("Name of the new device; its file is NAME.json.")]
 DeviceFile = Annotated[Path | None, option("Default: NAME.json in this folder.")]
 FORMATS = ("onnx", "arch")
@@ -49,11 +50,9 @@ def sample(
 
     Example: qnas sample --space quadranet-small --n 100 --format onnx --out board
     """
-    from qnas.common.units import format_ms
     from qnas.deploy.sampling import choose_networks, write_sample
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
-    from qnas.runs.text import field, next_command
     from qnas.spaces.space import load_space
 
     if file_format not in FORMATS:
@@ -79,13 +78,13 @@ def sample(
 def measure(
     target: Annotated[
         Path,
-        run_argument(
-            "The CSV that qnas sample wrote, or its folder; or a run whose network is exported.", "CSV|RUN"
+        argument(
+            "The CSV that qnas sample wrote, or its folder; or a run whose network is exported.",
+            "CSV|RUN",
+            completion.runs,
         ),
     ],
-    runtime: Annotated[
-        str, option("onnxruntime or openvino.", complete=completion.one_of("onnxruntime", "openvino"))
-    ] = "onnxruntime",
+    runtime: Annotated[str, choice("onnxruntime", "openvino")] = "onnxruntime",
     threads: Threads = 1,
     repeats: Annotated[int, option("Visits of a network; noisy ones get more.", least=2)] = 50,
     space: Space = None,
@@ -100,8 +99,6 @@ def measure(
     Example: qnas measure board --runtime onnxruntime --threads 1
     """
     from qnas.deploy.measurement import measure_sample
-    from qnas.runs.names import ARCH_FILE
-    from qnas.runs.text import field, next_command
 
     if (target / ARCH_FILE).is_file():
         _measure_exported(target, runtime, threads, repeats, as_json=as_json)
@@ -123,9 +120,7 @@ def measure(
 
 
 def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
-    from qnas.common.units import format_ms
-    from qnas.deploy.measured_export import measure_exported
-    from qnas.runs.text import field
+    from qnas.deploy.measurement import measure_exported
 
     document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
     measured = document["measured"]
@@ -155,13 +150,10 @@ def fit_latency(
 
     Example: qnas fit-latency board/latencies.csv --device-name board
     """
-    from datetime import date
 
-    from qnas.common.files import write_text
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.fitting.own_device import fit_own, own_device
     from qnas.runs.latency_text import figures_facts
-    from qnas.runs.text import field, next_command
 
     file, found = _open(csv, space)
     path = _free_file(device_name, out, force)
@@ -204,9 +196,7 @@ def calibrate(
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
-    from datetime import date
 
-    from qnas.common.units import format_ms
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.fitting.calibration import calibrate as fit
@@ -214,7 +204,6 @@ def calibrate(
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.table import RUNTIME
     from qnas.runs.latency_text import figures_facts
-    from qnas.runs.text import field, next_command
 
     if not 0 < level < 1:
         raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")
@@ -261,7 +250,6 @@ def calibrate(
 def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
     """Return a sample's CSV and its space: the one named, else the copy beside the CSV."""
     from qnas.deploy.sampling import CSV_FILE
-    from qnas.runs.names import SPACE_FILE
     from qnas.spaces.space import load_space
 
     file = csv / CSV_FILE if csv.is_dir() else csv

@@ -2,12 +2,13 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qnas.commands import completion
-from qnas.commands.options import Json, Quiet, option, show
+from qnas.commands.options import Json, Quiet, argument, choice, show
+from qnas.common.progress import Progress
+from qnas.runs.text import wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.nn_meter.predictors import Predictors
@@ -20,20 +21,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Device = Annotated[
-    str,
-    option(
-        "cpu, vpu, adreno-640 or adreno-630.",
-        complete=completion.one_of("cpu", "vpu", "adreno-640", "adreno-630"),
-    ),
-]
+Device = Annotated[str, choice("cpu", "vpu", "adreno-640", "adreno-630")]
 
 
 @app.command("import")
 def import_(
-    source: Annotated[
-        Path, typer.Argument(metavar="ZIP|FOLDER", help="The downloaded archive, or the folder of its files.")
-    ],
+    source: Annotated[Path, argument("The downloaded archive, or the folder of its files.", "ZIP|FOLDER")],
     device: Device,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -42,9 +35,7 @@ def import_(
 
     Example: qnas predictors import cortexA76cpu_tflite21.zip --device cpu
     """
-    from qnas.common.progress import Progress
     from qnas.latency.nn_meter.predictors import import_predictors
-    from qnas.runs.text import wrapped
 
     shown = 0
     with Progress(100, "import", quiet=quiet) as progress:
@@ -60,7 +51,7 @@ def import_(
     if found.ignored:
         lines.append(wrapped(f"not read: {', '.join(found.ignored)}"))
     lines.append(f"use them:  qnas search --device {device} --latency nn-meter ...")
-    show(_facts(found), lines, as_json=as_json)
+    show({**asdict(found), "path": str(found.path)}, lines, as_json=as_json)
 
 
 @app.command("list")
@@ -70,13 +61,12 @@ def list_(as_json: Json = False) -> None:
     Example: qnas predictors list
     """
     from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
-    from qnas.runs.text import wrapped
 
     known = list_predictors()
     lines = [wrapped(_line(predictors)) for predictors in known]
     for device in sorted(PUBLISHED.keys() - {predictors.device for predictors in known}):
         lines.append(wrapped(f"{device}: none; {download_hint(device)}"))
-    show([_facts(predictors) for predictors in known], lines, as_json=as_json)
+    show([{**asdict(found), "path": str(found.path)} for found in known], lines, as_json=as_json)
 
 
 @app.command()
@@ -99,7 +89,3 @@ def _line(found: "Predictors") -> str:
         f"{nodes / 1e6:.2f}M nodes, {found.size_bytes / 1e6:.1f} MB, "
         f"imported {found.date} from {found.source}"
     )
-
-
-def _facts(found: "Predictors") -> dict[str, Any]:
-    return {**asdict(found), "path": str(found.path)}

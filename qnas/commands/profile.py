@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Threads, option, show
+from qnas.commands.options import Force, Json, Quiet, Threads, choice, option, show
+from qnas.common.units import format_ms
+from qnas.runs.text import field, next_command
 
 if TYPE_CHECKING:
     from qnas.deploy.profiling import Profile
@@ -18,12 +20,7 @@ def profile(
     space: Annotated[
         str, option("A space by name or path.", complete=completion.spaces)
     ] = "quadranet-mobile",
-    runtime: Annotated[
-        str,
-        option(
-            "torch, onnxruntime or openvino.", complete=completion.one_of("torch", "onnxruntime", "openvino")
-        ),
-    ] = "onnxruntime",
+    runtime: Annotated[str, choice("torch", "onnxruntime", "openvino")] = "onnxruntime",
     device_name: Annotated[str | None, option("Name of the device file.  [default: local-RUNTIME]")] = None,
     target: Annotated[
         str, option("cpu, or cuda with runtime torch.", complete=completion.one_of("cpu", "cuda"))
@@ -83,10 +80,7 @@ def profile(
 
 
 def _lines(measured: "Profile") -> Iterator[str]:
-    """Yield the lines that describe a profile."""
-    from qnas.common.units import format_ms
     from qnas.deploy.timing import TOLERANCE
-    from qnas.runs.text import field, next_command
 
     table, device = measured.table, measured.device
     errors = [abs(total / whole - 1) for total, whole in measured.networks]

@@ -8,6 +8,11 @@ import typer
 
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
+from qnas.commands.options import option
+from qnas.common.units import format_count, format_ms
+from qnas.runs.folders import read_config
+from qnas.runs.names import BROKEN_FILE
+from qnas.runs.text import choice_line, field, files_in, mean_and_spread, next_command, wrapped
 
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
@@ -49,7 +54,7 @@ def search(
     space: options.Space = None,
     latency: Annotated[
         str | None,
-        options.option(
+        option(
             f"{options.LATENCY_HELP}  [default: device]", panel=options.BUDGET, complete=options.LATENCIES
         ),
     ] = None,
@@ -57,7 +62,7 @@ def search(
     max_broken: options.MaxBroken = None,
     preset: Annotated[
         str | None,
-        options.option(
+        option(
             "Search settings that options change: digits, small, photos, or the path of a YAML file. "
             "Default: by the kind of data.",
             panel=options.LENGTH,
@@ -65,7 +70,7 @@ def search(
         ),
     ] = None,
     out: Annotated[
-        Path | None, options.option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
+        Path | None, option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
     ] = None,
     resume: options.Resume = False,
     force: options.Force = False,
@@ -78,7 +83,6 @@ def search(
     Example: qnas search --device vpu --budget 30ms
     """
     from qnas.api.searching import run_search
-    from qnas.runs.folders import read_config
 
     former = read_config(out) if resume and out is not None else None
     result = run_search(
@@ -107,8 +111,6 @@ def search(
 def _announce(started: "Started") -> None:
     """Print the limits, the images and the folder of a search before it begins."""
     from qnas.runs.latency_text import describe_limits
-    from qnas.runs.names import BROKEN_FILE
-    from qnas.runs.text import wrapped
 
     images, folder = started.images, started.folder
     counts = ", ".join(f"{count} {name}" for name, count in images.counts.items())
@@ -122,19 +124,13 @@ def _announce(started: "Started") -> None:
 
 
 def _lines(result: "SearchResult") -> Iterator[str]:
-    """Yield the lines that describe a finished search."""
-    from qnas.latency.device import load_device
-    from qnas.latency.prediction import source_note
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
-    from qnas.runs.text import field, files_in, next_command
 
     run, space, arch = result.run, result.space, result.arch
-    devices = [load_device(name) for name in asked_devices(run)]
-    notes = [source_note(run.config["latency"], device, space, arch) for device in devices]
     yield from ("", choices_by_stage(space, arch), "")
-    yield from latency_lines(run.limits, run.indices, notes)
+    yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
         off = f"{amount / limit.limit - 1:+.1%}"
@@ -147,8 +143,6 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, all with the supernet's weights."""
-    from qnas.common.units import format_count, format_ms
-    from qnas.runs.text import choice_line, field, mean_and_spread
 
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
@@ -183,7 +177,6 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
 
 
 def _solved_for(effects: "Mapping[str, Any] | None") -> str:
-    """Describe the scores that the networks were solved for."""
     if effects is None:
         return "by the probabilities: the candidates' effects on the loss could not be measured"
     return (

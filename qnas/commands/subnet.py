@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
+from qnas.commands.options import argument, choice, option
+from qnas.common.errors import CheckpointError
+from qnas.common.files import read_json
+from qnas.common.units import format_ms
+from qnas.runs.folders import latest_run
+from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
+from qnas.runs.text import field, files_in, next_command
 
 if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
@@ -16,19 +23,6 @@ TrainSubnetCommand = field_command(
         "qnas.training.recipe:Recipe",
         panels={
             options.DATA: ("resolution_px", "batch_size"),
-            RECIPE: (
-                "epochs",
-                "learning_rate",
-                "warmup_epochs",
-                "weight_decay",
-                "gradient_clip",
-                "accumulation",
-                "label_smoothing",
-                "stochastic_depth",
-                "ema_decay",
-                "teacher_weight",
-                "teacher_temperature",
-            ),
             "Augmentation": (
                 "random_resized_crop",
                 "randaugment",
@@ -39,6 +33,7 @@ TrainSubnetCommand = field_command(
             ),
             "Quadratic weights": ("linear_start", "quadratic_gamma", "quadratic_alpha", "quadratic_beta"),
         },
+        rest=RECIPE,
         show_defaults=False,
     ),
     Fields(
@@ -55,22 +50,23 @@ TrainSubnetCommand = field_command(
 def train_subnet(
     source: Annotated[
         Path | None,
-        options.run_argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]"),
+        argument("A run's folder or an arch.json. Default: the latest run.", "[RUN|ARCH]", completion.runs),
     ] = None,
     data: options.Data = None,
     max_broken: options.MaxBroken = None,
     space: options.Space = None,
     weights: Annotated[
         str | None,
-        options.option(
-            "supernet or scratch.  [default: supernet for a run, scratch for an arch.json]",
+        choice(
+            "supernet",
+            "scratch",
+            note="  [default: supernet for a run, scratch for an arch.json]",
             panel=RECIPE,
-            complete=completion.one_of("supernet", "scratch"),
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        options.option(
+        option(
             "A shipped recipe by name (imagenet, cifar, small, finetune, ...), or the path of a YAML file. "
             "Default: by the kind of data.",
             panel=RECIPE,
@@ -79,7 +75,7 @@ def train_subnet(
     ] = None,
     teacher: Annotated[
         str | None,
-        options.option(
+        option(
             "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
             "classes), or a trained network's folder.",
             panel=RECIPE,
@@ -87,9 +83,7 @@ def train_subnet(
     ] = None,
     out: Annotated[
         Path | None,
-        options.option(
-            "Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT
-        ),
+        option("Default: RUN/subnet, or for an arch.json a new folder in runs/.", panel=options.OUTPUT),
     ] = None,
     resume: options.Resume = False,
     force: options.Force = False,
@@ -102,11 +96,7 @@ def train_subnet(
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas.api.training import train_subnet as train
-    from qnas.common.errors import CheckpointError
-    from qnas.common.files import read_json
-    from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
     from qnas.runs.run_text import describe_training
-    from qnas.runs.text import files_in, next_command
 
     trained = train(
         source,
@@ -138,15 +128,16 @@ def train_subnet(
 def export(
     source: Annotated[
         Path | None,
-        options.run_argument(
+        argument(
             "A run whose network is trained, a trained network's folder, or the arch.json in it. "
             "Default: the latest run.",
             "[RUN|ARCH]",
+            completion.runs,
         ),
     ] = None,
     formats: Annotated[
         list[str] | None,
-        options.option(
+        option(
             "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
             "it.  [default: onnx]",
             "--format",
@@ -155,29 +146,28 @@ def export(
     ] = None,
     precision: Annotated[
         str,
-        options.option(
+        option(
             "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
             complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
     resolution: Annotated[
-        int | None, options.option("Input size in pixels. Default: that of training.", least=1)
+        int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[int | None, options.option("A fixed batch size. Default: a free one.", least=1)] = None,
-    out: Annotated[Path | None, options.option("A folder. Default: export/ in the run.")] = None,
+    batch: Annotated[int | None, option("A fixed batch size. Default: a free one.", least=1)] = None,
+    out: Annotated[Path | None, option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
-        options.option("Images to check files with and to calibrate int8. Default: those of the training."),
+        option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
     images: Annotated[
-        int | None, options.option("Test images that files are checked with.  [default: 512]", least=1)
+        int | None, option("Test images that files are checked with.  [default: 512]", least=1)
     ] = None,
     max_drop: Annotated[
-        float | None,
-        options.option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]"),
+        float | None, option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]")
     ] = None,
-    measure: Annotated[bool, options.option("Time the files on this machine.", "--measure")] = False,
-    threads: Annotated[int, options.option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
+    measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
+    threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -186,7 +176,6 @@ def export(
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
     from qnas.api.exporting import export as export_files
-    from qnas.runs.folders import latest_run
 
     done = export_files(
         source or latest_run(),
@@ -206,9 +195,6 @@ def export(
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
-    """Yield the lines that describe exported files."""
-    from qnas.common.units import format_ms
-    from qnas.runs.text import field, files_in
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px

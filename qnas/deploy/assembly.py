@@ -44,9 +44,7 @@ def export_block(block: BlockSpec) -> onnx.ModelProto:
 
 
 def assemble(
-    blocks: Iterable[BlockSpec],
-    graphs: Mapping[BlockSpec, onnx.ModelProto],
-    rng: np.random.Generator,
+    blocks: Iterable[BlockSpec], graphs: Mapping[BlockSpec, onnx.ModelProto], rng: np.random.Generator
 ) -> onnx.ModelProto:
     """Return the network of these blocks, `images` (1, channels, H, W) -> `logits` (1, classes).
 

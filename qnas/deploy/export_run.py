@@ -6,22 +6,50 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qnas.common.errors import CheckpointError, UsageError
+import torch
+
+from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import read_json, staged
-from qnas.deploy.export.card import write_card
+from qnas.data.given import GivenData, reopen
+from qnas.data.image_data import ImageData, Split, sample_images
+from qnas.data.loading import load_data
+from qnas.deploy.card import card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import FilePrecision, Product, RealImages
-from qnas.deploy.export_facts import card_document, file_metadata
-from qnas.deploy.export_images import checking_images
-from qnas.deploy.export_request import ExportJob, ExportRequest
-from qnas.deploy.measured_export import time_exported
+from qnas.deploy.export.product import Product, RealImages
+from qnas.deploy.measurement import time_exported
 from qnas.nn.subnet import build_subnet
-from qnas.runs.found_arch import find_arch
-from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
 from qnas.training.supernet_weights import load_weights
+
+IMAGES = 512  # of the test images that files are checked with
+CALIBRATION_IMAGES = 256  # of the training images, for int8
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The formats to write, the images to check them with, and the threads to time them with."""
+
+    formats: Sequence[str] = ("onnx",)
+    precision: str = "fp32"
+    resolution_px: int | None = None  # None: that of training
+    batch: int | None = None  # None: a free one
+    data: GivenData | None = None  # None: what was trained on
+    images: int = IMAGES
+    max_drop: float | None = None  # of the accuracy; None: that of the precision
+    threads: int | None = None  # to time the files with; None: they are not timed
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise UsageError("`formats`: expected at least one")
+        if self.threads is not None and self.batch not in (None, 1):
+            raise UsageError(f"`measure=True` times one image: leave out `batch={self.batch}`")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise UsageError(f"`max_drop={self.max_drop}`: expected a share of the images, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -74,14 +102,15 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     if not (trained / RESULT_FILE).is_file():
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     out = out or folder / EXPORT_FOLDER
-    _check_free(out, request, precision)
+    _check_free(
+        out, [file for name in request.formats for file in file_names(name, precision)], request.force
+    )
     result = _read_result(trained / RESULT_FILE)
     found = find_arch(trained)
     px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
-    job = ExportJob(request, precision, trained, found, result, px, out)
-    images, calibration = checking_images(job)
-    product = _product(job, calibration)
+    images, calibration = _checking_images(request, found, result, px)
+    product = _product(found, result, px, request.batch, calibration)
     tolerance = TOLERANCES[precision]
     if request.max_drop is not None:
         tolerance = replace(tolerance, drop=request.max_drop)
@@ -90,30 +119,25 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
             product, request.formats, precision, stage, images, tolerance=tolerance, shown=out
         )
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
-        write_card(stage, card_document(job, product, files, measured))
+        write_card(stage, card_document(found, result, product, files, measured, former=out))
     return ExportedFiles(
         out,
         files,
         measured,
         product.channels,
         found.space.input.resolution_px,
-        found.document.get("device"),
-        found.document.get("budget_ms"),
-        found.document.get("latency_ms"),
+        *(found.document.get(key) for key in ("device", "budget_ms", "latency_ms")),
     )
 
 
-def _check_free(out: Path, request: ExportRequest, precision: FilePrecision) -> None:
+def _check_free(out: Path, files: Sequence[str], force: bool) -> None:
     if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
         raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder, found a file")
-    for name in request.formats:
-        for file in file_names(name, precision):
-            if (out / file).exists() and not request.force:
-                raise CheckpointError(
-                    f"{out / file}: exists already: `force=True` replaces it, or another `out`"
-                )
+    there = [out / file for file in files if (out / file).exists()]
+    if there and not force:
+        raise CheckpointError(f"{there[0]}: exists already: `force=True` replaces it, or another `out`")
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -125,11 +149,12 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _product(job: ExportJob, calibration: RealImages | None) -> Product:
-    found, result, px = job.found, job.result, job.resolution_px
+def _product(
+    found: FoundArch, result: Mapping[str, Any], px: int, batch: int | None, calibration: RealImages | None
+) -> Product:
     classes = tuple(result["classes"])
     network = build_subnet(found.space, found.arch, len(classes)).eval()
-    weights = job.trained / WEIGHTS_FILE
+    weights = found.folder / WEIGHTS_FILE
     load_weights(network, load_tensors(weights), weights)
     return Product(
         "qnas_" + re.sub(r"\W", "_", found.space.name),
@@ -140,7 +165,59 @@ def _product(job: ExportJob, calibration: RealImages | None) -> Product:
         tuple(result["std"]),
         found.space.input.channels,
         px,
-        file_metadata(job),
-        job.request.batch,
+        file_metadata(found, result, px),
+        batch,
         calibration,
     )
+
+
+def _checking_images(
+    request: ExportRequest, found: FoundArch, result: Mapping[str, Any], px: int
+) -> tuple[RealImages, RealImages | None]:
+    """Return the test images to check files with, and for int8 the training images to calibrate it with.
+
+    Where the data of the training are missing, the check uses the few test images that the training kept.
+    """
+    is_int8 = request.precision == "int8"
+
+    def real(pixels: torch.Tensor, labels: torch.Tensor, source: str) -> RealImages:
+        return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)
+
+    try:
+        data = _load_data(request.data, found, result, px)
+    except DataError as error:
+        if is_int8 or request.data is not None:
+            fix = "" if request.data else ": `data` says where its calibration images are"
+            raise DataError(f"{error}{fix}") from error
+        path = found.folder / SAMPLE_FILE
+        kept = load_tensors(path)
+        pixels, labels = kept.get("images"), kept.get("labels")
+        if pixels is None or labels is None or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise CheckpointError(f"{path}: expected uint8 images (n, C, H, W) with labels") from error
+        return real(pixels, labels, f"the {len(labels)} test images that the training kept").at(px), None
+
+    def some(split: Split, n: int, what: str) -> RealImages:
+        pixels, labels = sample_images(split, n)
+        which = f"all {len(split)}" if len(labels) == len(split) else f"{len(labels)} of the {len(split)}"
+        return real(pixels, labels, f"{which} {what} images of {data.name}")
+
+    calibration = some(data.train_and_heldout, CALIBRATION_IMAGES, "training") if is_int8 else None
+    return some(data.test, request.images, "test"), calibration
+
+
+def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, Any], px: int) -> ImageData:
+    data = load_data(
+        reopen(given, result),
+        resolution_px=px,
+        channels=found.space.input.channels,
+        memory_limit_bytes=0,  # so that only the images that are used are decoded
+        max_broken=None,  # those among them are left out
+        quiet=True,
+    )
+    if list(data.classes) != list(result["classes"]):
+        of_data, of_network = (
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            for names in (data.classes, result["classes"])
+        )
+        raise DataError(f"data {data.name}: the classes are {of_data}, the network's {of_network}")
+    return data

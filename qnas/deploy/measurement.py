@@ -1,25 +1,29 @@
-"""ONNX files timed on this machine, and the times of a sample's networks written into its CSV."""
+"""Networks timed on this machine: those of a sample, written into its CSV, and exported files."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from qnas.common import host
 from qnas.common.errors import CheckpointError, UsageError, nearest
-from qnas.deploy.runtimes import onnx_session, open_runtime, openvino_session
-from qnas.deploy.timing import TOLERANCE, Call, Maker, Timing, host_stopwatch, noisy
-from qnas.deploy.timing_session import time_all
+from qnas.common.files import write_json
+from qnas.deploy.export.formats import FORMATS, Exported
+from qnas.deploy.export.product import Product
+from qnas.deploy.runtimes import SESSIONS, function_session, open_runtime
+from qnas.deploy.timing import TOLERANCE, Call, Maker, Timing, host_stopwatch, noisy, time_all
 from qnas.latency.fitting.measurements import read_measured, write_measured
+from qnas.latency.onnx.networks import read_onnx
+from qnas.runs.found_arch import find_arch
+from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER
 from qnas.spaces.space import SearchSpace
 
-SESSIONS: dict[str, Callable[[Path, int], Call]] = {
-    "onnxruntime": onnx_session,
-    "openvino": openvino_session,
-}
 LOADS = 5  # of a network
 REPEATS = 50  # in all loads together
+MODEL = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ def measure_sample(
     """
     session = _session(runtime)
     networks = read_measured(file, space)
-    words = f"{open_runtime(runtime, threads=threads).version}, {threads} thread" + "s" * (threads > 1)
-    words += f", {host.cpu_name()}"
+    version = open_runtime(runtime, threads=threads).version
+    words = f"{version}, {threads} thread{'s' * (threads > 1)}, {host.cpu_name()}"
     wanted = [network for network in networks if force or network.latency_ms is None]
     others = {n.runtime for n in networks if n not in wanted} - {words}
     if others:
@@ -78,26 +82,16 @@ def measure_sample(
         state_file=state_file,
         request={
             "runtime": words,
-            "networks": sha256(repr([(n.name, n.arch) for n in networks]).encode()).hexdigest()[:12],
+            "networks": hashlib.sha256(repr([(n.name, n.arch) for n in networks]).encode()).hexdigest()[:12],
         },
         resume=state_file.exists() and not force,
         go_on="the same command",
         quiet=quiet,
     )
-    write_measured(
-        file,
-        [
-            replace(
-                network,
-                latency_ms=timings[network.name].median_ms,
-                p95_ms=timings[network.name].p95_ms,
-                runtime=words,
-            )
-            if network.name in timings
-            else network
-            for network in networks
-        ],
-    )
+    new: dict[str, dict[str, Any]] = {
+        name: {"latency_ms": t.median_ms, "p95_ms": t.p95_ms, "runtime": words} for name, t in timings.items()
+    }
+    write_measured(file, [replace(network, **new.get(network.name, {})) for network in networks])
     return Measurement(timings, noisy(timings, tolerance), len(networks) - len(wanted), words)
 
 
@@ -125,3 +119,61 @@ def _session(runtime: str) -> Callable[[Path, int], Call]:
     if runtime not in SESSIONS:
         raise UsageError(f"unknown runtime {runtime!r}: {nearest(runtime, SESSIONS)}")
     return SESSIONS[runtime]
+
+
+def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) -> dict[str, Any]:
+    """Time a run's exported file on this machine, and record it in the run's arch.json; return that.
+
+    What was predicted is a latency at the space's resolution: a file of another one is refused.
+    Raises CheckpointError where nothing is exported.
+    """
+    found = find_arch(folder)
+    file = folder / EXPORT_FOLDER / MODEL
+    px = found.space.input.resolution_px
+    fix = f"qnas export {folder} --resolution {px}"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file: run {fix} first")
+    network = read_onnx(file)
+    if (network.height_px, network.width_px) != (px, px):
+        raise CheckpointError(
+            f"{file}: its input has {network.height_px} px, the prediction is for {px} px: run {fix} --force"
+        )
+    opened = open_runtime(runtime, threads=threads)
+    (timing,) = time_files({MODEL: file}, runtime=runtime, threads=threads, repeats=repeats).values()
+    measured = {
+        **_timing_facts(timing, opened.version, threads),
+        "file": f"{EXPORT_FOLDER}/{MODEL}",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    document = {**found.document, "measured": measured}
+    write_json(folder / ARCH_FILE, document)
+    return document
+
+
+def time_exported(
+    files: Sequence[Exported], folder: Path, product: Product, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Time exported files on one image, in turns; return what is known of each by its name."""
+    open_runtime("torch", threads=threads)  # checks the threads
+    sessions = {"onnx": SESSIONS["onnxruntime"], "openvino": SESSIONS["openvino"]}
+
+    def open_file(file: Exported) -> Call:
+        path = folder / file.files[0]
+        if file.format in sessions:
+            return sessions[file.format](path, threads)
+        return function_session(FORMATS[file.format].load(path), product.shape, threads)
+
+    timings = time_calls({file.files[0]: partial(open_file, file) for file in files})
+    return {file.files[0]: _timing_facts(timings[file.files[0]], file.runtime, threads) for file in files}
+
+
+def _timing_facts(timing: Timing, runtime: str, threads: int) -> dict[str, Any]:
+    return {
+        "p50_ms": timing.median_ms,
+        "p95_ms": timing.p95_ms,
+        "runs": timing.repeats,
+        "runtime": runtime,
+        "threads": threads,
+        "machine": host.cpu_name(),
+        "date": date.today().isoformat(),
+    }

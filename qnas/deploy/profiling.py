@@ -14,9 +14,11 @@ and the device file says how far the sums are from them. Nothing is bent to fit:
 calibration is for, and what comes out the wrong way round is reported as it is.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
@@ -25,26 +27,73 @@ import numpy as np
 import torch
 from torch import nn
 
+from qnas import __version__
+from qnas.common import host
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_text
-from qnas.deploy.distinct_blocks import COPIES, DistinctBlock, distinct_blocks, draw_norms
-from qnas.deploy.profiled_device import LOADS, complete_device, former_device, this_device
 from qnas.deploy.runtimes import Runtime, Shape
-from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy
-from qnas.deploy.timing_session import time_all
-from qnas.latency.device import Device, load_device
-from qnas.latency.device_table import build_table
+from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy, time_all
+from qnas.latency.device import SCHEMA, Device, load_device, parse_device
+from qnas.latency.device_table import all_blocks, build_table
+from qnas.latency.evaluation import figures
 from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
 from qnas.latency.table_file import write_table
+from qnas.nn.blocks import build_block
 from qnas.nn.subnet import build_network
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
 from qnas.spaces.space import SearchSpace
 
+COPIES = 4  # blocks of a chain
+LOADS = 3  # of each chain
 REPEATS = 150  # in all loads together
 NETWORKS = 8  # whole ones
+_JITTER = 0.1  # of norms and biases
 _OUTLIER = 3.0  # standard errors by which a larger block is faster
+
+
+@dataclass(frozen=True)
+class DistinctBlock:
+    """A distinct block, and how many of it are timed in a chain."""
+
+    name: str  # of the first place where it stands: "2.1 quadra_k3_e2"
+    block: BlockSpec
+    copies: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of its input."""
+        first = self.block.layers[0]
+        return first.c_in, first.resolution_px, first.resolution_px
+
+    def build(self) -> nn.Module:
+        """Build the chain, with weights drawn from torch's generator."""
+        return _draw_norms(nn.Sequential(*(build_block(self.block) for _ in range(self.copies))))
+
+
+def distinct_blocks(space: SearchSpace) -> dict[BlockSpec, DistinctBlock]:
+    """Return the blocks of a space that differ in more than their name, by themselves without it."""
+    parts: dict[BlockSpec, DistinctBlock] = {}
+    for block, candidate in all_blocks(space):
+        key = block.unnamed
+        if block.layers and key not in parts:
+            name = f"{block.name} {candidate.name}" if candidate else block.name
+            first, last = block.layers[0], block.layers[-1]
+            fits_itself = (first.c_in, first.resolution_px) == (last.c_out, last.out_px)
+            parts[key] = DistinctBlock(name, block, COPIES if fits_itself else 1)
+    return parts
+
+
+def _draw_norms(module: nn.Module) -> nn.Module:
+    """Move norms and biases off one and zero, in place."""
+    with torch.no_grad():
+        for parameter in (p for p in module.parameters() if p.ndim == 1):
+            parameter.add_(_JITTER * torch.randn_like(parameter))
+        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+            assert norm.running_mean is not None
+            norm.running_mean.normal_(0.0, _JITTER)
+    return module
 
 
 @dataclass(frozen=True)
@@ -74,7 +123,6 @@ def profile_space(
     name: str,
     folder: Path,
     repeats: int = REPEATS,
-    tolerance: float = TOLERANCE,
     resume: bool = False,
     force: bool = False,
     quiet: bool = False,
@@ -88,8 +136,8 @@ def profile_space(
     """
     file, table_file = folder / f"{name}.json", folder / name / f"{space.name}.csv"
     state_file = table_file.with_suffix(".samples.json")
-    device = this_device(runtime, name, repeats)  # a bad name is refused before anything is measured
-    former = former_device(device, file, table_file, force=force)
+    device = _this_device(runtime, name, repeats)  # a bad name is refused before anything is measured
+    former = _former_device(device, file, table_file, force=force)
     if state_file.exists() and not (resume or force):
         raise CheckpointError(
             f"{state_file}: an interrupted measurement: `resume=True` continues it, `force=True` starts anew"
@@ -102,31 +150,29 @@ def profile_space(
         **{part.name: _maker(runtime, part.build, part.shape) for part in parts.values()},
         **{title: _maker(runtime, partial(_build, space, i), image) for title, i in networks.items()},
     }
-    request = {
-        "space_digest": space.digest,
-        "device": name,
-        "machine": device.title,
-        "runtime": device.runtime,
-        "copies": COPIES,
-    }
     timings = time_all(
         makers,
         loads=LOADS,
         repeats=repeats,
-        tolerance=tolerance,
+        tolerance=TOLERANCE,
         stopwatch=runtime.stopwatch,
         state_file=state_file,
-        request=request,
+        request={
+            "space_digest": space.digest,
+            "device": name,
+            "machine": device.title,
+            "runtime": device.runtime,
+            "copies": COPIES,
+        },
         resume=resume,
         quiet=quiet,
     )
-    still_noisy = noisy(timings, tolerance)
-    table = measured_table(device, space, parts, timings, still_noisy)
+    still_noisy = noisy(timings)
+    table = _measured_table(device, space, parts, timings, still_noisy)
     whole = tuple((table.latency_ms(i), timings[title].median_ms) for title, i in networks.items())
-    device = complete_device(device, former, space, whole, keeps_calibration=not table_file.exists())
+    device = _completed(device, former, space, whole, keeps_calibration=not table_file.exists())
     write_table(table, space, table_file)
     write_text(file, device.to_json())
-    outliers = _outliers(space, parts, timings)
     return Profile(
         device=load_device(file),
         table=table,
@@ -134,10 +180,71 @@ def profile_space(
         timings=timings,
         networks=whole,
         noisy=still_noisy,
-        outliers=outliers,
+        outliers=_outliers(space, parts, timings),
         device_file=file,
         table_file=table_file,
     )
+
+
+def _this_device(runtime: Runtime, name: str, repeats: int) -> Device:
+    """Return the device that this machine is with this runtime. Raises TableError for a bad name."""
+    threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+    clock = host.gpu_clock() if runtime.target == "cuda" else host.cpu_clock()
+    content = {
+        "schema": SCHEMA,
+        "name": name,
+        "title": f"{host.cpu_name()}, {threads}",
+        "runtime": f"{runtime.version}, {runtime.settings}",
+        "precision": "float32",
+        "batch": 1,
+        "unit": "ms",
+        "kind": "measured",
+        "source": f"qnas profile {__version__}: chains of {COPIES} blocks, {LOADS} loads, medians "
+        f"of {repeats} or more interleaved runs; {host.load()}, {clock}",
+        "date": date.today().isoformat(),
+    }
+    return parse_device(json.dumps(content), f"device {name}")
+
+
+def _former_device(device: Device, file: Path, table_file: Path, *, force: bool) -> Device | None:
+    """Return the existing device of this file; None where there is none or another one is replaced."""
+    former = load_device(file) if file.exists() else None
+    if former is not None and (former.title, former.runtime) != (device.title, device.runtime):
+        others = any(path != table_file for path in table_file.parent.glob("*.csv"))
+        if others or not force:
+            pairs = ((former.title, device.title), (former.runtime, device.runtime))
+            differs = [f"{old}, this one is {new}" for old, new in pairs if old != new]
+            raise CheckpointError(
+                f"{file}: describes another device: {'; '.join(differs)}: "
+                f"give {'another' if others else '`force=True` or another'} `device_name`"
+            )
+        former = None
+    if table_file.exists() and not force:
+        raise CheckpointError(
+            f"{table_file}: exists already: `force=True` measures again, or give another `device_name`"
+        )
+    return former
+
+
+def _completed(
+    device: Device,
+    former: Device | None,
+    space: SearchSpace,
+    whole: Sequence[tuple[float, float]],
+    *,
+    keeps_calibration: bool,
+) -> Device:
+    """Return the device with what was there, and how sums of this space's blocks compare with networks.
+
+    A calibration does not outlive the table that it was made for.
+    """
+    base = former or device
+    accuracy = dict(base.accuracy)
+    if len(whole) > 1:
+        accuracy[f"whole networks of {space.name}"] = {"all": figures(*np.array(whole).T)}
+    calibration = base.calibration if keeps_calibration else None
+    known = {"date": device.date, "source": device.source}
+    return base.model_copy(update={**known, "accuracy": accuracy, "calibration": calibration})
 
 
 def _some_networks(space: SearchSpace) -> dict[str, CandidateIndices]:
@@ -166,10 +273,10 @@ def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Ma
 
 
 def _build(space: SearchSpace, indices: CandidateIndices) -> nn.Module:
-    return draw_norms(build_network(lower(space, arch_from_indices(space, indices))))
+    return _draw_norms(build_network(lower(space, arch_from_indices(space, indices))))
 
 
-def measured_table(
+def _measured_table(
     device: Device,
     space: SearchSpace,
     parts: Mapping[BlockSpec, DistinctBlock],

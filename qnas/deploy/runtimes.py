@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from qnas.common.errors import UsageError, first_line, nearest
+from qnas.deploy.export import onnx_format, openvino_format, torch_format
 from qnas.deploy.export.folding import fold_norms
-from qnas.deploy.export.openvino_format import import_openvino
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.deploy.timing import Call, Maker, Stopwatch, host_stopwatch
 
@@ -34,6 +34,7 @@ Shape = tuple[int, int, int]  # channels, height, width of one image
 
 TARGETS = ("cpu", "cuda")
 SEED = 0  # of the images
+_OPENVINO = "runtime openvino"  # in messages
 _CAPTURE_WARM_UP = 3  # runs before a CUDA graph is captured, in which libraries choose their kernels
 
 
@@ -73,7 +74,12 @@ def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph
     torch.set_num_threads(threads)
     if target == "cuda":
         return _cuda(threads, cuda_graph)
-    return RUNTIMES[name](threads)
+    version, settings = RUNTIMES[name]
+    if name == "torch":
+        compile_ = partial(_torch_maker, device="cpu")
+    else:
+        compile_ = partial(_onnx_maker, session=SESSIONS[name], threads=threads)
+    return Runtime(name, target, threads, version(), settings, compile_, host_stopwatch())
 
 
 def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
@@ -113,7 +119,7 @@ def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
 
     Raises UsageError as `onnx_session` does, and where OpenVINO is not installed.
     """
-    openvino = _openvino()
+    openvino = openvino_format.import_openvino(_OPENVINO)
     core = openvino.Core()
     try:
         model = core.read_model(file if isinstance(file, bytes) else str(file))
@@ -215,7 +221,7 @@ def _cuda(threads: int, cuda_graph: bool) -> Runtime:
         "torch",
         "cuda",
         threads,
-        f"torch {torch.__version__}",
+        torch_format.runtime(),
         f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
         f"{'CUDA graph' if cuda_graph else 'eager'}, channels_last, {tf32} in convolutions, "
         "cuDNN benchmarked, timed by events",
@@ -224,44 +230,30 @@ def _cuda(threads: int, cuda_graph: bool) -> Runtime:
     )
 
 
-def _torch(threads: int) -> Runtime:
-    version, settings = f"torch {torch.__version__}", "eager, inference mode, channels_last"
-    make = partial(_torch_maker, device="cpu")
-    return Runtime("torch", "cpu", threads, version, settings, make, host_stopwatch())
+def _onnx_maker(
+    module: nn.Module, shape: Shape, session: Callable[[bytes, int], Call], threads: int
+) -> Maker:
+    model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
+    return partial(session, cast(bytes, model.SerializeToString()), threads)
 
 
-def _of_onnx(
-    name: str, version: str, settings: str, session: Callable[[bytes, int], Call], threads: int
-) -> Runtime:
-    """Return a runtime that runs modules as ONNX files."""
-
-    def make(module: nn.Module, shape: Shape) -> Maker:
-        model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
-        return partial(session, cast(bytes, model.SerializeToString()), threads)
-
-    return Runtime(name, "cpu", threads, version, settings, make, host_stopwatch())
-
-
-def _onnxruntime(threads: int) -> Runtime:
-    settings = "CPU provider, all graph optimisations, sequential, no spinning between runs"
-    return _of_onnx("onnxruntime", f"onnxruntime {onnxruntime.__version__}", settings, onnx_session, threads)
-
-
-def _openvino_runtime(threads: int) -> Runtime:
-    settings = "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1"
-    version = f"OpenVINO {_openvino().__version__.partition('-')[0]}"
-    return _of_onnx("openvino", version, settings, openvino_session, threads)
-
-
-RUNTIMES: dict[str, Callable[[int], Runtime]] = {
-    "torch": _torch,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino_runtime,
+# What opens an ONNX file, by the name of the runtime.
+SESSIONS: dict[str, Callable[[Path | bytes, int], Call]] = {
+    "onnxruntime": onnx_session,
+    "openvino": openvino_session,
 }
-
-
-def _openvino() -> Any:
-    return import_openvino("runtime openvino")
+# The version of a runtime, and whatever else a latency on the CPU depends on.
+RUNTIMES: dict[str, tuple[Callable[[], str], str]] = {
+    "torch": (torch_format.runtime, "eager, inference mode, channels_last"),
+    "onnxruntime": (
+        onnx_format.runtime,
+        "CPU provider, all graph optimisations, sequential, no spinning between runs",
+    ),
+    "openvino": (
+        partial(openvino_format.version, _OPENVINO),
+        "CPU plugin, latency hint, 1 stream, float32 inference, batch fixed at 1",
+    ),
+}
 
 
 def _random_image(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:

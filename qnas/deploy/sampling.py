@@ -15,6 +15,7 @@ paths to 4%, and the fastest networks to 20% (tests/test_sampling.py).
 """
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from qnas.runs.names import SPACE_FILE
 from qnas.solver.distributions import sample_near
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_document, arch_from_indices
-from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec, fill, lower, skeleton
 from qnas.spaces.space import SearchSpace
 
@@ -85,25 +85,12 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
 
 def _columns(space: SearchSpace) -> list[list[Array]]:
     """Return what each candidate of each position adds to a network's row of the design."""
-    shared: dict[tuple[LayerSpec, ...], int] = {}
     slots = [part for part in skeleton(space) if not isinstance(part, BlockSpec)]
     blocks = [[fill(space, slot, c).layers for c in slot.position.candidates] for slot in slots]
-    for row in blocks:
-        for layers in filter(None, row):
-            shared.setdefault(layers, len(shared))
-    width = len(shared) + sum(map(len, blocks))
-    columns, own = [], len(shared)
-    for row in blocks:
-        values = []
-        for layers in row:
-            value = np.zeros(width)
-            if layers:
-                value[shared[layers]] = 1.0
-            value[own] = _OWN
-            own += 1
-            values.append(value)
-        columns.append(values)
-    return columns
+    shared = dict.fromkeys(filter(None, chain(*blocks)))  # layers that cost the same wherever they stand
+    units = np.eye(len(shared) + sum(map(len, blocks)))
+    of_shared, own = dict(zip(shared, units, strict=False)), iter(_OWN * units[len(shared) :])
+    return [[of_shared.get(layers, 0.0) + next(own) for layers in row] for row in blocks]
 
 
 def _row(columns: list[list[Array]], indices: CandidateIndices) -> Array:

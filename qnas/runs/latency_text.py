@@ -1,13 +1,14 @@
 """Latencies, their accuracy and limits as text of at most 80 columns, and as JSON values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qnas.common.units import format_count, format_ms
-from qnas.latency.device import Figures
-from qnas.latency.prediction import Prediction
+from qnas.latency.device import Figures, load_device
+from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import field, table_rows, wrapped
 from qnas.solver.limits import Limits
+from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
 
@@ -50,16 +51,19 @@ def describe_figures(by_group: Mapping[str, Figures]) -> str:
     return table_rows(("family", "n", "RMSPE", "within 5%", "within 10%", "bias", "Spearman"), rows)
 
 
-def latency_lines(limits: Limits, indices: Sequence[int], notes: Sequence[str]) -> Iterator[str]:
-    """Say what a network takes on each device, of what budget and resting on what, with its note if any."""
-    devices = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
-    for i, ((table, budget_ms), note) in enumerate(zip(devices, notes, strict=True)):
+def latency_lines(
+    limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
+) -> Iterator[str]:
+    """Say what a network takes on each device, and on what its prediction rests where that is told."""
+    tables = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    indices = arch.indices(space)
+    for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
         latency_ms = table.latency_ms(indices)
         took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device}"
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
-        if note:
+        if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
 
 

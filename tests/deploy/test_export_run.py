@@ -22,13 +22,11 @@ from qnas.common.files import read_json, write_json
 from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
-from qnas.deploy.export import quantization
+from qnas.deploy.export import onnx_format
 from qnas.deploy.export.formats import FORMATS
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
-from qnas.deploy.export_images import CALIBRATION_IMAGES
-from qnas.deploy.export_request import ExportRequest
-from qnas.deploy.export_run import ExportedFiles, export_trained
+from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
@@ -114,7 +112,7 @@ def test_int8_is_calibrated_with_training_images_and_its_accuracy_is_told_before
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    right = quantization.quantise
+    right = onnx_format.quantise
 
     def quantise(model: onnx.ModelProto, images: RealImages, where: str) -> onnx.ModelProto:
         seen.append(images)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import qnas.deploy.measurement
+import qnas.deploy.runtimes
 from qnas.common.errors import CheckpointError, Interrupted, UsageError
 from qnas.common.files import read_json
 from qnas.deploy.measurement import LOADS, measure_sample, time_files
@@ -41,7 +42,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 
         return call
 
-    monkeypatch.setitem(qnas.deploy.measurement.SESSIONS, "onnxruntime", session)
+    monkeypatch.setitem(qnas.deploy.runtimes.SESSIONS, "onnxruntime", session)
     monkeypatch.setattr(qnas.deploy.measurement, "host_stopwatch", lambda: host_stopwatch(lambda: now_ns))
     return names
 

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from qnas.commands.profile import profile
 from qnas.common.errors import CheckpointError, Interrupted, TableError
-from qnas.deploy.distinct_blocks import COPIES, distinct_blocks
-from qnas.deploy.profiling import NETWORKS, Profile, profile_space
+from qnas.deploy.profiling import COPIES, NETWORKS, Profile, distinct_blocks, profile_space
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import Maker, host_stopwatch
 from qnas.latency.device import load_device

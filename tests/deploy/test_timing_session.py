@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from qnas.common.errors import CheckpointError, Interrupted
-from qnas.deploy.timing import Call, Maker, Timing, host_stopwatch
-from qnas.deploy.timing_session import MOST_REPEATS, pool, time_all
+from qnas.deploy.timing import MOST_REPEATS, Call, Maker, Timing, host_stopwatch, pool, time_all
 
 LOADS = 2
 

@@ -61,9 +61,9 @@ class Copied:
                 self._add_name(name, around[name], original)
 
     def _add_name(self, name: str, value: Any, user: Any) -> None:
+        alias = "" if getattr(value, "__name__", name) == name else f" as {name}"
         if isinstance(value, ModuleType):
-            package, line = value.__name__, f"import {value.__name__} as {name}"
-            line = f"import {name}" if package == name else line
+            package, line = value.__name__, f"import {value.__name__}{alias}"
         elif inspect.isclass(value) or inspect.isfunction(value) or inspect.isbuiltin(value):
             if value in self.own:
                 self.wanted.append(value)
@@ -71,8 +71,7 @@ class Copied:
             if value.__module__ == user.__module__:
                 self.add(value)
                 return
-            package, line = value.__module__, f"from {value.__module__} import {value.__name__}"
-            line += "" if value.__name__ == name else f" as {name}"
+            package, line = value.__module__, f"from {value.__module__} import {value.__name__}{alias}"
         elif _is_constant(value):
             self.definitions[name] = f"{name} = {value!r}"
             return

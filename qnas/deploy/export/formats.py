@@ -6,12 +6,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
-from qnas.common.errors import ExportError, UsageError, nearest
+from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
 from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run
-from qnas.deploy.export.tracing import root_cause
+from qnas.deploy.export.tracing import told_as
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,11 @@ class Format:
     runtime: Callable[[], str]
 
 
+_ALL: tuple[FilePrecision, ...] = get_args(FilePrecision)
 FORMATS: dict[str, Format] = {
-    "onnx": Format(
-        (".onnx",), ("fp32", "fp16", "int8"), onnx_format.write, onnx_format.load, onnx_format.runtime
-    ),
+    "onnx": Format((".onnx",), _ALL, onnx_format.write, onnx_format.load, onnx_format.runtime),
     "openvino": Format(
-        (".xml", ".bin"),
-        ("fp32", "fp16", "int8"),
-        openvino_format.write,
-        openvino_format.load,
-        openvino_format.version,
+        (".xml", ".bin"), _ALL, openvino_format.write, openvino_format.load, openvino_format.version
     ),
     "torch": Format((".pt2",), ("fp32", "fp16"), torch_format.write, torch_format.load, torch_format.runtime),
     "standalone": Format(
@@ -70,9 +65,8 @@ class Exported:
 
 def check_request(formats: Sequence[str], precision: str) -> FilePrecision:
     """Return the precision, checked. Raises UsageError for what is unknown, missing or unsupported."""
-    known: tuple[FilePrecision, ...] = get_args(FilePrecision)
-    if precision not in known:
-        raise UsageError(f"`precision={precision!r}`: {nearest(precision, known)}")
+    if precision not in _ALL:
+        raise UsageError(f"`precision={precision!r}`: {nearest(precision, _ALL)}")
     for name in formats:
         if name not in FORMATS:
             raise UsageError(f"`formats={name!r}`: {nearest(name, FORMATS)}")
@@ -81,7 +75,7 @@ def check_request(formats: Sequence[str], precision: str) -> FilePrecision:
             own = " or ".join(FORMATS[name].precisions)
             raise UsageError(f"format {name} has no {precision}: take {own}, or the format {able}")
         FORMATS[name].runtime()
-    return next(p for p in known if p == precision)
+    return next(p for p in _ALL if p == precision)
 
 
 def file_names(name: str, precision: FilePrecision) -> tuple[str, ...]:
@@ -106,41 +100,30 @@ def export_files(
     precision; messages name `shown` in place of the folder, where files are moved there later. Raises
     ExportError where a file cannot be written or computes something else; discard the folder then.
     """
-    return tuple(
-        _export(product, name, precision, folder, images, tolerance or TOLERANCES[precision], shown or folder)
-        for name in dict.fromkeys(formats)
-    )
-
-
-def _export(
-    product: Product,
-    name: str,
-    precision: FilePrecision,
-    folder: Path,
-    images: RealImages,
-    tolerance: Tolerance,
-    shown: Path,
-) -> Exported:
-    names = file_names(name, precision)
-    where, path, kind = str(shown / names[0]), folder / names[0], FORMATS[name]
-    kind.write(product, precision, path, where)
-    try:
-        run = kind.load(path)
-    except Exception as error:  # runtimes raise kinds of their own
-        raise ExportError(f"{where}: {kind.runtime()} cannot load the file: {root_cause(error)}") from error
-    noise = precision == "fp32"
-    parity = compare(product.network, run, images, tolerance, where=where, batch=product.batch, noise=noise)
-    contents = [(folder / file).read_bytes() for file in names]
-    exported = Exported(
-        name,
-        precision,
-        kind.runtime(),
-        names,
-        tuple(sha256(content).hexdigest() for content in contents),
-        sum(map(len, contents)),
-        product.resolution_px,
-        product.batch,
-        parity,
-    )
-    write_json(folder / f"{names[0]}{PARITY}", {"schema": "qnas.parity/1", **exported.facts()})
-    return exported
+    tolerance, shown = tolerance or TOLERANCES[precision], shown or folder
+    exported = []
+    for name in dict.fromkeys(formats):
+        names, kind = file_names(name, precision), FORMATS[name]
+        where, path = str(shown / names[0]), folder / names[0]
+        kind.write(product, precision, path, where)
+        with told_as(f"{where}: {kind.runtime()} cannot load the file"):
+            run = kind.load(path)
+        noise = precision == "fp32"
+        parity = compare(
+            product.network, run, images, tolerance, where=where, batch=product.batch, noise=noise
+        )
+        contents = [(folder / file).read_bytes() for file in names]
+        written = Exported(
+            name,
+            precision,
+            kind.runtime(),
+            names,
+            tuple(sha256(content).hexdigest() for content in contents),
+            sum(map(len, contents)),
+            product.resolution_px,
+            product.batch,
+            parity,
+        )
+        write_json(folder / f"{names[0]}{PARITY}", {"schema": "qnas.parity/1", **written.facts()})
+        exported.append(written)
+    return tuple(exported)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnas.common.errors import ExportError, UsageError
+from qnas.common.errors import UsageError
 from qnas.deploy.export import onnx_format
 from qnas.deploy.export.product import FilePrecision, Product, Run
-from qnas.deploy.export.tracing import root_cause
+from qnas.deploy.export.tracing import told_as
 
 
 def import_openvino(who: str) -> Any:
@@ -21,9 +21,9 @@ def import_openvino(who: str) -> Any:
         raise UsageError(f"{who}: openvino is not installed ({error}): pip install openvino") from error
 
 
-def version() -> str:
-    """Return `OpenVINO 2026.4.1`."""
-    return f"OpenVINO {import_openvino('format openvino').__version__.partition('-')[0]}"
+def version(who: str = "format openvino") -> str:
+    """Return `OpenVINO 2026.4.1`. Raises UsageError where it is not installed."""
+    return f"OpenVINO {import_openvino(who).__version__.partition('-')[0]}"
 
 
 def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
@@ -36,12 +36,11 @@ def write(product: Product, precision: FilePrecision, path: Path, where: str) ->
     source = path.with_suffix(".float.onnx")
     onnx_format.write(product, "int8" if precision == "int8" else "fp32", source, where)
     try:
-        model = openvino.convert_model(str(source))
-        for key, value in product.metadata.items():
-            model.set_rt_info(value, ["model_info", key])
-        openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
-    except Exception as error:  # OpenVINO's own kinds derive from Exception alone
-        raise ExportError(f"{where}: OpenVINO cannot convert this network: {root_cause(error)}") from error
+        with told_as(f"{where}: OpenVINO cannot convert this network"):
+            model = openvino.convert_model(str(source))
+            for key, value in product.metadata.items():
+                model.set_rt_info(value, ["model_info", key])
+            openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
     finally:
         source.unlink(missing_ok=True)
 

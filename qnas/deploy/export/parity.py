@@ -4,16 +4,15 @@ A float32 file differs from the network only by the order of its sums. TOLERANCE
 of half precision and int8; a file beyond them is refused.
 """
 
-from dataclasses import asdict, dataclass
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
 from qnas.deploy.export.product import FilePrecision, RealImages, Run
-from qnas.deploy.export.tracing import root_cause
+from qnas.deploy.export.tracing import told_as
 
 CHECKED_BATCHES = (1, 2, 5)  # a batch size that got frozen shows
 _BATCH = 32  # of the images after those
@@ -55,10 +54,6 @@ class Parity:
     network_accuracy: float  # on these images
     accuracy: float  # of the file
 
-    def facts(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
-        return asdict(self)
-
 
 def compare(
     network: nn.Module,
@@ -76,13 +71,13 @@ def compare(
     first images under noise, on which no metric is taken, must agree too. Raises ExportError, with
     `where` as the file's name, beyond the tolerance.
     """
-    batches = [images.take(places) for places in _batches(len(images), batch)]
+    n = len(images)
+    batches = [images.take(places) for places in _batches(n, batch)]
     pairs = [_put_through(network, run, given, tolerance, where) for given in batches]
     if noise:
         _put_through(network, run, _noisy(network, batches[-1]), tolerance, where)
-    got, expected = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    n = len(images)
-    return _measure(got[:n], expected[:n], images, tolerance, where)
+    got, expected = (torch.cat(parts)[:n] for parts in zip(*pairs, strict=True))
+    return _measure(got, expected, images, tolerance, where)
 
 
 def _batches(count: int, batch: int | None) -> list[list[int]]:
@@ -96,10 +91,8 @@ def _batches(count: int, batch: int | None) -> list[list[int]]:
     else:
         rest = max(0, count - sum(CHECKED_BATCHES))
         sizes = [*CHECKED_BATCHES, *[_BATCH] * (rest // _BATCH), *([rest % _BATCH] if rest % _BATCH else [])]
-    ends = list(accumulate(sizes))
-    return [
-        [place % count for place in range(end - size, end)] for size, end in zip(sizes, ends, strict=True)
-    ]
+    places = cycle(range(count))
+    return [list(islice(places, size)) for size in sizes]
 
 
 def _put_through(
@@ -110,10 +103,8 @@ def _put_through(
         expected: Tensor = network(given)
     if not bool(expected.isfinite().all()):
         raise ExportError(f"{where}: not written: the network's own logits are not finite numbers")
-    try:
+    with told_as(f"{where}: the file cannot run {len(given)} images"):
         got = run(given)
-    except Exception as error:  # runtimes raise kinds of their own
-        raise ExportError(f"{where}: the file cannot run {len(given)} images: {root_cause(error)}") from error
     if got.shape != expected.shape:
         raise ExportError(
             f"{where}: not written: the file's logits have the shape {tuple(got.shape)}, "

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,7 +46,7 @@ class RealImages:
         if self.pixels.shape[-1] == resolution_px:
             return self
         pixels = tv.resize(self.pixels, [resolution_px, resolution_px], antialias=True)
-        return RealImages(pixels, self.labels, self.mean, self.std, self.source)
+        return replace(self, pixels=pixels)
 
 
 @dataclass(frozen=True, eq=False)

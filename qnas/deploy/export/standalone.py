@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from textwrap import indent
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -25,9 +26,11 @@ from qnas.nn.blocks import CLIP_RANGE, ChannelLayerNorm, GlobalAveragePool
 from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec
-from qnas.spaces.neurons import NEURONS
+from qnas.spaces.neurons import NEURONS, Neuron
 
 WEIGHTS = ".safetensors"
+# names that a file has before anything is copied into it
+_GIVEN = {"OrderedDict", "Path", "Tensor", "build", "load", "load_file", "nn", "preprocess", "sys", "torch"}
 _WIDTH = 75  # of a block that is written on one line, without what stands around it
 _DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -76,7 +79,7 @@ def _quadra(block: BlockSpec) -> str:
     place, parameters = block.place, block.parameters
     assert place is not None
     by_role = {spec.role: spec for spec in block.layers}
-    neuron = NEURONS[str(parameters["neuron"])]
+    neuron = _neuron(block)
     biases = [f"{role}={has}" for role, has in neuron.convolution_biases(place.norm).items()]
     mixer = [neuron.formula.__name__, str(place.c_in), f"kernel={parameters['kernel']}", *biases]
     arguments = [
@@ -90,10 +93,16 @@ def _quadra(block: BlockSpec) -> str:
     return _call("QuadraBlockBN" if place.norm == "batchnorm" else "QuadraBlock", arguments)
 
 
-def _registered(block: BlockSpec) -> str:
+def _neuron(block: BlockSpec) -> Neuron:
+    return NEURONS[str(block.parameters["neuron"])]
+
+
+def _registered_module(block: BlockSpec) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """Return what makes a registered block's module, with its arguments; None where it is a chain."""
+    if block.block not in BLOCKS or BLOCKS[block.block].module is None:
+        return None
     assert block.place is not None
-    make, arguments = module_of(BLOCKS[block.block], block.place, block.parameters)
-    return _call(make.__name__, [f"{name}={value!r}" for name, value in arguments.items()])
+    return module_of(BLOCKS[block.block], block.place, block.parameters)
 
 
 def _call(name: str, arguments: Sequence[str]) -> str:
@@ -107,8 +116,10 @@ def _call(name: str, arguments: Sequence[str]) -> str:
 def _written(block: BlockSpec) -> str:
     if block.block == "quadra":
         return _quadra(block)
-    has_module = block.block in BLOCKS and BLOCKS[block.block].module is not None
-    return _registered(block) if has_module else _chain(block)
+    if made := _registered_module(block):
+        make, arguments = made
+        return _call(make.__name__, [f"{name}={value!r}" for name, value in arguments.items()])
+    return _chain(block)
 
 
 # Classes that torch has not, in the order in which a file defines them.
@@ -129,14 +140,6 @@ def attribute(module: str) -> str:
     ('stage3_1', 'stem')
     """
     return f"stage{module}" if module[0].isdigit() else module
-
-
-def _in_plain(key: str, block: BlockSpec) -> str:
-    """Return what a tensor of a block is called in the file: a mixer's convolutions are its own."""
-    is_mixer = (
-        block.block == "quadra" and key.partition(".")[0] in NEURONS[str(block.parameters["neuron"])].roles
-    )
-    return f"mixer.{key}" if is_mixer else key
 
 
 def source(product: Product, precision: FilePrecision) -> str:
@@ -187,28 +190,14 @@ def _listed(names: Iterable[str]) -> str:
 
 def _copied(product: Product) -> Copied:
     """Return the sources of the neurons and registered modules that a network has, with what they use."""
-    given = {
-        "OrderedDict",
-        "Path",
-        "Tensor",
-        "build",
-        "load",
-        "load_file",
-        "nn",
-        "preprocess",
-        "sys",
-        "torch",
-    }
-    given |= {product.name, *(known.__name__ for known in CLASSES)}
-    copied = Copied(given, (*CLASSES, BatchNorm2d))
+    names = {product.name, *(known.__name__ for known in CLASSES)}
+    copied = Copied(_GIVEN | names, (*CLASSES, BatchNorm2d))
     for block in product.blocks:
         if block.block == "quadra":
-            copied.add(NEURONS[str(block.parameters["neuron"])].formula, annotated=False)
-        elif block.layers and block.block in BLOCKS and BLOCKS[block.block].module is not None:
-            assert block.place is not None
-            kind = BLOCKS[block.block]
-            make, _ = module_of(kind, block.place, block.parameters)
-            copied.add(make, without="layers" if make is kind.definition else "")
+            copied.add(_neuron(block).formula, annotated=False)
+        elif block.layers and (made := _registered_module(block)):
+            make, _ = made
+            copied.add(make, without="layers" if make is BLOCKS[block.block].definition else "")
     return copied
 
 
@@ -318,9 +307,12 @@ def write(product: Product, precision: FilePrecision, path: Path, where: str) ->
     weights = {}
     blocks = {block.name.replace(".", "_"): block for block in product.blocks}
     for key, tensor in product.network.state_dict().items():
-        module, _, rest = key.partition(".")
+        module, role, *rest = key.split(".")
+        block = blocks[module]
+        in_mixer = block.block == "quadra" and role in _neuron(block).roles
+        name = ".".join([attribute(module), *(["mixer"] if in_mixer else []), role, *rest])
         halved = tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
-        weights[f"{attribute(module)}.{_in_plain(rest, blocks[module])}"] = halved.contiguous()
+        weights[name] = halved.contiguous()
     path.with_suffix(WEIGHTS).write_bytes(save(weights))
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qnas.common.errors import ExportError
 from qnas.common.files import json_text
 from qnas.deploy.export.product import FilePrecision, Product, Run
-from qnas.deploy.export.tracing import BATCH, root_cause, silence
+from qnas.deploy.export.tracing import BATCH, silence, told_as
 from qnas.nn.quadratic import decompositions
 
 METADATA = "metadata.json"  # among the file's extra files
@@ -20,14 +19,11 @@ def write(product: Product, precision: FilePrecision, path: Path, where: str) ->
     """Write a product as a .pt2. Raises ExportError."""
     shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
     given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)
-    try:
-        with silence(), torch.no_grad():
-            program = torch.export.export(product.deployed(precision), (given,), dynamic_shapes=shapes)
-            program = program.run_decompositions(decompositions())
-            _strip(program)
-            torch.export.save(program, path, extra_files={METADATA: json_text(dict(product.metadata))})
-    except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"{where}: torch cannot export this network: {root_cause(error)}") from error
+    with told_as(f"{where}: torch cannot export this network"), silence(), torch.no_grad():
+        program = torch.export.export(product.deployed(precision), (given,), dynamic_shapes=shapes)
+        program = program.run_decompositions(decompositions())
+        _strip(program)
+        torch.export.save(program, path, extra_files={METADATA: json_text(dict(product.metadata))})
 
 
 def load(path: Path) -> Run:

@@ -36,21 +36,18 @@ def trace_onnx(
     # contiguous weights: the exporter would write a transposition for each channels_last one
     network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
     fold_quadratic_norms(network)
-    try:
-        with silence():
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(batch or _EXPORTED_BATCH, *shape),),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},) if batch is None else None,
-                opset_version=OPSET,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"{where}: torch cannot export this network: {root_cause(error)}") from error
+    with told_as(f"{where}: torch cannot export this network"), silence():
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(batch or _EXPORTED_BATCH, *shape),),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim(BATCH)},) if batch is None else None,
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _strip(model)
@@ -63,6 +60,15 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def told_as(problem: str) -> Iterator[None]:
+    """Raise whatever is raised, of which exporters and runtimes have many kinds, as ExportError."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{problem}: {root_cause(error)}") from error
 
 
 def _strip(model: onnx.ModelProto) -> None:

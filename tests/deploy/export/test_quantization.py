@@ -8,8 +8,8 @@ from onnx import numpy_helper
 
 from qnas.common.errors import ExportError
 from qnas.deploy.export import onnx_format
+from qnas.deploy.export.onnx_format import QUANTISED, quantise
 from qnas.deploy.export.product import RealImages
-from qnas.deploy.export.quantization import QUANTISED, quantise
 from qnas.deploy.export.tracing import check_form
 
 

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qnas.deploy.export.card import JSON, MARKDOWN, SCHEMA, kept_files, markdown, write_card
+from qnas.deploy.card import JSON, MARKDOWN, SCHEMA, kept_files, markdown, write_card
 
 CARD: dict[str, Any] = {
     "schema": SCHEMA,
