@@ -24,23 +24,9 @@ Command = field_command(
         panels={
             options.DATA: ("resolution_px", "batch_size"),
             options.LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
-            options.EXPERT: (
-                "loss",
-                "metric",
-                "weights",
-                "gradient",
-                "paths",
-                "nested_weight_steps",
-                "latency_loss",
-                "learning_rate",
-                "arch_learning_rate",
-                "arch_every",
-                "weight_decay",
-                "label_smoothing",
-                "random_networks",
-            ),
             options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
+        rest=options.EXPERT,
     )
 )
 

@@ -35,7 +35,7 @@ class SearchConfig(SettingsFile):
     file_schema: Literal["qnas.search-preset/1"] = Field(
         default="qnas.search-preset/1", alias="schema", repr=False
     )
-    preset: str = Field(description="Name of the preset that the other fields started from.")
+    preset: str = Field(description="Name of the preset that the other fields started from.", repr=False)
     resolution_px: Count = Field(
         description="Height and width of training images in pixels; latencies are always those of the "
         "space's own resolution."
