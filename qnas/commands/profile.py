@@ -48,8 +48,7 @@ def profile(
     if device_name is not None:
         check_own_name(device_name, "--device-name")
     searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
-    from qnas.deploy.measurement import REPEATS
-    from qnas.deploy.profiling import profile_space
+    from qnas.deploy.profiling import REPEATS, profile_space
     from qnas.deploy.runtimes import open_runtime
 
     opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph)

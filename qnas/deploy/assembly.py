@@ -2,7 +2,7 @@
 
 Exporting a network takes torch seconds, and a space has far fewer distinct blocks than networks: so
 each block goes through the exporter once, and a network is its blocks' graphs in a chain. The
-operators are those that `trace_onnx` writes for the whole network (tests/test_assembly.py), since
+operators are those that `trace_onnx` writes for the whole network (tests/deploy/test_assembly.py), since
 the exporter's last pass, which removes what two blocks undo of each other, goes over the whole too.
 
 The files are to be timed, not to be used. Their weights are random, every one drawn anew, norms
@@ -32,13 +32,14 @@ def export_block(block: BlockSpec) -> onnx.ModelProto:
     Raises ExportError where torch cannot export it.
     """
     first = block.layers[0]
-    module = build_block(block).eval()
-    generator = torch.Generator().manual_seed(0)
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            # with a mean of zero the exporter would fold it into a convolution without a bias
-            assert norm.running_mean is not None
-            norm.running_mean.normal_(0.0, _JITTER, generator=generator)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # weights are drawn anew with the deviations of these
+        module = build_block(block).eval()
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                # with a mean of zero the exporter would fold it into a convolution without a bias
+                assert norm.running_mean is not None
+                norm.running_mean.normal_(0.0, _JITTER)
     shape = (first.c_in, first.resolution_px, first.resolution_px)
     return trace_onnx(module, shape, f"block {block.name}")
 

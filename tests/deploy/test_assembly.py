@@ -71,3 +71,8 @@ def test_an_assembled_network_has_the_operators_of_the_exported_one(norm: str) -
         weights = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
         assert len({w.tobytes() for w in weights if w.size > 1}) == sum(w.size > 1 for w in weights)
         assert not any(np.ptp(w) == 0 for w in weights if w.size > 1)
+
+
+def test_a_block_is_exported_with_the_same_weights_each_time() -> None:
+    block = lower(parse_space(SPACE.format(norm="batchnorm"), "two.yaml"), Arch((BLOCK,) * 3))[1]
+    assert export_block(block).SerializeToString() == export_block(block).SerializeToString()
