@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qnas.commands.profile import profile
 from qnas.common.errors import CheckpointError, Interrupted, TableError
-from qnas.deploy.profiling import COPIES, NETWORKS, Profile, distinct_blocks, profile_space
+from qnas.deploy.profiling import COPIES, NETWORKS, REPEATS, Profile, distinct_blocks, profile_space
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import Maker, host_stopwatch
 from qnas.latency.device import load_device
@@ -245,3 +245,17 @@ def test_the_command_measures_this_machine(tiny_yaml: Path, monkeypatch: pytest.
     table = load_table(load_device(facts["device_file"]), load_space("tiny.yaml"))
     assert table.fastest_ms == facts["fastest_ms"] > 0
     assert len(facts["networks"]) == NETWORKS
+
+
+def test_the_command_repeats_as_often_as_a_profile_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(*_: object, repeats: int, **__: object) -> None:
+        asked.append(repeats)
+        raise TableError("enough")
+
+    monkeypatch.setattr("qnas.deploy.profiling.profile_space", refuse)
+    for options in ([], ["--repeats", "7"]):
+        with pytest.raises(TableError, match="enough"):
+            _invoke("--runtime", "torch", *options)
+    assert asked == [REPEATS, 7]
