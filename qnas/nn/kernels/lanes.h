@@ -26,6 +26,9 @@ constexpr int kMaxTile = 8;
 constexpr int kFields = 1;
 #endif
 
+// Before loops over registers: arrays are in registers only where each loop over them is unrolled whole.
+#define UNROLL _Pragma("GCC unroll 64")
+
 template <int V>
 struct Lanes {
     typedef float Float __attribute__((vector_size(4 * V)));

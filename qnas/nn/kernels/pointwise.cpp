@@ -154,10 +154,8 @@ inline void multiply(const Panels& a, int64_t terms, const float* b, const float
     for_tiles(begin, end, [&](auto tile, int64_t row) {
         constexpr int T = decltype(tile)::value;
         Floats sums[T][N];
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
         multiply_tile<T, N>(a.at(0, row), a.pitch, terms, b, sums);
         done(row, sums);
     });
@@ -169,10 +167,8 @@ inline void multiply_to(const Panels& a, int64_t terms, const float* b, const fl
                         int64_t end, float* to) {
     multiply<N>(a, terms, b, first, begin, end, [&](int64_t row, const auto& sums) {
         constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
     });
 }
 
@@ -213,11 +209,9 @@ void run_forward(const Half& q, float* y) {
                     multiply<N>(activated, q.hidden, project.get() + p * q.hidden * kPanel,
                                 bias.get() + p * kPanel, 0, rows, [&](int64_t row, const auto& sums) {
                                     constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
-#pragma GCC unroll 16
-                                    for (int t = 0; t < T; ++t) {
+                                    UNROLL for (int t = 0; t < T; ++t) {
                                         if (row + t >= rows) break;
-#pragma GCC unroll 2
-                                        for (int v = 0; v < N; ++v) {
+                                        UNROLL for (int v = 0; v < N; ++v) {
                                             const int n = int(std::min<int64_t>(V, left - v * V));
                                             const int64_t at = offset + (row + t) * q.channels + v * V;
                                             store<V>(y + at, load<V>(q.x + at, n) + sums[t][v], n);
@@ -243,8 +237,7 @@ inline void gelu_backward(const float* h, float* activated, float* grad, int64_t
     Floats sums[N];
     for (int v = 0; v < N; ++v) sums[v] = Floats{};
     for (int64_t i = 0; i < rows * kPanel; i += kPanel) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) {
+        UNROLL for (int v = 0; v < N; ++v) {
             const Floats value = load<V>(h + i + v * V, V);
             const Floats cdf = normal_cdf(value);
             const Floats slope = load<V>(grad + i + v * V, V) * (cdf + value * normal_density(value));

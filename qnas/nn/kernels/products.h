@@ -60,13 +60,10 @@ inline void multiply_tile(const float* a, int64_t pitch, int64_t terms, const fl
         const int count = terms - first < kPanel ? int(terms - first) : kPanel;
         for (int k = 0; k < count; ++k, b += kPanel) {
             Vec<V> factor[N];
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
+            UNROLL for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
+            UNROLL for (int t = 0; t < T; ++t) {
                 const Vec<V> value = in_register(broadcast<V>(a[t * kPanel + k]));
-#pragma GCC unroll 2
-                for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
+                UNROLL for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
             }
         }
     }
@@ -98,25 +95,18 @@ template <int T, int N>
 inline void accumulate_tile(const float* a, const float* b, int64_t rows, float* to) {
     constexpr int V = kLanes;
     Vec<V> sums[T][N];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) sums[t][v] = Vec<V>{};
+    UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int v = 0; v < N; ++v) sums[t][v] = Vec<V>{};
     for (int64_t r = 0; r < rows; ++r, a += kPanel, b += kPanel) {
         Vec<V> factor[N];
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) {
+        UNROLL for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
+        UNROLL for (int t = 0; t < T; ++t) {
             const Vec<V> value = in_register(broadcast<V>(a[t]));
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
+            UNROLL for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) {
+    UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int v = 0; v < N; ++v) {
             float* const total = to + t * kPanel + v * V;
             store<V>(total, load<V>(total, V) + sums[t][v], V);
         }

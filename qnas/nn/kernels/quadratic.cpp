@@ -427,14 +427,11 @@ struct Task {
         read<K != 3>(line + K / 2, row);
         constexpr int kKept = W::kInputs - W::kTile;
         Vec<V> in[W::kInputs];  // each read once: for all a compiler knows, writes change the others
-#pragma GCC unroll 4
-        for (int i = 0; i < kKept; ++i) in[i] = line[i];
+        UNROLL for (int i = 0; i < kKept; ++i) in[i] = line[i];
         for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
-#pragma GCC unroll 4
-            for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
+            UNROLL for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
             W::input(in, to + W::kPoints * t);
-#pragma GCC unroll 4
-            for (int i = 0; i < kKept; ++i) in[i] = in[i + W::kTile];
+            UNROLL for (int i = 0; i < kKept; ++i) in[i] = in[i + W::kTile];
         }
     }
 
@@ -476,8 +473,7 @@ struct Task {
         convolve_tiled<V, K, 3, T>(rows, of_row, taps, tile * W::kPoints, sums);
         const int first = tile * kTile;
         if (line.x == nullptr && line.count == V && first + T * kTile <= line.width) {
-#pragma GCC unroll 8
-            for (int i = 0; i < T * kTile; ++i) {
+            UNROLL for (int i = 0; i < T * kTile; ++i) {
                 const size_t at = (first + i) * line.stride;
                 if constexpr (K == 3) line.of_x.fetch(first + i);
                 __builtin_prefetch(line.soon + at, 1);
@@ -486,8 +482,7 @@ struct Task {
             }
             return;
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < T * kTile; ++i) {
+        UNROLL for (int i = 0; i < T * kTile; ++i) {
             if (first + i >= line.width) break;
             const size_t at = (first + i) * line.stride;
             if constexpr (K == 3) line.of_x.fetch(first + i);
@@ -591,8 +586,7 @@ struct Task {
         for_tiles<Winograd<3>::kTiles>(tiles, [&](auto group, int tile) {
             constexpr int T = decltype(group)::value, kTile = Winograd<3>::kTile;
             spread_tiles<T>(rows, of_row, count, tile, g, to_a, to_b);
-#pragma GCC unroll 8
-            for (int i = 0; i < T * kTile; ++i) {
+            UNROLL for (int i = 0; i < T * kTile; ++i) {
                 of_x.fetch(tile * kTile + i);
                 of_grad.fetch(tile * kTile + i);
             }
@@ -606,8 +600,7 @@ struct Task {
         using W = Winograd<3>;
         Vec<V> sums[2][T][W::kTile];
         convolve_tiled<V, 3, 2, T>(rows, of_row, taps, tile * W::kPoints, sums);
-#pragma GCC unroll 8
-        for (int i = 0; i < T * W::kTile; ++i) {
+        UNROLL for (int i = 0; i < T * W::kTile; ++i) {
             const int column = tile * W::kTile + i, t = i / W::kTile, n = i % W::kTile;
             to_a[column] = g[column] * sums[1][t][n];
             to_b[column] = g[column] * sums[0][t][n];

@@ -32,30 +32,24 @@ void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* 
     for (int start = 0;;) {
         Vec<V> sums[T];
         if (from == nullptr) {
-#pragma GCC unroll 32
-            for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
+            UNROLL for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
         } else {
             const Vec<V>* begin = in_place && start == end ? last : from + start;
-#pragma GCC unroll 32
-            for (int t = 0; t < T; ++t) sums[t] = begin[t];
+            UNROLL for (int t = 0; t < T; ++t) sums[t] = begin[t];
         }
         for (int i = 0; i < count; ++i) {
             const Vec<V>* row = taps[i].row + start;
             Vec<V> weight[N];
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
-#pragma GCC unroll 64
-            for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
+            UNROLL for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
+            UNROLL for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
                 const Vec<V> v = in_register(row[j]);
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) {
+                UNROLL for (int n = 0; n < N; ++n) {
                     const int t = j - n * Step;
                     if (t >= 0 && t < T) sums[t] += v * weight[n];
                 }
             }
         }
-#pragma GCC unroll 32
-        for (int t = 0; t < T; ++t) out[start + t] = sums[t];
+        UNROLL for (int t = 0; t < T; ++t) out[start + t] = sums[t];
         if (start == end) return;
         start = start + T < end ? start + T : end;
     }
@@ -97,25 +91,20 @@ void convolve_to(const Taps<V>* taps, int count, int columns, Done done) {
     const int end = columns - T;
     for (int start = 0;;) {
         Vec<V> sums[T];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
+        UNROLL for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
         for (int i = 0; i < count; ++i) {
             const Vec<V>* row = taps[i].row + start;
             Vec<V> weight[N];
-#pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n];
-#pragma GCC unroll 16
-            for (int j = 0; j < T + N - 1; ++j) {
+            UNROLL for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n];
+            UNROLL for (int j = 0; j < T + N - 1; ++j) {
                 const Vec<V> v = in_register(row[j]);
-#pragma GCC unroll 3
-                for (int n = 0; n < N; ++n) {
+                UNROLL for (int n = 0; n < N; ++n) {
                     const int t = j - n;
                     if (t >= 0 && t < T) sums[t] += v * weight[n];
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) done(start + t, sums[t]);
+        UNROLL for (int t = 0; t < T; ++t) done(start + t, sums[t]);
         if (start == end) return;
         start = start + T < end ? start + T : end;
     }
@@ -148,31 +137,23 @@ void correlate(const Pairing<V>* pairings, int count, int columns, Vec<V>* const
     constexpr int F = kFields;
     for (int first = 0; first < 3; first += F) {
         Vec<V> sums[F][N];
-#pragma GCC unroll 4
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) sums[f][n] = to[first + f][n * Step];
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int n = 0; n < N; ++n) sums[f][n] = to[first + f][n * Step];
         for (int i = 0; i < count; ++i) {
             const Vec<V>* row = pairings[i].row;
             const Vec<V>* fields[F];
-#pragma GCC unroll 4
-            for (int f = 0; f < F; ++f) fields[f] = pairings[i].fields[first + f];
+            UNROLL for (int f = 0; f < F; ++f) fields[f] = pairings[i].fields[first + f];
             for (int c = 0; c < columns; ++c) {
                 Vec<V> g[F];
-#pragma GCC unroll 4
-                for (int f = 0; f < F; ++f) g[f] = fields[f][c];
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) {
+                UNROLL for (int f = 0; f < F; ++f) g[f] = fields[f][c];
+                UNROLL for (int n = 0; n < N; ++n) {
                     const Vec<V> v = in_register(row[c + n * Step]);
-#pragma GCC unroll 4
-                    for (int f = 0; f < F; ++f) sums[f][n] += v * g[f];
+                    UNROLL for (int f = 0; f < F; ++f) sums[f][n] += v * g[f];
                 }
             }
         }
-#pragma GCC unroll 4
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) to[first + f][n * Step] = sums[f][n];
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int n = 0; n < N; ++n) to[first + f][n * Step] = sums[f][n];
     }
 }
 
