@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -25,6 +26,15 @@ constexpr int kLanes = 4;
 constexpr int kMaxTile = 8;
 constexpr int kFields = 1;
 #endif
+
+// Returns run(N), N the one of these numbers that `value` is, as a constant.
+template <int N, int... Others, class Run>
+inline auto with_constant(int value, Run&& run) {
+    if constexpr (sizeof...(Others) > 0) {
+        if (value != N) return with_constant<Others...>(value, run);
+    }
+    return run(std::integral_constant<int, N>());
+}
 
 // Before loops over registers: arrays are in registers only where each loop over them is unrolled whole.
 #define UNROLL _Pragma("GCC unroll 64")

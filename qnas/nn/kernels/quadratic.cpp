@@ -617,14 +617,15 @@ struct Task {
         const int width = q.width, lanes = group.count;
         const size_t stride = q.channels;
         const float* soon = dx + 2 * width * stride;
-        with_columns(width, [&](auto tile) {
-            constexpr int T = decltype(tile)::value;
-            convolve_to<V, 3, T>(taps, count, std::max(T, width), [=](int column, Vec<V> sum) {
-                if (column >= width) return;
-                const size_t at = column * stride;
-                __builtin_prefetch(soon + at, 1);
-                store<V>(dx + at, sum, lanes);
-            });
+        constexpr int kMost = kLanes == 16 ? 8 : 4;
+        with_constant<1, 2, 4, 7, 8>(tile_columns(width, kMost), [&](auto tile) {
+            if constexpr (tile <= kMost)
+                convolve_to<V, 3, tile>(taps, count, std::max<int>(tile, width), [=](int column, Vec<V> sum) {
+                    if (column >= width) return;
+                    const size_t at = column * stride;
+                    __builtin_prefetch(soon + at, 1);
+                    store<V>(dx + at, sum, lanes);
+                });
         });
     }
 
