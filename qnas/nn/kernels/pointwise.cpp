@@ -9,14 +9,12 @@
 // Threads share rows where rows are independent and hidden panels where sums run over rows, which take
 // their terms in order: results are the same bit for bit for any number of threads.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "buffers.h"
 #include "products.h"
@@ -34,22 +32,24 @@ constexpr double kThreadWork = 1 << 20;  // multiply-adds below which a second t
 // Beyond it the normal distribution function is 0 or 1 to float32.
 constexpr float kLimit = 5.42f;
 
+// first u^n + .. + others[n - 1]
+template <class... C>
+inline Floats polynomial(Floats u, float first, C... others) {
+    Floats value = broadcast<V>(first);
+    ((value = value * u + others), ...);
+    return value;
+}
+
 // The normal distribution function as 1/2 + x P(x^2) / Q(x^2): least squares, reweighted towards the least
 // maximal error, which is 6e-9 in exact arithmetic and 2e-7 as computed.
 inline Floats normal_cdf(Floats x) {
     Floats c = x > kLimit ? kLimit + Floats{} : x;
     c = c < -kLimit ? -kLimit + Floats{} : c;
     const Floats u = c * c;
-    Floats p = 2.325692365915248e-08f * u + 6.357511327534115e-06f;
-    p = p * u + 1.651812126279947e-04f;
-    p = p * u + 4.655848806963157e-03f;
-    p = p * u + 3.346484432194966e-02f;
-    p = p * u + 3.989422433901239e-01f;
-    Floats q = 1.2126442747938534e-06f * u + 7.263351013026391e-05f;
-    q = q * u + 1.8638304368607536e-03f;
-    q = q * u + 2.8429959014092773e-02f;
-    q = q * u + 2.505499823941442e-01f;
-    q = q * u + 1.0f;
+    const Floats p = polynomial(u, 2.325692365915248e-08f, 6.357511327534115e-06f, 1.651812126279947e-04f,
+                                4.655848806963157e-03f, 3.346484432194966e-02f, 3.989422433901239e-01f);
+    const Floats q = polynomial(u, 1.2126442747938534e-06f, 7.263351013026391e-05f, 1.8638304368607536e-03f,
+                                2.8429959014092773e-02f, 2.505499823941442e-01f, 1.0f);
     const Floats cdf = c * (p / q) + 0.5f;
     return x < -kLimit ? Floats{} : cdf;  // what rounding leaves there would grow with x
 }
@@ -62,11 +62,8 @@ inline Floats normal_density(Floats x) {
     const Floats power = (is_far ? Floats{} : square) * -0.72134752044f;  // log2 exp(-x^2 / 2)
     const Ints n = __builtin_convertvector(power - 0.5f, Ints);  // not positive: rounds to the nearest
     const Floats f = power - __builtin_convertvector(n, Floats);
-    Floats e = 5.296545023e-04f * f + 3.859982516e-03f;
-    e = e * f + 2.214414214e-02f;
-    e = e * f + 9.583439223e-02f;
-    e = e * f + 2.765256317e-01f;
-    e = e * f + 3.989423090e-01f;
+    const Floats e = polynomial(f, 5.296545023e-04f, 3.859982516e-03f, 2.214414214e-02f, 9.583439223e-02f,
+                                2.765256317e-01f, 3.989423090e-01f);
     const Ints bits = reinterpret_cast<Ints>(e) + (n << 23);
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
 }
@@ -297,11 +294,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
     const Buffer of_bias = zeros(narrow * kPanel), of_norm = allocate(2 * wide * channels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
         const int own = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-        const int own = 0, all = 1;
-#endif
         // the same rows of every chunk: others may still read theirs of the chunk before
         const int64_t tiles = size / kTileRows;
         const int64_t first = tiles * own / all * kTileRows, last = tiles * (own + 1) / all * kTileRows;
