@@ -93,6 +93,11 @@ struct Half {
     const float *x, *norm_weight, *norm_bias, *expand, *expand_bias, *project, *project_bias;
     int threads;
 
+    Half(const int64_t* sizes, float epsilon, const float* const* in)
+        : rows(sizes[0]), channels(sizes[1]), hidden(sizes[2]), epsilon(epsilon), x(in[0]), norm_weight(in[1]),
+          norm_bias(in[2]), expand(in[3]), expand_bias(in[4]), project(in[5]), project_bias(in[6]),
+          threads(sizes[3]) {}
+
     int64_t wide() const { return panels_of(hidden); }
     int64_t narrow() const { return panels_of(channels); }
     // Rows of a chunk: all chunks about the same.
@@ -393,27 +398,17 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
 
 extern "C" {
 
-// `sizes`: rows, channels, hidden channels, threads. Norm (c), expand (e, c) and (e), project (c, e) and (c).
-void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
-                            const float* norm_bias, const float* expand, const float* expand_bias,
-                            const float* project, const float* project_bias, float* y) {
-    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
-                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_forward(q, y);
+// `sizes`: rows, channels, hidden channels, threads. `in`: x, the norm's weight and bias (c), the weight and bias of
+// expand, (e, c) and (e), and of project, (c, e) and (c). `out`: y.
+void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::run_forward(qnas::Half(sizes, epsilon, in), out[0]);
 }
 
-// Gradients of what the forward pass got, in its order. Those of norm and expand may be null together, and
-// those of project.
-void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
-                             const float* norm_bias, const float* expand, const float* expand_bias,
-                             const float* project, const float* project_bias, const float* grad,
-                             float* to_x, float* to_norm_weight, float* to_norm_bias, float* to_expand,
-                             float* to_expand_bias, float* to_project, float* to_project_bias) {
-    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
-                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_backward(q, grad,
-                       {to_x, to_norm_weight, to_norm_bias, to_expand, to_expand_bias, to_project,
-                        to_project_bias});
+// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order. Those of norm and expand
+// may be null together, and those of project.
+void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::run_backward(qnas::Half(sizes, epsilon, in), in[7],
+                       {out[0], out[1], out[2], out[3], out[4], out[5], out[6]});
 }
 
 }  // extern "C"

@@ -94,7 +94,7 @@ struct Problem {
 };
 
 // For the backward pass also the flipped weights, and those of c forward without the shares.
-void pack(Problem& q, const float* const weights[3], bool backward) {
+void pack(Problem& q, const float* const* weights, bool backward) {
     const int area = q.area(), cut = (q.kernel - q.taps) / 2;
     q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
     for (int index = 0; index < q.groups(); ++index) {
@@ -110,14 +110,11 @@ void pack(Problem& q, const float* const weights[3], bool backward) {
                         weights[f] + group.first * stride + (ky + cut) * q.kernel + kx + cut;
                     const int tap = ky * q.taps + kx;
                     float* forward = to + (f * area + tap) * lanes;
-                    if (!backward) {
-                        for (int i = 0; i < group.count; ++i) forward[i] = scale * from[i * stride];
-                        continue;
-                    }
                     float* flipped = to + 3 * area * kLanes + (f * area + area - 1 - tap) * lanes;
                     for (int i = 0; i < group.count; ++i) {
-                        forward[i] = from[i * stride];
-                        flipped[i] = scale * from[i * stride];
+                        const float scaled = scale * from[i * stride];
+                        forward[i] = backward ? from[i * stride] : scaled;
+                        if (backward) flipped[i] = scaled;
                     }
                 }
             }
@@ -762,16 +759,12 @@ int useful_threads(const Problem& q, int branches) {
     return std::max(1, std::min(q.threads, int(work / kThreadWork)));
 }
 
-Problem problem_of(const int64_t* sizes, const float* x, const float* norm_weight, const float* norm_bias,
-                   float epsilon) {
+Problem make_problem(const int64_t* sizes, float epsilon, const float* const* in, bool backward) {
     Problem q{};
-    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
+    q.batch = sizes[0], q.channels = sizes[1], q.height = sizes[2], q.width = sizes[3];
     q.kernel = sizes[4], q.threads = sizes[5];
-    q.x = x, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
-    return q;
-}
-
-void set_up(Problem& q, const float* const weights[3], const float* shares, bool backward) {
+    q.x = in[0], q.norm_weight = in[4], q.norm_bias = in[5], q.epsilon = epsilon;
+    const float* const shares = in[6];
     const int reach = 2 * std::max(q.height, q.width) - 1;
     q.taps = std::max(1, std::min(q.kernel, reach));
     q.mixed = shares != nullptr;
@@ -795,11 +788,12 @@ void set_up(Problem& q, const float* const weights[3], const float* shares, bool
         float total = 0.0f;
         for (int j = q.levels - 1; j >= 0; --j) q.beyond[j] = total += q.share[j];
     }
-    pack(q, weights, backward);
+    pack(q, in + 1, backward);
     if (q.norm_weight != nullptr) {
         q.mean = zeros(q.batch * q.places());
         q.rstd = zeros(q.batch * q.places());
     }
+    return q;
 }
 
 // Whether minimal filtering takes less time than the direct sums: with five and seven taps not on narrow
@@ -872,7 +866,7 @@ struct Gradients {
     float* shares;       // of all kernels from 3 on; null without
 };
 
-void run_backward(Problem& q, const float* const weights[3], const float* grad, const Gradients& to) {
+void run_backward(Problem& q, const float* const* weights, const float* grad, const Gradients& to) {
     const int threads = useful_threads(q, 8), groups = q.groups(), area = q.area();
     const int slices = std::min(q.batch, kMaxSlices);
     const int per_group = 3 * area + q.levels;  // vectors
@@ -992,28 +986,20 @@ extern "C" {
 
 int qnas_lanes() { return qnas::kLanes; }
 
-// `sizes`: batch, height, width, channels, kernel, threads. Without a norm (null) there is no
-// residual; `shares` null is the plain operator, else one share for each of the kernels 3, 5, .., k.
-void qnas_quadratic_forward(const int64_t* sizes, const float* x, const float* w_a, const float* w_b,
-                            const float* w_c, const float* norm_weight, const float* norm_bias,
-                            float epsilon, const float* shares, float* y) {
-    const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
-    qnas::set_up(q, weights, shares, false);
-    qnas::run_forward(q, y);
+// `sizes`: batch, channels, height, width, kernel, threads. `in`: x, w_a, w_b, w_c, the norm's weight and bias, the
+// shares. Without a norm (null) there is no residual; shares null is the plain operator, else one share for
+// each of the kernels 3, 5, .., k. `out`: y.
+void qnas_quadratic_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::Problem q = qnas::make_problem(sizes, epsilon, in, false);
+    qnas::run_forward(q, out[0]);
 }
 
-// Gradients of what the forward pass got, in its order; a null one is not written.
-void qnas_quadratic_backward(const int64_t* sizes, const float* grad, const float* x, const float* w_a,
-                             const float* w_b, const float* w_c, const float* norm_weight,
-                             const float* norm_bias, float epsilon, const float* shares, float* to_x,
-                             float* to_a, float* to_b, float* to_c, float* to_norm_weight,
-                             float* to_norm_bias, float* to_shares) {
-    const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
-    qnas::set_up(q, weights, shares, true);
-    qnas::run_backward(q, weights, grad,
-                       {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_shares});
+// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order; a null one is not
+// written.
+void qnas_quadratic_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::Problem q = qnas::make_problem(sizes, epsilon, in, true);
+    qnas::run_backward(q, in + 1, in[7],
+                       {out[0], {out[1], out[2], out[3]}, out[4], out[5], out[6]});
 }
 
 }  // extern "C"
