@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
@@ -115,6 +117,31 @@ inline float sum(Vec<V> v) {
         std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
         return sum<V / 2>(low + high);
     }
+}
+
+// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is kLanes but
+// for the last, so that a compiler makes the many and the last separate code.
+template <class Run>
+inline void for_vectors(int64_t count, Run&& run) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) run(i, kLanes);
+    if (i < count) run(i, int(count - i));
+}
+
+struct Moments {
+    float mean, scale;  // the latter 1 / standard deviation
+};
+
+inline Moments moments(const float* x, int64_t count, float epsilon) {
+    constexpr int V = kLanes;
+    Vec<V> total{}, squares{};
+    for_vectors(count, [&](int64_t i, int n) { total += load<V>(x + i, n); });
+    const float mean = sum<V>(total) / count;
+    for_vectors(count, [&](int64_t i, int n) {
+        const Vec<V> centred = keep<V>(load<V>(x + i, n) - mean, n);
+        squares += centred * centred;
+    });
+    return {mean, 1.0f / std::sqrt(sum<V>(squares) / count + epsilon)};
 }
 
 }  // namespace qnas

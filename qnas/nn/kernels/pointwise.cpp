@@ -12,7 +12,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -66,15 +65,6 @@ inline Floats normal_density(Floats x) {
                                 2.765256317e-01f, 3.989423090e-01f);
     const Ints bits = reinterpret_cast<Ints>(e) + (n << 23);
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
-}
-
-// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is V but
-// for the last, so that a compiler makes the many and the last separate code.
-template <class Run>
-inline void for_vectors(int64_t count, Run&& run) {
-    int64_t i = 0;
-    for (; i + V <= count; i += V) run(i, V);
-    if (i < count) run(i, int(count - i));
 }
 
 // (rows, columns) in panels of a pitch of so many rows.
@@ -132,19 +122,13 @@ struct Expansion {
     }
 };
 
-// to = (row - mean) / sqrt(variance + epsilon) of `count` rows; returns the last reciprocal root
+// to = (row - mean) / sqrt(variance + epsilon); returns the reciprocal root
 inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at) {
     const float* x = q.x + row * q.channels;
-    Floats sums{}, squares{};
-    for_vectors(q.channels, [&](int64_t c, int n) { sums += load<V>(x + c, n); });
-    const float mean = sum<V>(sums) / q.channels;
-    for_vectors(q.channels, [&](int64_t c, int n) {
-        const Floats centred = keep<V>(load<V>(x + c, n) - mean, n);
-        squares += centred * centred;
+    const auto [mean, scale] = moments(x, q.channels, q.epsilon);
+    for_vectors(q.channels, [&, mean = mean, scale = scale](int64_t c, int n) {
+        store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n);
     });
-    const float scale = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
-    for_vectors(q.channels,
-                [&](int64_t c, int n) { store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n); });
     return scale;
 }
 

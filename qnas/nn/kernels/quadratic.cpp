@@ -145,20 +145,9 @@ void make_factors(Problem& q) {
 
 // Mean and 1 / standard deviation over channels of the places [begin, end).
 void measure_places(const Problem& q, size_t begin, size_t end) {
-    constexpr int V = kLanes;
     for (size_t place = begin; place < end; ++place) {
-        const float* x = q.x + place * q.channels;
-        Vec<V> total{};
-        for (int c = 0; c < q.channels; c += V) total += load<V>(x + c, std::min(V, q.channels - c));
-        const float mean = sum<V>(total) / q.channels;
-        Vec<V> squares{};
-        for (int c = 0; c < q.channels; c += V) {
-            const int n = std::min(V, q.channels - c);
-            const Vec<V> off = keep<V>(load<V>(x + c, n) - mean, n);
-            squares += off * off;
-        }
-        q.mean[place] = mean;
-        q.rstd[place] = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
+        const Moments found = moments(q.x + place * q.channels, q.channels, q.epsilon);
+        q.mean[place] = found.mean, q.rstd[place] = found.scale;
     }
 }
 
@@ -172,12 +161,11 @@ struct Rows {
 
 // A task's buffers: rings with room for `slots` rows each, and single rows.
 struct Scratch {
-    int pitch, wide, tile;
+    int rings, slots, pitch, wide, tile;
     size_t ring_floats, row_floats, half;
-    int slots;
     Buffer memory;
 
-    Scratch(const Problem& q, int rings, int slots, int rows) : slots(slots) {
+    Scratch(const Problem& q, int rings, int slots, int rows) : rings(rings), slots(slots) {
         tile = tile_columns(q.width);
         wide = std::max(q.width, tile);
         pitch = wide + 2 * q.radius();
@@ -187,7 +175,6 @@ struct Scratch {
         // narrow groups have their own, since the zeros at the ends must lie where they lie
         const bool narrow = q.group(q.groups() - 1).narrow;
         memory = zeros(narrow ? half + half / 2 : half);
-        this->rings = rings;
     }
     template <int V>
     Rows<V> ring(int index) const {
@@ -201,9 +188,6 @@ struct Scratch {
         const size_t at = (rings * ring_floats + index * row_floats) / kLanes * V;
         return reinterpret_cast<Vec<V>*>(base + at);
     }
-
-  private:
-    int rings;
 };
 
 // Additional buffers of minimal filtering by K taps: a padded row of x and a ring of transformed ones.
@@ -466,7 +450,7 @@ struct Task {
     void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Line line) const {
         using W = Winograd<K>;
         constexpr int kTile = W::kTile;
-        Vec<V> sums[3][T][kTile];
+        Vec<V> sums[3][T][kTile] = {};
         convolve_tiled<V, K, 3, T>(rows, of_row, taps, tile * W::kPoints, sums);
         const int first = tile * kTile;
         if (line.x == nullptr && line.count == V && first + T * kTile <= line.width) {
@@ -595,7 +579,7 @@ struct Task {
     void spread_tiles(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile,
                       const Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b) const {
         using W = Winograd<3>;
-        Vec<V> sums[2][T][W::kTile];
+        Vec<V> sums[2][T][W::kTile] = {};
         convolve_tiled<V, 3, 2, T>(rows, of_row, taps, tile * W::kPoints, sums);
         UNROLL for (int i = 0; i < T * W::kTile; ++i) {
             const int column = tile * W::kTile + i, t = i / W::kTile, n = i % W::kTile;
@@ -734,8 +718,7 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
         float* d = dx + place * channels;
         const float mean = q.mean[place], rstd = q.rstd[place];
         Vec<V> sums{}, products{};
-        for (int c = 0; c < channels; c += V) {
-            const int n = std::min(V, channels - c);
+        for_vectors(channels, [&](int c, int n) {
             const Vec<V> out = load<V>(d + c, n);
             const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;  // where out is zero: any value
             const Vec<V> scaled = out * load<V>(q.norm_weight + c, n);
@@ -743,14 +726,13 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
             products += scaled * unit;
             store<V>(to_weight + c, load<V>(to_weight + c, n) + out * unit, n);
             store<V>(to_bias + c, load<V>(to_bias + c, n) + out, n);
-        }
+        });
         const float by_one = sum<V>(sums) / channels, by_unit = sum<V>(products) / channels;
-        for (int c = 0; c < channels; c += V) {
-            const int n = std::min(V, channels - c);
+        for_vectors(channels, [&](int c, int n) {
             const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;
             const Vec<V> scaled = load<V>(d + c, n) * load<V>(q.norm_weight + c, n);
             store<V>(d + c, load<V>(g + c, n) + rstd * (scaled - by_one - unit * by_unit), n);
-        }
+        });
     }
 }
 
@@ -838,24 +820,19 @@ void for_tasks(const Problem& q, Make&& make, Run&& run) {
     }
 }
 
-template <int K>
-void run_tiled(Problem& q, float* y) {
-    make_factors<K>(q);
-    for_tasks(
-        q, [&] { return TileScratch<K>(q, 0, K); },
-        [&](const auto& task, const TileScratch<K>& scratch, int begin, int end) {
-            task.forward_tiled(scratch, y, begin, end);
-        });
-}
-
 void run_forward(Problem& q, float* y) {
-    if (is_tiled(q)) {
-        if (q.taps == 3) return run_tiled<3>(q, y);
-        return q.taps == 5 ? run_tiled<5>(q, y) : run_tiled<7>(q, y);
+    if (!is_tiled(q)) {
+        return for_tasks(
+            q, [&] { return Scratch(q, 1, q.taps, 2 * q.levels + 1); },
+            [&](const auto& task, const Scratch&, int begin, int end) { task.forward(y, begin, end); });
     }
-    for_tasks(
-        q, [&] { return Scratch(q, 1, q.taps, 2 * q.levels + 1); },
-        [&](const auto& task, const Scratch&, int begin, int end) { task.forward(y, begin, end); });
+    with_constant<3, 5, 7>(q.taps, [&](auto taps) {
+        using Tiled = TileScratch<decltype(taps)::value>;
+        make_factors<taps>(q);
+        for_tasks(
+            q, [&] { return Tiled(q, 0, q.taps); },
+            [&](const auto& task, const Tiled& tiled, int begin, int end) { task.forward_tiled(tiled, y, begin, end); });
+    });
 }
 
 struct Gradients {

@@ -194,33 +194,23 @@ inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* fact
     }
 }
 
-template <int V, int F, int T, int P>
-inline void clear(Vec<V> (&sums)[F][T][P]) {
-    UNROLL for (int f = 0; f < F; ++f)
-        UNROLL for (int t = 0; t < T; ++t)
-            UNROLL for (int p = 0; p < P; ++p) sums[f][t][p] = Vec<V>{};
-}
-
-// T tiles of the first F convolutions by K taps across: y[f][t][column].
+// T tiles of the first F convolutions by K taps across: y[f][t][column], zero before.
 template <int V, int K, int F, int T>
 inline void convolve_tiled(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
                            Vec<V> (&y)[F][T][Winograd<K>::kTile]) {
     using W = Winograd<K>;
     if constexpr (K == 3) {
         // as many sums as columns: twice as many tiles in registers, which load each factor for all of them
-        clear<V>(y);
         multiply_points<V, K, 0, 2, F, T>(rows, factors, count, from, y);
         UNROLL for (int f = 0; f < F; ++f)
             UNROLL for (int t = 0; t < T; ++t) W::first(y[f][t]);
         multiply_points<V, K, 2, 2, F, T>(rows, factors, count, from, y);
     } else {
-        Vec<V> sums[F][T][kPassPoints];
-        clear<V>(sums);
+        Vec<V> sums[F][T][kPassPoints] = {};
         multiply_points<V, K, 0, kPassPoints, F, T>(rows, factors, count, from, sums);
         UNROLL for (int f = 0; f < F; ++f)
             UNROLL for (int t = 0; t < T; ++t) W::first(sums[f][t], y[f][t]);
-        Vec<V> others[F][T][W::kPoints - kPassPoints];
-        clear<V>(others);
+        Vec<V> others[F][T][W::kPoints - kPassPoints] = {};
         multiply_points<V, K, kPassPoints, W::kPoints - kPassPoints, F, T>(rows, factors, count, from, others);
         UNROLL for (int f = 0; f < F; ++f)
             UNROLL for (int t = 0; t < T; ++t) W::second(others[f][t], y[f][t]);
