@@ -24,11 +24,6 @@ from qnas.nn.kernels import lean_quadratic, mixer, native, triton_quadratic
 
 Form = Literal["native", "triton", "lean", "reference"]
 
-FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "native": mixer.forward,
-    "triton": triton_quadratic.quadratic_forward,
-}
-
 # Up to this many elements of x the lean form keeps the factors too: to compute them anew costs a fifth
 # of a training step of small maps, and would save a megabyte or two.
 KEPT_ELEMENTS = 1 << 18
@@ -127,10 +122,13 @@ def is_watched() -> bool:
 
 
 def _forward(form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
-    if form in FORWARD:
-        y = FORWARD[form](x, w_a, w_b, w_c)
-        return y if bias is None else y.add_(bias[:, None, None])
-    return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+    if form == "native":
+        y = mixer.forward(x, w_a, w_b, w_c)
+    elif form == "triton":
+        y = triton_quadratic.quadratic_forward(x, w_a, w_b, w_c)
+    else:
+        return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+    return y if bias is None else y.add_(bias[:, None, None])
 
 
 def _backward(
