@@ -137,7 +137,7 @@ template <int V>
 }
 
 template <int V>
-Correlate<V> choose_correlate(int taps, int step) {
+[[gnu::noinline]] Correlate<V> choose_correlate(int taps, int step) {
     return with_taps(taps, step, [](auto n, auto apart) { return correlate<V, n, apart>; });
 }
 
