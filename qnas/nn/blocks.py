@@ -100,6 +100,11 @@ class Chain(nn.Sequential):
         return x + y if self.is_residual else y
 
 
+MixerTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # norm weight and bias, W_a, W_b, W_c
+# norm weight and bias, expand weight and bias, project weight and bias
+ChannelTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class QuadraBlock(nn.Module):
     """Depthwise mixer of a neuron and pointwise expansion, each with a residual.
 
@@ -119,9 +124,9 @@ class QuadraBlock(nn.Module):
     norm1: nn.Module
     norm2: nn.Module
     clip: nn.Module  # behind a product with batch normalisation
-    expand: nn.Module
+    expand: nn.Conv2d
     act: nn.Module
-    project: nn.Module
+    project: nn.Conv2d
 
     def __init__(
         self,
@@ -184,18 +189,17 @@ class QuadraBlock(nn.Module):
         return y
 
     def _run_halves(self, x: Tensor) -> Tensor:
-        if self.neuron == DEFAULT_NEURON:
-            norm1 = cast(nn.LayerNorm, self.norm1)
-            depthwise = (conv.weight for conv in self.convolutions)
-            x = mixer_half(x, norm1.weight, norm1.bias, *depthwise, eps=norm1.eps)
-        else:
-            x = x + self.mix(self.norm1(x))
-        norm2 = cast(nn.LayerNorm, self.norm2)
-        expand, project = cast(nn.Conv2d, self.expand), cast(nn.Conv2d, self.project)
-        assert expand.bias is not None
-        assert project.bias is not None
-        pointwise = (expand.weight, expand.bias, project.weight, project.bias)
-        return channel_half(x, norm2.weight, norm2.bias, *pointwise, eps=norm2.eps)
+        mixer, channels, eps = self.halves()
+        x = mixer_half(x, *mixer, eps=eps) if self.neuron == DEFAULT_NEURON else x + self.mix(self.norm1(x))
+        return channel_half(x, *channels, eps=eps)
+
+    def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
+        """Return what the kernels of both halves take after x, and epsilon; with layer normalisation."""
+        norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
+        mixer = (norm1.weight, norm1.bias, *(conv.weight for conv in self.convolutions))
+        pointwise = (self.expand.weight, self.expand.bias, self.project.weight, self.project.bias)
+        channels = (norm2.weight, norm2.bias, *pointwise)
+        return cast(MixerTensors, mixer), cast(ChannelTensors, channels), norm1.eps
 
 
 def build_block(block: BlockSpec) -> nn.Module:
@@ -232,9 +236,12 @@ def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
     Of QuadraNet's neuron W_a and W_b, of Fan's W_b and W_s, of the compact one W_s. Raises UsageError
     where a mixer has no linear part.
     """
-    return [
-        cast(nn.Parameter, conv.weight) for block in _relinear_blocks(module) for conv in _quadratic(block)
-    ]
+    found = []
+    for block in _relinear_blocks(module):
+        neuron = NEURONS[block.neuron]
+        roles = neuron.zeros if neuron.quadratic is None else neuron.quadratic
+        found += [cast(nn.Parameter, block.convolution(role).weight) for role in roles or ()]
+    return found
 
 
 @torch.no_grad()
@@ -263,9 +270,3 @@ def _relinear_blocks(module: nn.Module) -> list[QuadraBlock]:
             f"linear part ({fit}), but the network has {', '.join(unfit)}"
         )
     return blocks
-
-
-def _quadratic(block: QuadraBlock) -> list[nn.Conv2d]:
-    neuron = NEURONS[block.neuron]
-    roles = neuron.zeros if neuron.quadratic is None else neuron.quadratic
-    return [block.convolution(role) for role in roles or ()]

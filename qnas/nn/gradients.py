@@ -35,9 +35,6 @@ from qnas.nn.supernet import (
     straight_through,
 )
 
-# The temperature of Gumbel-softmax. That of the search divides the logits before.
-GUMBEL_TEMPERATURE = 1.0
-
 
 @dataclass(frozen=True)
 class ArchitectureStep:
@@ -85,7 +82,7 @@ def gumbel(supernet: Supernet, temperature: float, generator: Generator) -> Arch
     logits = supernet.logits(temperature)
     # minus the logarithm of an exponential variable is a Gumbel one
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = probabilities((logits + noise) / GUMBEL_TEMPERATURE, supernet.mask)
+    soft = probabilities(logits + noise, supernet.mask)  # the search's temperature divided the logits before
     return ArchitectureStep(_gated(soft, soft.argmax(1, keepdim=True), supernet.mask), logits, supernet.mask)
 
 

@@ -322,19 +322,12 @@ class NestedChoice(SharedChoice):
     def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
         """Run the relaxed block: (B, C, H, W) -> (B, C, H, W)."""
         block = cast(QuadraBlock, self.shared["quadra"])
-        norm1, norm2 = cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
-        expand, project = cast(nn.Conv2d, block.expand), cast(nn.Conv2d, block.project)
-        assert expand.bias is not None
-        assert project.bias is not None
+        mixer, channels, eps = block.halves()
         kernels, expansions, share = (
-            shares.to(expand.weight) for shares in (route.kernels, route.expansions, route.block)
+            shares.to(block.expand.weight) for shares in (route.kernels, route.expansions, route.block)
         )
-        depthwise = (block.conv_a.weight, block.conv_b.weight, block.conv_c.weight)
-        shares, sizes = share * kernels, self.grid.kernels
-        x = nested_mixer_half(x, norm1.weight, norm1.bias, *depthwise, shares, sizes, eps=norm1.eps)
-        pointwise = (norm2.weight, norm2.bias, expand.weight, expand.bias, project.weight, project.bias)
-        gates = self._hidden_gates(expansions, x.shape[1])
-        return nested_channel_half(x, *pointwise, gates, share, eps=norm2.eps)
+        x = nested_mixer_half(x, *mixer, share * kernels, self.grid.kernels, eps=eps)
+        return nested_channel_half(x, *channels, self._hidden_gates(expansions, x.shape[1]), share, eps=eps)
 
     def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
         """Return the probability that a hidden channel is there: (expansions,) -> (E,)."""

@@ -18,7 +18,7 @@ from qnas.nn.kernels.lean_quadratic import (
     stock_gradients,
     weight_gradient_form,
 )
-from qnas.nn.quadratic import is_watched, quadratic_conv2d
+from qnas.nn.quadratic import differentiable_gradients, is_watched, quadratic_conv2d
 from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
 
 Convolution = tuple[Tensor, Tensor | None]  # weights (C, 1, k, k), k odd, and bias (C,)
@@ -68,9 +68,7 @@ class _Depthwise(torch.autograd.Function):
         needed = ctx.needs_input_grad
         bias = grad.sum((0, 2, 3)) if needed[2] else None
         if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
-            wanted = [t for t, is_needed in zip((x, weight), needed[:2], strict=True) if is_needed]
             y = F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-            return (*(next(found) if is_needed else None for is_needed in needed[:2]), bias)
+            return (*differentiable_gradients(y, (x, weight), grad, needed[:2]), bias)
         with torch.autocast("cpu", enabled=False):  # in the types of the forward pass
             return (*depthwise_backward(grad, x, weight, needed[:2]), bias)

@@ -24,11 +24,6 @@ from qnas.nn.kernels import lean_quadratic, mixer, native, triton_quadratic
 
 Form = Literal["native", "triton", "lean", "reference"]
 
-FORWARD: dict[Form, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "native": mixer.forward,
-    "triton": triton_quadratic.quadratic_forward,
-}
-
 # Up to this many elements of x the lean form keeps the factors too: to compute them anew costs a fifth
 # of a training step of small maps, and would save a megabyte or two.
 KEPT_ELEMENTS = 1 << 18
@@ -127,10 +122,13 @@ def is_watched() -> bool:
 
 
 def _forward(form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
-    if form in FORWARD:
-        y = FORWARD[form](x, w_a, w_b, w_c)
-        return y if bias is None else y.add_(bias[:, None, None])
-    return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+    if form == "native":
+        y = mixer.forward(x, w_a, w_b, w_c)
+    elif form == "triton":
+        y = triton_quadratic.quadratic_forward(x, w_a, w_b, w_c)
+    else:
+        return lean_quadratic.quadratic_forward(x, w_a, w_b, w_c, bias)[0]
+    return y if bias is None else y.add_(bias[:, None, None])
 
 
 def _backward(
@@ -154,13 +152,12 @@ def _backward(
     return lean_quadratic.quadratic_backward(grad, x, w_a, w_b, w_c, needed, factors)
 
 
-def _differentiable_backward(
-    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
+def differentiable_gradients(
+    y: Tensor, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    inputs = (x, w_a, w_b, w_c)
+    """Return the gradients of y's inputs, None where not `needed`, to be differentiated again."""
     wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
-    y = quadratic_conv2d_reference(*inputs)
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
     return (next(found) if is_needed else None for is_needed in needed)
 
 
@@ -182,7 +179,9 @@ class _Quadratic(torch.autograd.Function):
         x, w_a, w_b, w_c, *factors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
-            return (None, *_differentiable_backward(grad, x, w_a, w_b, w_c, needed))
+            inputs = (x, w_a, w_b, w_c)
+            y = quadratic_conv2d_reference(*inputs)
+            return (None, *differentiable_gradients(y, inputs, grad, needed))
         kept = (factors[0], factors[1]) if factors else None
         return (None, *_backward(ctx.form, grad, x, w_a, w_b, w_c, needed, kept))
 
@@ -194,7 +193,7 @@ class _Quadratic(torch.autograd.Function):
 def _operator(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # in the types that it is given
         y = _forward(choose_form(x, w_a, w_b, w_c), x, w_a, w_b, w_c, bias)
-    return y.contiguous(memory_format=_layout(x))
+    return y.contiguous(memory_format=_layouts(x)[0])
 
 
 @torch.library.custom_op("qnas::quadratic_conv2d_backward", mutates_args=())
@@ -203,24 +202,22 @@ def _backward_operator(
 ) -> list[Tensor]:
     """Return the gradients of x, w_a, w_b and w_c, empty where not needed: operators cannot return None."""
     found = _backward(choose_form(x, w_a, w_b, w_c), grad, x, w_a, w_b, w_c, needed)
-    layouts = (_layout(x), *[torch.contiguous_format] * 3)
     return [
         g.contiguous(memory_format=layout) if wanted and g is not None else x.new_empty(0)
-        for g, wanted, layout in zip(found, needed, layouts, strict=True)
+        for g, wanted, layout in zip(found, needed, _layouts(x), strict=True)
     ]
 
 
 @_operator.register_fake
 def _(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=_layout(x))
+    return torch.empty_like(x, memory_format=_layouts(x)[0])
 
 
 @_backward_operator.register_fake
 def _(grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]) -> list[Tensor]:
-    layouts = (_layout(x), *[torch.contiguous_format] * 3)
     return [
         torch.empty_like(t, memory_format=layout) if wanted else x.new_empty(0)
-        for t, layout, wanted in zip((x, w_a, w_b, w_c), layouts, needed, strict=True)
+        for t, layout, wanted in zip((x, w_a, w_b, w_c), _layouts(x), needed, strict=True)
     ]
 
 
@@ -235,9 +232,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if wanted else None for g, wanted in zip(found, needed[:4], strict=True)), bias)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def _layouts(x: Tensor) -> tuple[torch.memory_format, ...]:
+    """Return the layouts of the operators' results that are as x, and as the three weights."""
     is_last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
+    return (torch.channels_last if is_last else torch.contiguous_format, *[torch.contiguous_format] * 3)
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)

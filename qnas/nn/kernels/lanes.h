@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -25,6 +28,18 @@ constexpr int kLanes = 4;
 constexpr int kMaxTile = 8;
 constexpr int kFields = 1;
 #endif
+
+// Returns run(N), N the one of these numbers that `value` is, as a constant.
+template <int N, int... Others, class Run>
+inline auto with_constant(int value, Run&& run) {
+    if constexpr (sizeof...(Others) > 0) {
+        if (value != N) return with_constant<Others...>(value, run);
+    }
+    return run(std::integral_constant<int, N>());
+}
+
+// Before loops over registers: arrays are in registers only where each loop over them is unrolled whole.
+#define UNROLL _Pragma("GCC unroll 64")
 
 template <int V>
 struct Lanes {
@@ -102,6 +117,31 @@ inline float sum(Vec<V> v) {
         std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
         return sum<V / 2>(low + high);
     }
+}
+
+// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is kLanes but
+// for the last, so that a compiler makes the many and the last separate code.
+template <class Run>
+inline void for_vectors(int64_t count, Run&& run) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) run(i, kLanes);
+    if (i < count) run(i, int(count - i));
+}
+
+struct Moments {
+    float mean, scale;  // the latter 1 / standard deviation
+};
+
+inline Moments moments(const float* x, int64_t count, float epsilon) {
+    constexpr int V = kLanes;
+    Vec<V> total{}, squares{};
+    for_vectors(count, [&](int64_t i, int n) { total += load<V>(x + i, n); });
+    const float mean = sum<V>(total) / count;
+    for_vectors(count, [&](int64_t i, int n) {
+        const Vec<V> centred = keep<V>(load<V>(x + i, n) - mean, n);
+        squares += centred * centred;
+    });
+    return {mean, 1.0f / std::sqrt(sum<V>(squares) / count + epsilon)};
 }
 
 }  // namespace qnas

@@ -72,9 +72,9 @@ def quadratic_backward(
     found: list[Tensor | None] = [None, None, None]
     wanted = [i for i in range(3) if needed[1 + i]]
     if wanted:
-        form = weight_gradient_form(x, w_a.shape[-1])
-        for i, part in zip(wanted, form(x, [outer[i] for i in wanted], w_a.shape[-1]), strict=True):
-            found[i] = F.pad(part, (cut, cut, cut, cut)) if cut else part
+        parts = _weight_gradients(x, [outer[i] for i in wanted], w_a.shape[-1], cut)
+        for i, part in zip(wanted, parts, strict=True):
+            found[i] = part
     return grad_x, found[0], found[1], found[2]
 
 
@@ -87,11 +87,13 @@ def depthwise_backward(
     """
     cut, (weight,) = _within_reach(x, weight)
     grad_x = depthwise(grad, weight.flip(2, 3)) if needed[0] else None
-    if not needed[1]:
-        return grad_x, None
-    kernel = weight.shape[-1]
-    (found,) = weight_gradient_form(x, kernel)(x, [grad], kernel)
-    return grad_x, F.pad(found, (cut, cut, cut, cut)) if cut else found
+    return grad_x, _weight_gradients(x, [grad], weight.shape[-1], cut)[0] if needed[1] else None
+
+
+def _weight_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int, cut: int) -> list[Tensor]:
+    """Return the gradients of weights k wide, with zeros for `cut` rows and columns at each side."""
+    found = weight_gradient_form(x, kernel)(x, grads, kernel)
+    return [F.pad(part, (cut, cut, cut, cut)) for part in found] if cut else found
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,21 +12,15 @@ H, W); others than channels_last ones are copied into that format, which results
 the same bit for bit for any number of threads (`torch.get_num_threads`). No autograd here.
 """
 
-import ctypes
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qnas.nn.kernels.native import Signature, address, library
+from qnas.nn.kernels import native
 
 MAX_KERNEL = 9
 MAX_NESTED = 7
-_SIZES = ctypes.c_int64 * 6
-_POINTER = ctypes.c_void_p
-_FORWARD = (_POINTER,) * 7 + (ctypes.c_float,) + (_POINTER,) * 2
-_BACKWARD = (_POINTER,) * 8 + (ctypes.c_float,) + (_POINTER,) * 8
 
 
 class Norm(NamedTuple):
@@ -51,7 +45,7 @@ class Gradients(NamedTuple):
 
 def is_supported(x: Tensor, kernel: int) -> bool:
     """Return whether the kernels are available and take this input and kernel size."""
-    return _is_taken(x, kernel) and library() is not None
+    return _is_taken(x, kernel) and native.library() is not None
 
 
 def _is_taken(x: Tensor, kernel: int) -> bool:
@@ -71,7 +65,8 @@ def forward(
     x, inputs = _dense(x), _inputs(x, (w_a, w_b, w_c), norm, shares)
     y = torch.empty_like(x)
     if y.numel():
-        _functions()[0](*_arguments(x, inputs, norm), address(y))
+        sizes, eps = (*x.shape, w_a.shape[-1]), 0.0 if norm is None else norm.eps
+        native.call("qnas_quadratic_forward", sizes, eps, [x, *inputs], [y])
     return y
 
 
@@ -100,8 +95,8 @@ def backward(
     to_shares = None if shares is None else new(shares)
     found = Gradients(*[new(x) if through_x else None, *parameters, to_shares])
     if x.numel():
-        sizes, *arguments = _arguments(x, inputs, norm)
-        _functions()[1](sizes, address(grad), *arguments, *map(address, found))
+        sizes, eps = (*x.shape, w_a.shape[-1]), 0.0 if norm is None else norm.eps
+        native.call("qnas_quadratic_backward", sizes, eps, [x, *inputs, grad], found)
     return found if needs_x else found._replace(x=None)
 
 
@@ -141,21 +136,3 @@ def _dense(x: Tensor) -> Tensor:
     if x.stride() == (height * width * channels, 1, width * channels, channels):
         return x
     return x.detach().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _arguments(x: Tensor, inputs: list[Tensor | None], norm: Norm | None) -> tuple[Any, ...]:
-    batch, channels, height, width = x.shape
-    assert inputs[0] is not None
-    sizes = _SIZES(batch, height, width, channels, inputs[0].shape[-1], torch.get_num_threads())
-    *tensors, shares = inputs
-    return sizes, address(x), *map(address, tensors), 0.0 if norm is None else norm.eps, address(shares)
-
-
-@lru_cache(maxsize=1)
-def _functions() -> tuple[Signature, Signature]:
-    native = library()
-    assert native is not None, "ask is_supported first"
-    return (
-        native.function("qnas_quadratic_forward", *_FORWARD),
-        native.function("qnas_quadratic_backward", *_BACKWARD),
-    )

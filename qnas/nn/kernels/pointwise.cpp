@@ -9,14 +9,11 @@
 // Threads share rows where rows are independent and hidden panels where sums run over rows, which take
 // their terms in order: results are the same bit for bit for any number of threads.
 
+#include <omp.h>
+
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "buffers.h"
 #include "products.h"
@@ -34,22 +31,24 @@ constexpr double kThreadWork = 1 << 20;  // multiply-adds below which a second t
 // Beyond it the normal distribution function is 0 or 1 to float32.
 constexpr float kLimit = 5.42f;
 
+// first u^n + .. + others[n - 1]
+template <class... C>
+inline Floats polynomial(Floats u, float first, C... others) {
+    Floats value = broadcast<V>(first);
+    ((value = value * u + others), ...);
+    return value;
+}
+
 // The normal distribution function as 1/2 + x P(x^2) / Q(x^2): least squares, reweighted towards the least
 // maximal error, which is 6e-9 in exact arithmetic and 2e-7 as computed.
 inline Floats normal_cdf(Floats x) {
     Floats c = x > kLimit ? kLimit + Floats{} : x;
     c = c < -kLimit ? -kLimit + Floats{} : c;
     const Floats u = c * c;
-    Floats p = 2.325692365915248e-08f * u + 6.357511327534115e-06f;
-    p = p * u + 1.651812126279947e-04f;
-    p = p * u + 4.655848806963157e-03f;
-    p = p * u + 3.346484432194966e-02f;
-    p = p * u + 3.989422433901239e-01f;
-    Floats q = 1.2126442747938534e-06f * u + 7.263351013026391e-05f;
-    q = q * u + 1.8638304368607536e-03f;
-    q = q * u + 2.8429959014092773e-02f;
-    q = q * u + 2.505499823941442e-01f;
-    q = q * u + 1.0f;
+    const Floats p = polynomial(u, 2.325692365915248e-08f, 6.357511327534115e-06f, 1.651812126279947e-04f,
+                                4.655848806963157e-03f, 3.346484432194966e-02f, 3.989422433901239e-01f);
+    const Floats q = polynomial(u, 1.2126442747938534e-06f, 7.263351013026391e-05f, 1.8638304368607536e-03f,
+                                2.8429959014092773e-02f, 2.505499823941442e-01f, 1.0f);
     const Floats cdf = c * (p / q) + 0.5f;
     return x < -kLimit ? Floats{} : cdf;  // what rounding leaves there would grow with x
 }
@@ -62,22 +61,10 @@ inline Floats normal_density(Floats x) {
     const Floats power = (is_far ? Floats{} : square) * -0.72134752044f;  // log2 exp(-x^2 / 2)
     const Ints n = __builtin_convertvector(power - 0.5f, Ints);  // not positive: rounds to the nearest
     const Floats f = power - __builtin_convertvector(n, Floats);
-    Floats e = 5.296545023e-04f * f + 3.859982516e-03f;
-    e = e * f + 2.214414214e-02f;
-    e = e * f + 9.583439223e-02f;
-    e = e * f + 2.765256317e-01f;
-    e = e * f + 3.989423090e-01f;
+    const Floats e = polynomial(f, 5.296545023e-04f, 3.859982516e-03f, 2.214414214e-02f, 9.583439223e-02f,
+                                2.765256317e-01f, 3.989423090e-01f);
     const Ints bits = reinterpret_cast<Ints>(e) + (n << 23);
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
-}
-
-// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is V but
-// for the last, so that a compiler makes the many and the last separate code.
-template <class Run>
-inline void for_vectors(int64_t count, Run&& run) {
-    int64_t i = 0;
-    for (; i + V <= count; i += V) run(i, V);
-    if (i < count) run(i, int(count - i));
 }
 
 // (rows, columns) in panels of a pitch of so many rows.
@@ -95,6 +82,11 @@ struct Half {
     float epsilon;
     const float *x, *norm_weight, *norm_bias, *expand, *expand_bias, *project, *project_bias;
     int threads;
+
+    Half(const int64_t* sizes, float epsilon, const float* const* in)
+        : rows(sizes[0]), channels(sizes[1]), hidden(sizes[2]), epsilon(epsilon), x(in[0]), norm_weight(in[1]),
+          norm_bias(in[2]), expand(in[3]), expand_bias(in[4]), project(in[5]), project_bias(in[6]),
+          threads(sizes[3]) {}
 
     int64_t wide() const { return panels_of(hidden); }
     int64_t narrow() const { return panels_of(channels); }
@@ -130,19 +122,13 @@ struct Expansion {
     }
 };
 
-// to = (row - mean) / sqrt(variance + epsilon) of `count` rows; returns the last reciprocal root
+// to = (row - mean) / sqrt(variance + epsilon); returns the reciprocal root
 inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at) {
     const float* x = q.x + row * q.channels;
-    Floats sums{}, squares{};
-    for_vectors(q.channels, [&](int64_t c, int n) { sums += load<V>(x + c, n); });
-    const float mean = sum<V>(sums) / q.channels;
-    for_vectors(q.channels, [&](int64_t c, int n) {
-        const Floats centred = keep<V>(load<V>(x + c, n) - mean, n);
-        squares += centred * centred;
+    const auto [mean, scale] = moments(x, q.channels, q.epsilon);
+    for_vectors(q.channels, [&, mean = mean, scale = scale](int64_t c, int n) {
+        store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n);
     });
-    const float scale = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
-    for_vectors(q.channels,
-                [&](int64_t c, int n) { store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n); });
     return scale;
 }
 
@@ -154,10 +140,8 @@ inline void multiply(const Panels& a, int64_t terms, const float* b, const float
     for_tiles(begin, end, [&](auto tile, int64_t row) {
         constexpr int T = decltype(tile)::value;
         Floats sums[T][N];
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
         multiply_tile<T, N>(a.at(0, row), a.pitch, terms, b, sums);
         done(row, sums);
     });
@@ -169,10 +153,8 @@ inline void multiply_to(const Panels& a, int64_t terms, const float* b, const fl
                         int64_t end, float* to) {
     multiply<N>(a, terms, b, first, begin, end, [&](int64_t row, const auto& sums) {
         constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
     });
 }
 
@@ -213,11 +195,9 @@ void run_forward(const Half& q, float* y) {
                     multiply<N>(activated, q.hidden, project.get() + p * q.hidden * kPanel,
                                 bias.get() + p * kPanel, 0, rows, [&](int64_t row, const auto& sums) {
                                     constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
-#pragma GCC unroll 16
-                                    for (int t = 0; t < T; ++t) {
+                                    UNROLL for (int t = 0; t < T; ++t) {
                                         if (row + t >= rows) break;
-#pragma GCC unroll 2
-                                        for (int v = 0; v < N; ++v) {
+                                        UNROLL for (int v = 0; v < N; ++v) {
                                             const int n = int(std::min<int64_t>(V, left - v * V));
                                             const int64_t at = offset + (row + t) * q.channels + v * V;
                                             store<V>(y + at, load<V>(q.x + at, n) + sums[t][v], n);
@@ -243,8 +223,7 @@ inline void gelu_backward(const float* h, float* activated, float* grad, int64_t
     Floats sums[N];
     for (int v = 0; v < N; ++v) sums[v] = Floats{};
     for (int64_t i = 0; i < rows * kPanel; i += kPanel) {
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) {
+        UNROLL for (int v = 0; v < N; ++v) {
             const Floats value = load<V>(h + i + v * V, V);
             const Floats cdf = normal_cdf(value);
             const Floats slope = load<V>(grad + i + v * V, V) * (cdf + value * normal_density(value));
@@ -304,11 +283,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
     const Buffer of_bias = zeros(narrow * kPanel), of_norm = allocate(2 * wide * channels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
         const int own = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-        const int own = 0, all = 1;
-#endif
         // the same rows of every chunk: others may still read theirs of the chunk before
         const int64_t tiles = size / kTileRows;
         const int64_t first = tiles * own / all * kTileRows, last = tiles * (own + 1) / all * kTileRows;
@@ -407,27 +382,17 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
 
 extern "C" {
 
-// `sizes`: rows, channels, hidden channels, threads. Norm (c), expand (e, c) and (e), project (c, e) and (c).
-void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
-                            const float* norm_bias, const float* expand, const float* expand_bias,
-                            const float* project, const float* project_bias, float* y) {
-    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
-                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_forward(q, y);
+// `sizes`: rows, channels, hidden channels, threads. `in`: x, the norm's weight and bias (c), the weight and bias of
+// expand, (e, c) and (e), and of project, (c, e) and (c). `out`: y.
+void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::run_forward(qnas::Half(sizes, epsilon, in), out[0]);
 }
 
-// Gradients of what the forward pass got, in its order. Those of norm and expand may be null together, and
-// those of project.
-void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* x, const float* norm_weight,
-                             const float* norm_bias, const float* expand, const float* expand_bias,
-                             const float* project, const float* project_bias, const float* grad,
-                             float* to_x, float* to_norm_weight, float* to_norm_bias, float* to_expand,
-                             float* to_expand_bias, float* to_project, float* to_project_bias) {
-    const qnas::Half q{sizes[0], sizes[1],    sizes[2],    epsilon, x,
-                       norm_weight, norm_bias, expand, expand_bias, project, project_bias, int(sizes[3])};
-    qnas::run_backward(q, grad,
-                       {to_x, to_norm_weight, to_norm_bias, to_expand, to_expand_bias, to_project,
-                        to_project_bias});
+// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order. Those of norm and expand
+// may be null together, and those of project.
+void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::run_backward(qnas::Half(sizes, epsilon, in), in[7],
+                       {out[0], out[1], out[2], out[3], out[4], out[5], out[6]});
 }
 
 }  // extern "C"

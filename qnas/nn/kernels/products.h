@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -25,8 +24,7 @@ inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPan
 // Calls run(N), a constant, with the vectors that hold the columns of a panel that are left: 1 or 2.
 template <class Run>
 inline void with_vectors(int64_t columns, Run&& run) {
-    if (columns > kLanes) return run(std::integral_constant<int, 2>());
-    run(std::integral_constant<int, 1>());
+    with_constant<2, 1>(columns > kLanes ? 2 : 1, run);
 }
 
 // A matrix (terms, columns), at `from` with these strides, to panels of pitch `terms`.
@@ -52,23 +50,24 @@ inline void pack_weights(const float* from, int64_t terms, int64_t columns, int6
     }
 }
 
+// sums[t][v] += a[t Pitch] b(v): one term of T rows and N vectors.
+template <int Pitch, int T, int N>
+inline void add_term(const float* a, const float* b, Vec<kLanes> (&sums)[T][N]) {
+    constexpr int V = kLanes;
+    Vec<V> factor[N];
+    UNROLL for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
+    UNROLL for (int t = 0; t < T; ++t) {
+        const Vec<V> value = in_register(broadcast<V>(a[t * Pitch]));
+        UNROLL for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
+    }
+}
+
 // sums[t][v] += sum over terms k of a(t, k) b(k, v), for T rows of panels `a` and N vectors of one panel b.
 template <int T, int N>
 inline void multiply_tile(const float* a, int64_t pitch, int64_t terms, const float* b, Vec<kLanes> (&sums)[T][N]) {
-    constexpr int V = kLanes;
     for (int64_t first = 0; first < terms; first += kPanel, a += pitch * kPanel) {
         const int count = terms - first < kPanel ? int(terms - first) : kPanel;
-        for (int k = 0; k < count; ++k, b += kPanel) {
-            Vec<V> factor[N];
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-                const Vec<V> value = in_register(broadcast<V>(a[t * kPanel + k]));
-#pragma GCC unroll 2
-                for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
-            }
-        }
+        for (int k = 0; k < count; ++k, b += kPanel) add_term<kPanel>(a + k, b, sums);
     }
 }
 
@@ -97,26 +96,10 @@ inline void for_tiles(int64_t begin, int64_t end, Run&& run) {
 template <int T, int N>
 inline void accumulate_tile(const float* a, const float* b, int64_t rows, float* to) {
     constexpr int V = kLanes;
-    Vec<V> sums[T][N];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) sums[t][v] = Vec<V>{};
-    for (int64_t r = 0; r < rows; ++r, a += kPanel, b += kPanel) {
-        Vec<V> factor[N];
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) factor[v] = in_register(load<V>(b + v * V, V));
-#pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) {
-            const Vec<V> value = in_register(broadcast<V>(a[t]));
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) sums[t][v] += value * factor[v];
-        }
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) {
+    Vec<V> sums[T][N] = {};
+    for (int64_t r = 0; r < rows; ++r, a += kPanel, b += kPanel) add_term<1>(a, b, sums);
+    UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int v = 0; v < N; ++v) {
             float* const total = to + t * kPanel + v * V;
             store<V>(total, load<V>(total, V) + sums[t][v], V);
         }

@@ -94,7 +94,7 @@ struct Problem {
 };
 
 // For the backward pass also the flipped weights, and those of c forward without the shares.
-void pack(Problem& q, const float* const weights[3], bool backward) {
+void pack(Problem& q, const float* const* weights, bool backward) {
     const int area = q.area(), cut = (q.kernel - q.taps) / 2;
     q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
     for (int index = 0; index < q.groups(); ++index) {
@@ -110,14 +110,11 @@ void pack(Problem& q, const float* const weights[3], bool backward) {
                         weights[f] + group.first * stride + (ky + cut) * q.kernel + kx + cut;
                     const int tap = ky * q.taps + kx;
                     float* forward = to + (f * area + tap) * lanes;
-                    if (!backward) {
-                        for (int i = 0; i < group.count; ++i) forward[i] = scale * from[i * stride];
-                        continue;
-                    }
                     float* flipped = to + 3 * area * kLanes + (f * area + area - 1 - tap) * lanes;
                     for (int i = 0; i < group.count; ++i) {
-                        forward[i] = from[i * stride];
-                        flipped[i] = scale * from[i * stride];
+                        const float scaled = scale * from[i * stride];
+                        forward[i] = backward ? from[i * stride] : scaled;
+                        if (backward) flipped[i] = scaled;
                     }
                 }
             }
@@ -148,20 +145,9 @@ void make_factors(Problem& q) {
 
 // Mean and 1 / standard deviation over channels of the places [begin, end).
 void measure_places(const Problem& q, size_t begin, size_t end) {
-    constexpr int V = kLanes;
     for (size_t place = begin; place < end; ++place) {
-        const float* x = q.x + place * q.channels;
-        Vec<V> total{};
-        for (int c = 0; c < q.channels; c += V) total += load<V>(x + c, std::min(V, q.channels - c));
-        const float mean = sum<V>(total) / q.channels;
-        Vec<V> squares{};
-        for (int c = 0; c < q.channels; c += V) {
-            const int n = std::min(V, q.channels - c);
-            const Vec<V> off = keep<V>(load<V>(x + c, n) - mean, n);
-            squares += off * off;
-        }
-        q.mean[place] = mean;
-        q.rstd[place] = 1.0f / std::sqrt(sum<V>(squares) / q.channels + q.epsilon);
+        const Moments found = moments(q.x + place * q.channels, q.channels, q.epsilon);
+        q.mean[place] = found.mean, q.rstd[place] = found.scale;
     }
 }
 
@@ -175,12 +161,11 @@ struct Rows {
 
 // A task's buffers: rings with room for `slots` rows each, and single rows.
 struct Scratch {
-    int pitch, wide, tile;
+    int rings, slots, pitch, wide, tile;
     size_t ring_floats, row_floats, half;
-    int slots;
     Buffer memory;
 
-    Scratch(const Problem& q, int rings, int slots, int rows) : slots(slots) {
+    Scratch(const Problem& q, int rings, int slots, int rows) : rings(rings), slots(slots) {
         tile = tile_columns(q.width);
         wide = std::max(q.width, tile);
         pitch = wide + 2 * q.radius();
@@ -190,7 +175,6 @@ struct Scratch {
         // narrow groups have their own, since the zeros at the ends must lie where they lie
         const bool narrow = q.group(q.groups() - 1).narrow;
         memory = zeros(narrow ? half + half / 2 : half);
-        this->rings = rings;
     }
     template <int V>
     Rows<V> ring(int index) const {
@@ -204,9 +188,6 @@ struct Scratch {
         const size_t at = (rings * ring_floats + index * row_floats) / kLanes * V;
         return reinterpret_cast<Vec<V>*>(base + at);
     }
-
-  private:
-    int rings;
 };
 
 // Additional buffers of minimal filtering by K taps: a padded row of x and a ring of transformed ones.
@@ -427,14 +408,11 @@ struct Task {
         read<K != 3>(line + K / 2, row);
         constexpr int kKept = W::kInputs - W::kTile;
         Vec<V> in[W::kInputs];  // each read once: for all a compiler knows, writes change the others
-#pragma GCC unroll 4
-        for (int i = 0; i < kKept; ++i) in[i] = line[i];
+        UNROLL for (int i = 0; i < kKept; ++i) in[i] = line[i];
         for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
-#pragma GCC unroll 4
-            for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
+            UNROLL for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
             W::input(in, to + W::kPoints * t);
-#pragma GCC unroll 4
-            for (int i = 0; i < kKept; ++i) in[i] = in[i + W::kTile];
+            UNROLL for (int i = 0; i < kKept; ++i) in[i] = in[i + W::kTile];
         }
     }
 
@@ -472,12 +450,11 @@ struct Task {
     void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Line line) const {
         using W = Winograd<K>;
         constexpr int kTile = W::kTile;
-        Vec<V> sums[3][T][kTile];
+        Vec<V> sums[3][T][kTile] = {};
         convolve_tiled<V, K, 3, T>(rows, of_row, taps, tile * W::kPoints, sums);
         const int first = tile * kTile;
         if (line.x == nullptr && line.count == V && first + T * kTile <= line.width) {
-#pragma GCC unroll 8
-            for (int i = 0; i < T * kTile; ++i) {
+            UNROLL for (int i = 0; i < T * kTile; ++i) {
                 const size_t at = (first + i) * line.stride;
                 if constexpr (K == 3) line.of_x.fetch(first + i);
                 __builtin_prefetch(line.soon + at, 1);
@@ -486,8 +463,7 @@ struct Task {
             }
             return;
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < T * kTile; ++i) {
+        UNROLL for (int i = 0; i < T * kTile; ++i) {
             if (first + i >= line.width) break;
             const size_t at = (first + i) * line.stride;
             if constexpr (K == 3) line.of_x.fetch(first + i);
@@ -591,8 +567,7 @@ struct Task {
         for_tiles<Winograd<3>::kTiles>(tiles, [&](auto group, int tile) {
             constexpr int T = decltype(group)::value, kTile = Winograd<3>::kTile;
             spread_tiles<T>(rows, of_row, count, tile, g, to_a, to_b);
-#pragma GCC unroll 8
-            for (int i = 0; i < T * kTile; ++i) {
+            UNROLL for (int i = 0; i < T * kTile; ++i) {
                 of_x.fetch(tile * kTile + i);
                 of_grad.fetch(tile * kTile + i);
             }
@@ -604,10 +579,9 @@ struct Task {
     void spread_tiles(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile,
                       const Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b) const {
         using W = Winograd<3>;
-        Vec<V> sums[2][T][W::kTile];
+        Vec<V> sums[2][T][W::kTile] = {};
         convolve_tiled<V, 3, 2, T>(rows, of_row, taps, tile * W::kPoints, sums);
-#pragma GCC unroll 8
-        for (int i = 0; i < T * W::kTile; ++i) {
+        UNROLL for (int i = 0; i < T * W::kTile; ++i) {
             const int column = tile * W::kTile + i, t = i / W::kTile, n = i % W::kTile;
             to_a[column] = g[column] * sums[1][t][n];
             to_b[column] = g[column] * sums[0][t][n];
@@ -624,14 +598,15 @@ struct Task {
         const int width = q.width, lanes = group.count;
         const size_t stride = q.channels;
         const float* soon = dx + 2 * width * stride;
-        with_columns(width, [&](auto tile) {
-            constexpr int T = decltype(tile)::value;
-            convolve_to<V, 3, T>(taps, count, std::max(T, width), [=](int column, Vec<V> sum) {
-                if (column >= width) return;
-                const size_t at = column * stride;
-                __builtin_prefetch(soon + at, 1);
-                store<V>(dx + at, sum, lanes);
-            });
+        constexpr int kMost = kLanes == 16 ? 8 : 4;
+        with_constant<1, 2, 4, 7, 8>(tile_columns(width, kMost), [&](auto tile) {
+            if constexpr (tile <= kMost)
+                convolve_to<V, 3, tile>(taps, count, std::max<int>(tile, width), [=](int column, Vec<V> sum) {
+                    if (column >= width) return;
+                    const size_t at = column * stride;
+                    __builtin_prefetch(soon + at, 1);
+                    store<V>(dx + at, sum, lanes);
+                });
         });
     }
 
@@ -743,8 +718,7 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
         float* d = dx + place * channels;
         const float mean = q.mean[place], rstd = q.rstd[place];
         Vec<V> sums{}, products{};
-        for (int c = 0; c < channels; c += V) {
-            const int n = std::min(V, channels - c);
+        for_vectors(channels, [&](int c, int n) {
             const Vec<V> out = load<V>(d + c, n);
             const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;  // where out is zero: any value
             const Vec<V> scaled = out * load<V>(q.norm_weight + c, n);
@@ -752,14 +726,13 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
             products += scaled * unit;
             store<V>(to_weight + c, load<V>(to_weight + c, n) + out * unit, n);
             store<V>(to_bias + c, load<V>(to_bias + c, n) + out, n);
-        }
+        });
         const float by_one = sum<V>(sums) / channels, by_unit = sum<V>(products) / channels;
-        for (int c = 0; c < channels; c += V) {
-            const int n = std::min(V, channels - c);
+        for_vectors(channels, [&](int c, int n) {
             const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;
             const Vec<V> scaled = load<V>(d + c, n) * load<V>(q.norm_weight + c, n);
             store<V>(d + c, load<V>(g + c, n) + rstd * (scaled - by_one - unit * by_unit), n);
-        }
+        });
     }
 }
 
@@ -768,16 +741,12 @@ int useful_threads(const Problem& q, int branches) {
     return std::max(1, std::min(q.threads, int(work / kThreadWork)));
 }
 
-Problem problem_of(const int64_t* sizes, const float* x, const float* norm_weight, const float* norm_bias,
-                   float epsilon) {
+Problem make_problem(const int64_t* sizes, float epsilon, const float* const* in, bool backward) {
     Problem q{};
-    q.batch = sizes[0], q.height = sizes[1], q.width = sizes[2], q.channels = sizes[3];
+    q.batch = sizes[0], q.channels = sizes[1], q.height = sizes[2], q.width = sizes[3];
     q.kernel = sizes[4], q.threads = sizes[5];
-    q.x = x, q.norm_weight = norm_weight, q.norm_bias = norm_bias, q.epsilon = epsilon;
-    return q;
-}
-
-void set_up(Problem& q, const float* const weights[3], const float* shares, bool backward) {
+    q.x = in[0], q.norm_weight = in[4], q.norm_bias = in[5], q.epsilon = epsilon;
+    const float* const shares = in[6];
     const int reach = 2 * std::max(q.height, q.width) - 1;
     q.taps = std::max(1, std::min(q.kernel, reach));
     q.mixed = shares != nullptr;
@@ -801,11 +770,12 @@ void set_up(Problem& q, const float* const weights[3], const float* shares, bool
         float total = 0.0f;
         for (int j = q.levels - 1; j >= 0; --j) q.beyond[j] = total += q.share[j];
     }
-    pack(q, weights, backward);
+    pack(q, in + 1, backward);
     if (q.norm_weight != nullptr) {
         q.mean = zeros(q.batch * q.places());
         q.rstd = zeros(q.batch * q.places());
     }
+    return q;
 }
 
 // Whether minimal filtering takes less time than the direct sums: with five and seven taps not on narrow
@@ -850,24 +820,19 @@ void for_tasks(const Problem& q, Make&& make, Run&& run) {
     }
 }
 
-template <int K>
-void run_tiled(Problem& q, float* y) {
-    make_factors<K>(q);
-    for_tasks(
-        q, [&] { return TileScratch<K>(q, 0, K); },
-        [&](const auto& task, const TileScratch<K>& scratch, int begin, int end) {
-            task.forward_tiled(scratch, y, begin, end);
-        });
-}
-
 void run_forward(Problem& q, float* y) {
-    if (is_tiled(q)) {
-        if (q.taps == 3) return run_tiled<3>(q, y);
-        return q.taps == 5 ? run_tiled<5>(q, y) : run_tiled<7>(q, y);
+    if (!is_tiled(q)) {
+        return for_tasks(
+            q, [&] { return Scratch(q, 1, q.taps, 2 * q.levels + 1); },
+            [&](const auto& task, const Scratch&, int begin, int end) { task.forward(y, begin, end); });
     }
-    for_tasks(
-        q, [&] { return Scratch(q, 1, q.taps, 2 * q.levels + 1); },
-        [&](const auto& task, const Scratch&, int begin, int end) { task.forward(y, begin, end); });
+    with_constant<3, 5, 7>(q.taps, [&](auto taps) {
+        using Tiled = TileScratch<decltype(taps)::value>;
+        make_factors<taps>(q);
+        for_tasks(
+            q, [&] { return Tiled(q, 0, q.taps); },
+            [&](const auto& task, const Tiled& tiled, int begin, int end) { task.forward_tiled(tiled, y, begin, end); });
+    });
 }
 
 struct Gradients {
@@ -878,7 +843,7 @@ struct Gradients {
     float* shares;       // of all kernels from 3 on; null without
 };
 
-void run_backward(Problem& q, const float* const weights[3], const float* grad, const Gradients& to) {
+void run_backward(Problem& q, const float* const* weights, const float* grad, const Gradients& to) {
     const int threads = useful_threads(q, 8), groups = q.groups(), area = q.area();
     const int slices = std::min(q.batch, kMaxSlices);
     const int per_group = 3 * area + q.levels;  // vectors
@@ -998,28 +963,20 @@ extern "C" {
 
 int qnas_lanes() { return qnas::kLanes; }
 
-// `sizes`: batch, height, width, channels, kernel, threads. Without a norm (null) there is no
-// residual; `shares` null is the plain operator, else one share for each of the kernels 3, 5, .., k.
-void qnas_quadratic_forward(const int64_t* sizes, const float* x, const float* w_a, const float* w_b,
-                            const float* w_c, const float* norm_weight, const float* norm_bias,
-                            float epsilon, const float* shares, float* y) {
-    const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
-    qnas::set_up(q, weights, shares, false);
-    qnas::run_forward(q, y);
+// `sizes`: batch, channels, height, width, kernel, threads. `in`: x, w_a, w_b, w_c, the norm's weight and bias, the
+// shares. Without a norm (null) there is no residual; shares null is the plain operator, else one share for
+// each of the kernels 3, 5, .., k. `out`: y.
+void qnas_quadratic_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::Problem q = qnas::make_problem(sizes, epsilon, in, false);
+    qnas::run_forward(q, out[0]);
 }
 
-// Gradients of what the forward pass got, in its order; a null one is not written.
-void qnas_quadratic_backward(const int64_t* sizes, const float* grad, const float* x, const float* w_a,
-                             const float* w_b, const float* w_c, const float* norm_weight,
-                             const float* norm_bias, float epsilon, const float* shares, float* to_x,
-                             float* to_a, float* to_b, float* to_c, float* to_norm_weight,
-                             float* to_norm_bias, float* to_shares) {
-    const float* const weights[3] = {w_a, w_b, w_c};
-    qnas::Problem q = qnas::problem_of(sizes, x, norm_weight, norm_bias, epsilon);
-    qnas::set_up(q, weights, shares, true);
-    qnas::run_backward(q, weights, grad,
-                       {to_x, {to_a, to_b, to_c}, to_norm_weight, to_norm_bias, to_shares});
+// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order; a null one is not
+// written.
+void qnas_quadratic_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
+    qnas::Problem q = qnas::make_problem(sizes, epsilon, in, true);
+    qnas::run_backward(q, in + 1, in[7],
+                       {out[0], {out[1], out[2], out[3]}, out[4], out[5], out[6]});
 }
 
 }  // extern "C"

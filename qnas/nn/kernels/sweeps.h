@@ -4,7 +4,6 @@
 #pragma once
 
 #include <initializer_list>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -17,12 +16,28 @@ struct Taps {
     const Vec<V>* weight;  // N weights, Step apart
 };
 
-// out[c] = from[c] + sum over rows i and taps n of taps[i].row[c + n Step] taps[i].weight[n Step],
-// for c below `columns`, which is at least T. `from` may be null (zero) or `out`. Where one tile is the
-// whole row (Whole), the zeros beyond its ends are not multiplied.
+// sums[t] += sum over rows i and taps n of taps[i].row[start + t + n Step] taps[i].weight[n Step]. Where one tile
+// is the whole row (Whole), the zeros beyond its ends are not multiplied.
+template <int V, int N, int Step, int T, bool Whole>
+inline void add_taps(const Taps<V>* taps, int count, int start, Vec<V> (&sums)[T]) {
+    constexpr int kEnd = (N - 1) * Step / 2;  // columns of padding at either end that the taps meet
+    for (int i = 0; i < count; ++i) {
+        const Vec<V>* row = taps[i].row + start;
+        Vec<V> weight[N];
+        UNROLL for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
+        UNROLL for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
+            const Vec<V> v = in_register(row[j]);
+            UNROLL for (int n = 0; n < N; ++n) {
+                const int t = j - n * Step;
+                if (t >= 0 && t < T) sums[t] += v * weight[n];
+            }
+        }
+    }
+}
+
+// out[c] = from[c] + these sums, for c below `columns`, which is at least T. `from` may be null (zero) or `out`.
 template <int V, int N, int Step, int T, bool Whole>
 void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* out, int columns) {
-    constexpr int kEnd = (N - 1) * Step / 2;  // columns of padding at either end that the taps meet
     // the last tile overlaps the one before it, so its start must be read before `out` is written
     Vec<V> last[T];
     const int end = columns - T;
@@ -30,32 +45,13 @@ void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* 
     if (in_place)
         for (int t = 0; t < T; ++t) last[t] = from[end + t];
     for (int start = 0;;) {
-        Vec<V> sums[T];
-        if (from == nullptr) {
-#pragma GCC unroll 32
-            for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
-        } else {
+        Vec<V> sums[T] = {};
+        if (from != nullptr) {
             const Vec<V>* begin = in_place && start == end ? last : from + start;
-#pragma GCC unroll 32
-            for (int t = 0; t < T; ++t) sums[t] = begin[t];
+            UNROLL for (int t = 0; t < T; ++t) sums[t] = begin[t];
         }
-        for (int i = 0; i < count; ++i) {
-            const Vec<V>* row = taps[i].row + start;
-            Vec<V> weight[N];
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
-#pragma GCC unroll 64
-            for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
-                const Vec<V> v = in_register(row[j]);
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) {
-                    const int t = j - n * Step;
-                    if (t >= 0 && t < T) sums[t] += v * weight[n];
-                }
-            }
-        }
-#pragma GCC unroll 32
-        for (int t = 0; t < T; ++t) out[start + t] = sums[t];
+        add_taps<V, N, Step, T, Whole>(taps, count, start, sums);
+        UNROLL for (int t = 0; t < T; ++t) out[start + t] = sums[t];
         if (start == end) return;
         start = start + T < end ? start + T : end;
     }
@@ -64,31 +60,12 @@ void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* 
 template <int V>
 using Convolve = void (*)(const Taps<V>*, int, const Vec<V>*, Vec<V>*, int);
 
-// Columns of a tile: as even a division of the row as the compiled tiles allow.
-inline int tile_columns(int columns) {
-    const int tiles = (columns + kMaxTile - 1) / kMaxTile;
-    const int even = (columns + tiles - 1) / tiles;
+// Columns of a tile, at most `most`: as even a division of the row as the compiled tiles allow.
+inline int tile_columns(int columns, int most = kMaxTile) {
+    const int tiles = (columns + most - 1) / most, even = (columns + tiles - 1) / tiles;
     for (int tile : {1, 2, 4, 7, 8, 10, 12, 14})
-        if (even <= tile && tile <= kMaxTile) return tile;
-    return kMaxTile;
-}
-
-template <int V, int N, int Step, bool Whole>
-Convolve<V> convolve_for(int tile) {
-    switch (tile) {
-        case 1: return convolve_tiles<V, N, Step, 1, Whole>;
-        case 2: return convolve_tiles<V, N, Step, 2, Whole>;
-        case 4: return convolve_tiles<V, N, Step, 4, Whole>;
-        case 7: return convolve_tiles<V, N, Step, 7, Whole>;
-        case 8: return convolve_tiles<V, N, Step, 8, Whole>;
-#if defined(__AVX512F__)
-        case 10: return convolve_tiles<V, N, Step, 10, Whole>;
-        case 12: return convolve_tiles<V, N, Step, 12, Whole>;
-        case 14: return convolve_tiles<V, N, Step, 14, Whole>;
-        case 16: return convolve_tiles<V, N, Step, 16, Whole>;
-#endif
-    }
-    __builtin_unreachable();
+        if (even <= tile && tile <= most) return tile;
+    return most;
 }
 
 // The same for N taps side by side, T columns at a time, whose sums go to done(column, sum) instead.
@@ -96,43 +73,12 @@ template <int V, int N, int T, class Done>
 void convolve_to(const Taps<V>* taps, int count, int columns, Done done) {
     const int end = columns - T;
     for (int start = 0;;) {
-        Vec<V> sums[T];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) sums[t] = Vec<V>{};
-        for (int i = 0; i < count; ++i) {
-            const Vec<V>* row = taps[i].row + start;
-            Vec<V> weight[N];
-#pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n];
-#pragma GCC unroll 16
-            for (int j = 0; j < T + N - 1; ++j) {
-                const Vec<V> v = in_register(row[j]);
-#pragma GCC unroll 3
-                for (int n = 0; n < N; ++n) {
-                    const int t = j - n;
-                    if (t >= 0 && t < T) sums[t] += v * weight[n];
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) done(start + t, sums[t]);
+        Vec<V> sums[T] = {};
+        add_taps<V, N, 1, T, false>(taps, count, start, sums);
+        UNROLL for (int t = 0; t < T; ++t) done(start + t, sums[t]);
         if (start == end) return;
         start = start + T < end ? start + T : end;
     }
-}
-
-// Calls run(T) with T, a constant, columns of a tile as above: as even a division as the compiled ones allow.
-template <class Run>
-void with_columns(int columns, Run&& run) {
-    constexpr int most = kLanes == 16 ? 8 : 4;
-    const int tiles = (columns + most - 1) / most, even = (columns + tiles - 1) / tiles;
-    if constexpr (most == 8) {
-        if (even == 8) return run(std::integral_constant<int, 8>());
-        if (even > 4) return run(std::integral_constant<int, 7>());
-    }
-    if (even > 2) return run(std::integral_constant<int, 4>());
-    if (even == 2) return run(std::integral_constant<int, 2>());
-    run(std::integral_constant<int, 1>());
 }
 
 // The rows that a weight gradient multiplies: one of the input, and three of gradients.
@@ -148,70 +94,51 @@ void correlate(const Pairing<V>* pairings, int count, int columns, Vec<V>* const
     constexpr int F = kFields;
     for (int first = 0; first < 3; first += F) {
         Vec<V> sums[F][N];
-#pragma GCC unroll 4
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) sums[f][n] = to[first + f][n * Step];
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int n = 0; n < N; ++n) sums[f][n] = to[first + f][n * Step];
         for (int i = 0; i < count; ++i) {
             const Vec<V>* row = pairings[i].row;
             const Vec<V>* fields[F];
-#pragma GCC unroll 4
-            for (int f = 0; f < F; ++f) fields[f] = pairings[i].fields[first + f];
+            UNROLL for (int f = 0; f < F; ++f) fields[f] = pairings[i].fields[first + f];
             for (int c = 0; c < columns; ++c) {
                 Vec<V> g[F];
-#pragma GCC unroll 4
-                for (int f = 0; f < F; ++f) g[f] = fields[f][c];
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) {
+                UNROLL for (int f = 0; f < F; ++f) g[f] = fields[f][c];
+                UNROLL for (int n = 0; n < N; ++n) {
                     const Vec<V> v = in_register(row[c + n * Step]);
-#pragma GCC unroll 4
-                    for (int f = 0; f < F; ++f) sums[f][n] += v * g[f];
+                    UNROLL for (int f = 0; f < F; ++f) sums[f][n] += v * g[f];
                 }
             }
         }
-#pragma GCC unroll 4
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) to[first + f][n * Step] = sums[f][n];
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int n = 0; n < N; ++n) to[first + f][n * Step] = sums[f][n];
     }
 }
 
 template <int V>
 using Correlate = void (*)(const Pairing<V>*, int, int, Vec<V>* const*);
 
-template <int V, int N, int Step>
-Convolve<V> convolve_for(int tile, bool whole) {
-    return whole ? convolve_for<V, N, Step, true>(tile) : convolve_for<V, N, Step, false>(tile);
+// Returns run(N, Step), constants, with the taps of a sweep, Step apart: all of a row, or its two ends.
+template <class Run>
+auto with_taps(int taps, int step, Run&& run) {
+    if (step == 1)
+        return with_constant<1, 3, 5, 7, 9>(taps, [&](auto n) { return run(n, std::integral_constant<int, 1>()); });
+    return with_constant<4, 6>(step, [&](auto apart) { return run(std::integral_constant<int, 2>(), apart); });
 }
 
-// The sweeps for N taps, Step apart, as they are chosen at run time: all of a row, or its two ends.
-// `whole`: one tile is the whole row.
+// The sweeps as they are chosen at run time, once a task. `whole`: one tile is the whole row.
 template <int V>
-Convolve<V> choose_convolve(int taps, int step, int tile, bool whole) {
-    switch (taps * 16 + step) {
-        case 1 * 16 + 1: return convolve_for<V, 1, 1>(tile, whole);
-        case 3 * 16 + 1: return convolve_for<V, 3, 1>(tile, whole);
-        case 5 * 16 + 1: return convolve_for<V, 5, 1>(tile, whole);
-        case 7 * 16 + 1: return convolve_for<V, 7, 1>(tile, whole);
-        case 9 * 16 + 1: return convolve_for<V, 9, 1>(tile, whole);
-        case 2 * 16 + 4: return convolve_for<V, 2, 4>(tile, whole);
-        case 2 * 16 + 6: return convolve_for<V, 2, 6>(tile, whole);
-    }
-    __builtin_unreachable();
+[[gnu::noinline]] Convolve<V> choose_convolve(int taps, int step, int tile, bool whole) {
+    return with_taps(taps, step, [&](auto n, auto apart) {
+        return with_constant<1, 2, 4, 7, 8, 10, 12, 14, 16>(tile, [&](auto columns) {
+            constexpr int T = columns <= kMaxTile ? columns : kMaxTile;
+            return whole ? convolve_tiles<V, n, apart, T, true> : convolve_tiles<V, n, apart, T, false>;
+        });
+    });
 }
 
 template <int V>
-Correlate<V> choose_correlate(int taps, int step) {
-    switch (taps * 16 + step) {
-        case 1 * 16 + 1: return correlate<V, 1, 1>;
-        case 3 * 16 + 1: return correlate<V, 3, 1>;
-        case 5 * 16 + 1: return correlate<V, 5, 1>;
-        case 7 * 16 + 1: return correlate<V, 7, 1>;
-        case 9 * 16 + 1: return correlate<V, 9, 1>;
-        case 2 * 16 + 4: return correlate<V, 2, 4>;
-        case 2 * 16 + 6: return correlate<V, 2, 6>;
-    }
-    __builtin_unreachable();
+[[gnu::noinline]] Correlate<V> choose_correlate(int taps, int step) {
+    return with_taps(taps, step, [](auto n, auto apart) { return correlate<V, n, apart>; });
 }
 
 }  // namespace qnas

@@ -181,63 +181,39 @@ inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* fact
     for (int i = 0; i < count; ++i) {
         const Vec<V>* row = rows[i] + from + First;
         const Vec<V>* factor = factors[i] + First * W::kBlocks * 3;
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
+        UNROLL for (int p = 0; p < P; ++p) {
             Vec<V> v[T + W::kBlocks - 1];
-#pragma GCC unroll 4
-            for (int t = 0; t < T + W::kBlocks - 1; ++t) v[t] = in_register(row[t * W::kPoints + p]);
-#pragma GCC unroll 2
-            for (int k = 0; k < W::kBlocks; ++k) {
-#pragma GCC unroll 3
-                for (int f = 0; f < F; ++f) {
+            UNROLL for (int t = 0; t < T + W::kBlocks - 1; ++t) v[t] = in_register(row[t * W::kPoints + p]);
+            UNROLL for (int k = 0; k < W::kBlocks; ++k) {
+                UNROLL for (int f = 0; f < F; ++f) {
                     const Vec<V> by = in_register(factor[(p * W::kBlocks + k) * 3 + f]);
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) sums[f][t][p] += v[t + k] * by;
+                    UNROLL for (int t = 0; t < T; ++t) sums[f][t][p] += v[t + k] * by;
                 }
             }
         }
     }
 }
 
-template <int V, int F, int T, int P>
-inline void clear(Vec<V> (&sums)[F][T][P]) {
-#pragma GCC unroll 3
-    for (int f = 0; f < F; ++f)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sums[f][t][p] = Vec<V>{};
-}
-
-// T tiles of the first F convolutions by K taps across: y[f][t][column].
+// T tiles of the first F convolutions by K taps across: y[f][t][column], zero before.
 template <int V, int K, int F, int T>
 inline void convolve_tiled(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
                            Vec<V> (&y)[F][T][Winograd<K>::kTile]) {
     using W = Winograd<K>;
     if constexpr (K == 3) {
         // as many sums as columns: twice as many tiles in registers, which load each factor for all of them
-        clear<V>(y);
         multiply_points<V, K, 0, 2, F, T>(rows, factors, count, from, y);
-#pragma GCC unroll 3
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) W::first(y[f][t]);
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int t = 0; t < T; ++t) W::first(y[f][t]);
         multiply_points<V, K, 2, 2, F, T>(rows, factors, count, from, y);
     } else {
-        Vec<V> sums[F][T][kPassPoints];
-        clear<V>(sums);
+        Vec<V> sums[F][T][kPassPoints] = {};
         multiply_points<V, K, 0, kPassPoints, F, T>(rows, factors, count, from, sums);
-#pragma GCC unroll 3
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 2
-            for (int t = 0; t < T; ++t) W::first(sums[f][t], y[f][t]);
-        Vec<V> others[F][T][W::kPoints - kPassPoints];
-        clear<V>(others);
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int t = 0; t < T; ++t) W::first(sums[f][t], y[f][t]);
+        Vec<V> others[F][T][W::kPoints - kPassPoints] = {};
         multiply_points<V, K, kPassPoints, W::kPoints - kPassPoints, F, T>(rows, factors, count, from, others);
-#pragma GCC unroll 3
-        for (int f = 0; f < F; ++f)
-#pragma GCC unroll 2
-            for (int t = 0; t < T; ++t) W::second(others[f][t], y[f][t]);
+        UNROLL for (int f = 0; f < F; ++f)
+            UNROLL for (int t = 0; t < T; ++t) W::second(others[f][t], y[f][t]);
     }
 }
 
@@ -263,39 +239,27 @@ void correlate_tiled(const Vec<V>* const* rows, const Fields<V>* fields, int cou
     constexpr int P = W::kPoints, F = kFields;
     for (int first = 0; first < 3; first += F) {
         Vec<V> sums[R][F][P];
-#pragma GCC unroll 3
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-            for (int f = 0; f < F; ++f)
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) sums[r][f][p] = to[r][first + f][p];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int f = 0; f < F; ++f)
+                UNROLL for (int p = 0; p < P; ++p) sums[r][f][p] = to[r][first + f][p];
         for (int i = 0; i < count; ++i) {
             const Vec<V>*x[R], *of[F];
-#pragma GCC unroll 3
-            for (int r = 0; r < R; ++r) x[r] = rows[i + r];
-#pragma GCC unroll 3
-            for (int f = 0; f < F; ++f) of[f] = fields[i][first + f];
+            UNROLL for (int r = 0; r < R; ++r) x[r] = rows[i + r];
+            UNROLL for (int f = 0; f < F; ++f) of[f] = fields[i][first + f];
             for (int t = 0; t < tiles; ++t) {
                 Vec<V> g[F][P];
-#pragma GCC unroll 3
-                for (int f = 0; f < F; ++f) W::gradient(of[f] + t * W::kTile, g[f]);
-#pragma GCC unroll 4
-                for (int p = P - 1; p >= 0; --p) {
-#pragma GCC unroll 3
-                    for (int r = 0; r < R; ++r) {
+                UNROLL for (int f = 0; f < F; ++f) W::gradient(of[f] + t * W::kTile, g[f]);
+                UNROLL for (int p = P - 1; p >= 0; --p) {
+                    UNROLL for (int r = 0; r < R; ++r) {
                         const Vec<V> v = in_register(x[r][t * P + p]);
-#pragma GCC unroll 3
-                        for (int f = 0; f < F; ++f) sums[r][f][p] += v * g[f][p];
+                        UNROLL for (int f = 0; f < F; ++f) sums[r][f][p] += v * g[f][p];
                     }
                 }
             }
         }
-#pragma GCC unroll 3
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-            for (int f = 0; f < F; ++f)
-#pragma GCC unroll 4
-                for (int p = 0; p < P; ++p) to[r][first + f][p] = sums[r][f][p];
+        UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int f = 0; f < F; ++f)
+                UNROLL for (int p = 0; p < P; ++p) to[r][first + f][p] = sums[r][f][p];
     }
 }
 
