@@ -18,12 +18,11 @@ from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Product, RealImages
 from qnas.deploy.measurement import time_exported
-from qnas.nn.subnet import build_subnet
-from qnas.runs.found_arch import FoundArch, find_arch
-from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
+from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
-from qnas.training.supernet_weights import load_weights
+from qnas.training.supernet_weights import build_trained
 
 IMAGES = 512  # of the test images that files are checked with
 CALIBRATION_IMAGES = 256  # of the training images, for int8
@@ -98,8 +97,8 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     """
     precision = check_request(request.formats, request.precision)
     folder = source.parent if source.suffix == ".json" else source
-    trained = folder / SUBNET_FOLDER if (folder / SUBNET_FOLDER / RESULT_FILE).is_file() else folder
-    if not (trained / RESULT_FILE).is_file():
+    trained = trained_folder(folder)
+    if trained is None:
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     out = out or folder / EXPORT_FOLDER
     _check_free(
@@ -153,12 +152,9 @@ def _product(
     found: FoundArch, result: Mapping[str, Any], px: int, batch: int | None, calibration: RealImages | None
 ) -> Product:
     classes = tuple(result["classes"])
-    network = build_subnet(found.space, found.arch, len(classes)).eval()
-    weights = found.folder / WEIGHTS_FILE
-    load_weights(network, load_tensors(weights), weights)
     return Product(
         "qnas_" + re.sub(r"\W", "_", found.space.name),
-        network,
+        build_trained(found, len(classes)),
         lower(found.space, found.arch, resolution_px=px, classes=len(classes)),
         classes,
         tuple(result["mean"]),
