@@ -7,23 +7,18 @@ from typing import Any
 from qnas.runs import names
 
 _OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # of config.json -> of the option
-# options of a search that its config.json records under `search`
-_SEARCH_OPTIONS = (
-    *("seed", "search_epochs", "warmup_epochs", "batch_size", "resolution_px", "latency_loss", "weights"),
-    *("gradient", "paths", "effect_networks", "k_best", "screened", "random_networks", "threads"),
-    *("torch_device", "precision"),
-)
 
 
 def search_command(config: Mapping[str, Any]) -> str:
     """Return a command for the same search, with every option written out."""
-    words = ["qnas", "search", *_option_words(config, ("space", "data", "latency"))]
+    words = ["qnas", "search", *_option_words(config, ("space", "data", "max_broken", "latency"))]
     for entry in config.get("limits", []):
         if "device" in entry:
             words += ["--device", entry["device"], "--budget", entry["budget"]]
         else:
             words += [f"--max-{entry['name']}", entry["budget"]]
-    return shlex.join([*words, *_option_words(config.get("search", {}), _SEARCH_OPTIONS)])
+    settings = config.get("search", {})  # whole, so that it does not matter which preset they began with
+    return shlex.join([*words, *_option_words(settings, [name for name in settings if name != "preset"])])
 
 
 def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
@@ -33,15 +28,18 @@ def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
         recipe, network = f"{names.SUBNET_FOLDER}/{recipe}", "."
     weights = "supernet" if config.get("from_supernet") else "scratch"
     words = ["qnas", "train-subnet", network, "--recipe", recipe, "--weights", weights]
-    words += _option_words(config, ("data", "teacher"))
-    words += _option_words(config.get("train", {}), ("seed", "threads", "torch_device", "precision"))
+    words += _option_words(config, ("data", "max_broken", "teacher"))
+    settings = config.get("train", {})
+    words += _option_words(settings, [name for name in settings if name != "recipe"])
     return shlex.join([*words, "--out", "again"])
 
 
 def _option_words(values: Mapping[str, Any], options: Iterable[str]) -> list[str]:
-    """Return the words of a command that give these values, and `--compile` where it is set."""
+    """Return the words of a command that give these values; True is a flag, None and False say nothing."""
     words = []
     for name in options:
-        if values.get(name) is not None:
-            words += [f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}", str(values[name])]
-    return [*words, *(["--compile"] if values.get("compile") else [])]
+        value = values.get(name)
+        if value is not None and value is not False:
+            words.append(f"--{_OTHER_NAMES.get(name, name).replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return words

@@ -240,6 +240,27 @@ def test_the_command_asks_for_the_same_search(whole: Path, tmp_path: Path) -> No
     assert (tmp_path / "again" / "arch.json").read_bytes() == (whole / "arch.json").read_bytes()
 
 
+def test_the_commands_name_every_setting_of_the_run() -> None:
+    settings = {"learning_rate": 0.5, "search_epochs": 3, "compile": True, "gradient": None, "loss": "focal"}
+    config = {
+        "space": "s",
+        "data": "shards:a b",
+        "max_broken": 0.2,
+        "limits": [{"device": "vpu", "budget": "30ms"}, {"name": "params", "budget": "2M"}],
+        "search": {"preset": "digits", **settings},
+        "train": {"recipe": {"epochs": 3}, "seed": 7, "loss": "focal", "compile": False},
+    }
+    asked = "--learning-rate 0.5 --epochs 3 --compile --loss focal"
+    assert search_command(config) == (
+        "qnas search --space s --data 'shards:a b' --max-broken 0.2 --device vpu --budget 30ms "
+        f"--max-params 2M {asked}"
+    )
+    assert training_command(config, of_run=False) == (
+        "qnas train-subnet arch.json --recipe recipe.yaml --weights scratch --data 'shards:a b' "
+        "--max-broken 0.2 --seed 7 --loss focal --out again"
+    )
+
+
 def test_the_command_asks_for_the_same_training(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
