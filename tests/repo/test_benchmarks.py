@@ -285,11 +285,12 @@ def test_it_is_said_how_far_networks_differ_beyond_their_trainings() -> None:
     random = [{"accuracy": accuracy} for accuracy in (0.4, *[0.58, 0.62] * 4, 0.6)]
     alike = {"kinds": {"random": random}, "repeated": [[0.5, 0.6, 0.4], [0.7, 0.8, 0.6]]}
     said = search_quality.describe_noise(alike)  # deviations of ten and of nine: 6.6 and 2.0 points
-    assert "differ by 0.0 points" in said
-    assert "by 6.6: the networks themselves by about 6.6. But for the lowest they differ by 2.0." in said
+    assert "seeds differ by 0.0 points" in said
+    assert "differ by 6.6 points, of which about 6.6 come from the networks themselves" in said
+    assert "Without the least accurate network they differ by 2.0 points." in said
     apart = alike | {"repeated": [[0.5, 0.6, 0.4], [0.6, 0.5, 0.7]]}  # sum of squares 0.04, two degrees
     assert "differ by 14.1 points" in search_quality.describe_noise(apart)
-    assert "the networks themselves by about 0.0." in search_quality.describe_noise(apart)
+    assert "of which about 0.0 come from the networks themselves" in search_quality.describe_noise(apart)
     assert "not known" in search_quality.describe_noise(alike | {"repeated": [[0.5, 0.6, 0.4]]})
 
 
