@@ -1,4 +1,4 @@
-"""The commands from whole networks to a device, on times that a shipped device's model makes up."""
+"""The commands from whole networks to a device, on artificial times from a shipped device's model."""
 
 import json
 from pathlib import Path
