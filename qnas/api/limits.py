@@ -38,7 +38,7 @@ class AskedLimits:
             parse_latency(budget)
         names = [device.name for device in self.known]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f"{twice[0]} is given twice: its smaller budget alone says the same")
+            raise UsageError(f"{twice[0]} is given twice: give only its smaller budget")
 
     @classmethod
     def of(

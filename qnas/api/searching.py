@@ -140,7 +140,7 @@ def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str 
 
 def _former(out: str | Path | None) -> Mapping[str, Any]:
     if out is None:
-        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
+        raise UsageError("`resume=True` needs `out`: the folder of the run to continue")
     request = read_config(Path(out))
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")

@@ -96,7 +96,7 @@ def _cpu_kernels() -> Finding:
         library = native.library()
     if library is None:
         reason = str(caught[0].message) if caught else "tried before in this process"
-        return finding("broken", reason, f"see what {compiler} lacks, or set QNAS_KERNELS=0")
+        return finding("broken", reason, f"see why {compiler} fails, or set QNAS_KERNELS=0")
     worst = _largest_difference()
     found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
     if worst > 1e-4:

@@ -26,7 +26,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 
 
 def report(source: Run = None, as_json: Json = False) -> None:
-    """Write a run's page, report.html, again. search and train-subnet write it at their end.
+    """Write a run's page, report.html, again, as search and train-subnet do at their end.
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """
