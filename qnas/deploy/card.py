@@ -152,8 +152,8 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
     certificate = card["certificate"]
     if certificate:
         yield (
-            f"- Certificate: number {certificate['rank']} by score of the {certificate['solved']} best "
-            f"networks within the limits, by {certificate['solver']}; score "
+            f"- Certificate: number {certificate['rank']} of the {certificate['solved']} networks of "
+            f"highest score within the limits, by {certificate['solver']}; score "
             f"{certificate['score']:.4f}, and no network within the limits exceeds "
             f"{certificate['score_bound']:.4f}"
         )
