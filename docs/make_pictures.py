@@ -3,7 +3,7 @@
     python docs/make_pictures.py [RUN] [--out docs/images]
 
 Without RUN, the demo is searched and trained first (minutes). Needs Chromium (`apt install chromium`).
-RUN itself is left as it is: a copy is worked in.
+RUN itself is not changed: the script works on a copy.
 """
 
 import argparse

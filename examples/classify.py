@@ -18,7 +18,7 @@ def classify(session: onnxruntime.InferenceSession, image: str | Path) -> list[t
     _, channels, height, width = wanted.shape  # (batch, C, H, W)
     known = session.get_modelmeta().custom_metadata_map
     classes, mean, std = (json.loads(known[name]) for name in ("classes", "mean", "std"))
-    # as the file's metadata say: the central square, resized; 0 to 1, minus mean, over std
+    # as in the file's metadata: the central square, resized; 0 to 1, minus mean, over std
     picture = Image.open(image).convert("L" if channels == 1 else "RGB")
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture, np.float32).reshape(height, width, channels) / 255

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 
 def main(folder: Path, images_a_class: int) -> None:
-    """Write the first images of each class: of five, four for training and one for testing."""
+    """Write the first images of each class: four of five for training, one of five for testing."""
     digits = load_digits()
     written: Counter[int] = Counter()
     for pixels, label in zip(digits.images, digits.target.tolist(), strict=True):

@@ -22,18 +22,18 @@ from qnas.spaces.space import SearchSpace, make_space
 @register_block(
     "star",
     parameters={"kernel": (3, 5, 7), "expansion": (2, 3, 4)},
-    # smaller kernels are the centres of the largest, fewer hidden channels its first ones
+    # a smaller kernel is the centre of the largest, a smaller expansion has its first hidden channels
     sliced=("kernel", "expansion"),
     needs_batchnorm=True,
 )
 class Star(nn.Module):
     """x + project(ReLU6(W_1 y) . W_2 y), where y is a depthwise convolution of x."""
 
-    is_residual = True  # stochastic depth may leave out what it adds
+    is_residual = True  # stochastic depth may drop its residual branch
 
     @staticmethod
     def layers(place: Place, kernel: int, expansion: int) -> tuple[LayerSpec, ...]:
-        """Return the layers in the order in which they run: what counts and latencies are computed of."""
+        """Return the layers in the order in which they run; counts and latencies are computed from them."""
         c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
         return (
             LayerSpec("depthwise", "dwconv", px, c, c, kernel),

@@ -29,7 +29,7 @@ from qnas.spaces.space import load_space
 HERE = Path(__file__).resolve().parent
 DATE = "2026-11-21"  # of the fit
 
-# Families that are left out of a fit, each whole: how good the model is for networks of a new kind.
+# Families left out of a fit as a whole, to estimate the accuracy on a new family of networks.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "proxylessnas": ("proxylessnas",),
     "mobilenetv1": ("mobilenetv1",),
@@ -92,7 +92,7 @@ ABOUT: dict[str, dict[str, object]] = {
 
 _ABSENT = "not in the measured networks"
 
-# Operators that no measured network has -> passes over a map, and why.
+# Operators that no measured network has -> number of passes over a map, and the reason.
 UNMEASURED_PASSES: dict[str, tuple[float, str]] = {
     "relu": (1, "by itself"),
     "clip": (1, "as relu"),
@@ -108,7 +108,7 @@ UNMEASURED_PASSES: dict[str, tuple[float, str]] = {
 
 
 def edge_model(name: str, fit: Fit, measured: set[str], layernorm: KernelModel) -> dict[str, KernelModel]:
-    """Return the models of all kinds of kernels; those not in `measured` are estimates."""
+    """Return the models of all kinds of kernels; kinds outside `measured` are estimates."""
     one = {"launch": fit.shared["pass.launch"], "kelements_in": fit.shared["pass.kelements"]}
     passes = {kind: times for (kind, _), times in FORMS[name].shared["pass.launch"].items()}
     model = {}
@@ -139,7 +139,7 @@ def edge_model(name: str, fit: Fit, measured: set[str], layernorm: KernelModel) 
 
 
 def layernorm_of_parts(fit: Fit) -> KernelModel:
-    """Return layer normalisation as the operators that it consists of in a graph."""
+    """Return the cost of layer normalisation as the sum of its operators in a graph."""
     note = (
         f"{_ABSENT}: mean and variance as gap, their two broadcasts as scale, the square as one pass over "
         "a map, scale and shift as batchnorm"
@@ -151,7 +151,7 @@ def layernorm_of_parts(fit: Fit) -> KernelModel:
 
 
 def layernorm_of_blocks(fit: Fit, blocks: list[Block]) -> KernelModel:
-    """Return layer normalisation as blocks that have it tell, at least two passes over the map."""
+    """Return the cost of layer normalisation by measured blocks with it, at least two passes over a map."""
     note = (
         f"{_ABSENT}: from blocks timed on the same phone with a newer TFLite, scaled by their 1x1 "
         "convolutions (github.com/microsoft/nn-Meter, MIT)"
@@ -162,18 +162,18 @@ def layernorm_of_blocks(fit: Fit, blocks: list[Block]) -> KernelModel:
     return KernelModel(kind="estimated", note=note, terms=terms)
 
 
-# Operators that were not timed on the GPU -> the one that moves as much, or more.
+# Timed operator -> operators that were not timed on the GPU, which move as much data or less.
 NOT_TIMED: dict[str, tuple[str, ...]] = {
     "relu": ("clip", "sigmoid", "hsigmoid", "swish", "hswish", "add_scalar", "mul_scalar"),
     "mul": ("square",),
     "add": ("sub", "elementwise", "scale", "batchnorm", "gap", "avgpool", "maxpool"),
 }
-# Operators that copy a map: a view where a runtime is clever, never less than a launch here.
+# Operators that copy a map: a view in some runtimes; here they cost at least a launch.
 COPIES = ("concat", "split", "reshape", "transpose", "shuffle")
 
 
 def gpu_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
-    """Return the models of all kinds of kernels, those that were not timed included."""
+    """Return the models of all kinds of kernels, including those that were not timed."""
     notes = {
         "conv": "3x3 of stride 1 was timed: others by their output pixels and the inputs of an output",
         "layernorm": "260 channels and more were timed: fewer take as long as 260",
@@ -210,7 +210,7 @@ def make_device(
     fixed_ms: float = 0.0,
     accuracy: Mapping[str, Mapping[str, Figures]] | None = None,
 ) -> Device:
-    """Put a fit into a device file."""
+    """Return a fitted model as a device."""
     return Device.model_validate(
         {
             "schema": SCHEMA,
@@ -228,9 +228,9 @@ def make_device(
 
 
 def fit_edge(name: str, networks: Networks, of: Design, blocks: list[Block], date: str) -> Device:
-    """Fit an edge device, without a random fifth of the networks that it is then judged by.
+    """Fit an edge device to all networks but a random fifth, which gives its accuracy.
 
-    How it does for a family that it has not seen is that of fits without the family.
+    Its accuracy on an unseen family is that of a fit without this family.
     """
     latency_ms = networks.latency_ms[name]
     known = np.isfinite(latency_ms)
@@ -282,7 +282,7 @@ def write_tables(device: Device, folder: Path) -> list[Path]:
 
 
 def print_accuracy(device: Device) -> None:
-    """Print how well a device's model does on what it has not seen."""
+    """Print the accuracy of a device's model on held-out measurements."""
     for held_out, groups in device.accuracy.items():
         for group, f in groups.items():
             print(
@@ -293,7 +293,7 @@ def print_accuracy(device: Device) -> None:
 
 
 def main() -> None:
-    """Parse the command line, fit, write."""
+    """Parse the command line, fit the devices, write the files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -6,8 +6,8 @@
     trained = qnas.train_subnet(result)
     qnas.export(trained, formats=["onnx"])
 
-Importing the package loads nothing heavy: each name below is loaded when it is first used, and torch only
-by those that need it. Errors that the user can mend are `QnasError`; nothing prints unless asked.
+Importing the package loads nothing heavy: each name below is loaded at its first use, and torch only by the
+names that need it. Errors that the user can fix are `QnasError`; nothing is printed unless requested.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-# What the package offers, by the module that has it.
+# The public names, by the module that defines them.
 _OFFERED = {
     "qnas.api.deriving": ("Derivation", "ParetoFronts", "derive", "pareto"),
     "qnas.api.exporting": ("export",),
@@ -92,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for from the module that has it (PEP 562)."""
+    """Load a public name from the module that defines it (PEP 562)."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

@@ -1,6 +1,6 @@
-"""One thread a test process, and a space small enough to search in seconds.
+"""One thread per test process, and a space small enough to search in seconds.
 
-`make test` runs a process a core, and threads that wait for each other on a busy machine make small
+`make test` runs one process per core, and threads that wait for each other on a busy machine make small
 tensors ten times slower.
 """
 
@@ -22,7 +22,7 @@ from qnas.spaces.space import SearchSpace, parse_space
 
 @pytest.fixture
 def _registries() -> Iterator[None]:
-    """Forget, at the end of a test, the blocks and neurons that it registered."""
+    """Remove the blocks and neurons that a test registered, at its end."""
     blocks, neurons = dict(BLOCKS), dict(NEURONS)
     yield
     BLOCKS.clear()

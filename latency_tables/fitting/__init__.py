@@ -1,1 +1,1 @@
-"""Fitting the models of the shipped devices to published measurements, for make_tables.py alone."""
+"""Fits of the shipped devices' models to published measurements, used by make_tables.py only."""

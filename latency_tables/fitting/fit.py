@@ -1,15 +1,15 @@
-"""Fitting a device's model to networks timed as wholes: least squares with weights at or above zero.
+"""The fit of a device's model to end-to-end times of whole networks: non-negative least squares.
 
-A network's latency is a fixed part plus the sum over its kernels, so whole networks, of which
-nothing is known but their total, pin down what kernels cost (the additive model of nn-Meter,
-MobiSys 2021, without timing kernels one by one). Errors are relative: 1 ms off in 10 ms weighs as
-much as 10 ms off in 100 ms. Networks that lie far off count less from round to round, as what makes
-them differ is in no term; the others are then met the better.
+A network's latency is a fixed part plus the sum over its kernels, so the totals of whole networks
+determine the cost of kernels (the additive model of nn-Meter, MobiSys 2021, without timing kernels
+one by one). Errors are relative: 1 ms off in 10 ms weighs as much as 10 ms off in 100 ms. Networks
+with large errors are weighted down in each round, since no term explains their difference; the fit to
+the others improves.
 
-Totals do not pin down the cost of a kernel that is rare or always in the same company. Three things
-stand for what they cannot tell, and hold up when a whole family of networks is left out: few terms a
-kernel, each with a meaning on the device; weights that kinds of kernels share, such as one pass over
-a map; and floors, such as a launch. fitting.forms has them for each device.
+Totals do not determine the cost of a kernel that is rare or always occurs with the same others. Three
+priors replace the missing information, and hold up when a whole family of networks is left out: few
+terms per kernel, each with a meaning on the device; weights that kinds of kernels share, such as one
+pass over a map; and lower bounds (floors), such as a launch. fitting.forms has them for each device.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,22 +27,22 @@ Array = npt.NDArray[np.float64]
 Terms = dict[str, dict[str, float]]  # kernel kind -> feature -> milliseconds
 Column = tuple[str, str]  # kernel kind, feature
 
-HELD_OUT = 0.2  # share of the measurements that a fit does not see
+HELD_OUT = 0.2  # share of the measurements left out of a fit
 SEED = 0
 
 _ROUNDS = 6
-_FAR = 0.05  # relative error at which a network counts half
+_FAR = 0.05  # relative error at which a network has half the weight
 _FIXED: Column = ("", "fixed")
 
 
 @dataclass(frozen=True)
 class Form:
-    """The terms that the cost of kernels may depend on, on one device.
+    """The terms in the cost of kernels on one device.
 
-    `own` has the features of each kind of kernel that have a weight of their own. `shared` has
-    weights that stand for several: name -> kind and feature -> how often the weight counts there.
-    `floors` has the least milliseconds of a weight: by the name of a shared one, by "kind.feature" or
-    by the feature of any kind; others may be zero.
+    `own` has the features of each kind of kernel with a separate weight. `shared` has weights for several
+    kinds: name -> kind and feature -> multiple of the weight there. `floors` has the lower bound of a
+    weight in milliseconds: by the name of a shared one, by "kind.feature" or by the feature of any kind;
+    other weights may be zero.
     """
 
     own: Mapping[str, tuple[str, ...]]
@@ -74,7 +74,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Design:
-    """The form's features of networks, summed over their kernels: a column for each weight."""
+    """The features of networks, summed over their kernels: one column for each weight of the form."""
 
     form: Form
     names: tuple[Column | str, ...]  # kind and feature, or the name of a shared weight
@@ -84,7 +84,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted additive model: what each kind costs, and the weights that kinds share."""
+    """A fitted additive model: the terms of each kind, and the shared weights."""
 
     terms: Terms
     shared: Mapping[str, float]
@@ -92,7 +92,7 @@ class Fit:
 
 
 def design(form: Form, kernels: Sequence[Kernel], counts: sparse.csr_matrix) -> Design:
-    """Count the features of networks, given how often each kernel occurs in each."""
+    """Return the design of networks, given the count of each kernel in each network."""
     kinds = np.array([kernel.kind for kernel in kernels])
     unknown = set(kinds.tolist()) - form.kinds
     assert not unknown, f"no terms for {unknown}"
@@ -112,7 +112,7 @@ def design(form: Form, kernels: Sequence[Kernel], counts: sparse.csr_matrix) -> 
 
 
 def fit_networks(of: Design, latency_ms: Array, rows: npt.NDArray[np.bool_]) -> Fit:
-    """Fit what kernels cost to the latencies of the networks for which `rows` is true."""
+    """Fit the costs of kernels to the latencies of the networks for which `rows` is true."""
     weights = dict(
         zip(of.names, fit_robust(of.matrix[rows], latency_ms[rows], of.lowest).tolist(), strict=True)
     )
@@ -127,9 +127,9 @@ def fit_networks(of: Design, latency_ms: Array, rows: npt.NDArray[np.bool_]) -> 
 
 
 def fit_robust(matrix: Array, latency_ms: Array, lowest: Array) -> Array:
-    """Return weights >= lowest as `fit_relative`, in rounds in which networks far off count less.
+    """Return weights >= lowest as `fit_relative`, in rounds that weight networks with large errors down.
 
-    A row counts 1 / (1 + (error / 5%)^2): iteratively reweighted least squares with Cauchy's weights.
+    A row has the weight 1 / (1 + (error / 5%)^2): iteratively reweighted least squares with Cauchy's weights.
     """
     counts = np.ones(len(latency_ms))
     weights = lowest
@@ -142,8 +142,8 @@ def fit_robust(matrix: Array, latency_ms: Array, lowest: Array) -> Array:
 def fit_relative(matrix: Array, latency_ms: Array, lowest: Array, counts: Array | None = None) -> Array:
     """Return weights >= lowest with the least squared relative error of `matrix @ weights`.
 
-    `counts` weighs the rows. The problem is solved on its normal equations: thousands of rows become
-    as many as there are columns. A millionth of ridge keeps them regular where columns are alike.
+    `counts` are the weights of the rows. The problem is solved on its normal equations, which reduce
+    thousands of rows to the number of columns. A ridge of 1e-6 keeps them regular if columns are alike.
     """
     root = np.ones(len(latency_ms)) if counts is None else np.sqrt(counts)
     rows = matrix / latency_ms[:, None] * root[:, None]
@@ -158,14 +158,14 @@ def fit_relative(matrix: Array, latency_ms: Array, lowest: Array, counts: Array 
 
 
 def feature_matrix(kernels: Sequence[Kernel], features: Iterable[str]) -> Array:
-    """Return features of kernels. -> (kernels, features)"""
+    """Return the features of kernels. -> (kernels, features)"""
     counts = [FEATURES[name] for name in features]
     values = [[count(kernel) for count in counts] for kernel in kernels]
     return np.array(values, dtype=np.float64).reshape(len(kernels), len(counts))
 
 
 def scaled(terms: Mapping[str, float], times: float) -> dict[str, float]:
-    """Return a multiple of a kernel's terms, those above zero, to six digits: more mean nothing."""
+    """Return a multiple of a kernel's terms above zero, to six digits: more are not significant."""
     return {feature: float(f"{times * weight:.6g}") for feature, weight in terms.items() if weight > 0}
 
 

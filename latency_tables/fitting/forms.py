@@ -1,8 +1,8 @@
-"""The terms of kernel costs that are fitted on each edge device, and the constants beside them.
+"""The fitted terms of kernel costs on each edge device, and their constants.
 
-Each term has a meaning on the device, and elementwise operators are counted in passes over a map, by
-what they move: a read and a write are one, an operand more is half of one. Which operators are one
-pass, or none, is how the runtimes run them; the multiples are not fitted.
+Each term has a meaning on the device. Elementwise operators are counted in passes over a map, by the
+data that they move: a read and a write are one pass, a further operand is half a pass. The number of
+passes of an operator follows from how the runtime executes it; it is not fitted.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fitting.fit import Column, Form
 
 
 def _passes(name: str, multiples: Mapping[str, float]) -> dict[str, dict[Column, float]]:
-    """Share what one pass over a map costs: its launch, and its elements."""
+    """Return the shared weights of a pass over a map: its launch, and its elements."""
     return {
         f"{name}.launch": {(kind, "launch"): times for kind, times in multiples.items()},
         f"{name}.kelements": {(kind, "kelements_in"): times for kind, times in multiples.items()},
@@ -33,8 +33,8 @@ _DEPTHWISE = (
 )
 
 # TFLite runs a dense convolution as im2col (kcolumns) and a matrix product in tiles of 4 pixels and 8
-# channels, folds a ReLU into the operator before it, and batch normalisation that no convolution
-# takes up is a product and a sum.
+# channels, and folds a ReLU into the preceding operator. Batch normalisation without a convolution to
+# fold into is a product and a sum.
 CORTEX_A76 = Form(
     own={
         "conv1x1": (
@@ -108,9 +108,10 @@ CORTEX_A76 = Form(
     },
 )
 
-# Convolutions run on the engines (qnas.latency.myriad) at 700 MHz, all else in software: a pass over a
-# map; what broadcasts or reorders (strided) is ten times as dear. Partial sums of a convolution whose
-# input channels come in groups, and the gathering of a strided convolution's input, are passes, too.
+# Convolutions run on the engines (qnas.latency.myriad) at 700 MHz, all other operators in software: a pass
+# over a map; broadcasting or reordering (strided) costs ten times as much. Partial sums of a convolution
+# whose input channels are split into groups, and the gathering of a strided convolution's input, are
+# passes too.
 # A concatenation or split is mostly a view. Weights stream from memory at one rate.
 _MYRIAD_PASSES = _passes(
     "pass",
@@ -185,9 +186,9 @@ MYRIAD_VPU = Form(
     },
 )
 
-# The GPU delegate computes groups of pixels and channels in fours, and merges what is elementwise with
-# one operand (a hard swish, a batch normalisation) into the kernel before it: a tenth of a pass, so
-# that it is not free.
+# The GPU delegate computes pixels and channels in groups of four, and merges elementwise operators with
+# one operand (a hard swish, a batch normalisation) into the preceding kernel: these cost a tenth of a
+# pass, so that they are not free.
 ADRENO = Form(
     own={
         "conv1x1": (

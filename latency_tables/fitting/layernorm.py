@@ -2,8 +2,8 @@
 
 nn-Meter's branch for hybrid transformers published blocks timed on the same phone with a newer
 TFLite: `transffn` (layer normalisation, 1x1 convolution, hard swish, 1x1 convolution, residual) and
-`conv` (an inverted residual). One fit tells the normalisation from the rest; the 1x1 convolutions,
-which the device's model knows, scale it back to the runtime of the model.
+`conv` (an inverted residual). One fit separates the normalisation from the rest. The 1x1 convolutions,
+which the device's model knows too, give the scale from the newer runtime to that of the model.
 """
 
 import gzip
@@ -25,7 +25,7 @@ _POINTWISE = ("mmacs", "mmacs_r4_c8", "kweights")
 
 @dataclass(frozen=True)
 class Block:
-    """A timed block: the convolutions, the elements of its hard swishes, sums and normalisation."""
+    """A timed block: its convolutions, the elements of its hard swishes and sums, its normalisation."""
 
     convolutions: tuple[Kernel, ...]
     kactivated: float
@@ -37,7 +37,7 @@ class Block:
 def read_blocks(path: Path) -> list[Block]:
     """Read pixel4_blocks.json.gz: its transffn blocks, and conv blocks of stride 1 without SE.
 
-    Raises TableError where the file is absent or broken.
+    Raises TableError if the file is missing or broken.
     """
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
@@ -74,7 +74,7 @@ def fit_layernorm(
 ) -> dict[str, float]:
     """Return the terms of layer normalisation, at the runtime of the model behind `kernel_ms`.
 
-    `least` has the least milliseconds of terms. Raises TableError where the blocks lack either sort.
+    `least` has the lower bounds of terms. Raises TableError unless there are blocks with and without it.
     """
     if not any(block.norm for block in blocks) or all(block.norm for block in blocks):
         raise TableError("expected blocks with layer normalisation (transffn) and without (conv)")
@@ -90,7 +90,7 @@ def fit_layernorm(
 
 
 def _columns(block: Block) -> list[float]:
-    """Return what the block's latency is a sum of, those of the normalisation last."""
+    """Return the features of a block's latency, those of the normalisation last."""
     pointwise = [k for k in block.convolutions if k.kind == "conv1x1"]
     depthwise = [k for k in block.convolutions if k.kind == "dwconv"]
     columns = [sum(FEATURES[name](k) for k in pointwise) for name in _POINTWISE]

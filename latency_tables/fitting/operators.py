@@ -1,13 +1,13 @@
-"""Fitting a device's model to operators timed one by one: a grid a kind, monotone and smooth.
+"""The fit of a device's model to operators timed one by one: one monotone, smooth grid for each kind.
 
-The values are those of penalised least squares on the logarithm of the latency: linear between the
-knots (`latency.grid`), second differences penalised, falling steps penalised hard and what is left
-of them raised. Errors are weighted down in inverse proportion to their size: libraries choose an
-algorithm by rules that jump from shape to shape, and a few far misses must not move the rest.
+The values are found by penalised least squares on the logarithm of the latency: linear between the
+knots (`latency.grid`), with a penalty on second differences and a strong penalty on falling steps;
+falling steps that remain are raised. Large errors are weighted down in inverse proportion to their size:
+libraries switch algorithms from shape to shape, and a few outliers must not move the other values.
 
-A convolution has the blocks of Winograd's algorithm for a fourth axis: their number explains more of
+The fourth axis of a convolution is the number of blocks in Winograd's algorithm: it explains more of
 the measured latencies than any other count of blocks (tiles of 1, 2 and 4 pixels, blocks of 32 to
-256, waves over the processors) on a quarter of the training part. What remains is jumps: of two
+256, waves over the processors) on a quarter of the training part. The remaining errors are jumps: of two
 measured 3x3 convolutions that differ by less than 10% in shape, 43% differ by more than 10% in time.
 """
 
@@ -31,19 +31,19 @@ from qnas.latency.kernels import Kernel
 
 Array = npt.NDArray[np.float64]
 
-BYTES_PER_MS = 1.3e9  # that elementwise operators reach on the A100, measured (1.3 TB/s)
+BYTES_PER_MS = 1.3e9  # measured bandwidth of elementwise operators on the A100 (1.3 TB/s)
 MS_PER_ELEMENT = 4 / BYTES_PER_MS  # float32
 
-_ROBUST = 0.05  # relative error from which on an error counts by its size, not by its square
+_ROBUST = 0.05  # relative error above which an error counts linearly, not squared
 _MONOTONE = 1e3  # penalty of a falling step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The grid of a kind: how many knots an axis has, how smooth it is, what grows beyond it.
+    """The grid of a kind: the number of knots of each axis, its smoothness, and its growth beyond the knots.
 
-    `work` is the product of axes that takes, beyond the grid, as long for each unit as the largest
-    measured operators; each of `moved` counts elements that are read or written.
+    `work` is the product of axes that determines the latency beyond the grid, at the time per unit of the
+    largest measured operators; each of `moved` counts elements that are read or written.
     """
 
     knots: Mapping[str, int]
@@ -69,7 +69,7 @@ PLANS: dict[str, Plan] = {
 
 
 def read_operators(path: Path) -> tuple[list[Kernel], Array]:
-    """Read a100_ops.csv: kernels and their latency in ms. Raises TableError where there is no file."""
+    """Read a100_ops.csv: kernels and their latency in ms. Raises TableError if there is no file."""
     names = {"ln": "layernorm"}
     kernels, latency_ms = [], []
     try:
@@ -90,17 +90,17 @@ def read_operators(path: Path) -> tuple[list[Kernel], Array]:
 
 
 def held_out(count: int) -> npt.NDArray[np.bool_]:
-    """Return which of so many measurements a fit does not see: a random fifth."""
+    """Return a mask of the measurements left out of a fit: a random fifth."""
     return np.random.default_rng(SEED).random(count) < HELD_OUT
 
 
 def fit_operators(
     kernels: Sequence[Kernel], latency_ms: Array
 ) -> tuple[dict[str, Grid], dict[str, dict[str, Figures]]]:
-    """Fit a grid for each kind of operator, from operators timed by themselves.
+    """Fit a grid for each kind of operator to operators timed one by one.
 
-    Returns the grids by kind, as they are written to a file, and the accuracy of just those on the
-    random fifth that they were fitted without, by kind.
+    Returns the grids by kind, as they are written to a file, and by kind the accuracy of these grids on the
+    random fifth that was left out of the fit.
     """
     kinds = np.array([kernel.kind for kernel in kernels])
     test = held_out(len(kernels))
@@ -109,19 +109,19 @@ def fit_operators(
         seen, unseen = (np.flatnonzero((kinds == kind) & part).tolist() for part in (~test, test))
         grids[kind] = fit_grid([kernels[i] for i in seen], latency_ms[seen], PLANS[kind])
         predicted[unseen] = [grids[kind].latency_ms(kernels[i]) for i in unseen]
-    # none of all kinds: their mix is that of the measurements, not of any network
+    # no figure over all kinds: their mix is that of the measurements, not of a network
     groups = {kind: test & (kinds == kind) for kind in grids}
     accuracy = {kind: figures(predicted[rows], latency_ms[rows]) for kind, rows in groups.items()}
     return grids, {"unseen operators": accuracy}
 
 
 def fit_grid(kernels: Sequence[Kernel], latency_ms: Array, plan: Plan) -> Grid:
-    """Fit a grid to operators of one kind; no value lies below the least measured latency."""
+    """Fit a grid to operators of one kind; no value is below the smallest measured latency."""
     points = np.array([[AXES[axis](kernel) for axis in plan.knots] for kernel in kernels], dtype=np.float64)
     knots = [_spread(points[:, j], count) for j, count in enumerate(plan.knots.values())]
     log_ms = _smooth(_interpolation(points, knots), np.log(latency_ms), knots, plan.smoothness)
     lowest = float(latency_ms.min())
-    # four digits: more would not be readable, nor mean anything; rounding keeps the order
+    # four digits: more are not significant, and rounding keeps the order
     values = [float(f"{max(lowest, ms):.4g}") for ms in np.exp(log_ms).ravel().tolist()]
     width = len(knots[-1])
     beyond = dict.fromkeys(plan.moved, MS_PER_ELEMENT)
@@ -142,14 +142,14 @@ def _spread(values: Array, count: int) -> tuple[float, ...]:
 
 
 def _ms_per_unit(points: Array, latency_ms: Array, factors: Sequence[int]) -> float:
-    """Return the median latency, launch apart, of a unit of work in the tenth with the most of it."""
+    """Return the median latency per unit of work, without launch, over the tenth with the most work."""
     work = points[:, factors].prod(axis=1)
     largest = work >= np.quantile(work, 0.9)
     return float(np.median((latency_ms[largest] - latency_ms.min()) / work[largest]))
 
 
 def _interpolation(points: Array, knots: Sequence[Sequence[float]]) -> sparse.csr_matrix:
-    """Return what share every value of the grid has in every point. -> (points, values)"""
+    """Return the share of each grid value in each point. -> (points, values)"""
     shape = [len(axis) for axis in knots]
     located = np.array([[locate(v, axis) for v, axis in zip(p, knots, strict=True)] for p in points.tolist()])
     cell, fraction = located[:, :, 0].astype(np.int64), located[:, :, 1]
@@ -163,7 +163,7 @@ def _interpolation(points: Array, knots: Sequence[Sequence[float]]) -> sparse.cs
 
 
 def _slopes(knots: Sequence[Sequence[float]], order: int) -> sparse.csr_matrix:
-    """Return the slopes (order 1), or their changes (2), along every axis. -> (slopes, values)"""
+    """Return the operator of slopes (order 1) or their changes (2) on each axis. -> (slopes, values)"""
     shape = [len(axis) for axis in knots]
     blocks = []
     for j, axis in enumerate(knots):
@@ -180,14 +180,14 @@ def _smooth(
 ) -> Array:
     """Return the values of the grid that fit the targets, in logs, and never fall. -> (knots, ...)"""
     rise, bend = _slopes(knots, 1), _slopes(knots, 2)
-    # a millionth of ridge: without it values far from all measurements can be undetermined
+    # ridge of 1e-6: without it, values far from all measurements can be undetermined
     count = shares.shape[1]
     fixed = (smoothness / bend.shape[0]) * (bend.T @ bend) + (1e-6 / count) * sparse.eye_array(count)
     weights = np.ones(len(target))
     falling = np.zeros(rise.shape[0])
     values = np.zeros(shares.shape[1])
-    for _ in range(6):  # of weights: an error counts by its size
-        for _ in range(10):  # of the set of falling steps; it settles in a few rounds
+    for _ in range(6):  # rounds of weights, which make large errors count linearly
+        for _ in range(10):  # rounds of the set of falling steps, which settles after a few
             weighted = shares.multiply(weights[:, None] / len(target)).tocsr()
             penalty = (_MONOTONE / rise.shape[0]) * (rise.T @ rise.multiply(falling[:, None]).tocsr())
             normal = sparse.csc_matrix(shares.T @ weighted + fixed + penalty)

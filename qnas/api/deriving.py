@@ -1,6 +1,6 @@
-"""A finished search solved again: for other budgets, or over a device's whole range of budgets.
+"""New solutions of a finished search: for other budgets, or over a device's whole range of budgets.
 
-The solve takes milliseconds and no torch; ranking by held-out images takes the run's supernet and data.
+Solving takes milliseconds and needs no torch; ranking on held-out images needs the run's supernet and data.
 """
 
 import os
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Derivation(DerivedNetwork):
-    """A network that a finished search was solved for again."""
+    """A network from solving a finished search again."""
 
     searched: SearchResult
-    solved: int  # networks that were solved for
+    solved: int  # number of networks that the solver returned
     solve_s: float  # seconds that the solve took
-    unranked: str  # why the networks were not ranked on held-out images; empty where they were
+    unranked: str  # why the networks were not ranked on held-out images; empty if they were
 
 
 def derive(
@@ -60,13 +60,13 @@ def derive(
 ) -> Derivation:
     """Solve a finished search again for any devices and budgets.
 
-    `budgets` maps devices to latencies with units, such as `{"cpu": "60ms"}`. The best networks by the
-    search's scores are solved for exactly; with `rerank` they are ranked by the supernet's accuracy on
-    held-out images (None: where the run's supernet and data are there). `data` and `loss` are needed
-    where the search had Datasets or a loss of its own. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
+    `budgets` maps devices to latencies with units, such as `{"cpu": "60ms"}`. The solver finds
+    the networks with the best search scores exactly; `rerank` ranks them by the supernet's accuracy on
+    held-out images (None: if the run's supernet and data are available). `data` and `loss` are needed
+    if the search used Datasets or a loss function. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
 
-    Raises InfeasibleBudgetError where no network is within the limits, CheckpointError where the run is not
-    whole or `out` is taken.
+    Raises InfeasibleBudgetError if no network is within the limits, CheckpointError if the run is incomplete
+    or `out` already holds a network.
     """
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, space = searched.run, searched.space
@@ -134,16 +134,16 @@ def pareto(
 ) -> ParetoFronts:
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
-    `devices` are those searched for unless named; `points` are budgets a device. Limits of the search on
-    parameters and MACs hold. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`, by default
-    `RUN/pareto`, and there the run's page anew. Raises as `derive`.
+    `devices` defaults to those of the search; `points` is the number of budgets per device. The search's
+    limits on parameters and MACs still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`;
+    by default that is `RUN/pareto`, and the run's page is rewritten too. Raises the errors of `derive`.
     """
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
     _check_free(folder / "pareto.json", force=force)
     searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
     loaded = map(load_device, asked_devices(run) if devices is None else devices)
-    known = {device.name: device for device in loaded}  # by name, so that an alias and its device are one
+    known = {device.name: device for device in loaded}  # by name: an alias is the same device
     counts = tuple(limit for limit in run.limits if limit.table is None)
     limits, solved = [], []
     for device in known.values():
@@ -167,7 +167,7 @@ def pareto(
     draw_fronts(document, folder / "pareto.png")
     write_json(folder / "pareto.json", document)
     if out is None:
-        from qnas.runs.report.page import write_report  # imports torch, which the solve does without
+        from qnas.runs.report.page import write_report  # imports torch, which solving does not need
 
         write_report(run.folder)
     return ParetoFronts(folder, document)
@@ -187,7 +187,7 @@ def _rank_if_possible(
     loss: "LossFunction | None",
     progress: "Progress",
 ) -> "tuple[Sequence[Ranked], str]":
-    """Rank networks by the run's supernet; where that was not asked for or cannot be, say why not."""
+    """Rank networks with the run's supernet; if that is unwanted or impossible, return the reason."""
     if rerank is False:
         return (), "as asked"
     from qnas.api.session import display_of, threads_set

@@ -31,12 +31,12 @@ def export(
 
     `formats` are of "onnx", "openvino", "torch" and "standalone"; `precision` is "fp32", "fp16" or "int8".
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
-    Each file is compared with the network on up to `images` test images of `data` (default: 512 of what was
-    trained on); it may lose `max_drop` of the accuracy there. `measure` times the files on this machine.
-    Writes `out`, by default `RUN/export`. Returns the paths of the files, with what is known of each.
+    Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
+    the training's data); its accuracy may be lower by at most `max_drop`. `measure` times the files on this
+    machine. Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each.
 
-    Raises CheckpointError where nothing is trained or a file exists already, UsageError for what cannot be
-    asked, ExportError where a file does not compute what the network computes; then nothing is written.
+    Raises CheckpointError if there is no trained network or a file exists already, UsageError for an invalid
+    request, ExportError if the outputs of a file differ from the network's; then nothing is written.
     """
     from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
 

@@ -1,4 +1,4 @@
-"""The limits that a search or a derivation is asked to keep, and how a run records them."""
+"""The limits requested of a search or a derivation, and how a run records them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ Budgets = Mapping[str, str] | Mapping[Device, str] | Sequence[tuple[str | Device
 
 @dataclass(frozen=True)
 class AskedLimits:
-    """Budgets by device, and limits on parameters and multiply-adds, as they were asked.
+    """Requested budgets by device, and requested limits on parameters and multiply-adds.
 
-    Raises UsageError where there is no budget, where one has no unit, or where a device occurs twice.
+    Raises UsageError if there is no budget, if a budget has no unit, or if a device occurs twice.
 
     >>> AskedLimits.of({"vpu": "30ms", "cpu": "20ms"}, max_params="2.5M").label
     'vpu-30ms-cpu-20ms-2.5M-params'
     """
 
     devices: tuple[tuple[str | Device, str], ...]
-    counts: Mapping[Count, str]  # the most that is allowed of each
+    counts: Mapping[Count, str]  # the upper bound of each
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -38,7 +38,7 @@ class AskedLimits:
             parse_latency(budget)
         names = [device.name for device in self.known]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f"{twice[0]} is given twice: its smaller budget alone says the same")
+            raise UsageError(f"{twice[0]} is given twice: give only its smaller budget")
 
     @classmethod
     def of(
@@ -48,12 +48,12 @@ class AskedLimits:
         max_macs: str | int | None = None,
         former: Mapping[str, Any] | None = None,
     ) -> "AskedLimits":
-        """Return the limits of a mapping or of pairs; what is None is as in a former run's config.json."""
+        """Return the limits of a mapping or of pairs; None takes the value of a former run's config.json."""
         entries = (former or {}).get("limits", ())
         if budgets is None:
             budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
         items = budgets.items() if isinstance(budgets, Mapping) else budgets
-        pairs = tuple((device, str(budget)) for device, budget in items)  # 30 has no unit, and is told so
+        pairs = tuple((device, str(budget)) for device, budget in items)  # 30 lacks a unit and is refused
         most = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
         most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
         return cls(pairs, {name: most[name] for name in COUNTS if name in most})
@@ -66,7 +66,7 @@ class AskedLimits:
     def limits(self, space: "SearchSpace", latency: str) -> Limits:
         """Return the limits on networks of a space, with latencies from this source.
 
-        Raises UsageError for what cannot be read, TableError where a device has no table for the space.
+        Raises UsageError for an invalid value, TableError if a device has no table for the space.
         """
         counts = [(name, parse_count(most, f"`max_{name}`")) for name, most in self.counts.items()]
         tables = [table_from(latency, device, space) for device in self.known]
@@ -76,7 +76,7 @@ class AskedLimits:
         )
 
     def entries(self, limits: Limits) -> list[dict[str, Any]]:
-        """Return the request and its result, a mapping for each limit, for a run's config.json."""
+        """Return a mapping for each limit, with the request and its result, for a run's config.json."""
         asked = [*self.devices, *((None, most) for most in self.counts.values())]
         return [
             {"name": limit.name, "budget": budget, "limit": limit.limit}
@@ -99,5 +99,5 @@ class AskedLimits:
 
 
 def named(**parts: object) -> dict[str, str]:
-    """Return the losses and metrics that are given by name, and so are settings."""
+    """Return the losses and metrics that are given by name; these are settings."""
     return {key: part for key, part in parts.items() if isinstance(part, str)}

@@ -27,11 +27,11 @@ def predict(
 
     `network` is a result of qnas, a run's folder, an arch.json, a fixed space by name, a space with an
     architecture of it, an ONNX file, or a torch.nn.Module together with an `example_input` (B, C, H, W).
-    Operators that the device does not know are priced as passes over their maps, and named and counted in
-    the prediction's `note`. `latency` is "device" or "nn-meter".
+    Operators that the device does not know are priced as passes over their feature maps; the prediction's
+    `note` names and counts them. `latency` is "device" or "nn-meter".
 
-    Raises TableError where the device is unknown or cannot price the network, ArchError, SpaceError or
-    ExportError where there is no network to read.
+    Raises TableError if the device is unknown or cannot price the network, ArchError, SpaceError or
+    ExportError if the network cannot be read.
 
     >>> prediction = predict("quadranet25-xxs", "cpu")
     >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"
@@ -44,5 +44,5 @@ def predict(
         return predict_network(network, known, latency=latency)
     from qnas.deploy.module_latency import predict_module
 
-    shown: Any = example_input  # checked there, with what was expected
+    shown: Any = example_input  # checked by predict_module
     return predict_module(network, shown, known, latency=latency)

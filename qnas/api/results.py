@@ -1,7 +1,7 @@
-"""Results in Python: a derived network, a finished search, a trained network, each as its folder holds it.
+"""Results in Python: a derived network, a finished search, a trained network, each read from its folder.
 
-A result reads its folder and nothing else, so that one loaded a year later is the one that was returned.
-Modules and tensors are made when they are asked for; until then no torch is imported.
+A result reads its folder and nothing else, so a result loaded a year later equals the one that was returned.
+Modules and tensors are made on demand; torch is not imported before that.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DerivedNetwork(FoundArch):
-    """An architecture that was solved for under limits, with its certificate.
+    """An architecture derived under limits, with its certificate.
 
-    `arch` has the name of the chosen candidate at each position of `space`. `folder` holds `arch.json`, of
-    which `document` is the content, the space and the latency tables that the certificate rests on.
+    `arch` has the name of the chosen candidate at each position of `space`. `folder` holds `arch.json`, the
+    space, and the latency tables of the certificate; `document` is the content of `arch.json`.
     """
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `derive` or a search wrote. Raises ArchError or SpaceError where it is not whole."""
+        """Read the folder of a derivation or a search. Raises ArchError or SpaceError if it is incomplete."""
         return cls(**vars(find_arch(Path(folder))))
 
     @property
@@ -45,12 +45,12 @@ class DerivedNetwork(FoundArch):
 
     @property
     def latencies_ms(self) -> dict[str, float]:
-        """The predicted latency on each device that the network was solved for, in milliseconds."""
+        """The predicted latency on each device with a budget, in milliseconds."""
         return {e["name"]: float(e["amount"]) for e in self.document["limits"] if e["unit"] == "ms"}
 
     @cached_property
     def limits(self) -> Limits:
-        """The limits that the network is within, with the latency tables that they rest on."""
+        """The limits that the network meets, with their latency tables."""
         return read_limits(self.folder, self.document, self.space)
 
     @property
@@ -71,19 +71,19 @@ class DerivedNetwork(FoundArch):
 
     @property
     def heldout_accuracy(self) -> float | None:
-        """The accuracy on held-out images with the supernet's weights, 0 to 1; None where not ranked."""
+        """The accuracy on held-out images with the supernet's weights, 0 to 1; None if not ranked."""
         return self.document.get("heldout_accuracy")
 
     @property
     def warning(self) -> str | None:
-        """A doubt about the result, such as a budget far from the searched one; None where there is none."""
+        """A caveat about the result, such as a budget far from the searched one; None if there is none."""
         return self.document.get("warning")
 
     def build(self) -> "nn.Module":
         """Return the network with the supernet's weights: (B, channels, H, W) -> (B, classes).
 
         Batch-norm statistics are the supernet's; `train_subnet` or a pass over training images sets them.
-        Raises CheckpointError where the supernet's weights are missing.
+        Raises CheckpointError if the supernet's weights are missing.
         """
         from qnas.training.supernet_weights import build_inherited
 
@@ -98,13 +98,13 @@ class DerivedNetwork(FoundArch):
 
 @dataclass(frozen=True, repr=False)
 class SearchResult(DerivedNetwork):
-    """A finished search: its derived network, and everything that the search found out."""
+    """A finished search: its derived network, and all records of its run."""
 
     run: FinishedRun
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a finished search. Raises CheckpointError where the folder holds none."""
+        """Read a finished search. Raises CheckpointError if the folder holds none."""
         run = read_finished_run(Path(folder))
         return cls(run.space, run.arch, run.document, run.folder, run)
 
@@ -115,7 +115,7 @@ class SearchResult(DerivedNetwork):
 
     @property
     def random_accuracies(self) -> list[float]:
-        """The same of random networks of nearly the same latency."""
+        """The same for random networks of nearly the same latency."""
         return [float(entry["accuracy"]) for entry in self.run.found["random"]]
 
     @property
@@ -137,13 +137,13 @@ class SearchResult(DerivedNetwork):
 
 @dataclass(frozen=True)
 class TrainedNetwork(FoundArch):
-    """A network that was trained by itself: its weights, in `folder`, and its accuracy on the test images."""
+    """A network trained on its own: its weights, in `folder`, and its accuracy on the test images."""
 
     result: Mapping[str, Any]  # the content of result.json
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a trained network, or that of a run. Raises CheckpointError where there is none."""
+        """Read a trained network from its folder or its run's. Raises CheckpointError if there is none."""
         trained = trained_folder(Path(folder))
         if trained is None:
             raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
@@ -156,7 +156,7 @@ class TrainedNetwork(FoundArch):
 
     @property
     def accuracy(self) -> float:
-        """The share of test images that it classifies rightly, 0 to 1."""
+        """The accuracy on the test images, 0 to 1."""
         return float(self.result["test_accuracy"])
 
     @property
@@ -174,12 +174,12 @@ class TrainedNetwork(FoundArch):
         return f"TrainedNetwork({self.space.name}: {self.accuracy:.2%} on test images, {self.folder})"
 
 
-# What a function takes that needs an architecture.
+# The ways to give an architecture to a function.
 Source = FoundArch | tuple[SearchSpace, Arch] | str | Path
 
 
 def find_source(source: Source, space: str | None = None) -> FoundArch:
-    """Return the architecture that is meant, with its space.
+    """Return the architecture that a source stands for, with its space.
 
     `source` is a result, a folder or arch.json, the name of a space with one network, or a space with an
     architecture of it. Raises ArchError or SpaceError.

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from qnas.data.image_data import ImageData
     from qnas.training.losses import LossFunction, Metric
 
-SPACE, DATA = "quadranet-mobile", "digits"  # where none is given
+SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
 
 
 @dataclass(frozen=True)
 class Started:
-    """A search that is about to train: what `run_search` tells its `on_start`."""
+    """A search that is about to train: the argument of `on_start` in `run_search`."""
 
     space: SearchSpace
     limits: Limits
@@ -62,15 +62,15 @@ def run_search(
     maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"). `data` is `digits`, `cifar10:DIR`,
     `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default: digits). `settings` are fields
-    of SearchConfig, such as `search_epochs`, `seed` or `weights`, that change the `preset`. `loss` and
+    of SearchConfig, such as `search_epochs`, `seed` or `weights`, that override the `preset`. `loss` and
     `metric` are names or callables (see `qnas.training.losses`).
 
     The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
-    Interrupted) goes on with `resume=True` and the same `out`, and ends as if it had not been interrupted.
+    Interrupted) continues with `resume=True` and the same `out`, to the same result as without interruption.
     `progress` is True for a bar on stderr, or a function that is called with a Report after each step.
-    Of several processes (torchrun) the first returns; the others end with SystemExit.
+    With several processes (torchrun), the first returns and the others end with SystemExit.
 
-    Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
+    Raises QnasError for an invalid request, if possible before anything is trained.
     """
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
@@ -80,7 +80,7 @@ def run_search(
     limits = asked.limits(known, source)
     check_searchable(known, limits)
 
-    # the images' modules import torch, which takes seconds: what can be refused was refused before
+    # these modules import torch, which takes seconds: all checks that need no torch are done above
     from qnas.data.given import kind_of, reopen
 
     data = reopen(data, former, DATA)
@@ -129,7 +129,7 @@ def run_search(
 
 
 def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str | Path | None) -> SearchSpace:
-    """Return the space that is meant; a run that had a SearchSpace records its name, and keeps a copy."""
+    """Return the requested space; a run on a SearchSpace records its name and keeps a copy in its folder."""
     if isinstance(given, SearchSpace):
         return given
     is_file = bool(Path(given).suffix)
@@ -140,7 +140,7 @@ def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str 
 
 def _former(out: str | Path | None) -> Mapping[str, Any]:
     if out is None:
-        raise UsageError("`resume=True` needs `out`: the folder of the run to go on with")
+        raise UsageError("`resume=True` needs `out`: the folder of the run to continue")
     request = read_config(Path(out))
     if "search" not in request:
         raise CheckpointError(f"{out}: this run is not a search")
@@ -150,6 +150,6 @@ def _former(out: str | Path | None) -> Mapping[str, Any]:
 def load_run(folder: str | Path | None = None) -> SearchResult:
     """Return a finished search from its folder; without a folder the latest in runs/.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     return SearchResult.load(latest_run() if folder is None else folder)

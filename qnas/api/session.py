@@ -29,7 +29,7 @@ Progress = bool | OnProgress | OnStderr
 
 
 def display_of(progress: Progress) -> Display:
-    """Return what shows the progress of some work."""
+    """Return the display that a `progress` argument asks for."""
     if isinstance(progress, bool):
         return OnStderr() if progress else silent
     return progress if isinstance(progress, OnStderr) else reporting_to(progress)
@@ -37,7 +37,7 @@ def display_of(progress: Progress) -> Display:
 
 @contextmanager
 def threads_set(threads: int) -> Iterator[None]:
-    """Let torch have this many threads (0: as it has), and give it back its own at the end."""
+    """Set torch's number of threads (0: leave it), and restore the former number at the end."""
     before = torch.get_num_threads()
     set_up_process(threads)
     try:
@@ -53,7 +53,7 @@ def objective_of(
     labels: Tensor,
     images: ImageData,
 ) -> Objective:
-    """Return the objective of a configuration, or of callables in their place."""
+    """Return the objective of a configuration, with callables in place of its loss or metric."""
     return make_objective(
         loss if callable(loss) else config.loss,
         metric if callable(metric) else config.metric,
@@ -63,7 +63,7 @@ def objective_of(
 
 
 def record_images(data: GivenData, images: ImageData, max_broken: float | None) -> dict[str, Any]:
-    """Return what a run's config.json records of its images."""
+    """Return the entries about the images for a run's config.json."""
     given = {} if max_broken is None else {"max_broken": max_broken}
     return {"data": recorded_data(data, images), "data_digest": images.digest, **given}
 
@@ -83,9 +83,9 @@ def load_images(
     *,
     keep_originals: bool = False,
 ) -> ImageData:
-    """Load images for networks of a space; None for `max_broken` is the usual share.
+    """Load images for networks of a space; `max_broken=None` stands for the default share.
 
-    What is doubtful about a user's Dataset is a warning.
+    Doubtful properties of a user's Dataset become warnings.
     """
     shows_bar = progress is True or (isinstance(progress, OnStderr) and not progress.quiet)
     images = load_data(

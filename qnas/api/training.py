@@ -34,17 +34,17 @@ def train_subnet(
     progress: "Progress" = False,
     **settings: Any,
 ) -> TrainedNetwork:
-    """Train one network by itself, from the supernet's weights or from scratch.
+    """Train one network on its own, from the supernet's weights or from scratch.
 
     `source` is a search's result, a derived network, a run's folder, an arch.json, or a space with an Arch
-    of it (default: the latest run). `data` are those of the search unless given. `recipe` is a shipped
+    of it (default: the latest run). `data` defaults to that of the search. `recipe` is a shipped
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
-    recipe and of TrainConfig that change it, such as `epochs`, `learning_rate` or `seed`. `weights` is
-    "supernet" or "scratch" (default: the supernet's where they are there). `teacher` is "supernet-largest",
+    recipe and of TrainConfig that override it, such as `epochs`, `learning_rate` or `seed`. `weights` is
+    "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is "supernet-largest",
     "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress` as in `run_search`.
 
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
-    Raises QnasError where something cannot be as asked, before anything is trained wherever possible.
+    Raises QnasError for an invalid request, if possible before anything is trained.
     """
     from qnas.api import session
     from qnas.data.given import kind_of, reopen
@@ -118,11 +118,11 @@ def train_subnet(
 
 
 def _resolve(recipe: str | Path | Recipe | None, kind: str, px: int, changes: dict[str, Any]) -> TrainConfig:
-    """Return the settings of a training on a kind of data, with changes to the recipe and to the rest."""
+    """Return the training settings for a kind of data, with changes to the recipe and to the other fields."""
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
     resolved = base.override({name: value for name, value in changes.items() if name in Recipe.model_fields})
     if resolved.resolution_px is None:
         resolved = resolved.override({"resolution_px": px})
-    # on maps as small as those of digits more threads cost more than they gain
+    # on feature maps as small as those of digits, more threads cost more than they gain
     config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0)
     return config.override({k: v for k, v in changes.items() if k not in Recipe.model_fields})

@@ -1,1 +1,1 @@
-"""The commands: parse, call, print. Heavy imports are inside them."""
+"""The commands: they parse, call the API and print. Heavy imports are inside the functions."""

@@ -1,4 +1,4 @@
-"""`python -m qnas`: the command line, for what starts modules, as torchrun does."""
+"""`python -m qnas.commands`: the command line as a module, for launchers such as torchrun."""
 
 from qnas.commands.cli import main
 

@@ -1,7 +1,7 @@
 """The command line: its commands, and its exit codes.
 
-Exit codes: 0 done, 1 what the user can mend (one line on stderr), 2 usage, 130 interrupted with the
-state saved.
+Exit codes: 0 done, 1 an error that the user can fix (one line on stderr), 2 wrong usage, 130 interrupted
+with the state saved.
 """
 
 import os
@@ -65,7 +65,7 @@ app.command(short_help="Write a trained network as files to ship, each checked."
 # to look at it
 app.command(short_help="Latency against accuracy over each device's whole range.")(derive.pareto)
 app.command(short_help="Write a run's page, report.html, again.")(look.report)
-app.command(short_help="What blocks cost, what latency buys, why identities.")(look.explain)
+app.command(short_help="Explain block costs, the value of latency, and identities.")(look.explain)
 app.command(short_help="Show runs side by side.")(look.compare)
 app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboard)
 # networks and devices
@@ -82,9 +82,9 @@ app.command(short_help="Time a space's blocks here: this machine as a device.")(
 app.command(short_help="Write networks of a space, to be timed anywhere.")(own_device.sample)
 app.command(short_help="Time networks on this machine.")(own_device.measure)
 app.command("fit-latency")(own_device.fit_latency)
-app.command(short_help="Correct a device by some 20 measured networks.")(own_device.calibrate)
+app.command(short_help="Correct a device by about 20 measured networks.")(own_device.calibrate)
 # this machine
-app.command(short_help="What this machine has, and what to do about the rest.")(doctor.doctor)
+app.command(short_help="Check this machine, with advice on what is missing.")(doctor.doctor)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -113,8 +113,8 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend becomes one line and exit code 1."""
-    # SIGTERM ends a command as Ctrl-C does, wherever it comes: files stay whole, the code is 130
+    """Run the command line; an error that the user can fix becomes one line and exit code 1."""
+    # SIGTERM ends a command as Ctrl-C does, at any time: files stay whole, the exit code is 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _warnings_in_a_line():

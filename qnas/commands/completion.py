@@ -1,8 +1,8 @@
 """Shell completion of devices, spaces, recipes, runs, and options with few values.
 
-A completer gets the beginning of a word and returns the words that start so, each with a description.
-Where it returns nothing the shell completes files. A shell waits for each press of Tab: torch is never
-imported, and a folder that cannot be read has no runs.
+A completer gets the beginning of a word and returns the words that start with it, each with a description.
+If it returns nothing, the shell completes files. The user waits at each press of Tab, so torch is never
+imported; a folder that cannot be read counts as one without runs.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ def _begin_with(typed: str, words: Iterable[tuple[str, str]]) -> Words:
 
 
 def one_of(*values: str) -> Callable[[str], Words]:
-    """Return a completer of an option that takes one of these."""
+    """Return a completer of an option that takes one of these values."""
     return lambda incomplete: _begin_with(incomplete, ((value, "") for value in values))
 
 
@@ -40,7 +40,7 @@ def devices_or_all(incomplete: str) -> Words:
 
 
 def device_lists(incomplete: str) -> Words:
-    """Complete the last of several devices that are set apart by commas."""
+    """Complete the last of several devices separated by commas."""
     before, comma, last = incomplete.rpartition(",")
     given = before.split(",")
     return [(f"{before}{comma}{name}", title) for name, title in devices(last) if name not in given]
@@ -57,7 +57,7 @@ presets = _shipped("recipes/search", "a search preset")
 
 
 def runs(incomplete: str) -> Words:
-    """Complete a finished run: those of the folder that is being typed, `runs/` where none is."""
+    """Complete a finished run: from the folder being typed, or else from `runs/`."""
     folder = incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "runs")
     try:
         found = sorted(path.parent for path in Path(folder).glob("*/arch.json"))

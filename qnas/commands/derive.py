@@ -1,4 +1,4 @@
-"""`qnas derive` and `qnas pareto`: a finished search solved again, without training."""
+"""`qnas derive` and `qnas pareto`: new solutions of a finished search, without training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def derive(
     latency: options.Latency = "device",
     k_best: Annotated[
         int | None,
-        option("Networks to solve for and rank. Default: as the search, which screens more.", least=1),
+        option("Networks to solve for and rank. Default: --k-best and --screened of the search.", least=1),
     ] = None,
     rerank: options.Rerank = None,
     out: Annotated[Path | None, option("Default: RUN/derived/DEVICE-BUDGET.")] = None,
@@ -32,8 +32,8 @@ def derive(
 ) -> None:
     """Solve a finished search again for any devices and budgets.
 
-    The scores are those of the search: the further the budget is from its own, the more a new search
-    would gain.
+    The scores are those of the search: the further a budget is from the searched one, the more a new
+    search would gain.
 
     Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
     """
@@ -83,8 +83,8 @@ def pareto(
     device: Annotated[
         str | None,
         option(
-            "Devices, set apart by commas: names, aliases or paths of device files. Default: those that "
-            "were searched for.",
+            "Devices, separated by commas: names, aliases or paths of device files. Default: those of the "
+            "search.",
             complete=completion.device_lists,
         ),
     ] = None,
@@ -99,8 +99,8 @@ def pareto(
 ) -> None:
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
-    Writes pareto.csv, pareto.json and pareto.png, and in a run's folder its page anew. Limits of the search
-    on parameters and MACs hold.
+    Writes pareto.csv, pareto.json and pareto.png, and without --out also the run's page. The search's limits
+    on parameters and MACs still apply.
 
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """

@@ -17,7 +17,7 @@ from qnas.common.host import cpu_name, load
 from qnas.runs.text import wrapped
 
 State = Literal["ok", "off", "missing", "broken"]
-# package -> the commands that need it, and how it is installed; a plain install may lack all but the first
+# package -> the commands that need it, and its pip name; a plain install may lack all but the first
 _PACKAGES = {
     "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
     "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
@@ -34,14 +34,14 @@ class Finding:
     topic: str
     state: State
     found: str
-    advice: str = ""  # empty where there is nothing to do
+    advice: str = ""  # empty if there is nothing to do
 
 
 def doctor(as_json: Json = False) -> None:
     """Check versions, GPU, compiler, optional packages, devices and predictors of this machine.
 
-    Builds the C++ kernels if they never were, which takes some seconds. Exits with 1 if something is
-    broken.
+    Builds the C++ kernels if they have not been built yet, which takes some seconds. Exits with 1 if
+    something is broken.
 
     Example: qnas doctor
     """
@@ -96,7 +96,7 @@ def _cpu_kernels() -> Finding:
         library = native.library()
     if library is None:
         reason = str(caught[0].message) if caught else "tried before in this process"
-        return finding("broken", reason, f"see what {compiler} lacks, or set QNAS_KERNELS=0")
+        return finding("broken", reason, f"see why {compiler} fails, or set QNAS_KERNELS=0")
     worst = _largest_difference()
     found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
     if worst > 1e-4:
@@ -131,7 +131,7 @@ def _gpu() -> Finding:
     from qnas.nn.kernels import triton_quadratic
 
     if not torch.cuda.is_available():
-        # commands do without one: searching and training take longer
+        # a GPU is optional: without one, searching and training take longer
         built, advice = "CPUs", "install a torch that is built for it (pytorch.org, Get started)"
         if torch.version.cuda:
             built = torch.version.cuda

@@ -1,6 +1,6 @@
 """Command-line options from the fields of settings models, and help that lists options in panels.
 
-The models are imported when a command is used or asked for its own help, so that `qnas --help` need not.
+The models are imported when a command is used or its help is printed, so `qnas --help` stays fast.
 """
 
 import inspect
@@ -30,12 +30,12 @@ class Fields:
     """The fields of a model that a command takes as options."""
 
     model: str  # as in "qnas.search.config:SearchConfig"
-    panels: Mapping[str, tuple[str, ...]]  # of the help, with the names of their fields
+    panels: Mapping[str, tuple[str, ...]]  # of the help -> the names of their fields
     rest: str | None = None  # the panel of all other fields
-    show_defaults: bool = True  # of the model; False where a file that is read has them
+    show_defaults: bool = True  # of the model; False if they come from a file
 
     def options(self) -> Iterator[inspect.Parameter]:
-        """Yield the options as parameters of a function, None where they are not given."""
+        """Yield the options as parameters of a function; an option that is not given is None."""
         module, name = self.model.split(":")
         model: type[BaseModel] = getattr(import_module(module), name)
         panels = dict(self.panels)
@@ -114,12 +114,12 @@ def field_command(*groups: Fields) -> type[PanelCommand]:
     class FieldCommand(PanelCommand):
         @cached_property
         def _whole(self) -> Any:
-            """The same command with all its options, made when it is used."""
+            """The same command with all its options, made at its first use."""
             return _command(self._function, groups)
 
         @property
         def params(self) -> list[Any]:
-            parameters: list[Any] = self._whole.params  # the list itself, which click changes
+            parameters: list[Any] = self._whole.params  # the same list each time, since click changes it
             return parameters
 
         @params.setter

@@ -1,4 +1,4 @@
-"""Networks and devices to look at: `describe`, `predict`, `devices`, `table`, `eval-latency`."""
+"""Commands about networks and devices: `describe`, `predict`, `devices`, `table`, `eval-latency`."""
 
 import json
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def predict(
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
-        int | None, option("Of an ONNX file whose input has none, in pixels.", least=1)
+        int | None, option("Input size in pixels, for an ONNX file without one.", least=1)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +87,7 @@ def predict(
 
 
 def devices(
-    files: Annotated[list[Path] | None, argument("Device files of your own, to list as well.")] = None,
+    files: Annotated[list[Path] | None, argument("Your own device files, listed too.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the devices whose latencies are known, and the accuracy of their models.
@@ -151,7 +151,7 @@ def table(
     out: Annotated[Path | None, option("A file. Default: print it.")] = None,
     force: Force = False,
 ) -> None:
-    """Print the latency table of a space on a device as CSV, the form that a measured table has too.
+    """Print the latency table of a space on a device as CSV, the format of measured tables.
 
     Example: qnas table quadranet-small --device cpu
     """

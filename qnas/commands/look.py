@@ -1,4 +1,4 @@
-"""`qnas report`, `explain`, `compare`, `tensorboard`: a run looked at, and several side by side."""
+"""`qnas report`, `explain`, `compare`, `tensorboard`: views of one run or several."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 
 
 def report(source: Run = None, as_json: Json = False) -> None:
-    """Write a run's page, report.html, again: the one that search and train-subnet write at their end.
+    """Write a run's page, report.html, again, as search and train-subnet do at their end.
 
     Example: qnas report runs/quadranet-mobile-vpu-30ms
     """

@@ -1,7 +1,7 @@
 """Options that several commands share, their names in messages, and the printing of results.
 
-Everything below the command line names an argument in backquotes: "`force=True` replaces it". Here that
-becomes what can be typed: "--force replaces it".
+The code below the command line names arguments in backquotes: "`force=True` replaces it". Here these become
+options: "--force replaces it".
 """
 
 import json
@@ -18,7 +18,7 @@ from qnas.commands import completion
 from qnas.common.errors import UsageError
 from qnas.common.progress import OnStderr
 
-# arguments whose option has another name
+# arguments with an option of another name
 OPTIONS = {
     "budgets": "budget",
     "devices": "device",
@@ -30,7 +30,7 @@ OPTIONS = {
 Complete = Callable[[str], completion.Words]
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 
-# panels of a command's help, in the order in which its options come
+# panels of a command's help, in the order of its options
 BUDGET, DATA, LENGTH, EXPERT, MACHINE, OUTPUT = (
     "Network and budget",
     "Data",
@@ -56,7 +56,7 @@ def option(
 
 
 def choice(*words: str, note: str = "", panel: str | None = None) -> Any:
-    """Return an option that takes one of these words, which its help lists before a note."""
+    """Return an option that takes one of these words; its help lists them before a note."""
     help = f"{', '.join(words[:-1])} or {words[-1]}.{note}"
     return option(help, panel=panel, complete=completion.one_of(*words))
 
@@ -67,9 +67,9 @@ def argument(help: str, metavar: str | None = None, complete: Complete | None = 
 
 
 Json = Annotated[bool, option("Print one JSON object instead of text.", "--json", panel=OUTPUT)]
-Quiet = Annotated[bool, option("No progress.", "--quiet", "-q", panel=OUTPUT)]
-Resume = Annotated[bool, option("Go on with the interrupted run in --out.", "--resume", panel=OUTPUT)]
-Force = Annotated[bool, option("Replace what a former run wrote.", "--force", panel=OUTPUT)]
+Quiet = Annotated[bool, option("Show no progress.", "--quiet", "-q", panel=OUTPUT)]
+Resume = Annotated[bool, option("Continue the interrupted run in --out.", "--resume", panel=OUTPUT)]
+Force = Annotated[bool, option("Replace the output of an earlier run.", "--force", panel=OUTPUT)]
 Run = Annotated[
     Path | None, argument("A finished search. Default: the latest run.", "[RUN]", completion.runs)
 ]
@@ -84,8 +84,8 @@ Data = Annotated[
 MaxBroken = Annotated[
     float | None,
     option(
-        "Share of the images that may be broken: they are left out and listed in the run; with more the "
-        "command stops.  [default: 0.01, or as searched]",
+        "Largest share of broken images: they are left out and listed in the run; with more, the command "
+        "stops.  [default: 0.01, or as searched]",
         panel=DATA,
         least=0,
         most=1,
@@ -128,12 +128,12 @@ MaxMacs = Annotated[
     str | None, option("Multiply-adds per image that the network may take: 300M.", panel=BUDGET)
 ]
 Rerank = Annotated[
-    bool | None, option("Rank them by the supernet's accuracy on held-out images. Default: if possible.")
+    bool | None, option("Rank networks by the supernet's accuracy on held-out images. Default: if possible.")
 ]
 
 
 def as_flags(text: str) -> str:
-    """Return a text with the arguments that it names as options.
+    """Return a text with its arguments in backquotes turned into options.
 
     >>> as_flags("exists already: `force=True` replaces it, or another `out`")
     'exists already: --force replaces it, or another --out'
@@ -154,9 +154,9 @@ def as_flags(text: str) -> str:
 def pair_budgets(
     devices: Sequence[str] | None, budgets: Sequence[str] | None, former: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str]]:
-    """Pair devices with budgets; those that are not given are as in a former run's config.json.
+    """Pair devices with budgets; missing ones are taken from a former run's config.json.
 
-    Raises BadParameter where there are none, UsageError where their numbers differ.
+    Raises BadParameter if there are none, UsageError if their numbers differ.
     """
     entries = [entry for entry in (former or {}).get("limits", ()) if "device" in entry]
     devices = devices or [entry["device"] for entry in entries]
@@ -174,7 +174,7 @@ def pair_budgets(
 
 
 def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:
-    """Print a result: its content as JSON, or else the lines that describe it, which are made only then."""
+    """Print a result: its content as JSON, or else the lines that describe it, which may be a generator."""
     typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
 
 

@@ -26,14 +26,14 @@ def sample(
     space: Annotated[
         str, option("A shipped space by name, or the path of your own YAML.", complete=completion.spaces)
     ],
-    n: Annotated[int, option("How many networks.", "--n", least=1)] = 100,
+    n: Annotated[int, option("Number of networks.", "--n", least=1)] = 100,
     device: Annotated[
-        str, option("The device over whose latencies the networks are spread.", complete=completion.devices)
+        str, option("The networks are spread over the latencies on this device.", complete=completion.devices)
     ] = "cpu",
     file_format: Annotated[
         str,
         option(
-            "onnx: network files too. arch: the choices only.",
+            "onnx: also the networks as files. arch: the choices only.",
             "--format",
             complete=completion.one_of(*FORMATS),
         ),
@@ -86,15 +86,15 @@ def measure(
     ],
     runtime: Annotated[str, choice("onnxruntime", "openvino")] = "onnxruntime",
     threads: Threads = 1,
-    repeats: Annotated[int, option("Visits of a network; noisy ones get more.", least=2)] = 50,
+    repeats: Annotated[int, option("Runs of each network; noisy ones get more.", least=2)] = 50,
     space: Space = None,
-    force: Annotated[bool, option("Measure again what has a latency.", "--force")] = False,
+    force: Annotated[bool, option("Also measure networks that already have a latency.", "--force")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Time networks on this machine: a sample's, into its CSV, or an exported one, into its arch.json.
 
-    A sample's measurement that was interrupted goes on where it was.
+    An interrupted measurement of a sample continues where it stopped.
 
     Example: qnas measure board --runtime onnxruntime --threads 1
     """
@@ -145,8 +145,8 @@ def fit_latency(
 ) -> None:
     """Fit a device of your own to the times of whole networks.
 
-    The file holds for this space and, less surely, for others with the same operators. It says how far
-    off networks were that a fit had not seen.
+    The device file is valid for this space and, less surely, for others with the same operators. It records
+    the error on networks left out of the fit.
 
     Example: qnas fit-latency board/latencies.csv --device-name board
     """
@@ -181,18 +181,18 @@ def calibrate(
     ],
     device_name: DeviceName,
     level: Annotated[
-        float, option("Share of networks that are to stay below the prediction plus the margin.")
+        float, option("Share of networks that should stay below the prediction plus the margin.")
     ] = 0.9,
     space: Space = None,
     out: DeviceFile = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Correct a device by some 20 measured networks, and learn the margin that budgets need.
+    """Correct a device by about 20 measured networks, and estimate the margin that budgets need.
 
     Writes a device of another name: the same model and tables with scale, offset and margin. The
-    networks must not be those that the device was fitted to: of these it knows the times already, and
-    the margin would promise too much.
+    networks must not be those that the device was fitted to: their times are known to the fit, and
+    the margin would be too small.
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
@@ -239,7 +239,7 @@ def calibrate(
             "margin",
             f"{calibration.margin:.1%}: {level:.0%} of such networks stay within it (n = {calibration.n})",
         ),
-        field("before", f"{_say(done.before)} of {done.before.n} networks not fitted to"),
+        field("before", f"{_say(done.before)} of {done.before.n} networks left out of the fit"),
         field("after", _say(done.after)),
         field("file", str(path)),
         next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
@@ -255,14 +255,12 @@ def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
     file = csv / CSV_FILE if csv.is_dir() else csv
     beside = file.parent / SPACE_FILE
     if space is None and not beside.is_file():
-        raise UsageError(
-            f"{file}: no {SPACE_FILE} beside it: say with --space of which space the networks are"
-        )
+        raise UsageError(f"{file}: no {SPACE_FILE} beside it: name the space of the networks with --space")
     return file, load_space(space or beside)
 
 
 def _free_file(name: str, out: Path | None, force: bool) -> Path:
-    """Return where a device's file goes; before anything is computed, whether it may."""
+    """Return the path of a device's file; refuse a bad name or an existing file before any computation."""
     from qnas.latency.device import check_own_name
 
     check_own_name(name, "--device-name")

@@ -1,4 +1,4 @@
-"""`qnas profile`: this machine as a device."""
+"""`qnas profile`: a measurement of this machine as a device."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qnas.deploy.profiling import Profile
 
 _SHOWN = 5  # names of noisy blocks
-_BIASED = 0.05  # sums of blocks that are off by more are to be corrected
+_BIASED = 0.05  # sums of blocks with a larger bias need a correction
 
 
 def profile(
@@ -33,7 +33,7 @@ def profile(
         int | None, option("Runs of every block; noisy ones get up to 4 times as many.", least=1)
     ] = None,
     out: Annotated[Path, option("The folder of the device file.")] = Path("devices"),
-    resume: Annotated[bool, option("Go on with an interrupted measurement.", "--resume")] = False,
+    resume: Annotated[bool, option("Continue an interrupted measurement.", "--resume")] = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -47,7 +47,7 @@ def profile(
 
     if device_name is not None:
         check_own_name(device_name, "--device-name")
-    searched = load_space(space)  # torch takes seconds to import: what can be refused is refused before
+    searched = load_space(space)  # all checks without torch, which takes seconds to import, come first
     from qnas.deploy.profiling import REPEATS, profile_space
     from qnas.deploy.runtimes import open_runtime
 

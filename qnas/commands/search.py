@@ -128,7 +128,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
-    """Describe the accuracy of the derived network and its rivals, all with the supernet's weights."""
+    """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
 
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
@@ -159,7 +159,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     seeds = found["seeds"]["accuracies"]
     if len(seeds) > 1:
         spread = mean_and_spread([seeds[seed] for seed in sorted(seeds, key=int)])
-        yield field("seeds", f"{spread} for the {len(seeds)} runs here that differ in the seed")
+        yield field("seeds", f"{spread} for the {len(seeds)} runs here that differ only in the seed")
 
 
 def _solved_for(effects: "Mapping[str, Any] | None") -> str:

@@ -1,4 +1,4 @@
-"""`qnas train-subnet` and `qnas export`: training of an architecture, and its files to ship."""
+"""`qnas train-subnet` and `qnas export`: the training of an architecture, and its export."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +76,7 @@ def train_subnet(
     teacher: Annotated[
         str | None,
         option(
-            "A network to learn from beside the labels: supernet-largest, timm:NAME (pretrained on these "
+            "A network to distil from, beside the labels: supernet-largest, timm:NAME (pretrained on these "
             "classes), or a trained network's folder.",
             panel=RECIPE,
         ),
@@ -154,17 +154,16 @@ def export(
     resolution: Annotated[
         int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
-    batch: Annotated[int | None, option("A fixed batch size. Default: a free one.", least=1)] = None,
+    batch: Annotated[int | None, option("A fixed batch size. Default: any size.", least=1)] = None,
     out: Annotated[Path | None, option("A folder. Default: export/ in the run.")] = None,
     data: Annotated[
         str | None,
         option("Images to check files with and to calibrate int8. Default: those of the training."),
     ] = None,
-    images: Annotated[
-        int | None, option("Test images that files are checked with.  [default: 512]", least=1)
-    ] = None,
+    images: Annotated[int | None, option("Test images to check files with.  [default: 512]", least=1)] = None,
     max_drop: Annotated[
-        float | None, option("Accuracy that a file may lose on them, as a share.  [default: 0.01, int8 0.02]")
+        float | None,
+        option("Largest loss of accuracy on these images, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
     measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
     threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,

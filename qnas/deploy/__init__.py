@@ -1,1 +1,1 @@
-"""A trained network as files, and time measured on devices."""
+"""Export of trained networks, and timing of networks on devices."""

@@ -1,13 +1,13 @@
-"""Networks as ONNX put together from blocks that were exported once each.
+"""ONNX networks assembled from blocks that are exported once each.
 
-Exporting a network takes torch seconds, and a space has far fewer distinct blocks than networks: so
-each block goes through the exporter once, and a network is its blocks' graphs in a chain. The
-operators are those that `trace_onnx` writes for the whole network (tests/deploy/test_assembly.py), since
-the exporter's last pass, which removes what two blocks undo of each other, goes over the whole too.
+Exporting a network takes torch seconds, and a space has far fewer distinct blocks than networks. So each
+block goes through the exporter once, and a network is the chain of its blocks' graphs. The operators are
+those that `trace_onnx` writes for the whole network (tests/deploy/test_assembly.py), since the exporter's
+last pass, which removes operators of adjacent blocks that cancel out, runs on the assembled network too.
 
-The files are to be timed, not to be used. Their weights are random, every one drawn anew, norms
-included: a runtime that drops scales of one and shifts of zero, or keeps equal weights once, would
-be faster than it is with a trained network.
+The files are for timing only. All their weights are random and differ, those of norms included: a runtime
+that drops scales of one and shifts of zero, or stores equal weights once, would be faster than with a
+trained network.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,21 +23,21 @@ from qnas.deploy.export.tracing import INPUT, OPSET, OUTPUT, trace_onnx
 from qnas.nn.blocks import build_block
 from qnas.spaces.lower import BlockSpec
 
-_JITTER = 0.1  # of norms and biases, around 1 and 0
+_JITTER = 0.1  # standard deviation of norms and biases around 1 and 0
 
 
 def export_block(block: BlockSpec) -> onnx.ModelProto:
-    """Return a block's graph, `images` (batch, c_in, px, px) -> `logits`, with some weights.
+    """Return a block's graph, `images` (batch, c_in, px, px) -> `logits`, with random weights.
 
-    Raises ExportError where torch cannot export it.
+    Raises ExportError if torch cannot export it.
     """
     first = block.layers[0]
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # weights are drawn anew with the deviations of these
+        torch.manual_seed(0)  # `assemble` draws new weights with the deviations of these
         module = build_block(block).eval()
         for norm in module.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                # with a mean of zero the exporter would fold it into a convolution without a bias
+                # with a mean of zero, the exporter would fold it into a convolution without a bias
                 assert norm.running_mean is not None
                 norm.running_mean.normal_(0.0, _JITTER)
     shape = (first.c_in, first.resolution_px, first.resolution_px)
@@ -49,8 +49,7 @@ def assemble(
 ) -> onnx.ModelProto:
     """Return the network of these blocks, `images` (1, channels, H, W) -> `logits` (1, classes).
 
-    `graphs` has the graph of every block, by `BlockSpec.unnamed` (`export_block`). All weights are drawn
-    anew.
+    `graphs` has the graph of every block (`export_block`) by `BlockSpec.unnamed`. All weights are drawn anew.
     """
     run = [block for block in blocks if block.layers]
     first, last = run[0].layers[0], run[-1].layers[-1]
@@ -92,7 +91,7 @@ def assemble(
 
 
 def _drawn(template: onnx.TensorProto, name: str, rng: np.random.Generator) -> onnx.TensorProto:
-    """Return a tensor as random as the template; what is no weight (bounds, axes) stays as it is."""
+    """Return a tensor as random as the template; constants that are no weights (bounds, axes) stay."""
     values = numpy_helper.to_array(template)
     if values.dtype == np.float32 and values.size > 1:
         noise = rng.standard_normal(values.shape, dtype=np.float32)

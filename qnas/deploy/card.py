@@ -27,7 +27,7 @@ def _describe_input(found: FoundArch, px: int) -> str:
 
 
 def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
-    """Return the metadata of a file for images of so many pixels as strings, lists as JSON."""
+    """Return the metadata of a file for images of `px` pixels: strings, with lists as JSON."""
     known = {
         "classes": result["classes"],
         "mean": result["mean"],
@@ -55,7 +55,7 @@ def card_document(
 ) -> dict[str, Any]:
     """Return the content of a card: the network, its training, its accuracy and its files.
 
-    `found` and `result` are of the folder that train-subnet wrote; `former` is the folder of a former card.
+    `found` and `result` come from the folder of train-subnet; `former` is the folder of a former card.
     """
     config = read_config(found.folder)
     weights = hashlib.sha256((found.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
@@ -71,7 +71,7 @@ def card_document(
             "mean": list(product.mean),
             "std": list(product.std),
         },
-        # without the path: it says nothing to others
+        # without the path, which has no meaning on other machines
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
         "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),
@@ -97,7 +97,7 @@ def kept_files(folder: Path, weights_sha256: str) -> dict[str, Any]:
     """Return the entries of a folder's card for files that still exist and have the same weights."""
     try:
         card = read_json(folder / JSON, ExportError)
-    except ExportError:  # none, or a broken one: it is written anew
+    except ExportError:  # no card or a damaged one: a new one is written
         return {}
     if card.get("schema") != SCHEMA or card.get("weights_sha256") != weights_sha256:
         return {}
@@ -115,7 +115,7 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def markdown(card: Mapping[str, Any]) -> str:
-    """Return a card as a page to read."""
+    """Return a card as Markdown."""
     task, data, accuracy, network = (card[key] for key in ("task", "data", "accuracy", "network"))
     low, high = accuracy["interval95"]
     trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
@@ -152,8 +152,8 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
     certificate = card["certificate"]
     if certificate:
         yield (
-            f"- Certificate: number {certificate['rank']} of the {certificate['solved']} most probable "
-            f"networks within the limits, by {certificate['solver']}; log-probability "
+            f"- Certificate: number {certificate['rank']} of the {certificate['solved']} networks of "
+            f"highest score within the limits, by {certificate['solver']}; score "
             f"{certificate['score']:.4f}, and no network within the limits exceeds "
             f"{certificate['score_bound']:.4f}"
         )

@@ -1,4 +1,4 @@
-"""A trained network of a run as files to ship, checked on real images, with a card of what is known of it."""
+"""The export of a run's trained network as files to ship, checked on real images, with a model card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
 from qnas.training.supernet_weights import build_trained
 
-IMAGES = 512  # of the test images that files are checked with
-CALIBRATION_IMAGES = 256  # of the training images, for int8
+IMAGES = 512  # test images to check a file with
+CALIBRATION_IMAGES = 256  # training images to calibrate int8 with
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class ExportRequest:
 
     formats: Sequence[str] = ("onnx",)
     precision: str = "fp32"
-    resolution_px: int | None = None  # None: that of training
-    batch: int | None = None  # None: a free one
-    data: GivenData | None = None  # None: what was trained on
+    resolution_px: int | None = None  # None: as in training
+    batch: int | None = None  # None: any batch size
+    data: GivenData | None = None  # None: the data of the training
     images: int = IMAGES
-    max_drop: float | None = None  # of the accuracy; None: that of the precision
+    max_drop: float | None = None  # of the accuracy; None: the precision's default
     threads: int | None = None  # to time the files with; None: they are not timed
     force: bool = False
 
@@ -53,16 +53,16 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportedFiles(Sequence[Path]):
-    """The paths of exported files, with what is known of each; `files` has their checks.
+    """The paths of exported files; `files` has the facts about each and its check.
 
-    Device, budget and latency are those that were searched for, None for an architecture without a search.
+    Device, budget and latency are those of the search, None for an architecture without a search.
     """
 
     folder: Path
     files: tuple[Exported, ...]
-    measured: Mapping[str, Mapping[str, Any]]  # by the name of the file; empty where nothing was timed
+    measured: Mapping[str, Mapping[str, Any]]  # by file name; empty if nothing was timed
     channels: int
-    deployed_px: int  # for which the latency was predicted
+    deployed_px: int  # the resolution of the predicted latency
     device: str | None
     budget_ms: float | None
     latency_ms: float | None
@@ -89,11 +89,11 @@ class ExportedFiles(Sequence[Path]):
 
 
 def export_trained(source: Path, out: Path | None, request: ExportRequest) -> ExportedFiles:
-    """Export the trained network of a run, or of a folder that train-subnet wrote, or its arch.json.
+    """Export a trained network; `source` is its run, the folder of train-subnet, or the arch.json in it.
 
-    All files and the card take their places together, once every file is checked. Raises CheckpointError
-    where nothing is trained or a file exists already, UsageError for what cannot be asked, DataError
-    where int8 has no images, ExportError where a file does not compute what the network computes.
+    The files and the card are moved into place together, once every file is checked. Raises CheckpointError
+    if there is no trained network or a file exists already, UsageError for an invalid request, DataError
+    if int8 has no images, ExportError if the outputs of a file differ from the network's.
     """
     precision = check_request(request.formats, request.precision)
     folder = source.parent if source.suffix == ".json" else source
@@ -170,9 +170,9 @@ def _product(
 def _checking_images(
     request: ExportRequest, found: FoundArch, result: Mapping[str, Any], px: int
 ) -> tuple[RealImages, RealImages | None]:
-    """Return the test images to check files with, and for int8 the training images to calibrate it with.
+    """Return the test images to check files with, and for int8 the training images to calibrate with.
 
-    Where the data of the training are missing, the check uses the few test images that the training kept.
+    If the data of the training are missing, the check uses the few test images that the training kept.
     """
     is_int8 = request.precision == "int8"
 
@@ -207,7 +207,7 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
         resolution_px=px,
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
-        max_broken=None,  # those among them are left out
+        max_broken=None,  # broken images among them are left out
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):

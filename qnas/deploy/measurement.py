@@ -1,4 +1,4 @@
-"""Networks timed on this machine: those of a sample, written into its CSV, and exported files."""
+"""Timing on this machine: of the networks of a sample, written into its CSV, and of exported files."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER
 from qnas.spaces.space import SearchSpace
 
-LOADS = 5  # of a network
-REPEATS = 50  # in all loads together
+LOADS = 5  # per network
+REPEATS = 50  # visits per network, over all loads
 MODEL = "model.onnx"
 
 
@@ -49,10 +49,10 @@ def measure_sample(
 ) -> Measurement:
     """Time the networks of a sample's CSV that have no latency yet, from the ONNX files beside it.
 
-    The times are written into the CSV once all are there. When interrupted, it saves its samples and
-    raises Interrupted; the next call continues from them. With `force` all networks are timed again. Raises
-    UsageError for an unknown runtime or a missing ONNX file, TableError for a broken CSV,
-    CheckpointError where other times or samples come from another runtime.
+    The times are written into the CSV once all networks are timed. When interrupted, it saves its samples
+    and raises Interrupted; the next call continues from them. With `force`, all networks are timed again.
+    Raises UsageError for an unknown runtime or a missing ONNX file, TableError for a broken CSV,
+    CheckpointError if existing times or samples come from another runtime.
     """
     session = _session(runtime)
     networks = read_measured(file, space)
@@ -122,10 +122,10 @@ def _session(runtime: str) -> Callable[[Path, int], Call]:
 
 
 def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) -> dict[str, Any]:
-    """Time a run's exported file on this machine, and record it in the run's arch.json; return that.
+    """Time a run's exported file on this machine, add the time to the run's arch.json, and return the latter.
 
-    What was predicted is a latency at the space's resolution: a file of another one is refused.
-    Raises CheckpointError where nothing is exported.
+    The prediction is for the space's resolution, so a file of another resolution is refused.
+    Raises CheckpointError if nothing is exported.
     """
     found = find_arch(folder)
     file = folder / EXPORT_FOLDER / MODEL
@@ -153,7 +153,7 @@ def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) 
 def time_exported(
     files: Sequence[Exported], folder: Path, product: Product, threads: int
 ) -> dict[str, dict[str, Any]]:
-    """Time exported files on one image, in turns; return what is known of each by its name."""
+    """Time exported files on one image, in interleaved rounds; return the facts by file name."""
     open_runtime("torch", threads=threads)  # checks the threads
     sessions = {"onnx": SESSIONS["onnxruntime"], "openvino": SESSIONS["openvino"]}
 

@@ -16,9 +16,9 @@ from qnas.latency.prediction import DEVICE, Prediction, predict_file
 def trace_module(module: nn.Module, example_input: Tensor) -> OnnxNetwork:
     """Return a module's operators for one image; `example_input` is a batch of images (B, C, H, W).
 
-    The module is taken in evaluation mode, on the CPU, and left as it is. Raises UsageError where the input
-    is no batch of images, ExportError where torch cannot export the module, ArchError where its operators
-    have shapes that depend on data.
+    A copy of the module is traced in evaluation mode on the CPU. Raises UsageError if the input is not a
+    batch of images, ExportError if torch cannot export the module, ArchError if its operators have shapes
+    that depend on data.
     """
     where = f"module {type(module).__name__}"
     if not isinstance(example_input, Tensor) or example_input.ndim != 4:
@@ -41,7 +41,7 @@ def predict_module(
     """Predict the latency of a PyTorch module for one image.
 
     An operator that the device does not know is priced as one pass over its largest tensor; the
-    prediction's `note` names and counts such operators. Raises as `trace_module`, and TableError where the
-    device has no model of kernels.
+    prediction's `note` names and counts such operators. Raises the errors of `trace_module`, and
+    TableError if the device has no kernel model.
     """
     return predict_file(latency, load_device(device), trace_module(module, example_input))

@@ -1,17 +1,17 @@
-"""A device file from measurements of this machine: every distinct block of a space, timed.
+"""A device file from measurements on this machine: every distinct block of a space is timed.
 
-A block of which the output fits the input is timed as a chain of COPIES blocks with weights of their
-own, and a share of the chain is what it costs. One block run again and again would find its weights
-in the nearest cache, which in a network the blocks before it have filled: on a server CPU that is a
-tenth of a small network's latency. Weights are random, norms and biases too: a runtime drops scales of
-one and shifts of zero, and would be faster than it is with a trained network.
+A block whose output has the shape of its input is timed as a chain of COPIES blocks, each with its own
+weights, and costs the same share of the chain. A single block run repeatedly would find its weights in the
+nearest cache, which the preceding blocks of a network fill: on a server CPU the difference is a tenth of
+a small network's latency. Weights are random, norms and biases too: a runtime drops scales of one and
+shifts of zero, and would be faster than with a trained network.
 
-What a runtime adds to every call is no part of a block: it is measured with an empty graph,
-subtracted from each, and counted once, in the table's row `runtime`.
+The runtime's overhead per call is not part of a block. It is measured with an empty graph, subtracted
+from each measurement, and counted once, in the table's row `runtime`.
 
-Blocks are measured, their sum is an assumption: so a few whole networks are timed in the same rounds,
-and the device file says how far the sums are from them. Nothing is bent to fit: that is what
-calibration is for, and what comes out the wrong way round is reported as it is.
+Blocks are measured, but adding them up is an assumption. A few whole networks are therefore timed in the
+same rounds, and the device file records how far the sums are from them. The cells are not adjusted:
+calibration does that. A larger block that is faster than a smaller one is reported as an outlier.
 """
 
 import json
@@ -45,19 +45,19 @@ from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
 from qnas.spaces.space import SearchSpace
 
-COPIES = 4  # blocks of a chain
-LOADS = 3  # of each chain
-REPEATS = 150  # in all loads together
-NETWORKS = 8  # whole ones
-_JITTER = 0.1  # of norms and biases
-_OUTLIER = 3.0  # standard errors by which a larger block is faster
+COPIES = 4  # blocks per chain
+LOADS = 3  # per chain
+REPEATS = 150  # visits per chain, over all loads
+NETWORKS = 8  # whole networks to compare with
+_JITTER = 0.1  # standard deviation of the noise on norms and biases
+_OUTLIER = 3.0  # standard errors by which an outlier is faster than a smaller block
 
 
 @dataclass(frozen=True)
 class DistinctBlock:
-    """A distinct block, and how many of it are timed in a chain."""
+    """A distinct block, and the number of its copies in a timed chain."""
 
-    name: str  # of the first place where it stands: "2.1 quadra_k3_e2"
+    name: str  # of its first place in the space: "2.1 quadra_k3_e2"
     block: BlockSpec
     copies: int
 
@@ -73,7 +73,7 @@ class DistinctBlock:
 
 
 def distinct_blocks(space: SearchSpace) -> dict[BlockSpec, DistinctBlock]:
-    """Return the blocks of a space that differ in more than their name, by themselves without it."""
+    """Return the blocks of a space that differ in more than their name, by `BlockSpec.unnamed`."""
     parts: dict[BlockSpec, DistinctBlock] = {}
     for block, candidate in all_blocks(space):
         key = block.unnamed
@@ -86,7 +86,7 @@ def distinct_blocks(space: SearchSpace) -> dict[BlockSpec, DistinctBlock]:
 
 
 def _draw_norms(module: nn.Module) -> nn.Module:
-    """Move norms and biases off one and zero, in place."""
+    """Add noise to norms and biases, in place, so that none is exactly one or zero."""
     with torch.no_grad():
         for parameter in (p for p in module.parameters() if p.ndim == 1):
             parameter.add_(_JITTER * torch.randn_like(parameter))
@@ -104,15 +104,15 @@ class Profile:
     table: LatencyTable
     parts: tuple[DistinctBlock, ...]
     timings: dict[str, Timing]  # of the chains and whole networks, and of the empty graph as "runtime"
-    networks: tuple[tuple[float, float], ...]  # whole ones: milliseconds as a sum, and as measured
-    noisy: tuple[str, ...]  # what stayed noisy
+    networks: tuple[tuple[float, float], ...]  # whole networks: milliseconds as a sum, and as measured
+    noisy: tuple[str, ...]  # names of timings that stayed noisy
     outliers: tuple[str, ...]  # larger blocks that are faster, in words
     device_file: Path
     table_file: Path
 
     @property
     def bias(self) -> float:
-        """By what share the sums of blocks are above whole networks, on average."""
+        """The mean share by which sums of blocks exceed the latency of whole networks."""
         return float(np.mean([total / whole for total, whole in self.networks])) - 1.0
 
 
@@ -129,10 +129,10 @@ def profile_space(
 ) -> Profile:
     """Measure a space and write `folder/name.json` and `folder/name/SPACE.csv`.
 
-    A file that is there for another space of the same device is kept and added to. Raises
-    CheckpointError where a measurement would be replaced and `force` is not given, where the file is
-    another device's, and where what is to be resumed is missing or was asked otherwise; Interrupted,
-    once the samples so far are saved, after Ctrl-C or SIGTERM.
+    An existing file of the same device, written for another space, is extended. Raises CheckpointError
+    if a measurement would be replaced without `force`, if the file is of another device, or if the samples
+    to resume are missing or of another request; Interrupted after Ctrl-C or SIGTERM, once the samples so
+    far are saved.
     """
     file, table_file = folder / f"{name}.json", folder / name / f"{space.name}.csv"
     state_file = table_file.with_suffix(".samples.json")
@@ -187,7 +187,7 @@ def profile_space(
 
 
 def _this_device(runtime: Runtime, name: str, repeats: int) -> Device:
-    """Return the device that this machine is with this runtime. Raises TableError for a bad name."""
+    """Return this machine with this runtime as a device. Raises TableError for a bad name."""
     threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
     clock = host.gpu_clock() if runtime.target == "cuda" else host.cpu_clock()
     content = {
@@ -207,7 +207,7 @@ def _this_device(runtime: Runtime, name: str, repeats: int) -> Device:
 
 
 def _former_device(device: Device, file: Path, table_file: Path, *, force: bool) -> Device | None:
-    """Return the existing device of this file; None where there is none or another one is replaced."""
+    """Return the existing device of this file; None if there is none or `force` replaces another device."""
     former = load_device(file) if file.exists() else None
     if former is not None and (former.title, former.runtime) != (device.title, device.runtime):
         others = any(path != table_file for path in table_file.parent.glob("*.csv"))
@@ -234,9 +234,9 @@ def _completed(
     *,
     keeps_calibration: bool,
 ) -> Device:
-    """Return the device with what was there, and how sums of this space's blocks compare with networks.
+    """Return the device, merged with the former one, with the accuracy of sums of this space's blocks.
 
-    A calibration does not outlive the table that it was made for.
+    A calibration is dropped when the table that it was made for is replaced.
     """
     base = former or device
     accuracy = dict(base.accuracy)
@@ -248,7 +248,7 @@ def _completed(
 
 
 def _some_networks(space: SearchSpace) -> dict[str, CandidateIndices]:
-    """Return random networks of a space, all different; all of them where there are few."""
+    """Return different random networks of a space; all networks if there are few."""
     rng = np.random.default_rng(0)
     sizes = [len(position.candidates) for position in space.positions]
     possible = math.prod(sizes)
@@ -261,7 +261,7 @@ def _some_networks(space: SearchSpace) -> dict[str, CandidateIndices]:
 
 
 def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Maker:
-    """Return what makes instances of a module, which is built and compiled when the first is made."""
+    """Return a maker of instances of a module, which is built and compiled for the first one."""
 
     @cache
     def compiled() -> Maker:
@@ -302,7 +302,7 @@ def _measured_table(
 def _outliers(
     space: SearchSpace, parts: Mapping[BlockSpec, DistinctBlock], timings: Mapping[str, Timing]
 ) -> tuple[str, ...]:
-    """Say which blocks take less than one of smaller kernel and expansion, by more than the noise."""
+    """Describe blocks that are faster than one of smaller kernel and expansion, beyond the noise."""
     found: dict[str, None] = {}  # positions of a stage are alike
     for slot in (part for part in skeleton(space) if isinstance(part, Slot)):
         blocks = {c: fill(space, slot, c) for c in slot.position.candidates}

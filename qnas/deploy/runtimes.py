@@ -1,13 +1,13 @@
-"""Modules and ONNX files as calls on a runtime of this machine, ready to be timed.
+"""Modules and ONNX files as calls on a runtime of this machine, for timing.
 
-A call computes one image that is already in the memory of the runtime: it copies nothing from or to
-Python, since a block inside a network does not either. All compute in float32. Modules are timed as
-they are deployed: batch normalisation is folded. ONNX files run with a free batch size, as they are exported.
+A call computes one image that is already in the runtime's memory. It copies nothing from or to Python,
+as a block inside a network does not either. All compute in float32. Modules are timed as they are
+deployed, with batch normalisation folded. ONNX files run with a free batch size, as they are exported.
 
-The settings are the runtimes' own for lowest latency, where they do not disturb what runs next to
-them; every one is written into `Runtime.settings`. torch runs in channels_last memory, as `subnet`
-builds networks. CUDA, eager and as a CUDA graph, is timed by events on the stream. It is written by
-torch's documentation and has not run on a GPU so far.
+The settings are the runtimes' own for the lowest latency, unless they disturb other calls; all are
+recorded in `Runtime.settings`. torch runs in channels_last memory, as `subnet` builds networks. CUDA,
+eager or as a CUDA graph, is timed by events on the stream. That part follows torch's documentation
+and has not run on a GPU so far.
 """
 
 import copy
@@ -34,19 +34,19 @@ Shape = tuple[int, int, int]  # channels, height, width of one image
 
 TARGETS = ("cpu", "cuda")
 SEED = 0  # of the images
-_OPENVINO = "runtime openvino"  # in messages
+_OPENVINO = "runtime openvino"  # as named in messages
 _CAPTURE_WARM_UP = 3  # runs before a CUDA graph is captured, in which libraries choose their kernels
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime that is ready: how it makes a module a call, and how its calls are timed."""
+    """An open runtime, with functions that compile a module to calls and time them."""
 
     name: str
     target: str
     threads: int
     version: str  # "onnxruntime 1.31.1"
-    settings: str  # whatever else a latency depends on
+    settings: str  # everything else that a latency depends on
     compile: Callable[[nn.Module, Shape], Maker]
     stopwatch: Stopwatch
 
@@ -54,8 +54,8 @@ class Runtime:
 def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph: bool = False) -> Runtime:
     """Return a runtime by name: `torch`, `onnxruntime` or `openvino`. Sets torch's threads.
 
-    With `cuda_graph` torch replays a graph instead of launching every kernel. Raises UsageError where
-    the runtime is unknown, not installed, or has no such target here.
+    With `cuda_graph`, torch replays a graph instead of launching every kernel. Raises UsageError if
+    the runtime is unknown, not installed, or lacks the target on this machine.
     """
     if name not in RUNTIMES:
         raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
@@ -85,8 +85,8 @@ def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph
 def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
     """Return a call of an ONNX file in onnxruntime, on a fixed random image.
 
-    The file, or its content, has one input of float32 with a free or fixed first dimension, which
-    becomes 1. Raises UsageError where it is missing, broken or of another form.
+    The file, or its content, must have one float32 input. Its first dimension, free or fixed, becomes 1.
+    Raises UsageError if the file is missing, broken or of another form.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -94,12 +94,12 @@ def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3  # errors
-    # threads that spin on after a run would take the cores of what is timed next
+    # threads that spin on after a run would take the cores from the next call
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         content = file if isinstance(file, bytes) else str(file)
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own kinds derive from Exception alone
+    except Exception as error:  # onnxruntime's exceptions derive from Exception directly
         raise UsageError(f"{_where(file)}: onnxruntime cannot load it: {first_line(error)}") from error
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)":
@@ -117,7 +117,7 @@ def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
 def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
     """Return a call of an ONNX file in OpenVINO, on a fixed random image. The batch becomes 1.
 
-    Raises UsageError as `onnx_session` does, and where OpenVINO is not installed.
+    Raises UsageError as `onnx_session` does, and if OpenVINO is not installed.
     """
     openvino = openvino_format.import_openvino(_OPENVINO)
     core = openvino.Core()
@@ -175,7 +175,7 @@ def _cuda_graph_maker(module: nn.Module, shape: Shape, device: str) -> Maker:
 
 
 def _captured(run: Call) -> Call:
-    """Return what replays a call as a CUDA graph."""
+    """Capture a call as a CUDA graph, and return a call that replays it."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -188,21 +188,21 @@ def _captured(run: Call) -> Call:
 
     def call() -> object:
         graph.replay()
-        return output, run  # what the graph reads and writes lives as long as it
+        return output, run  # keeps the graph's inputs and outputs alive
 
     return call
 
 
 def event_stopwatch(cuda: Any = torch.cuda) -> Stopwatch:
-    """Return a stopwatch of events on the current stream. `cuda` is torch.cuda, or alike.
+    """Return a stopwatch of events on the current stream. `cuda` is torch.cuda or a stand-in.
 
-    The time is that between two events on the device, so it has what the device waits for its
-    host to launch, but no wait of the host for the device.
+    It measures the time between two events on the device. This includes the device's waits for launches
+    by the host, but not the host's waits for the device.
     """
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
 
     def run(call: Call, loops: int) -> float:
-        cuda.synchronize()  # nothing of what ran before
+        cuda.synchronize()  # excludes earlier work
         start.record()
         for _ in range(loops):
             call()
@@ -242,7 +242,7 @@ SESSIONS: dict[str, Callable[[Path | bytes, int], Call]] = {
     "onnxruntime": onnx_session,
     "openvino": openvino_session,
 }
-# The version of a runtime, and whatever else a latency on the CPU depends on.
+# The version of each runtime, and everything else that its latency on the CPU depends on.
 RUNTIMES: dict[str, tuple[Callable[[], str], str]] = {
     "torch": (torch_format.runtime, "eager, inference mode, channels_last"),
     "onnxruntime": (

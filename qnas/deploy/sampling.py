@@ -1,17 +1,17 @@
 """The choice of networks to time on a device where only whole networks can be timed.
 
-Paths drawn at random have latencies that bunch in the middle and say little of the ends, so the
-range is cut into as many windows as networks are wanted, and each window gives one. Of the networks
-drawn from a window the one is taken that adds most to the information on the costs of blocks (a
-D-optimal design, built greedily): blocks are counted wherever they stand, since a block costs about
-the same at every position of a stage, and a little for each position by itself, which spreads the
-candidates over the positions. Identity and the dearest block come more often than others: the fastest
-and the slowest networks consist of them.
+Latencies of random paths cluster in the middle of the range and tell little about its ends. The range is
+therefore divided into as many windows as there are networks to choose, and each window gives one. From the
+networks drawn from a window, the one that adds most to the information on the costs of blocks is chosen (a
+D-optimal design, built greedily). A block has one cost for all its positions, since it costs about the same
+at every position of a stage, and a small cost of each position, which spreads the candidates over the
+positions. The identity and the most expensive block are more frequent than others, because the fastest and
+the slowest networks consist of them.
 Windows come in random order, so the first half of the networks is a good sample too.
 
-For 60 networks of quadranet-small and errors of a percent, blocks' costs by least squares predict the
-networks of the whole range to 0.6%; networks drawn from the windows without choice to 0.8%, random
-paths to 4%, and the fastest networks to 20% (tests/test_sampling.py).
+With 60 networks of quadranet-small and errors of one percent, block costs by least squares predict networks
+over the whole range to 0.6%. Drawn from the windows at random, the networks give 0.8%; random paths give
+4%, and 20% for the fastest networks (tests/deploy/test_sampling.py).
 """
 
 import math
@@ -35,9 +35,9 @@ from qnas.spaces.space import SearchSpace
 
 CSV_FILE = "latencies.csv"
 
-_POOL = 24  # networks drawn from a window
-_OWN = 0.3  # of a block's cost, what may depend on its position
-_ROUNDS = 20  # over the whole range, for windows in which there was no other network
+_POOL = 24  # networks drawn per window
+_OWN = 0.3  # share of a block's cost that may depend on its position
+_ROUNDS = 20  # over the whole range, for windows without a new network
 
 Array = NDArray[np.float64]
 
@@ -45,7 +45,7 @@ Array = NDArray[np.float64]
 def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) -> list[CandidateIndices]:
     """Return n networks of a space, all different, spread over the latencies of the table.
 
-    One seed, one result. Raises UsageError where the space has not so many networks.
+    The same seed gives the same result. Raises UsageError if the space has fewer networks.
     """
     possible = math.prod(len(p.candidates) for p in space.positions)
     if n > possible:
@@ -53,7 +53,7 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
     rng = np.random.default_rng(seed)
     columns = _columns(space)
     width = 1 + columns[0][0].size if columns else 1
-    precision = np.eye(width) / n  # of costs before anything is measured: about those of one network
+    precision = np.eye(width) / n  # prior precision of the costs, about that of one network
     chosen: dict[CandidateIndices, None] = {}
 
     def add_one(low_ms: float, high_ms: float) -> None:
@@ -68,7 +68,7 @@ def choose_networks(space: SearchSpace, table: LatencyTable, n: int, seed: int) 
         chosen[pool[best]] = None
 
     edges = np.linspace(table.fastest_ms, table.slowest_ms, n + 1)
-    # sums in another order may miss the ends by a rounding
+    # sums in another order may miss the ends by a rounding error
     edges[0], edges[-1] = edges[0] * (1 - 1e-9), edges[-1] * (1 + 1e-9)
     for i in rng.permutation(n):
         add_one(edges[i], edges[i + 1])
@@ -87,7 +87,7 @@ def _columns(space: SearchSpace) -> list[list[Array]]:
     """Return what each candidate of each position adds to a network's row of the design."""
     slots = [part for part in skeleton(space) if not isinstance(part, BlockSpec)]
     blocks = [[fill(space, slot, c).layers for c in slot.position.candidates] for slot in slots]
-    shared = dict.fromkeys(filter(None, chain(*blocks)))  # layers that cost the same wherever they stand
+    shared = dict.fromkeys(filter(None, chain(*blocks)))  # layers that cost the same at each position
     units = np.eye(len(shared) + sum(map(len, blocks)))
     of_shared, own = dict(zip(shared, units, strict=False)), iter(_OWN * units[len(shared) :])
     return [[of_shared.get(layers, 0.0) + next(own) for layers in row] for row in blocks]
@@ -107,10 +107,10 @@ def write_sample(
     force: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Write networks as NAME.json, NAME.onnx where asked for, the space, and a CSV to fill in.
+    """Write networks as NAME.json, with `onnx` also as NAME.onnx, the space, and a CSV to fill in.
 
-    The CSV comes last: where it is, everything is. Returns its path. Raises CheckpointError where it
-    is there already and must not be replaced.
+    The CSV is written last, so its presence means that the sample is complete. Returns its path. Raises
+    CheckpointError if it exists already and `force` is not set.
     """
     path = folder / CSV_FILE
     if path.exists() and not force:

@@ -1,16 +1,16 @@
-"""Timing of many things in rounds, so that a slow spell of a shared machine hits all of them alike.
+"""Timing of many calls in interleaved rounds, so that slow phases of a shared machine affect all calls alike.
 
 A round visits every call once, in a new random order; a call's latency is the median of its visits,
-which an interruption now and then does not move. A visit starts with a call that is not timed, which
-brings back what the others have put out of the caches. Calls too short for a clock are timed in loops.
+which an occasional interruption does not move. A visit starts with an untimed call, which brings data
+back into the caches that other calls displaced. Calls too short for a clock are timed in loops.
 
-Everything is made several times: an instance is one or two percent faster or slower for as long as it
-lives, by where in memory it came to lie, which no repeating shows. So instances of all things are made,
-visited and dropped, one load after another, no more than one of each at a time; a latency is the median
-of the samples of all loads. What is noisy after that gets further loads: where instances disagree, visits
-of the same ones would not help. Samples are saved, so that a session is resumed after Ctrl-C.
+Each call is instantiated several times. An instance is one or two percent faster or slower for its whole
+life, depending on its place in memory, and repeated visits do not show this. In each load, one instance of
+each call is made, visited and dropped before the next load starts; a latency is the median of the samples
+of all loads. Calls that are noisy after that get further loads, since more visits of the same instances
+would not help if instances disagree. Samples are saved, so that a session can be resumed after Ctrl-C.
 
-The clock is a parameter: a host's, or events on an accelerator's stream (`qnas.deploy.runtimes`).
+The clock is a parameter: the host's, or events on an accelerator's stream (`qnas.deploy.runtimes`).
 """
 
 import math
@@ -31,16 +31,16 @@ from qnas.common.progress import Progress
 from qnas.runs.run_folder import interruptible
 
 Call = Callable[[], object]
-Maker = Callable[[], Call]  # of an instance of what is timed
-Stopwatch = Callable[[Call, int], float]  # runs a call so many times; milliseconds of all together
+Maker = Callable[[], Call]  # makes an instance of a timed call
+Stopwatch = Callable[[Call, int], float]  # runs a call n times; returns the total milliseconds
 Samples = dict[str, list[Sequence[float]]]  # name -> load -> milliseconds of each call
 
 WARM_UP = 10
-TOLERANCE = 0.01  # what is above this spread is noisy
-MIN_SAMPLE_MS = 0.2  # a thousand times what reading the clock takes
-MOST_REPEATS = 4  # times `repeats`: the bound for what stays noisy
+TOLERANCE = 0.01  # a call with a larger spread is noisy
+MIN_SAMPLE_MS = 0.2  # a thousand times the time to read the clock
+MOST_REPEATS = 4  # times `repeats`: the bound for calls that stay noisy
 SCHEMA = "qnas.samples/1"
-_SAVE_SECONDS = 10.0  # between two savings
+_SAVE_SECONDS = 10.0  # between two saves
 
 # A normal distribution's median of n has a standard error of sqrt(pi / 2n) sigma, and its
 # interquartile range is 1.349 sigma.
@@ -85,8 +85,8 @@ def sample_rounds(
 ) -> Iterator[dict[str, tuple[float, ...]]]:
     """Visit calls in rounds until each has `repeats` samples; yield, after each round, all so far.
 
-    A sample is the milliseconds of one call. `earlier` are samples of an earlier process, which
-    count. Nothing is yielded where they are enough.
+    A sample is the milliseconds of one call. Samples of an `earlier` process count; if they are enough,
+    nothing is yielded.
     """
     assert repeats > 0, repeats
     assert warm_up > 0, "the first call of anything is no measurement of it"
@@ -103,13 +103,13 @@ def sample_rounds(
 
 
 def _warm_up(call: Call, visits: int, min_sample_ms: float, stopwatch: Stopwatch) -> int:
-    """Return how many calls make a sample long enough, having made some."""
+    """Warm a call up, and return how many calls make a sample long enough."""
     shortest = min(stopwatch(call, 1) for _ in range(visits))
     return max(1, math.ceil(min_sample_ms / max(shortest, 1e-4)))
 
 
 def spread(samples: Sequence[float]) -> float:
-    """Return the standard error of the median, as far as outliers do not matter, relative to it."""
+    """Return the standard error of the median, robust to outliers, relative to the median."""
     low, median, high = np.quantile(samples, (0.25, 0.5, 0.75))
     if median <= 0:
         return 0.0
@@ -141,13 +141,13 @@ def time_all(
     go_on: str = "`resume=True`",
     quiet: bool = False,
 ) -> dict[str, Timing]:
-    """Return the latency of each of these, summarised by `pool`.
+    """Return the latency of each call, summarised by `pool`.
 
-    Each is visited `repeats` times, in equal shares rounded up, in so many loads; what is noisy then in
-    up to MOST_REPEATS times as many. `request` is all that samples depend on; with `resume` those in
-    `state_file` count too, and the file is removed at the end. Raises Interrupted after Ctrl-C or
-    SIGTERM, having saved the samples; CheckpointError where the samples to be resumed are missing,
-    damaged, or of another request.
+    Each is visited `repeats` times, in equal shares (rounded up) over `loads` loads; noisy calls get up to
+    MOST_REPEATS times as many loads. `request` holds everything that samples depend on; with `resume`, the
+    samples in `state_file` count too. The file is removed at the end. Raises Interrupted after Ctrl-C or
+    SIGTERM, once the samples are saved; CheckpointError if the samples to resume are missing, damaged, or
+    of another request.
     """
     request = {**(request or {}), "loads": loads}
     samples: Samples = {name: [] for name in makers}
@@ -171,8 +171,8 @@ def time_all(
 def pool(loads: Sequence[Sequence[float]]) -> Timing:
     """Summarise the samples of several loads.
 
-    The spread has both parts: that of the samples, and that of the loads' medians, of which each alike
-    ignores a slow spell of the machine.
+    The spread combines that of the samples and that of the loads' medians. Each of the two ignores a slow
+    phase of the machine.
     """
     together = summarise([value for values in loads for value in values])
     between = spread([statistics.median(values) for values in loads])
@@ -188,8 +188,8 @@ def _visit_all(
     stopwatch: Stopwatch,
     quiet: bool,
 ) -> Iterator[None]:
-    """Bring the samples up to so many visits in each load; yield after each instance and round."""
-    prepared = False  # in the first load things may have to be compiled: only that takes long
+    """Bring the samples up to `visits` in each load; yield after each instance and round."""
+    prepared = False  # only the first load shows its preparation: it may compile, which takes long
     for load in range(MOST_REPEATS * loads):
         names = makers if load < loads else noisy(_timings(samples, makers), tolerance)
         earlier = {name: samples[name][load] if load < len(samples[name]) else () for name in names}
@@ -198,7 +198,7 @@ def _visit_all(
             continue
         phase = f"load {load + 1} of {loads}" if load < loads else f"repeat {len(due)} noisy"
         calls = {}
-        # in another order each time, or all would come to lie where they lay before
+        # in a new order each time, or all instances would get their old places in memory
         with Progress(len(due), "prepare", quiet=quiet or prepared) as progress:
             for name in random.Random(load).sample(due, len(due)):
                 calls[name] = makers[name]()

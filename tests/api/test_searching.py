@@ -1,4 +1,4 @@
-"""A search from Python: its result, its errors, its progress, its interruption, losses of a caller's own."""
+"""A search from Python: its result, errors, progress and interruption, and a caller's own losses."""
 
 import os
 import signal

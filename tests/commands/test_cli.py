@@ -1,4 +1,4 @@
-"""The command line as a person meets it: the whole way on the embedded data, and every bad input."""
+"""The command line as a user sees it: the whole way on the embedded data, and every bad input."""
 
 import csv
 import hashlib

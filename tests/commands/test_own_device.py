@@ -1,4 +1,4 @@
-"""The commands from whole networks to a device, on times that a shipped device's model makes up."""
+"""The commands from whole networks to a device, on artificial times from a shipped device's model."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,9 @@ def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
     alone = Path("alone.csv")
     alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     Path("board", "space.yaml").unlink()
-    with pytest.raises(UsageError, match=r"no space\.yaml beside it: say with --space"):
+    with pytest.raises(
+        UsageError, match=r"no space\.yaml beside it: name the space of the networks with --space"
+    ):
         fit_latency(board, "mine", None, None, force=False)
     fit_latency(alone, "mine", SPACE, None, force=False)
     write_measured(alone, [Measured(r.name, r.arch) for r in read_measured(alone, load_space(SPACE))])

@@ -1,4 +1,4 @@
-"""Commands with a block of the user's own, from a file that the command line is given."""
+"""Commands with a user's block, from a file given on the command line."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From a trained run to files: what is asked, what is checked, and what is left when it fails."""
+"""From a trained run to files: the request, the checks, and the files left after a failure."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Profiles on a runtime whose cost is known: what is added a call, and a cost for every weight."""
+"""Profiles on a runtime of known cost: an overhead per call, and a cost for every weight."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Modules as calls: they compute what the module computes, and what is wrong is said before timing."""
+"""Modules as calls: the outputs are the module's, and errors are raised before timing."""
 
 import copy
 import importlib.util

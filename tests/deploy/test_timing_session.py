@@ -1,4 +1,4 @@
-"""A sitting: what is visited, what is saved on Ctrl-C, and what is refused when going on."""
+"""A timing session: its visits, the samples saved on Ctrl-C, and refusals to resume."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through its debugging pipe: what a page looks like, says and asks for."""
+"""Headless Chromium, driven through its debugging pipe: screenshots, texts and requests of a page."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ SECONDS = 60.0  # for an answer
 
 
 class Page:
-    """One tab, of which everything that goes wrong is collected."""
+    """One tab; all its errors are collected."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to, self._from = to_browser, from_browser
@@ -44,7 +44,7 @@ class Page:
                 return dict(found["result"])
 
     def _next(self) -> dict[str, Any]:
-        """Read a message; note it where it is an event."""
+        """Read a message, and record it if it is an event."""
         end = time.monotonic() + SECONDS
         while b"\0" not in self._rest:
             assert time.monotonic() < end, "the browser does not answer"
@@ -75,7 +75,7 @@ class Page:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """Return what a JavaScript expression comes to in the page."""
+        """Return the value of a JavaScript expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -86,7 +86,7 @@ class Page:
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def pdf(self) -> bytes:
-        """Return what would be printed."""
+        """Return the page as printed."""
         return base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])
 
 

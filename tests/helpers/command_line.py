@@ -10,7 +10,7 @@ from qnas.commands import cli
 
 
 def commands() -> dict[str, Any]:
-    """All commands by what is typed, those of a group as `group command`."""
+    """All commands by name, those of a group as `group command`."""
     found: dict[str, Any] = {}
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]  # a group
         inner = getattr(command, "commands", {})
@@ -19,7 +19,7 @@ def commands() -> dict[str, Any]:
 
 
 def joined(text: str) -> str:
-    """Return what a command printed as one line, the lines joined that were wrapped."""
+    """Return the output of a command as one line, with wrapped lines joined."""
     return " ".join(text.replace("\\\n", " ").split())
 
 

@@ -1,4 +1,4 @@
-"""A user's Dataset: small images that a network tells apart after a few steps."""
+"""A user's Dataset: small images that a network classifies after a few steps."""
 
 import torch
 from torch import Tensor

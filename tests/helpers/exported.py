@@ -1,4 +1,4 @@
-"""A small network that was trained on digits at 8 px, to be exported, and a space of all neurons."""
+"""A small network trained on digits at 8 px, for export, and a space of all neurons."""
 
 import json
 from functools import cache
@@ -25,7 +25,7 @@ METADATA = {"classes": '["zero", "größe"]', "mean": "[0.5]", "latency_ms": "29
 
 @cache
 def digits(n: int, split: str = "test") -> RealImages:
-    """Return so many digits of the test or training images."""
+    """Return digits from the test or training images."""
     data = load_data(parse_data_spec("digits"), resolution_px=PX)
     pixels, labels = sample_images(getattr(data, split), n)
     return RealImages(pixels, labels, data.mean, data.std, f"{n} digits")
@@ -33,7 +33,7 @@ def digits(n: int, split: str = "test") -> RealImages:
 
 @cache
 def trained(norm: str = "layernorm") -> Product:
-    """Return a network that tells most digits apart."""
+    """Return a network that classifies most digits correctly."""
     space = parse_space(TINY_SPACE.replace("norm: layernorm", f"norm: {norm}"), "tiny.yaml")
     arch = Arch(CHOICES)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Finished searches that nobody ran: folders as a search writes them, in milliseconds."""
+"""Artificial finished searches: folders as a search writes them, made in milliseconds."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def make_record(
     rank: int = 1,
     **config: Any,
 ) -> FinishedRun:
-    """Write the folder of a search whose first limit lies at this share of the device's range."""
+    """Write the folder of a search whose first limit is at this share of the device's range."""
     limits: Limits = ()
     for device in devices:
         table = compute_table(load_device(device), space)

@@ -1,4 +1,4 @@
-"""Measured networks that nobody measured: of one operator, with the latency that a device predicts."""
+"""Artificial measured networks of one operator, with latencies from a device's predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from qnas.spaces.space import load_space
 
 
 def write_networks(path: Path, device_name: str, over: Sequence[float], families: Sequence[str]) -> None:
-    """Write a file for eval-latency in which the prediction is so many times the latency; nan: not timed."""
+    """Write a file for eval-latency with these ratios of prediction to latency; nan: not timed."""
     device = load_device(device_name)
     predicted_ms = device.network_ms + device.kernel_ms(Kernel("add", 28, 64, 64))
     np.savez(
@@ -30,7 +30,7 @@ def write_networks(path: Path, device_name: str, over: Sequence[float], families
 
 
 def fill_in(folder: Path, device_name: str, seed: int = 0) -> None:
-    """Fill in the times of a sample: what a device predicts, with a percent of noise."""
+    """Fill in the times of a sample: a device's predictions with one percent of noise."""
     space, rng = load_space(folder / "space.yaml"), np.random.default_rng(seed)
     table = load_table(load_device(device_name), space)
     rows = [

@@ -1,4 +1,4 @@
-"""All networks of a space, and when two are the same."""
+"""All networks of a space, and the identity of a network."""
 
 import itertools
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ head: {classes: 10}
 
 
 def same_network(space: SearchSpace, indices: tuple[int, ...]) -> object:
-    """Return the identity of a network: its layers in order, wherever they stand in a stage."""
+    """Return the identity of a network: its layers in order, at whichever positions of a stage."""
     return tuple(block.layers for block in lower(space, arch_from_indices(space, indices)) if block.layers)
 
 

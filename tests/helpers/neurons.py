@@ -1,4 +1,4 @@
-"""Laws of every neuron, in whichever file it was registered."""
+"""Laws that every registered neuron must meet."""
 
 from dataclasses import replace
 from pathlib import Path

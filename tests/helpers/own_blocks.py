@@ -1,4 +1,4 @@
-"""A block and a neuron as a user's file has them."""
+"""A block and a neuron as in a user's file."""
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ def halved(x: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """x + project(relu(expand(x))) / 2, of no norm."""
+    """x + project(relu(expand(x))) / 2, without a norm."""
 
     @staticmethod
     def layers(place: Place, width: int, act: str = "relu") -> tuple[LayerSpec, ...]:

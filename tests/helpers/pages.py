@@ -9,7 +9,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def _read(path: Path) -> str:
-    """Return a page as the site shows it, with the files that it includes."""
+    """Return a page as the site shows it, with its included files."""
     text = path.read_text(encoding="utf-8")
     return re.sub('^--8<-- "(.+)"$', lambda found: _read(ROOT / found[1]), text, flags=re.MULTILINE)
 

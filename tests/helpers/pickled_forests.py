@@ -25,7 +25,7 @@ OLD_FIELDS = (
 def train_forest(
     n_features: int = 7, *, trees: int = 5, rows: int = 60, seed: int = 0, **options: Any
 ) -> tuple[RandomForestRegressor, Array]:
-    """Return a forest of latencies and the rows that it was trained on."""
+    """Return a forest of latencies and its training rows."""
     rng = np.random.default_rng(seed)
     x = rng.integers(1, 225, (rows, n_features)) * rng.choice([1.0, 0.37, 1e-3], n_features)
     latency = x.sum(axis=1) / 100 + rng.random(rows) + 0.1
@@ -80,7 +80,7 @@ def predictor_files(device: str, **options: Any) -> dict[str, bytes]:
 
 
 def write_zip(path: Path, files: dict[str, bytes], folder: str = "") -> Path:
-    """Write a ZIP archive, its files in a folder where one is given."""
+    """Write a ZIP archive, with its files in a folder if one is given."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(f"{folder}/{name}" if folder else name, content)

@@ -62,7 +62,7 @@ def write_digits(folder: Path, shards: int = 4) -> Path:
 
 
 def samples(root: Path, folders: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Return class folders as members of a shard, a class after another, with names as labels."""
+    """Return class folders as members of a shard, class by class, with names as labels."""
     return [
         member
         for folder in folders

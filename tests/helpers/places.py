@@ -1,4 +1,4 @@
-"""Paths of the repository, of the tests' own files, and of the shared measurements where they exist."""
+"""Paths of the repository, of the tests' own files, and of the shared measurements if they exist."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Devices made in Python give the tables that their functions or measurements say."""
+"""The tables of devices made in Python are those of their functions or measurements."""
 
 import csv
 import math

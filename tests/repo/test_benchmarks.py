@@ -1,4 +1,4 @@
-"""The experiments of benchmarks/: what they share, and that they run."""
+"""The experiments of benchmarks/: their shared code, and that they run."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""README and documentation say what is there, and nothing that is not."""
+"""README and documentation agree with the code: commands, options, files and links exist."""
 
 import json
 import os

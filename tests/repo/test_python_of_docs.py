@@ -1,4 +1,4 @@
-"""The Python that README, documentation and notebooks show is what the package offers, and runs."""
+"""The Python code in README, documentation and notebooks agrees with the package, and runs."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The wheel holds everything that an installation needs."""
+"""The wheel contains all files that an installation needs."""
 
 import subprocess
 import sys

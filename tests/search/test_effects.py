@@ -1,4 +1,4 @@
-"""Effects of candidates on the held-out loss: fitted to losses that are known, and measured of a supernet."""
+"""Effects of candidates on the held-out loss: fitted to known losses, and measured with a supernet."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

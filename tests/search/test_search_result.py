@@ -1,4 +1,4 @@
-"""One small search, and everything that it says of itself."""
+"""One small search, and all facts in its result."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Against every network of small instances, and against HiGHS on those of a real space's size."""
+"""The solver against every network of small instances, and against HiGHS at the size of a real space."""
 
 import itertools
 import math

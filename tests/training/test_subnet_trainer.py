@@ -1,4 +1,4 @@
-"""The effect of a recipe on a training. That a plain training learns, stops and goes on is in test_loop."""
+"""The effect of a recipe on a training. Learning, stopping and resuming are tested in test_loop."""
 
 import csv
 import json

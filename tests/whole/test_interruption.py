@@ -1,6 +1,6 @@
-"""A run that is killed at any moment goes on, and ends with the bytes of one that was left alone.
+"""A run killed at any moment can be resumed, and writes the same bytes as an undisturbed one.
 
-Every run here is the command line in a process of its own, forked from one that has torch imported.
+Every run here is the command line in a separate process, forked from one that has torch imported.
 """
 
 import itertools

@@ -1,1 +1,1 @@
-"""Exported files, one module a format, each checked against the network."""
+"""Export formats, one module each, and the check of each file against the network."""

@@ -1,4 +1,4 @@
-"""Sources of functions and classes, copied with what they use, for a file that must not import qnas."""
+"""Copied sources of functions and classes, with their dependencies, for a file that must not import qnas."""
 
 import ast
 import builtins
@@ -18,10 +18,10 @@ _REGISTRATIONS = ("register_block", "register_neuron")
 
 @dataclass
 class Copied:
-    """Import lines and definitions in an order in which a file can hold them.
+    """Import lines and definitions, in a valid order for a file.
 
-    `given` are names that the file has anyway; `own` are objects of qnas that it defines by themselves,
-    which are collected in `wanted`.
+    `given` are names that every file has; `own` are objects of qnas that the file defines separately, and
+    `wanted` collects those in use.
     """
 
     given: Collection[str]
@@ -31,9 +31,9 @@ class Copied:
     wanted: list[Any] = field(default_factory=list)
 
     def add(self, original: Any, *, annotated: bool = True, without: str = "") -> None:
-        """Copy a function or class, `without` one of its methods, and what it uses.
+        """Copy a function or class, `without` one of its methods, and its dependencies.
 
-        Raises ExportError where that cannot be done.
+        Raises ExportError if that is impossible.
         """
         name = original.__name__
         if name in self.definitions:
@@ -49,7 +49,7 @@ class Copied:
         text = _without_registration(text, without)
         if not annotated:
             text = _without_annotations(text)
-        self.definitions[name] = ""  # before it in the file: what it uses
+        self.definitions[name] = ""  # marks it as copied; its dependencies come before it
         self._add_used(text, original)
         self.definitions[name] = self.definitions.pop(name) or text
 

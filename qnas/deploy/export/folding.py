@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it, as it is deployed."""
+"""Folding of batch normalisation into the preceding convolution, as for deployment."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ def fold_quadratic_norms(network: nn.Module) -> None:
     """Fold each batch norm behind a neuron's sum into its convolutions and a bias, in place.
 
     BN(A . B + C) = (sA) . B + sC + t with s = weight / sqrt(var + eps) and t = bias - s mean.
-    The clip behind it stays, and so do norms that nothing takes up (`Neuron.folds`).
+    The clip behind it stays, and so do norms without a convolution to fold into (`Neuron.folds`).
     """
     for block in network.modules():
         if not isinstance(block, QuadraBlock) or not isinstance(block.norm1, nn.BatchNorm2d):
@@ -38,8 +38,8 @@ def fold_quadratic_norms(network: nn.Module) -> None:
 def fold_norms(module: nn.Module) -> None:
     """Fold each batch norm into the convolution before it, in place; the module is in eval mode.
 
-    Norms behind the product of a neuron that takes up no shift stay, and so do those of a user's module,
-    whose submodules may run in any order, where they do not follow a convolution in a Sequential.
+    Norms behind a neuron's product stay if no convolution can take up their shift. Submodules of a user's
+    module may run in any order, so there only norms that follow a convolution in a Sequential are folded.
     """
     fold_quadratic_norms(module)
     for parent in module.modules():

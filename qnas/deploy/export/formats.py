@@ -1,4 +1,4 @@
-"""The formats that a trained network can be exported in, behind one interface; written all or none."""
+"""The export formats of a trained network, behind one interface."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +18,8 @@ from qnas.deploy.export.tracing import told_as
 class Format:
     """The functions that write a format and read it back.
 
-    `write` is given the path of the first of its files, whose suffix is the first of `suffixes`, and the
-    name to use in messages. `runtime` says what reads it, and raises UsageError where that is missing.
+    `write` gets the path of the format's first file, whose suffix is the first of `suffixes`, and a name
+    for messages. `runtime` returns the reader with its version, and raises UsageError if it is missing.
     """
 
     suffixes: tuple[str, ...]
@@ -41,19 +41,19 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-PARITY = ".parity.json"  # behind a file's name
+PARITY = ".parity.json"  # appended to a file's name
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A format's files in their folder, and how closely they compute what the network computes."""
+    """The files of one format, and how far their outputs are from the network's."""
 
     format: str
     precision: FilePrecision
-    runtime: str  # that they were checked with
-    files: tuple[str, ...]  # names; the first is what is loaded
+    runtime: str  # used for the check
+    files: tuple[str, ...]  # names; the first is the one to load
     digests: tuple[str, ...]  # SHA-256 of each
-    size_bytes: int  # of all
+    size_bytes: int  # of all files
     resolution_px: int
     batch: int | None
     parity: Parity
@@ -79,7 +79,7 @@ def check_request(formats: Sequence[str], precision: str) -> FilePrecision:
 
 
 def file_names(name: str, precision: FilePrecision) -> tuple[str, ...]:
-    """Return what a format's files are called: `model.onnx`, `model_int8.onnx`."""
+    """Return the names of a format's files: `model.onnx`, `model_int8.onnx`."""
     stem = "model" if precision == "fp32" else f"model_{precision}"
     return tuple(f"{stem}{suffix}" for suffix in FORMATS[name].suffixes)
 
@@ -96,9 +96,9 @@ def export_files(
 ) -> tuple[Exported, ...]:
     """Write a product into a folder in these formats, read each file back and compare on real images.
 
-    The result is written beside each file as FILE.parity.json. `tolerance` is by default that of the
-    precision; messages name `shown` in place of the folder, where files are moved there later. Raises
-    ExportError where a file cannot be written or computes something else; discard the folder then.
+    The result is written beside each file as FILE.parity.json. `tolerance` defaults to that of the
+    precision; messages name `shown` instead of the folder if the files are moved there later. Raises
+    ExportError if a file cannot be written or its outputs differ; the caller then discards the folder.
     """
     tolerance, shown = tolerance or TOLERANCES[precision], shown or folder
     exported = []

@@ -50,7 +50,7 @@ def load(path: Path) -> Run:
 
 
 def runtime() -> str:
-    """Return what runs the file, with its version."""
+    """Return the runtime of the file, with its version."""
     return f"onnxruntime {onnxruntime.__version__}"
 
 
@@ -63,16 +63,16 @@ def _fix_batch(model: onnx.ModelProto, batch: int) -> None:
 
 
 def quantise(model: onnx.ModelProto, calibration: RealImages, where: str) -> onnx.ModelProto:
-    """Return a graph of a free batch size with its convolutions and linear layers in int8, by onnxruntime.
+    """Return a copy of a graph (batch free) with convolutions and linear layers in int8, by onnxruntime.
 
-    Post-training and static: ranges are those that calibration images reach. Weights are signed with a
-    scale for each output channel, maps unsigned with one scale: on x86 with VNNI that is several times as
-    fast as signed maps. x86 processors without VNNI add pairs of such products in 16 bits, which can
-    saturate there. Sums, products of maps, norms and activations stay in float32: with them in int8 too
+    Static post-training quantisation, with ranges from the calibration images. Weights are signed with a
+    scale for each output channel, feature maps unsigned with one scale: on x86 with VNNI that is several
+    times as fast as signed maps. x86 processors without VNNI add pairs of such products in 16 bits, which
+    can saturate. Sums, products of maps, norms and activations stay in float32: with these in int8 too,
     the logits of a quadratic network were two to three times as far off and nothing was faster. The
     operators are the standard QuantizeLinear and DequantizeLinear, which OpenVINO reads as well.
 
-    The graph that is given stays. Raises ExportError.
+    Raises ExportError.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"

@@ -1,4 +1,4 @@
-"""OpenVINO IR: the graph in an .xml, its weights in a .bin, by OpenVINO's own converter of ONNX."""
+"""OpenVINO IR: the graph in an .xml, its weights in a .bin, by OpenVINO's own ONNX converter."""
 
 import importlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from qnas.deploy.export.tracing import told_as
 
 
 def import_openvino(who: str) -> Any:
-    """Return the module openvino, which is optional. Raises UsageError where it is not installed."""
+    """Return the module openvino, which is optional. Raises UsageError if it is not installed."""
     try:
         return importlib.import_module("openvino")  # without stubs
     except ImportError as error:
@@ -22,17 +22,17 @@ def import_openvino(who: str) -> Any:
 
 
 def version(who: str = "format openvino") -> str:
-    """Return `OpenVINO 2026.4.1`. Raises UsageError where it is not installed."""
+    """Return `OpenVINO 2026.4.1`. Raises UsageError if it is not installed."""
     return f"OpenVINO {import_openvino(who).__version__.partition('-')[0]}"
 
 
 def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
     """Write a product as `path`, .xml, with the .bin beside it. Raises ExportError, UsageError.
 
-    In fp16 the weights are kept in half precision; what is computed in it is the device's choice.
+    In fp16 the weights are stored in half precision; the device chooses the precision of computation.
     """
     openvino = import_openvino("format openvino")
-    # the graph in float32: the converter makes halves of its weights
+    # a float32 graph: the converter turns its weights into fp16
     source = path.with_suffix(".float.onnx")
     onnx_format.write(product, "int8" if precision == "int8" else "fp32", source, where)
     try:

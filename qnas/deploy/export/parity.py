@@ -14,8 +14,8 @@ from qnas.common.errors import ExportError
 from qnas.deploy.export.product import FilePrecision, RealImages, Run
 from qnas.deploy.export.tracing import told_as
 
-CHECKED_BATCHES = (1, 2, 5)  # a batch size that got frozen shows
-_BATCH = 32  # of the images after those
+CHECKED_BATCHES = (1, 2, 5)  # several sizes, so that a frozen batch size is noticed
+_BATCH = 32  # batch size of the other images
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Tolerance:
         assert 0 <= self.drop <= 1, self
 
 
-# fp16: ten times what rounding of weights and maps came to in networks of the shipped spaces. int8:
-# logits move by some percent and images between two classes change sides; what counts is the accuracy.
+# fp16: ten times the rounding error of weights and maps in networks of the shipped spaces. int8: logits
+# change by some percent, and images between two classes change class; the accuracy is what counts.
 TOLERANCES: dict[FilePrecision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.99, 0.01),
     "fp16": Tolerance(1e-2, 0.98, 0.01),
@@ -65,11 +65,11 @@ def compare(
     batch: int | None = None,
     noise: bool = False,
 ) -> Parity:
-    """Put images through a network and through its file; return how far the file is from it.
+    """Run images through a network and through its file; return how far the file is from the network.
 
-    `batch` is the file's batch size, None where it is free: then several are tried. With `noise` the
-    first images under noise, on which no metric is taken, must agree too. Raises ExportError, with
-    `where` as the file's name, beyond the tolerance.
+    `batch` is the file's batch size; None stands for a free one, of which several are tried. With `noise`,
+    the logits of the last batch under noise must agree too, without counting in the result. Raises
+    ExportError beyond the tolerance, with `where` as the file's name.
     """
     n = len(images)
     batches = [images.take(places) for places in _batches(n, batch)]
@@ -81,7 +81,7 @@ def compare(
 
 
 def _batches(count: int, batch: int | None) -> list[list[int]]:
-    """Return the places of `count` images in batches; where images end, the first ones come again.
+    """Return the indices of `count` images in batches; after the last image, the first ones are repeated.
 
     >>> _batches(9, None), _batches(3, 2)
     ([[0], [1, 2], [3, 4, 5, 6, 7], [8]], [[0, 1], [2, 0]])
@@ -153,10 +153,10 @@ def _share(right: Tensor) -> float:
 
 @torch.no_grad()
 def _noisy(network: nn.Module, real: Tensor) -> Tensor:
-    """Return real images under noise, as much of it as leaves the logits of about their size.
+    """Return real images under noise, as strong as possible with logits of about the same size.
 
-    Far from its training images a quadratic network's logits may grow, and rounding errors more than
-    they do, since products multiply them: a right file would be refused.
+    Far from its training images, a quadratic network's logits may grow, and rounding errors even more,
+    since products multiply them: a correct file would be refused.
     """
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     limit = 10 * network(real).abs().max()

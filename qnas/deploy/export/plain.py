@@ -1,9 +1,9 @@
-"""Blocks of a stand-alone model: modules of torch alone, with the submodules that `qnas.nn.blocks` has.
+"""Blocks of a stand-alone model: plain torch modules with the submodules of those in `qnas.nn.blocks`.
 
-The convolutions of a QuadraBlock's mixer stand in a module of their own, `mixer`.
+Only the convolutions of a QuadraBlock's mixer are in a module of their own, `mixer`.
 
-`export.standalone` copies the sources of these classes into the file that it writes, those that the
-network needs, so each says all that its reader needs.
+`export.standalone` copies the sources of the classes that a network needs into the file that it writes,
+so each class must be clear without the others.
 """
 
 from torch import Tensor, nn

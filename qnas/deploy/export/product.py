@@ -21,7 +21,7 @@ Run = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised float32 -> l
 class RealImages:
     """Images of a data set with their labels, at the resolution of a file.
 
-    pixels: (n, C, H, W), uint8; labels: (n,), int64. `source` says which they are.
+    pixels: (n, C, H, W), uint8; labels: (n,), int64. `source` describes them.
     """
 
     pixels: Tensor
@@ -38,7 +38,7 @@ class RealImages:
         return len(self.labels)
 
     def take(self, places: Sequence[int]) -> Tensor:
-        """Return these images normalised, as a network takes them: (B, C, H, W), float32."""
+        """Return the images at these indices, normalised for a network: (B, C, H, W), float32."""
         return normalise(self.pixels[list(places)], self.mean, self.std).contiguous()
 
     def at(self, resolution_px: int) -> "RealImages":
@@ -53,12 +53,12 @@ class RealImages:
 class Product:
     """A trained network as formats write it.
 
-    `network` is on the CPU, in eval mode and float32, its norms as trained; `blocks` are what it was
-    built of. `batch` is None for a free batch size. `metadata` are strings, lists as JSON; int8 is
-    calibrated with `calibration`.
+    `network` is on the CPU, in eval mode and float32, its norms as trained; it was built from `blocks`.
+    `batch` is None for a free batch size. `metadata` are strings, with lists as JSON; `calibration` are
+    the images to calibrate int8 with.
     """
 
-    name: str  # that of a Python function: quadranet_mobile
+    name: str  # of a Python function: quadranet_mobile
     network: nn.Module
     blocks: tuple[BlockSpec, ...]
     classes: tuple[str, ...]
@@ -81,7 +81,7 @@ class Product:
         return self.channels, self.resolution_px, self.resolution_px
 
     def deployed(self, precision: FilePrecision) -> nn.Module:
-        """Return a copy with norms folded, in contiguous memory; fp16 computes in it, from and to float32.
+        """Return a copy with folded norms, in contiguous memory; fp16 computes in half on float32 images.
 
         Norms are folded in float32: half precision has no room for the products of scales and weights.
         """
@@ -91,7 +91,7 @@ class Product:
 
 
 class _Half(nn.Module):
-    """A network in half precision that takes and gives float32."""
+    """A network in half precision with float32 inputs and outputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """A readable model.py of plain torch modules, its weights beside it as safetensors; nothing imports qnas.
 
 The network is written out from the layers that it was lowered to, with the sources of the few classes
-that torch has not. Norms are not folded, so that it can be trained on.
+that torch lacks. Norms are not folded, so that it can be trained further.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from qnas.spaces.neurons import NEURONS, Neuron
 WEIGHTS = ".safetensors"
 # names that a file has before anything is copied into it
 _GIVEN = {"OrderedDict", "Path", "Tensor", "build", "load", "load_file", "nn", "preprocess", "sys", "torch"}
-_WIDTH = 75  # of a block that is written on one line, without what stands around it
+_WIDTH = 75  # of a block that is written on one line, without its surroundings
 _DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -98,7 +98,7 @@ def _neuron(block: BlockSpec) -> Neuron:
 
 
 def _registered_module(block: BlockSpec) -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """Return what makes a registered block's module, with its arguments; None where it is a chain."""
+    """Return the constructor of a registered block's module, with its arguments; None for a chain."""
     if block.block not in BLOCKS or BLOCKS[block.block].module is None:
         return None
     assert block.place is not None
@@ -122,7 +122,7 @@ def _written(block: BlockSpec) -> str:
     return _chain(block)
 
 
-# Classes that torch has not, in the order in which a file defines them.
+# Classes that torch lacks, in the order in which a file defines them.
 CLASSES = (
     ChannelLayerNorm,
     GlobalAveragePool,
@@ -134,7 +134,7 @@ CLASSES = (
 
 
 def attribute(module: str) -> str:
-    """Return what a submodule of a network is called in the file.
+    """Return the name of a network's submodule in the file.
 
     >>> attribute("3_1"), attribute("stem")
     ('stage3_1', 'stem')
@@ -189,7 +189,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _copied(product: Product) -> Copied:
-    """Return the sources of the neurons and registered modules that a network has, with what they use."""
+    """Return the sources of a network's neurons and registered modules, with their dependencies."""
     names = {product.name, *(known.__name__ for known in CLASSES)}
     copied = Copied(_GIVEN | names, (*CLASSES, BatchNorm2d))
     for block in product.blocks:
@@ -202,7 +202,7 @@ def _copied(product: Product) -> Copied:
 
 
 def _definitions(built: str, copied: Copied) -> list[str]:
-    """Return the sources of what is used, in the order in which a file defines it."""
+    """Return the sources of the definitions in use, in the order in which a file has them."""
     sources: list[str] = []
     for known in reversed(CLASSES):  # a class uses those before it
         is_used = f"{known.__name__}(" in "\n".join([built, *sources])
@@ -273,7 +273,7 @@ def {name}(
     pretrained_cfg_overlay=None,
     cache_dir=None,
 ) -> nn.Sequential:
-    """Build the network for timm's create_model; what timm says of weights and folders is not needed."""
+    """Build the network for timm's create_model; timm's other arguments are ignored."""
     network = build(num_classes)
     if pretrained:
         weights = load_file(WEIGHTS)
@@ -320,7 +320,7 @@ def load(path: Path) -> Run:
     """Return the trained network that a model.py defines, as a function of float32 images."""
     module = ModuleType(path.stem)
     module.__file__ = str(path)
-    # run here and not imported, which would leave compiled code beside the file
+    # executed, not imported: an import would leave compiled code beside the file
     exec(compile(path.read_text(encoding="utf-8"), path.name, "exec"), vars(module))
     network: nn.Module = module.load()
 

@@ -12,7 +12,7 @@ from qnas.nn.quadratic import decompositions
 
 METADATA = "metadata.json"  # among the file's extra files
 _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
-_EXPORTED_BATCH = 3  # of a free batch size
+_EXPORTED_BATCH = 3  # of the example images if the batch size is free
 
 
 def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
@@ -39,7 +39,7 @@ def load(path: Path) -> Run:
 
 
 def runtime() -> str:
-    """Return what runs the file, with its version."""
+    """Return the runtime of the file, with its version."""
     return f"torch {torch.__version__}"
 
 

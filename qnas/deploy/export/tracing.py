@@ -1,8 +1,8 @@
 """A module as a graph of standard ONNX operators with a free batch size.
 
 Batch normalisation after a quadratic sum is folded into the convolutions here, which is what the
-latency tables count; the exporter folds those that follow a single convolution, and computes what
-is constant.
+latency tables count; the exporter folds those that follow a single convolution, and evaluates
+constants.
 """
 
 import copy
@@ -20,9 +20,9 @@ from qnas.common.errors import ExportError
 from qnas.deploy.export.folding import fold_quadratic_norms
 
 INPUT, OUTPUT = "images", "logits"
-BATCH = "batch"  # what the free dimension is called
+BATCH = "batch"  # the name of the free dimension
 OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes the same operators
-_EXPORTED_BATCH = 3  # none of those that a file is checked with, so that one that got frozen is noticed
+_EXPORTED_BATCH = 3  # not among the checked batch sizes, so that a frozen one is noticed
 
 
 def trace_onnx(
@@ -30,8 +30,8 @@ def trace_onnx(
 ) -> onnx.ModelProto:
     """Return a module's graph, `images` (batch, *shape) -> `logits`, as it is deployed; not checked.
 
-    The batch is free unless it is given. The module is left as it is; `where` names it in messages.
-    Raises ExportError where torch cannot export it.
+    The batch is free unless `batch` is given. The module is not changed; `where` names it in messages.
+    Raises ExportError if torch cannot export it.
     """
     # contiguous weights: the exporter would write a transposition for each channels_last one
     network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
@@ -55,7 +55,7 @@ def trace_onnx(
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the first line of what was raised first: the outer messages are advice on debugging."""
+    """Return the first line of the original error: the outer messages are advice on debugging."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -64,7 +64,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def told_as(problem: str) -> Iterator[None]:
-    """Raise whatever is raised, of which exporters and runtimes have many kinds, as ExportError."""
+    """Raise any exception as an ExportError: exporters and runtimes have many kinds."""
     try:
         yield
     except Exception as error:
@@ -80,7 +80,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def check_form(model: onnx.ModelProto, where: str) -> None:
-    """Raise ExportError where a graph is not valid, or not of standard operators alone."""
+    """Raise ExportError if a graph is invalid or has operators that are not standard."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -93,7 +93,7 @@ def check_form(model: onnx.ModelProto, where: str) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Drop what the exporter prints, logs and warns; what it raises passes."""
+    """Suppress the exporter's output, logs and warnings, but not its exceptions."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

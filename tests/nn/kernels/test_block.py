@@ -1,4 +1,4 @@
-"""QuadraBlock through its kernels: values, gradients, memory, layouts; and where it stays plain modules."""
+"""QuadraBlock through its kernels: values, gradients, memory, layouts; and the cases of plain modules."""
 
 from copy import deepcopy
 from typing import Any

@@ -1,4 +1,4 @@
-"""The C++ kernels against their definitions in float64, at sizes that meet every border."""
+"""The C++ kernels against their definitions in float64, at sizes that cover every border case."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

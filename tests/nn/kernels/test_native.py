@@ -1,4 +1,4 @@
-"""Building and loading: never in the way, never twice, never half."""
+"""Building and loading: no failure stops a program, nothing is built twice, no file is partial."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The channel half against the modules that it stands for, in double precision."""
+"""The channel half against the modules that it replaces, in double precision."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter on the CPU, compiled for a GPU, and on one where there is one.
+"""The Triton kernels, in Triton's interpreter on the CPU, compiled for a GPU, and on a GPU if there is one.
 
 The interpreter must be chosen before triton is imported, so it has a process of its own.
 """

@@ -1,4 +1,4 @@
-"""The page of a run, read as HTML. How it looks is test_report_browser.py's."""
+"""The page of a run, read as HTML. test_browser.py checks its look."""
 
 import json
 import re
