@@ -67,7 +67,7 @@ def balanced_loss(labels: Tensor, classes: int) -> WeightedCrossEntropy:
 
 
 def mean_loss(loss: LossFunction, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean loss of a batch, a scalar; smoothing spreads that share of each target."""
+    """Return the mean loss of a batch, a scalar; smoothing spreads a share of targets over all classes."""
     if loss is cross_entropy:  # in one fused call
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if label_smoothing:

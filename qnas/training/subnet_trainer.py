@@ -3,7 +3,7 @@
 It is trained on all training images. The test images are evaluated after every epoch for the curve, but do
 not select the result: that is the last weights, or their moving average where the recipe has one. The weights
 of the best epoch are kept as well, but their accuracy is biased upwards, since it selected them. An unbiased
-selection needs a validation split, and with a falling learning rate the last weights are among the best.
+selection needs a validation split, and as the rate falls to a hundredth, the last weights are among the best.
 """
 
 import math
@@ -134,7 +134,7 @@ class SubnetTrainer:
             self._forward = self.world.parallel(self.network)
         images, labels = next(self._batches)
         self._forward.train()
-        # for draws by modules, which differ between processes as their images do
+        # seeds the draws of modules, which differ between processes as their images do
         draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
         torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
         loss = weight_step(

@@ -101,7 +101,7 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a matrix product: `linear` for one row, `conv` for more (pixels), `matmul` without weights."""
+    """Return a matrix product: `linear` (one row), `conv` (rows as pixels) or, without weights, `matmul`."""
     a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     weights = [place for place in (0, 1) if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
