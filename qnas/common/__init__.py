@@ -1,1 +1,1 @@
-"""Errors, whole files or none, shipped files, units, intervals, progress: what every room uses."""
+"""Helpers for every room: errors, atomic files, shipped files, units, intervals, progress."""

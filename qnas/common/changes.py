@@ -1,4 +1,4 @@
-"""Descriptions of the differences between the request of a former run and the present one."""
+"""Descriptions of the differences between the requests of an earlier run and of the present one."""
 
 import csv
 import io
@@ -22,16 +22,16 @@ def describe_changes(
 ) -> list[str]:
     """Describe the differences between two requests, apart from those of versions.
 
-    `kept` and `given` are the run's copies of its space and latency tables (space.yaml,
-    table-DEVICE.csv) and their present texts, from which a change of a digest is described.
+    `kept` are the run's copies of its space and latency tables (space.yaml, table-DEVICE.csv), and
+    `given` their present texts; a change of a digest is described by comparing them.
     """
     # entries that follow from others are reported only where those are equal
     follows = {"budget_ms", "limit"}
     if before.get("space_digest") != now.get("space_digest"):
         follows.add("table_digest")  # a table is of one space
     if "limits" in before and "limits" in now:
-        follows |= {"device", "budget"}  # at the top: the first device's
-    found: dict[str, None] = {}  # in order, each once: a digest may stand in several places
+        follows |= {"device", "budget"}  # at the top level: those of the first device
+    found: dict[str, None] = {}  # in order, each once: a digest may occur in several places
     following: dict[str, None] = {}
     for path, old, new in _differences(before, now):
         is_inner = len(path) > 1 and path[-1] in ("device", "budget")
@@ -57,7 +57,7 @@ def _change(path: Path, old: Any, new: Any, kept: Texts, given: Texts) -> list[s
 
 
 def _differences(before: Any, now: Any, path: Path = ()) -> Iterator[tuple[Path, Any, Any]]:
-    """Yield where two nested values differ, and what is there in each; None where nothing is."""
+    """Yield the paths at which two nested values differ, with both values; None for a missing one."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*before, *(key for key in now if key not in before)]:
             yield from _differences(before.get(key), now.get(key), (*path, key))
@@ -70,7 +70,7 @@ def _differences(before: Any, now: Any, path: Path = ()) -> Iterator[tuple[Path,
 
 
 def _are_tables(before: list[Any], now: list[Any]) -> bool:
-    """Whether both are lists of as many mappings, which are compared one by one."""
+    """Whether both are lists of mappings of equal length, which are compared one by one."""
     return len(before) == len(now) and all(isinstance(item, Mapping) for item in (*before, *now))
 
 
@@ -104,7 +104,7 @@ def _in_space(path: Path, old: Any, new: Any) -> str:
     """Describe a change of a space: `channels 32 -> 48 in stage 1`."""
     stage = f" in stage {int(path[1]) + 1}" if path[0] == "stages" and len(path) > 1 else ""
     name = ".".join(str(part) for part in path[2 if stage else 0 :] if isinstance(part, str))
-    if isinstance(old, list) or isinstance(new, list):  # of other lengths, or they were compared one by one
+    if isinstance(old, list) or isinstance(new, list):  # of different lengths; others are compared one by one
         was, is_now = (len(value) if isinstance(value, list) else 0 for value in (old, new))
         return f"{was} -> {is_now} {name}{stage}"
     return f"{name} {old} -> {new}{stage}"

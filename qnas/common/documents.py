@@ -16,7 +16,7 @@ class FilePart(BaseModel):
 
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
-    """Read a mapping from YAML text; `error` makes the exception that is raised where there is none."""
+    """Read a mapping from YAML text; `error` makes the exception if it has none."""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as cause:
@@ -30,7 +30,7 @@ def read_mapping(text: str, where: str, schema: str, error: Callable[[str], Qnas
     return content
 
 
-# pydantic's kind of a problem -> our message; other kinds keep pydantic's message
+# pydantic's type of a problem -> our message; other kinds keep pydantic's message
 EXPECTATIONS = {
     "missing": "missing",
     "extra_forbidden": "unknown key",
@@ -59,7 +59,7 @@ def to_tuples(value: Any) -> Any:
 def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """Describe all problems of a file in one line: key, expected value, value found.
 
-    With the model an unknown key is followed by the nearest known ones.
+    With the model, an unknown key is followed by the nearest known ones.
     """
     lines = []
     for problem in error.errors():
@@ -87,7 +87,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, str):
             key += f".{part}"
-        elif not key.endswith("candidates"):  # lists in them are written out: not the file's numbers
+        elif not key.endswith("candidates"):  # their lists are expanded, so numbers are not the file's
             key += f"[{part}]"
     return key.removeprefix(".")
 

@@ -64,7 +64,7 @@ class Interrupted(Exception):  # noqa: N818  # not an error: the state is saved
 
 
 class QnasWarning(UserWarning):
-    """Something that the user should know, and that stops nothing; the command line prints it as a line."""
+    """Something that the user should know but that stops nothing; the command line prints it as a line."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,9 +27,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it takes the place of `path` when the block ends without an error.
+    """Yield a path to write to; its file replaces `path` when the block ends without an error.
 
-    On an error what stood there before stays, and nothing half-written is left.
+    On an error, an existing file at `path` stays, and no half-written file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -45,9 +45,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give an empty folder; its files take their places in `folder` when the block ends without an error.
+    """Yield an empty folder; its files move to `folder` when the block ends without an error.
 
-    On an error what stood there before stays, and nothing half-written is left. All else stays too.
+    On an error, existing files in `folder` stay, and no half-written file is left. Other files always stay.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def staged(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         for path in made:
-            with suppress(OSError):  # what holds something stays
+            with suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
 
 
@@ -99,7 +99,7 @@ def json_text(content: Any) -> str:
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a CSV file's text; what a row has besides these columns is left out."""
+    """Return a CSV file's text; values of rows in other columns are left out."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -108,9 +108,9 @@ def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_text(path: Path, error: Callable[[str], QnasError], expected: str) -> str:
-    """Read a text file in UTF-8, with or without the mark that spreadsheets put first.
+    """Read a text file in UTF-8, with or without the byte order mark that spreadsheets write.
 
-    `error` makes the exception that is raised where there is none; `expected` names the file in it.
+    `error` makes the exception for a missing or unreadable file; `expected` names the file in it.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -121,7 +121,7 @@ def read_text(path: Path, error: Callable[[str], QnasError], expected: str) -> s
 
 
 def read_json(path: Path, error: Callable[[str], QnasError]) -> dict[str, Any]:
-    """Read a JSON object; `error` makes the exception that is raised where there is none."""
+    """Read a JSON object; `error` makes the exception for a file that has none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

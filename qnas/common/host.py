@@ -1,4 +1,4 @@
-"""Facts of this machine that latencies depend on, recorded with each measurement."""
+"""Facts about this machine that latencies depend on, recorded with each measurement."""
 
 import os
 import platform
@@ -59,5 +59,5 @@ def _cpu_fact(key: str, info: Path) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError:  # another system, or not for everyone to read
+    except OSError:  # another operating system, or no permission
         return ""

@@ -1,7 +1,7 @@
-"""Confidence intervals of an accuracy, from the number of images that it was counted on.
+"""Confidence intervals of an accuracy, from the number of images that it was measured on.
 
-Wilson's score interval (Wilson, 1927): unlike the accuracy plus and minus two standard errors it stays
-within 0 and 1, and keeps its level near them and for a few dozen images.
+Wilson's score interval (Wilson, 1927): unlike the accuracy plus and minus two standard errors, it stays
+within 0 and 1, and keeps its level near these ends and for a few dozen images.
 """
 
 from scipy.stats import binomtest
@@ -10,7 +10,7 @@ LEVEL = 0.95
 
 
 def wilson(accuracy: float, images: int) -> tuple[float, float]:
-    """Return the 95% interval of an accuracy (share of 1) that was counted on so many images.
+    """Return the 95% interval of an accuracy (0 to 1) that was measured on this many images.
 
     The interval covers the choice of the images, not the randomness of training.
 

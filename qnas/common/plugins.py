@@ -10,13 +10,13 @@ from pathlib import Path
 
 from qnas.common.errors import QnasError, UsageError, first_line
 
-VARIABLE = "QNAS_PLUGINS"  # of the environment: files and modules, separated as paths are
+VARIABLE = "QNAS_PLUGINS"  # environment variable with files and modules, separated like paths
 
 
 def load_plugins(names: Iterable[str]) -> None:
     """Run the plugins of the environment, then these: paths of .py files, or names of modules.
 
-    Each is run once a process. Raises UsageError where one is missing or does not run to its end.
+    Each runs once per process. Raises UsageError where one is missing or fails.
     """
     from_environment = os.environ.get(VARIABLE, "").split(os.pathsep)
     for name in dict.fromkeys(filter(None, [*from_environment, *names])):

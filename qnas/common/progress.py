@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log, or calls to a function."""
+"""Progress of long work: a bar on a terminal, occasional lines in a log, or calls to a function."""
 
 import shutil
 import sys
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # between two lines in a log
-# A time left is shown after so many seconds and this share of the steps, once the paces of the older and the
-# newer half of a window of steps differ by less than this factor: the first steps may be many times slower.
+# The time left is shown after LEAST_SECONDS and LEAST_SHARE of the steps, once the paces of the older and the
+# newer half of a window differ by less than SETTLED_FACTOR: the first steps may be many times slower.
 LEAST_SECONDS = 5.0
 LEAST_SHARE = 0.02
 SETTLED_FACTOR = 1.5
@@ -43,7 +43,7 @@ class Pace:
         self._settled = False
 
     def seconds_left(self, done: int, total: int, now: float) -> float | None:
-        """Return the time that the steps left will take; None until the pace has settled."""
+        """Return the time that the remaining steps will take; None until the pace has settled."""
         marks = self._marks
         if now - marks[-1][0] >= WINDOW_SECONDS / 100:
             marks.append((now, done))
@@ -81,7 +81,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._terminal = sys.stderr.isatty()
         self._phase = phase
         self._figures = ""
-        # not tqdm's own measure, which shows nothing on a terminal that reports no size
+        # tqdm's own measurement shows nothing on a terminal that reports no size
         columns, lines = shutil.get_terminal_size()
         self._bar = tqdm(
             total=total,
@@ -94,10 +94,10 @@ class Progress(AbstractContextManager["Progress"]):
         self._total, self._skipped, self._done = total, 0, 0
         self._last_line = time.monotonic()
         self._pace = Pace(self._last_line)
-        self._last_shown: tuple[str, int] | None = None  # where the last line was
+        self._last_shown: tuple[str, int] | None = None  # phase and steps of the last line
 
     def phase(self, name: str) -> None:
-        """Set the name of the present phase."""
+        """Set the name of the current phase."""
         if name != self._phase:
             self._phase = name
             self._bar.set_description(name)
@@ -127,7 +127,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._line(left)
 
     def warn(self, text: str) -> None:
-        """Show a warning that must not be missed, above the bar, when quiet too."""
+        """Show a warning that must not be missed, above the bar, even when quiet."""
         if self._on_progress is not None:
             self._on_progress(self._report(None, text))
         else:
@@ -157,7 +157,7 @@ Display = Callable[[int, str], Progress]
 
 @dataclass(frozen=True)
 class OnStderr:
-    """A display on stderr: a bar or lines, with `quiet` warnings alone; `wording` rewrites these."""
+    """A display on stderr: a bar or lines, with `quiet` only warnings; `wording` rewrites warnings."""
 
     quiet: bool = False
     wording: Callable[[str], str] = str

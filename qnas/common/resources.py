@@ -1,6 +1,6 @@
 """The files that ship with qnas (search spaces, recipes and latency tables), and the user's cache.
 
-In a wheel shipped files are inside the package; in a source tree they are the folders beside it.
+In a wheel, shipped files are inside the package; in a source tree they are the folders beside it.
 """
 
 import os
@@ -28,7 +28,7 @@ def user_folder(name: str, variable: str, default: str) -> Path:
     if os.environ.get("QNAS_HOME"):
         return Path(os.environ["QNAS_HOME"]) / name
     given = os.environ.get(variable, "")
-    # the XDG base directory specification tells to ignore a relative path
+    # the XDG base directory specification says to ignore a relative path
     return (Path(given) if os.path.isabs(given) else Path.home() / default) / "qnas" / name
 
 
@@ -38,7 +38,7 @@ def user_cache(name: str) -> Path:
 
 
 def stems(folder: str, suffix: str) -> dict[str, Traversable]:
-    """Return the shipped files of a folder with that suffix, by name without it, sorted."""
+    """Return the shipped files of a folder with a suffix, sorted, by name without the suffix."""
     found = {
         entry.name.removesuffix(suffix): entry
         for entry in shipped(folder).iterdir()
@@ -50,9 +50,9 @@ def stems(folder: str, suffix: str) -> dict[str, Traversable]:
 def read_named(
     folder: str, name_or_path: str | Path, what: str, error: Callable[[str], QnasError]
 ) -> tuple[str, str]:
-    """Read a shipped YAML file by name, or your own by path: its text, and what messages call it.
+    """Read a shipped YAML file by name, or your own by path; return its text and its name for messages.
 
-    `error` makes the exception that is raised where there is none.
+    `error` makes the exception for a missing file.
     """
     shipped = stems(folder, ".yaml")
     name = str(name_or_path)

@@ -35,7 +35,7 @@ def parse_latency(text: str) -> float:
 
 
 def number_or_nan(value: Any) -> float:
-    """Return a value, or the number that a text is; NaN where it is none."""
+    """Return a value or a text as a number; NaN where it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -43,9 +43,9 @@ def number_or_nan(value: Any) -> float:
 
 
 def parse_count(text: str, name: str) -> float:
-    """Return the number that a count of parameters or MACs stands for; `name` says where it was given.
+    """Return the number of a count of parameters or MACs; `name` says where it was given.
 
-    Raises UsageError, with the fix, when it is no number above zero with K, M, G or nothing.
+    Raises UsageError, with the fix, unless it is a number above zero, alone or with K, M, G or B.
 
     >>> parse_count("2.5M", "`max_params`")
     2500000.0

@@ -4,8 +4,8 @@ A device file is readable JSON. A network takes `fixed_ms` plus the sum over its
 coefficients times features or interpolated in a grid of measurements. All coefficients are positive, all
 features grow with the shape and no grid falls, so no kernel is free and none gets faster by growing.
 
-Your own device is a file of the same schema, anywhere. It needs no model: its measured tables lie in the
-folder beside it of its name without the suffix. `own_latency` makes devices from functions and blocks.
+Your own device is a file of the same schema, anywhere. It needs no model if a folder beside it, of its name
+without the suffix, has measured tables. `own_latency` makes devices from functions and blocks.
 """
 
 import json
@@ -32,7 +32,7 @@ from qnas.spaces.space import SearchSpace
 SCHEMA = "qnas.device/1"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
-# measured: timed as it is; fitted: from a model of such measurements; estimated: never timed
+# measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
 
 
@@ -78,7 +78,7 @@ class Figures(FilePart):
     within_5_pct: float
     within_10_pct: float
     bias_pct: float  # mean relative error: above 0 where predictions are too high
-    spearman: float | None = None  # rank correlation; None where there is none, of one network say
+    spearman: float | None = None  # rank correlation; None where undefined, as for one network
 
 
 class Calibration(FilePart):
@@ -190,11 +190,11 @@ class Device(FilePart):
 
     @property
     def margin(self) -> float:
-        """The share of a prediction that a measurement may lie above it; 0 where none was measured."""
+        """The share by which a measurement may exceed a prediction; 0 without a calibration."""
         return self.calibration.margin if self.calibration else 0.0
 
     def calibrated(self, latency_ms: float, *, offset: bool = False) -> float:
-        """Return a latency of the model or of a table after calibration; the offset is a network's."""
+        """Return a latency of the model or a table after calibration; the offset is added per network."""
         if self.calibration is None:
             return latency_ms
         return self.calibration.scale * latency_ms + (self.calibration.offset_ms if offset else 0.0)
@@ -208,7 +208,7 @@ class Device(FilePart):
         return self.calibrated(cost.latency_ms(kernel))
 
     def checked_ms(self, latency_ms: Any, of: object) -> float:
-        """Return the result of a Python function as a latency. Raises TableError where it is none."""
+        """Return the result of a Python function as a latency. Raises TableError for an invalid one."""
         value = number_or_nan(latency_ms)
         if not 0 <= value < math.inf:
             raise TableError(
@@ -221,7 +221,7 @@ class Device(FilePart):
         """Return the file's text, which `parse_device` reads back to an equal value."""
         content = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        # a row of numbers on one line; no text in quotes holds a line break, so none is touched
+        # puts a row of numbers on one line; JSON strings contain no line breaks, so none is changed
         return re.sub(r"\[\n([-+.\deE,\s]+)\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
 
 
@@ -247,7 +247,7 @@ def device_names() -> dict[str, tuple[str, ...]]:
 def load_device(device: str | Path | Device) -> Device:
     """Load a shipped device by name or alias, or your own by the path of its JSON file.
 
-    A Device is returned as it is. Raises TableError when there is none, or when its file is broken.
+    A Device is returned unchanged. Raises TableError when there is none, or when its file is broken.
 
     >>> load_device("vpu").name
     'myriad-vpu'

@@ -117,7 +117,7 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
 
 
 def _calibrated(table: LatencyTable, device: Device) -> LatencyTable:
-    """Apply the device's calibration to a table as it was measured."""
+    """Apply the device's calibration to a measured table."""
     table = replace(table, origin=device)
     if device.calibration is None:
         return table

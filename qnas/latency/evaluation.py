@@ -25,7 +25,7 @@ from qnas.latency.kernels import Kernel, fuse_operators
 Array = npt.NDArray[np.float64]
 
 OPERATOR_COLUMNS = ("op", "h_in", "c_in", "h_out", "c_out", "kernel", "stride", "broadcast")
-_MOST_BYTES = 2**31  # of an array: a file that claims more is not one of measured networks
+_MOST_BYTES = 2**31  # of an array: a file with more is not one of measured networks
 
 # array -> kind of its values, number of dimensions
 _ARRAYS: dict[str, tuple[str, int]] = {
@@ -43,18 +43,18 @@ _DTYPES = {"text": ("U", np.str_), "numbers": ("fiu", np.float64), "integers": (
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks that were timed as wholes, in ms by device, NaN where one was not measured."""
+    """Networks timed as a whole, in ms by device, NaN where one was not measured."""
 
     families: npt.NDArray[np.str_]
     operators: tuple[Kernel, ...]
-    of_network: Sequence[npt.NDArray[np.int64]]  # the numbers of each one's operators, in running order
+    of_network: Sequence[npt.NDArray[np.int64]]  # operator numbers of each network, in running order
     latency_ms: Mapping[str, Array]
 
     def __len__(self) -> int:
         return len(self.families)
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "Networks":
-        """Return the networks for which `chosen`, a value for each, is true."""
+        """Return the networks for which `chosen`, (networks,), is true."""
         of_network = tuple(compress(self.of_network, chosen))
         latency_ms = {device: ms[chosen] for device, ms in self.latency_ms.items()}
         return Networks(self.families[chosen], self.operators, of_network, latency_ms)
@@ -81,7 +81,7 @@ def read_networks(path: Path) -> Networks:
     _check(path, arrays, count)
     names, operators = arrays["op_names"].tolist(), []
     for op, h_in, c_in, _, c_out, kernel, stride, broadcast in arrays["ops"].tolist():
-        # a product with one value a channel is another operator than one of two maps
+        # a product with one value per channel is a different operator from one of two maps
         kind = "scale" if names[op] == "mul" and broadcast else names[op]
         operators.append(Kernel(kind, h_in, c_in, c_out, kernel, stride))
     of_network = np.split(arrays["indices"], arrays["indptr"][1:-1])
@@ -191,9 +191,9 @@ def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
 
 
 def figures(predicted_ms: Array | Sequence[float], measured_ms: Array | Sequence[float]) -> Figures:
-    """Compare predictions with measurements, both in ms; one of them at least.
+    """Compare predictions with measurements, both in ms, of at least one network.
 
-    The rank correlation is None where it is undefined: of one network, or of equal ones.
+    The rank correlation is None where it is undefined: for one network, or for equal latencies.
     """
     predicted, measured = np.asarray(predicted_ms, np.float64), np.asarray(measured_ms, np.float64)
     assert len(predicted) == len(measured) > 0

@@ -1,17 +1,17 @@
-"""Features of a kernel that its latency is a weighted sum of.
+"""Features of a kernel, of which its latency is a weighted sum.
 
 Every feature is at or above zero and never falls when channels, kernel size or resolution grow at
 equal stride; with weights at or above zero a prediction has the same properties by construction.
 Counts are in thousands (`k`) or millions (`m`), so that the weights in a device file are readable.
 
-`_c32` counts channels rounded up to tiles, whose unused part is computed too, `_r4` output pixels,
-`_t16x8` the sides of the output; `_above_256` begins where a tensor outgrows a cache or a launch;
-`_k5` counts for kernels of 5 and more only: a step, so that a fit can follow how an implementation
+`_c32` rounds channels up to full tiles, whose unused part is computed too, `_r4` output pixels,
+`_t16x8` the sides of the output. `_above_256` counts from where a tensor outgrows a cache or a launch.
+`_k5` counts kernels of 5 and more only: a step, so that a fit can follow how an implementation
 treats its kernel sizes without ever falling with them.
 
-The features `engine_` count what the convolution engines of a Myriad X do (qnas.latency.myriad). They
-grow with a convolution but for the steps that its tiling makes: a group of input channels more can
-make for wider tiles, whose borders are computed twice less often.
+The `engine_` features count the work of the convolution engines of a Myriad X (qnas.latency.myriad).
+They grow with a convolution except for steps of its tiling: one more group of input channels can
+allow wider tiles, so that fewer border pixels are computed twice.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ def _up(value: int, tile: int) -> int:
 
 
 def _channels_in(k: Kernel) -> int:
-    """Input channels that one output channel is a sum of."""
+    """Input channels summed into one output channel."""
     return 1 if k.kind == "dwconv" else k.c_in
 
 
 def _fan_in(k: Kernel, tile: int = 1) -> int:
-    """Inputs that one output is a sum of."""
+    """Inputs summed into one output."""
     return k.kernel**2 * _up(_channels_in(k), tile if k.kind != "dwconv" else 1)
 
 
@@ -47,7 +47,7 @@ def _kout(k: Kernel) -> float:
 
 
 def _klines(k: Kernel) -> float:
-    """Rows of all output channels: what a loop over the pixels of a row is entered for."""
+    """Rows of all output channels: the number of loops over the pixels of a row."""
     return k.batch * k.out_px * k.c_out / 1e3
 
 

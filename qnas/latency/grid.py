@@ -1,14 +1,14 @@
 """A latency interpolated on a grid of measurements of one operator at many shapes.
 
-The axes are counts that never fall as a kernel grows. Between the knots the logarithm of the latency
-is linear in the logarithms of the axes, so a power law is met exactly and nothing jumps at a knot.
-Below the first knot of an axis the latency stays what it is there: the floor of a launch. Above the
-last one products of axes are added, work and bytes, each from where the grid ends:
+The axes are counts that never fall as a kernel grows. Between knots, the logarithm of the latency is
+linear in the logarithms of the axes, so power laws are exact and the latency is continuous at knots.
+Below the first knot of an axis, the latency stays constant: the floor of a launch. Above the last one,
+products of axes (work and bytes) are added, each from the end of the grid:
 
     latency(x) = grid(clip(x)) + sum over terms of ms * (product(max(x, first)) - product(clip(x)))
 
 The values never fall along an axis, and the difference of a product at a point and at its clipped
-point never falls as any factor grows: so the whole never falls, in the grid and outside of it.
+point never falls as any factor grows, so the latency never falls, inside the grid or outside it.
 """
 
 import math
@@ -26,17 +26,17 @@ from qnas.latency.kernels import Kernel
 
 AXES: dict[str, Callable[[Kernel], float]] = {
     "rows": lambda k: k.rows,
-    "fan_in": lambda k: k.kernel**2 * k.c_in,  # inputs that one output is a sum of
+    "fan_in": lambda k: k.kernel**2 * k.c_in,  # inputs summed into one output
     "channels": lambda k: k.c_out,
     "elements": lambda k: k.batch * k.resolution_px**2 * k.c_in,  # of one input map
-    # of 128 tiles of 4 by 4 output pixels by 128 output channels, the last of each not full, into which a 3x3
-    # convolution by Winograd's F(4x4, 3x3) is cut (Lavin and Gray, arXiv 1509.09308)
+    # blocks of 128 tiles of 4 by 4 output pixels and 128 output channels, the last ones partly full, into
+    # which Winograd's F(4x4, 3x3) cuts a 3x3 convolution (Lavin and Gray, arXiv 1509.09308)
     "winograd_blocks": lambda k: (
         math.ceil(k.batch * math.ceil(k.out_px / 4) ** 2 / 128) * math.ceil(k.c_out / 128)
     ),
 }
 
-# of a millisecond: the way through logarithms and back must not make a flat part of a grid fall
+# of a millisecond: errors of log and exp must not make a flat part of a grid fall
 _DECIMALS = 12
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -45,9 +45,9 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Grid(FilePart):
     """A checked grid; a device file holds it as it is.
 
-    `knots` has a list an axis of AXES, by which `ms` has its values: a row for every point of all
-    axes but the last, the last of them the fastest, and in the row a value for every knot of the last
-    axis. `beyond` gives milliseconds for each unit of a product of axes: `rows*fan_in*channels`.
+    `knots` has a list for each axis, of those in AXES. `ms` has a row for each combination of knots of
+    all axes except the last, in C order, and in each row a value for every knot of the last axis.
+    `beyond` gives milliseconds for each unit of a product of axes: `rows*fan_in*channels`.
     """
 
     knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(to_tuples)]]
@@ -133,7 +133,7 @@ class Grid(FilePart):
 
 
 def locate(value: float, knots: Sequence[float]) -> tuple[int, float]:
-    """Return the cell of ascending knots that a value in their range is in, and how far, 0 to 1, in logs.
+    """Return the cell of ascending knots that contains a value, and the place in it, 0 to 1 in logs.
 
     >>> locate(4.0, (1.0, 2.0, 8.0))
     (1, 0.5)

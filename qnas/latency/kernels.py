@@ -2,11 +2,11 @@
 
 A runtime folds batch normalisation into the convolution before it and applies a ReLU while the
 result is still in registers, so the unit of latency is the fused kernel. FUSIONS has the sequences that
-fuse for each kind of runtime; an operator that is in none of them is a kernel by itself, under its own
-name. Operators come in the order in which they run.
+fuse for each kind of runtime; an operator in none of them is its own kernel, under its own name.
+Operators come in the order in which they run.
 
-Fusion never crosses the border of a block: in our spaces no block ends with a
-convolution whose norm is in the next block. So latency is a sum over positions.
+Fusion never crosses the border of a block: in our spaces, no block ends with a convolution whose norm is in
+the next block. Latency is therefore a sum over positions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from qnas.spaces.layer import LayerSpec
 class Kernel:
     """A kernel that runs on square maps of `batch` images; `resolution_px` is that of its input.
 
-    `kind` is a convolution's sort (`conv1x1`: a matrix product at every pixel; `patch`: kernel =
+    `kind` is the kind of a convolution (`conv1x1`: a matrix product at every pixel; `patch`: kernel =
     stride; `conv`: any other; `dwconv`), or the name of the operator.
     """
 
@@ -46,7 +46,7 @@ class Kernel:
         return self.batch * self.out_px**2
 
 
-# Names of operators that runtimes do not tell apart, or that other graphs name otherwise.
+# Names of operators that runtimes do not distinguish, or that other graphs name differently.
 SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}
 
 _FOLDS: dict[tuple[str, ...], str] = {
@@ -62,8 +62,8 @@ _CHAINS: dict[tuple[str, ...], str] = {
     ("reshape", "transpose", "reshape"): "shuffle",
 }
 
-# Sort of runtime -> sequence of operators -> the kernel that stands for them, with the shape of the
-# first operator. The longest sequence that fits is taken.
+# Kind of runtime -> sequence of operators -> kind of their kernel, which has the shape of the first
+# operator. The longest sequence that fits is taken.
 FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     "edge": {**_FOLDS, **_CHAINS},  # TFLite, OpenVINO
     "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else

@@ -1,23 +1,23 @@
 """The tiles into which a Myriad X VPU cuts a convolution for its convolution engines.
 
-A tile's input lies in 128 KiB of the engine's memory and its weights in 256 words a block, so many
-input channels or large kernels force groups of input channels whose partial sums are added in
-software, and its output must fit a buffer, so large maps are cut into bands whose borders are
+A tile's input must fit into 128 KiB of the engine's memory, and its weights into 256 words per block. Large
+kernels and large numbers of input channels therefore force groups of input channels, whose partial sums are
+added in software. A tile's output must fit a buffer, so large maps are cut into bands whose borders are
 computed twice. These steps, not multiply-adds, explain the latencies of VGG-like networks.
 
-The limits, the engine's modes and the order in which cuts are preferred are facts of the compiler of
+The limits, the engine's modes and the order in which cuts are preferred are those of the compiler of
 OpenVINO 2019R2 (vpu/graph_transformer: hw/tiling, passes hwConvTiling; Apache-2.0). The size of the
-buffer is not written there; 9 slices of 128 KiB, half of them, fits the measured networks best.
+buffer is not given there; half of 9 slices of 128 KiB fits the measured networks best.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
-# A mode splits the input channels over so many blocks, and computes 256 / blocks outputs at once;
-# the extra cycles are what the compiler counts for each pass over a pixel.
+# Blocks -> extra cycles. A mode splits the input channels over its blocks and computes 256 / blocks
+# outputs at once; the compiler counts the extra cycles for each pass over a pixel.
 _MODES = {1: 0, 2: 5, 4: 11, 8: 19, 16: 31}
 _OUTPUTS = 256
-_WEIGHTS = 256  # a block's, for one output
+_WEIGHTS = 256  # of a block, for one output
 _INPUT_BYTES = 128 * 1024
 _OUTPUT_BYTES = 9 * 128 * 1024 // 2
 _MOST_GROUPS = 15
@@ -31,14 +31,14 @@ class Tiling:
 
     groups: int
     tiles: int
-    cycles: int  # the engine's, for a pixel and a group
-    pixels: int  # computed, borders that are computed twice included
+    cycles: int  # of the engine, for a pixel and a group
+    pixels: int  # computed, including borders that are computed twice
     on_engine: bool = True  # False: more bands than the compiler tries, so it runs in software
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """One side of the map in tiles; the sizes of the longest, of which the last two are in pixels."""
+    """One side of the map in tiles: their number, all computed pixels, and the longest output and input."""
 
     tiles: int
     computed_px: int
@@ -48,7 +48,7 @@ class _Cut:
 
 @cache
 def tile(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling:
-    """Return the cut that the compiler prefers: the least groups, then the least passes over tiles."""
+    """Return the cut that the compiler prefers, the one of least cost."""
     out_px = -(-px // stride)
     best, best_cost = None, 0
     for groups in range(1, _MOST_GROUPS + 1):
@@ -70,14 +70,14 @@ def tile(px: int, c_in: int, c_out: int, kernel: int, stride: int) -> Tiling:
                 if cycles is None or out_bytes > _OUTPUT_BYTES:
                     continue
                 tiles, pixels = wide.tiles * high.tiles, wide.computed_px * high.computed_px
-                # as the compiler counts: an element added in software as dear as a cycle of a tile
+                # the compiler's cost: an element added in software costs as much as a cycle of a tile
                 cost = tiles * cycles * groups + (groups - 1) * pixels * c_out
                 if best is None or cost < best_cost:
                     best, best_cost = Tiling(groups, tiles, cycles, pixels), cost
                 break
         if best is not None and groups * out_px**2 * c_out > best_cost:
             break  # more groups cannot cost less
-    # without one the compiler gives up and the convolution runs in software: counted as if one tile could do
+    # without a cut, the compiler gives up and the convolution runs in software: counted as one tile
     return best or Tiling(1, 1, engine_cycles(c_in, c_out, kernel), out_px**2, on_engine=False)
 
 
@@ -87,13 +87,13 @@ def engine_cycles(c_in: int, c_out: int, kernel: int) -> int:
 
 
 def on_engine_1x1(px: int, c_out: int) -> bool:
-    """Return whether the output of a 1x1 convolution fits the buffer in as many bands as are tried."""
+    """Return whether the output of a 1x1 convolution fits the buffer in the bands that are tried."""
     return _line_bytes(px) * -(-px // _MOST_BANDS) * c_out <= _OUTPUT_BYTES
 
 
 @cache
 def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) -> _Cut | None:
-    """Cut a side so that no tile reads more than about `window_px`; None where the borders eat it up."""
+    """Cut a side so that no tile reads more than about `window_px`; None where the borders fill it."""
     padding = 0 if kernel == stride else (kernel - 1) // 2
     out_px = (px - kernel + 2 * padding) // stride + 1
     most = min(out_px, (window_px - kernel + 2 * padding) // stride + 1)
@@ -105,7 +105,7 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
     while start < out_px:
         first = start * stride - padding
         if first < 0:
-            first, lead, before = 0, 0, start  # `before` is computed for nothing before the tile
+            first, lead, before = 0, 0, start  # `before`: unused outputs before the tile
         else:
             lead = first % stride
             if aligned:
@@ -123,14 +123,14 @@ def _cut(px: int, window_px: int, kernel: int, stride: int, *, aligned: bool) ->
 
 
 def _after(end: int, px: int, kernel: int, stride: int, padding: int) -> int:
-    """Return how many outputs the engine computes for nothing after a tile, as it always pads."""
+    """Return the number of unused outputs that the engine computes after a tile, since it always pads."""
     used = max(0, (end - 1) * stride + kernel - padding - px)
     return max(0, padding - used) // stride
 
 
 def _tile_cycles(width: int, height: int, c_in: int, c_out: int, kernel: int, stride: int) -> int | None:
     """Return the cycles for a pixel of a tile in the best mode; None where the tile fits in no mode."""
-    lines = min(kernel + stride + 2 + (width <= 8), height)  # that must be there at once
+    lines = min(kernel + stride + 2 + (width <= 8), height)  # that must be in memory at once
     channels = {blocks: -(-c_in // blocks) for blocks in _MODES}
     costs = (
         _cycles(c_in, c_out, kernel, blocks)

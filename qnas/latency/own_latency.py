@@ -1,7 +1,7 @@
 """Devices whose latencies come from Python: a function of a layer, a block or a network, or measured blocks.
 
-Such a Device is used wherever the name of a device is. It is not written to a device file, so a run that
-was searched with one keeps the table, not the function.
+Such a Device can be given in place of a device's name. It is not written to a device file, so the folder of
+a search keeps its table, not the function.
 """
 
 import csv
@@ -31,8 +31,8 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
 
-ALL_NETWORKS = "all networks"  # the entry of a device's accuracy where a space has few
-NETWORKS_PER_EFFECT = 3  # that a function of networks is called for
+ALL_NETWORKS = "all networks"  # the key in a device's accuracy for a space with few networks
+NETWORKS_PER_EFFECT = 3  # for which a function of networks is called
 LEAST_NETWORKS = 50
 
 
@@ -50,11 +50,11 @@ def device_from_function(
 
     `layer` is called with each layer as a runtime executes it: a convolution with its norm and ReLU is one
     `Kernel`. It prices networks of any space, ONNX files and modules. `block` is called with each candidate
-    at each position and each fixed block of a space. To both, `fixed_ms` is added for each network.
-    `network` is called with some networks of `space`, and its latencies are fitted by a sum over blocks,
-    since a search needs one: the device's `accuracy` holds the error of that sum on networks left out.
-    `kind` says whether the function rests on measurements. Raises UsageError unless exactly one function is
-    given, TableError where it does not return latencies or where no sum over blocks follows them.
+    at each position and each fixed block of a space. With both, `fixed_ms` is added for each network.
+    `network` is called with some networks of `space`, and a sum over blocks, which a search needs, is fitted
+    to its latencies; the device's `accuracy` holds the error of that sum on networks left out. `kind` says
+    whether the function rests on measurements. Raises UsageError unless exactly one function is given,
+    TableError where it does not return latencies or where no sum over blocks fits them.
 
     >>> board = device_from_function("board", layer=lambda kernel: 0.001 * kernel.c_in)
     >>> board.kernel_ms(Kernel("conv1x1", 28, 40, 160))
@@ -86,8 +86,8 @@ def device_from_blocks(
     """Return a device from the measured blocks of a space: a CSV file, a DataFrame or dictionaries.
 
     Rows have `position`, `candidate` (empty for fixed blocks) and `latency_ms`; the other columns of
-    latency_tables/DEVICE/SPACE.csv are checked where they are given. Identity takes 0 ms where it has no
-    row, and the runtime, which is in every network, `fixed_ms`. Raises TableError with all problems.
+    latency_tables/DEVICE/SPACE.csv are checked if present. Identity without a row takes 0 ms, and the
+    runtime, which is in every network, takes `fixed_ms`. Raises TableError with all problems.
 
     >>> from qnas.latency.prediction import table_from
     >>> from qnas.spaces.space import load_space
@@ -237,7 +237,7 @@ def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:
 
 def _text(value: Any) -> str:
     """Write a value as in a CSV file: nothing for None and NaN, whole numbers without a point."""
-    if value is None or value != value:  # NaN, whatever library it is of
+    if value is None or value != value:  # NaN, of whatever library
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))

@@ -1,8 +1,8 @@
 """The predicted latency of one network on one device, and its most expensive layers.
 
 Latencies come from the device's own table or model, or from nn-Meter's predictors once imported.
-The total of a network of a space is the latency table's, the number that search and derivation use;
-its parts are the device's kernels where it has a model of kernels, else the table's blocks.
+The total of a network of a space is that of the latency table, which search and derivation use too. Its
+parts are the device's kernels where it has a model of kernels, otherwise the table's blocks.
 """
 
 import math
@@ -55,7 +55,7 @@ class Prediction:
     device: str
     latency_ms: float
     coverage: float  # share of the latency that rests on measurements
-    margin: float  # share that a measurement may lie above the prediction; 0 where none is known
+    margin: float  # share by which a measurement may exceed the prediction; 0 if unknown
     parts: tuple[Part, ...]
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
     note: str = ""  # on the sources of the parts
@@ -120,7 +120,7 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
 
 
 def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) -> str:
-    """Return a note on the source of a prediction, where it prices some operators by others."""
+    """Return a note on the source of a prediction, if it prices some operators as others."""
     if latency != NN_METER:
         return ""
     return _describe(nn_meter.cover(nn_meter.predict_rows(device, lower(space, arch))))
@@ -157,7 +157,7 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     """Return the latencies of the kernels of an ONNX network by the device's model.
 
     A network takes their sum plus `device.network_ms`. Raises TableError where the device has no model,
-    or lacks what uncovered operators are priced by.
+    or lacks the kinds by which uncovered operators are priced.
     """
     return tuple(
         _price(device, chain[part], kernel)
@@ -166,7 +166,7 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     )
 
 
-# The kinds by which one is priced where a device does not know it: the same multiply-adds or the same pass.
+# Kinds that price those that a device does not know: by the same multiply-adds or the same pass.
 _STAND_INS = {"matmul": ("conv1x1", "linear")}
 _PASSES = ("elementwise", "add")
 

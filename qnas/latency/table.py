@@ -14,7 +14,7 @@ from functools import cached_property
 
 from qnas.latency.device import Device
 
-RUNTIME = "runtime"  # the row of what every network takes besides its kernels
+RUNTIME = "runtime"  # the row for the latency of every network besides its kernels
 DECIMALS = 6  # of a millisecond: a nanosecond, so that a written table reads back to equal values
 
 
@@ -39,7 +39,7 @@ class LatencyTable:
     space_digest: str
     fixed: tuple[tuple[str, Cell], ...]  # the runtime and the fixed blocks, by name, in order
     cells: tuple[tuple[Cell, ...], ...]  # by position and candidate, in the space's order
-    margin: float = 0.0  # share of a prediction that a measurement may lie above it
+    margin: float = 0.0  # share by which a measurement may exceed a prediction
     # the device that the table was computed from; None where it was read from a run's folder
     origin: Device | None = field(default=None, compare=False, repr=False)
 
@@ -64,7 +64,7 @@ class LatencyTable:
         return tuple(tuple(cell.estimated_ms for cell in row) for row in self.cells)
 
     def latency_ms(self, arch_indices: Sequence[int]) -> float:
-        """Return the predicted latency of the network with these candidates' numbers."""
+        """Return the predicted latency of the network with these candidate numbers."""
         return math.fsum([self.fixed_ms, *_chosen(self.ms, arch_indices)])
 
     def coverage(self, arch_indices: Sequence[int]) -> float:
@@ -89,7 +89,7 @@ class LatencyTable:
 
     @cached_property
     def digest(self) -> str:
-        """Identify the values of the table and what they are for."""
+        """The identity of the table: its values, device and space."""
         fixed = [(name, cell.latency_ms, cell.estimated_ms) for name, cell in self.fixed]
         content = [self.device, self.space_digest, fixed, self.ms, self.estimated_ms, self.margin]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

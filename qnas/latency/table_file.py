@@ -98,10 +98,10 @@ def table_text(table: LatencyTable, space: SearchSpace) -> str:
 
 
 def read_table(path: Path, space: SearchSpace, *, device: str | None = None) -> LatencyTable:
-    """Read a table of this space from CSV. `device` is its device's name, else that of the folder.
+    """Read a table of this space from CSV. `device` is its device's name, by default the folder's.
 
-    Raises TableError with every problem in one line: rows that are missing, there twice, of another
-    shape or unknown, and values that are no latency.
+    Raises TableError with every problem in one line: rows that are missing, duplicate, unknown or of
+    another shape, and values that are no latency.
     """
     text = read_text(path, TableError, f"the latency table of space {space.name}")
     return parse_table(text, space, where=str(path), device=device or path.parent.name)
@@ -126,11 +126,11 @@ def table_from_rows(
     device: str,
     default: Mapping[str, Cell] = MappingProxyType({}),
 ) -> LatencyTable:
-    """Return the table of a space from rows, each with what messages call it and its text by column.
+    """Return the table of a space from rows, each with its name in messages and its text by column.
 
-    Columns that a row lacks are not checked, apart from `position`, `candidate` and `latency_ms`. A row
-    that is missing takes its cell from `default`, by the `layers` of its block: "runtime" for the runtime,
-    empty for identity. Raises TableError as `read_table` does.
+    Columns that a row lacks are not checked, except `position`, `candidate` and `latency_ms`. A missing row
+    takes its cell from `default`, by the `layers` of its block: "runtime" for the runtime, empty for
+    identity. Raises TableError as `read_table` does.
     """
     expected = {row.key: row for row in _expected_rows(space)}
     found: dict[tuple[str, str], Cell] = {}
@@ -162,7 +162,7 @@ def table_from_rows(
 
 
 def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[str]:
-    """Return how a row's shape differs from that of the space, `stage` apart, which says nothing new."""
+    """Return how a row's shape differs from the space's, except `stage`, which follows from the position."""
     problems = []
     for column in (c for c in ("c_in", "c_out", "stride", "resolution_px", "layers") if c in values):
         want, got = str(getattr(expected, column)), (values[column] or "").strip()
@@ -172,7 +172,7 @@ def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[s
 
 
 def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
-    """Return the row's cell, or what is wrong with its numbers."""
+    """Return the row's cell, or the problem of its numbers."""
     numbers = []
     for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
         number = number_or_nan(values[column])

@@ -14,7 +14,7 @@ from qnas.training.settings import Count, Natural, Number, SettingsFile, Share
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
 Paths = Literal["even", "probabilities"]
 
-# By kind of data, where none is named; for two CPU cores or one GPU.
+# The default preset for each kind of data, for two CPU cores or one GPU.
 PRESET_OF_DATA = {
     "digits": "digits",
     "fashion-mnist": "small",
@@ -25,7 +25,7 @@ PRESET_OF_DATA = {
 
 
 class SearchConfig(SettingsFile):
-    """The settings of a search: its length, its method and the machine. A preset names a whole set."""
+    """The settings of a search: its length, its method and the machine. A preset is a complete set."""
 
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"
@@ -42,11 +42,11 @@ class SearchConfig(SettingsFile):
     )
     warmup_epochs: Natural = Field(description="Epochs that train weights alone, before the search.")
     search_epochs: Count = Field(description="Epochs of searching, after the warm-up.")
-    batch_size: Count = Field(description="Images a step.")
+    batch_size: Count = Field(description="Images per step.")
     learning_rate: Number = Field(description="Learning rate of the weights (AdamW).")
     arch_learning_rate: Number = Field(description="Learning rate of the architecture parameters (Adam).")
     arch_every: Count = Field(description="Weight steps for each architecture step.")
-    weight_decay: Number = Field(default=0.01, description="Weight decay, not on norms and biases.")
+    weight_decay: Number = Field(default=0.01, description="Weight decay, except on norms and biases.")
     label_smoothing: Share = Field(
         default=0.1, description="Share of a label spread over all classes, in weight steps only."
     )
@@ -66,11 +66,11 @@ class SearchConfig(SettingsFile):
         default="sampled",
         description="With nested weights, what a weight step trains: the whole mixture or one drawn path.",
     )
-    # With `probabilities` a candidate that is chosen early is trained more and looks better for it: networks
-    # of one latency then differ in the supernet by how often they were drawn.
+    # With `probabilities`, a candidate that is preferred early is trained more and then looks better: the
+    # supernet accuracies of networks of equal latency then depend on how often they were drawn.
     paths: Paths = Field(
         default="even",
-        description="How paths are drawn that train the weights: evenly within the limits, or by the "
+        description="How the paths of weight steps are drawn: evenly within the limits, or by the "
         "architecture's probabilities.",
     )
     torch_device: settings.TorchDeviceField = "auto"

@@ -3,10 +3,10 @@
 A search that stalls or collapses still ends with a network within its budget, and so looks like a success.
 Each step's figures are therefore compared with a reference that follows from the budget: the share of
 identity and the entropy of the maximum-entropy probabilities whose expected amounts are the limits
-(`undecided`). A search moves away as it learns, but not far beyond that share nor to zero entropy at once.
+(`undecided`). A search that learns moves away, but not far beyond that share, nor to zero entropy at once.
 
-A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so
-that a resumed search reports the same as an uninterrupted one.
+A condition is reported once, and again only after it has cleared. Nothing depends on wall-clock time, so a
+resumed search reports the same as an uninterrupted one.
 """
 
 import math
@@ -23,14 +23,14 @@ from qnas.solver.distributions import max_entropy_strengths
 from qnas.solver.limits import Limit, Limits
 from qnas.spaces.space import SearchSpace
 
-OFF_TARGET = 0.25  # of the limit: further away than this, and not moving, is a stall
-MOVED = 0.1  # of the distance to the limit: what counts as moving
-GUESSING = 0.99  # of the loss of guessing: a loss above it halfway through the training has learnt nothing
-RISEN = 1.5  # times the lowest loss
-DECIDED = 0.01  # of the maximum entropy: all positions are decided
-ONE_CANDIDATE = 0.95  # of all positions that have a choice
-EARLY = 0.4  # of the search: until here nothing may be decided
-MOST_TILT = 1e4  # of the logits, over the range of a position's cells
+OFF_TARGET = 0.25  # share of the limit: a larger violation that does not change is a stall
+MOVED = 0.1  # share of the violation: a smaller change counts as none
+GUESSING = 0.99  # share of the loss of guessing: a higher loss halfway through the training is guessing
+RISEN = 1.5  # factor on the lowest loss
+DECIDED = 0.01  # share of the maximum entropy: with less, all positions are decided
+ONE_CANDIDATE = 0.95  # mean probability over all positions that have a choice
+EARLY = 0.4  # share of the search in which nothing should be decided
+MOST_TILT = 1e4  # largest difference of logits within a position
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,26 @@ class Sight:
     multiplier: float
     entropy: float  # nats, mean over positions
     identity_share: float  # mean over the positions that have identity
-    shares: Mapping[str, float]  # candidate's name -> its part of all positions that have a choice
+    shares: Mapping[str, float]  # candidate's name -> mean probability over the positions with a choice
 
 
 @dataclass
 class Watch:
-    """The conditions of one search, and the figures of former steps that they depend on."""
+    """The conditions of one search, and the figures of earlier steps that they depend on."""
 
     arch_window: int  # architecture steps without movement that make a stall
-    bound_window: int  # architecture steps at the multiplier's bound that are too many
-    weight_window: int  # weight steps
-    weight_windows: int  # of the whole training
+    bound_window: int  # architecture steps in a row at the multiplier's bound that are too many
+    weight_window: int  # weight steps whose mean loss is compared
+    weight_windows: int  # number of them in the whole training
     guess: float  # the loss of guessing
     multiplier_bound: float
     expects: Undecided | None  # None where the budget does not bind
     violations: list[float] = field(default_factory=list)  # of the last arch_window steps
     at_bound: int = 0  # architecture steps in a row
-    losses: list[float] = field(default_factory=list)  # of the window under way
+    losses: list[float] = field(default_factory=list)  # of the current window
     lowest_loss: float = math.inf  # mean of a window
     windows: int = 0  # weight windows so far
-    reported: list[str] = field(default_factory=list)  # conditions that have not cleared since
+    reported: list[str] = field(default_factory=list)  # conditions that were reported and have not cleared
 
     def after_weight_step(self, loss: float) -> list[str]:
         """Record the loss of a weight step; return new warnings."""
@@ -104,7 +104,7 @@ class Watch:
         distances = [abs(v) for v in self.violations]
         stalls = len(distances) == self.arch_window and max(distances) - min(distances) < MOVED * distances[0]
         stalls = stalls and min(distances) >= (UNSETTLED if sight.settling else OFF_TARGET)
-        # halfway from what the budget asks for to nothing but identities
+        # halfway between the reference's share and identities only
         most = (1 + self.expects.identity_share) / 2
         name, share = max(sight.shares.items(), key=lambda item: item[1], default=("", 0.0))
         early = sight.progress < EARLY
@@ -171,12 +171,12 @@ def make_watch(
     weight_window = max(10, weight_steps // 20)
     return Watch(
         arch_window=max(20, arch_steps // 8),
-        bound_window=max(60, arch_steps // 4),  # the way to a distant budget takes some 40
+        bound_window=max(60, arch_steps // 4),  # reaching a distant budget takes about 40
         weight_window=weight_window,
         weight_windows=weight_steps // weight_window,
         guess=guess,
         multiplier_bound=multiplier_bound,
-        # of several limits the one that asks for the most identities
+        # of several limits, the one that requires the most identities
         expects=max(bound, key=lambda expected: expected.identity_share, default=None),
     )
 
@@ -184,7 +184,7 @@ def make_watch(
 def undecided(space: SearchSpace, limit: Limit) -> Undecided:
     """Return the figures of the maximum-entropy probabilities whose expected amount is a limit.
 
-    Where uniform probabilities are below the limit, those of larger cells are larger.
+    If uniform probabilities are below the limit, larger cells get larger probabilities.
     """
     mask = candidate_mask(space)
     fixed, cells, most = (part.numpy() for part in limit_tensors((limit,), mask))

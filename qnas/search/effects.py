@@ -1,20 +1,20 @@
-"""Effects of candidates on the held-out loss, measured on sampled networks with the supernet's weights.
+"""Effects of candidates on the held-out loss, estimated from sampled networks with the supernet's weights.
 
-Probabilities are a poor score to derive by. They mix the pressure of the latency with the task, so that
-the most probable network leaves latency unused. Their part of the task is the slope of the loss at the
-gates, which is almost zero for a trained block that is active, however important the block is.
-So the effects are measured after the search. Networks near the budget are drawn by its probabilities and
-run on held-out images with the supernet's weights. A candidate's effect is what it adds to the loss in the
-additive model that fits these losses best. Derivation minimises the sum of effects within the limits.
+Probabilities are a poor score to derive by. They include the pressure of the latency, so the most probable
+network leaves latency unused. And they follow the slope of the loss at the gates, which is almost zero for
+a trained block that is active, however important the block is. Effects are therefore measured after the
+search. Networks near the budget are drawn by the probabilities and evaluated on held-out images with the
+supernet's weights. An additive model is fitted to their losses; a candidate's effect is what it adds to the
+loss in this model. Derivation minimises the sum of effects within the limits.
 
-Networks that are compared with each other are run on the same images, as images differ more than networks
-do. The blocks of each stage are moved to its first positions (`spaces.block_order`), so that the candidate
-at a stage's third position is its third block. The first block of a stage is worth many times the third,
-which is the largest difference between networks of one latency: with blocks at any position, the same
-model explains half as much. The model is a ridge regression whose strength is chosen by leaving each network
-out: a candidate has a coefficient for itself and one for its stage, and so has being a block at all, which
-has one for its position too. Within a stage a further block is taken to be worth at most what the one
-before it is: of all placements of a network the one that was measured then scores best.
+Networks that are compared with each other see the same images, since losses differ more between images than
+between networks. The blocks of each stage are moved to its first positions (`spaces.block_order`), so the
+candidate at a stage's third position is its third block. A stage's first block is worth many times its
+third, which is the largest difference between networks of one latency: with blocks at any position, the same
+model explains half as much. The model is a ridge regression whose strength is chosen by leave-one-out
+cross-validation. It has a coefficient for each candidate and one more for each stage. Any block also counts
+in coefficients for blocks: one overall, one for each stage and one for each position. Within a stage, a
+block is worth at most as much as the one before it, so the measured placement of a network scores best.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,16 +34,16 @@ from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.lower import BlockSpec, fill, skeleton
 from qnas.spaces.space import SearchSpace
 
-# What 128 images say of a network is mostly noise, which many networks average out: with 8 an effect, the
-# best that a supernet of quadranet-tiny knew was not among the 20 that were solved for.
+# The loss on 128 images is mostly noise, which averages out over many networks: with 8 per effect, the best
+# network by the supernet of quadranet-tiny was not among the 20 that were solved for.
 NETWORKS_PER_EFFECT = 32
-TOGETHER = 10  # networks that are run on the same images
+TOGETHER = 10  # networks that are evaluated on the same images
 IMAGES = 128
-WINDOW = 0.7  # of the latency of the most probable network: drawn networks take at least this
-TIE = 1e-7  # nats by which the earlier of two places is preferred that are worth the same
+WINDOW = 0.7  # share of the most probable network's latency that drawn networks have at least
+TIE = 1e-7  # nats by which the earlier of two equally good positions is preferred
 STRENGTHS = np.geomspace(0.03, 300, 13)  # of the ridge
 
-# cross-entropies in nats, (networks, B), of networks by number on images (B, C, H, W) with labels (B,)
+# networks by candidate indices, images (B, C, H, W), labels (B,) -> losses in nats (networks, B)
 Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 
 
@@ -51,20 +51,20 @@ Losses = Callable[[Sequence[CandidateIndices], Tensor, Tensor], Tensor]
 class Effects:
     """The nats that each candidate adds to the held-out loss."""
 
-    # [position][candidate], negative where the loss falls, 0 for candidates without layers; at a stage's
-    # second position they are those of its second block
+    # [position][candidate], negative where the loss falls, 0 for candidates without layers; those of a
+    # stage's second position are the effects of its second block
     nats: Scores
     explained: float  # share of the variance between networks on the same images, leave-one-out
-    networks: int  # measured
+    networks: int  # number of measured networks
 
     @property
     def scores(self) -> Scores:
-        """Return what derivation maximises: by how much each candidate lowers the loss."""
+        """The scores that derivation maximises: how much each candidate lowers the loss."""
         return tuple(tuple(-nats for nats in row) for row in self.nats)
 
 
 def count_effects(space: SearchSpace) -> int:
-    """Return how many effects there are to tell apart."""
+    """Return the number of effects to estimate."""
     return sum(len(position.candidates) - 1 for position in space.positions)
 
 
@@ -78,11 +78,11 @@ def measure_effects(
     rng: np.random.Generator,
     on_measured: Callable[[int], None] = lambda _: None,
 ) -> Effects | None:
-    """Draw networks within the limits by their probabilities, run them and fit the effects.
+    """Draw networks within the limits by their probabilities, evaluate them and fit the effects.
 
-    Their blocks are put first. A batch is taken for every `TOGETHER` networks; `on_measured` is called with
-    the number of networks after each. None where too few networks are found, or where the model does not
-    predict the networks that it was not fitted to.
+    Blocks are moved to the first positions. Every `TOGETHER` networks share a batch, after which
+    `on_measured` is called with their number. Returns None where too few networks are found, or where the
+    model does not predict networks left out of its fit.
     """
     labels, found = block_labels(space), draw_networks(limits, log_probabilities, networks, rng)
     drawn = [place_blocks_first(labels, network) for network in found]
@@ -101,10 +101,10 @@ def measure_effects(
 def draw_networks(
     limits: Limits, log_probabilities: Scores, networks: int, rng: np.random.Generator
 ) -> list[CandidateIndices]:
-    """Draw networks within all limits by their probabilities; fewer where they are rare.
+    """Draw networks within all limits by their probabilities; fewer if such networks are rare.
 
-    Their latencies on the first device lie between a share of that of the most probable network within
-    the limits and its limit: what effects are depends on how large a network is already.
+    Latencies on the first device lie between a share of the latency of the most probable network within
+    the limits, and the device's limit: effects depend on how large a network already is.
     """
     table = limits[0].table
     assert table is not None, "the first limit is a device's"
@@ -120,9 +120,9 @@ def fit_effects(
     losses: NDArray[np.float64],
     groups: NDArray[np.int64],
 ) -> Effects:
-    """Fit the additive model to losses (n,) of networks, of which those of a group saw the same images.
+    """Fit the additive model to losses (n,) of networks; networks of one group (n,) saw the same images.
 
-    The networks have their blocks first (`place_blocks_first`).
+    The networks have their blocks in the first positions (`place_blocks_first`).
     """
     columns, places = _columns(space)
     design = np.zeros((len(networks), 1 + max(number for row in columns for own in row for number in own)))
@@ -137,13 +137,13 @@ def fit_effects(
         falling = isotonic_regression(coefficients[own])  # nats rise: further blocks lower the loss less
         coefficients[own] = falling + TIE * np.arange(len(own))
     nats = tuple(tuple(float(coefficients[numbers].sum()) for numbers in row) for row in columns)
-    # the best score is minus the mean squared error of networks that were left out
+    # the best score is minus the mean squared error of left-out networks
     explained = 1 + float(ridge.best_score_) / max(float(np.mean(centred**2)), 1e-30)
     return Effects(nats, explained, len(networks))
 
 
 def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], list[int]]:
-    """Return the coefficients that make up each candidate's effect, and each position's own one."""
+    """Return the numbers of the coefficients in each candidate's effect, and of each position's own one."""
     numbers: dict[Any, int] = {}
     columns, places = [], []
     slots = [part for part in skeleton(space) if not isinstance(part, BlockSpec)]
@@ -160,7 +160,7 @@ def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], list[int]]:
 
 
 def _within_groups(values: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return values (n, ...) less the mean of their group."""
+    """Return values (n, ...) minus the mean of their group."""
     centred = values.copy()
     for group in np.unique(groups):
         centred[groups == group] -= values[groups == group].mean(0)

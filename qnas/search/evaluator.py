@@ -1,4 +1,4 @@
-"""Evaluation of a supernet's networks with its weights: of a search under way, or of a saved one."""
+"""Evaluation of networks with the weights of a supernet: in a search, or from the folder that it left."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Evaluator:
 
 
 def evaluator_of(state: SearchState) -> Evaluator:
-    """Return the evaluator of a search's networks, whose state it leaves as it is."""
+    """Return the evaluator of a search's networks. It leaves the state of the search unchanged."""
     problem, supernet = state.problem, state.supernet
     classes = len(problem.data.classes)
 
@@ -76,9 +76,9 @@ def saved_evaluator(
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
-    `config` is the folder's config.json. `data` and `loss` are needed where the search had Datasets or its
-    own loss. Raises CheckpointError where the supernet is missing or damaged, DataError where the data are,
-    or are others than they were.
+    `config` is the folder's config.json. `data` and `loss` are needed where the search used Datasets or a
+    custom loss. Raises CheckpointError where the supernet is missing or damaged, DataError where the data
+    are missing, damaged or not those of the search.
     """
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path)

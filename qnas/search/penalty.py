@@ -1,14 +1,14 @@
-"""The loss of an architecture step: the task's, and the pressure of the expected latency.
+"""The loss of an architecture step: the loss of the task and a penalty on the expected latency.
 
-Three forms. `multiplier` (the default) adds m (E/T - 1) and steers m so that E settles at the budget
-T. The other two are ProxylessNAS's with fixed strengths, in a form that is right at any scale:
+There are three forms. `multiplier` (the default) adds m (E/T - 1) and steers m so that E settles at the
+budget T. The other two are ProxylessNAS's with fixed strengths, in a form that works at any scale:
 `add-linear` is CE + 0.1 (E/T - 1); `mul-log` is CE 0.2 (log(1 + E) / log(1 + T))^0.3 with E and T in
-microseconds, since the published log E / log T turns its sign below one unit and is undefined at it.
+microseconds, since the published log E / log T changes its sign below one unit and is undefined at one.
 
 Once probabilities are sharp, the penalty changes the latency by whole blocks, if at all, and an optimiser
-that remembers larger gradients reacts slowly. So in the last part of a search with `multiplier` every
-architecture step ends with `settle`, which removes the rest of the violation along the latency's own
-gradient: that is nonzero only where a position is still undecided.
+that remembers larger gradients reacts slowly. In the last part of a search with `multiplier`, every
+architecture step therefore ends with `settle`, which removes the remaining violation along the gradient of
+the latency. That gradient is nonzero only where a position is still undecided.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ from qnas.search.config import LatencyLoss
 ADD_LINEAR_STRENGTH = 0.1  # lambda
 MUL_LOG_SCALE, MUL_LOG_POWER = 0.2, 0.3  # a, b
 
-SETTLED = 0.002  # of the limit: a violation this small is left
-SETTLING_STEPS = 30  # at most, a call
-FLAT = 1e-12  # a gradient of E/T that is all rounding
-DRAWN_TOGETHER = 0.9
+SETTLED = 0.002  # share of the limit: a smaller violation is left
+SETTLING_STEPS = 30  # at most, per call
+FLAT = 1e-12  # a gradient of E/T below this is rounding error
+DRAWN_TOGETHER = 0.9  # factor on the parameters where the gradient is flat
 
 
 @dataclass(frozen=True)
 class Multiplier:
     """The strength of the latency's pressure, steered by the violation of the budget.
 
-    `value` is in units of the task: at 1 the latency's gradient is as long as the task's usually is.
-    So the same gains serve every device, budget and data set, and the pressure cannot drown the task in an
-    optimiser that divides by the root of past squares.
+    `value` is relative to the task: at 1, the gradient of the latency is as long as that of the task
+    usually is. The same gains therefore suit every device, budget and data set, and the latency cannot drown
+    out the task in an optimiser that divides by the root of past squares.
 
-    The value is a PI controller's: proportional to the violation E/T - 1, plus its integral, which balances
-    the task's own pull on the latency and so holds E at T. The integral grows only near the budget, where it
-    measures that pull and not the remaining distance. The value may be negative: below the budget the
-    pressure is towards slower networks, since unused latency gains nothing.
+    The value is the output of a PI controller: proportional to the violation E/T - 1, plus its integral,
+    which balances the task's own pull on the latency and so holds E at T. The integral grows only near the
+    budget, where it measures that pull and not the remaining distance. The value may be negative: below the
+    budget, the pressure is towards slower networks, since unused latency gains nothing.
     """
 
     integral: float = 0.0
@@ -86,13 +86,12 @@ def penalised(
 
 
 def settle(alpha: Tensor, ratio: Callable[[], Tensor], longest: float) -> None:
-    """Move the parameters, in place, until the expected amount is the limit to within SETTLED.
+    """Move the parameters in place until the expected amount is within SETTLED of the limit.
 
-    ratio: returns E/T, a scalar that depends on alpha differentiably; longest: by how much a step may
-    change a parameter. Each step is Newton's for E = T with the smallest change of alpha, so what the
-    search has decided stays, and the positions that are in between two candidates give way. Where all is
-    decided beyond what a gradient can tell, the parameters are drawn together first, which keeps their
-    order. A limit that is too far off for one call is approached.
+    ratio: returns E/T, a scalar that is differentiable in alpha; longest: the largest change of a parameter
+    in one step. Each step is a Newton step for E = T with the smallest change of alpha, so decided positions
+    stay and undecided ones move. Where all are so sharp that the gradient vanishes, the parameters are scaled
+    down first, which keeps their order. A limit too far away for one call is only approached.
     """
     for _ in range(SETTLING_STEPS):
         with torch.enable_grad():
@@ -105,6 +104,6 @@ def settle(alpha: Tensor, ratio: Callable[[], Tensor], longest: float) -> None:
             if steepest < FLAT:
                 alpha *= DRAWN_TOGETHER
                 continue
-            direction = gradient / steepest  # first: the square of a small gradient may be none
+            direction = gradient / steepest  # scaled first: the square of a small gradient may underflow
             size = violation / steepest / float((direction**2).sum())
             alpha -= max(-longest, min(longest, size)) * direction

@@ -1,4 +1,4 @@
-"""The problem of a search, which stays the same from its first step to its last, and its schedule."""
+"""The problem of a search, constant from its first step to its last, and its schedule."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,23 @@ from qnas.training.losses import Objective, make_objective
 from qnas.training.processes import World
 
 FINAL_TEMPERATURE = 0.3
-# Share of the search until the temperature is final. After it the expected latency is kept at the budget
-# (`penalty.settle`) and the architecture's learning rate falls linearly to FINAL_RATE: decisions that are
-# still open depend on noise.
+# Share of the search after which the temperature is final. From then on, the expected latency is kept at the
+# budget (`penalty.settle`) and the architecture's learning rate falls linearly to this share of itself
+# (FINAL_RATE), since decisions that are still open depend on noise.
 ANNEALED_SHARE = 0.85
 FINAL_RATE = 0.3
-SNAPSHOTS = 60  # of all probabilities that a search logs, spread evenly over it
+SNAPSHOTS = 60  # times that a search logs all probabilities, spread evenly over it
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of a search, by the number of weight steps that were taken."""
+    """The schedule of a search, as a function of the weight steps taken."""
 
     steps_per_epoch: int
     warmup_steps: int
     total_steps: int
     arch_every: int  # weight steps for each architecture step
-    learning_rate: float  # of the architecture, at first
+    learning_rate: float  # of the architecture, initially
 
     @property
     def arch_steps(self) -> int:
@@ -38,12 +38,12 @@ class Schedule:
         return (self.total_steps - self.warmup_steps) // self.arch_every
 
     def has_arch_step(self, step: int) -> bool:
-        """Whether an architecture step follows this weight step, the first being number 1."""
+        """Whether an architecture step follows this weight step, counted from 1."""
         searched = step - self.warmup_steps
         return searched > 0 and searched % self.arch_every == 0
 
     def is_snapshot(self, arch_step: int) -> bool:
-        """Whether all probabilities are logged: after the first and the last step, and some between."""
+        """Whether all probabilities are logged: after the first and last step, and regularly between."""
         return arch_step in (1, self.arch_steps) or arch_step % max(1, self.arch_steps // SNAPSHOTS) == 0
 
     def progress(self, step: int) -> float:
@@ -62,8 +62,8 @@ class Schedule:
     def temperature(self, step: int) -> float:
         """Return the divisor of the architecture parameters, which falls from 1 during the search.
 
-        Probabilities that stay spread have their expected latency at the budget while the most
-        probable network, all identities, is far below it. Sharp ones have both at the budget.
+        With spread-out probabilities, the expected latency can be at the budget while the most probable
+        network, all identities, is far below it. With sharp probabilities, both are at the budget.
         """
         return float(FINAL_TEMPERATURE ** min(1.0, self.progress(step) / ANNEALED_SHARE))
 
@@ -71,8 +71,8 @@ class Schedule:
 class Problem:
     """A space, the limits on its networks, the images, and how to search.
 
-    Without an objective it is the one that the configuration names. Raises ArchError or InfeasibleBudgetError
-    where there is nothing to search, UsageError where the machine or the number of processes does not fit.
+    Without an `objective`, it is that of the configuration. Raises ArchError or InfeasibleBudgetError where
+    there is nothing to search, UsageError where the machine or the number of processes does not fit.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Problem:
         check_searchable(space, limits)
         self.space, self.data, self.config, self.world = space, data, config, world
         self.limits = limits
-        self.limit_ms = limits[0].limit  # of latency, on the first device
+        self.limit_ms = limits[0].limit  # latency limit on the first device
         self.binds = any(limit.binds for limit in limits)  # whether some network of the space exceeds one
         self.limit_tensors = limit_tensors(limits, candidate_mask(space))
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))

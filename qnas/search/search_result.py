@@ -2,8 +2,8 @@
 
 The derived network is the first that `search.selection` ranks. It is compared, on the test images and with
 the same supernet's weights, with random networks of its latency, the network that MACs alone would choose,
-and the largest within the budget; and with the same search under other seeds where such runs lie beside this
-one. None of these figures chooses anything.
+and the largest network within the budget, and with the derived networks of the same search under other seeds
+whose runs lie beside this one. None of these figures influences the choice.
 """
 
 import statistics
@@ -39,7 +39,7 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.training.loop import run_to_end
 
-RANDOM_WINDOW = 0.97  # random networks lie between this share of the derived network's latency and it
+RANDOM_WINDOW = 0.97  # random networks have this share of the derived network's latency or more, up to all
 
 
 def run_search(
@@ -88,7 +88,7 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     }
     document = solution_document(state.problem.space, winner.solution, details)
     close_with_report(folder, {names.ARCH_FILE: document})
-    # last, since its presence says that the run is complete
+    # last, since its presence marks the run as complete
     write_json(folder / names.ARCH_FILE, document)
     Checkpoints(folder).remove()
     return selection
@@ -97,7 +97,7 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
 def _search_document(
     state: SearchState, selection: Selection, folder: Path, display: Display
 ) -> dict[str, Any]:
-    """Return the content of search.json but for the layers."""
+    """Return the content of search.json without the layers."""
     problem, effects = state.problem, selection.effects
     compared = _compare(state, selection, display)
     by_seed = {**seeds_beside(folder), problem.config.seed: float(compared["derived"]["accuracy"])}
@@ -163,7 +163,7 @@ def _test(problem: Problem, evaluator: Evaluator, indices: CandidateIndices) -> 
 
 
 def _layers(problem: Problem, arch: Arch, request: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the latency of each kernel of a network on each device that it is limited on."""
+    """Return the latency of each kernel of a network, on each device with a limit."""
     latency = request.get("latency", DEVICE)
     devices = [limit.table.origin for limit in problem.limits if limit.table and limit.table.origin]
     return {
@@ -173,9 +173,9 @@ def _layers(problem: Problem, arch: Arch, request: Mapping[str, Any]) -> dict[st
 
 
 def seeds_beside(folder: Path) -> dict[int, float]:
-    """Return the derived networks' test accuracies of finished runs beside this one, by seed.
+    """Return the test accuracies of the derived networks of finished runs beside this one, by seed.
 
-    Only runs count whose requests differ in nothing but the seed; versions may differ.
+    Only runs whose requests equal this one's apart from the seed count; versions may differ.
     """
     asked = _without_seed(read_config(folder))
     found: dict[int, float] = {}

@@ -1,8 +1,8 @@
-"""The search: the supernet's weights and its architecture are trained in turn.
+"""The search: training of the supernet's weights and its architecture parameters in turn.
 
 The warm-up trains weights only. After it, an architecture step on held-out images follows every few weight
 steps. Paths are sampled evenly among networks within the limits, so that all are trained alike. Batches
-depend only on the seed and their number, so that a resumed search equals an uninterrupted one.
+depend only on the seed and their number, so a resumed search equals an uninterrupted one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from qnas.training.losses import Objective, mean_loss
 from qnas.training.optimizer import weight_step
 from qnas.training.processes import ALONE, World
 
-SETTLING_LOGIT = 0.5  # by which a step of settling changes a logit, at most
+SETTLING_LOGIT = 0.5  # largest change of a logit in one step of settling
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -78,7 +78,7 @@ class Searcher:
     def step(self) -> dict[str, Any]:
         """Take a weight step, and an architecture step when it is due; return what to log.
 
-        The log has figures, and any `warnings`. Raises TrainingError where a loss is not finite.
+        The log has figures, and `warnings` if any. Raises TrainingError where a loss is not finite.
         """
         state = self.state
         if self._weight_batches is None or self._arch_batches is None:
@@ -99,7 +99,7 @@ class Searcher:
         return figures | ({"warnings": warnings} if warnings else {})
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures for the progress."""
+        """Describe a step's figures for the progress display."""
         if "expected_ms" in row:
             return (
                 f"loss {row['loss']:.3f}, held-out {row['arch_accuracy']:.1%}, expected "
@@ -108,7 +108,7 @@ class Searcher:
         return f"loss {row['loss']:.3f}" if self.is_warming_up else ""
 
     def _streams(self) -> tuple[Batches, Batches]:
-        """Return the batches of weight and architecture steps, from those that the state is at."""
+        """Return the batches of weight and architecture steps, starting from the state's steps."""
         problem, state, seed = self.problem, self.state, self.problem.config.seed
         size, device, part = problem.batch_size, problem.acceleration.device, problem.world.part
         data = problem.data
@@ -148,12 +148,12 @@ class Searcher:
         config, limits, world = problem.config, problem.limit_tensors, problem.world
         draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
         step = draw(supernet, state.temperature, state.generator)
-        for weight in state.weights:  # no gradients of weights: they are most of a backward pass
+        for weight in state.weights:  # weights need no gradients here, which are most of a backward pass
             weight.requires_grad_(False)
         with problem.acceleration.autocast_unscaled():
             logits = supernet(images, step.routes)
             task_loss = mean_loss(problem.objective.loss, logits, labels)
-        # of several limits the one that is exceeded most presses, as if it were the device's
+        # of several limits, the one exceeded most is penalised, as if it were the device's
         ratio = largest_ratio(step.expected(limits), limits.limit)
         (pull,) = torch.autograd.grad(ratio, supernet.alpha, retain_graph=True)
         strength = state.multiplier.strength(float(pull.norm()))  # 0 where the budget does not bind

@@ -1,16 +1,16 @@
 """The choice of a network after the last step of a search: effects, exact solve, screening, ranking.
 
-The scores are sums over positions and ignore how blocks work together. So many networks within the
-limits are solved for, a few hundred in a long search, and each is run on one batch of held-out images. The
-best of these are evaluated on all held-out images, and the first becomes the derived network. It is proven
-within the limits like the others, and keeps its rank among them.
+The scores are sums over positions and ignore how blocks work together. Therefore, many networks within the
+limits are solved for, a few hundred in a long search, and each is evaluated on one batch of held-out images.
+The best of these are evaluated on all held-out images, and the first becomes the derived network. Like the
+others, it is proven to be within the limits, and it keeps its proven rank by score.
 
 The network of least loss is preferred, with one exception: among networks whose losses the images cannot
-distinguish from it, the one with the most parameters is taken. A supernet trains each network less than the
-network's own training will, which costs larger networks more. This rule chose better than held-out accuracy
-alone on CIFAR-10, as well on Fashion-MNIST at one budget, and no better at another (benchmarks/RESULTS.md).
+distinguish from it, the one with the most parameters is taken. A supernet trains each network less than
+training it alone would, which costs larger networks more. This rule chose better than held-out accuracy
+alone on CIFAR-10, equally well on Fashion-MNIST at one budget, no better at another (benchmarks/RESULTS.md).
 
-The winner's held-out accuracy is too high by selection: the accuracy to report is that on test images.
+The winner's held-out accuracy is biased upwards by the selection: report the accuracy on test images.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,14 +37,14 @@ from qnas.training.loop import stream
 from qnas.training.losses import LossFunction
 from qnas.training.scoring import Classified, Score
 
-# Weight steps for each network that effects are measured by: its pass forward of up to 128 images is at most
-# two thirds of a step of the presets, so that measuring adds at most a sixth to a search.
+# Weight steps for each network that is measured for the effects. Its forward pass over up to 128 images takes
+# at most two thirds of a weight step of the presets, so measuring adds at most a sixth to a search.
 STEPS_PER_NETWORK = 4
-# The same of screened networks, of up to 1,024 images.
+# The same for screened networks, with up to 1,024 images.
 STEPS_PER_SCREENED = 32
 SCREENED_PER_RANKED = 16
 SCREEN_IMAGES = 1024  # held-out, the same for all networks
-# two networks differ if the mean difference of their losses exceeds so many standard errors
+# two networks differ if the mean difference of their losses exceeds this many standard errors
 STANDARD_ERRORS = 2.0
 
 Scorer = Callable[[Arch, Split], Classified]
@@ -58,7 +58,7 @@ class Ranked:
     arch: Arch
     heldout: Score
     params: int
-    is_level: bool  # as accurate as the network of least loss, as far as these images tell
+    is_level: bool  # tied with the network of least loss, which these images cannot distinguish from it
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Selection:
 
     effects: Effects | None  # None: the scores are the log probabilities
     scores: Scores
-    ranking: tuple[Ranked, ...]  # the k best networks by held-out images; the first is the derived one
+    ranking: tuple[Ranked, ...]  # the k best networks on held-out images; the first is the derived one
 
 
 def select(state: SearchState, display: Display = silent) -> Selection:
-    """Select the best networks of a finished search within its limits. The state stays as it is."""
+    """Select the best networks of a finished search within its limits, leaving its state unchanged."""
     problem, evaluator = state.problem, evaluator_of(state)
     space, data, keep = problem.space, problem.data, problem.config.k_best
     with display(count_effect_networks(problem), "measure") as progress:
@@ -88,7 +88,7 @@ def select(state: SearchState, display: Display = silent) -> Selection:
 
 
 def count_effect_networks(problem: Problem) -> int:
-    """Return how many networks are drawn to measure the candidates' effects."""
+    """Return the number of networks to draw for measuring the candidates' effects."""
     asked = problem.config.effect_networks
     if asked is not None:
         return asked
@@ -97,7 +97,7 @@ def count_effect_networks(problem: Problem) -> int:
 
 
 def count_screened(problem: Problem) -> int:
-    """Return how many networks are solved for."""
+    """Return the number of networks to solve for."""
     config = problem.config
     if config.screened is not None:
         return max(config.screened, config.k_best)
@@ -108,16 +108,16 @@ def count_screened(problem: Problem) -> int:
 def effects_of(
     state: SearchState, evaluator: Evaluator, on_measured: Callable[[int], None] = lambda _: None
 ) -> Effects | None:
-    """Measure what each candidate adds to the held-out loss; None where that cannot be told.
+    """Measure what each candidate adds to the held-out loss; None as in `measure_effects`.
 
-    The state stays as it is, so that a second call returns the same.
+    The state stays unchanged, so a second call returns the same.
     """
     problem = state.problem
-    split, seed = problem.data.heldout, problem.config.seed + 2  # other draws than those of the steps
+    split, seed = problem.data.heldout, problem.config.seed + 2  # draws differ from those of the steps
     return measure_effects(
         problem.space,
         problem.limits,
-        # before a temperature sharpens them: settled positions are to vary as well
+        # not sharpened by the temperature, so that decided positions vary as well
         state.log_probabilities_at(1.0),
         evaluator.losses,
         stream(split, min(IMAGES, len(split)), seed, 0, augment=False, device=evaluator.device),
@@ -136,9 +136,9 @@ def rerank_saved(
     loss: LossFunction | None = None,
     display: Display = silent,
 ) -> tuple[Ranked, ...]:
-    """Rank networks by the supernet that a finished search left in its folder, on the data it searched on.
+    """Rank networks with the supernet in the folder of a finished search, on the data of the search.
 
-    More than `keep` are screened first. Raises as `saved_evaluator` and `check_rankable`.
+    More than `keep` networks are screened first. Raises the errors of `saved_evaluator` and `check_rankable`.
     """
     check_rankable(run.folder, run.config)
     evaluator = saved_evaluator(run.folder, run.config, run.space, data, loss)
@@ -150,11 +150,11 @@ def rerank_saved(
 
 
 def prefer(losses: Tensor, params: Sequence[int]) -> tuple[list[int], int]:
-    """Return the indices of networks in order of preference, and the number of equally accurate ones.
+    """Return the indices of networks in order of preference, and the number of tied networks.
 
-    losses: (networks, images) in nats. Networks are equally accurate whose loss exceeds the least by at most
-    `STANDARD_ERRORS` of the mean difference, image by image. They come first, by their parameters, largest
-    first, then by loss; the others follow by loss.
+    losses: (networks, images) in nats. A network is tied with that of least loss if its mean loss is higher
+    by at most `STANDARD_ERRORS` standard errors of the difference, image by image. Tied networks come first,
+    ordered by parameters, largest first, then by loss; the others follow in order of loss.
     """
     means = losses.mean(1)
     above = losses - losses[means.argmin()]
@@ -176,7 +176,7 @@ def screen(
 ) -> tuple[Solution, ...]:
     """Return the `keep` best networks on one batch of held-out images, in the order of their scores.
 
-    Nothing is run where there are no more than that. `on_screened` is called after each network.
+    If there are at most `keep` networks, none is evaluated. `on_screened` is called after each network.
     """
     if len(solutions) <= keep:
         return tuple(solutions)
@@ -198,7 +198,7 @@ def rerank(
     score: Scorer,
     on_scored: Callable[[], None] = lambda: None,
 ) -> tuple[Ranked, ...]:
-    """Return the networks as `prefer` orders them by all held-out images.
+    """Return the networks in the order of `prefer` on all held-out images.
 
     `on_scored` is called after each network.
     """

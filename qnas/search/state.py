@@ -17,8 +17,8 @@ from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
 from qnas.training.optimizer import make_optimizer, make_schedule
 
-# Second: ProxylessNAS has 0.999 for searches of many thousand steps; a short one must forget sooner
-# how strong the pressure was on the way to the budget.
+# The second is 0.999 in ProxylessNAS, whose searches have many thousand steps. A short search must forget
+# sooner how strong the pressure was on the way to the budget.
 ARCH_BETAS = (0.0, 0.99)
 
 
@@ -37,9 +37,9 @@ class SearchState:
         self.supernet.parts.to(problem.acceleration.device)
         if config.compile:
             compile_blocks(self.supernet)
-        self.weights = self.supernet.weights  # all parameters but the architecture's
+        self.weights = self.supernet.weights  # all parameters except the architecture's
         self.weight_optimizer = make_optimizer(self.weights, config.learning_rate, config.weight_decay)
-        self.scaler = problem.acceleration.scaler()  # of the weights' loss; has an effect in float16 only
+        self.scaler = problem.acceleration.scaler()  # of the weights' loss, with an effect in float16 only
         self.weight_schedule = make_schedule(
             self.weight_optimizer, schedule.total_steps, schedule.steps_per_epoch
         )
@@ -91,10 +91,10 @@ class SearchState:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return what is logged after an architecture step.
+        """Return the figures that are logged after an architecture step.
 
-        The expected amounts of all limits and the pressure on them; the mean entropy a position (nats), and
-        the mean probability of identity where it is one of several candidates.
+        They are the expected amounts of all limits, the multiplier and the temperature; the mean entropy per
+        position (nats), and the mean probability of identity where it is one of several candidates.
         """
         problem, expected, mask = self.problem, self.expected, self.supernet.mask
         ratios = (expected / problem.limit_tensors.limit).tolist()
@@ -115,7 +115,7 @@ class SearchState:
         return [[round(math.exp(log_p), 4) for log_p in row] for row in self.log_probabilities]
 
     def sight(self, figures: Mapping[str, float]) -> Sight:
-        """Return what the diagnostics look at after an architecture step with these figures."""
+        """Return the input of the diagnostics after an architecture step with these figures."""
         schedule = self.problem.schedule
         choices = sum(len(position.names) > 1 for position in self.problem.space.positions)
         return Sight(
@@ -137,7 +137,7 @@ class SearchState:
         return found
 
     def _parts(self) -> dict[str, Any]:
-        """Return what keeps a state of its own, by its name in a checkpoint."""
+        """Return the parts that have a `state_dict`, by their names in a checkpoint."""
         return {
             "supernet": self.supernet,
             "weight_optimizer": self.weight_optimizer,

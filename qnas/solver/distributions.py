@@ -1,7 +1,7 @@
 """Distributions over networks: of maximum entropy under limits, and even over a range of latencies.
 
-Of all distributions that choose at each position by itself and whose expected amounts are limited, the one of
-the largest entropy has p_i ~ exp(-sum_l strength_l cells_li / limit_l). The strengths minimise the convex
+Among all distributions that draw each position independently and whose expected amounts meet the limits, the
+one of largest entropy has p_i ~ exp(-sum_l strength_l cells_li / limit_l). The strengths minimise the convex
 dual, by L-BFGS.
 """
 
@@ -16,7 +16,7 @@ from qnas.latency.table import LatencyTable
 from qnas.solver.limits import Limits
 from qnas.solver.solve import CandidateIndices, Scores
 
-# a candidate of a hundredth of the limit is e^-10 as likely as a free one
+# with it, a candidate that takes a hundredth of the limit is e^-10 times as likely as a free one
 MOST_STRENGTH = 1000.0
 
 Floats = NDArray[np.float64]
@@ -33,8 +33,8 @@ def max_entropy_strengths(
     """Return the strength of each limit, (limits,).
 
     fixed, limit: (limits,); cells: (limits, positions, candidates), 0 where the mask (positions, candidates)
-    is. A strength of at least 0 leaves a limit alone that the uniform distribution keeps; with a lower bound
-    below 0 the expected amount equals the limit, as nearly as it can. `tolerance` is a share of the limit.
+    is False. With a lower bound of 0, limits that the uniform distribution meets get no strength. With one
+    below 0, the expected amount equals the limit as closely as possible. `tolerance` is a share of the limit.
     """
     cells, margin = cells / limit[:, None, None], 1 - fixed / limit
 
@@ -69,7 +69,7 @@ def sample_near(
     """Draw networks whose latency lies in [low, high], all such networks about equally likely.
 
     With `weights` of the candidates, the likelihood of a network is the product of its candidates' weights.
-    Dynamic programming counts the networks of each total of latencies rounded to bins; networks are drawn
+    Dynamic programming counts the networks of each total latency, rounded to bins; networks are drawn
     backwards through the counts. A network that rounding put outside the window, or that is over one of the
     limits `within`, is drawn again. Returns fewer than n, perhaps none, where such networks are rare.
     """
@@ -78,7 +78,7 @@ def sample_near(
         return []
     width = room / bins
     steps = [np.rint(np.asarray(row) / width).astype(np.int64) for row in table.ms]
-    # rounding moves a total by up to half a bin a position: networks at the window's ends too are met
+    # rounding moves a total by up to half a bin per position: include networks at the window's ends
     slack = len(steps) // 2 + 1
     last = bins + slack
     shares = [np.asarray(row) / sum(row) for row in weights or [[1.0] * len(row) for row in steps]]

@@ -1,19 +1,19 @@
-"""The k best networks within some limits: a multiple-choice knapsack, solved exactly.
+"""The k best networks within some limits: a multiple-choice knapsack problem, solved exactly.
 
-A network has one candidate at each position; its score and its amounts are the sums of theirs. The positions
+A network has one candidate at each position; its score and its amounts are sums over positions. The positions
 are processed in order with all partial networks that can still lead to a result (dynamic programming with
 lists: Nemhauser and Ullmann, 1969). Three kinds cannot: those whose upper bound is below the k-th best known
-network; those that k others beat in the score and in every amount; and of those that are one network by its
-labels, all but the best placed. The upper bound is the linear relaxation of the positions to come (Sinha and
-Zoltners, 1979), under each limit alone and under the mixture of them that binds most.
+network; those that k others dominate in the score and in every amount; and, among those that are the same
+network by their labels, all but the best placed. The upper bound is the linear relaxation of the remaining
+positions (Sinha and Zoltners, 1979), under each limit alone and under the mixture of limits that binds most.
 
-A first pass keeps few partial networks and finds good ones, by which the next passes prune. What a
-pass drops because its list is full stays in the bound that is returned. So the bound always holds, and
-where it equals the score, as it does as a rule, the solution is proven.
+A first pass keeps few partial networks and finds good networks, whose scores the next passes prune by. What a
+pass drops because its list is full is included in the returned bound. The bound therefore always holds, and
+where it equals the score, as it usually does, the solution is proven to be optimal.
 
-Against HiGHS, a general mixed-integer solver: 72 positions of 7 candidates take it 20 to 250 ms for
-the best network and need a cut and a new solve for each of the next; here all 20 take 0.2 to 0.5 s.
-Its tolerance also lets networks pass that are over a limit by a millionth, which here none is.
+In comparison, HiGHS, a general mixed-integer solver, takes 20 to 250 ms for the best network of 72 positions
+with 7 candidates, and a cut and a new solve for each further one; here, all 20 take 0.2 to 0.5 s. Its
+tolerance also accepts networks that exceed a limit by a millionth, which never happens here.
 """
 
 import math
@@ -27,56 +27,56 @@ from scipy.optimize import linprog
 from qnas.solver.limits import Limit, Limits
 
 Scores = Sequence[Sequence[float]]  # [position][candidate]
-Labels = Sequence[Sequence[int]]  # [position][candidate]; 0 for a candidate that leaves no trace
-Network = tuple[int, ...]  # a candidate's number a position
+Labels = Sequence[Sequence[int]]  # [position][candidate]; 0 for a candidate without layers
+Network = tuple[int, ...]  # the candidate's number at each position
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-KEPT = (300, 3_000, 30_000)  # partial networks a position, pass by pass
-# Amounts are whole numbers of this share of the limit, so that their sums do not depend on the order.
+KEPT = (300, 3_000, 30_000)  # partial networks per position, for each pass
+# Amounts are integers, with the limit as this number, so that their sums do not depend on the order.
 UNITS = 2**50
-TOLERANCE = 1e-9  # of the scores' range: what bounds may lose in rounding
+TOLERANCE = 1e-9  # share of the scores' range that bounds may lose in rounding
 
 
 @dataclass(frozen=True)
 class Found:
-    """Networks by falling score, and what bounds the others."""
+    """Networks by falling score, and a bound on the scores of all others."""
 
     networks: tuple[Network, ...]
     scores: tuple[float, ...]
-    left_out: float  # no network that is not among these scores higher than this or than the last
+    left_out: float  # any other network scores at most the larger of this and the last score
 
 
 @dataclass(frozen=True)
 class _Partial:
-    """Partial networks up to a position, an entry each."""
+    """Partial networks up to a position, one entry each."""
 
     score: Floats  # (S,)
     amount: Ints  # (limits, S), in units
     key: Ints  # (S,): equal for equal sequences of labels
-    parent: Ints  # (S,): the entry up to the position before
+    parent: Ints  # (S,): the entry that it extends, up to the position before
     pick: Ints  # (S,): the candidate taken here
 
     def take(self, entries: Ints) -> "_Partial":
-        """Return some of these."""
+        """Return only these entries."""
         return _Partial(*(column.take(entries, axis=-1) for column in vars(self).values()))
 
 
 def k_best(scores: Scores, limits: Limits, k: int, labels: Labels) -> Found:
-    """Return the k networks of the highest total score within all limits, fewer where there are fewer.
+    """Return the k networks of the highest total score within all limits, or fewer if there are fewer.
 
     Two networks are the same if the labels of their candidates, in order and without the zeros, are
     the same; of these the one with the highest score is returned.
     """
     assert k >= 1, k
     problem = _Problem(scores, limits, k, labels)
-    known: dict[tuple[int, ...], Network] = {}  # the best placed by its labels
+    known: dict[tuple[int, ...], Network] = {}  # sequence of labels -> its best placement
     floor, margin, left_out = -math.inf, 0, math.inf
     for kept in KEPT:
         networks, left_out, refused = problem.search(kept, floor, margin)
         if refused and margin == 0:
-            # Networks within rounding of a limit are over it, and may have pushed out others that
-            # are not: now only what is smaller by more than rounding counts as smaller.
+            # Networks that exceed a limit by less than rounding may have displaced others that do
+            # not: now, an amount counts as smaller only if it is smaller by more than rounding.
             margin = problem.slack
             more, left_out, _ = problem.search(kept, floor, margin)
             networks += more
@@ -92,14 +92,14 @@ def k_best(scores: Scores, limits: Limits, k: int, labels: Labels) -> Found:
 
 
 class _Problem:
-    """The instance in whole numbers, with the bounds of the positions to come."""
+    """The problem with integer amounts, and bounds for the remaining positions."""
 
     def __init__(self, scores: Scores, limits: Limits, k: int, labels: Labels) -> None:
         self.k, self.limits = k, limits
         self.scores = [np.asarray(row, dtype=np.float64) for row in scores]
         self.labels = [np.asarray(row, dtype=np.int64) for row in labels]
         self.tolerance = TOLERANCE * sum(float(np.ptp(row)) for row in self.scores)
-        self.slack = len(self.scores) + 4  # half a unit a position, and the rounding of a network's amount
+        self.slack = len(self.scores) + 4  # half a unit per position, and the rounding of a network's amount
         binding = [limit for limit in limits if limit.binds]
         room = [round((limit.limit - limit.fixed) / limit.limit * UNITS) + self.slack for limit in binding]
         self.room = np.array(room, np.int64).reshape(-1, 1)
@@ -122,10 +122,10 @@ class _Problem:
         return math.fsum(row[pick] for row, pick in zip(self.scores, network, strict=True))
 
     def search(self, kept: int, floor: float, margin: int) -> tuple[list[Network], float, bool]:
-        """Go through the positions, keeping so many partial networks and none bounded below `floor`.
+        """Process the positions, keeping at most `kept` partial networks and none bounded below `floor`.
 
-        Returns the best networks, an upper bound of the scores of those left out, and whether a network that
-        fits in whole numbers does not by its exact amount.
+        Returns the best networks, an upper bound on the scores of those left out, and whether a network fits
+        by its integer amounts but not by its exact ones.
         """
         none = np.zeros(1, np.int64)
         partial = _Partial(np.zeros(1), np.zeros((len(self.room), 1), np.int64), none, none, none)
@@ -148,7 +148,7 @@ class _Problem:
     def _extend(
         self, partial: _Partial, i: int, floor: float, numbers: dict[int, int]
     ) -> tuple[_Partial, Floats]:
-        """Extend by each candidate of position i, less those that cannot fit or matter; return the bounds."""
+        """Extend by all candidates of position i that can fit and matter; return the bounds as well."""
         choices = len(self.scores[i])
         score = (partial.score[:, None] + self.scores[i]).ravel()
         amount = partial.amount[:, :, None] + self.amounts[i][:, None, :]
@@ -174,9 +174,9 @@ class _Problem:
         return bound
 
     def _undominated(self, partial: _Partial, margin: int) -> Ints:
-        """Return the entries that do not have k others, all different, at least as good in everything.
+        """Return the entries for which no k different others are at least as good in score and amounts.
 
-        With one limit that is a staircase; with more only entries of equal amounts are compared.
+        With one limit, they form a staircase; with more limits, only entries of equal amounts are compared.
         """
         score, amount = partial.score, partial.amount
         if len(score) <= self.k or (margin and len(self.room) != 1):
@@ -186,10 +186,10 @@ class _Problem:
             places = np.arange(len(order))
             first = _starts(amount[:, order])
             rank = places - np.maximum.accumulate(np.where(first, places, 0))
-            # a sequence of labels may be here with several amounts, but not twice with the same
+            # a sequence of labels may occur with several amounts, but not twice with the same
             return np.sort(order[rank < self.k])
         order = np.lexsort((-score, amount[0]))
-        # of each sequence the best entry only, so that k that dominate are k different networks
+        # only the best entry of each sequence, so that k dominating entries are k different networks
         by_key = np.lexsort((-score, partial.key))
         leads = np.zeros(len(score), bool)
         leads[by_key[_starts(partial.key[by_key][None])]] = True
@@ -208,7 +208,7 @@ class _Problem:
         return np.flatnonzero(kept | ~dominated)
 
     def _collect(self, passed: Sequence[_Partial]) -> tuple[list[Network], bool]:
-        """Read the k best networks off the whole ones, those that fit by their exact amounts."""
+        """Return the k best networks that fit by their exact amounts, and whether one did not fit."""
         last = passed[-1]
         networks: dict[int, Network] = {}
         refused = False
@@ -248,9 +248,9 @@ class _Problem:
         return [prices / prices.sum()] if (prices > 0).sum() > 1 else []
 
     def _relax(self, mixture: Floats) -> list[tuple[Floats, Floats]]:
-        """Return, for the positions from i on, the highest score as a function of the amount.
+        """Return, for each i, the highest score of the positions from i on as a function of the amount.
 
-        Concave and piecewise linear: the steps along every position's upper hull, steepest first.
+        It is concave and piecewise linear: the steps along each position's upper hull, steepest first.
         """
         start_taken = start_gained = 0.0
         taken = gained = np.zeros(0)  # by step

@@ -23,9 +23,9 @@ Count = Literal["params", "macs"]
 COUNTS: tuple[Count, ...] = ("params", "macs")
 LABEL: dict[str, str] = {"params": "parameters", "macs": "MACs"}
 # An expected amount further than this share from its limit is far from the search. A search ends within 3%
-# of its budget, and exchanging one block moves a network in the middle of a shipped space by at most 7 to
-# 25%, by space and device. Beyond that, several blocks must differ from those that the probabilities favour,
-# and the probabilities were not learned at such a budget.
+# of its budget, and exchanging one block changes a network in the middle of a shipped space by at most 7 to
+# 25%, depending on space and device. Beyond that, several blocks must differ from those that the
+# probabilities favour, and the probabilities were not learned at such a budget.
 FAR = 0.25
 
 
@@ -35,10 +35,10 @@ class Limit:
 
     name: str  # a device's, "params" or "macs"
     budget: float  # as the user gave it: milliseconds on a device, else a count
-    limit: float  # of the sum: the budget less the device's margin
+    limit: float  # largest sum: the budget minus the device's margin
     fixed: float  # amount that every network of the space has
     cells: tuple[tuple[float, ...], ...]  # [position][candidate]
-    table: LatencyTable | None = None  # of a device
+    table: LatencyTable | None = None  # for a device
 
     def amount(self, indices: Sequence[int]) -> float:
         """Return the amount of the network with these candidate numbers."""
@@ -71,11 +71,11 @@ class Limit:
         return f"{format_count(amount)} {LABEL[self.name]}"
 
 
-Limits = tuple[Limit, ...]  # at least one; of a search the first is a device's
+Limits = tuple[Limit, ...]  # at least one; the first limit of a search is a device's
 
 
 def latency_limit(table: LatencyTable, budget_ms: float) -> Limit:
-    """Return a device's limit: its table, and the budget less its margin."""
+    """Return a device's limit: its table, and the budget minus its margin."""
     return Limit(table.device, budget_ms, table.limit_ms(budget_ms), table.fixed_ms, table.ms, table)
 
 
@@ -112,9 +112,9 @@ def check_limits(limits: Limits) -> None:
 def far_from_searched(scores: Rows, limits: Limits, *, pressed: bool) -> str | None:
     """Return a warning where limits are far from those of the search; None where they are near.
 
-    `scores` are log probabilities. The amounts that they expect are compared with the limits. The limit
-    that is exceeded most, or reached most nearly, counts, since a search holds that one at its limit. More
-    than FAR above is far, and so is more than FAR below where a budget bound the search (`pressed`).
+    `scores` are log probabilities, whose expected amounts are compared with the limits. The limit that is
+    exceeded most, or met most closely, decides, since a search holds that one at its limit. It is far if the
+    amount is more than FAR above or, where a budget bound the search (`pressed`), more than FAR below.
     """
     expected = [expected_amount(scores, limit) for limit in limits]
     overs = [

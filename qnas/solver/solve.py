@@ -1,9 +1,9 @@
 """The exact solve: the best networks within all limits.
 
 The score of a network is the sum of its candidates' scores: the measured effects (`search.effects`) or the
-logarithms of the probabilities. So the solve is a multiple-choice knapsack, maximise the sum of scores under
-sums of amounts, which `knapsack` solves with proof. The places of identities in a stage do not change a
-network (`block_order`): `solve_best` counts such placements once, with the highest score.
+logarithms of the probabilities. The solve is therefore a multiple-choice knapsack problem, which maximises
+a sum of scores under limits on sums of amounts; `knapsack` solves it with proof. The positions of identities
+in a stage do not change a network (`block_order`), so `solve_best` counts them once, with the highest score.
 """
 
 import math
@@ -49,8 +49,8 @@ class Solution:
 def solve(scores: Scores, limits: Limits) -> Solution:
     """Return the network with the highest total score that is within all limits.
 
-    Its amounts, summed as `Limit.amount` sums them, are within every limit; its score is within 1e-9 of
-    the scores' range of the best. Raises InfeasibleBudgetError when there is none.
+    Its amounts, summed as in `Limit.amount`, are within every limit. Its score differs from the best by at
+    most 1e-9 of the scores' range. Raises InfeasibleBudgetError when there is none.
     """
     every = tuple(tuple(range(1, 1 + len(row))) for row in scores)
     return _solutions(scores, limits, 1, every)[0]
@@ -58,17 +58,17 @@ def solve(scores: Scores, limits: Limits) -> Solution:
 
 def check_feasible(limits: Limits) -> None:
     """Raise InfeasibleBudgetError, with the reason, if no network meets all the limits at once."""
-    # the network that uses least of all limits together
+    # the network with the smallest sum of its shares of all limits
     pressure = sum(np.concatenate([np.asarray(row) for row in limit.cells]) / limit.limit for limit in limits)
     ends = np.cumsum([len(row) for row in limits[0].cells])[:-1]
     solve(tuple(tuple((-part).tolist()) for part in np.split(np.asarray(pressure), ends)), limits)
 
 
 def solve_best(space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST) -> tuple[Solution, ...]:
-    """Return the k best networks within all limits, best first; fewer where there are fewer.
+    """Return the k best networks within all limits, best first, or fewer if there are fewer.
 
-    Each is another network: placements of identities that make the same one count once, with the score
-    of the best. Raises InfeasibleBudgetError when there is none.
+    All are different: placements of identities that give the same network count once, with the best
+    score. Raises InfeasibleBudgetError when there is none.
     """
     return _solutions(scores, limits, k, block_labels(space))
 
@@ -79,7 +79,7 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
     if not found.networks:
         wanted = " and ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
         raise InfeasibleBudgetError(
-            f"found no network within {wanted} at once, though each is possible by itself: give more of one"
+            f"found no network within {wanted} at once, though each is possible alone: raise one limit"
         )
     bound = max(found.scores[0], found.left_out)
     return tuple(
@@ -89,11 +89,11 @@ def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[
 
 
 def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution | None:
-    """Return the network that MACs alone would choose within these limits; None where there is none.
+    """Return the network that MACs alone would choose within these limits; None if there is none.
 
-    The scores are solved under a limit on MACs instead of the devices': the largest, by bisection to a 4096th
-    of the range, whose solution meets the devices' limits too. Where MACs order networks as the devices do,
-    that is the derived network itself. Its limits and bound are those of the solve under MACs.
+    The devices' limits are replaced by one on MACs: the largest whose solution meets the devices' limits too,
+    found by bisection to a 4096th of the range. Where MACs order networks as the devices do, this is the
+    derived network itself. Its limits and bound are those of the solve under MACs.
     """
     devices = [limit for limit in limits if limit.table is not None]
     counts = [limit for limit in limits if limit.table is None]
@@ -119,7 +119,7 @@ def macs_guided(space: SearchSpace, scores: Scores, limits: Limits) -> Solution 
 
 
 def largest(space: SearchSpace, limits: Limits) -> Solution:
-    """Return the network of the most MACs within all limits; its score is their number."""
+    """Return the network with the most MACs within all limits; its score is their number."""
     return solve(count_limit(space, "macs", math.inf).cells, limits)
 
 
@@ -131,11 +131,11 @@ def check_searchable(space: SearchSpace, limits: Limits) -> None:
 
 
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the arch.json of a solution, with the certificate that a reader can check.
+    """Return the content of the arch.json of a solution, with a certificate that a reader can check.
 
-    The prediction, the certificate's `fixed_ms` and `position_ms` together, is at most `limit_ms`, the budget
-    over 1 + margin. These are of the first device; `limits` has the same of each: `amount`, which is `fixed`
-    and `positions` together, is at most `limit`.
+    The prediction is the sum of the certificate's `fixed_ms` and `position_ms` and at most `limit_ms`, the
+    budget over 1 + margin. These are for the first device; `limits` has the same for each limit: `amount`,
+    the sum of `fixed` and `positions`, is at most `limit`.
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)

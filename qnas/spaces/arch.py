@@ -1,7 +1,7 @@
 """An architecture: one candidate chosen for every position of a space.
 
-It is a value that is passed around, never a state of a module. As a file it is JSON with a schema
-and the digest of its space, so that it cannot be read into another space by mistake.
+It is a value that is passed around, never the state of a module. Its file is JSON with a schema
+and the digest of its space, so that it cannot be read with another space by mistake.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ SCHEMA = "qnas.arch/1"
 
 @dataclass(frozen=True)
 class Arch:
-    """The names of the chosen candidates, a name a position, in order.
+    """The names of the chosen candidates, one per position, in order.
 
     >>> from qnas.spaces.space import load_space
     >>> space = load_space("quadranet-small")
@@ -52,7 +52,7 @@ def make_arch(space: SearchSpace, choices: tuple[str, ...], where: str = "archit
 
 
 def arch_from_indices(space: SearchSpace, indices: tuple[int, ...]) -> Arch:
-    """Return the architecture that holds these candidates' numbers."""
+    """Return the architecture with these candidate numbers."""
     return Arch(tuple(p.names[i] for p, i in zip(space.positions, indices, strict=True)))
 
 
@@ -68,7 +68,7 @@ def only_arch(space: SearchSpace) -> Arch:
 
 
 def arch_document(space: SearchSpace, arch: Arch, details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of an arch.json: the architecture and what is known of it."""
+    """Return the content of an arch.json: the architecture and facts about it."""
     return {
         "schema": SCHEMA,
         "space": space.name,

@@ -1,10 +1,10 @@
 """The order of blocks and identities within a stage, which makes no difference to a network.
 
-Block X in the second position of a stage and identity in the third is the same network as the other way
-round. The effect of a block, and its best weights, depend on the number of blocks before it. So a supernet's
-weights are those of the first block of a stage, of the second and so on, wherever these stand. Each weight is
-then trained by every path that has so many blocks: of three positions half of which are identity, the first
-is trained by seven paths of eight, and not by the four that have a block at the first position.
+Block X in the second position of a stage and identity in the third make the same network as the reverse. A
+block's effect and its best weights depend on the number of blocks before it. The weights of a supernet are
+therefore those of a stage's first block, second block and so on, wherever these stand. Each is then trained
+by every path with enough blocks. For example, if three positions are identity half of the time, seven paths
+of eight train the weights of the first block, not only the four with a block in the first position.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ Labels = tuple[tuple[int, ...], ...]  # [position][candidate], of `block_labels`
 
 
 def block_labels(space: SearchSpace) -> Labels:
-    """Return a number for each candidate of each position by which equal networks are recognised.
+    """Return a number for each candidate of each position, by which equal networks are recognised.
 
-    0 is a candidate without layers. Positions that follow each other in one shape give one block one
-    number, so that two networks are the same if and only if their labels without zeros are.
+    0 is a candidate without layers. A block has one number at consecutive positions of one shape, so two
+    networks are the same if and only if their sequences of labels without zeros are.
     """
     numbers: dict[Any, int] = {}
     labels = []
@@ -46,16 +46,16 @@ def block_labels(space: SearchSpace) -> Labels:
 
 
 def runs_of(labels: Labels) -> list[range]:
-    """Return the runs of positions of one shape and the same candidates; blocks can change places in them."""
+    """Return the runs of positions of one shape and the same candidates, within which blocks can be moved."""
     kinds = [frozenset(row) for row in labels]
     starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], len(labels)], strict=True)]
 
 
 def take_first_places(labels: Labels, network: Sequence[int]) -> list[int]:
-    """Return for each position the one whose part it takes when the blocks of each run come first.
+    """Return, for each position, its new position when the blocks of each run come first.
 
-    A permutation within each run, in which blocks keep their order and so do the others.
+    It is a permutation within each run that keeps the order of blocks and that of the other candidates.
     """
     places = list(range(len(labels)))
     for run in runs_of(labels):

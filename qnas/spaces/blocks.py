@@ -1,21 +1,21 @@
 """The registry of blocks: the name, the parameters and the layers of each kind of block.
 
-Counters, latency tables, modules and exports all read an entry of `BLOCKS`; `quadra`, `mbconv` and
+Counters, latency tables, modules and exports all read the entries of `BLOCKS`; `quadra`, `mbconv` and
 `identity` are entries like those that `register_block` adds. Nothing here imports torch: the module of a
-block is given by its import path, or is a class of the user's file.
+block is given by its import path, or is a class in the user's file.
 
-Place of normalisation: with layer normalisation a QuadraBlock is the paper's (arXiv 2311.17956):
-`x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must fold away at deployment, which
-it cannot before a padded convolution: so it follows the quadratic sum (`x + clip(BN(qconv(x)))`, folding into
-W_a, W_c and a bias) and the first pointwise convolution. Behind the neurons type3 and type4 nothing takes up
-a shift, and it stays a separate operator.
+Place of normalisation: with layer normalisation, a QuadraBlock is that of the paper (arXiv 2311.17956):
+`x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must be folded at deployment, which
+is impossible before a padded convolution. It therefore follows the quadratic sum (`x + clip(BN(qconv(x)))`,
+folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3 and type4, no
+layer can absorb the shift, so it stays a separate operator.
 
-The clip to [-6, 6] is needed since with batch normalisation nothing else bounds what a block multiplies. In
-evaluation a norm is a constant scale and shift, and so a network of d blocks, which square their inputs, is a
-polynomial of degree 2^d: it overflows at more contrast or at another resolution than in training. Clipped, a
-mixer adds at most 6 to its input. The bound is ReLU6's, six standard deviations where the norm's scale is 1.
-It costs an elementwise pass that nothing fuses. Layer normalisation bounds the input of the product itself,
-and the linear neuron, which multiplies nothing, needs no clip.
+The clip to [-6, 6] is needed since with batch normalisation, nothing else bounds what a block multiplies. In
+evaluation, a norm is a constant scale and shift, so a network of d blocks that square their inputs is a
+polynomial of degree 2^d: it overflows at more contrast or at another resolution than in training. With the
+clip, a mixer adds at most 6 to its input. The bound is that of ReLU6, six standard deviations where the
+norm's scale is 1. It costs an elementwise pass that is not fused. Layer normalisation bounds the input of
+the product itself, and the linear neuron multiplies nothing, so neither needs a clip.
 """
 
 import inspect
@@ -67,7 +67,7 @@ class Parameter:
         return isinstance(next(iter(self.values)), str)
 
     def problem(self, value: Any) -> str:
-        """Return what was expected where a value is not allowed, "" where it is."""
+        """Return what was expected if a value is not allowed, otherwise ""."""
         if not self.is_word and (not isinstance(value, int) or isinstance(value, bool)):
             return "expected a whole number"
         if isinstance(value, int | str) and value in self.values:
@@ -95,7 +95,7 @@ class Block:
     # A class or function that makes the module, or its import path "package.module:name". It is given the
     # fields of `Place` and the parameters that its signature names. None: a plain chain of the layers.
     module: Callable[..., Any] | str | None
-    definition: Any  # what was decorated
+    definition: Any  # the decorated function or class
 
     @property
     def shares_weights(self) -> bool:
@@ -103,15 +103,15 @@ class Block:
         return all(p.is_sliced or p.is_word for p in self.parameters)
 
     def parameter(self, name: str) -> Parameter | None:
-        """Return the parameter of that name, None where the block has none."""
+        """Return the parameter of that name, or None."""
         return next((p for p in self.parameters if p.name == name), None)
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all parameters in order, those that are not given at their defaults."""
+        """Return all parameters in order, with defaults for those that are not given."""
         return {p.name: given.get(p.name, p.default) for p in self.parameters}
 
     def check(self, given: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
-        """Yield the problems of given parameters, each with the parameter or None for the whole."""
+        """Yield the problems of given parameters, each with its parameter, or None for the block."""
         for name, value in given.items():
             parameter = self.parameter(name)
             if parameter is None:
@@ -182,8 +182,8 @@ def register_block(
 
     `parameters` gives the allowed values, all whole numbers or all words; a default in the signature of the
     function makes a parameter optional. `sliced` names the parameters for which a smaller value's weights
-    are a slice of the largest's, the centre of kernels and the leading channels: where it has all whole
-    numbers the block works with weights="shared", otherwise with weights="independent" alone.
+    are a slice of the largest's, the centre of kernels and the leading channels. If it names all whole-number
+    parameters, the block works with weights="shared", otherwise only with weights="independent".
 
     Raises SpaceError where the name is taken or the parts do not fit each other.
 
@@ -297,9 +297,9 @@ def _check_chain(name: str, layers: Layers) -> None:
 def module_of(
     block: Block, place: Place, parameters: Mapping[str, Value]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return the class or function that makes a block's module, and the arguments that it is made with.
+    """Return the class or function that makes a block's module, and its arguments.
 
-    Raises SpaceError where it needs something that neither the place nor the block has.
+    Raises SpaceError where it needs an argument that neither the place nor the block has.
     """
     make = block.module
     if isinstance(make, str):
@@ -337,7 +337,7 @@ def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAU
         mixer = [LayerSpec("norm1", norm, px, c, c), *mixer]
         pointwise = [LayerSpec("norm2", norm, px, c, c), expand, act, project]
     else:
-        # next to the convolution that it folds into, as it runs once folded
+        # next to the convolution that it folds into, where it runs once folded
         at = len(mixer) - (mixer[-1].op == "add")
         mixer.insert(at, LayerSpec("norm1", norm, px, c, c))
         if NEURONS[neuron].multiplies:

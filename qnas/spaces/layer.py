@@ -1,4 +1,4 @@
-"""One layer of a network as a value: its operator and shape, and what it costs in MACs and memory.
+"""One layer of a network as a value: its operator and shape, and its cost in MACs and parameters.
 
 Maps are square, and sizes are for one image. One multiply-add is one MAC, counted for convolutions and linear
 layers only, as the papers and torch's own counter do; elementwise operators have a latency but no MACs.
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """An operator at a place: `role` names it inside its block.
+    """An operator with its shape; `role` names it inside its block.
 
-    `resolution_px` is the height and width of the input. An odd kernel is padded so that the output has
-    resolution / stride pixels, rounded up; a kernel as large as its stride (a patch) is not: rounded down.
+    `resolution_px` is the height and width of the input. With an odd kernel, padding gives the output
+    resolution / stride pixels, rounded up. A kernel equal to its stride (a patch) has none: rounded down.
     """
 
     role: str
@@ -57,11 +57,11 @@ class LayerSpec:
 
 
 class Op(NamedTuple):
-    """The cost of an operator: its weights are used once at each place of the output."""
+    """The cost of an operator: each weight is used once per output pixel."""
 
     weights: Callable[[LayerSpec], int] = lambda s: 0
     changes_channels: bool = False
-    scales_and_shifts: bool = False  # by two parameters a channel
+    scales_and_shifts: bool = False  # by two parameters per channel
 
 
 OPS: dict[str, Op] = {

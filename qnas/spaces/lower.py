@@ -1,8 +1,8 @@
-"""The one lowering: a space and an architecture to blocks, each a tuple of layers.
+"""The only lowering of a space and an architecture to blocks, each a tuple of layers.
 
-The module builders, the counters and every latency source read what this returns, so they cannot disagree.
-Layers stand in the order in which they run; `role` names a layer inside its block, and the submodule that
-computes it. A block carries its parameters, so that nothing reads them back out of layers.
+The module builders, the counters and every latency source read its result, so they cannot disagree. Layers
+are in the order in which they run; `role` names a layer inside its block, and the submodule that computes it.
+A block carries its parameters, so nothing has to infer them from layers.
 """
 
 import math
@@ -31,7 +31,7 @@ class BlockSpec:
 
     @property
     def unnamed(self) -> "BlockSpec":
-        """The same for all equal blocks, wherever they stand: a key for what they have in common."""
+        """The block without its name: a key for all equal blocks, wherever they stand."""
         return replace(self, name="")
 
 
@@ -56,7 +56,7 @@ def stem_layers(space: SearchSpace, resolution_px: int) -> tuple[LayerSpec, ...]
 def transition_layers(
     space: SearchSpace, c_in: int, c_out: int, stride: int, resolution_px: int
 ) -> tuple[LayerSpec, ...]:
-    """Return a norm and a convolution of kernel = stride; nothing where the shape stays."""
+    """Return a norm and a convolution of kernel = stride; nothing if the shape stays the same."""
     if stride == 1 and c_in == c_out:
         return ()
     pre_norm = space.norm == "layernorm"
@@ -88,7 +88,7 @@ def skeleton(
 ) -> tuple[BlockSpec | Slot, ...]:
     """Return the fixed blocks of every network of the space, with slots where candidates go.
 
-    By default it is that of the deployed network. Raises SpaceError where the resolution is too small.
+    By default, it is that of the deployed network. Raises SpaceError where the resolution is too small.
     """
     px = space.input.resolution_px if resolution_px is None else resolution_px
     check_resolution(space, px)
@@ -137,7 +137,7 @@ def make_block(name: str, block: str, place: Place, **parameters: Value) -> Bloc
 
 
 def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
-    """Return the block that a candidate makes of a slot. Identity has no layers."""
+    """Return the block of a candidate in a slot. Identity has no layers."""
     p = slot.position
     place = Place(p.c_in, p.c_out, p.stride, slot.resolution_px, space.norm, space.activation)
     return make_block(p.name, candidate.block, place, **candidate.parameters)
@@ -146,7 +146,7 @@ def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
 def lower(
     space: SearchSpace, arch: Arch, *, resolution_px: int | None = None, classes: int | None = None
 ) -> tuple[BlockSpec, ...]:
-    """Return the blocks of a network in order, by default of the deployed one."""
+    """Return the blocks of a network in order, by default of the deployed network."""
     choices = iter(arch.choices)
     return tuple(
         fill(space, part, part.position.candidate(next(choices))) if isinstance(part, Slot) else part

@@ -1,7 +1,7 @@
-"""The neurons of a QuadraBlock's mixer: depthwise convolutions of its input X, put together by a formula.
+"""The neurons of a QuadraBlock's mixer: depthwise convolutions of its input X, combined by a formula.
 
 In the docstrings of the formulas `*` is a depthwise convolution at stride 1, padded to keep the size; `.`
-and `^2` are elementwise. Types 2 to 4 are as counted in QuadraLib (MLSys 2022, arXiv 2204.01701).
+and `^2` are elementwise. Types 2 to 4 are numbered as in QuadraLib (MLSys 2022, arXiv 2204.01701).
 
 A formula only calls its convolutions and uses operators and methods of tensors: it is defined without torch,
 and the stand-alone export copies its source.
@@ -21,13 +21,13 @@ CONVOLUTION = "dwconv"
 NAME = re.compile(r"[a-z][a-z0-9]*")  # of neurons, blocks, and words as values of a block's parameter
 _ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
 _ELEMENTWISE -= {CONVOLUTION, "gap"}
-# the layers that a QuadraBlock has besides its neuron's
+# the layers of a QuadraBlock besides those of its neuron
 _TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "act", "project", "mixer"}
 
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron: its formula, layers, biases and start. Convolutions have the names of their layers' roles."""
+    """A neuron: its formula, layers, biases and start. Convolutions are named by their layers' roles."""
 
     name: str
     formula: Formula
@@ -35,16 +35,16 @@ class Neuron:
     biases: tuple[str, ...] = ()  # convolutions with a bias inside the formula
     # the convolution whose bias is added to the result; it has none where a batch norm shifts the result
     constant: str | None = None
-    # factors of the freshly drawn weights. Torch draws convolutions whose output has a third of the input's
-    # second moment; with these factors a neuron that squares (a normal x^2 has a second moment of 3), or is
-    # a product alone, has the same third.
+    # factors on the initial weights. Torch draws convolutions whose output has a third of the input's second
+    # moment. With these factors, the same holds for a neuron that squares (a normal x^2 has a second moment
+    # of 3) or is only a product.
     start: Mapping[str, float] = field(default_factory=dict)
     ones: tuple[str, ...] = ()  # convolutions whose bias starts at one
     # ReLinear (arXiv 2110.06081) starts these at zero, so that the neuron is linear; None: no linear part
     zeros: tuple[str, ...] | None = None
-    # the weights of the quadratic terms, which ReLinear lets in slowly; the same where not given
+    # the weights of the quadratic terms, which ReLinear trains more slowly; None: the same as `zeros`
     quadratic: tuple[str, ...] | None = None
-    # a batch norm folds into these, the last of which takes the shift as a bias; where none, it stays
+    # a batch norm folds into these, the shift as a bias into the last; without any, it stays
     folds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> 
 
 
 def check_free(what: str, before: Any, now: Any) -> None:
-    """Raise SpaceError where a name has a definition that is not this one of a notebook's cell run again."""
+    """Raise SpaceError where a name has another definition; a notebook's cell may run again."""
     old, new = ((getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (before, now))
     if before is not None and (old != new or None in old):
         raise SpaceError(f"{what}: the name is taken")
@@ -124,9 +124,9 @@ def check_free(what: str, before: Any, now: Any) -> None:
 @register_neuron(
     DEFAULT_NEURON,
     {"conv_a": "dwconv", "conv_b": "dwconv", "product": "mul", "conv_c": "dwconv", "sum": "add"},
-    # its product is left at a second moment of 1.85 ninths, as torch draws both factors
+    # its product keeps the second moment of 1.85 / 9 that torch's weights of both factors give it
     zeros=("conv_b",),
-    quadratic=("conv_a", "conv_b"),  # W_a goes with W_b, as nothing else uses it
+    quadratic=("conv_a", "conv_b"),  # W_a goes with W_b, since nothing else uses it
     folds=("conv_a", "conv_c"),
 )
 def quadranet(x: Any, a: Any, b: Any, c: Any) -> Any:
@@ -155,7 +155,7 @@ def type3(x: Any, a: Any) -> Any:
     return y * y
 
 
-# a product of freshly drawn convolutions has a second moment of 1.85 ninths: both are mostly their centres
+# a product of newly drawn convolutions has a second moment of 1.85 / 9: both are mostly their centres
 _PRODUCT_START = (3 / 1.85) ** 0.25
 
 
@@ -182,7 +182,7 @@ def type4(x: Any, a: Any, b: Any) -> Any:
     biases=("conv_a", "conv_b"),
     constant="conv_s",
     start={"conv_s": 3**-0.5},
-    ones=("conv_b",),  # as ReLinear has it: with b_b at 1 the product holds the linear part
+    ones=("conv_b",),  # as in ReLinear: with b_b = 1, the product contains the linear part
     zeros=("conv_b", "conv_s"),
     folds=("conv_a", "conv_s"),
 )

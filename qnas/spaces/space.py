@@ -1,8 +1,8 @@
 """A search space, read from a YAML file or made in Python, as a frozen value.
 
 A network is a stem, stages of positions with a transition before each, and a head. Every position is filled
-by one of its candidates; a fixed network is a space with one candidate a position. Latencies are those of the
-space's own `input.resolution_px` and `head.classes`, whatever it is trained on.
+by one of its candidates; a fixed network is a space with one candidate per position. Latencies are for the
+space's own `input.resolution_px` and `head.classes`, whatever the training images are.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Channels = Annotated[int, Field(ge=1, le=16384)]
 class Candidate(FilePart):
     """A block that a position may hold, with all its parameters.
 
-    It is made as it is written, `Candidate(block="quadra", kernel=3, expansion=2)`, without defaults.
+    Its arguments are the keys of the file, `Candidate(block="quadra", kernel=3, expansion=2)`.
     """
 
     block: str
@@ -49,7 +49,7 @@ class Candidate(FilePart):
             return content
         given = {name: value for name, value in content.items() if name != "block"}
         if "block" not in content:
-            return {"parameters": {}}  # pydantic says that it is missing
+            return {"parameters": {}}  # pydantic reports the missing key
         block = _block_of(content)
         if block is None:
             known = nearest(str(content["block"]), BLOCKS)
@@ -66,7 +66,7 @@ class Candidate(FilePart):
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
-        # without defaults: a space keeps its digest when a block of it gets another parameter
+        # without defaults, so that a space keeps its digest when one of its blocks gets a new parameter
         defaults = {p.name: p.default for p in BLOCKS[self.block].parameters}
         given = {name: value for name, value in self.parameters.items() if value != defaults[name]}
         return {"block": self.block, **given}
@@ -95,22 +95,22 @@ class Candidate(FilePart):
 
 
 def _problem(key: tuple[str, ...], message: str, value: Any) -> InitErrorDetails:
-    # the message as a value, as a brace in it would be filled in
+    # the message is passed as a value, since pydantic would fill in braces in it
     return InitErrorDetails(
         type=PydanticCustomError("value_error", "{message}", {"message": message}), loc=key, input=value
     )
 
 
 def _block_of(content: Any) -> Block | None:
-    """Return the kind of block of a candidate as it is written, None where there is none."""
+    """Return the kind of block of a candidate's entry, None where it is unknown."""
     name = content.get("block") if isinstance(content, dict) else None
     return BLOCKS.get(name) if isinstance(name, str) else None
 
 
 def _expand_candidates(entries: Any) -> Any:
-    """Write out lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates.
+    """Expand lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates.
 
-    Those of one kind come together, in the order of the block's parameters.
+    Candidates of one kind stay together, in the order of the block's parameters.
     """
     if not isinstance(entries, list | tuple):
         return entries
@@ -163,7 +163,7 @@ class Head(FilePart):
 
 @dataclass(frozen=True)
 class Position:
-    """A place that one candidate fills. `name` is stage and place in it, counted from 1."""
+    """A position, filled by one candidate. `name` is the stage and the position in it, counted from 1."""
 
     name: str
     stage: int
@@ -179,7 +179,7 @@ class Position:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Candidates by name, in order."""
+        """The names of the candidates, in order."""
         return tuple(c.name for c in self.candidates)
 
     def candidate(self, name: str) -> Candidate:
@@ -188,7 +188,7 @@ class Position:
 
 
 class SearchSpace(FilePart):
-    """A checked search space. Two spaces with one digest have the same networks."""
+    """A checked search space. Two spaces with the same digest have the same networks."""
 
     file_schema: Literal["qnas.space/1"] = Field(alias="schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -197,7 +197,7 @@ class SearchSpace(FilePart):
     norm: Literal["layernorm", "batchnorm"]
     activation: Literal["gelu", "relu", "relu6", "hswish"]
     stem: Stem
-    # conv: a normed convolution between stages; block: the first block of a stage makes the change
+    # conv: a convolution and a norm between stages; block: the first block of a stage changes the shape
     transition: Literal["conv", "block"]
     candidates: Candidates
     stages: Annotated[tuple[Stage, ...], BeforeValidator(to_tuples), Field(min_length=1)]
@@ -259,11 +259,11 @@ class SearchSpace(FilePart):
 
     @cached_property
     def digest(self) -> str:
-        """Identify the networks of the space, whatever its comments and its source say."""
+        """The identity of the space's networks, independent of its comments and its source."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"source"})
         for part in (content, *content["stages"]):
             for candidate in part["candidates"] or ():
-                if candidate["block"] == "identity":  # digests are from when every block had these
+                if candidate["block"] == "identity":  # digests date from when every block had these
                     candidate |= {"kernel": 1, "expansion": 1}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -272,7 +272,7 @@ class SearchSpace(FilePart):
         return SearchSpace.model_validate(self._written() | {"norm": norm})
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
-        """Return the same space for images of another size: with the same weights, other latencies."""
+        """Return the same space for images of another size: with the same weights and other latencies."""
         content = self._written()
         content["input"]["resolution_px"] = resolution_px
         return SearchSpace.model_validate(content)
@@ -328,13 +328,13 @@ def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
 def parse_space(text: str, where: str) -> SearchSpace:
     """Read a space from YAML text; `where` names it in messages.
 
-    Raises SpaceError with every problem in one line; those between keys once each key is right by itself.
+    Raises SpaceError with every problem in one line; problems between keys once each key is valid.
     """
     return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:
-    """Load a shipped space by name, or the user's by the path of its YAML file.
+    """Load a shipped space by name, or your own by the path of its YAML file.
 
     Raises SpaceError when there is none, or when it is broken.
 

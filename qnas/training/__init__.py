@@ -1,1 +1,1 @@
-"""Training of anything that has weights, and of one network by itself."""
+"""Training steps and loops, losses and scores, and the training of one network."""

@@ -1,7 +1,7 @@
 """The device and precision of training: a GPU if there is one, the CPU otherwise.
 
 On a GPU torch's autocast runs matrix products and convolutions in bfloat16 where the GPU supports it.
-Weights and their gradients stay in float32, architecture parameters in float64. float16 has a loss scale.
+Weights and their gradients stay in float32, architecture parameters in float64. float16 needs a loss scale.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -34,9 +34,9 @@ class Acceleration:
         return self._autocast(self.dtype)
 
     def autocast_unscaled(self) -> AbstractContextManager[object]:
-        """Return the context of a forward pass without a loss scale, as of an architecture step.
+        """Return the context of a forward pass without a loss scale, such as that of an architecture step.
 
-        It is float32 where a weight step is in float16, whose range unscaled gradients would leave.
+        It uses float32 where weight steps use float16, whose range unscaled gradients would leave.
         """
         return self._autocast(torch.float32 if self.dtype == torch.float16 else self.dtype)
 
@@ -53,9 +53,9 @@ UNSCALED = PLAIN.scaler()
 
 
 def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_rank: int = 0) -> Acceleration:
-    """Return where to run: `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
+    """Return the device and precision: `auto` is a GPU in bfloat16 if there is one, else the CPU in float32.
 
-    `local_rank` is the GPU's number. Raises UsageError where a GPU is missing, or has no bfloat16.
+    `local_rank` is the number of the GPU. Raises UsageError where a GPU is missing or has no bfloat16.
     """
     has_gpu = torch.cuda.is_available()
     if torch_device == "cuda" and not has_gpu:
@@ -82,15 +82,15 @@ def choose_acceleration(torch_device: TorchDevice, precision: Precision, local_r
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Have torch.compile compile each block on its first run, in place; names of weights stay.
+    """Let torch.compile compile each block on its first run, in place; weights keep their names.
 
-    Blocks, not networks: each path of a supernet, a new combination of blocks, would be compiled anew. Blocks
-    of one shape share a program. On a CPU it does not pay: a block is no faster than with `qnas.nn.kernels`,
-    and every shape takes tens of seconds to compile; on a GPU it has not been measured.
+    Networks are not compiled as a whole: each path of a supernet is a new combination of blocks. Blocks of
+    one shape share a program. On a CPU this does not pay off: a block is no faster than with
+    `qnas.nn.kernels`, and each shape takes tens of seconds to compile. On a GPU it has not been measured.
     """
     blocks = [block for block in module.modules() if isinstance(block, QuadraBlock | Chain)]
-    # torch gives up on a function that it compiled 8 times, and one forward serves all these blocks; times
-    # 4, as each has programs for training, for architecture steps, without gradients and for evaluation
+    # torch stops compiling a function after 8 programs, and all these blocks share one `forward`. Each has up
+    # to 4: for training, for architecture steps, without gradients and for evaluation
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * len(blocks))

@@ -1,7 +1,7 @@
-"""The facts of a trained network: its accuracy, its size, its latencies, and its speed on this machine.
+"""Facts about a trained network: its accuracy, its size, its latencies, and its speed on this machine.
 
 Accuracies have Wilson's interval (`common.intervals`), which covers other test sets of the same kind and
-size, not other seeds.
+size, but not other seeds.
 """
 
 import os
@@ -25,12 +25,12 @@ from qnas.training.losses import CROSS_ENTROPY, Objective
 from qnas.training.scoring import TOP, Classified
 
 SPEED_BATCH = 64  # images
-SPEED_SECONDS = 0.5  # at least so long, and so many passes
-SPEED_PASSES = 5
+SPEED_SECONDS = 0.5  # at least
+SPEED_PASSES = 5  # at least
 
 
 def share(count: int, of: int) -> dict[str, float]:
-    """Return a share of 1 with its interval at LEVEL, as JSON values."""
+    """Return a share (0 to 1) with its interval at LEVEL, as JSON values."""
     low, high = wilson(count / of, of)
     return {"value": count / of, "low": low, "high": high}
 
@@ -57,10 +57,10 @@ def accuracy_facts(
 
 
 def size_facts(source: FoundArch) -> dict[str, Any]:
-    """Return the deployed network's counts and its latency on each known device, as JSON values.
+    """Return the deployed network's MACs, parameters and latency on each known device, as JSON values.
 
-    All are for the space's own resolution and classes, as searched for. The devices are the shipped ones
-    that can predict the space, and those that the network was searched for.
+    All are for the space's own resolution and classes, as in the search. The devices are the shipped ones
+    that can predict the space, and those of the search.
     """
     space, arch = source.space, source.arch
     blocks = lower(space, arch)
@@ -87,9 +87,9 @@ def size_facts(source: FoundArch) -> dict[str, Any]:
 def measure_speed(
     network: nn.Module, acceleration: Acceleration, channels: int, resolution_px: int
 ) -> dict[str, Any]:
-    """Return how many images a second torch classifies on this machine, as JSON values.
+    """Return the images per second that torch classifies on this machine, as JSON values.
 
-    This is the median over passes of a batch, in float32 as the test images are classified.
+    They follow from the median over passes of one batch, in float32, as for the test images.
     """
     device, on_gpu = acceleration.device, acceleration.device.type == "cuda"
     shape = (SPEED_BATCH, channels, resolution_px, resolution_px)

@@ -24,15 +24,15 @@ from qnas.training.processes import ALONE, World, joined
 
 
 def set_up_process(threads: int) -> None:
-    """Set torch's threads (0 leaves them) and let the C library keep freed memory (glibc only)."""
+    """Set torch's threads (0 keeps their number) and let the C library keep freed memory (glibc only)."""
     if threads:
         torch.set_num_threads(threads)
-    # a training step frees and requests the same few megabytes over and over; as fresh pages they cost
-    # more than the arithmetic on them: a quarter of a step of quadranet-small
+    # a training step frees and requests the same few megabytes over and over; fresh pages for them cost
+    # more than the arithmetic on them, a quarter of a step of quadranet-small
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
+        mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc accepts
         mallopt(m_trim_threshold, (1 << 31) - 1)
         mallopt(m_top_pad, 64 << 20)
 
@@ -57,7 +57,7 @@ class Stepper(Protocol):
 
     @property
     def steps_done(self) -> int:
-        """Steps taken so far, those of former processes included."""
+        """Steps taken so far, including those before a resume."""
 
     @property
     def phase(self) -> str:
@@ -67,13 +67,13 @@ class Stepper(Protocol):
         """Take a step; return what to log: figures, and `warnings` where there are any."""
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe the figures of a step for the progress; an empty text keeps the former ones."""
+        """Describe the figures of a step for the progress; an empty text keeps the last one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps, as plain values and tensors."""
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore such a state."""
+        """Restore a state from `to_dict`."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def run_to_end(
 ) -> None:
     """Take all steps in a run folder, with metrics, checkpoints and progress.
 
-    Of several processes only the main one reads and writes there; all stop after the same step.
-    Draws from torch's own random numbers, for instance by a user's module, depend on the seed and the
-    steps alone. Raises CheckpointError where no saved state is whole or of this run, Interrupted once the
-    state is saved after Ctrl-C or SIGTERM, ProcessError where another process is gone.
+    With several processes, only the main one reads and writes there; all stop after the same step.
+    Draws from torch's global random state, for instance by a user's module, depend only on the seed and
+    the steps. Raises CheckpointError where no saved state is intact and of this run, Interrupted once the
+    state is saved after Ctrl-C or SIGTERM, ProcessError where another process has ended.
     """
     checkpoints = Checkpoints(folder)
     with (
@@ -138,20 +138,20 @@ def run_to_end(
             stops = world.any(bool(signals))
             if metrics is not None and (
                 stops
-                or stepper.steps_done == stepper.total_steps  # what follows may take minutes
+                or stepper.steps_done == stepper.total_steps  # the work after the loop may take minutes
                 or stepper.steps_done - saved_step >= interval.steps
                 or time.monotonic() - saved_at >= interval.seconds
             ):
-                # the lines first: a checkpoint must not know of more of them than there are
+                # metrics first: a checkpoint must not count more bytes of them than are on disk
                 metrics_bytes = metrics.sync()
-                # torch's own random numbers; no step draws from numpy's or Python's
+                # torch's global random states; no step draws from those of numpy or Python
                 random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
                 state = {"metrics_bytes": metrics_bytes, "random": random}
                 checkpoints.save({"stepper": stepper.to_dict(), **state})
                 saved_step, saved_at = stepper.steps_done, time.monotonic()
             if stops:
                 raise interrupted(folder)
-        if world.any(bool(signals)):  # came as the last state was saved
+        if world.any(bool(signals)):  # a signal came while the last state was saved
             raise interrupted(folder)
         world.check_same(stepper.to_dict())
 
@@ -159,7 +159,7 @@ def run_to_end(
 def check_finite(
     loss: float, step: int, remedy: str = "A larger `batch_size` or another `seed` may help"
 ) -> None:
-    """Raise TrainingError where a loss is not finite, before anything of it is saved."""
+    """Raise TrainingError where a loss is not finite, before the state is saved."""
     if not math.isfinite(loss):
         raise TrainingError(
             f"step {step}: the loss is {loss} and the weights are lost; the last checkpoint is of an earlier "

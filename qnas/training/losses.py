@@ -1,7 +1,7 @@
-"""Losses that networks are trained and ranked by, and metrics that they are reported by.
+"""Losses for training and ranking networks, and metrics for reporting them.
 
-A loss gives one value an image, so that networks can be compared image by image. Any callable of the same
-signature can stand in for the named ones.
+A loss returns one value per image, so that networks can be compared image by image. Any callable of the same
+signature can replace the named ones.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from qnas.training.settings import LossName, MetricName
 
 # logits (B, classes), targets as classes (B,) or as shares of the classes (B, classes) -> (B,)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-# predicted classes (N,), labels (N,) -> a figure of which more is better
+# predicted classes (N,), labels (N,) -> a figure, higher is better
 Metric = Callable[[Tensor, Tensor], float]
 
-GUESSED_LABELS = 4096  # at most, from which the loss of guessing is estimated
+GUESSED_LABELS = 4096  # at most this many labels serve to estimate the loss of guessing
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class WeightedCrossEntropy:
 
 @dataclass(frozen=True)
 class FocalLoss:
-    """Cross-entropy times (1 - p)^gamma, which fades out what is classified well (arXiv 1708.02002)."""
+    """Cross-entropy times (1 - p)^gamma, which fades out well-classified images (arXiv 1708.02002)."""
 
     gamma: float = 2.0
     name: ClassVar[str] = "focal"
@@ -59,7 +59,7 @@ class FocalLoss:
 
 
 def balanced_loss(labels: Tensor, classes: int) -> WeightedCrossEntropy:
-    """Return the loss that weights each class by its rarity among labels (N,), on average by 1."""
+    """Return the loss that weights each class by its rarity among labels (N,), with mean 1 over them."""
     counts = torch.bincount(labels, minlength=classes).double()
     present = counts > 0
     weights = torch.where(present, len(labels) / (int(present.sum()) * counts.clamp_min(1)), 0.0)
@@ -67,7 +67,7 @@ def balanced_loss(labels: Tensor, classes: int) -> WeightedCrossEntropy:
 
 
 def mean_loss(loss: LossFunction, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean loss of a batch, a scalar; smoothing spreads a share of it over all classes."""
+    """Return the mean loss of a batch, a scalar; smoothing spreads a share of targets over all classes."""
     if loss is cross_entropy:  # in one fused call
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if label_smoothing:
@@ -89,7 +89,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Return the mean over the classes of the share of their images that are classified correctly."""
+    """Return the mean over classes of the share of a class's images that are classified correctly."""
     right = (predicted == labels).double()
     shares = [right[labels == label].mean() for label in torch.bincount(labels).nonzero()]
     return float(torch.stack(shares).mean())
@@ -97,13 +97,13 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that networks are trained and ranked by, and a metric to report beside the accuracy."""
+    """The loss for training and ranking networks, and a metric to report beside the accuracy."""
 
     loss: LossFunction = cross_entropy
     metric: Metric | None = None
 
     def record(self) -> dict[str, str]:
-        """Return the names of what is not the default, for a run's config.json."""
+        """Return the names of a loss and metric that are not the default, for a run's config.json."""
         parts = {"loss": None if self.loss is cross_entropy else self.loss, "metric": self.metric}
         return {key: name_of(part) for key, part in parts.items() if part is not None}
 
@@ -116,7 +116,7 @@ CROSS_ENTROPY = Objective()
 
 
 def name_of(part: LossFunction | Metric) -> str:
-    """Return the name of a loss or metric: a short one of ours, the place of a caller's own."""
+    """Return the name of a loss or metric: its short name, or else its module and qualified name."""
     if part is balanced_accuracy:
         return "balanced-accuracy"
     named = part if hasattr(part, "__qualname__") else type(part)
@@ -126,7 +126,7 @@ def name_of(part: LossFunction | Metric) -> str:
 def make_objective(
     loss: LossName | LossFunction, metric: MetricName | Metric, labels: Tensor, classes: int
 ) -> Objective:
-    """Return the objective of a loss and a metric, by name or as callables, for labels (N,) of training."""
+    """Return the objective of a loss and a metric, by name or as callables, for training labels (N,)."""
     if loss == "balanced":
         loss = balanced_loss(labels, classes)
     elif isinstance(loss, str):
@@ -138,12 +138,12 @@ def make_objective(
 def saved_objective(
     name: str, labels: Tensor, classes: int, own: LossFunction | None, where: Path
 ) -> Objective:
-    """Return the objective that a run records by the name of its loss, to rank networks by.
+    """Return the objective for ranking networks, from the loss that a run recorded by name.
 
-    Raises CheckpointError where that is a loss of the caller's own which is not given again.
+    `own` is a custom loss. Raises CheckpointError where the run used one and it is not given again.
     """
     if own is not None:
         return Objective(own)
     if name not in get_args(LossName):
-        raise CheckpointError(f"{where}: used a loss of its own, {name}: give it again as `loss`")
+        raise CheckpointError(f"{where}: used a custom loss, {name}: give it again as `loss`")
     return make_objective(cast(LossName, name), "accuracy", labels, classes)

@@ -23,14 +23,14 @@ GRADIENT_CLIP = 5.0  # of the total norm (QuadraNet's recipe)
 class PathAdamW(torch.optim.AdamW):
     """AdamW that visits only the weights which the last backward pass reached.
 
-    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; asking all others for
-    their gradients, three times a step, takes longer the more candidates there are. A group's rate is
-    multiplied by its `rate_share`, if any. Its weights shrink to zero after a step by its `l1` times the
-    rate, if any (the proximal step of an L1 penalty, decoupled like AdamW's decay).
+    A sampled path reaches a few of a supernet's hundreds or thousands of tensors; checking all others for
+    gradients, three times a step, takes longer the more candidates there are. A group's learning rate is
+    multiplied by its `rate_share`, if any. After a step, its weights shrink towards zero by its `l1`, if any,
+    times the rate (the proximal step of an L1 penalty, decoupled like AdamW's decay).
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float) -> None:
-        # fused: one call for all tensors, a third of the time for a supernet's hundreds
+        # fused: one call for all tensors, which takes a third of the time for a supernet's hundreds
         super().__init__([dict(group) for group in groups], lr=learning_rate, fused=True)
         self._reached: dict[int, nn.Parameter] = {}
         self._group_of: list[int] = []
@@ -47,12 +47,12 @@ class PathAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; they cannot be set to zero in place."""
-        assert set_to_none, "a weight without a gradient is left as it is, one of gradient 0 decays"
+        assert set_to_none, "a weight without a gradient stays unchanged, one with a zero gradient decays"
         for weight in self._reached.values():
             weight.grad = None
         self._reached.clear()
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would walk twice
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # accepts no closure
         """Update the weights that have a gradient."""
         whole = [(group["params"], group["lr"]) for group in self.param_groups]
         reached: list[list[nn.Parameter]] = [[] for _ in whole]
@@ -61,7 +61,7 @@ class PathAdamW(torch.optim.AdamW):
         try:
             for group, weights in zip(self.param_groups, reached, strict=True):
                 group["params"] = weights
-                # the group's own rate stays the schedule's, whose end is one rate for all groups
+                # the stored rate stays that of the schedule, which ends at one rate for all groups
                 group["lr"] *= group.get("rate_share", 1.0)
             super().step()
             with torch.no_grad():
@@ -78,9 +78,9 @@ class PathAdamW(torch.optim.AdamW):
 class ReLinear:
     """The separate training of the quadratic weights (ReLinear, Fan et al., arXiv 2110.06081).
 
-    `weights` are those in the quadratic products. `gamma` is their rate as a share of the others'; scaling
-    the gradient itself would change nothing, as AdamW divides it by its own size. `alpha` adds to their
-    decay (L2), and `beta` shrinks them to zero (L1), both at their own rate.
+    `weights` are those in the quadratic products. `gamma` is their learning rate as a share of that of the
+    others; scaling the gradient instead would change nothing, since AdamW divides it by its own size.
+    `alpha` adds to their decay (L2), and `beta` shrinks them towards zero (L1), both at their own rate.
     """
 
     weights: Sequence[nn.Parameter]
@@ -115,7 +115,7 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LRScheduler:
-    """Return a schedule by step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
+    """Return a schedule per step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
     warmup_steps = min(max(1, warmup_steps), max(1, steps - 1))
     base = optimizer.param_groups[0]["lr"]
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=warmup_steps)
@@ -124,7 +124,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: in
 
 
 class _Schedule(SequentialLR):
-    """torch's schedule; that of torch 2.8 warns of its own use of an old argument."""
+    """torch's SequentialLR, without the warning of torch 2.8 about its own use of an old argument."""
 
     def step(self, epoch: int | None = None) -> None:
         with warnings.catch_warnings():
@@ -134,16 +134,16 @@ class _Schedule(SequentialLR):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that is learned from beside the labels (distillation, arXiv 1503.02531)."""
+    """A network whose outputs are learned beside the labels (distillation, arXiv 1503.02531)."""
 
-    forward: Forward  # (B, channels, H, W) normalised as the data are -> (B, classes)
-    weight: float  # of its loss; the labels' has the rest
+    forward: Forward  # (B, channels, H, W) normalised like the data -> (B, classes)
+    weight: float  # of its loss, from 0 to 1; the labels' loss has the rest
     temperature: float
 
     def loss(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Return the divergence from the teacher's answers, softened by the temperature, in nats.
+        """Return the divergence from the teacher's outputs, softened by the temperature, in nats.
 
-        Times the temperature's square, so that its gradients keep their size.
+        It is multiplied by the square of the temperature, so that its gradients keep their size.
         """
         with torch.no_grad():
             answers = self.forward(images)
@@ -170,8 +170,8 @@ def weight_step(
     """Take one optimiser step on a batch; return the mean loss, detached.
 
     images: (B, channels, H, W); labels: (B,), or shares of the classes (B, classes); both on the
-    acceleration's device, and of several processes this one's part. The batch is split into `parts`, which
-    must be equal, and their gradients are accumulated. Weights that `forward` did not use stay as they are.
+    acceleration's device, and with several processes only this one's part. The batch is split into `parts`
+    equal parts whose gradients are accumulated. Weights that `forward` did not use stay unchanged.
     """
     optimizer.zero_grad()
     losses = []

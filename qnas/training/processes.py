@@ -3,15 +3,15 @@
     torchrun --nproc-per-node 2 -m qnas.commands search --device vpu --budget 30ms
 
 All processes hold the same weights, architecture parameters and random states, and so draw the same paths.
-Each computes its part of the batch that a single process would see. As gradients are averaged, the copies
-stay equal to the last bit (`World.check_same`), and to a single process's but for the order of additions.
+Each computes its part of the batch of a single process. Gradients are averaged, so the copies of the weights
+stay equal to the last bit (`World.check_same`), and equal to a single process's up to the order of additions.
 
 DistributedDataParallel averages the gradients of a single network (`World.parallel`). It does not suit the
-sampled paths of a supernet: it would send every candidate's gradient, mostly zeros. On two gloo processes
-and two cores a weight step of 32 images became 25% longer for quadranet-small and 99% for quadranet-mobile;
-one message with the gradients of the path (`World.average`) costs 2% and 14%.
+sampled paths of a supernet, since it would send the gradients of all candidates, mostly zeros. On two gloo
+processes and two cores, it made a weight step of 32 images 25% longer for quadranet-small and 99% longer for
+quadranet-mobile; one message with the gradients of the path (`World.average`) costs 2% and 14%.
 
-A process that dies or hangs ends the others: at once where its connection breaks, else after TIMEOUT.
+If a process dies or hangs, the others end as well: at once if its connection breaks, otherwise after TIMEOUT.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qnas.common.errors import ProcessError, UsageError
 
-TIMEOUT = timedelta(minutes=5)  # for a message of another process: longer than evaluations and checkpoints
+TIMEOUT = timedelta(minutes=5)  # waiting for another process: longer than evaluations and checkpoints
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and the rank of this one. With a single process all methods cost nothing."""
+    """The processes of a run, and the rank of this one. With a single process, all methods cost nothing."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine: the number of its GPU
+    local_rank: int = 0  # rank on this machine: the number of its GPU
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +83,7 @@ class World:
         return bool(flags)
 
     def from_main(self, value: T) -> T:
-        """Return the main process's value, which can be pickled, in all processes."""
+        """Return the main process's value in all processes. It must be picklable."""
         if self.size == 1:
             return value
         values = [value]
@@ -97,7 +97,7 @@ class World:
     def averaging(self, network: object, *, now: bool) -> AbstractContextManager[None]:
         """Return the context of a forward and backward pass of a network from `parallel`.
 
-        Unless `now`, gradients are accumulated here, to be averaged in a later pass.
+        Unless `now`, gradients are accumulated in this process and averaged in a later pass.
         """
         if now or not isinstance(network, DistributedDataParallel):
             return nullcontext()
@@ -118,7 +118,7 @@ class World:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Raise ProcessError in place of what torch raises when another process is gone.
+        """Turn the error that torch raises when another process has ended into a ProcessError.
 
         SIGTERM is blocked from then on: torchrun sends it to the remaining processes a moment later, which
         would replace this message by "interrupted".
@@ -142,7 +142,7 @@ ALONE = World()
 
 
 def world_of_environment() -> World:
-    """Return the world that torchrun set in the environment; ALONE without it. Does not connect."""
+    """Return the world that torchrun set in the environment, or ALONE. Opens no connection."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
@@ -151,9 +151,9 @@ def world_of_environment() -> World:
 
 @contextmanager
 def joined(world: World) -> Iterator[None]:
-    """Connect the processes of a run for the time of the block: gloo between CPUs, NCCL between GPUs.
+    """Connect the processes of a run for the duration of the block: gloo for CPUs, NCCL for GPUs.
 
-    Raises ProcessError where the others do not come within TIMEOUT.
+    Raises ProcessError where the others do not connect within TIMEOUT.
     """
     if world.size == 1:
         yield

@@ -1,7 +1,7 @@
 """The recipe of one network's training: a YAML file as a frozen value.
 
-A recipe holds the settings of weights and images, and none of the machine. Omitted fields are off, or suit
-a short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
+A recipe holds the settings of weights and images, not of the machine. Omitted fields are off, or suit a
+short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -11,7 +11,7 @@ from pydantic import Field
 from qnas.training import settings
 from qnas.training.settings import Count, Number, Settings, SettingsFile, Share
 
-# By kind of data, where none is named; for two CPU cores or one GPU.
+# The default recipe for each kind of data, for two CPU cores or one GPU.
 DEFAULTS = {
     "digits": "digits",
     "fashion-mnist": "fashion-short",
@@ -30,20 +30,20 @@ class Recipe(SettingsFile):
 
     file_schema: Literal["qnas.recipe/1"] = Field(default="qnas.recipe/1", alias="schema", repr=False)
     epochs: Count = Field(description="Passes over the training images.")
-    batch_size: Count = Field(description="Images a step, over all processes and parts.")
+    batch_size: Count = Field(description="Images per step, over all processes and parts.")
     resolution_px: Count | None = Field(
         default=None,
-        description="Height and width of images in pixels. Default: those of the search, else of the space.",
+        description="Height and width of images in pixels. Default: as in the search, else as in the space.",
     )
     learning_rate: Number = Field(description="Learning rate of AdamW at the end of the warm-up.")
     warmup_epochs: Number = Field(default=1.0, description="Epochs in which the learning rate rises.")
-    weight_decay: Number = Field(default=0.05, description="Weight decay, not on norms and biases.")
+    weight_decay: Number = Field(default=0.05, description="Weight decay, except on norms and biases.")
     gradient_clip: Annotated[Number, Field(gt=0)] = Field(
         default=5.0, description="Largest norm of all gradients together."
     )
     accumulation: Count = Field(
         default=1,
-        description="Parts that a batch is taken in, one after another, to save memory; batch norms see "
+        description="Parts of a batch that are run one after another, to save memory; batch norms see "
         "one part at a time.",
     )
     label_smoothing: Share = Field(default=0.1, description="Share of a label spread over all classes.")
@@ -70,7 +70,7 @@ class Recipe(SettingsFile):
     )
     ema_decay: Share = Field(
         default=0.0,
-        description="Decay a step of the weights' moving average, which is the result; 0 is off.",
+        description="Decay per step of the weights' moving average, which is the result; 0 is off.",
     )
     linear_start: bool = Field(default=False, description="Start with all quadratic products at zero.")
     quadratic_gamma: Number = Field(
@@ -86,7 +86,7 @@ class Recipe(SettingsFile):
         default=0.5, description="Weight of the teacher's loss, where there is a teacher."
     )
     teacher_temperature: Annotated[Number, Field(gt=0)] = Field(
-        default=1.0, description="Temperature that softens the teacher's answers."
+        default=1.0, description="Temperature that softens the teacher's outputs."
     )
 
 
@@ -108,5 +108,5 @@ class TrainConfig(Settings):
     @property
     def resolution_px(self) -> int:
         """Height and width of the images."""
-        assert self.recipe.resolution_px is not None, "left open"
+        assert self.recipe.resolution_px is not None, "the resolution is not resolved"
         return self.recipe.resolution_px

@@ -23,7 +23,7 @@ Forward = Callable[[Tensor], Tensor]
 class Score:
     """The accuracy and loss of a network on some images."""
 
-    accuracy: float  # share of 1
+    accuracy: float  # 0 to 1
     loss: float  # the mean; cross-entropy in nats unless another loss was asked for
     images: int
 
@@ -73,9 +73,9 @@ def classify(
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Measure the batch norms' statistics anew on these batches; no other state changes.
+    """Measure the batch norms' statistics again on these batches; no other state changes.
 
-    Statistics that were gathered while other paths ran do not fit this one.
+    Statistics that were gathered while other paths ran do not fit this network.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
@@ -93,16 +93,16 @@ def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Te
 
 
 def recalibrate_on(network: nn.Module, split: Split, device: torch.device | str) -> None:
-    """Measure the batch norms' statistics anew on the first CALIBRATION_BATCHES batches of a split."""
+    """Measure the batch norms' statistics again on the first CALIBRATION_BATCHES batches of a split."""
     images = batches(split, 128, seed=0, device=device)
     recalibrate(network, islice(images, CALIBRATION_BATCHES))
 
 
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms use each batch's own statistics, as in training, and keep none of them.
+    """Let batch norms use each batch's own statistics, as in training, without storing them.
 
-    This compares many paths of a supernet, each of which would need statistics of its own.
+    This serves to compare many paths of a supernet, each of which would need its own statistics.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
@@ -120,9 +120,9 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 def prediction_tensors(found: Classified, split: Split) -> dict[str, Tensor]:
     """Return the predictions for the images of a split, in its order.
 
-    `labels` and `predicted` (N,) are classes by number, `confidence` (N,) the probability of the
-    predicted one, `loss` (N,) that of the image; `mistakes` (M,) are the images of the highest loss
-    among those that are misclassified, highest first, and `images` (M, C, H, W) these as uint8.
+    `labels` and `predicted` (N,) are class numbers, `confidence` (N,) is the probability of the predicted
+    class, `loss` (N,) the loss of the image. `mistakes` (M,) are the indices of the misclassified images of
+    highest loss, highest first, and `images` (M, C, H, W) those images as uint8.
     """
     losses = found.losses.float()
     wrong = (~found.right).nonzero()[:, 0]

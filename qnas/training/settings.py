@@ -21,7 +21,7 @@ MetricName = Literal["accuracy", "balanced-accuracy"]
 
 
 def _scientific(value: Any) -> Any:
-    """Read `4e-3` as a number: YAML 1.1 has it as text, because it lacks a point."""
+    """Read `4e-3` as a number: YAML 1.1 reads it as text, because it has no decimal point."""
     try:
         return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
@@ -56,7 +56,7 @@ class Settings(FilePart):
     """A frozen set of settings whose problems are reported together."""
 
     WHAT: ClassVar[str]  # the model's name in messages
-    LATER: ClassVar[tuple[str, ...]] = ()  # fields that config.json lacks at their default, as it once did
+    LATER: ClassVar[tuple[str, ...]] = ()  # fields added later, which config.json omits at their default
 
     @classmethod
     def check(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -85,7 +85,7 @@ class Settings(FilePart):
 
 
 class SettingsFile(Settings):
-    """Settings that people write as a YAML file; a few ship under a folder of recipes."""
+    """Settings that people write as a YAML file; some are shipped in a folder of recipes."""
 
     SCHEMA: ClassVar[str]
     FOLDER: ClassVar[str]

@@ -1,9 +1,9 @@
-"""The training of one network, from the supernet's weights or from scratch, and the files that it leaves.
+"""The training of one network, from the supernet's weights or from scratch, and the files that it writes.
 
 It is trained on all training images. The test images are evaluated after every epoch for the curve, but do
 not select the result: that is the last weights, or their moving average where the recipe has one. The weights
-of the best epoch are kept as well; their accuracy is too high, as it selected them. A proper selection would
-need a validation split, and as the learning rate falls to a hundredth the last weights are among the best.
+of the best epoch are kept as well, but their accuracy is biased upwards, since it selected them. An unbiased
+selection needs a validation split, and as the rate falls to a hundredth, the last weights are among the best.
 """
 
 import math
@@ -44,12 +44,12 @@ from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.scoring import Classified, Score, classify, prediction_tensors
 from qnas.training.supernet_weights import inherit
 
-SAMPLE_IMAGES = 16  # of the test images, kept to check an export with
+SAMPLE_IMAGES = 16  # test images that are kept for checking an export
 REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
     "`quadratic_gamma` below 1) may help"
 )
-# what a checkpoint holds of a trainer: states of parts, and values
+# attributes of a trainer that a checkpoint holds: parts with a state, and values
 _PARTS = ("network", "average", "optimizer", "scaler", "schedule")
 _VALUES = ("steps_done", "accuracy", "epoch_loss", "best")
 
@@ -71,7 +71,7 @@ class SubnetTrainer:
         recipe = config.recipe
         self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
         self.network = network.to(self.acceleration.device)
-        # before the hooks below, of which the average needs none
+        # before the hooks below, which the average does not need
         self.average = AveragedModel(network, use_buffers=True) if recipe.ema_decay else None
         if self.average is not None:
             self.average.requires_grad_(False)
@@ -103,9 +103,9 @@ class SubnetTrainer:
         self.augmentation = _augmentation(recipe, len(data.classes))
         self.steps_done = 0
         self.accuracy = float("nan")
-        self.epoch_loss = 0.0  # summed over the steps of the epoch under way
+        self.epoch_loss = 0.0  # summed over the steps of the current epoch
         self.best: dict[str, Any] = {}  # epoch, test_accuracy, weights
-        # both made at the first step: of a loaded state, and with the processes joined
+        # both are made at the first step, after a state is loaded and the processes are joined
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._forward: nn.Module = network
 
@@ -134,7 +134,7 @@ class SubnetTrainer:
             self._forward = self.world.parallel(self.network)
         images, labels = next(self._batches)
         self._forward.train()
-        # what modules draw: other images in other processes are other draws
+        # seeds the draws of modules, which differ between processes as their images do
         draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
         torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
         loss = weight_step(
@@ -187,7 +187,7 @@ class SubnetTrainer:
         return classify(self.result, images, self.objective.loss)
 
     def summary(self, row: Mapping[str, float]) -> str:
-        """Describe a step's figures for the progress."""
+        """Describe a step's figures for the progress display."""
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         return f"loss {row['loss']:.3f}{known}"
 
@@ -207,7 +207,7 @@ class SubnetTrainer:
 
 
 def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
-    """Return the quadratic weights' separate training; None where there is none. Raises UsageError."""
+    """Return the quadratic weights' separate training, or None. Raises UsageError."""
     asked = (recipe.quadratic_gamma, recipe.quadratic_alpha, recipe.quadratic_beta)
     if asked == (1, 0, 0) and not recipe.linear_start:
         return None
@@ -221,7 +221,7 @@ def _relinear(network: nn.Module, recipe: Recipe) -> ReLinear | None:
 
 
 def _augmentation(recipe: Recipe, classes: int) -> Augmentation | None:
-    """Return the augmentation beside shifts and mirroring; None where there is none."""
+    """Return the augmentation in addition to shifts and mirroring, or None."""
     _, *strengths = fields(Augmentation)  # which are fields of a recipe too
     augmentation = Augmentation(classes, **{each.name: getattr(recipe, each.name) for each in strengths})
     return None if augmentation == Augmentation(classes, 0, recipe.randaugment_std) else augmentation
@@ -231,8 +231,8 @@ def drop_blocks(network: nn.Module, rate: float) -> None:
     """Let residual blocks drop out for some images while training (stochastic depth, arXiv 1603.09382).
 
     The rate grows linearly from 0 at the first block to `rate` at the last. Hooks on this network's blocks
-    implement it, so that the weights keep their names and an exported network has none of it. A
-    QuadraBlock drops out as a whole, so that its fused halves stay as they are.
+    implement it, so the weights keep their names and an exported network is unaffected. A QuadraBlock
+    drops out as a whole, so its fused halves are unaffected.
     """
     blocks = [block for block in network.modules() if getattr(block, "is_residual", False)]
     for number, block in enumerate(blocks):
@@ -249,7 +249,7 @@ def drop_blocks(network: nn.Module, rate: float) -> None:
 def _update_average(average: AveragedModel, network: nn.Module, decay: float, step: int) -> None:
     """Move the average towards the network after `step` updates.
 
-    The decay is smaller at first: the random first weights would be most of a short training's average.
+    The decay is smaller at first. Otherwise, the random initial weights would dominate a short average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -273,10 +273,10 @@ def train_subnet(
 ) -> Score:
     """Train the network of an architecture in a folder; return its score on the test images.
 
-    `request` is what else was asked, for config.json; `objective` stands in for the loss and metric that
-    the configuration names. A linear start would undo the supernet's quadratic weights: UsageError with
-    both. Of several processes only the main one reads and writes in the folder. Raises CheckpointError where
-    the folder or the supernet's weights cannot be used.
+    `request` is the rest of the request, for config.json; `objective` replaces the loss and metric of the
+    configuration. With several processes, only the main one reads and writes in the folder. Raises
+    CheckpointError where the folder or the supernet's weights cannot be used, UsageError for a linear start
+    from the supernet, which would undo its quadratic weights.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")

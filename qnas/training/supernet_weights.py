@@ -1,4 +1,4 @@
-"""Networks with saved weights: those of the supernet they were searched in, or those of their training."""
+"""Networks with saved weights, from the supernet of their search or from their training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from qnas.runs.tensors import load_supernet, load_tensors
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Load a network's weights. Raises CheckpointError if they are another network's."""
+    """Load a network's weights. Raises CheckpointError if they belong to another network."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -22,7 +22,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -
 
 
 def supernet_file(source: FoundArch) -> Path:
-    """Return the file of the supernet's weights: beside the architecture, or where its document says."""
+    """Return the file of the supernet's weights: beside the architecture, or where its document points."""
     return source.folder / str(source.document.get("supernet", SUPERNET_FILE))
 
 
@@ -32,7 +32,7 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
     state = subnet_state(load_supernet(file), source.space, source.arch)
     try:
         load_weights(network, state, file)
-    except CheckpointError as error:  # data with other classes than those searched on, most likely
+    except CheckpointError as error:  # most likely, the data have other classes than the search had
         raise CheckpointError(f"{error}; `weights='scratch'` does without them") from error
 
 
@@ -50,7 +50,7 @@ def build_inherited(source: FoundArch) -> nn.Module:
 
 
 def build_trained(source: FoundArch, classes: int) -> nn.Module:
-    """Return a trained network in evaluation mode, from the folder of its weights. Raises CheckpointError."""
+    """Return a trained network in evaluation mode, with the weights in its folder. Raises CheckpointError."""
     file = source.folder / WEIGHTS_FILE
     network = build_subnet(source.space, source.arch, classes)
     load_weights(network, load_tensors(file), file)

@@ -1,6 +1,6 @@
-"""The teacher of a distillation: a supernet's largest network, a trained run's, or one of timm's.
+"""The teacher of a distillation: the largest network of a supernet, a trained network, or a model of timm.
 
-It sees the student's images, augmented and mixed alike, but normalised as it expects.
+It sees the same augmented and mixed images as the student, but normalised as it expects.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ TIMM = "timm:"
 
 
 class Renormalised(nn.Module):
-    """A network that expects images normalised with other figures than those it is given with.
+    """A network that expects images of another mean and standard deviation than those of its input.
 
-    Grey images become three equal channels where the network's figures are of three.
+    Grey images become three equal channels where the network expects three.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Renormalised(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.size_px = size_px  # the only one that the network takes
+        self.size_px = size_px  # the only size that the network accepts
         names = ("given_mean", "given_std", "expected_mean", "expected_std")
         for name, values in zip(names, (*given, *expected), strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
@@ -65,10 +65,10 @@ def load_teacher(
     temperature: float,
     device: torch.device | str = "cpu",
 ) -> tuple[Teacher, str]:
-    """Return the teacher that is asked for, and a digest of its weights.
+    """Return the requested teacher, and a digest of its weights.
 
     `spec` is `supernet-largest` (of the architecture's run), `timm:NAME` (its pretrained weights) or the
-    folder of a trained network. Raises UsageError or CheckpointError where there is none, or other classes.
+    folder of a trained network. Raises UsageError or CheckpointError if it is missing or has other classes.
     """
     if spec == SUPERNET_LARGEST:
         network = _largest(source, data, device)
@@ -87,7 +87,7 @@ def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> 
     arch = smallest_and_largest(source.space)[1]
     network = build_subnet(source.space, arch, len(data.classes))
     load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
-    # statistics of the supernet's batch norms were gathered while other paths ran
+    # the supernet's batch-norm statistics were gathered while other paths ran
     network = network.to(device).eval()
     recalibrate_on(network, data.train, device)
     return network
@@ -101,7 +101,7 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
     if tuple(result["classes"]) != data.classes:
         raise UsageError(f"{asked}: its classes are not those of the data")
     if (channels := found.space.input.channels) != data.channels:
-        raise UsageError(f"{asked}: of images with {channels} channels, not {data.channels}")
+        raise UsageError(f"{asked}: takes images of {channels} channels, not {data.channels}")
     network = build_trained(found, len(data.classes))
     return Renormalised(network, (data.mean, data.std), (result["mean"], result["std"]))
 
@@ -116,7 +116,7 @@ def _from_timm(name: str, data: ImageData) -> nn.Module:
         raise UsageError(f"{asked}: takes images of 3 channels, not {data.channels}")
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # an unknown name, no such weights, no way to the hub: almost anything
+    except Exception as error:  # an unknown name, missing weights, no connection to the hub: almost anything
         raise UsageError(f"{asked}: {first_line(error)}") from error
     classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
     if classes != len(data.classes):

@@ -290,5 +290,5 @@ def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
 def test_a_saved_search_by_a_loss_of_ones_own_is_not_ranked_by_another(finished: Finished) -> None:
     run = read_finished_run(finished.folder)
     config = {**run.config, "search": run.config["search"] | {"loss": "somewhere.mine"}}
-    with pytest.raises(CheckpointError, match=r"a loss of its own, somewhere\.mine: give it again"):
+    with pytest.raises(CheckpointError, match=r"a custom loss, somewhere\.mine: give it again"):
         rerank_saved(replace(run, config=config), [])

@@ -25,16 +25,16 @@ from qnas.common.files import write_text
 from qnas.latency.device import Calibration, Device, Figures, parse_device
 from qnas.latency.evaluation import figures
 
-CALIBRATED = "calibrated"  # the entry of a device's accuracy
+CALIBRATED = "calibrated"  # the key in a device's accuracy
 
 LEAST_FITTED = 8  # networks for scale and offset
 SEED = 0
-MOST_MARGIN = 1.0  # beyond it a budget would be halved: no correction of a device, but another device
+MOST_MARGIN = 1.0  # more would halve every budget: not a correction of this device, but another device
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration, and how predictions compare on the networks that gave the margin."""
+    """A calibration, and the accuracy before and after it on the networks that gave the margin."""
 
     calibration: Calibration
     before: Figures
@@ -56,14 +56,14 @@ def margin_networks(level: float) -> int:
 
 
 def _rank(n: int, level: float) -> int:
-    # a little less, so that 0.9 of 10 is 9 although 0.9 is a little more than nine tenths
+    # minus a little, so that 0.9 of 10 is 9, although the float 0.9 is more than nine tenths
     return math.ceil((n + 1) * level - 1e-9)
 
 
 def conformal_margin(errors: NDArray[np.float64], level: float) -> float:
     """Return a bound that a new error keeps with a probability of at least `level`; at least 0.
 
-    errors: measured / predicted - 1 of `margin_networks` or more that the predictions were not fitted to.
+    errors: measured / predicted - 1, for at least `margin_networks` networks left out of the fit.
     """
     rank = _rank(len(errors), level)
     assert rank <= len(errors), f"{len(errors)} errors cannot give a level of {level}"
@@ -80,10 +80,10 @@ def calibrate(
     where: str,
     day: date,
 ) -> Calibrated:
-    """Fit scale, offset and margin to measured networks, a prediction and a measurement each, in ms.
+    """Fit scale, offset and margin to networks, each with a prediction and a measurement in ms.
 
-    `fixed_ms` is the part of every prediction that belongs to no kernel: the offset is never so low
-    that it, scaled, falls below zero. `source` is for the file, `where` names the networks in messages.
+    `fixed_ms` is the part of every prediction that belongs to no kernel; the offset never lowers this
+    part, once scaled, below zero. `source` is for the file, `where` names the networks in messages.
     Raises TableError where the networks are too few for the level, or times do not grow with predictions.
     """
     assert 0 < level < 1, level
@@ -138,8 +138,8 @@ def write_calibrated(
 ) -> None:
     """Write a copy of a device with this calibration, under another name.
 
-    Measured tables are copied as they are into the folder beside the file: the calibration is applied when
-    they are read. The model gives the others again. Raises CheckpointError where a table exists already,
+    Measured tables are copied unchanged into the folder beside the file: the calibration is applied when
+    they are read. Other tables come from the model. Raises CheckpointError where a table exists already,
     TableError for a name that is not allowed.
     """
     tables = _measured_tables(device)
@@ -163,7 +163,7 @@ def write_calibrated(
 
 
 def _measured_tables(device: Device) -> list[Traversable]:
-    """Return the tables of a device that its model cannot give: all tables of your own device."""
+    """Return the tables of a device that its model cannot compute: all tables of your own device."""
     if device.tables is None or not device.tables.is_dir() or (device.is_shipped and device.model):
         return []
     return sorted(

@@ -1,11 +1,11 @@
 """The fit of a device's model to some dozens of measured networks of one space.
 
 A few totals do not determine the cost of every kind of kernel, since the kernels of a block always occur
-together. So the fit has two steps. The first has only four rates, the same for all kinds of
-kernels: a launch, a million multiply-adds (of dense and of depthwise convolutions), a thousand
-elements moved. In the second step each kind has separate terms, with a ridge penalty towards the rates
-of the first, whose strength is chosen by cross-validation. The terms that the data do not determine stay
-near the rates, in other spaces too. All weights are at or above zero, launches above it.
+together. The fit therefore has two steps. The first has only four rates, the same for all kinds of
+kernels: for a launch, for a million multiply-adds (one rate for dense and one for depthwise
+convolutions), and for a thousand moved elements. In the second step, each kind has separate terms, with
+a ridge penalty towards the rates of the first, whose strength is chosen by cross-validation. Terms that
+the data do not determine stay near the rates, in other spaces too. No weight is negative, no launch free.
 
 Errors are relative, as in the other fits: 1 ms off in 10 ms weighs as much as 10 ms off in 100 ms.
 """
@@ -31,7 +31,7 @@ from qnas.spaces.space import SearchSpace
 Array = npt.NDArray[np.float64]
 Column = tuple[str, str]  # kind of kernel, feature
 
-CROSS_VALIDATED = "cross-validated"  # the entry of a device's accuracy
+CROSS_VALIDATED = "cross-validated"  # the key in a device's accuracy
 
 LEAST_NETWORKS = 20
 LEAST_SPREAD = 1.2  # slowest over fastest network
@@ -41,16 +41,16 @@ _FUSION = "edge"
 FOLDS = 10
 _INNER_FOLDS = 5
 _RIDGES = tuple(10.0**e for e in range(-7, 0))
-_FREE = 0.02  # of a network's latency: what a term without a rate may well contribute
-_NEGLIGIBLE = 1e-3  # of it: what each rate contributes at least, so that no kernel is free
+_FREE = 0.02  # share of a network's latency that a term without a rate may well contribute
+_NEGLIGIBLE = 1e-3  # share of it that each rate contributes at least, so that no kernel is free
 _PROBES = 200  # random networks by which the terms of a space are counted
 
 _FIXED = ("", "fixed")
 _DENSE = ("launch", "mmacs", "kelements_in", "kelements_out", "kweights")
 _MOVING = ("launch", "kelements_in")
 
-# The features that the cost of a kind of kernel may depend on; of other kinds: _MOVING. Terms without a
-# rate of the first step start at zero: implementations differ in them.
+# The features that the cost of a kind of kernel may depend on; for other kinds, _MOVING. Terms without a
+# rate in the first step start at zero, since implementations differ in them.
 _TERMS: dict[str, tuple[str, ...]] = {
     "conv1x1": _DENSE,
     "conv": (*_DENSE, "kcolumns"),
@@ -60,10 +60,10 @@ _TERMS: dict[str, tuple[str, ...]] = {
     "layernorm": ("launch", "kelements_in", "kpixels"),
 }
 
-# Kernels of other spaces, that this one may lack: at the rates of the first step, as an estimate.
+# Kernels of other spaces that this one may lack: estimated at the rates of the first step.
 _OTHER_KINDS = ("add", "addrelu", "batchnorm", "clip", "gap", "gelu", "hswish", "mul", "relu", "square")
 
-# The rates of the first step: feature -> the rate that it is counted at.
+# The rates of the first step: feature -> its rate.
 _LAUNCH, _DENSE_MMACS, _DEPTHWISE_MMACS, _MOVED = range(4)
 _RATES = {"launch": _LAUNCH, "kelements_in": _MOVED, "kelements_out": _MOVED, "kweights": _MOVED}
 
@@ -75,13 +75,13 @@ class OwnFit:
     model: dict[str, KernelModel]
     fixed_ms: float
     accuracy: Figures
-    terms: int  # that the networks of the space can tell apart
+    terms: int  # number that networks of the space can tell apart
 
 
 def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[float], where: str) -> OwnFit:
-    """Fit the costs of kernels to the latencies of networks of a space, in ms, a value each.
+    """Fit the costs of kernels to the latencies of networks of a space, one value in ms each.
 
-    Accuracy is that of `FOLDS`-fold cross-validation, the choice of the ridge included. Raises
+    Accuracy is that of `FOLDS`-fold cross-validation, including the choice of the ridge. Raises
     TableError, with the remedy, where the networks do not determine a model: `where` names them.
     """
     measured = np.array(latency_ms, dtype=np.float64)
@@ -156,7 +156,7 @@ def _check_kinds(
     if alike:
         raise TableError(
             f"{where}: kernels of kind {', '.join(alike)} are the same in all networks, so their cost cannot "
-            "be told: measure networks that differ there, such as those that qnas sample writes"
+            "be estimated: measure networks that differ there, such as those that qnas sample writes"
         )
 
 
@@ -210,7 +210,7 @@ def folds(n: int, count: int) -> list[npt.NDArray[np.bool_]]:
 
 
 def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> Array:
-    """Return the weights at the ridge that predicts best what is left out."""
+    """Return the weights with the ridge strength that predicts left-out networks best."""
     errors = dict.fromkeys(_RIDGES, 0.0)
     for held in folds(len(latency_ms), _INNER_FOLDS):
         prior = _Prior(columns, matrix[~held], latency_ms[~held])
@@ -222,10 +222,10 @@ def _fit_best(columns: Sequence[Column], matrix: Array, latency_ms: Array) -> Ar
 
 
 class _Prior:
-    """The first step: rates of the machine, and the cost of each term that follows from them."""
+    """The first step: rates of the machine, and the cost of each term at these rates."""
 
     def __init__(self, columns: Sequence[Column], matrix: Array, latency_ms: Array) -> None:
-        tied = np.zeros((len(columns), 5))  # of each column, what it counts at the rates and the fixed part
+        tied = np.zeros((len(columns), 5))  # for each column, its rate or the fixed part
         for row, (kind, term) in zip(tied, columns, strict=True):
             if (kind, term) == _FIXED:
                 row[4] = 1.0
@@ -240,12 +240,12 @@ class _Prior:
         weights, _ = nnls(rows / share, 1.0 - rows @ lowest)
         self._lowest = tied @ lowest
         self._mean = tied @ (weights / share + lowest)
-        # terms with a rate may change by about as much; those without by so much of a network
+        # terms with a rate may change by about that rate; those without by _FREE of a network
         free = _FREE / _positive((matrix / latency_ms[:, None]).mean(axis=0))
         self._width = np.where(tied.any(axis=1), self._mean, free)
 
     def fit(self, matrix: Array, latency_ms: Array, ridge: float) -> Array:
-        """Return weights of least squared relative error plus ridge, none below zero, no launch at it."""
+        """Return weights of least squared relative error plus ridge, none negative, launches positive."""
         floor = 0.1 * self._lowest
         rows = matrix / latency_ms[:, None] * self._width
         root = math.sqrt(ridge * len(rows))
@@ -258,7 +258,7 @@ class _Prior:
 
 
 def _positive(values: Array) -> Array:
-    """Replace zeros by ones, to divide by."""
+    """Replace zeros by ones, for division."""
     return np.where(values > 0, values, 1.0)
 
 

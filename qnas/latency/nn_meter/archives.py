@@ -18,7 +18,7 @@ from typing import IO
 from qnas.common.errors import TableError
 
 MAX_MEMBERS = 1000
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # a bound on memory, unlike the others
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # with bounded memory, unlike others
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Archive:
 def open_archive(source: Path) -> Iterator[Archive]:
     """Open a ZIP archive or folder, whose files lie at its top or all in one folder there.
 
-    Hidden files are ignored. Raises TableError where it is neither, where it holds anything else than
+    Hidden files are ignored. Raises TableError where it is neither, where it holds anything other than
     files, and inside the block where the archive is damaged.
     """
     if source.is_dir():

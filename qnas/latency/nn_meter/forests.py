@@ -1,12 +1,12 @@
 """Random forests for regression as flat arrays, and their evaluation with numpy alone.
 
-A pickled forest takes 64 bytes a node and loads only with the scikit-learn that wrote it. Here an
-inner node takes 13 bytes and a leaf 8, whatever wrote it, and a prediction is a walk of all trees
-over all rows at once.
+A pickled forest takes 64 bytes per node and loads only with the scikit-learn that wrote it. Here, an
+inner node takes 13 bytes and a leaf 8, independent of the version, and a prediction walks all trees
+for all rows at once.
 
-Thresholds are float32 without a loss. scikit-learn rounds its inputs to float32 and then compares
+Thresholds are stored as float32 without loss. scikit-learn rounds its inputs to float32 and then compares
 `x <= t` with a float64 t. Let r be the largest float32 at or below t. Where x <= t, x is a float32
-at or below t and so at most r; where x <= r, x <= r <= t. So `x <= r` is the same test. Leaves stay
+at or below t and so at most r; where x <= r, x <= r <= t. `x <= r` is therefore the same test. Leaves stay
 float64: a prediction differs from scikit-learn's by the order of a sum only.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 _LEAF = -1  # scikit-learn's mark for the children of a leaf
-_MAX_NODES = 2**30  # so that a child's number fits int32, and twice it too where an index is made
+_MAX_NODES = 2**30  # so that a child's number and the index 2 * number + 1 fit into int32
 _WALKS = 1 << 18  # trees times rows walked at once: a few MB
 
 
@@ -31,7 +31,7 @@ def flatten_tree(
     value: npt.NDArray[Any],
     n_features: int,
 ) -> "Forest":
-    """Return the forest of one tree from scikit-learn's columns, one entry a node, the root first.
+    """Return the forest of one tree from scikit-learn's columns, one entry per node, the root first.
 
     Raises ValueError where they are no tree: a child that is missing or does not come after its
     parent (which also means that every walk ends), an unknown feature, a value that is no number.
@@ -49,7 +49,7 @@ def flatten_tree(
     for child in (left[inner], right[inner]):
         if not np.all((child > here) & (child < n)):
             raise ValueError("a child that is missing or does not come after its parent")
-    # nodes that no walk meets would make a small file a large forest
+    # unreachable nodes would make a small file a large forest
     parents = np.bincount(np.concatenate([left[inner], right[inner]]).astype(np.int64), minlength=n)
     if np.any(parents[1:] != 1):
         raise ValueError("a node that is not the child of one other")
@@ -149,7 +149,7 @@ class Forest:
         return np.asarray(leaves.sum(axis=0) / trees)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays that `from_arrays` makes an equal forest of."""
+        """Return the arrays from which `from_arrays` makes an equal forest."""
         return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod

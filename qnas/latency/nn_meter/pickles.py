@@ -1,18 +1,18 @@
-"""Pickled random forests of scikit-learn, read without running anything that a pickle says.
+"""Pickled random forests of scikit-learn, read without running any code that a pickle names.
 
-A pickle is a program: Python's own reader imports what it names and calls it. Here the standard library's
-unpickler (the one written in Python, as joblib extends it) is left with the opcodes of plain data. A name
-is looked up in `_GLOBALS`, or refused: what is called makes numbers, strings, arrays from bytes (of plain
-numbers, with the exact size) and trees, all of this file. Bytes, opcodes, nested values, and the bytes of
-arrays that are held at once are bounded, which they are not in the standard library. No value is walked
-through recursively, so deep or circular values cost what they cost to read.
+A pickle is a program: Python's own reader imports what it names and calls it. Here, the standard library's
+unpickler (the one in Python, which joblib extends too) is reduced to the opcodes of plain data. A name must
+be in `_GLOBALS`, or it is refused. The functions there are all of this file; they make numbers, strings,
+arrays from bytes (of plain numbers, with the exact size) and trees. Bytes, opcodes, nested values, and the
+bytes of arrays held at once are bounded, unlike in the standard library. No value is traversed recursively,
+so deep or circular values cost no more than other values of their size.
 
 Forests are read tree by tree: a tree becomes flat arrays as soon as it is complete, and its pickled
-bytes are let go, so that a file of gigabytes takes the memory of its flat form.
+bytes are freed, so a file of gigabytes takes only the memory of its flat form.
 
-Which classes: those that `pickle.dump` of a RandomForestRegressor writes with protocol 3 and later,
+The classes are those that `pickle.dump` of a RandomForestRegressor writes with protocol 3 and later,
 from scikit-learn 0.22 on, under the names of numpy 1 and 2. Nodes have seven fields, or eight since
-scikit-learn 1.3 (`missing_go_to_left`, of no use here: no input is missing).
+scikit-learn 1.3 (`missing_go_to_left`, which is not needed, since no input is missing).
 """
 
 import math
@@ -34,13 +34,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class PickleBounds:
-    """The most that one pickle may take. Published forests have some 700 trees, 300 opcodes a tree."""
+    """The bounds on one pickle. Published forests have about 700 trees of 300 opcodes each."""
 
     opcodes: int = 3_000_000
-    text_bytes: int = 4096  # one string, or bytes that are no array
+    text_bytes: int = 4096  # one string, or bytes that are not an array
     all_text_bytes: int = 64 << 20  # of opcodes, numbers and texts together
-    held_bytes: int = 256 << 20  # arrays that no tree was made of yet
-    open_parts: int = 100  # parts of values that are begun and not ended
+    held_bytes: int = 256 << 20  # arrays that are not part of a tree yet
+    open_parts: int = 100  # parts of values that are begun but not ended
     stack: int = 100_000
 
 
@@ -49,7 +49,7 @@ class _RefusedError(Exception):
 
 
 class _Payload:
-    """Bytes too long for anything but an array; they can be taken once, and are then let go."""
+    """Bytes too long for anything but an array; they can be taken once and are then freed."""
 
     def __init__(self, content: bytes, unpickler: "_Unpickler") -> None:
         self._content: bytes | None = content
@@ -68,7 +68,7 @@ class _Payload:
 
 
 class _GlobalName(str):
-    """A name of the pickle: what is called in its place stands in `_GLOBALS`."""
+    """A name in the pickle; `_GLOBALS` has the function to call in its place."""
 
 
 def _refuse_unless(holds: bool, message: str) -> None:
@@ -77,24 +77,24 @@ def _refuse_unless(holds: bool, message: str) -> None:
 
 
 def _require(value: object, kind: type[_T], message: str) -> _T:
-    """Return a value of this type. Raises _RefusedError with the message for another; a bool is no int."""
+    """Return a value of this type. Raises _RefusedError with the message otherwise; a bool is no int."""
     if not isinstance(value, kind) or (kind is int and type(value) is bool):
         raise _RefusedError(message)
     return value
 
 
 class _Stateful:
-    """An object that a pickle sets the state of after it was made, once."""
+    """An object whose state a pickle sets once after it was made."""
 
     title: ClassVar[str]  # in messages
     is_set = False
 
     def build(self, state: object) -> None:
-        """Set the state. Raises _RefusedError where it is not one of this object."""
+        """Set the state. Raises _RefusedError where it does not fit this object."""
         raise NotImplementedError
 
 
-# What plain data need. None of these imports or calls anything, and none reads past `_Unpickler.read`.
+# The opcodes of plain data. None of these imports or calls anything, and none reads past `_Unpickler.read`.
 _PLAIN = (
     *(pickle.PROTO, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
     *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
@@ -133,7 +133,7 @@ class _Unpickler(pickle._Unpickler):
         raise _RefusedError(f"more than {self._bounds.opcodes} opcodes")
 
     def read(self, size: int) -> bytes:
-        """Return so many bytes, of an opcode, number or text."""
+        """Return `size` bytes, of an opcode, number or text."""
         self._spend(size)
         return self._whole(size)
 
@@ -175,7 +175,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _update(self, items: list[Any]) -> None:
         target = _require(self.stack[-1], dict, "items for something else than a dict")
-        # a key is hashed, which for other values could walk through them
+        # a key is hashed, and hashing other values could traverse them
         _refuse_unless(all(type(key) is str for key in items[::2]), "a key that is no text")
         target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -199,7 +199,7 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
         **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN},
-        pickle.FRAME[0]: lambda self: self.read(8),  # how far one may read ahead, which nothing here does
+        pickle.FRAME[0]: lambda self: self.read(8),  # the size to read ahead, which nothing here does
         pickle.BINBYTES[0]: lambda self: self._bytes("<I"),
         pickle.BINBYTES8[0]: lambda self: self._bytes("<Q"),
         pickle.BYTEARRAY8[0]: lambda self: self._bytes("<Q"),
@@ -207,7 +207,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: lambda self: self._update(self.pop_mark()),
         pickle.REDUCE[0]: _call,
-        pickle.NEWOBJ[0]: _call,  # the class is called all the same
+        pickle.NEWOBJ[0]: _call,  # calls the class as well
         pickle.BUILD[0]: _build,
     }
 
@@ -310,7 +310,7 @@ class _Array(_Stateful):
         self._shape, self._dtype, self._order, self._content = shape, dtype.dtype, order, content
 
     def take(self) -> npt.NDArray[Any]:
-        """Return the array, once: its bytes are let go."""
+        """Return the array. Works only once, since its bytes are freed."""
         _refuse_unless(self.is_set, "an array that is used before it is set")
         content = self._content.take() if isinstance(self._content, _Payload) else self._content
         return np.frombuffer(content, self._dtype).reshape(self._shape, order=self._order)
@@ -386,7 +386,7 @@ class _PickledTree(_Stateful):
             raise _RefusedError(str(error)) from error
 
 
-# name in a pickle -> what is called in its place; None: nothing may be called
+# name in a pickle -> the function to call in its place; None: must not be called
 _GLOBALS: dict[str, Callable[[tuple[Any, ...]], object] | None] = {
     "sklearn.ensemble._forest.RandomForestRegressor": _ForestEstimator,
     "sklearn.tree._classes.DecisionTreeRegressor": _TreeEstimator,

@@ -1,8 +1,8 @@
 """nn-Meter's published predictors: the list of downloads, the import, and the local store.
 
 nn-Meter (MobiSys 2021, github.com/microsoft/nn-Meter, MIT) publishes a random forest for each kind of
-kernel of each device: a ZIP archive with a pickle KERNEL.pkl each. An import reads them without
-running anything (`pickles`) and writes one file a device, DEVICE.npz, whole or not at all, in the
+kernel on each device: one ZIP archive per device, with a pickle KERNEL.pkl per kernel. An import reads
+them without running anything (`pickles`) and atomically writes one file per device, DEVICE.npz, into the
 user's data folder: $QNAS_HOME/predictors, else qnas/predictors in $XDG_DATA_HOME or ~/.local/share.
 """
 
@@ -29,7 +29,7 @@ from qnas.latency.nn_meter.pickles import read_forest
 
 SCHEMA = "qnas.predictors/1"
 DOWNLOAD = "https://github.com/microsoft/nn-Meter/releases/tag/v1.0-data"
-MAX_PICKLE_BYTES = 8 << 30  # the published forests of one device have some 2 GB together
+MAX_PICKLE_BYTES = 8 << 30  # the published forests of one device have about 2 GB together
 _ABOUT = "about"  # the member of the store's file that describes it
 
 # Predictor -> number of its features, in nn-Meter's order (see `nn_meter`).
@@ -69,7 +69,7 @@ _GPU = (
     *("conv-bn-relu", "dwconv-bn-relu", "hswish", "relu", "se"),
     *("maxpool", "avgpool", "bn", "bnrelu", "concat"),
 )
-PUBLISHED = {  # as nn-Meter's own list has them (its configs/predictors.yaml)
+PUBLISHED = {  # as in nn-Meter's own list (its configs/predictors.yaml)
     "cortex-a76": Published("cortexA76cpu_tflite21", (*_VPU, "global-avgpool", "split", "add", "concat")),
     "myriad-vpu": Published("myriadvpu_openvino2019r2", _VPU),
     "adreno-640": Published("adreno640gpu_tflite21", _GPU),
@@ -89,7 +89,7 @@ def published_name(device: str) -> str:
 
 
 def store_folder() -> Path:
-    """Return the folder that imported predictors lie in, which need not exist."""
+    """Return the folder of imported predictors, which may not exist yet."""
     return user_folder("predictors", "XDG_DATA_HOME", ".local/share")
 
 
@@ -104,7 +104,7 @@ def download_hint(device: str) -> str:
     return f"download {file} from {DOWNLOAD} and run: qnas predictors import {file} --device {name}"
 
 
-# Called while importing with the kernel, the bytes read so far, and the bytes there are.
+# Called while importing with the kernel, the bytes read so far, and the bytes in total.
 Report = Callable[[str, int, int], None]
 
 
@@ -118,7 +118,7 @@ class ForestFacts:
 
 @dataclass(frozen=True)
 class Predictors:
-    """The facts of imported predictors."""
+    """Facts about imported predictors."""
 
     device: str
     title: str
@@ -135,7 +135,7 @@ def import_predictors(source: Path, device: str, report: Report | None = None) -
 
     One forest is in memory at a time. Raises TableError where the archive is not that of the device,
     lacks a kernel, or holds anything but forests with the expected features; predictors that were
-    imported before then stay.
+    imported before stay in that case.
     """
     name = published_name(device)
     path = _path(name)
@@ -238,7 +238,7 @@ def list_predictors() -> tuple[Predictors, ...]:
 
 
 def describe_predictors(device: str) -> Predictors:
-    """Return the facts of a device's predictors. Raises TableError where there are none, or damaged ones."""
+    """Return facts about a device's predictors. Raises TableError where they are missing or damaged."""
     with _stored(device) as content:
         about = json.loads(str(content[_ABOUT]))
         schema = about.pop("schema")
@@ -279,7 +279,7 @@ def is_imported(device: str) -> bool:
 
 
 def remove_predictors(device: str) -> Path:
-    """Delete a device's imported predictors and return the file. Raises TableError where none are."""
+    """Delete a device's imported predictors and return the file. Raises TableError if there are none."""
     path = _path(device)
     try:
         path.unlink()

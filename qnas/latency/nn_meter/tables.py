@@ -1,10 +1,10 @@
 """Latencies by nn-Meter (MobiSys 2021): its own prediction code, with the imported forests.
 
 nn-Meter prices a network as the sum of its fused kernels, each by a random forest of its kind. It has no
-fixed latency of a network, so the fixed part of a table is zero. Kernels are priced in three ways:
+fixed latency for a network, so the fixed part of a table is zero. Kernels are priced in three ways:
 
-- direct: by the forest of its operator. nn-Meter has one forest for a convolution, folded norm and
-  ReLU or not, and so have we; a sum is priced with or without a ReLU, which costs nothing once fused.
+- direct: by the forest of its operator. nn-Meter has one forest for a convolution, with or without folded
+  norm and ReLU, as we do; a sum is priced with or without a ReLU, which costs nothing once fused.
 - stand-in: by the forest of another operator that touches as many elements.
 - uncovered: nn-Meter has no forest for it and would count 0 ms without a warning. The device's own
   model prices the kernel.
@@ -12,8 +12,8 @@ fixed latency of a network, so the fixed part of a table is zero. Kernels are pr
 Stand-ins and uncovered kernels are the estimated part of a latency. A forest does not extrapolate, and
 rounds a size to one that it was trained on: kernels of other sizes are counted (`in_range`).
 
-The package nn_meter is imported for the first prediction: that takes a second, and writes a
-configuration into the home folder, in whose place it finds a temporary one.
+The package nn_meter is imported at the first prediction. That takes a second and writes a configuration
+into the home folder, for which it is given a temporary folder.
 """
 
 import math
@@ -47,7 +47,7 @@ class PricingForest(NamedTuple):
     mapped: Mapped
 
 
-# Kind of kernel -> the forests that can price it, of which the first that the device has is used.
+# Kind of kernel -> the forests that can price it. The first one that the device has is used.
 FORESTS_OF_KIND: dict[str, tuple[PricingForest, ...]] = {
     "conv": (PricingForest("conv-bn-relu", "direct"),),
     "conv1x1": (PricingForest("conv-bn-relu", "direct"),),
@@ -66,7 +66,7 @@ FORESTS_OF_KIND: dict[str, tuple[PricingForest, ...]] = {
     "shuffle": (PricingForest("channelshuffle", "direct"),),
     "mul": (PricingForest("add", "stand-in"), PricingForest("addrelu", "stand-in")),  # two maps in, one out
     "square": (PricingForest("relu", "stand-in"),),  # a map in, a map out
-    "scale": (PricingForest("bn", "stand-in"),),  # a factor a channel
+    "scale": (PricingForest("bn", "stand-in"),),  # a factor per channel
     "layernorm": (PricingForest("bn", "stand-in"),),
     "gelu": (PricingForest("hswish", "stand-in"),),
     "hsigmoid": (PricingForest("hswish", "stand-in"),),
@@ -218,7 +218,7 @@ def estimate(device: Device, kernels: Iterable[Kernel]) -> dict[Kernel, MappedRo
 
 
 def _choose(kernel: Kernel, available: Iterable[str]) -> PricingForest | None:
-    if kernel.batch != 1:  # what nn-Meter measured
+    if kernel.batch != 1:  # nn-Meter measured single images
         return None
     return next(
         (choice for choice in FORESTS_OF_KIND.get(kernel.kind, ()) if choice.predictor in available), None
@@ -226,7 +226,7 @@ def _choose(kernel: Kernel, available: Iterable[str]) -> PricingForest | None:
 
 
 def in_range(kernel: Kernel, predictor: str) -> bool:
-    """Whether a predictor was trained on kernels of this size; its channels are not published."""
+    """Whether a predictor was trained on kernels of this size; its range of channels is not published."""
     trained = TRAINED.get(predictor)
     return trained is None or (
         kernel.resolution_px in trained.px

@@ -1,8 +1,8 @@
-"""Operators that exporters write as several: a GELU, a norm, a split.
+"""Operators that exporters write as several nodes: a GELU, a norm, a split.
 
 A composition of elementwise operators (or of means) of one tensor is identified by its values: it is
-evaluated on random numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` where it
-agrees with one. Its parts have no other readers.
+evaluated on random numbers, and is a `gelu`, `swish`, `hswish`, `hsigmoid`, `sigmoid` or `layernorm` if it
+agrees with that function. No other node reads the tensors inside it.
 """
 
 import math
@@ -30,7 +30,7 @@ _COMPOSABLE = (
     *("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Exp", "Min", "Max"),
     *("Erf", "Tanh", "Sigmoid", "HardSigmoid", "Clip", "Relu", "ReduceMean"),
 )
-_LONGEST = 16  # nodes of a composition
+_LONGEST = 16  # nodes in a composition, at most
 
 
 _FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
@@ -39,10 +39,10 @@ _FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
     ("hswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
     ("hsigmoid", lambda x: np.clip(x / 6 + 0.5, 0, 1)),
     ("swish", lambda x: x / (1 + np.exp(-x))),
-    ("swish", lambda x: x / (1 + np.exp(-1.702 * x))),  # some call it a quick GELU; it costs as much
+    ("swish", lambda x: x / (1 + np.exp(-1.702 * x))),  # also called quick GELU; it costs the same
     ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
 )
-_AGREEMENT = 2e-3  # of values in the order of one; the functions differ by more than ten times that
+_AGREEMENT = 2e-3  # of values of order one; the functions differ by more than ten times that
 
 
 def compositions(reader: Reader) -> dict[int, Composition]:
@@ -59,7 +59,7 @@ def compositions(reader: Reader) -> dict[int, Composition]:
 
 
 def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
-    """Return the largest composition that ends at a node, without those that are taken."""
+    """Return the largest composition that ends at a node, without nodes that are taken."""
     inside = {end}
     best = None
     while len(inside) <= _LONGEST:
@@ -72,7 +72,7 @@ def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
             kind = _kind(reader, nodes, views[0]) if len(same) == 1 else None
             if kind is not None:
                 best = Composition(kind, tuple(sorted(inside)), source, views[0])
-        # all else is computed from the source, so the tensor that was written last is not the source
+        # all other tensors are computed from the source, so the one written last is not the source
         latest = max(reader.writer.get(s, -1) for s in outside)
         if latest < 0 or latest in taken or not _is_composable(reader, reader.nodes[latest]):
             break
@@ -121,7 +121,7 @@ def _kind(reader: Reader, nodes: Sequence[Node], view: str) -> str | None:
 
 
 def splits(reader: Reader) -> dict[int, Composition]:
-    """Return slices that together are all of a tensor, as exporters write a split."""
+    """Return slices that together are a whole tensor, as exporters write a split."""
     by_source: dict[str, list[int]] = {}
     for position, node in enumerate(reader.nodes):
         if node.op == "Slice":

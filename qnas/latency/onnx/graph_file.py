@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 LARGEST_VALUE = 1024  # elements of a constant that is followed: shapes and scalars, not weights
 _LARGEST_IMAGE_CHANNELS = 4  # tells (1, C, H, W) from (1, H, W, C)
 _STANDARD = ("", "ai.onnx")
-# functions of others that onnx gives no shape for; they keep that of their input
+# operators for which onnx infers no shape; they keep that of their input
 _KEEP_SHAPE = ("GroupNormalization", "InstanceNormalization", "MeanVarianceNormalization")
 
 
@@ -50,7 +50,7 @@ class Node:
 def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     """Read an ONNX file for a batch of one image.
 
-    `resolution_px` is taken for a height and width that the file leaves free. Raises ArchError where
+    `resolution_px` is used for a height and width that the file leaves free. Raises ArchError where
     the file is no ONNX file, has other inputs than one image, a batch of more than one, or tensors whose
     shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
@@ -102,7 +102,7 @@ def evaluate(
     try:
         with np.errstate(all="ignore"):
             (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
-    except Exception:  # of many kinds: the operator is not known
+    except Exception:  # of many types: the operator is unknown
         return None
     return np.asarray(value)
 
@@ -159,7 +159,7 @@ class Graph:
     def _set_image(
         self, inputs: Sequence[onnx.ValueInfoProto], resolution_px: int | None
     ) -> tuple[str, bool]:
-        """Give the input its shape for one image; return its name and whether channels come last."""
+        """Set the input's shape for one image; return its name and whether channels come last."""
         if len(inputs) != 1:
             names = ", ".join(i.name for i in inputs) or "none"
             raise ArchError(f"{self._path}: expected one input, a batch of images; found {names}")
@@ -178,7 +178,7 @@ class Graph:
         is_last = dims[1] not in of_image and dims[3] in of_image
         channels, places = (3, slice(1, 3)) if is_last else (1, slice(2, 4))
         if not dims[channels]:
-            raise ArchError(f"{where} has a free number of channels, not a fixed")
+            raise ArchError(f"{where} has a free number of channels, expected a fixed one")
         dims[places] = [side or resolution_px or 0 for side in dims[places]]
         if 0 in dims[places]:
             raise ArchError(f"{self._path}: height and width of the images are free: give a resolution in px")
@@ -241,7 +241,7 @@ class Graph:
         self.constants.update(filter(None, proto.output))
         output = proto.output[0]
         size = math.prod(self.shapes[output]) if output in self.shapes else LARGEST_VALUE + 1
-        if asks_shape:  # any values of that shape will do, all in one place
+        if asks_shape:  # any values of that shape will do; these share one element
             feeds = {name: np.broadcast_to(np.float32(0), self.shapes[name]) for name in operands}
         else:
             feeds = {name: self.values[name] for name in operands if name in self.values}
@@ -252,7 +252,7 @@ class Graph:
             self._set_value(output, value)
 
     def _infer(self, proto: onnx.NodeProto, name: str, is_constant: bool) -> None:
-        """Set shape and element type of the outputs, of constants where they are known."""
+        """Set shape and element type of the outputs; for constants, only if they are known."""
         inferred = self._inferred_types(proto)
         for output in filter(None, proto.output):
             found = _static(inferred.get(output)) or _static(self._stated.get(output))

@@ -1,19 +1,19 @@
 """An ONNX network as chains of the operators that latency models know.
 
-Exported graphs hold layout changes around a norm, a GELU as five operators, a bias as a sum. Their
-treatment is decided in `tensors` (operators without cost), `compositions` (several operators that are
-one), `operators` and here:
+Exported graphs contain layout changes around a norm, a GELU as five operators, a bias as a sum. Their
+treatment is decided in `tensors` (operators without cost), `compositions` (several nodes that are one
+operator), `operators` and here:
 
 - A layer norm over channels between two changes of layout is one `layernorm`. A transposition that
   moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
-- Sums and products with one constant a channel directly behind an operator that has a scale and a
-  bias of its own go into those, as batch normalisation does.
+- Sums and products with one constant per channel directly after an operator that has its own scale and
+  bias are absorbed by it, as batch normalisation is.
 - An operator that none of the models knows is UNCOVERED: a pass over its largest tensor, of kind
   `elementwise`, named and counted.
 
-Kernels are square and for one image. A map of another form is taken as the smallest square that holds
-as many pixels, and so are kernels and rows of tokens; the operator's `macs` are exact. The resolution of
-a convolution without our padding is the one that gives its output size.
+Kernels are square and for one image. A map of another shape counts as the smallest square with at least as
+many pixels, and so do kernels and rows of tokens; the operator's `macs` are exact. A convolution with other
+padding than ours has the resolution that gives its output size.
 """
 
 import math
@@ -40,7 +40,7 @@ class OnnxNetwork:
     height_px: int
     width_px: int
     chains: tuple[tuple[OnnxOperator, ...], ...]
-    changes_of_precision: int = 0  # nodes that quantise, dequantise or cast; none of the operators
+    changes_of_precision: int = 0  # nodes that quantise, dequantise or cast; not among the operators
 
     @cached_property
     def operators(self) -> tuple[OnnxOperator, ...]:
@@ -54,15 +54,15 @@ class OnnxNetwork:
 
     @property
     def uncovered(self) -> dict[str, int]:
-        """The number of operators by name that no latency model knows."""
+        """The number of operators that no latency model knows, by name."""
         return dict(Counter(o.op for o in self.operators if o.status == "uncovered"))
 
 
 def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     """Read an ONNX file as operators for one image; weights are not read.
 
-    `resolution_px` is for files whose height and width are free. Raises ArchError where the file is
-    no ONNX, has not one batch of images as its only input, or shapes that follow from no resolution.
+    `resolution_px` is for files whose height and width are free. Raises ArchError where the file is no
+    ONNX file, has other inputs than one batch of images, or has shapes that no resolution determines.
     """
     graph = read_graph(path, resolution_px=resolution_px)
     shape = graph.shapes[graph.input]
@@ -72,7 +72,7 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     return OnnxNetwork(path, channels, height, width, _chains(reader), changes)
 
 
-# Operators with a scale and a bias of their own, into which those behind them go.
+# Operators with their own scale and bias, which absorb those after them.
 _AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
 
 
@@ -119,7 +119,7 @@ def _only_writer(
 
 
 def _is_absorbed(reader: Reader, node: Node, before: OnnxOperator) -> bool:
-    """Whether a node scales or shifts each channel by a constant, behind an operator that does so itself."""
+    """Whether a node scales or shifts each channel by a constant, after an operator that does so itself."""
     if node.op not in ("Add", "Sub", "Mul", "Div") or before.kernel.kind not in _AFFINE:
         return False
     constants = [name for name in node.inputs if name in reader.graph.constants]

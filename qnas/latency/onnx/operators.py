@@ -29,7 +29,7 @@ class OnnxOperator:
 
 
 def _side(area: int) -> int:
-    """Return the side of the smallest square that holds so many.
+    """Return the side of the smallest square with at least this area.
 
     >>> _side(49), _side(50)
     (7, 8)
@@ -63,7 +63,7 @@ def _windowed(
     macs: int = 0,
     status: Status = "direct",
 ) -> OnnxOperator:
-    """Return an operator of windows; its resolution gives its output, whatever the padding was."""
+    """Return an operator of windows, with the resolution that gives its output for any padding."""
     x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     strides: list[int] = node.attribute("strides") or [1] * len(window)
     stride = max(1, round(float(math.prod(strides) ** (1 / len(window)))))
@@ -75,10 +75,10 @@ def _windowed(
 
 
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a convolution; one in groups as one of as many input channels as a group has.
+    """Return a convolution; a grouped one has the input channels of one group.
 
-    Its multiply-adds and weights are those of the groups together, and it is launched once; its
-    reads of all input channels are not counted, so it is a stand-in.
+    It has the multiply-adds and weights of all groups together, and one launch. Reads of the other
+    groups' input channels are not counted, so it is a stand-in.
     """
     x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
     groups = node.attribute("group", 1)
@@ -101,11 +101,11 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _product(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a matrix product: `linear` for one row, else a row a pixel; `matmul` without weights."""
+    """Return a matrix product: `linear` (one row), `conv` (rows as pixels) or, without weights, `matmul`."""
     a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     weights = [place for place in (0, 1) if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
-    # a column is what a row is where the weights stand first
+    # with the weights first, columns take the place of rows
     c_out = max(1, (y[-2] if weights == [0] else y[-1]) if len(y) > 1 else math.prod(y))
     rows = max(1, math.prod(y) // c_out)
     kind = "matmul" if not weights else "linear" if rows == 1 else "conv"
@@ -123,7 +123,7 @@ def _pool(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _mean(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a mean over all pixels; another one is uncovered."""
+    """Return a mean over all pixels; any other mean is uncovered."""
     tensor = node.inputs[0]
     shape = reader.shapes[tensor]
     given = node.attribute("axes")
@@ -149,7 +149,7 @@ def _clip(reader: Reader, node: Node) -> OnnxOperator:
 
 
 def _sum_or_product(maps: str, scalar: str) -> Callable[[Reader, Node], OnnxOperator]:
-    """Return the reader of an operator of two tensors, one of which may be one value, or one a channel."""
+    """Return the reader of an operator of two tensors, one of which may be a scalar, or one per channel."""
 
     def read(reader: Reader, node: Node) -> OnnxOperator:
         y = node.outputs[0]
@@ -183,9 +183,9 @@ def is_per_channel(reader: Reader, tensor: str, of: str) -> bool:
 
 
 def _transposition(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a transposition; that of two groups of channels is a shuffle.
+    """Return a transposition; one that exchanges groups and channels is a shuffle.
 
-    As in the measured networks a shuffle's outputs are the channels of one group.
+    As in the measured networks, a shuffle's outputs are the channels of one group.
     """
     shape = reader.shapes[node.inputs[0]]
     order = node.attribute("perm")
@@ -237,5 +237,5 @@ OPERATORS: dict[str, Callable[[Reader, Node], OnnxOperator]] = {
 
 
 def read_operator(reader: Reader, node: Node) -> OnnxOperator:
-    """Return the operator that a node is; one that no latency model knows is uncovered."""
+    """Return the operator of a node; one that no latency model knows is uncovered."""
     return OPERATORS.get(node.op, _uncovered)(reader, node)

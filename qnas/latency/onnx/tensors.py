@@ -1,9 +1,9 @@
 """An ONNX graph without its free operators: the views of tensors, and their layouts.
 
-Only layouts and shapes change in FREE nodes and in transpositions between (N, C, H, W) and
-(N, H, W, C): TFLite and OpenVINO choose their own layout when they load a file, and PyTorch has
-both as views. Changes of precision are free too, since a device's figures are of one precision and
-price the whole network in it.
+FREE nodes and transpositions between (N, C, H, W) and (N, H, W, C) change only shapes and layouts:
+TFLite and OpenVINO choose their own layout when they load a file, and PyTorch has both as views.
+Changes of precision are free too, since a device's figures are for one precision and price the whole
+network in it.
 """
 
 import math
@@ -26,7 +26,7 @@ class Reader:
         self.graph = graph
         self.shapes = graph.shapes
         self._same: dict[str, str] = {}  # output of a free node -> the tensor that it is a view of
-        # of maps: whether channels are the last dimension; other tensors of four dimensions are no maps
+        # for maps, whether channels are the last dimension; other tensors of four dimensions are no maps
         self._is_last: dict[str, bool] = {graph.input: graph.is_channels_last}
         self.nodes: list[Node] = []
         self.writer: dict[str, int] = {}  # tensor -> position of the node
@@ -45,7 +45,7 @@ class Reader:
         self.outputs = {self.root(output) for output in graph.outputs}
 
     def root(self, tensor: str) -> str:
-        """Return the tensor that was written, of which this one is a view."""
+        """Return the written tensor of which this one is a view."""
         return self._same.get(tensor, tensor)
 
     def activations(self, node: Node) -> list[str]:
@@ -53,7 +53,7 @@ class Reader:
         return [name for name in node.inputs if name and name not in self.graph.constants]
 
     def constant(self, node: Node, place: int) -> Array | None:
-        """Return the value of a constant input, None where it is left out or not known."""
+        """Return the value of a constant input, None where it is left out or unknown."""
         return self.graph.values.get(node.inputs[place]) if place < len(node.inputs) else None
 
     def sources(self, nodes: Iterable[Node]) -> set[str]:
@@ -75,7 +75,7 @@ class Reader:
             return 1, 1
         if self.is_last(tensor):
             return max(1, math.prod(shape[:-1])), max(1, shape[-1])
-        # what five dimensions mean is not known: the last two are a map, as in a channel shuffle
+        # the meaning of five dimensions is unknown: the last two are taken as a map, as in a channel shuffle
         pixels = shape[0] * math.prod(shape[-2:])
         return max(1, pixels), max(1, math.prod(shape[1:-2]))
 
@@ -103,7 +103,7 @@ class Reader:
             return True
         if node.op == "Cast":
             return self.graph.types[given[0]] == self.graph.types[node.outputs[0]]
-        # parts of everything, and copies to the same size
+        # parts that are everything, and copies to the same size
         if node.op in ("Slice", "Expand", "Pad", "Concat", "Split") and len(given) == 1:
             return same_shape
         return node.op in FREE
