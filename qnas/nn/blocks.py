@@ -194,7 +194,7 @@ class QuadraBlock(nn.Module):
         return channel_half(x, *channels, eps=eps)
 
     def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
-        """Return the parameters of both halves in the kernels' order, and epsilon. Needs layer normalisation."""
+        """Return the arguments of both halves' kernels after x, and epsilon. Needs layer normalisation."""
         norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
         mixer = (norm1.weight, norm1.bias, *(conv.weight for conv in self.convolutions))
         pointwise = (self.expand.weight, self.expand.bias, self.project.weight, self.project.bias)

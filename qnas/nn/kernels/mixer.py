@@ -60,8 +60,8 @@ def forward(
 ) -> Tensor:
     """Compute the operator, the mixer if `norm` is given, or the nested mixer if `shares` is given too.
 
-    x: (B, C, H, W), as the result; weights: (C, 1, k, k), k odd; shares: (k // 2,), p of the kernels 3, 5, ..,
-    k, with k at most 7.
+    x and the result: (B, C, H, W); weights: (C, 1, k, k), k odd; shares: (k // 2,), p of the kernels 3, 5,
+    .., k, with k at most 7.
     """
     x, inputs = _dense(x), _inputs(x, (w_a, w_b, w_c), norm, shares)
     y = torch.empty_like(x)
