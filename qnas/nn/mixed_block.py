@@ -256,7 +256,7 @@ def _check_slices(
         largest = whole[name].shape if name in whole else None
         if largest is None or len(largest) != len(shape) or any(map(gt, shape, largest)):
             raise UsageError(
-                f"{candidate.name}: {name}, {list(shape)}, is no slice of that of the largest candidate, "
+                f"{candidate.name}: {name}, {list(shape)}, is not a slice of that of the largest candidate, "
                 f"{list(largest or [])}: search with `weights='independent'`"
             )
 

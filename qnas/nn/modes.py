@@ -14,7 +14,7 @@ def gradient_for(weights: WeightsMode, form: GradientForm | None) -> GradientFor
     Raises ValueError if the two cannot be combined.
     """
     if weights == "nested" and form not in (None, "exact"):
-        raise ValueError(f"`gradient='{form}'`: expected 'exact', as `weights='nested'` has no other")
+        raise ValueError(f"`gradient='{form}'`: expected 'exact', the only one with `weights='nested'`")
     if weights != "nested" and form == "exact":
         raise ValueError(f"`gradient='exact'` needs `weights='nested'`, got '{weights}'")
     return form or ("exact" if weights == "nested" else "two-path")

@@ -1,4 +1,4 @@
-"""The commands on a page, which repeat its run."""
+"""The commands on a page that repeat its run."""
 
 import shlex
 from collections.abc import Iterable, Mapping
@@ -6,8 +6,8 @@ from typing import Any
 
 from qnas.runs import names
 
-_OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # of config.json -> of the option
-# options of a search that its config.json records under `search`
+_OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # from config.json to the option
+# options of a search, recorded under `search` in config.json
 _SEARCH_OPTIONS = (
     *("seed", "search_epochs", "warmup_epochs", "batch_size", "resolution_px", "latency_loss", "weights"),
     *("gradient", "paths", "effect_networks", "k_best", "screened", "random_networks", "threads"),
@@ -16,7 +16,7 @@ _SEARCH_OPTIONS = (
 
 
 def search_command(config: Mapping[str, Any]) -> str:
-    """Return a command for the same search, with every option written out."""
+    """Return the command of the same search, with every option written out."""
     words = ["qnas", "search", *_option_words(config, ("space", "data", "latency"))]
     for entry in config.get("limits", []):
         if "device" in entry:
@@ -27,7 +27,7 @@ def search_command(config: Mapping[str, Any]) -> str:
 
 
 def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
-    """Return a command for the same training, to be run in the folder of the page."""
+    """Return the command of the same training, to be run in the folder of the page."""
     recipe, network = names.RECIPE_FILE, names.ARCH_FILE
     if of_run:
         recipe, network = f"{names.SUBNET_FOLDER}/{recipe}", "."
@@ -39,7 +39,7 @@ def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
 
 
 def _option_words(values: Mapping[str, Any], options: Iterable[str]) -> list[str]:
-    """Return the words of a command that give these values, and `--compile` where it is set."""
+    """Return the command-line options for these values, and `--compile` if it is set."""
     words = []
     for name in options:
         if values.get(name) is not None:
