@@ -1,16 +1,16 @@
-"""The QuadraBlock against its plain form and against the blocks of ConvNeXt and HorNet, interleaved.
+"""The QuadraBlock compared with its plain form and the blocks of ConvNeXt and HorNet, interleaved.
 
     python benchmarks/block.py [--threads 1] [--rounds 15] [--fresh] [--json FILE]
 
-Forms of one width C, kernel 7 and expansion 4, on channels_last maps in float32 on the CPU: naive (three
-F.conv2d and torch's modules under autograd), lean (qnas with QNAS_KERNELS=0), native (qnas with its C++
-kernels), nested (the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet (their
-papers' blocks). All take turns in every round, and a time is given as the median over rounds of its ratio to
-the naive one of the same round; with one thread it is the time on the processor, which other programs on the
-machine disturb less. Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is
-kept; --fresh is the state of any other process, where the pages of each large tensor are cleared first,
-which costs the naive form most. Prints a table and PASS or MISS for every bar; the exit status is 1 where
-one is missed.
+The forms have the same width, kernel 7 and expansion 4, and run on channels_last maps in float32 on the CPU:
+naive (three F.conv2d and torch's modules under autograd), lean (qnas with QNAS_KERNELS=0), native (qnas with
+its C++ kernels), nested (the mixture of kernels 3, 5 and 7 and expansions 2 and 4), convnext and hornet
+(their papers' blocks). They take turns in every round. A time is given as its ratio to the naive form's in
+the same round, as median over rounds. With one thread, processor time is measured, which other programs on
+the machine disturb less. As in a training run (`training.loop.set_up_process`), memory freed by tensors is
+kept for reuse. --fresh is the state of any other process, where the pages of each large tensor are cleared
+first, which costs the naive form most. The script prints a table and PASS or MISS for each bar; the exit
+status is 1 if a bar is missed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from qnas.training.loop import set_up_process
 KERNEL, EXPANSION = 7, 4
 SHAPES = [(64, 32, 16), (32, 64, 32), (8, 64, 56), (8, 256, 14)]  # batch, channels, height and width
 
-# Most of: the naive form's time, multiples of x, the other block's value. In the order of SHAPES.
+# Upper bounds for each of SHAPES: ratios to the naive form or to the other form, or multiples of x.
 BARS = {
     "native step / naive": (0.48, 0.48, 0.52, 0.80),
     "native forward / naive": (0.80, 0.70, 0.80, 1.05),
@@ -65,7 +65,7 @@ class NaiveBlock(QuadraBlock):
 
 
 class NestedBlock(QuadraBlock):
-    """The largest block's weights under shares of all kernels and expansions, each with its gradient."""
+    """The largest block's weights with shares of all kernels and expansions, which get gradients too."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, KERNEL, EXPANSION)
@@ -164,7 +164,7 @@ def measure(
     grad = torch.randn_like(x)
     blocks = {name: FORMS[name](channels).to(memory_format=torch.channels_last) for name in names}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for turn in range(1 + rounds):  # the first warms up
+    for turn in range(1 + rounds):  # the first round is a warm-up
         for name in names if turn % 2 else reversed(names):
             block = blocks[name]
             block.zero_grad()
@@ -196,7 +196,7 @@ def measure(
 
 @contextmanager
 def kernels(form: str) -> Iterator[None]:
-    """Let qnas use its C++ kernels in the native forms alone."""
+    """Let qnas use its C++ kernels only in the native forms."""
     before = os.environ.pop("QNAS_KERNELS", None)
     if form not in NATIVE:
         os.environ["QNAS_KERNELS"] = "0"
@@ -209,7 +209,7 @@ def kernels(form: str) -> Iterator[None]:
 
 
 def saved_multiples(block: nn.Module, x: Tensor) -> float:
-    """Return what autograd keeps for the backward pass, parameters aside, as multiples of x."""
+    """Return the memory that autograd keeps for the backward pass, without parameters, in multiples of x."""
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -220,16 +220,16 @@ def saved_multiples(block: nn.Module, x: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = block(x)  # bound: what is kept must live until all is counted
+        y = block(x)  # kept alive until all tensors are counted
     del y
     return sum(kept.values()) / x.untyped_storage().nbytes()
 
 
 def roofline(shape: tuple[int, int, int], step_ms: float) -> dict[str, float]:
-    """Return the least work of a QuadraBlock's training step over its time, recomputing not counted.
+    """Return the rates of a QuadraBlock's training step: its least work, without recomputation, by its time.
 
-    Operations: those of all convolutions, three times (forward, both gradients). Bytes: each half reads
-    its input and writes its output, then reads input and gradient and writes a gradient.
+    Operations are those of all convolutions, three times (forward and both gradients). Bytes: each half reads
+    its input and writes its output, then reads the input and a gradient and writes a gradient.
     """
     batch, channels, size = shape
     places = batch * size * size
@@ -239,13 +239,13 @@ def roofline(shape: tuple[int, int, int], step_ms: float) -> dict[str, float]:
 
 
 def measure_gflops(clock: Callable[[], float], size: int = 1024, repeats: int = 9) -> float:
-    """Return GFLOP/s of a float32 product of square matrices, the best of a few."""
+    """Return the GFLOP/s of a float32 product of square matrices, the best of several."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2e-9 * size**3 / _best(lambda: torch.mm(a, b), clock, repeats)
 
 
 def measure_bandwidth(clock: Callable[[], float], megabytes: int = 256, repeats: int = 9) -> float:
-    """Return GB/s of a copy beyond every cache, bytes read and written, the best of a few."""
+    """Return the GB/s (read and written) of a copy larger than the caches, the best of several."""
     source = torch.ones(megabytes << 18)
     target = torch.empty_like(source)
     return 2e-9 * 4 * source.numel() / _best(lambda: target.copy_(source), clock, repeats)
@@ -272,7 +272,7 @@ def line(shape: tuple[int, int, int], name: str, row: dict[str, float], peak: di
 def verdict(
     shape: tuple[int, int, int], bar: str, most: float, measured: dict[str, dict[str, float]]
 ) -> dict[str, object]:
-    """Compare one bar, `form figure / other` or `form figure, x`, with what was measured."""
+    """Compare a bar, `form figure / other` or `form figure, x`, with the measurement."""
     form, figure = bar.split()[0], bar.split()[1].rstrip(",")
     if form not in measured:
         return {"passed": "NONE", "shape": shape, "bar": bar, "value": None, "most": most}

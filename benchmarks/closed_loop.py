@@ -1,16 +1,16 @@
-"""A device of one's own, all the way round: sample, time, fit, calibrate, search, export, time again.
+"""The whole loop for a user's own device: sample, time, fit, calibrate, search, export, time again.
 
     python benchmarks/closed_loop.py [--out runs/closed-loop] [--first-part]
 
-This machine with onnxruntime on one thread is the device. 120 networks of quadranet-small are timed;
-a model fitted to 80 of them predicts the other 40, by which it is calibrated. Then `qnas search` runs
-for ten budgets on that device, and what `qnas export` writes is timed. As a harder test of the margin,
-ten random networks that use their budget up are timed too.
+The device is this machine with onnxruntime on one thread. 120 networks of quadranet-small are timed. A
+model is fitted to 80 of them and calibrated on the other 40. Then `qnas search` runs for ten budgets on this
+device, and the exported networks are timed. As a harder test of the margin, ten random networks that use up
+their budget are timed too.
 
-The last timing has the calibration's networks in its rounds: their ratio to what they took before says
-how fast the machine is now, and measurements are shown as they are and at the calibration's speed.
-What is there already is not done again: a run that was stopped goes on. Two minutes for the first
-part (--first-part stops after it), ten with the searches, on an idle machine.
+The last timing includes networks of the calibration. The ratio of their times to the former ones gives the
+machine's current speed, and measurements are shown both unchanged and at the calibration's speed. Existing
+results are reused, so a stopped run continues. On an idle machine, the first part (--first-part stops after
+it) takes two minutes, and ten with the searches.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from qnas.spaces.space import SearchSpace, load_space
 SPACE = "quadranet-small"
 NETWORKS, FITTED = 120, 80
 BUDGETS = 10
-LEVEL = 0.95  # of the calibration
-REFERENCES = 12  # networks of the calibration that are timed again
+LEVEL = 0.95  # confidence level of the calibration
+REFERENCES = 12  # networks of the calibration to time again
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def first_part(space: SearchSpace, out: Path, repeats: int, seed: int) -> list[Measured]:
-    """Sample, time, fit and calibrate; return the networks that were held out of the fit."""
+    """Sample, time, fit and calibrate. Return the networks held out of the fit."""
     file = out / "sample" / CSV_FILE
     if not file.exists():
         table = load_table(load_device("cpu"), space)
@@ -107,10 +107,10 @@ def first_part(space: SearchSpace, out: Path, repeats: int, seed: int) -> list[M
 
 
 def second_part(space: SearchSpace, options: argparse.Namespace, held_out: Sequence[Measured]) -> None:
-    """Search for ten budgets, export, and time the files beside the calibration's networks."""
+    """Search for ten budgets, export, and time the files together with networks of the calibration."""
     out: Path = options.out
     table = load_table(load_device(out / "calibrated.json"), space)
-    # from a little above the fastest network to a little below the slowest, with the margin
+    # from slightly above the fastest network to slightly below the slowest, including the margin
     low, high = (ms * (1 + table.margin) for ms in (1.3 * table.fastest_ms, 0.95 * table.slowest_ms))
     budgets_ms = [round(float(ms), 3) for ms in np.linspace(low, high, BUDGETS)]
     searched = {}
@@ -159,13 +159,13 @@ def second_part(space: SearchSpace, options: argparse.Namespace, held_out: Seque
 def write_used_up(
     space: SearchSpace, table: LatencyTable, budgets_ms: Sequence[float], folder: Path, seed: int
 ) -> dict[float, tuple[Arch, Path]]:
-    """Write a random network for each budget, predicted just below what it allows."""
+    """Write a random network for each budget, with a predicted latency just below the limit."""
     rng = np.random.default_rng(seed)
     graphs = {}
     found = {}
     for budget_ms in budgets_ms:
         limit_ms = table.limit_ms(budget_ms)
-        # small budgets have few networks: the nearest below
+        # small budgets have few networks: take the nearest one below
         near = (sample_near(table, share * limit_ms, limit_ms, 1, rng) for share in (0.99, 0.97, 0.9, 0.5))
         arch = arch_from_indices(space, next(filter(None, near))[0])
         blocks = lower(space, arch)
@@ -179,7 +179,7 @@ def write_used_up(
 
 
 def report(title: str, rows: dict[float, tuple[float, Timing]], speed: float) -> None:
-    """Print predictions against measurements, as they are and at the calibration's speed."""
+    """Print predictions and measurements, both unchanged and at the calibration's speed."""
     print(f"\n{title}: milliseconds")
     header = f"{'budget':>8} {'predicted':>9} {'measured':>9} {'p95':>7} {'off':>6} {'of budget':>9}"
     print(f"{header}   at the calibration's speed")

@@ -1,10 +1,10 @@
 """Shared parts of the experiments: the data, networks trained alone, supernets, and the files of results.
 
-Both experiments (rank_correlation.py, search_quality.py) train dozens of small networks by one recipe.
-Every training is a JSON line under a key of all that it depends on, so that a run that was stopped goes
-on, and both share what they train alike. Networks are one where their blocks are: where in a stage the
-identities stand makes no difference. Times are those on the processor, of one thread, so that other
-programs on the machine change little.
+Both experiments (rank_correlation.py, search_quality.py) train dozens of small networks with one recipe.
+Each training is a JSON line with a key for everything on which it depends. A stopped run therefore continues,
+and both experiments share trainings. Networks with the same blocks count as the same network: the positions
+of identities in a stage make no difference. Times are processor times of one thread, which other programs on
+the machine hardly change.
 """
 
 import hashlib
@@ -43,21 +43,21 @@ from qnas.training.scoring import classify
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
-OUT = FOLDER / "results"  # what RESULTS.md was made from: every training, supernet and search as a line
-WINDOW = 0.97  # networks of one latency have from this share of it to all of it
+OUT = FOLDER / "results"  # data of RESULTS.md: each training, supernet and search is a line
+WINDOW = 0.97  # networks "of one latency" have at least this share of it
 RIVALS = 10  # random networks of one latency, for each seed
 SEARCH_SEEDS = (0, 1, 2)
-TRAINED_PX = 32  # the size of the images that everything is trained on
-PILOT_STEPS = 30  # timed before a supernet is trained for a given time
-DRAWS = 2000  # of the bootstrap
+TRAINED_PX = 32  # image size of all trainings
+PILOT_STEPS = 30  # steps to time before a supernet is trained for a given time
+DRAWS = 2000  # bootstrap samples
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe by which every network is trained on its own, from scratch."""
+    """The recipe of all trainings of single networks from scratch."""
 
-    images: int = 10_000  # of the training images, as many of each class
+    images: int = 10_000  # number of training images, equally many of each class
     epochs: int = 6
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -70,14 +70,14 @@ class Recipe:
 
 
 def tiny_space(name: str, resolution_px: int = TRAINED_PX) -> SearchSpace:
-    """Return one of the experiments' own spaces, its latencies those of images of this size."""
+    """Return one of the experiments' spaces, with latencies for images of this size."""
     return load_space(FOLDER / "spaces" / f"{name}.yaml").with_resolution(resolution_px)
 
 
 def load_images(spec: str, images: int, *, resolution_px: int = TRAINED_PX) -> ImageData:
-    """Read a data set and keep this many of its training images; all test images stay.
+    """Read a data set and keep this many of its training images and all test images.
 
-    Held-out images are a fifth of them, drawn from those that every run of qnas holds out.
+    A fifth of the kept images are held out; they are drawn from those that every run of qnas holds out.
     """
     data = load_data(parse_data_spec(spec), resolution_px=resolution_px)
     heldout = stratified(data.heldout, images // 5)
@@ -93,9 +93,9 @@ def load_images(spec: str, images: int, *, resolution_px: int = TRAINED_PX) -> I
 
 
 def stratified(split: Split, count: int) -> Split:
-    """Return `count` images of a split, evenly over its order within each class.
+    """Return `count` images of a split, evenly spaced within each class.
 
-    Classes that have too few give all they have. Class sizes differ by one at most otherwise.
+    Class sizes differ by at most one, except that classes with too few images are used completely.
     """
     classes = torch.unique(split.labels).tolist()
     kept = []
@@ -107,11 +107,11 @@ def stratified(split: Split, count: int) -> Split:
     return replace(split, images=split.read(places), labels=split.labels[places])
 
 
-# ---- what was done already
+# ---- cached results
 
 
 class Cache:
-    """Results as JSON lines, each under the key of what it depends on."""
+    """Results as JSON lines, each with a key of everything on which it depends."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -120,20 +120,20 @@ class Cache:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:  # the line that a stopped run was writing
+                except json.JSONDecodeError:  # incomplete line of a stopped run
                     continue
                 self._rows[row["key"]] = row
 
     def get(self, parts: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what was found for these parts, or None."""
+        """Return the result for these parts, or None."""
         return self._rows.get(cache_key(parts))
 
     def put(self, parts: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what was found, and return it with its parts."""
+        """Store a result, and return it with its parts."""
         row = {"key": cache_key(parts), **parts, **found}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
-            # a stopped run may have left half a line
+            # a stopped run may have left an incomplete line
             is_whole = file.tell() == 0 or _last_byte(self._path) == b"\n"
             file.write((b"" if is_whole else b"\n") + json.dumps(row).encode() + b"\n")
         self._rows[row["key"]] = row
@@ -147,12 +147,12 @@ def _last_byte(path: Path) -> bytes:
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """Identify JSON values, whatever the order of their names."""
+    """Return a key for JSON values that does not depend on the order of names."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def blocks_of(space: SearchSpace, arch: Arch) -> list[list[str]]:
-    """Return the chosen blocks by stage without identities: equal where the networks are equal."""
+    """Return the chosen blocks by stage without identities. Equal networks have equal blocks."""
     rows = zip(space.positions, arch.choices, strict=True)
     return [
         [choice for _, choice in stage if choice != "identity"]
@@ -166,7 +166,7 @@ def blocks_of(space: SearchSpace, arch: Arch) -> list[list[str]]:
 def training_parts(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int
 ) -> dict[str, Any]:
-    """Return all that a training depends on; that is not the size of the images that latencies are of."""
+    """Return all on which a training depends. The image size of latencies is not part of it."""
     return {
         "space": space.with_resolution(TRAINED_PX).digest,
         "blocks": blocks_of(space, arch),
@@ -180,16 +180,16 @@ def training_parts(
 def known_training(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int, cache: Cache
 ) -> dict[str, Any] | None:
-    """Return what the training of a network found, or None if it is still to do."""
+    """Return the result of a network's training, or None if it is not done yet."""
     return cache.get(training_parts(space, arch, data, recipe, seed))
 
 
 def train_alone(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int, cache: Cache
 ) -> dict[str, Any]:
-    """Train a network from scratch on all kept training images; return its `accuracy` on the test images.
+    """Train a network from scratch on all kept training images. Return its `accuracy` on test images.
 
-    The seed draws the weights and the order of images. What the cache has is not trained again.
+    The seed determines the initial weights and the order of images. A cached result is reused.
     """
     known = known_training(space, arch, data, recipe, seed, cache)
     if known is not None:
@@ -216,9 +216,9 @@ def train_alone(
 
 
 def spread_networks(space: SearchSpace, table: LatencyTable, count: int, seed: int) -> list[Arch]:
-    """Draw different networks, one from each of `count` equal windows of latency.
+    """Draw one network from each of `count` equal latency intervals.
 
-    The windows leave out the first and last twentieth of the range, where there are few networks.
+    The intervals leave out the first and last twentieth of the range, where there are few networks.
     """
     rng = np.random.default_rng(seed)
     reach = table.slowest_ms - table.fastest_ms
@@ -234,7 +234,7 @@ def draw_networks(
     count: int,
     rng: np.random.Generator,
 ) -> list[Arch]:
-    """Draw `count` networks of a latency in [low, high], no two of them the same network."""
+    """Draw `count` different networks with a latency in [low, high]."""
     found: dict[str, Arch] = {}
     for indices in sample_near(table, low_ms, high_ms, 20 * count, rng):
         arch = arch_from_indices(space, indices)
@@ -244,14 +244,14 @@ def draw_networks(
 
 
 def middle_ms(table: LatencyTable) -> float:
-    """Return the budget of the experiments: the middle between the fastest and the slowest network."""
+    """Return the middle between the latencies of the fastest and the slowest network."""
     return (table.fastest_ms + table.slowest_ms) / 2
 
 
 def rivals(
     space: SearchSpace, table: LatencyTable, budget_ms: float, seed: int, count: int = RIVALS
 ) -> list[Arch]:
-    """Draw the networks of the budget's latency that a search of this seed is compared with."""
+    """Draw the networks of the budget's latency with which a search of this seed is compared."""
     rng = np.random.default_rng([seed, count])
     return draw_networks(space, table, WINDOW * budget_ms, budget_ms, count, rng)
 
@@ -259,7 +259,7 @@ def rivals(
 # ---- supernets
 
 
-# Forms of the weights and of the steps that train them.
+# Weight sharing modes, with the steps that train the weights.
 ARMS: dict[str, dict[str, Any]] = {
     "independent": {"weights": "independent"},
     "shared": {"weights": "shared"},
@@ -270,7 +270,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def base_config(arm: str, seed: int) -> SearchConfig:
-    """Return what all supernets of the experiments have in common; their epochs are planned by time."""
+    """Return the common configuration of all supernets. Their epochs are planned by time."""
     return SearchConfig(
         preset="benchmark",
         resolution_px=TRAINED_PX,
@@ -287,7 +287,7 @@ def base_config(arm: str, seed: int) -> SearchConfig:
 
 
 def epoch_seconds(space: SearchSpace, limits: Limits, data: ImageData, config: SearchConfig) -> float:
-    """Time the first steps of a configuration and return the seconds of an epoch of its first phase."""
+    """Time the first steps of a configuration, and return the seconds per epoch of its first phase."""
     searcher = Searcher(space, limits, data, config)
     searcher.step()
     start = time.process_time()
@@ -297,9 +297,9 @@ def epoch_seconds(space: SearchSpace, limits: Limits, data: ImageData, config: S
 
 
 def plan_epochs(warm_up_s: float, search_s: float, seconds: float, warm_up_share: float) -> tuple[int, int]:
-    """Return epochs of warm-up and of search that take `seconds` together, at least one of each.
+    """Return the epochs of warm-up and of search, at least one each, that take `seconds` together.
 
-    `warm_up_s` and `search_s` are the seconds of an epoch of each; `warm_up_share` is of the epochs.
+    `warm_up_s` and `search_s` are seconds per epoch. `warm_up_share` is the warm-up's share of the epochs.
     """
     total = seconds / (warm_up_share * warm_up_s + (1 - warm_up_share) * search_s)
     warm_up = max(1, round(warm_up_share * total))
@@ -311,7 +311,7 @@ def plan_epochs(warm_up_s: float, search_s: float, seconds: float, warm_up_share
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the interval that holds it at `LEVEL`."""
+    """A figure with its confidence interval at `LEVEL`."""
 
     value: float
     low: float
@@ -324,10 +324,10 @@ class Interval:
 def rank_interval(
     first: Sequence[float], second: Sequence[float], *, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Return Kendall's tau-b of two rows of figures, with the percentile interval of a bootstrap.
+    """Return Kendall's tau-b of two sequences of figures, with a percentile interval by bootstrap.
 
-    What is drawn are networks, with both their figures. A network drawn twice is a tie with itself in
-    both rows, which tau-b leaves out. Draws in which all of a row is equal have no tau and do not count.
+    The bootstrap draws networks, each with both its figures. A network that is drawn twice ties with itself
+    in both sequences, which tau-b ignores. Samples with a constant sequence have no tau and are not counted.
     """
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     assert x.shape == y.shape == (len(x),), (x.shape, y.shape)
@@ -340,18 +340,18 @@ def rank_interval(
 
 
 def upper_half(figures: Sequence[float]) -> NDArray[np.int64]:
-    """Return the places of the better half of the figures, in order; of an odd number more than half."""
+    """Return the sorted indices of the better half of the figures, rounded up."""
     count = (len(figures) + 1) // 2
     return np.sort(np.argsort(-np.asarray(figures), kind="stable")[:count])
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation (of a sample; NaN of a single value)."""
+    """Return the mean and the sample standard deviation (NaN for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def percent(value: float, sd: float = math.nan) -> str:
-    """Write a share of 1 as a percentage: `87.3%`, with its spread `87.3 +- 0.4%`."""
+    """Format a fraction as a percentage: `87.3%`, or with its spread `87.3 ± 0.4%`."""
     return f"{100 * value:.1f}%" if math.isnan(sd) else f"{100 * value:.1f} ± {100 * sd:.1f}%"
 
 
@@ -359,7 +359,7 @@ def percent(value: float, sd: float = math.nan) -> str:
 
 
 def describe_recipe(recipe: Recipe) -> str:
-    """Say in a sentence how networks are trained alone."""
+    """Describe in a sentence how single networks are trained."""
     return (
         f"Trained alone: {recipe.images} training images, {recipe.epochs} epochs of batches of "
         f"{recipe.batch_size}, AdamW at {recipe.learning_rate:g} with a cosine, weight decay "
@@ -369,14 +369,14 @@ def describe_recipe(recipe: Recipe) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; all but the first column are aligned right."""
+    """Return a Markdown table. All columns except the first are right-aligned."""
     assert all(len(row) == len(header) for row in rows), "rows of another length than the header"
     rules = [":--", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rules, *rows))
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Put a text into a file between the marks of a section, which is added at the end if it is new."""
+    """Write a text between the marks of a section in a file. A new section is added at the end."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     section = f"{begin}\n{text.strip()}\n{end}"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""

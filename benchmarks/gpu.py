@@ -1,18 +1,18 @@
-"""The quadratic operator and QuadraNet36-T on a CUDA GPU, against the bars: PASS or MISS a line.
+"""The quadratic operator and QuadraNet36-T on a CUDA GPU, compared with bars: PASS or MISS per line.
 
     python benchmarks/gpu.py [--repeats 30] [--kernels 7] [--batch 64] [--only operator] [--json gpu.json]
 
-Operator, at the stages of the paper's T size: forward against the time that the memory needs to read x
-and write y, at the bandwidth that a copy reaches here; forward and backward ("step") against three
-F.conv2d under torch's autograd (cuDNN or torch's own depthwise kernels, whichever torch picks). "roof" is
-the share of the nearer of two limits, that bandwidth and the float32 arithmetic that a matrix product
-without TF32 reaches here: from k 5 on arithmetic is the nearer one, and 70% of the bandwidth is beyond it.
+Operator, at the stages of the paper's T size: the forward pass is compared with the time to read x and write
+y at the bandwidth of a copy. Forward and backward ("step") are compared with three F.conv2d under torch's
+autograd (cuDNN or torch's depthwise kernels, as torch chooses). "roof" is the share of the tighter of two
+limits: this bandwidth, and the float32 rate of a matrix product without TF32. From k 5 on, arithmetic is the
+tighter limit, and 70% of the bandwidth is beyond it.
 
-Networks, at 224 px: images a second against ConvNeXt-T and Swin-T of torchvision and HorNet-T of
-hornet.py, and the peak of the memory of a training step. Weights are random: none is downloaded.
+Networks, at 224 px: images per second, compared with ConvNeXt-T and Swin-T of torchvision and HorNet-T of
+hornet.py, and the peak memory of a training step. Weights are random; none are downloaded.
 
-Forms run in turns, and medians are compared. Before each call 1 GiB is written, which empties the L2 cache
-and lets the CPU run ahead, so that the GPU's time is measured, not the launching.
+Forms take turns, and medians are compared. Before each call, 1 GiB is written. This empties the L2 cache and
+lets the CPU run ahead, so that the GPU's time is measured and not the launch.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from qnas.spaces.space import load_space
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # (channels, height)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-BANDWIDTH_SHARE = 0.70  # of the forward, at least
-STEP_SHARE = 0.40  # of the naive training step, at most
-# the paper's Table I: images a second of QuadraNet36-T, as a multiple of the other's, at least
+BANDWIDTH_SHARE = 0.70  # least share of the bandwidth in the forward pass
+STEP_SHARE = 0.40  # largest share of the naive training step's time
+# the paper's Table I: least ratio of QuadraNet36-T's images per second to the other network's
 THROUGHPUT_RATIOS = {"ConvNeXt-T": 1.0, "Swin-T": 1.5, "HorNet-T": 1.57}
-MEMORY_SHARES = {"Swin-T": 0.70, "HorNet-T": 0.70}  # of the other's training memory, at most
+MEMORY_SHARES = {"Swin-T": 0.70, "HorNet-T": 0.70}  # largest share of the other network's training memory
 
 DEVICE = "cuda"
 FLUSHED_BYTES = 1 << 30
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def time_in_turns(forms: dict[str, Form], repeats: int) -> dict[str, float]:
-    """Return each form's median milliseconds; the first calls, which compile, are not counted."""
+    """Return each form's median milliseconds, without the first calls, which compile."""
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
     for form in forms.values():
         for _ in range(3):
@@ -123,7 +123,7 @@ def new_event() -> torch.cuda.Event:
 
 
 def measure_machine(repeats: int) -> tuple[float, float]:
-    """Return the bytes a second of a copy (read and written), and the float32 operations of a product."""
+    """Return bytes per second of a copy (read and written) and float32 operations per second of a product."""
     source = torch.ones(COPIED_BYTES // 4, device=DEVICE)
     target = torch.empty_like(source)
     factor = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, device=DEVICE)
@@ -135,7 +135,7 @@ def measure_machine(repeats: int) -> tuple[float, float]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Let float32 products and convolutions not use TF32."""
+    """Turn off TF32 in float32 products and convolutions."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -148,7 +148,7 @@ def full_float32() -> Iterator[None]:
 
 
 def operator_rows(options: argparse.Namespace, bandwidth: float, arithmetic: float) -> list[Row]:
-    """Time the operator at every stage, in both types and layouts, and print a table."""
+    """Time the operator at every stage, in both dtypes and layouts, and print a table."""
     print("operator: ms; shares of the bandwidth, of the roof, and of the naive form")
     head = ["forward", "bandw.", "roof", "naive", "share", "step", "naive", "share", "qnas", "compiled"]
     print(f"{'shape':>15} {'k':>2} {'type':>8} {'layout':>13}", *(f"{h:>8}" for h in head))
@@ -190,7 +190,7 @@ def print_operator(row: Row) -> None:
 def time_operator(
     shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype, layout: str, repeats: int
 ) -> dict[str, float]:
-    """Return the medians of the kernels alone, of qnas's operator and of the naive form, in milliseconds."""
+    """Return median milliseconds of the kernels alone, of qnas's operator and of the naive form."""
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, grad = (
         torch.randn(shape, device=DEVICE, dtype=dtype).contiguous(memory_format=memory) for _ in range(2)
@@ -221,7 +221,7 @@ def time_operator(
 
 
 def naive(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
-    """Compute the operator as one writes it at first; qnas's reference may have been tuned."""
+    """Compute the operator in the obvious way. qnas's reference may be tuned."""
     padding, groups = w_a.shape[-1] // 2, x.shape[1]
     a, b, c = (F.conv2d(x, w, padding=padding, groups=groups) for w in (w_a, w_b, w_c))
     return a * b + c
@@ -248,7 +248,7 @@ def operator_bars(rows: list[Row]) -> list[Row]:
 
 
 def network_rows(options: argparse.Namespace) -> list[Row]:
-    """Measure inference and training of every network at 224 px, and print a table."""
+    """Measure inference and training of each network at 224 px, and print a table."""
     print(
         f"\nnetworks at 224 px, batch {options.batch}, channels_last; float32 with TF32, bfloat16 by autocast"
     )
@@ -276,7 +276,7 @@ def network_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def network_builders() -> dict[str, Callable[[], nn.Module]]:
-    """Return how to build each network, with random weights."""
+    """Return functions that build the networks with random weights."""
     space = load_space("quadranet36-t")
     builders: dict[str, Callable[[], nn.Module]] = {
         "QuadraNet36-T": lambda: build_subnet(space, only_arch(space), classes=1000)
@@ -299,11 +299,11 @@ def inference(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Form:
 
 
 def training_bytes(build: Callable[[], nn.Module], x: Tensor, dtype: torch.dtype) -> int:
-    """Return the peak of the memory of a training step: weights, gradients, activations, work space."""
+    """Return the peak memory of a training step: weights, gradients, activations and workspaces."""
     torch.cuda.empty_cache()
     others = torch.cuda.memory_allocated()
     network = build().to(DEVICE).to(memory_format=torch.channels_last).train()
-    for _ in range(2):  # the first allocates the gradients
+    for _ in range(2):  # the first step allocates the gradients
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             loss = network(x).float().square().mean()

@@ -1,4 +1,4 @@
-"""HorNet (arXiv 2207.14284) with 7x7 convolutions, to compare with: torchvision and timm do not have it."""
+"""HorNet (arXiv 2207.14284) with 7x7 convolutions, for comparison. torchvision and timm do not have it."""
 
 import torch
 from torch import Tensor, nn

@@ -1,12 +1,12 @@
-"""QuadraNet36-T against ConvNeXt-T, Swin-T and HorNet-T on a CPU, interleaved: times and memory as ratios.
+"""QuadraNet36-T compared with ConvNeXt-T, Swin-T and HorNet-T on a CPU: ratios of times and memory.
 
     python benchmarks/networks.py [--threads 1] [--batch 2] [--rounds 5] [--json FILE]
 
-All at 224 px in float32, in channels_last memory, with random weights. A round runs each network once for
-inference and once for a training step (forward and backward, no optimiser), and ratios are medians over
-rounds of QuadraNet's time over the other's. `kept` is what autograd holds from forward to backward, weights
-aside. With one thread times are those on the processor. The paper's ratios (Table I) are of a GPU: `gpu.py`
-has the bars for it.
+All networks run at 224 px in float32, in channels_last memory, with random weights. A round runs each network
+once for inference and once for a training step (forward and backward, no optimiser). Ratios are medians over
+rounds of QuadraNet's time divided by the other network's. `kept` is the memory that autograd holds between
+forward and backward, without weights. With one thread, times are processor times. The paper's ratios (Table
+I) are for a GPU; `gpu.py` has bars for them.
 """
 
 import argparse
@@ -56,11 +56,11 @@ def main() -> None:
 
 
 def measure(networks: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Return medians by network: milliseconds, bytes kept, and QuadraNet's share of each."""
+    """Return medians by network: milliseconds, kept bytes, and the ratios of QuadraNet's to them."""
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
-    for turn in range(1 + rounds):  # the first warms up
+    for turn in range(1 + rounds):  # the first round is a warm-up
         for name, network in networks.items():
             network.eval()
             with torch.inference_mode():

@@ -1,21 +1,21 @@
-"""The quadratic convolution against three F.conv2d under torch's autograd, interleaved, as ratios.
+"""The quadratic convolution compared with three F.conv2d under torch's autograd, interleaved, as ratios.
 
     python benchmarks/quadratic.py [--threads 1] [--repeats 21] [--small] [--fresh] [--json FILE]
 
-(Not named operator.py: a script's folder comes first on the path, and the library has an `operator`.)
-Prints medians in milliseconds of the reference, the other forms as shares of it, what training keeps
-in multiples of x, and GFLOP/s and GB/s as shares of what this machine reaches in the same run with a
-large matrix product and a large copy. PASS and MISS say whether a form is within its bar. --small
-measures the maps of the search spaces at 32 px instead, which have no bars.
+(It is not named operator.py: a script's folder comes first on the path, and Python has a module `operator`.)
+The script prints median milliseconds of the reference, ratios of the other forms to it, the memory that
+training keeps in multiples of x, and GFLOP/s and GB/s as shares of the rates of a large matrix product and a
+large copy in the same run. PASS and MISS say whether a form is within its bar. --small measures the maps of
+the search spaces at 32 px instead, which have no bars.
 
-Memory is as in a training run (`training.loop.set_up_process`): what tensors freed is kept. As glibc comes,
-it returns large tensors to the system and clears the pages of each new one, which makes the reference,
-who allocates most, up to three times slower; --fresh shows that state. The bars are for the other,
-where the reference is at its best.
+As in a training run (`training.loop.set_up_process`), memory freed by tensors is kept for reuse. By default,
+glibc returns large tensors to the system and clears the pages of each new one. This makes the reference,
+which allocates most, up to three times slower; --fresh shows this state. The bars are for kept memory, where
+the reference is fastest.
 
-A GFLOP is counted as by three convolutions (a step: three forward, two again for the factors, three
-for x and three for the weights), a byte as by a perfect kernel (forward reads x and writes y; backward
-reads x and the gradient and writes that of x), whatever a form really does.
+Whatever a form really does, operations are those of three convolutions (in a step: three forward, two again
+for the factors, three for x and three for the weights), and bytes those of a perfect kernel (forward reads x
+and writes y; backward reads x and the gradient and writes the gradient of x).
 """
 
 import argparse
@@ -51,7 +51,7 @@ SMALL_SHAPES: list[Shape] = [
 KERNELS = (3, 5, 7)
 FORMS = ("reference", "lean", "native")
 
-# Shares of the reference: form -> kernel -> (forward, training step); and x's that a step may keep.
+# Largest ratios to the reference: form -> kernel -> (forward, training step); and multiples of x kept.
 BARS: dict[str, dict[int, tuple[float, float]]] = {
     "lean": {3: (1.05, 1.40), 5: (1.05, 0.90), 7: (1.05, 0.75)},
     "native": {3: (0.45, 0.45), 5: (0.50, 0.22), 7: (0.55, 0.22)},
@@ -61,14 +61,14 @@ SAVED_BAR = 1.1
 
 @dataclass(frozen=True)
 class Row:
-    """A form at a shape: medians, and what a training step keeps."""
+    """The results of a form at a shape: medians, and the memory that a training step keeps."""
 
     form: str
     shape: Shape
     kernel: int
     forward_ms: float
     step_ms: float
-    saved_x: float  # multiples of x, beside the weights
+    saved_x: float  # multiples of x, without the weights
     forward_gflops: float
     forward_gbs: float
     step_gflops: float
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The rate that the machine reaches with the same number of threads."""
+    """The rates that the machine reaches with the same number of threads."""
 
     gflops: float
     gbs: float
@@ -151,16 +151,16 @@ def fastest_s(call: Callable[[], object], repeats: int = 7) -> float:
 
 
 def clock_of_threads() -> Callable[[], float]:
-    """Return the clock to measure with, in seconds.
+    """Return the clock for measurements, in seconds.
 
-    Of one thread it is the time that it ran, so that other processes take none of it.
+    With one thread it is the thread's processor time, in which other processes do not count.
     """
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 @contextmanager
 def chosen(form: str) -> Iterator[Callable[..., Tensor]]:
-    """Give the function of a form, and see to it that it is the one that runs."""
+    """Yield the function of a form, and select the form that it runs."""
     if form == "reference":
         yield quadratic_conv2d_reference
         return
@@ -176,7 +176,7 @@ def chosen(form: str) -> Iterator[Callable[..., Tensor]]:
 
 
 def measure(shape: Shape, kernel: int, forms: list[str], repeats: int) -> list[Row]:
-    """Return a row a form, the reference's first."""
+    """Return one row per form, the reference first."""
     batch, channels, size = shape
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last).requires_grad_()
     weights = [torch.randn(channels, 1, kernel, kernel, requires_grad=True) for _ in range(3)]
@@ -198,7 +198,7 @@ def measure(shape: Shape, kernel: int, forms: list[str], repeats: int) -> list[R
                 gradients = torch.autograd.grad(y, [x, *weights], grad)
                 end = clock()
             del y, gradients
-            if repeat >= 0:  # the first ones warm up
+            if repeat >= 0:  # the first two are warm-ups
                 times[form].append((middle - start, end - start))
     convolution_gflop = 2 * x.numel() * kernel**2 / 1e9
     pass_gb = 4 * x.numel() / 1e9
@@ -230,7 +230,7 @@ def multiples_saved(function: Callable[..., Tensor], x: Tensor, weights: list[Te
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = function(x, *weights)  # alive until all are counted, lest two share an address
+        y = function(x, *weights)  # kept alive until all are counted, so that no two share an address
     ours = {weight.data_ptr() for weight in weights}
     del y
     return sum(count for at, count in kept.items() if at not in ours) / x.numel()
@@ -252,7 +252,7 @@ def line(row: Row, reference: Row, ceiling: Ceiling) -> str:
 
 
 def judge(row: Row, reference: Row) -> list[str]:
-    """Return a line for each bar of a form: PASS or MISS, what was reached and what was asked for."""
+    """Return a line for each bar of a form: PASS or MISS, the value and the bar."""
     forward_bar, step_bar = BARS[row.form][row.kernel]
     checks = {
         "forward": (row.forward_ms / reference.forward_ms, forward_bar),

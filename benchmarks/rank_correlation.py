@@ -1,19 +1,19 @@
-"""Does a supernet rank networks as training them alone does? For each form of the weights.
+"""The rank correlation of supernet accuracy and accuracy after training alone, by weight sharing mode.
 
     python benchmarks/rank_correlation.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
-Networks of quadranet-tiny, spread over its latencies on cpu, are trained alone by one recipe. For each
-form of the weights a supernet is trained with uniform probabilities (a search that never leaves its
-warm-up) for the same time, and the same networks are scored on held-out images with its weights. The
-figure is Kendall's tau between that and the accuracy on the test images of training alone.
+Networks of quadranet-tiny, spread over its latencies on cpu, are trained alone with one recipe. For each
+weight sharing mode, a supernet is trained with uniform probabilities (a search that stays in its warm-up) for
+the same time, and the same networks are scored on held-out images with its weights. The table has Kendall's
+tau between these scores and the test accuracies of the networks trained alone.
 
-Size alone ranks networks of different sizes, and costs nothing: so the table has the taus of latency and
-MACs too, and the tau within the better half of the networks. `one latency` are ten other networks of
-the middle of the range: to tell them apart is what a search needs. The row
-`another seed` is how well two seeds of training alone agree: no row can be expected to do better.
+Size alone ranks networks of different sizes at no cost. The table therefore also has the taus of latency and
+MACs, and the tau within the better half of the networks. `one latency` are ten other networks from the middle
+of the range; a search must be able to tell these apart. The row `another seed` is the
+agreement of two seeds of training alone, an upper bound for what other rows can be expected to reach.
 
-What is there already is not done again: a run that was stopped goes on. --write puts the table into
-RESULTS.md. Two hours on one thread for two data sets; --parts does some of it.
+Existing results are reused, so a stopped run continues. --write writes the table to RESULTS.md. Two data sets
+take two hours on one thread; --parts selects parts of it.
 """
 
 import argparse
@@ -68,8 +68,8 @@ from qnas.training.loop import set_up_process
 
 RANKED_ARMS = ("independent", "shared", "nested", "nested-mixture")
 PARTS = ("alone", "equal", "supernets", "ceiling")
-SEEDS = {"alone": 0, "ceiling": 1}  # of training alone
-DRAW = 0  # of the networks
+SEEDS = {"alone": 0, "ceiling": 1}  # seeds of training alone
+DRAW = 0  # seed of the networks
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def main() -> None:
 def supernet_parts(
     space: SearchSpace, data: ImageData, arm: str, networks: Sequence[Arch], seconds: float
 ) -> dict[str, Any]:
-    """Return what the scores of networks with a supernet's weights depend on."""
+    """Return everything on which the scores of networks with a supernet's weights depend."""
     return {
         "space": space.digest,
         "data": data.digest,
@@ -143,11 +143,11 @@ def score_networks(
     seconds: float,
     cache: Cache,
 ) -> None:
-    """Train a supernet with uniform probabilities for some seconds; score the networks with its weights."""
+    """Train a supernet with uniform probabilities for `seconds`, and score networks with its weights."""
     parts = supernet_parts(space, data, arm, networks, seconds)
     if cache.get(parts) is not None:
         return
-    # nothing looks at the budget: paths are drawn by probabilities, which stay as even as they begin
+    # the budget has no effect: paths are drawn by probabilities, which stay about uniform
     limits = (latency_limit(table, middle_ms(table)),)
     config = base_config(arm, seed=0)
     epochs = max(1, round(seconds / epoch_seconds(space, limits, data, config)))
@@ -174,17 +174,17 @@ def summarise(
     trained: Cache,
     supernets: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, Any]:
-    """Return the taus of one data set, and the accuracies that they are of."""
+    """Return the taus and the accuracies of one data set."""
 
     def alone(networks: Sequence[Arch], seed: int) -> list[float] | None:
-        """Return the accuracies of networks trained alone, None where one is missing."""
+        """Return the accuracies of networks trained alone, or None if one is missing."""
         rows = [known_training(space, arch, data, recipe, seed, trained) for arch in networks]
         known = [float(row["accuracy"]) for row in rows if row is not None]
         return known if len(known) == len(networks) else None
 
     first, second = (alone(spread, seed) for seed in SEEDS.values())
     assert first is not None, "the networks are not trained yet: --parts alone"
-    # a second seed halves the noise of what the supernets are compared with
+    # a second seed halves the variance of the accuracies to compare with
     truth = first if second is None else [float(v) for v in np.mean([first, second], axis=0)]
     places: list[int] = []
     equal_truth: list[float] = []
@@ -196,7 +196,7 @@ def summarise(
     better = upper_half(truth)
 
     def taus(values: Sequence[float]) -> dict[str, Any]:
-        """Return the taus of figures of the spread networks, and of those of one latency behind them."""
+        """Return the taus for figures of the spread networks, followed by those of one latency."""
         of_spread = values[: len(spread)]
         upper = rank_interval([of_spread[i] for i in better], [truth[i] for i in better])
         found = {"spread": asdict(rank_interval(of_spread, truth)), "upper": asdict(upper)}

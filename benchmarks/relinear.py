@@ -1,17 +1,17 @@
-"""Does letting the quadratic weights in slowly keep trainings from diverging, and what does it cost?
+"""The effect of a slow start of quadratic weights on divergence and accuracy.
 
     python benchmarks/relinear.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
-One network, the largest of quadranet-tiny, is trained from scratch by one recipe at 1, 3 and 10 times its
-rate, from some seeds, in each form: `off` (all weights alike), `linear start` (the quadratic products at zero
-at first), and that with their rate at a tenth (`gamma`) and with an L1 shrinkage besides (`beta`).
+The largest network of quadranet-tiny is trained from scratch with one recipe, at 1, 3 and 10 times its
+learning rate, with several seeds, and in several forms: `off` (all weights are treated alike), `linear start`
+(quadratic products are zero at first), the same with a tenth of the learning rate for quadratic weights
+(`gamma`), and with L1 shrinkage in addition (`beta`).
 
-A training has diverged where its loss is no number, where the mean loss of its last epoch is that of
-guessing, or where it has risen from the lowest epoch's by what `search.diagnostics` takes for a sign of an
-unstable one. Accuracies are on all test images, of those that have not diverged.
+A training counts as diverged if its loss is NaN or infinite, if the mean loss of its last epoch is that of
+guessing, or if this loss has risen from the lowest epoch's by as much as `search.diagnostics` considers
+unstable. Accuracies are on all test images, for trainings that have not diverged.
 
-What is there already is not done again: a run that was stopped goes on. --write puts the table into
-RESULTS.md.
+Existing results are reused, so a stopped run continues. --write writes the table to RESULTS.md.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.subnet_trainer import SubnetTrainer
 
 BASE = Recipe(epochs=5, batch_size=64, resolution_px=32, learning_rate=3e-3, warmup_epochs=0.5)
-RATES = (1.0, 3.0, 10.0)  # times the base's
+RATES = (1.0, 3.0, 10.0)  # multiples of the recipe's learning rate
 FORMS: dict[str, dict[str, Any]] = {
     "off": {},
     "linear start": {"linear_start": True},
@@ -112,7 +112,7 @@ def main() -> None:
 def train(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, seed: int, cache: Cache
 ) -> dict[str, Any]:
-    """Train the network from scratch; return whether it `diverged`, and its `accuracy`."""
+    """Train the network from scratch. Return whether it `diverged`, and its `accuracy`."""
     parts = {
         "space": space.digest,
         "choices": list(arch.choices),
@@ -156,12 +156,12 @@ def train(
 
 
 def has_diverged(losses: Sequence[float], classes: int) -> bool:
-    """Whether the mean losses of the epochs end as a guess's, or far above their lowest."""
+    """Whether the mean loss of the last epoch is that of guessing, or far above the lowest one."""
     return losses[-1] > GUESSING * math.log(classes) or losses[-1] > RISEN * min(losses)
 
 
 def describe_runs(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return how many of the trainings diverged, and the accuracies of the others."""
+    """Return the number of diverged trainings, and the accuracies of the others."""
     diverged = sum(row["diverged"] for row in found)
     accuracies = [row["accuracy"] for row in found if not row["diverged"]]
     shown = percent(*mean_and_sd(accuracies)) if accuracies else "-"

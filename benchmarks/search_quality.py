@@ -1,28 +1,28 @@
-"""Does the search find better networks? What it derives against others of the same latency.
+"""The quality of a search: its networks compared with others of the same latency.
 
     python benchmarks/search_quality.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
-For each data set and seed a search of quadranet-tiny for each form of the weights, all for the same time,
-within one budget on cpu: a fifth of the way from the fastest to the slowest network. What they derive is
-trained alone from scratch by one recipe, and so are
+For each data set and seed, quadranet-tiny is searched with each weight sharing mode, for the same time and
+within the same budget on cpu: a fifth of the way from the fastest to the slowest network. The derived
+networks are trained alone from scratch with one recipe, and so are
 
 - 10 random networks that take at least 97% of the budget;
-- what MACs alone would choose: the same effects solved under the largest limit on MACs whose
-  solution is within the budget;
-- the network of the most MACs within the budget, for which nothing is searched;
-- what a search of proxyless-tiny, inverted residuals at the same layout, derives within the same budget
-  after as many epochs (the comparison of QuadraNet's Table III).
+- the choice by MACs: the same effects, solved under the largest limit on MACs whose solution is within
+  the budget;
+- the network with the most MACs within the budget, which needs no search;
+- the network that a search of proxyless-tiny (inverted residuals with the same layout) derives within
+  the same budget after as many epochs (the comparison of QuadraNet's Table III).
 
-Of each search: the network of the least loss by the measured effects of its candidates; and of the best by
-these the one to prefer by held-out images with the supernet's weights, screened and then re-ranked
-(`re-ranked`), what qnas search ends with. With shared weights also the one of the highest accuracy among
-those that were ranked, whatever its size. And what the supernets say of the random networks.
-What is there already is not done again: a run that was stopped goes on, and --write puts into RESULTS.md
-what is there. Four hours on one thread for two data sets and three seeds; --parts, --arms and --seeds do
-some of it. --share takes another budget, which has a section of its own in RESULTS.md.
+From each search, two networks are trained: the network of least loss by the measured effects of its
+candidates, and the network selected among the best of these on held-out images with the supernet's weights,
+screened and re-ranked (`re-ranked`), which is the result of qnas search. With shared weights, the most
+accurate of the ranked networks is trained as well, whatever its size. The supernets also score the random
+networks. Existing results are reused, so a stopped run continues, and --write writes the results so far to
+RESULTS.md. Two data sets and three seeds take four hours on one thread; --parts, --arms and --seeds select
+parts of it. --share sets another budget, which gets its own section in RESULTS.md.
 
-All networks are trained with one seed: the same order of images, the same shifts and flips. What these do
-to all networks alike is no part of a gain. The seeds are the searches'.
+All networks are trained with one seed, and so with the same order of images, shifts and flips. Effects of
+these that are common to all networks do not enter a gain. The seeds in the results are those of the searches.
 """
 
 import argparse
@@ -79,31 +79,31 @@ from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
 
-# Latencies are those at this size. At 32 px every block of so narrow a network costs about the same, and
-# networks of one latency differ in little that matters; at 96 px a 7x7 kernel costs twice a 3x3, and the
-# first stage up to four times the last, as in the shipped spaces at 224 px.
+# Image size of the latencies. At 32 px, all blocks of such a narrow network cost about the same, and networks
+# of one latency hardly differ. At 96 px, a 7x7 kernel costs twice as much as a 3x3 kernel, and the first
+# stage up to four times as much as the last, as in the shipped spaces at 224 px.
 DEPLOYED_PX = 96
-# Of the way from the fastest to the slowest network. At half of it there was nothing to be found: five blocks
-# of any kind trained to the same accuracy, since 20,000 images say no more to larger networks. With three
-# blocks or four, each counts.
+# Share of the way from the fastest to the slowest network. At half of it, there was nothing to find: five
+# blocks of any kind reached the same accuracy, since larger networks gain nothing on 20,000 images. With
+# three or four blocks, each block matters.
 BUDGET_SHARE = 0.2
 PARTS = ("random", "searches", "noise", "baselines")
-WARM_UP_SHARE = 0.4  # of the epochs of a search
+WARM_UP_SHARE = 0.4  # share of a search's epochs
 SEARCH_ARMS = ("shared", "shared-by-probabilities", "independent", "nested")
-# Trained long enough for networks of one latency to differ by more than the trainings of one do: after the
-# 900 steps of rank_correlation.py they do not.
+# Long enough for networks of one latency to differ by more than two trainings of one network, which the 900
+# steps of rank_correlation.py are not.
 RECIPE = Recipe(images=20_000, epochs=9, learning_rate=2e-3)
 TRAINING_SEED = 0
-# The first so many random networks are trained with other seeds too, to tell the noise.
+# Number of random networks that are also trained with other seeds, to measure the noise.
 REPEATED = 4
 OTHER_SEEDS = (1, 2)
 TRAINED_SEEDS = (TRAINING_SEED, *OTHER_SEEDS)
-BASELINE_ARM = "shared"  # of proxyless-tiny, whose epochs are those of the same arm here
+BASELINE_ARM = "shared"  # for proxyless-tiny, with as many epochs as for quadranet-tiny
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A space with its latencies and what its networks may take."""
+    """A space with its latencies and limits."""
 
     space: SearchSpace
     table: LatencyTable
@@ -112,10 +112,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """A network that is trained alone, and what it stands for."""
+    """A network to train alone, and its origin."""
 
     part: str
-    arm: str | None  # of the search of quadranet-tiny that it is from
+    arm: str | None  # of the search of quadranet-tiny, if it is from one
     kind: str
     setting: Setting
     arch: Arch
@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def tiny_setting(name: str, budget_ms: float | None = None, share: float = BUDGET_SHARE) -> Setting:
-    """Return one of the experiments' spaces on cpu, within a budget or within a share of its range."""
+    """Return one of the experiments' spaces on cpu with a budget, by default a share of its range."""
     space = tiny_space(name, DEPLOYED_PX)
     table = compute_table(load_device("cpu"), space)
     own_ms = table.fastest_ms + share * (table.slowest_ms - table.fastest_ms)
@@ -186,7 +186,7 @@ def tiny_setting(name: str, budget_ms: float | None = None, share: float = BUDGE
 
 
 def random_networks(quadra: Setting) -> list[Arch]:
-    """Return the networks of the budget's latency that all searches are compared with."""
+    """Return the networks of the budget's latency with which all searches are compared."""
     return rivals(quadra.space, quadra.table, quadra.limits[0].budget, seed=0)
 
 
@@ -194,7 +194,7 @@ def random_networks(quadra: Setting) -> list[Arch]:
 
 
 def search_parts(setting: Setting, data: ImageData, arm: str, seed: int, seconds: float) -> dict[str, Any]:
-    """Return what the outcome of a search depends on."""
+    """Return everything on which the result of a search depends."""
     return {
         "space": setting.space.digest,
         "budget_ms": setting.limits[0].budget,
@@ -212,7 +212,7 @@ def search_parts(setting: Setting, data: ImageData, arm: str, seed: int, seconds
 def known_search(
     setting: Setting, data: ImageData, arm: str, seed: int, seconds: float, cache: Cache
 ) -> dict[str, Any] | None:
-    """Return what a search found, or None if it is still to do."""
+    """Return the result of a search, or None if it is not done yet."""
     return cache.get(search_parts(setting, data, arm, seed, seconds))
 
 
@@ -225,7 +225,7 @@ def search(
     cache: Cache,
     epochs: tuple[int, int] | None = None,
 ) -> None:
-    """Search for some seconds, or for epochs of warm-up and of search; keep what is derived."""
+    """Search for `seconds`, or for `epochs` of warm-up and search, and store the result."""
     if known_search(setting, data, arm, seed, seconds, cache) is not None:
         return
     space, limits = setting.space, setting.limits
@@ -247,7 +247,7 @@ def search(
 
 
 def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
-    """Return what a trained supernet ends with, and what it says of the random networks."""
+    """Return the networks derived from a trained supernet, and its scores of the random networks."""
     space, heldout = setting.space, searcher.problem.data.heldout
     start = time.process_time()
     state, evaluator = searcher.state, evaluator_of(searcher.state)
@@ -276,9 +276,9 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
 def contenders(
     quadra: Setting, proxyless: Setting, data: ImageData, seed: int, seconds: float, searched: Cache
 ) -> Iterator[Contender]:
-    """Yield the networks of a seed, as far as the searches are done that they come from.
+    """Yield the networks of a seed from the searches that are done.
 
-    What no search is needed for comes with seed 0.
+    Networks that need no search belong to seed 0.
     """
     space = quadra.space
     if seed == 0:
@@ -309,7 +309,7 @@ def contenders(
 
 
 def first_by_effects(setting: Setting, row: Mapping[str, Any]) -> CandidateIndices:
-    """Return the network of the least loss by a search's effects; by its probabilities without them."""
+    """Return the network of least loss by a search's effects, or by its probabilities if there are none."""
     scores = row["log_probabilities"]
     if row["effects"]:
         scores = [[-nats for nats in candidates] for candidates in row["effects"]["nats"]]
@@ -328,7 +328,7 @@ def summarise(
     searched: Cache,
     trained: Cache,
 ) -> dict[str, Any]:
-    """Return by kind what there is of each seed of one data set."""
+    """Return the results so far of one data set, by kind and seed."""
     kinds: dict[str, list[dict[str, float]]] = {}
     for seed in SEARCH_SEEDS:
         for each in contenders(quadra, proxyless, data, seed, seconds, searched):
@@ -397,7 +397,7 @@ def describe(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> st
 
 
 def describe_noise(data: Mapping[str, Any]) -> str:
-    """Say how much of the differences between networks of one latency is the networks'."""
+    """Describe how much of the differences between networks of one latency is not noise."""
     random = data["kinds"].get("random", [])
     if len(data["repeated"]) < 2 or len(random) < RIVALS:
         return "How much two trainings of one network differ is not known yet."
@@ -415,19 +415,19 @@ def describe_noise(data: Mapping[str, Any]) -> str:
 
 
 def interaction_sd(table: NDArray[np.float64]) -> float:
-    """Return the standard deviation that is left of (networks, seeds) after the effects of both."""
+    """Return the standard deviation of a (networks, seeds) table without the effects of both."""
     rest = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     return float(np.sqrt((rest**2).sum() / ((table.shape[0] - 1) * (table.shape[1] - 1))))
 
 
 def describe_random(data: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of the random networks' mean, median and best; none before all are trained."""
+    """Return rows with the random networks' mean, median and best; none until all are trained."""
     rows = data["kinds"].get("random", [])
     if len(rows) < RIVALS:
         return []
     accuracies = [row["accuracy"] for row in rows]
     mean, sd = mean_and_sd(accuracies)
-    median = statistics.median(accuracies)  # which one network that is far off does not move
+    median = statistics.median(accuracies)  # robust to a single outlier
     best = max(rows, key=lambda row: row["accuracy"])
     return [
         [f"{RIVALS} random, mean", "", percent(mean, sd), "", "", *sizes(rows)],
@@ -444,7 +444,7 @@ def describe_random(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
-    """Return the row of a kind of network; empty before the random networks are trained."""
+    """Return the row of a kind of network; empty until the random networks are trained."""
     rows, others = data["kinds"][kind], [row["accuracy"] for row in data["kinds"].get("random", [])]
     if len(others) < RIVALS:
         return []
@@ -456,7 +456,7 @@ def describe_kind(kind: str, data: Mapping[str, Any]) -> list[str]:
 
 
 def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[str]:
-    """Return the row of an arm: how far apart it sees networks of one latency, and in which order."""
+    """Return the row of an arm: the spread and the order of networks of one latency in its supernet."""
     spread = statistics.fmean(statistics.stdev(row["seen"]) for row in by_seed)
     sizes = rankdata(data["params"])
     seen = [row["seen"] for row in by_seed]
@@ -467,13 +467,13 @@ def describe_known(arm: str, by_seed: Sequence[Mapping[str, Any]], data: Mapping
 
 
 def taus(orders: Sequence[ArrayLike], alone: Sequence[float]) -> str:
-    """Write Kendall's tau of several orders of networks with the accuracies of training alone."""
+    """Format Kendall's tau of several orders of networks with the accuracies of training alone."""
     mean, sd = mean_and_sd([kendalltau(order, alone).statistic for order in orders])
     return f"{mean:.2f}" + ("" if math.isnan(sd) else f" ± {sd:.2f}")
 
 
 def points(gains: Sequence[float]) -> str:
-    """Write differences of accuracies in percentage points: `+0.8 ± 0.3`."""
+    """Format differences of accuracies in percentage points: `+0.8 ± 0.3`."""
     mean, sd = mean_and_sd(gains)
     return f"{100 * mean:+.1f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.1f}")
 

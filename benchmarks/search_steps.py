@@ -1,26 +1,26 @@
-"""The cost of a search step as a ratio to a training step of one network of the space.
+"""The cost of a search step, as a ratio to a training step of one network of the space.
 
     python benchmarks/search_steps.py [--threads 1] [--rounds 12] [--spaces NAME ...] [--json FILE]
 
-At 32 px and batch 64, on the CPU. Every round draws a path with equal probabilities, and all forms take
-turns on it; a ratio is the median over rounds of a form's time over that of a network of the same choices
-in the same round (the largest network's for nested weights), and of gated steps, whose pairs are their own
-draws, the ratio of the sums over all rounds. With one thread times are those on the processor, which other
-programs disturb less. Each form is run once on a path before it is timed on it, so that nobody pays for
-making an optimiser's state.
+Steps run at 32 px with batch size 64 on the CPU. Each round draws a path with equal probabilities, and all
+forms take turns on it. A ratio is the median over rounds of a form's time divided by that of the network with
+the same choices in the same round (the largest network for nested weights). Gated steps draw their own pairs;
+their ratio is that of the sums over all rounds. With one thread, times are processor times, which other
+programs disturb less. Each form runs once on a path before it is timed, so that no time includes making an
+optimiser's state.
 
     sampled     weight step of a path, independent weights
     shared      the same with shared weights: the default
     nested      weight step of the whole mixture with nested weights
     all paths   weight step of the mixture of all candidates with independent weights (DARTS)
-    two-path    architecture step of pairs of candidates, independent weights; with shared ones below it
-    all-paths   architecture step with all candidates' gates
+    two-path    architecture step of pairs of candidates, with independent and with shared weights
+    all-paths   architecture step with gates of all candidates
     exact       architecture step with nested weights
-    n           weight step of a path where positions have n candidates, the path one of all three spaces
+    n           weight step of a path with n candidates at each position; the three spaces share the path
 
-Memory is the most that tensors hold at once beyond what there is before the step, by torch's profiler.
-The pipeline's share is what a step waits for its batch. PASS and MISS say whether a bar is met; the exit
-status is 1 where one is missed.
+Memory is the peak of tensors during a step, relative to its start, by torch's profiler. The pipeline's share
+is the share of a step that is spent waiting for the batch. PASS and MISS say whether a bar is met; the exit
+status is 1 if a bar is missed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# before torch is imported, whose profiler calls a missing GPU an error otherwise
+# set before torch is imported, whose profiler would log a missing GPU as an error
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import torch
@@ -64,8 +64,9 @@ from qnas.training.optimizer import PathAdamW, make_optimizer, weight_step
 
 SPACES = ("quadranet-small", "quadranet-mobile")
 RESOLUTION_PX, BATCH, CLASSES = 32, 64, 10
-REPEATS = 3  # of a form on a path, of which the median counts
-EXPANSIONS = {7: [2, 4], 13: [1, 2, 3, 4], 25: [1, 2, 3, 4, 5, 6, 7, 8]}  # with three kernels and identity
+REPEATS = 3  # repeats of a form on a path, of which the median is used
+# by number of candidates, with three kernels and identity
+EXPANSIONS = {7: [2, 4], 13: [1, 2, 3, 4], 25: [1, 2, 3, 4, 5, 6, 7, 8]}
 
 BARS = {
     "sampled / network": 1.10,
@@ -87,12 +88,12 @@ Clock = Callable[[], float]
 
 @dataclass
 class Times:
-    """The seconds of each form, a value a round."""
+    """The seconds of each form, one value per round."""
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
     def take_turns(self, steps: dict[str, Step], clock: Clock) -> None:
-        """Run every step once, then time all in turns, and keep the median of each."""
+        """Run each step once, then time all steps in turns, and store the median of each."""
         for step in steps.values():
             step()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -105,16 +106,16 @@ class Times:
             self.rounds.setdefault(name, []).append(statistics.median(found))
 
     def ratio(self, form: str, other: str) -> float:
-        """Return the median over rounds of a form's share of another's time in the same round."""
+        """Return the median over rounds of the ratio of two forms' times in the same round."""
         pairs = zip(self.rounds[form], self.rounds[other], strict=True)
         return statistics.median(own / others for own, others in pairs)
 
     def ratio_of_sums(self, form: str, other: str) -> float:
-        """Return the ratio of the times of all rounds together."""
+        """Return the ratio of two forms' total times over all rounds."""
         return sum(self.rounds[form]) / sum(self.rounds[other])
 
     def ms(self, form: str) -> float:
-        """Return the median over rounds."""
+        """Return the median milliseconds over rounds."""
         return 1e3 * statistics.median(self.rounds[form])
 
 
@@ -228,15 +229,15 @@ def random_batch() -> tuple[Tensor, Tensor]:
 
 
 def searcher_of(space: SearchSpace, weights: Any, gradient: Any) -> Searcher:
-    """Return a search that is past its warm-up."""
+    """Return a search after its warm-up."""
     config = SearchConfig(
         preset="benchmark",
         resolution_px=RESOLUTION_PX,
         warmup_epochs=0,
-        search_epochs=1000,  # the temperature stays at its start
+        search_epochs=1000,  # keeps the temperature at its start
         batch_size=BATCH,
         learning_rate=1e-3,
-        arch_learning_rate=1e-3,  # the probabilities stay about equal
+        arch_learning_rate=1e-3,  # keeps the probabilities about equal
         arch_every=1,
         weights=weights,
         gradient=gradient,
@@ -278,7 +279,7 @@ def mixture_of(supernet: Supernet) -> list[Route]:
 
 
 def peak_bytes(step: Step) -> int:
-    """Return the most bytes that tensors hold at once during a step, beyond those there are before it."""
+    """Return the peak of the bytes that tensors hold during a step, relative to its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
@@ -292,7 +293,7 @@ def peak_bytes(step: Step) -> int:
 
 
 def allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield (nanoseconds, bytes) of each allocation, negative where memory is freed."""
+    """Yield (nanoseconds, bytes) of each allocation; bytes are negative if memory is freed."""
     for event in events:
         if event.tag.name == "Allocation":
             yield event.start_time_ns, event.extra_fields.alloc_size
@@ -303,7 +304,7 @@ def allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
 
 
 def measure_candidates(space: SearchSpace, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Return what a path costs where positions have 7, 13 and 25 candidates."""
+    """Return the cost of a path if positions have 7, 13 and 25 candidates."""
     images, labels = random_batch()
     generator = torch.Generator().manual_seed(0)
     spaces = {count: with_expansions(space, values) for count, values in EXPANSIONS.items()}
@@ -347,7 +348,7 @@ def measure_candidates(space: SearchSpace, rounds: int, clock: Clock) -> dict[st
 
 
 def with_expansions(space: SearchSpace, expansions: list[int]) -> SearchSpace:
-    """Return the space with these expansions for every quadratic candidate."""
+    """Return the space with these expansions for each quadratic candidate."""
     document = yaml.safe_load(stems("search_spaces", ".yaml")[space.name].read_text(encoding="utf-8"))
     for holder in (document, *document["stages"]):
         for candidate in holder.get("candidates", ()):
@@ -360,7 +361,7 @@ def with_expansions(space: SearchSpace, expansions: list[int]) -> SearchSpace:
 
 
 def measure_pipeline(space: SearchSpace, clock: Clock, steps: int = 60) -> dict[str, Any]:
-    """Return what share of a weight step the batch takes."""
+    """Return the share of a weight step that is spent waiting for the batch."""
     shares = {}
     for name, split in (("digits", digits().train), ("50,000 images as CIFAR-10's", like_cifar10())):
         batch_size = SearchConfig.load("digits" if name == "digits" else "small").batch_size
@@ -375,7 +376,7 @@ def measure_pipeline(space: SearchSpace, clock: Clock, steps: int = 60) -> dict[
             images, labels = next(pipeline)
             middle = clock()
             step_of(supernet, path, optimizer, images, labels)()
-            if i >= 5:  # the first ones warm up
+            if i >= 5:  # the first steps are warm-ups
                 waited, trained = waited + middle - start, trained + clock() - middle
         shares[f"pipeline share, {name}"] = waited / (waited + trained)
     return {"pipeline": shares}

@@ -1,11 +1,11 @@
-"""The effect on a network of depthwise kernels that start about their centres.
+"""The effect of initial depthwise kernels that are concentrated around their centres.
 
     python benchmarks/start.py --data fashion-mnist:DIR --data cifar10:DIR [--write]
 
-One network for each size of kernel, three blocks of it and nothing else, is trained alone by the recipe of
-search_quality.py from kernels under envelopes of several widths (`nn.blocks.ENVELOPE_TAPS`); the widest is
-torch's own start, noise of one size in every place. By `--epochs` as many times as long: what a start does
-may be gone by the end of a longer training. What is there already is not done again.
+For each kernel size, a network of three blocks with this kernel is trained alone with the recipe of
+search_quality.py, from kernels with envelopes of several widths (`nn.blocks.ENVELOPE_TAPS`). The widest is
+torch's own initialisation, with the same variance at all taps. `--epochs` trains for other numbers of epochs,
+since the effect of an initialisation may vanish in a longer training. Existing results are reused.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process
 
-# The block of each space by the size of its kernels.
+# The block of each space, by kernel size.
 SPACES = {"quadranet-tiny": "quadra_k{}_e2", "proxyless-tiny": "mbconv_k{}_e3"}
 KERNELS = (3, 5, 7)
 STARTS = (math.inf, 1.0, 0.7, 0.5)  # taps
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def network(space: SearchSpace, block: str) -> Arch:
-    """Return the network with so many of these blocks in its stages, first ones first."""
+    """Return the network with BLOCKS_BY_STAGE of these blocks, at the first positions of each stage."""
     left = list(BLOCKS_BY_STAGE)
     choices = []
     for position in space.positions:
@@ -95,7 +95,7 @@ def network(space: SearchSpace, block: str) -> Arch:
 def accuracy(
     space: SearchSpace, arch: Arch, data: ImageData, recipe: Recipe, taps: float, cache: Cache
 ) -> float:
-    """Train from kernels under an envelope of this width; return the accuracy on the test images."""
+    """Train from kernels with an envelope of this width, and return the accuracy on test images."""
     with patch.object(blocks, "ENVELOPE_TAPS", taps):
         found = train_alone(space, arch, data, recipe, TRAINING_SEED, cache)
     return float(found["accuracy"])

@@ -1,1 +1,1 @@
-"""Images wherever they lie, decoded, split and batched."""
+"""Image data sets: reading, decoding, splits and batches."""

@@ -1,12 +1,12 @@
 """Augmentation of training images: shifts and mirroring, and torchvision's transforms.
 
-Random resized crops (arXiv 1409.4842) are drawn as torchvision draws them, but not by torchvision: images are
-cut while threads decode them, and all threads share one generator of torch.
+Random resized crops (arXiv 1409.4842) have torchvision's distribution, but are not drawn by torchvision:
+images are cut in the threads that decode them, and all threads share torch's global generator.
 
-RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change each image by itself, mixup
-(arXiv 1710.09412) and CutMix (arXiv 1905.04899) each batch. torchvision draws from torch's global generator:
-it is seeded for every image and every batch, and restored afterwards, so that the draws depend on the given
-seeds alone, and not on earlier draws or on the number of processes that share a batch.
+RandAugment (arXiv 1909.13719) and random erasing (arXiv 1708.04896) change single images, mixup (arXiv
+1710.09412) and CutMix (arXiv 1905.04899) whole batches. torchvision draws from torch's global generator,
+which is seeded for every image and every batch, and restored afterwards. The draws therefore depend only on
+the given seeds, not on earlier draws or on the number of processes that share a batch.
 """
 
 import math
@@ -21,11 +21,11 @@ from torchvision.transforms import v2
 from qnas.data.decoding import Box
 
 SEEDS = 1 << 62  # seeds are below it
-MAGNITUDES = 10  # RandAugment's scale: the paper's, and timm's, whose figures recipes quote
-_STEPS = 10  # of a magnitude of 1, as torchvision knows whole steps only
-_OPERATIONS = 2  # one after another
-_STRETCH = math.log(4 / 3)  # of a random crop: its width over its height is from 3/4 to 4/3
-_TRIES = 10  # of a crop that fits into the image
+MAGNITUDES = 10  # RandAugment's scale in the paper and in timm, from which recipes quote magnitudes
+_STEPS = 10  # steps per unit of magnitude: torchvision's magnitudes are integers
+_OPERATIONS = 2  # applied one after another
+_STRETCH = math.log(4 / 3)  # a random crop's ratio of width to height is from 3/4 to 4/3
+_TRIES = 10  # tries to draw a crop that fits into the image
 
 # Restores torch's global generator afterwards. torchvision draws on the CPU for any device.
 _drawing = partial(torch.random.fork_rng, devices=())
@@ -35,7 +35,7 @@ _drawing = partial(torch.random.fork_rng, devices=())
 class Augmentation:
     """The strength of each augmentation, as in `training.recipe.Recipe`; 0 turns it off."""
 
-    classes: int  # of the labels
+    classes: int  # number of classes
     randaugment: float = 0.0  # mean magnitude, 0 to MAGNITUDES
     randaugment_std: float = 0.0
     random_erasing: float = 0.0  # share of the images
@@ -45,13 +45,13 @@ class Augmentation:
 
     @property
     def crops(self) -> bool:
-        """Whether each image is a random part of itself."""
+        """Whether random crops are taken of the images."""
         return self.random_resized_crop > 0
 
     def draw_box(self, seed: int, height: int, width: int) -> Box:
-        """Draw the part of an image of this size: a share of its area, from `random_resized_crop` to all.
+        """Draw a crop of an image of this size, with a share of its area from `random_resized_crop` to 1.
 
-        Where no draw fits, it is the central part, with an aspect ratio from 3/4 to 4/3.
+        If no draw fits, the crop is central, with an aspect ratio from 3/4 to 4/3.
         """
         rng = Random(seed)
         for _ in range(_TRIES):
@@ -83,9 +83,9 @@ class Augmentation:
         return torch.stack(changed)
 
     def erase(self, images: Tensor, seeds: Tensor) -> Tensor:
-        """Put noise into a rectangle of some normalised images (B, C, H, W), in place; return them.
+        """Replace a rectangle of some normalised images (B, C, H, W) by noise, in place, and return them.
 
-        `seeds` (B,) must not be those of `change_pixels`, as both would draw the same numbers.
+        `seeds` (B,) must differ from those of `change_pixels`, or both would draw the same numbers.
         """
         if self.random_erasing == 0:
             return images
@@ -114,9 +114,9 @@ def _randaugment(step: int) -> v2.RandAugment:
 def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     """Shift images over a black background, and mirror some of them.
 
-    Images (B, C, H, W) are uint8, channels last in memory; so is the result. Each
-    image gets a border of H // 8 pixels, from which its size is cut again: `shifts` (B, 2), from 0 to twice
-    the border, are the top and left of the cut; `flips` (B,) are true where the cut is then mirrored.
+    Images (B, C, H, W) and the result are uint8, channels last in memory. Each image is padded by H // 8
+    pixels on each side and cropped to its size: `shifts` (B, 2), from 0 to twice the padding, are the top and
+    left of the crop, and `flips` (B,) says whether the crop is mirrored.
     """
     batch, channels, height, width = images.shape
     border = height // 8

@@ -1,8 +1,8 @@
-"""Batches of a split, in an order and with an augmentation that a seed fixes.
+"""Batches of a split, with the order and the augmentation determined by a seed.
 
-A batch depends only on the seed, the epoch and its place in the epoch: a resumed run sees the batches that
-it would have seen. Shifts and flips are one gather over the whole batch; random crops are cut from the
-originals while these are decoded.
+A batch depends only on the seed, the epoch and its number in the epoch, so a resumed run sees the same
+batches as an uninterrupted one. Shifts and flips are a single gather over the batch. Random crops are cut
+from the originals when these are decoded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from qnas.data.normalisation import normalise
 
 
 def batch_count(split: Split, batch_size: int, *, drop_last: bool = False) -> int:
-    """Count the batches of an epoch."""
+    """Return the number of batches in an epoch."""
     return len(split) // batch_size if drop_last else -(-len(split) // batch_size)
 
 
@@ -42,17 +42,17 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised float32 images (B, C, H, W) and int64 labels (B,) on the device.
 
-    With a seed (0 or more) the order is shuffled; without one it is the split's. Order and augmentation
-    depend on seed and epoch only, and the augmentation of an image does not depend on the batch size. The
-    global random states of torch and numpy do not change. `start` is the number of the first batch, for a
-    resumed epoch. `part` (i, n) yields the i-th of n equal parts of every batch, for one of n processes.
+    With a seed (0 or more), images are shuffled; without one, they keep the split's order. Order and
+    augmentation depend only on seed and epoch; the augmentation of an image does not depend on the batch
+    size. torch's and numpy's global random states are kept. `start` is the number of the first batch, for a
+    resumed epoch. `part` (i, n) yields the i-th of n equal parts of each batch, for one of n processes.
 
-    `augment` shifts each image by up to an eighth of its size, and mirrors half of them where the split
-    allows it. `augmentation` comes on top; its random crops replace the shifts, and need a split with
-    originals. Where it mixes images, labels are float32 shares of the classes (B, classes), and the parts of
-    a mixed batch are those of the whole batch.
+    `augment` shifts each image by up to an eighth of its size, and mirrors half of the images if the split
+    allows it. `augmentation` is applied in addition. Its random crops replace the shifts and need a split
+    with originals. If it mixes images, labels are float32 shares of the classes (B, classes), and the parts
+    of a mixed batch are the same as those of the whole batch.
 
-    Raises DataError at once where there is no whole batch, and for a damaged file when it is read.
+    Raises DataError immediately if there is no whole batch, and when a damaged file is read.
     """
     assert batch_size >= 1, batch_size
     assert start >= 0, start
@@ -64,7 +64,7 @@ def batches(
     if count == 0:
         raise DataError(f"{split.name}: {len(split)} images are fewer than one batch of {batch_size}")
     share = batch_size // parts
-    # the last image of the part before is mixed into the first of this one
+    # the last image of the previous part is mixed into the first image of this one
     skip = int(parts > 1 and augmentation is not None and augmentation.mixes)
     places = []
     for first in range(start * batch_size + which * share, count * batch_size, batch_size):
@@ -82,7 +82,7 @@ def batches(
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         raw = _raw_batches(split, order, draws, places)
         for number, (place, images) in enumerate(zip(places, raw, strict=True), start):
-            images = images.to(device)  # as bytes, a quarter of what floats would take
+            images = images.to(device)  # transferred as bytes, a quarter of the size of floats
             labels = split.labels[order[place]].to(device)
             if draws is None:
                 normal = normalise(images, split.mean, split.std)
@@ -95,12 +95,12 @@ def batches(
 
 @dataclass(frozen=True)
 class _Draws:
-    """The random numbers of an epoch, for its images in their order, and for its batches."""
+    """The random numbers of an epoch, for its images in their order and for its batches."""
 
     augmentation: Augmentation
     shifts: Tensor  # (N, 2)
     flips: Tensor  # (N,)
-    image_seeds: Tensor  # (N, 2): one for pixels, one for erasing
+    image_seeds: Tensor  # (N, 2): one for change_pixels, one for erase
     batch_seeds: Sequence[int]
     crop_seeds: Tensor  # (N,)
 
@@ -114,14 +114,14 @@ def _draw(split: Split, augmentation: Augmentation, count: int, rng: torch.Gener
     batch_seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
     crop_seeds = torch.randint(SEEDS, (len(split),), generator=rng)
     if augmentation.crops:
-        shifts.fill_(border)  # in the middle
+        shifts.fill_(border)  # no shift
     return _Draws(augmentation, shifts, flips, image_seeds, batch_seeds, crop_seeds)
 
 
 def _augmented(
     split: Split, images: Tensor, labels: Tensor, draws: _Draws, place: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """Return batch `number` augmented and normalised: uint8 (B, C, H, W) and int64 (B,)."""
+    """Augment and normalise batch `number`, given as uint8 (B, C, H, W) and int64 (B,)."""
     shifts, flips = (draw[place].to(images.device) for draw in (draws.shifts, draws.flips))
     augmentation = draws.augmentation
     pixel_seeds, erasing_seeds = draws.image_seeds[place].unbind(1)
@@ -133,7 +133,7 @@ def _augmented(
 
 
 def _raw_batches(split: Split, order: Tensor, draws: _Draws | None, places: list[Tensor]) -> Iterator[Tensor]:
-    """Yield the images (B, C, H, W) of each batch as uint8, random parts of them where they are cropped."""
+    """Yield the images of each batch, (B, C, H, W) uint8, with random crops if there are any."""
     if draws is not None and draws.augmentation.crops:
         source = split.images if isinstance(split.images, LazyImages) else split.originals
         assert source is not None, "random crops need the originals"
@@ -149,6 +149,6 @@ def _raw_batches(split: Split, order: Tensor, draws: _Draws | None, places: list
 
 
 def _cut(source: LazyImages, augmentation: Augmentation, drawn: tuple[int, int]) -> Tensor:
-    """Return the part (C, H, W) of an image that its seed draws; `drawn` is (place of the image, seed)."""
+    """Return a random crop of an image, (C, H, W). `drawn` is the image's index and its seed."""
     place, seed = drawn
     return source.cut(place, partial(augmentation.draw_box, seed))

@@ -1,10 +1,10 @@
-"""Broken images: those that do not decode to the end, for whatever reason.
+"""Broken images, which cannot be decoded completely for any reason.
 
 They are left out, up to a share of all images, and listed in the run. A data set that fits into memory is
-decoded at the start anyway. Of a larger one every image is decoded once before the first step, at the
-smallest size of its format, and the result is kept in the user's cache under the names, sizes and times of
-the files. So splits, batches and a resumed run know from the start which images are left out, and a long run
-does not fail on one.
+decoded at the start anyway. Of a larger one, every image is decoded once before the first step, at the
+smallest size that its format allows. The result is cached by the names, sizes and times of the files. The
+broken images are thus known before splits and batches are made or a run is resumed, and a long run does not
+fail because of one.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import OriginalFile
 from qnas.data.lazy_images import Original, read_pixels
 
-MAX_BROKEN = 0.01  # largest share of broken images with which a run goes on
+MAX_BROKEN = 0.01  # largest share of broken images with which a run continues
 SCHEMA = "qnas.broken/2"
 
 T = TypeVar("T")
@@ -41,12 +41,12 @@ class BrokenImage:
         return f"{self.file}: {self.problem}"
 
 
-BrokenImages = Mapping[int, BrokenImage]  # by their numbers in the data set
+BrokenImages = Mapping[int, BrokenImage]  # by image number in the data set
 _KEPT: TypeAdapter[BrokenImages] = TypeAdapter(dict[int, BrokenImage])
 
 
 def or_broken(read: Callable[[int], T]) -> Callable[[int], T | BrokenImage]:
-    """Return a function that returns what `read` does of an image, or why it cannot be decoded."""
+    """Wrap `read` so that it returns a BrokenImage for an image that cannot be decoded."""
 
     def read_or_broken(place: int) -> T | BrokenImage:
         try:
@@ -66,14 +66,14 @@ def read_each(
     *,
     quiet: bool,
 ) -> BrokenImages:
-    """Call `keep` with each place of `numbers` and what `read` returns for it; return the broken images.
+    """Read images ahead in threads, call `keep(index, result)` for each, and return the broken images.
 
-    Images are read ahead in threads; `numbers` are theirs in their data set. Raises DataError once more than
-    a share `most` of them is broken.
+    `read` and `keep` get an index into `numbers`, which holds the images' numbers in their data set. Raises
+    DataError as soon as more than a share `most` of the images is broken.
     """
     count, broken = len(numbers), dict[int, BrokenImage]()
     with tqdm(total=count, desc="images", unit="", leave=False, disable=quiet or None) as bar:
-        # in chunks, so that too many damaged files end it early
+        # in chunks, to stop early if too many files are damaged
         for chunk, found in zip(chunked(count), in_threads(or_broken(read), chunked(count)), strict=True):
             for place, each in zip(chunk, found, strict=True):
                 if isinstance(each, BrokenImage):
@@ -86,7 +86,7 @@ def read_each(
 
 
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
-    """Raise DataError where more than a share `most` of the images is broken."""
+    """Raise DataError if more than a share `most` of the images is broken."""
     if len(broken) > most * images:
         each = [str(image) for _, image in sorted(broken.items())]
         raise DataError(
@@ -100,8 +100,8 @@ def find_broken(
 ) -> BrokenImages:
     """Decode every image, and return the broken ones by number.
 
-    Of files, the result is kept in the cache until one changes. The items of a user's Dataset are read each
-    time, as nothing says whether they changed. Raises DataError once more than a share `most` is broken.
+    For files, the result is cached until one of them changes. The items of a user's Dataset are read every
+    time, as changes cannot be detected. Raises DataError as soon as more than a share `most` is broken.
     """
     if isinstance(images[0], Tensor):
         return {}
@@ -122,7 +122,7 @@ def find_broken(
         broken = recall(path, SCHEMA, stamp.hexdigest(), _KEPT)
         if broken is None:
             broken = decode_each()
-            # a disk or a network that fails now may not tomorrow
+            # do not cache a failure of a disk or a network, which may be temporary
             if not any(each.problem.startswith(UNREADABLE) for each in broken.values()):
                 keep(path, SCHEMA, stamp.hexdigest(), {str(i): asdict(each) for i, each in broken.items()})
     check_broken(broken, len(images), most, where)
@@ -130,5 +130,5 @@ def find_broken(
 
 
 def broken_copies(name: str, broken: Sequence[BrokenImage]) -> dict[str, str]:
-    """Return {name: CSV of the broken images}, or an empty dict where there are none."""
+    """Return {name: CSV of the broken images}, or an empty dict if there are none."""
     return {name: csv_text(("file", "problem"), map(asdict, broken))} if broken else {}

@@ -1,9 +1,8 @@
 """A user's map-style Datasets, read as one labelled data set.
 
-Items that fit into memory together at their full size are read once and kept, so that they are treated like
-the shipped kinds that lie in memory. Of larger Datasets each item is read when it is needed. Some items are
-read twice: an image that differs then is named, and the digest leaves out the images, as it could never be
-the same again.
+If all items fit into memory at full size, they are read once and kept, as for shipped data sets that are in
+memory. In larger Datasets, each item is read when it is needed. Some items are read twice. If an image then
+differs, it is reported, and the digest leaves out the images, as it could never be reproduced.
 """
 
 import hashlib
@@ -24,8 +23,8 @@ from qnas.data.image_files import Labels
 from qnas.data.labelled_images import LabelledImages, check_training, name_splits
 from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
 
-SAMPLE = 32  # items that are read twice
-_UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not read, or cannot be
+SAMPLE = 32  # items to read twice
+_UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not or cannot be read
 
 
 class MapDataset(Protocol):
@@ -41,14 +40,14 @@ AnyDataset = MapDataset | Dataset[Any]  # torch's Dataset declares no __len__
 
 @dataclass(frozen=True, eq=False)
 class Datasets:
-    """Map-style Datasets for training and, where there are any, validation and test, with their options.
+    """Map-style Datasets for training and optionally validation and test, with their options.
 
-    Items are (image, label): the image as a PIL image, a uint8 tensor (C, H, W) or (H, W), a uint8 array
-    (H, W, C) or (H, W), or floats from 0 to 1 of these forms, which are rounded to bytes; the label as a
-    number from 0. `loader` makes such an image of the first part of an item where decoding is special; it
-    runs in several threads. `classes` are the names of the classes, by default those of `train.classes`,
-    else their numbers. `flip` says whether training may mirror images. Raises DataError for an argument that
-    is not a map-style Dataset, or is empty.
+    Items are (image, label). The image is a PIL image, a uint8 tensor (C, H, W) or (H, W), a uint8 array
+    (H, W, C) or (H, W), or one of these in floats from 0 to 1, which are rounded to bytes. The label is a
+    class number from 0. `loader` converts the first part of an item to such an image if it is not one; it
+    runs in several threads. `classes` are the names of the classes, by default `train.classes`, or else their
+    numbers. `flip` says whether training may mirror images. Raises DataError for an argument that is empty or
+    not a map-style Dataset.
 
     >>> from torch.utils.data import TensorDataset
     >>> images = TensorDataset(torch.zeros(20, 3, 32, 32), torch.arange(20) % 2)
@@ -57,10 +56,10 @@ class Datasets:
     """
 
     train: AnyDataset
-    validation: AnyDataset | None = None  # without `test`, it is the test split
+    validation: AnyDataset | None = None  # the test split if there is no `test`
     test: AnyDataset | None = None
     classes: Sequence[str] | None = None
-    name: str = ""  # by default the class of `train`
+    name: str = ""  # by default the name of the class of `train`
     loader: Loader | None = None
     flip: bool = True
 
@@ -72,7 +71,7 @@ class Datasets:
 
     @property
     def first_size_px(self) -> tuple[int, int]:
-        """Height and width of the first training image. Raises DataError where it cannot be read."""
+        """Height and width of the first training image. Raises DataError if it cannot be read."""
         image, _ = DatasetReader(self.train, "train", self.loader).read(0)
         return image.shape[1], image.shape[2]
 
@@ -90,11 +89,11 @@ def _check_map_style(name: str, dataset: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Items(Sequence[DatasetItem]):
-    """The items of several readers, one after another."""
+    """The concatenated items of several readers."""
 
-    words: tuple[str, ...]  # train, val, test: of each reader
+    words: tuple[str, ...]  # for each reader: train, val or test
     readers: tuple[DatasetReader, ...]
-    starts: tuple[int, ...]  # and the end
+    starts: tuple[int, ...]  # number of each reader's first item, and of all items
     labels: Labels
 
     def __len__(self) -> int:
@@ -119,10 +118,10 @@ Reading = tuple[Tensor, int] | BrokenImage
 def read_datasets(
     given: Datasets | AnyDataset, *, memory_limit_bytes: int, max_broken: float, quiet: bool
 ) -> LabelledImages:
-    """Read the labels of Datasets, and the images too where they fit into memory at their full size.
+    """Read the labels of Datasets, and also the images if they fit into memory at full size.
 
-    Raises DataError, which names the argument and the index, for an item of another form, for labels that
-    do not fit the classes, and where more than a share `max_broken` of the items cannot be read.
+    Raises DataError, naming the argument and the index, for items of another form, for labels that are not
+    classes, and if more than a share `max_broken` of the items cannot be read.
     """
     if not isinstance(given, Datasets):
         _check_map_style("data", given)
@@ -134,7 +133,7 @@ def read_datasets(
     changing = [n for n, a, b in zip(sample, first, second, strict=True) if not _are_equal(a, b)]
     whole = {n: each for n, each in zip(sample, first, strict=True) if not isinstance(each, BrokenImage)}
     if any(items.labels[n] not in (_UNKNOWN, label) for n, (_, label) in whole.items()):
-        items = replace(items, labels=np.full(len(items), _UNKNOWN))  # the labels that count are the items'
+        items = replace(items, labels=np.full(len(items), _UNKNOWN))  # use the items' own labels
 
     images: Tensor | Sequence[Any] = items
     broken: BrokenImages = {}
@@ -172,7 +171,7 @@ def read_datasets(
 
 
 def _list_items(datasets: Datasets, argument: str) -> _Items:
-    """Return the items of all Datasets; `argument` is what messages call the training one."""
+    """Return the items of all Datasets. `argument` is the name of the training Dataset in messages."""
     each = {
         "train": (datasets.train, argument),
         "val": (datasets.validation, "validation"),
@@ -187,7 +186,7 @@ def _list_items(datasets: Datasets, argument: str) -> _Items:
 
 
 def _own_labels(dataset: Any) -> Labels:
-    """Return the labels that a Dataset lists as `targets` or `labels`, so that no item is read for them."""
+    """Return the labels that a Dataset lists as `targets` or `labels`, without reading items."""
     if isinstance(dataset, Subset):
         labels: Labels = _own_labels(dataset.dataset)[np.asarray(dataset.indices)]
         return labels
@@ -197,7 +196,7 @@ def _own_labels(dataset: Any) -> Labels:
             continue
         try:
             labels = np.asarray(found)
-        except (TypeError, ValueError, RuntimeError):  # a list of unequal lengths, a tensor on a GPU
+        except (TypeError, ValueError, RuntimeError):  # such as a ragged list, or a tensor on a GPU
             continue
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return labels.astype(np.int64)
@@ -213,10 +212,10 @@ def _are_equal(first: Reading, second: Reading) -> bool:
 def _read_all(
     items: _Items, max_broken: float, name: str, *, keep: bool, quiet: bool
 ) -> tuple[Tensor | list[Tensor], Labels, BrokenImages]:
-    """Read every item once: its image where `keep`, its label, or why it cannot be read.
+    """Read every item once. Return the images (if `keep`), the labels and the broken images.
 
-    Images are one tensor (N, C, H, W) where all are of one size; broken ones are black. Raises DataError once
-    more than a share `max_broken` of the items is broken.
+    If all images have the same size, they are one tensor (N, C, H, W); broken ones are black. Raises
+    DataError as soon as more than a share `max_broken` of the items is broken.
     """
     pixels: dict[int, Tensor] = {}
     labels = items.labels.copy()
@@ -234,7 +233,7 @@ def _read_all(
 
 
 def _name_classes(datasets: Datasets, items: _Items) -> tuple[str, ...]:
-    """Return the names of the classes. Raises DataError for a label that is not one of them."""
+    """Return the names of the classes. Raises DataError for a label that is not a class."""
     known = np.flatnonzero(items.labels != _UNKNOWN)
     names = datasets.classes
     if names is None:
@@ -252,7 +251,7 @@ def _name_classes(datasets: Datasets, items: _Items) -> tuple[str, ...]:
 
 
 def _own_classes(dataset: Any) -> tuple[str, ...]:
-    """Return the names of the classes that a Dataset lists, or nothing."""
+    """Return the names of the classes that a Dataset lists, if any."""
     if isinstance(dataset, Subset):
         return _own_classes(dataset.dataset)
     found = getattr(dataset, "classes", ())

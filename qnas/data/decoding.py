@@ -1,7 +1,7 @@
-"""Decoding of files, and of what a Dataset gives as images, to uint8 tensors, whole or cut to a box.
+"""Decoding of image files, and of images from Datasets, to uint8 tensors, whole or cropped to a box.
 
 Threads decode ahead of the consumer. Processes would not be faster, as Pillow and the resize release the
-interpreter's lock, and from a thread an error arrives as it was raised.
+interpreter's lock, and threads pass on errors unchanged.
 """
 
 import math
@@ -22,16 +22,16 @@ from torchvision.transforms.v2 import functional as tv
 from qnas.common.errors import BrokenImageError, DataError
 from qnas.data.image_files import ImageNumbers, OriginalFile, one_line
 
-BATCHES_AHEAD = 2  # decoded ahead of the consumer
-_OUTSIDE = 1e-3  # by which rounding may put a float outside 0 to 1
-UNREADABLE = "cannot be read"  # how the problem of a file begins that may be readable another time
+BATCHES_AHEAD = 2  # batches to decode ahead of the consumer
+_OUTSIDE = 1e-3  # rounding may put a float outside 0 to 1 by this much
+UNREADABLE = "cannot be read"  # start of a problem that may be temporary
 
 T = TypeVar("T")
 Task = TypeVar("Task")
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels from its top left."""
+    """A box in an image, in pixels from the top left corner."""
 
     top: int
     left: int
@@ -39,32 +39,32 @@ class Box(NamedTuple):
     width: int
 
 
-DrawBox = Callable[[int, int], Box]  # of an image's height and width
+DrawBox = Callable[[int, int], Box]  # a function of the image's height and width
 
 
 def central_square(height: int, width: int) -> Box:
-    """Return the largest square in the middle of an image."""
+    """Return the largest central square of an image."""
     side = min(height, width)
-    # as torchvision rounds it in center_crop
+    # rounded as in torchvision's center_crop
     return Box(round((height - side) / 2), round((width - side) / 2), side, side)
 
 
 @contextmanager
 def expecting_whole(where: str) -> Iterator[None]:
-    """Raise BrokenImageError for whatever Pillow raises on a damaged image, which may be almost anything."""
+    """Convert any exception that Pillow raises for a damaged image to a BrokenImageError."""
     try:
         yield
-    except UnidentifiedImageError as error:  # its text has an address in memory, other in each process
+    except UnidentifiedImageError as error:  # its text contains a memory address, different in every process
         raise BrokenImageError(where, "not a whole image: cannot identify its format") from error
     except Exception as error:
         raise BrokenImageError(where, f"not a whole image: {one_line(error)}") from error
 
 
 def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None = None) -> Tensor:
-    """Decode a file to uint8 (1 or 3, H, W): the whole image, or the drawn box of it, not resized yet.
+    """Decode a file to uint8 (1 or 3, H, W): the whole image or the drawn box, not yet resized.
 
     With a resolution, a large JPEG is decoded at a fraction of its size, never below twice the resolution.
-    Raises BrokenImageError unless the image is whole.
+    Raises BrokenImageError if the image is not complete.
     """
     try:
         content = file.read()
@@ -73,13 +73,13 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
     except OSError as error:
         raise BrokenImageError(file.where, f"{UNREADABLE}: {error.strerror}") from error
     with expecting_whole(file.where):
-        # Not reset here: it is one setting for all threads, and someone else's.
+        # Not reset here, since it is a global setting of all threads, and not ours.
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
         with Image.open(BytesIO(content)) as image:
             width, height = image.size
             box = (draw or central_square)(height, width)
-            if resolution_px is not None:  # large photographs decode several times faster at a fraction
+            if resolution_px is not None:  # large photographs decode several times faster at a smaller size
                 need = 2 * resolution_px
                 image.draft("", (math.ceil(need * width / box.width), math.ceil(need * height / box.height)))
             pixels = pil_pixels(image)
@@ -87,7 +87,7 @@ def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None =
 
 
 def _scale(box: Box, whole: tuple[int, int], decoded: tuple[int, ...]) -> Box:
-    """Return a box of an image where that was decoded at a fraction; of one pixel at least."""
+    """Scale a box to an image that was decoded at a fraction of its size, to at least one pixel."""
     (top, bottom), (left, right) = (
         (start * found // size, max((start + length) * found // size, start * found // size + 1))
         for start, length, size, found in zip(box[:2], box[2:], whole, decoded, strict=True)
@@ -96,13 +96,13 @@ def _scale(box: Box, whole: tuple[int, int], decoded: tuple[int, ...]) -> Box:
 
 
 def cut_out(image: Tensor, box: Box) -> Tensor:
-    """Return a part of an image (C, H, W)."""
+    """Crop an image (C, H, W) to a box."""
     return image[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def pil_pixels(image: Image.Image) -> Tensor:
-    """Return a PIL image as uint8 (1 or 3, H, W). Raises ValueError for more than 16 bits a pixel."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would cut off at 255
+    """Convert a PIL image to uint8 (1 or 3, H, W). Raises ValueError for more than 16 bits per pixel."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip at 255
         values = np.array(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits a pixel")
@@ -118,8 +118,8 @@ def pil_pixels(image: Image.Image) -> Tensor:
 def to_pixels(image: Any, where: str) -> Tensor:
     """Convert an image to uint8 (C, H, W).
 
-    It is a PIL image, a tensor (C, H, W) or (H, W), or an array (H, W, C) or (H, W), of uint8 or of floats
-    from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
+    The image is a PIL image, a tensor (C, H, W) or (H, W), or an array (H, W, C) or (H, W), in uint8 or in
+    floats from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
     """
     if isinstance(image, Image.Image):
         with expecting_whole(where):
@@ -133,7 +133,7 @@ def to_pixels(image: Any, where: str) -> Tensor:
     pixels = pixels.detach().cpu().as_subclass(Tensor)
     if pixels.dtype.is_floating_point:
         low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # nor where they are NaN
+        if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):  # also true for NaN
             raise DataError(
                 f"{where}: floats from {low:g} to {high:g}, expected 0 to 1: leave out the normalisation"
             )
@@ -144,7 +144,7 @@ def to_pixels(image: Any, where: str) -> Tensor:
 
 
 def describe_type(value: Any) -> str:
-    """Return the type of a value, with its dtype and shape where it has them."""
+    """Return the type of a value, with its dtype and shape if it has them."""
     kind = type(value).__name__
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{kind} of {value.dtype} {tuple(value.shape)}"
@@ -152,10 +152,7 @@ def describe_type(value: Any) -> str:
 
 
 def in_threads(work: Callable[[Task], T], chunks: Iterable[Iterable[Task]]) -> Iterator[list[T]]:
-    """Yield the results of `work` for the tasks of each chunk, in order, from threads ahead of the consumer.
-
-    The first error in that order is raised.
-    """
+    """Run tasks in threads ahead of the consumer. Yield each chunk's results, or raise its first error."""
     waiting: deque[list[Future[T]]] = deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
     try:
@@ -170,11 +167,11 @@ def in_threads(work: Callable[[Task], T], chunks: Iterable[Iterable[Task]]) -> I
 
 
 def chunked(count: int, size: int = 64) -> Iterator[range]:
-    """Yield 0 to `count` in pieces."""
+    """Yield the numbers below `count` as ranges of at most `size`."""
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def spread(count: int, wanted: int) -> ImageNumbers:
-    """Return `wanted` numbers below `count`, evenly spaced, or all of them."""
+    """Return `wanted` evenly spaced numbers below `count`, or all if there are fewer."""
     kept = min(count, wanted)
     return np.arange(kept, dtype=np.int64) * count // kept

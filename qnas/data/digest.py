@@ -11,15 +11,15 @@ from qnas.common.errors import DataError
 from qnas.data.image_files import OriginalFile
 from qnas.data.labelled_images import LabelledImages
 
-HASHED_BYTES = 1_000_000_000  # larger folders are identified by the names and sizes of their files alone
-_MISSING = -1  # bytes of a file that is not there
+HASHED_BYTES = 1_000_000_000  # larger folders are identified only by the names and sizes of their files
+_MISSING = -1  # size of a file that does not exist
 
 
 def digest_of(source: LabelledImages, broken: Iterable[int]) -> str:
     """Return 16 hexadecimal digits that identify a data set without its broken images.
 
-    The images count with their bytes; files over HASHED_BYTES in all with names and sizes; a data set that
-    has a fingerprint with that. Raises DataError where a file cannot be read.
+    Images enter by their bytes, or by the data set's fingerprint if it has one; files of over HASHED_BYTES in
+    total enter by their names and sizes. Raises DataError if a file cannot be read.
     """
     digest = hashlib.sha256()
     splits = {split: len(numbers) for split, numbers in source.splits.items()}
@@ -35,14 +35,14 @@ def digest_of(source: LabelledImages, broken: Iterable[int]) -> str:
         for image in source.images:
             if isinstance(image, Tensor):
                 update_with_pixels(digest, image)
-    # the digest of a large data set does not depend on its bytes, so the broken ones are named
+    # the digest of a large data set does not depend on the bytes, so broken images are added by number
     if left_out := sorted(broken):
         digest = hashlib.sha256(json.dumps([digest.hexdigest()[:16], left_out]).encode())
     return digest.hexdigest()[:16]
 
 
 def update_with_pixels(digest: Any, pixels: Tensor) -> None:
-    """Add the shape and the bytes of uint8 pixels to a digest of hashlib."""
+    """Add the shape and the bytes of uint8 pixels to a hashlib digest."""
     digest.update(repr(tuple(pixels.shape)).encode())
     digest.update(pixels.contiguous().numpy().data)
 
@@ -55,7 +55,7 @@ def _update_with_files(digest: Any, files: Sequence[OriginalFile]) -> None:
             where = file.where
             try:
                 sizes.append(file.size_bytes())
-            except FileNotFoundError:  # a broken image like any other
+            except FileNotFoundError:  # treated as a broken image
                 sizes.append(_MISSING)
         whole = sum(sizes) <= HASHED_BYTES
         for file, size in zip(files, sizes, strict=True):

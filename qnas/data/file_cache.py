@@ -1,4 +1,4 @@
-"""Results kept in the user's cache until the files that they come from change."""
+"""Results that are cached until the files on which they depend change."""
 
 import fcntl
 import json
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process at a time compute what is kept at a path: the others then find it there."""
+    """Let one process at a time compute the cached result at a path; the others then find it there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_suffix(".lock").open("a")
-    except OSError:  # nowhere to keep anything, so each process computes it
+    except OSError:  # the cache cannot be written, so each process computes it
         yield
         return
     with file:
@@ -30,7 +30,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def recall(path: Path, schema: str, stamp: str, form: TypeAdapter[T]) -> T | None:
-    """Return what was kept at a path under the same stamp; None where there is none, or a damaged file."""
+    """Return the result cached at a path under the same stamp; None if it is missing or damaged."""
     try:
         content = read_json(path, DataError)
         if content.get("schema") != schema or content.get("stamp") != stamp:
@@ -41,6 +41,6 @@ def recall(path: Path, schema: str, stamp: str, form: TypeAdapter[T]) -> T | Non
 
 
 def keep(path: Path, schema: str, stamp: str, kept: Any) -> None:
-    """Write a JSON value to the cache, all of it or nothing; nothing where the cache cannot be written."""
+    """Write a JSON value to the cache atomically, or do nothing if the cache cannot be written."""
     with suppress(OSError):
         write_text(path, json.dumps({"schema": schema, "stamp": stamp, "kept": kept}))

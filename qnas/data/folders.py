@@ -1,4 +1,4 @@
-"""Images in folders: a folder for each class, the same in a .tar.gz, or a CSV with the label of each file."""
+"""Images in folders: one folder per class, also in a .tar.gz, or a CSV with the label of each file."""
 
 import csv
 import gzip
@@ -22,11 +22,11 @@ from qnas.data.image_files import (
 )
 from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
 
-_COLUMNS = ("file", "label")  # of a CSV, and possibly `split`
+_COLUMNS = ("file", "label")  # of a CSV; `split` is optional
 
 
 def read_folder(path: Path) -> LabelledImages:
-    """Read a folder of images, by its CSV or else by class folders, or a CSV. Raises DataError."""
+    """Read a CSV, or a folder of images with a CSV or with class folders. Raises DataError."""
     check_exists(path)
     if path.suffix == ".csv":
         return _read_table(path)
@@ -40,7 +40,7 @@ def read_folder(path: Path) -> LabelledImages:
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a CSV lists files and labels, as a folder may hold other CSVs too."""
+    """Whether a CSV lists files and labels. A folder may hold other CSVs too."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return set(_COLUMNS) <= set(_columns(csv.DictReader(file)))
@@ -53,11 +53,11 @@ def _columns(reader: "csv.DictReader[str]") -> list[str]:
 
 
 def _read_table(path: Path) -> LabelledImages:
-    """Read a CSV of `file` (relative to the CSV), `label`, and possibly `split`: train, val or test.
+    """Read a CSV with the columns `file` (relative to the CSV), `label` and optionally `split`.
 
-    Without the column, files that all lie in folders of these names are split by them.
+    `split` is train, val or test. Without it, files that are all in folders of these names are split so.
     """
-    files: dict[str, int] = {}  # to the line
+    files: dict[str, int] = {}  # line number by file name
     labels: list[str] = []
     words: list[str] = []
     try:
@@ -97,12 +97,12 @@ def _split_word(text: str, where: str) -> str:
 
 # ---- class folders
 
-# Folders of images, such as ("train", "cat"), with the images right in them; possibly none.
+# Images by folder, such as ("train", "cat"), without those in subfolders; possibly none.
 _Tree = dict[tuple[str, ...], list[OriginalFile]]
 
 
 def read_classes(path: Path, *, needs_test: bool) -> LabelledImages:
-    """Read classes as folders, from a folder, a .tar.gz, or a folder that holds one .tar.gz."""
+    """Read class folders from a folder, a .tar.gz, or a folder with a single .tar.gz."""
     check_exists(path)
     if path.is_dir():
         tree = _list_folder(path)
@@ -139,7 +139,7 @@ def read_classes(path: Path, *, needs_test: bool) -> LabelledImages:
 
 
 def _find_parts(tree: _Tree, path: Path, *, needs_test: bool) -> dict[str, dict[str, list[OriginalFile]]]:
-    """Return the splits that the folders make: split -> class -> images."""
+    """Return the splits of the folders: split -> class -> images."""
 
     def classes_in(*parents: str) -> dict[str, list[OriginalFile]]:
         depth = len(parents) + 1
@@ -154,7 +154,7 @@ def _find_parts(tree: _Tree, path: Path, *, needs_test: bool) -> dict[str, dict[
         return {split: classes_in(word) for word, split in splits.items()}
     if "train" in top or needs_test:
         lacking = "test" if needs_test else "val or test"
-        hint = "" if needs_test else f"; or give {path}/train to have it split"
+        hint = "" if needs_test else f"; or give {path}/train, which is then split"
         raise DataError(f"{path}: expected class folders in train and in {lacking}{hint}")
     return {"train": top}
 
@@ -168,7 +168,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _list_folder(root: Path) -> _Tree:
-    """List folders down to the second level and their images, sorted, hidden ones left out."""
+    """List folders down to the second level with their images, sorted and without hidden ones."""
     tree: _Tree = {}
 
     def visit(folder: Path, at: tuple[str, ...]) -> None:
@@ -192,9 +192,9 @@ def _list_folder(root: Path) -> _Tree:
 
 
 def _list_tar(path: Path) -> _Tree:
-    """Read a .tar.gz into memory and list its images. Nothing is written, and links are left out.
+    """Read a .tar.gz into memory and list its images. Nothing is written, and links are ignored.
 
-    A single folder around everything does not count. Raises DataError for a damaged or too large tar.
+    A single folder around everything is removed. Raises DataError for a damaged or too large tar.
     """
     tree: _Tree = {}
     try:
@@ -203,7 +203,7 @@ def _list_tar(path: Path) -> _Tree:
             while chunk := file.read(1 << 22):
                 unzipped.write(chunk)
                 if unzipped.tell() > UNPACKED_LIMIT_BYTES:
-                    raise DataError(f"{path}: over {UNPACKED_LIMIT_BYTES} bytes: unpack it, give the folder")
+                    raise DataError(f"{path}: over {UNPACKED_LIMIT_BYTES} bytes: unpack it to a folder")
         unzipped.seek(0)
         content = unzipped.getbuffer()  # images are views of it
         for member in tar_members(unzipped):
@@ -218,7 +218,7 @@ def _list_tar(path: Path) -> _Tree:
                 tree.setdefault(at[:-1], []).append(found)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path}: damaged: {one_line(error)}") from error
-    for at in list(tree):  # folders above those that are listed
+    for at in list(tree):  # add the parents of the listed folders
         for depth in range(len(at)):
             tree.setdefault(at[:depth], [])
     while len(top := {at[0] for at in tree if at}) == 1 and not tree[()]:

@@ -1,4 +1,4 @@
-"""Data given by the user, a shipped kind by its spec or Datasets, and their record in a run."""
+"""The data argument of a user, a shipped kind by its spec or Datasets, and its record in a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,19 @@ from qnas.data.sources import DataSpec, parse_data_spec
 
 GivenData = str | DataSpec | AnyDataset | Datasets
 
-DATASET = "dataset"  # the kind that a run records for Datasets, which it cannot open again by itself
+DATASET = "dataset"  # the kind recorded for Datasets, which a run cannot reopen by itself
 SMALL_PX = 64  # images of Datasets up to this size get the settings of CIFAR-10, larger ones of photographs
 
 
 def recorded_data(data: GivenData, images: ImageData) -> str:
-    """Return the data's name for a run's config.json: `digits`, `imagefolder:DIR`, `dataset:NAME`."""
+    """Return the data's entry in config.json: `digits`, `imagefolder:DIR` or `dataset:NAME`."""
     if isinstance(data, str | DataSpec):
         return str(parse_data_spec(str(data)))
     return f"{DATASET}:{images.name}"
 
 
 def kind_of(data: GivenData) -> str:
-    """Return the kind of data, by which presets and recipes are chosen. Raises DataError."""
+    """Return the kind of data, which selects presets and recipes. Raises DataError."""
     if isinstance(data, str | DataSpec):
         return parse_data_spec(str(data)).kind
     datasets = data if isinstance(data, Datasets) else Datasets(data)
@@ -30,9 +30,9 @@ def kind_of(data: GivenData) -> str:
 
 
 def reopen(data: GivenData | None, config: Mapping[str, Any], default: str | None = None) -> GivenData:
-    """Return the data of a run: those given now, else those that its config.json records, else the default.
+    """Return the data of a run: those given, or those recorded in its config.json, or the default.
 
-    Raises DataError where the run had Datasets, or records no data, and none are given.
+    Raises DataError if no data are given and the run had Datasets or records no data.
     """
     if data is not None:
         return data

@@ -1,7 +1,7 @@
 """A data set at one resolution, split into training, held-out and test images.
 
-All images lie in one uint8 array, channels last in memory, in the order training, held-out, test: splits are
-views, and no image is held twice. Images that do not fit into memory are decoded when a batch needs them.
+All images are in one uint8 array, channels last in memory, in the order training, held-out, test. Splits are
+views, so no image is stored twice. Images that do not fit into memory are decoded when a batch needs them.
 """
 
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ from qnas.data.decoding import in_threads, spread
 from qnas.data.image_files import ImageNumbers
 from qnas.data.lazy_images import LazyImages
 
-Images = Tensor | LazyImages  # (N, C, H, W), uint8, of one resolution
+Images = Tensor | LazyImages  # (N, C, H, W), uint8, at one resolution
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels of one split, with what is needed to normalise and augment them.
+    """Images and labels of one split, with the parameters of their normalisation and augmentation.
 
     `images` (N, C, H, W) are uint8, channels last in memory, or decoded when they are read. `labels` (N,)
-    are int64. `mean` and `std` have one value for each channel, on a scale where the byte 255 is 1. `flip`
-    says whether a mirrored image still shows its class. `originals` are the same images at full size, for
-    random crops; None unless they were kept.
+    are int64. `mean` and `std` have one value per channel, on a scale where the byte 255 is 1. `flip` says
+    whether a mirrored image still shows its class. `originals` are the same images at full size, for random
+    crops; None unless they were kept.
     """
 
     name: str
@@ -51,24 +51,24 @@ class Split:
 
 
 def take(images: Images, places: slice | ImageNumbers) -> Images:
-    """Return some images (N, C, H, W), undecoded or channels last in memory as they are."""
+    """Select images (N, C, H, W). They stay undecoded, or channels last in memory."""
     if isinstance(images, LazyImages):
         return images.take(places)
     return images[places] if isinstance(places, slice) else _gather(images, torch.from_numpy(places))
 
 
 def _gather(images: Tensor, indices: Tensor) -> Tensor:
-    # (N, H, W, C) has whole images as rows, so that the gather copies them at once
+    # rows of (N, H, W, C) are whole images, which the gather copies at once
     return images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set at one resolution, split three ways.
+    """A data set at one resolution with three splits.
 
-    `train` is for the weights, `heldout` for architecture parameters and for choosing, and `test` only for
+    `train` is for the weights, `heldout` for architecture parameters and for selection, and `test` only for
     the final accuracy. `digest` identifies the original images, labels and classes, at any resolution.
-    `notes` are warnings for the user: whether a resumed run may see other images.
+    `notes` are warnings for the user, such as that a resumed run may see other images.
     """
 
     name: str
@@ -76,11 +76,11 @@ class ImageData:
     train: Split
     heldout: Split
     test: Split
-    train_and_heldout: Split  # for the final training, once nothing is left to choose
+    train_and_heldout: Split  # for the final training, after the selection
     resolution_px: int
     channels: int
     digest: str
-    broken: tuple[BrokenImage, ...] = ()  # left out of all splits
+    broken: tuple[BrokenImage, ...] = ()  # in no split
     notes: tuple[str, ...] = ()
 
     @property
@@ -100,19 +100,19 @@ class ImageData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images of each split."""
+        """The number of images in each split."""
         return {split.name: len(split) for split in (self.train, self.heldout, self.test)}
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are decoded."""
+        """Whether all images are decoded and in memory."""
         return isinstance(self.train.images, Tensor)
 
 
 def subset(split: Split, n: int) -> Split:
-    """Return `n` of the split's images, evenly over its order (all of them if there are fewer).
+    """Return `n` evenly spaced images of a split, or all if there are fewer.
 
-    Folders are ordered by class, so the first `n` would show one class only.
+    Folders are ordered by class, so the first `n` images could be of a single class.
     """
     assert n >= 1, n
     places = spread(len(split), n)
@@ -122,7 +122,7 @@ def subset(split: Split, n: int) -> Split:
 def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     """Return images (n, C, H, W) as uint8 and labels (n,) of `subset(split, n)`, without the broken ones.
 
-    Raises DataError where all of them are broken.
+    Raises DataError if all of them are broken.
     """
     some = subset(split, n)
     if isinstance(some.images, Tensor):
@@ -130,5 +130,5 @@ def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     ((*found,),) = in_threads(or_broken(some.images.__getitem__), [range(len(some))])
     whole = {place: image for place, image in enumerate(found) if isinstance(image, Tensor)}
     if not whole:
-        raise DataError(f"{split.name}: not one of {len(some)} images is whole: {found[0]}")
+        raise DataError(f"{split.name}: all {len(some)} images are broken: {found[0]}")
     return torch.stack(list(whole.values())), some.labels[list(whole)]

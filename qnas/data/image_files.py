@@ -1,6 +1,6 @@
-"""Encoded images: files on disk, stretches of tar shards, or bytes in memory.
+"""Encoded images: files on disk, members of tar shards, or bytes in memory.
 
-`ImageNumbers` are the numbers of images in their data set, from 0; `Labels` are the classes of images.
+`ImageNumbers` are numbers of images in their data set, from 0; `Labels` are the class numbers of images.
 """
 
 import os
@@ -19,8 +19,8 @@ from qnas.common.errors import DataError
 ImageNumbers = NDArray[np.int64]
 Labels = NDArray[np.int64]
 
-SPLIT_WORDS = ("train", "val", "test")  # as data sets name their splits
-UNPACKED_LIMIT_BYTES = 3_000_000_000  # of an archive or IDX file: what is unpacked lies in memory
+SPLIT_WORDS = ("train", "val", "test")  # the names of splits in data sets
+UNPACKED_LIMIT_BYTES = 3_000_000_000  # limit for archives and IDX files, which are unpacked in memory
 _CHUNK_BYTES = 1 << 20
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -28,7 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class Stretch(NamedTuple):
-    """Bytes in the middle of a file, such as a member of a tar."""
+    """A range of bytes in a file, such as a member of a tar."""
 
     path: Path
     start: int
@@ -36,14 +36,14 @@ class Stretch(NamedTuple):
 
 
 class OriginalFile(NamedTuple):
-    """An encoded image: a file, a stretch of one, or bytes in memory."""
+    """An encoded image: a file, a range of bytes in a file, or bytes in memory."""
 
-    name: str  # below the data set's folder, with forward slashes
-    where: str  # as messages name it
+    name: str  # relative to the data set's folder, with forward slashes
+    where: str  # its name in messages
     content: Path | Stretch | memoryview
 
     def size_bytes(self) -> int:
-        """Return the size of the encoded image. Raises OSError where there is no such file."""
+        """Return the size of the encoded image. Raises OSError if the file does not exist."""
         match self.content:
             case Path():
                 return self.content.stat().st_size
@@ -62,7 +62,7 @@ class OriginalFile(NamedTuple):
         return self.content
 
     def stamp(self) -> str:
-        """Return a text that changes when the image may have: of a file its size and time, else a hash."""
+        """Return a text that changes if the image may have changed: a file's size and time, or a hash."""
         match self.content:
             case Path():
                 return file_stamp(self.content)
@@ -72,7 +72,7 @@ class OriginalFile(NamedTuple):
 
 
 def file_stamp(path: Path) -> str:
-    """Return a text that changes when a file does: its path, size and time."""
+    """Return a text that changes when a file changes: its path, size and time."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -80,20 +80,20 @@ def file_stamp(path: Path) -> str:
     return f"{path} {found.st_size} {found.st_mtime_ns}"
 
 
-_cached_stamp = lru_cache(maxsize=1)(file_stamp)  # the images of a shard follow one another
+_cached_stamp = lru_cache(maxsize=1)(file_stamp)  # the images of a shard are consecutive
 
 
 def check_exists(path: Path) -> None:
-    """Raise DataError where there is nothing at a path."""
+    """Raise DataError if a path does not exist."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
 
 
 def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the folders and files of a tar, but no links, and no sparse files: they do not lie in one piece.
+    """Yield the folders and files of a tar, but no links, and no sparse files, which are not contiguous.
 
-    Raises tarfile.TarError for a damaged one, also where no zeros end it: tarfile takes a damaged header for
-    the end.
+    Raises tarfile.TarError for a damaged tar, also if it does not end with zeros: tarfile takes a damaged
+    header for the end.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         yield from (m for m in tar if m.isdir() or (m.isfile() and not m.issparse()))
@@ -109,5 +109,5 @@ def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line; its type where it says nothing."""
+    """Return the message of an error in one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

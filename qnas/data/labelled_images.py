@@ -1,6 +1,6 @@
 """A labelled data set before it is fitted to a resolution, as a map-style Dataset.
 
-Every shipped kind of data and every user's Dataset becomes a `LabelledImages`, which is all that
+Every shipped kind of data and every user's Dataset is converted to a `LabelledImages`, from which
 `qnas.data.loading` reads.
 """
 
@@ -22,13 +22,13 @@ from qnas.data.lazy_images import Original, read_pixels
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Original images and their labels; item `i` is (uint8 image (C, H, W), label).
 
-    `splits` holds the image numbers of those of `train`, `heldout` and `test` that the data set itself
-    makes; an image in none of them is not used. `broken` images are known before any is decoded. `source` is
-    what messages call the data set.
+    `splits` holds the image numbers of the data set's own splits (`train`, `heldout`, `test`); images in no
+    split are not used. `broken` are the images that are known to be broken before decoding. `source` is the
+    data set's name in messages.
     """
 
     classes: tuple[str, ...]
-    images: Tensor | Sequence[Original]  # uint8 (N, C, H, W), or one image each
+    images: Tensor | Sequence[Original]  # uint8 (N, C, H, W), or a sequence of images
     targets: Labels
     splits: Mapping[str, ImageNumbers]
     name: str = ""
@@ -36,8 +36,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     flip: bool = True  # whether a mirrored image still shows its class
     pads: bool = False  # whether slightly smaller images get a black border
     broken: BrokenImages = field(default_factory=dict)
-    fingerprint: str | None = None  # identifies the images, where their bytes are not read for that
-    changing: str = ""  # an image that was different when it was read again
+    fingerprint: str | None = None  # identifies the images if their bytes are not hashed
+    changing: str = ""  # an image that differed when it was read again
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -48,10 +48,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 def name_splits(words: Collection[str]) -> dict[str, str] | None:
-    """Return the split that each of `train`, `val` and `test` is, of those that a data set names.
+    """Map the split names of a data set (`train`, `val`, `test`) to splits.
 
-    `val` is the held-out split where there is `test` too, and the test split elsewhere. Returns None where
-    that leaves no training or no test images.
+    `val` is the held-out split if there is also `test`, and the test split otherwise. Returns None if there
+    would be no training or no test images.
 
     >>> name_splits(["train", "val"])
     {'train': 'train', 'val': 'test'}
@@ -63,9 +63,9 @@ def name_splits(words: Collection[str]) -> dict[str, str] | None:
 
 
 def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
-    """Return the classes that occur, and each label's number among them.
+    """Return the sorted classes, and the class number of each label.
 
-    Whole numbers are sorted as such, all else as text.
+    Labels that are all whole numbers are sorted by value, others as text.
 
     >>> number_classes(["10", "9", "10"])[0]
     ('9', '10')
@@ -83,9 +83,9 @@ def assemble(
     words: Sequence[str],
     where: Path,
 ) -> LabelledImages:
-    """Return a data set of images with their labels and the words of their splits, or no words at all.
+    """Return a data set of images with their labels and, unless `words` is empty, the names of their splits.
 
-    Raises DataError for fewer than two classes, and for a class or a split that training lacks.
+    Raises DataError for fewer than two classes, a class without training images, or a missing split.
     """
     if len(classes) < 2:
         raise DataError(f"{where}: {len(classes)} classes, expected at least 2")
@@ -94,7 +94,7 @@ def assemble(
         found = set(words)
         names = {"train": "train"} if found == {"train"} else name_splits(found)
         if names is None:
-            raise DataError(f"{where}: of train, val and test it has {' and '.join(sorted(found))} alone")
+            raise DataError(f"{where}: splits {' and '.join(sorted(found))}, expected train and val or test")
         each = np.array(words)
         splits = {split: np.flatnonzero(each == word) for word, split in names.items()}
     check_training(classes, labels[splits["train"]], where)
@@ -102,7 +102,7 @@ def assemble(
 
 
 def check_training(classes: Sequence[str], labels: Labels, where: Path | str) -> None:
-    """Raise DataError where the training images, of these labels, lack a class."""
+    """Raise DataError for a class without training images; `labels` are those of the training images."""
     counts = np.bincount(labels, minlength=len(classes))
     if not counts.all():
         raise DataError(f"{where}: no training image of class {classes[int(counts.argmin())]!r}")

@@ -1,4 +1,4 @@
-"""Images that are read when they are needed: items of Datasets, and images fitted to one resolution."""
+"""Images that are read on demand: items of Datasets, and images fitted to one resolution."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +19,11 @@ Loader = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class DatasetReader:
-    """A Dataset whose items are (image, label), and the name that messages give it.
+    """A Dataset whose items are (image, label), and its name in messages.
 
-    `loader` makes an image of the first part of an item, where that is not one: a path, bytes, an array of
-    another form. Items are read from one thread at a time, as few Datasets are made for several; `loader`
-    runs in several threads.
+    `loader` converts the first part of an item to an image if it is not one, but a path, bytes or an array of
+    another form. Items are read by one thread at a time, as few Datasets are thread-safe. `loader` runs in
+    several threads.
     """
 
     dataset: Any
@@ -38,13 +38,13 @@ class DatasetReader:
     def read(self, index: int) -> tuple[Tensor, int]:
         """Return an item as uint8 (C, H, W) and its label.
 
-        Raises BrokenImageError where the Dataset or the loader raises, DataError for an item of another form.
+        Raises BrokenImageError if the Dataset or the loader raises, DataError for an item of another form.
         """
         where = self.where(index)
         try:
             with self.lock:
                 item = self.dataset[index]
-        except Exception as error:  # a user's code may raise anything
+        except Exception as error:  # a user's code may raise any exception
             raise BrokenImageError(where, f"{type(error).__name__}: {one_line(error)}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise DataError(f"{where}: expected (image, label), got {describe_type(item)}")
@@ -64,11 +64,11 @@ class DatasetReader:
 
 @dataclass(frozen=True)
 class DatasetItem:
-    """An image of a Dataset, read each time that it is needed."""
+    """An image of a Dataset that is read whenever it is needed."""
 
     reader: DatasetReader
     index: int
-    label: int | None  # None: not known yet, since the item could not be read
+    label: int | None  # None: not known, since the item could not be read
 
     @property
     def where(self) -> str:
@@ -76,7 +76,7 @@ class DatasetItem:
         return self.reader.where(self.index)
 
     def read(self) -> Tensor:
-        """Return the image as uint8 (C, H, W). Raises BrokenImageError, and DataError for another label."""
+        """Return the image as uint8 (C, H, W). Raises BrokenImageError, or DataError if the label changed."""
         pixels, label = self.reader.read(self.index)
         if self.label not in (None, label):
             raise DataError(f"{self.where}: label {label}, but it was {self.label} before")
@@ -88,9 +88,9 @@ Original = Tensor | OriginalFile | DatasetItem  # an image before it is fitted t
 
 @dataclass(frozen=True, eq=False)
 class LazyImages(Dataset[Tensor]):
-    """Original images as uint8 images of one resolution, decoded each time they are read.
+    """Original images as uint8 images at one resolution, decoded each time they are read.
 
-    `originals` are uint8 (N, C, H, W), or one image each; `order` holds the numbers of those that are here.
+    `originals` are uint8 (N, C, H, W), or a sequence of images; `order` selects images by their numbers.
     """
 
     originals: Tensor | Sequence[Original]
@@ -113,23 +113,23 @@ class LazyImages(Dataset[Tensor]):
         return self.fit(read_pixels(original, self.resolution_px), _where(original))
 
     def cut(self, index: int, draw: DrawBox) -> Tensor:
-        """Return the drawn box of one image, resized: (C, H, W), uint8. Raises BrokenImageError."""
+        """Return the drawn box of one image, resized, as uint8 (C, H, W). Raises BrokenImageError."""
         original = self.originals[int(self.order[index])]
         px = self.resolution_px
         image = _to_channels(read_pixels(original, px, draw), self.channels, _where(original))
         return tv.resize(image, [px, px], antialias=True)  # type: ignore[no-any-return]  # torchvision's
 
     def take(self, places: slice | ImageNumbers) -> "LazyImages":
-        """Return some of these images, without decoding them."""
+        """Select some of these images without decoding them."""
         return replace(self, order=self.order[places])
 
     def fit(self, images: Tensor, where: str) -> Tensor:
-        """Convert images to channels and resolution: (..., C', H', W') -> (..., C, H, W)."""
+        """Convert images to the channels and the resolution: (..., C', H', W') -> (..., C, H, W)."""
         return _to_resolution(_to_channels(images, self.channels, where), self.resolution_px, pads=self.pads)
 
 
 def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:
-    """Repeat grey, or weigh colours to grey: (..., C', H, W) -> (..., C, H, W)."""
+    """Repeat grey channels, or convert colours to grey: (..., C', H, W) -> (..., C, H, W)."""
     found = images.shape[-3]
     if found == channels:
         return images
@@ -144,9 +144,9 @@ def _to_channels(images: Tensor, channels: int, where: str) -> Tensor:
 def _to_resolution(images: Tensor, px: int, *, pads: bool) -> Tensor:
     """Cut out the central square and resize it: (..., H', W') -> (..., px, px).
 
-    Cutting first is the usual resize of the shorter side and central crop, with memory that does not
-    grow with the longer side. Where `pads`, slightly smaller images get a black border instead: they
-    keep their pixels, and their background is black. Photographs have none, so they are resized.
+    This equals the usual resize of the shorter side and central crop, but its memory does not grow with the
+    longer side. With `pads`, slightly smaller images get a black border instead, which keeps their pixels and
+    suits their black background. Photographs have no such background, so they are resized.
     """
     height, width = images.shape[-2:]
     side = min(height, width)
@@ -160,7 +160,7 @@ def _to_resolution(images: Tensor, px: int, *, pads: bool) -> Tensor:
 
 
 def read_pixels(original: Original, resolution_px: int | None = None, draw: DrawBox | None = None) -> Tensor:
-    """Return an image, or the drawn box of it, as uint8 (C, H, W), not resized yet.
+    """Return an image or the drawn box of it as uint8 (C, H, W), not yet resized.
 
     With a resolution, a large JPEG may be decoded at a fraction of its size. Raises BrokenImageError.
     """

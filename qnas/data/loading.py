@@ -1,4 +1,4 @@
-"""Loading of a data set: read, split, decoded to one resolution where it fits into memory."""
+"""Loading of a data set: reading, splitting, and decoding to one resolution if it fits into memory."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from qnas.data.normalisation import channel_statistics
 from qnas.data.sources import DataSpec, open_dataset
 from qnas.data.splits import SPLITS, complete_splits, without_broken
 
-MEMORY_LIMIT_BYTES = 3_000_000_000  # decoded images of all splits together; above it they stay encoded
+MEMORY_LIMIT_BYTES = 3_000_000_000  # limit for the decoded images of all splits; above it they stay encoded
 
 
 def load_data(
@@ -35,19 +35,18 @@ def load_data(
     """Read, split and decode a data set.
 
     `data` is a kind of data such as `digits` or `imagefolder:DIR`, a map-style Dataset, or `Datasets` for
-    several splits or with options. Held-out images are taken from the training images, the same ones in
-    every run, unless the data set has all of train, val and test: then val is the held-out split. From a data
-    set without test images a fifth of its images are taken first.
+    several splits or options. If the data set has train, val and test, val is the held-out split. Otherwise,
+    held-out images are taken from the training images, the same ones in every run. If there are no test
+    images, a fifth of the images are first taken as such.
 
-    Where the pixels of all splits take up to `memory_limit_bytes`, every image is decoded now, once. Above,
-    images are decoded for each batch, and `mean` and `std` are those of some of the training images. With
-    `keep_originals` the images at full size are kept too, for random crops.
+    If the pixels of all splits take at most `memory_limit_bytes`, every image is decoded once, now.
+    Otherwise, images are decoded for each batch, and `mean` and `std` are those of a sample of the training
+    images. With `keep_originals`, the images at full size are kept too, for random crops.
 
-    Broken images are left out, up to a share `max_broken` of all. With None they are not searched for where
-    images are not decoded now, and raise when they are read.
+    Broken images are left out, up to a share `max_broken` of all images. If it is None, images that are not
+    decoded now are not checked, and a broken one raises when it is read.
 
-    Raises DataError where images are missing, damaged or too few, and UsageError for a fraction outside
-    0 to 1.
+    Raises DataError if images are missing, damaged or too few, and UsageError for a fraction outside 0 to 1.
     """
     assert resolution_px >= 1, resolution_px
     assert channels >= 1, channels
@@ -108,14 +107,14 @@ def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool)
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
-    """Return a warning where images change from one reading to the next, or where they may unnoticed.
+    """Return a warning if images change between readings, or if changes would not be noticed.
 
     `keeps` says whether every image is read once and kept.
     """
     if not source.changing:
         if source.fingerprint is None:
             return ()
-        compared = f"of {len(source)} images {SAMPLE} were compared"
+        compared = f"{min(SAMPLE, len(source))} of {len(source)} images were compared"
         return (f"{source.name}: a resumed run is exact if an index always gives the same image: {compared}",)
     changing = f"{source.changing} was a different image when it was read again"
     if keeps or isinstance(source.images[0], Tensor):
@@ -126,7 +125,7 @@ def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
 def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tuple[Tensor, BrokenImages]:
     """Return all images in one array (N, C, H, W), channels last in memory, and the broken ones by number.
 
-    Broken images are black. Raises DataError once they are more than a share `most`.
+    Broken images are black. Raises DataError as soon as more than a share `most` is broken.
     """
     count, channels, height, width = lazy.shape
     images = torch.zeros((count, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)

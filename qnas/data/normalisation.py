@@ -1,4 +1,4 @@
-"""The mean and standard deviation of each channel, and the normalisation by them."""
+"""The mean and standard deviation of each channel, and normalisation by them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,14 +9,14 @@ from qnas.data.broken_images import or_broken
 from qnas.data.decoding import chunked, in_threads, spread
 from qnas.data.lazy_images import LazyImages
 
-STATISTICS_IMAGES = 1000  # read for mean and std where not all images are in memory
+STATISTICS_IMAGES = 1000  # images to read for mean and std if not all are in memory
 
 
 def channel_statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of each channel, bytes counted as 0 to 1.
+    """Return the mean and standard deviation of each channel, on a scale where the byte 255 is 1.
 
-    Of images that are not in memory, STATISTICS_IMAGES are read. The std is at least one byte's step, so that
-    it can be divided by. Broken images are skipped; where all are broken, the result is that of black images.
+    Of images that are not in memory, STATISTICS_IMAGES are read. The std is at least 1/255, to avoid a
+    division by zero. Broken images are skipped; if all are broken, the result is that of black images.
     """
     if isinstance(images, LazyImages):
         images = images.take(spread(len(images), STATISTICS_IMAGES))
@@ -25,7 +25,7 @@ def channel_statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], 
         parts: Iterable[Tensor] = (torch.stack(found) for found in whole if found)
     else:
         parts = (images[chunk.start : chunk.stop] for chunk in chunked(len(images)))
-    counted = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # of every channel and byte
+    counted = torch.zeros(images.shape[1], 256, dtype=torch.int64)  # (channels, byte values)
     for part in parts:
         for channel, row in enumerate(counted):
             row += torch.bincount(part[:, channel].flatten(), minlength=256)
@@ -39,12 +39,12 @@ def channel_statistics(images: Tensor | LazyImages) -> tuple[tuple[float, ...], 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (images / 255 - mean) / std as float32: uint8 (B, C, H, W) -> (B, C, H, W).
 
-    The memory format stays. An exported network contains the same formula.
+    The memory format is kept. An exported network contains the same formula.
     """
     assert images.dtype == torch.uint8, images.dtype
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float64)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
-    # As rows (C, 1, W) with the strides of images, which is six times as fast as (C, 1, 1).
+    # Rows (C, 1, W) with the strides of the images are six times as fast as (C, 1, 1).
     width = images.shape[3]
     rows = torch.stack((scale, shift)).float().to(images.device).repeat_interleave(width, 0)
     scale, shift = rows.view(2, width, -1).transpose(1, 2)[:, :, None]

@@ -1,15 +1,15 @@
-"""Images in tar shards, as WebDataset lays them out, read in place: nothing is unpacked.
+"""Images in tar shards in the format of WebDataset, read in place without unpacking.
 
-    imagenet-train-000000.tar, ..., imagenet-val-000000.tar    or train/000000.tar, val/..., or no such word
-    KEY.jpg, KEY.cls, KEY2.png, KEY2.cls, ...                  in each: an image and its class
-    classes.txt                                                beside them: a class a line; may be missing
+    imagenet-train-000000.tar, ..., imagenet-val-000000.tar    or train/000000.tar, val/..., or without splits
+    KEY.jpg, KEY.cls, KEY2.png, KEY2.cls, ...                  members of a shard: images and their classes
+    classes.txt                                                beside the shards: one class per line; optional
 
-A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are passed over.
+A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are ignored.
 
-The headers of a shard are read once and kept in the user's cache until the shard changes; then every image
-is a stretch of its shard. So an epoch is a shuffle of the whole set, and splits, resumed runs and several
-processes work as with folders. The package webdataset reads shards from end to end instead, which is faster
-on rotating disks and over a network; but it shuffles in a buffer, and cannot resume exactly.
+The headers of a shard are read once and cached until the shard changes. Each image is then a range of bytes
+in its shard, so an epoch shuffles the whole set, and splits, resumed runs and several processes work as with
+folders. The package webdataset reads shards from end to end instead, which is faster on rotating disks and
+over a network, but it shuffles in a buffer and cannot resume exactly.
 """
 
 import hashlib
@@ -37,26 +37,26 @@ from qnas.data.labelled_images import LabelledImages, assemble, number_classes
 SCHEMA = "qnas.shards/1"
 CLASSES = "classes.txt"
 _LABEL = "cls"
-_LABEL_BYTES = 1000  # a number or a name
+_LABEL_BYTES = 1000  # limit for a number or a name
 _WORD = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
 
 
 @dataclass(frozen=True, eq=False)
 class ShardImages(Sequence[OriginalFile]):
-    """The images of shards, of which only numbers and names are in memory."""
+    """The images of shards; only their positions and names are in memory."""
 
     shards: tuple[Path, ...]
-    shard: "array[int]"  # of each image
+    shard: "array[int]"  # index of each image's shard
     start: "array[int]"
     size: "array[int]"
-    names: bytes  # one after another, in UTF-8
+    names: bytes  # concatenated, in UTF-8
     name_ends: "array[int]"
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def __getitem__(self, place: Any) -> Any:
-        """Return an image, an `OriginalFile`, as a stretch of its shard."""
+        """Return an image as an `OriginalFile`, a range of bytes in its shard."""
         assert not isinstance(place, slice), place
         path = self.shards[self.shard[place]]
         begin = self.name_ends[place - 1] if place > 0 else 0
@@ -66,7 +66,7 @@ class ShardImages(Sequence[OriginalFile]):
 
 
 class _Header(NamedTuple):
-    """An image of a shard: the name, place and size of its member, and its label."""
+    """An image of a shard: its label, and the name, start and size of its member."""
 
     name: str
     start: NonNegativeInt
@@ -74,17 +74,17 @@ class _Header(NamedTuple):
     label: str
 
 
-_KEPT = TypeAdapter(list[_Header])  # in the cache, of a shard
+_KEPT = TypeAdapter(list[_Header])  # the cached headers of a shard
 
 
 def read_shards(path: Path) -> LabelledImages:
-    """List the images of a folder of shards. Raises DataError for a damaged shard or one of another form."""
+    """List the images of a folder of shards. Raises DataError for a damaged shard or another format."""
     image_files.check_exists(path)
     shards, words = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
     names = bytearray()
     labels: list[str] = []
-    label_of: dict[str, str] = {}  # one string a class, not one an image
+    label_of: dict[str, str] = {}  # one string per class instead of one per image
     cache = user_cache("shards")
     with one_at_a_time(cache / f"{_hash(path)}.json"):
         for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
@@ -113,7 +113,7 @@ def _hash(path: Path) -> str:
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the shards of a folder, sorted, and the word of the split of each, or no words at all."""
+    """Return the sorted shards of a folder, and the split name of each, or no names at all."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of .tar shards")
     places = [folder, *(folder / word for word in image_files.SPLIT_WORDS)]
@@ -134,7 +134,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], Labels]:
-    """Return the classes, of classes.txt or else those that occur, and each label's number among them."""
+    """Return the classes, from classes.txt or else from the labels, and the class number of each label."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -177,7 +177,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:
-    """Return the folder, the stem (none of a hidden file) and the suffix, in lower case, of a member."""
+    """Return a member's folder, its stem (empty for a hidden file) and its suffix in lower case."""
     path = PurePosixPath(member.name)
     stem, _, suffix = path.name.partition(".")
     return path.parent, stem, suffix.lower()

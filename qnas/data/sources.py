@@ -1,7 +1,7 @@
 """The shipped kinds of data, opened as labelled data sets.
 
-IDX files, CIFAR-10 as published and the digits of scikit-learn are read here; `folders` and `shards` read
-the rest. Every problem of a data set is a DataError that names the file and what was expected.
+This module reads IDX files, CIFAR-10 as published and the digits of scikit-learn; `folders` and `shards` read
+the other kinds. A problem with a data set raises a DataError that names the file and what was expected.
 """
 
 import gzip
@@ -30,9 +30,9 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A shipped kind of data and the path of its files: `digits`, `imagefolder:DIR`.
+    """A shipped kind of data with the path of its files, such as `digits` or `imagefolder:DIR`.
 
-    Raises DataError for an unknown kind, and for a missing or a needless path.
+    Raises DataError for an unknown kind, and for a missing or superfluous path.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class DataSpec:
 
 
 def parse_data_spec(text: str) -> DataSpec:
-    """Read `KIND` or `KIND:DIR`; the path becomes absolute. Raises DataError.
+    """Parse `KIND` or `KIND:DIR` and make the path absolute. Raises DataError.
 
     >>> str(parse_data_spec("digits"))
     'digits'
@@ -74,7 +74,7 @@ def open_dataset(data: str | DataSpec) -> LabelledImages:
 
 
 def _read_digits(_: Path) -> LabelledImages:
-    from sklearn.datasets import load_digits  # here, as it takes a second
+    from sklearn.datasets import load_digits  # imported here, as it takes a second
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), values 0 to 16
@@ -112,7 +112,7 @@ def _read_fashion(path: Path) -> LabelledImages:
 
 
 def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint8]]:
-    """Read an IDX file of bytes, plain or .gz: magic 0 0 8 ndim, sizes as big-endian uint32, values."""
+    """Read an IDX file of bytes, plain or .gz: magic 0 0 8 ndim, big-endian uint32 sizes, values."""
     found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not found:
         raise DataError(f"{folder}: lacks {name} or {name}.gz")
@@ -131,7 +131,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint
             count = int(np.prod(shape, dtype=object))
             if count == 0 or count > UNPACKED_LIMIT_BYTES:
                 raise DataError(f"{path}: header says {count} bytes, expected 1 to {UNPACKED_LIMIT_BYTES}")
-            content = file.read(count + 1)  # one more, to see the end and with it gzip's checksum
+            content = file.read(count + 1)  # one more, to reach the end and gzip's checksum
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged: {one_line(error)}") from error
     if len(content) != count:
@@ -158,13 +158,13 @@ def _read_cifar10(path: Path) -> LabelledImages:
 
 
 class DataKind(NamedTuple):
-    """A kind of data: how it is written on the command line, read, and augmented."""
+    """A kind of data: its form on the command line, its reader and its augmentation."""
 
-    form: str  # as on the command line, and what lies there
+    form: str  # on the command line, with the files expected there
     read: Callable[[Path], LabelledImages]
     flip: bool = True  # whether a mirrored image still shows its class
     pads: bool = False  # whether slightly smaller images get a black border
-    is_folder: bool = False  # holds images of any content, so that the data set has the folder's name
+    is_folder: bool = False  # the images may show anything, so the data set is named after the folder
 
 
 KINDS: dict[str, DataKind] = {

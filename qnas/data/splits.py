@@ -1,8 +1,8 @@
 """The stratified splits of a data set.
 
-They are drawn with a constant, not with the run's seed: runs with different seeds choose on the same images,
-so that they can be compared. Broken images are taken out after the splits are drawn, so that mending an
-image does not change the splits of the others.
+They are drawn with a constant instead of the run's seed: runs with different seeds select on the same images,
+so they can be compared. Broken images are removed after the splits are drawn, so that repairing an image does
+not change the splits of the others.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ from qnas.data.image_files import ImageNumbers, Labels
 from qnas.data.labelled_images import LabelledImages
 
 SPLITS = ("train", "heldout", "test")
-TEST_FRACTION = 0.2  # where the data set has no test images
+TEST_FRACTION = 0.2  # if the data set has no test images
 
-# Constants, so that splits are the same in every run; two, so that the draws are independent.
+# Constant seeds, so that splits are the same in every run; two of them, so that the draws are independent.
 _TEST_DRAW = 20231117
 _HELDOUT_DRAW = 19560
 
 
 def complete_splits(source: LabelledImages, heldout_fraction: float) -> dict[str, ImageNumbers]:
-    """Return the image numbers of each split; splits that the data set lacks are taken from training.
+    """Return the image numbers of each split. Missing splits are taken from the training images.
 
     Raises DataError for a class with too few training images.
     """
@@ -45,7 +45,7 @@ def without_broken(
 ) -> dict[str, ImageNumbers]:
     """Return the splits without the broken images.
 
-    Raises DataError where a class has no training images left, or a split has no images.
+    Raises DataError if a class has no training images left, or a split no images.
     """
     left = {split: numbers[~np.isin(numbers, list(broken))] for split, numbers in splits.items()}
     counts = np.bincount(source.targets[left["train"]], minlength=len(source.classes))
@@ -61,8 +61,8 @@ def without_broken(
 def _take_stratified(
     numbers: ImageNumbers, labels: Labels, fraction: float, draw: int
 ) -> tuple[ImageNumbers, ImageNumbers]:
-    """Split off a fraction of every class, at least one image of it, and leave at least one."""
-    # RandomState, as numpy promises that its numbers never change
+    """Split off a fraction of each class, at least one image, and leave at least one."""
+    # RandomState, since numpy guarantees that its numbers never change
     rng = np.random.RandomState(draw)
     taken = []
     for label in np.unique(labels[numbers]):

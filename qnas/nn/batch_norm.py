@@ -1,4 +1,4 @@
-"""Batch normalisation that works alone and in several processes."""
+"""Batch normalisation for one or several training processes."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation; while several processes train, over the whole batch, not each one's part.
+    """Batch normalisation whose training statistics are those of the whole batch over all processes.
 
-    It does the same as torch's SyncBatchNorm, which does not run on a CPU. In a single process it is torch's
-    own module.
+    It computes what torch's SyncBatchNorm computes, which does not run on a CPU. In a single process it
+    behaves as torch's own module.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the processes; so is its gradient, of the sum of the processes' losses."""
+    """The mean over the processes. Its gradient, of the sum of all processes' losses, is a mean too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Blocks of layers as modules. Every submodule is made from its layer and named after its role.
+"""Modules of the blocks. Each submodule is built from a layer and named after the layer's role.
 
-Tensors are (B, C, H, W), in channels_last memory format where that is faster; the networks are
+Tensors are (B, C, H, W), in channels_last memory format where that is faster. The networks are
 fully convolutional, so a module serves every resolution.
 """
 
@@ -22,10 +22,10 @@ from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer normalisation over channels, at each place of a map or of pooled features."""
+    """Layer normalisation over channels, for feature maps (at each position) and pooled features."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, H, W) or (B, C); the shape stays."""
+        """Normalise (B, C, H, W) or (B, C) and keep the shape."""
         if x.ndim == 2:
             return super().forward(x)
         # in channels_last memory both permutations are views
@@ -33,14 +33,14 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class GlobalAveragePool(nn.Module):
-    """The mean over places."""
+    """The mean over the positions of a map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C)."""
         return x.mean((2, 3))
 
 
-# Taps by which the envelope of freshly drawn depthwise kernels falls to exp(-1/2).
+# Standard deviation, in taps, of the Gaussian envelope of initial depthwise kernels.
 ENVELOPE_TAPS = 0.7
 
 
@@ -51,9 +51,9 @@ def _convolution(spec: LayerSpec) -> nn.Module:
 def _depthwise(spec: LayerSpec) -> nn.Module:
     """Build a depthwise convolution whose kernels start concentrated around their centres.
 
-    Drawn as torch does and weighted by a Gaussian of the distance, the sum of squares kept. Trained kernels
-    look like that (arXiv 2210.03651), and a 7x7 kernel starts almost as a 3x3 one instead of as noise from
-    49 places (benchmarks/start.py compares starts).
+    Weights are drawn as torch draws them, weighted by a Gaussian of the distance from the centre, and scaled
+    to keep their sum of squares. Trained kernels look like that (arXiv 2210.03651). A 7x7 kernel then starts
+    almost like a 3x3 one instead of as noise from 49 places (benchmarks/start.py compares initialisations).
     """
     conv = nn.Conv2d(
         spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, groups=spec.c_in, bias=spec.bias
@@ -66,9 +66,9 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     return conv
 
 
-CLIP_RANGE = (-6.0, 6.0)  # what a mixer with batch normalisation may add; `qnas.spaces.blocks` says why
+CLIP_RANGE = (-6.0, 6.0)  # of a mixer's output with batch normalisation; `qnas.spaces.blocks` explains why
 
-# Operators of layer.OPS that are modules; `add`, `mul` and `square` are written out in the blocks' forward.
+# The operators of layer.OPS that are modules. `add`, `mul` and `square` are part of the blocks' forward.
 MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "conv": _convolution,
     "dwconv": _depthwise,
@@ -85,7 +85,7 @@ MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
 
 
 class Chain(nn.Sequential):
-    """Layers one after another, with the input added at the end where the last layer is an add."""
+    """A sequence of layers, with a residual connection if the last layer is an add."""
 
     def __init__(self, layers: tuple[LayerSpec, ...]) -> None:
         self_adding = layers[-1].op == "add"
@@ -95,7 +95,7 @@ class Chain(nn.Sequential):
         self.is_residual = self_adding
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the shape that the last layer says."""
+        """(B, C, H, W) -> the output shape of the last layer."""
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return x + y if self.is_residual else y
 
@@ -106,24 +106,24 @@ ChannelTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class QuadraBlock(nn.Module):
-    """Depthwise mixer of a neuron and pointwise expansion, each with a residual.
+    """A depthwise mixer (the neuron) and a pointwise expansion, each with a residual connection.
 
-    QuadraNet, arXiv 2311.17956, figure 3, where the neuron is the quadratic one; `qnas.spaces.neurons` has
-    the others, `qnas.spaces.blocks` says where the norms stand and why batch normalisation needs a clip.
-    While training, and wherever gradients are taken, a block with layer normalisation and GELU keeps its
-    input and the map between its halves, and computes the rest again in the backward pass
-    (`qnas.nn.kernels`; of other neurons the channel half alone).
+    With the quadratic neuron it is the block of QuadraNet (arXiv 2311.17956, figure 3). `qnas.spaces.neurons`
+    has the other neurons; `qnas.spaces.blocks` describes the order of the norms and why batch normalisation
+    needs a clip. With layer normalisation and GELU, a block that is trained or differentiated keeps its input
+    and the map between its halves, and recomputes the rest in the backward pass (`qnas.nn.kernels`). With
+    other neurons, only the channel half does so.
     """
 
-    is_residual = True  # what it adds can be left out
-    # those that the neuron has
+    is_residual = True  # so the block can be skipped
+    # the convolutions of the mixer; a neuron has some of them
     conv_a: nn.Conv2d
     conv_b: nn.Conv2d
     conv_c: nn.Conv2d
     conv_s: nn.Conv2d
     norm1: nn.Module
     norm2: nn.Module
-    clip: nn.Module  # behind a product with batch normalisation
+    clip: nn.Module  # after the norm of a mixer with products and batch normalisation
     expand: nn.Conv2d
     act: nn.Module
     project: nn.Conv2d
@@ -159,12 +159,12 @@ class QuadraBlock(nn.Module):
 
     @property
     def convolutions(self) -> tuple[nn.Conv2d, ...]:
-        """The mixer's, in the order in which the neuron's formula takes them."""
+        """The convolutions of the mixer, in the order of the neuron's formula."""
         return tuple(self.convolution(role) for role in self.roles)
 
     @torch.no_grad()
     def fill_ones(self) -> None:
-        """Set the biases to one that the neuron starts at one."""
+        """Set to one the biases that the neuron initialises to one."""
         for role in NEURONS[self.neuron].ones:
             bias = self.convolution(role).bias
             assert bias is not None
@@ -194,7 +194,7 @@ class QuadraBlock(nn.Module):
         return channel_half(x, *channels, eps=eps)
 
     def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
-        """Return what the kernels of both halves take after x, and epsilon; with layer normalisation."""
+        """Return the arguments of both halves' kernels after x, and epsilon. Needs layer normalisation."""
         norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
         mixer = (norm1.weight, norm1.bias, *(conv.weight for conv in self.convolutions))
         pointwise = (self.expand.weight, self.expand.bias, self.project.weight, self.project.bias)
@@ -205,9 +205,9 @@ class QuadraBlock(nn.Module):
 def build_block(block: BlockSpec) -> nn.Module:
     """Build the module of a block, with freshly drawn weights.
 
-    Raises SpaceError where a registered module is not what the layers of its block say.
+    Raises SpaceError if the number of parameters of a registered module differs from that of its layers.
     """
-    # not the N(0, 0.02) of the large networks, which learns more slowly at these widths
+    # torch's initialisation: the N(0, 0.02) of large networks learns more slowly at these widths
     if not block.layers:
         return nn.Identity()
     kind = BLOCKS.get(block.block)
@@ -231,10 +231,10 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of the quadratic terms of every mixer, which are zero in a linear network.
+    """Return the weights of the quadratic terms of all mixers.
 
-    Of QuadraNet's neuron W_a and W_b, of Fan's W_b and W_s, of the compact one W_s. Raises UsageError
-    where a mixer has no linear part.
+    These are W_a and W_b of QuadraNet's neuron, W_b and W_s of Fan's, and W_s of the compact one. Raises
+    UsageError if a mixer has no linear part.
     """
     found = []
     for block in _relinear_blocks(module):
@@ -246,10 +246,10 @@ def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def start_linear(module: nn.Module) -> None:
-    """Set every quadratic term to zero: the network then computes what it would without them.
+    """Set every quadratic term to zero, so that the network computes the same as without these terms.
 
-    Of a product the second factor alone is zero, as with both no gradient would ever reach either. Fan's
-    is then W_b = 0, b_b = 1, W_s = 0, c = 0. Raises UsageError where a mixer has no linear part.
+    Only the second factor of a product is set to zero: if both were, neither would get a gradient. Fan's
+    neuron then has W_b = 0, b_b = 1, W_s = 0, c = 0. Raises UsageError if a mixer has no linear part.
     """
     for block in _relinear_blocks(module):
         for role in NEURONS[block.neuron].zeros or ():

@@ -1,22 +1,22 @@
-"""The candidates of one position in one module, and the routes through it.
+"""The module of one position with its candidate operations, and the routes through it.
 
-There are three ways to keep their weights:
+There are three weight sharing modes:
 
 - independent: a module for each candidate, as in ProxylessNAS (arXiv 1812.00332);
-- shared: the largest module of each kind of block; a candidate's weights are slices of its tensors, the
-  centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity is free.
-  QuadraBlocks of another neuron are another kind, pointwise convolutions included: their inputs have another
-  distribution, and kernels trained as factors of a product do not serve as terms of a sum;
-- nested: weights as shared, and all candidates at once cost one pass of the largest, where they are a grid
-  of kernels and expansions (`qnas.nn.kernels.nested`).
+- shared: the largest module of each kind of block. A candidate's weights are slices of its tensors: the
+  centres of kernels and the leading channels (as in Once-for-All, arXiv 1908.09791). Identity has no weights.
+  QuadraBlocks with different neurons are different kinds and share nothing, not even pointwise convolutions:
+  their inputs are distributed differently, and factors of a product do not serve as terms of a sum;
+- nested: shared weights, where the candidates form a grid of kernels and expansions. All candidates together
+  cost one pass of the largest (`qnas.nn.kernels.nested`).
 
 A nested mixture mixes each half of the block by itself: x + (1 - P(identity)) sum_k P(k)
-mixer_k(x), then the same with the expansions. It is not the mixture of whole blocks under one
-probability each: the channel half sees the mixed mixer, and P(k, e) is the product P(k) P(e) (1 -
-P(identity)). Where each of the three is certain, both are the one block.
+mixer_k(x), then the same with the expansions. It is not a mixture of whole blocks with one probability
+each: the channel half gets the mixed mixers' output, and P(k, e) is the product P(k) P(e) (1 -
+P(identity)). If all three probabilities are 0 or 1, both mixtures are a single block.
 
-Where weights are slices, a sampled path leaves a gradient of zero on the rest of a tensor; an optimiser with
-momentum still moves it.
+If weights are slices, a sampled path has a gradient of zero in the rest of a tensor. An optimiser with
+momentum still changes the rest.
 
 A module takes the route to run as an argument and stores no architecture.
 """
@@ -43,20 +43,20 @@ from qnas.spaces.space import Candidate, Position, SearchSpace
 
 @dataclass(frozen=True)
 class Gated:
-    """Several candidates, one of them active: `gates` is 1 for it and 0 for the others.
+    """Several candidates, one of them active: its gate is 1 and the other gates are 0.
 
-    The output is the active one's. The others' enter the gates' gradient only, dL/dg_k = sum(o_k .
-    dL/dy), and are computed in the backward pass, so that memory does not grow with their number.
+    The output is that of the active candidate. The outputs of the others only enter the gates' gradient,
+    dL/dg_k = sum(o_k . dL/dy), and are computed in the backward pass, which saves memory.
     """
 
     candidates: tuple[int, ...]
-    active: int  # its place among `candidates`
+    active: int  # index in `candidates`
     gates: Tensor  # (candidates,), carries the gradient to the architecture
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """All candidates of a position, each in its share: what DARTS runs (arXiv 1806.09055)."""
+    """All candidates of a position, weighted by their shares as in DARTS (arXiv 1806.09055)."""
 
     shares: Tensor  # (candidates,)
 
@@ -65,16 +65,16 @@ class Mixture:
 class FactoredMixture:
     """All candidates of a position with nested weights."""
 
-    kernels: Tensor  # (kernels,) shares, smallest first, of sum 1
-    expansions: Tensor  # (expansions,) likewise
+    kernels: Tensor  # (kernels,) shares, smallest kernel first, with sum 1
+    expansions: Tensor  # (expansions,) shares, likewise
     block: Tensor  # scalar: the share that is not identity
 
 
-Route = int | Gated | Mixture | FactoredMixture  # a number is a candidate's, run alone
+Route = int | Gated | Mixture | FactoredMixture  # a number is the index of a candidate that runs alone
 
 
 class Choice(nn.Module, ABC):
-    """The candidates of one position."""
+    """The module of one position, with all its candidates."""
 
     @abstractmethod
     def run_candidate(self, x: Tensor, index: int) -> Tensor:
@@ -96,7 +96,7 @@ class Choice(nn.Module, ABC):
 
 
 class _Gate(torch.autograd.Function):
-    """The active candidate's output as it is; the gates' gradient from all gated candidates'."""
+    """The active candidate's output unchanged, with a gradient of the gates from all candidates' outputs."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gates: Tensor, x: Tensor, choice: Choice, route: Gated) -> Tensor:
@@ -112,7 +112,7 @@ class _Gate(torch.autograd.Function):
         y, x = ctx.saved_tensors
         route: Gated = ctx.route
         products = []
-        with torch.autocast(x.device.type, **ctx.casts):  # backward passes are not under it by themselves
+        with torch.autocast(x.device.type, **ctx.casts):  # not active in backward passes
             for i, index in enumerate(route.candidates):
                 output = y if i == route.active else ctx.choice.run_candidate(x, index)
                 dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -121,7 +121,7 @@ class _Gate(torch.autograd.Function):
 
 
 class IndependentChoice(Choice):
-    """A module for each candidate, under its name."""
+    """A module for each candidate, named after it."""
 
     def __init__(self, blocks: Sequence[tuple[str, BlockSpec]]) -> None:
         super().__init__()
@@ -135,9 +135,9 @@ class IndependentChoice(Choice):
 
 
 class SharedChoice(Choice):
-    """One largest module a kind of block (`shared`); candidates are its slices.
+    """The largest module of each kind of block (`shared`), of which the candidates are slices.
 
-    `candidates` holds a module for each candidate whose tensors are all None: a run lends it slices.
+    `candidates` holds a module without tensors for each candidate, which borrows slices to run.
     """
 
     def __init__(self, space: SearchSpace, slot: Slot) -> None:
@@ -156,7 +156,7 @@ class SharedChoice(Choice):
             for kind, block in zip(self.kinds, blocks, strict=True)
             if block.layers
         }
-        self.shared = nn.ModuleDict(largest)  # `subnet.subnet_state` knows the name
+        self.shared = nn.ModuleDict(largest)  # `subnet.subnet_state` relies on this name
         self.candidates = nn.ModuleDict()
         self.loans: list[_Loans] = []
         for candidate, block in zip(candidates, blocks, strict=True):
@@ -169,9 +169,9 @@ class SharedChoice(Choice):
             self.loans.append(_Loans(lender, module, shapes))
 
     def run_candidate(self, x: Tensor, index: int) -> Tensor:
-        """See Choice. Statistics of batch norms are slices too, and updated in place."""
+        """See Choice. Batch norm statistics are slices too, and are updated in place."""
         module, loans = list(self.candidates.children())[index], self.loans[index]
-        # torch.func.functional_call would do, but takes 0.1 ms more a block
+        # torch.func.functional_call does the same, but takes 0.1 ms longer per block
         try:
             loans.lend()
             y: Tensor = module(x)
@@ -181,7 +181,7 @@ class SharedChoice(Choice):
 
 
 class _Loan(NamedTuple):
-    """A tensor of a candidate: its name, the submodules that lend and borrow it, and its shape."""
+    """A borrowed tensor: its name, the lending and the borrowing submodule, and its shape there."""
 
     name: str
     lender: nn.Module
@@ -190,7 +190,7 @@ class _Loan(NamedTuple):
 
 
 class _Loans:
-    """The tensors that a candidate borrows. Set past setattr, which takes parameters that are leaves only."""
+    """The tensors that a candidate borrows, set without setattr, which accepts only leaves as parameters."""
 
     def __init__(self, lender: nn.Module, borrower: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
         lenders, borrowers = dict(lender.named_modules()), dict(borrower.named_modules())
@@ -212,7 +212,7 @@ class _Loans:
             loan.borrower._buffers[loan.name] = take_slice(tensor, loan.shape)
 
     def take_back(self) -> None:
-        """Leave the candidate without tensors."""
+        """Remove the borrowed tensors from the candidate."""
         for loan in self.parameters:
             loan.borrower._parameters[loan.name] = None
         for loan in self.buffers:
@@ -220,7 +220,7 @@ class _Loans:
 
 
 class _Slices(torch.autograd.Function):
-    """Slices of several tensors as one operation: a dozen of torch's own would take as long as a block."""
+    """Slices of several tensors in one operation. A dozen of torch's operations take as long as a block."""
 
     @staticmethod
     def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -242,7 +242,7 @@ class _Slices(torch.autograd.Function):
 
 
 def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
-    """Return a candidate with the largest of each size, kernels and expansions, of its kind."""
+    """Return a candidate of a kind with the maximum of each size (kernel, expansion)."""
     same = [c for c in candidates if c.kind == kind]
     sizes = {name: max(c.sizes[name] for c in same) for name in same[0].sizes}
     return Candidate(block=same[0].block, **{**same[0].parameters, **sizes})
@@ -251,12 +251,12 @@ def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
 def _check_slices(
     candidate: Candidate, whole: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> None:
-    """Raise UsageError where a candidate's tensors are not slices of its kind's largest module."""
+    """Raise UsageError if a candidate's tensors are not slices of the largest module of its kind."""
     for name, shape in shapes.items():
         largest = whole[name].shape if name in whole else None
         if largest is None or len(largest) != len(shape) or any(map(gt, shape, largest)):
             raise UsageError(
-                f"{candidate.name}: {name}, {list(shape)}, is no slice of that of the largest candidate, "
+                f"{candidate.name}: {name}, {list(shape)}, is not a slice of that of the largest candidate, "
                 f"{list(largest or [])}: search with `weights='independent'`"
             )
 
@@ -271,18 +271,18 @@ def _without_tensors(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Grid:
-    """Candidates as the product of kernels and expansions, and identity."""
+    """Candidates that are the product of kernels and expansions, and possibly identity."""
 
     kernels: tuple[int, ...]  # ascending
     expansions: tuple[int, ...]  # ascending
-    # of each candidate: its kernel's and expansion's place above, None for identity
+    # for each candidate, the indices of its kernel and expansion; None for identity
     places: tuple[tuple[int, int] | None, ...]
 
 
 def grid_of(space: SearchSpace, position: Position) -> Grid:
-    """Return a position's candidates as a grid; a single candidate is one, whatever it is.
+    """Return a position's candidates as a grid. A single candidate always forms one.
 
-    Raises UsageError where the weights of this position cannot be nested.
+    Raises UsageError if the weights of this position cannot be nested.
     """
     candidates = position.candidates
     if len(candidates) == 1:
@@ -313,7 +313,7 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
 
 
 class NestedChoice(SharedChoice):
-    """Shared weights whose candidates form a grid: all of them in one pass."""
+    """Shared weights with candidates that form a grid and can all run in one pass."""
 
     def __init__(self, space: SearchSpace, slot: Slot) -> None:
         super().__init__(space, slot)
@@ -330,7 +330,7 @@ class NestedChoice(SharedChoice):
         return nested_channel_half(x, *channels, self._hidden_gates(expansions, x.shape[1]), share, eps=eps)
 
     def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
-        """Return the probability that a hidden channel is there: (expansions,) -> (E,)."""
+        """Return the probability that each hidden channel is used: (expansions,) -> (E,)."""
         at_least = shares.flip(0).cumsum(0).flip(0)
         sizes = self.grid.expansions
         added = [channels * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
@@ -338,7 +338,7 @@ class NestedChoice(SharedChoice):
 
 
 def make_choice(space: SearchSpace, slot: Slot, weights: WeightsMode) -> Choice:
-    """Build the module of a position, with freshly drawn weights. Raises UsageError as `grid_of` does."""
+    """Build the module of a position with random weights. Raises UsageError if `weights` does not fit."""
     if weights == "independent":
         candidates = slot.position.candidates
         return IndependentChoice([(c.name, fill(space, slot, c)) for c in candidates])

@@ -1,4 +1,4 @@
-"""The ways in which a supernet keeps its weights and estimates the architecture's gradient, by name."""
+"""The names of a supernet's weight sharing modes and of the forms of the architecture gradient."""
 
 from typing import Literal, get_args
 
@@ -9,12 +9,12 @@ GRADIENT_FORMS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 
 def gradient_for(weights: WeightsMode, form: GradientForm | None) -> GradientForm:
-    """Return the gradient for a mode of weights: `form`, else the default of the mode.
+    """Return the gradient form for a weights mode: `form`, or the mode's default if it is None.
 
-    Raises ValueError where the two do not go together.
+    Raises ValueError if the two cannot be combined.
     """
     if weights == "nested" and form not in (None, "exact"):
-        raise ValueError(f"`gradient='{form}'`: expected 'exact', as `weights='nested'` has no other")
+        raise ValueError(f"`gradient='{form}'`: expected 'exact', the only one with `weights='nested'`")
     if weights != "nested" and form == "exact":
         raise ValueError(f"`gradient='exact'` needs `weights='nested'`, got '{weights}'")
     return form or ("exact" if weights == "nested" else "two-path")

@@ -1,7 +1,7 @@
 """The neurons of a QuadraBlock's mixer as functions of tensors.
 
-`qnas.spaces.neurons` has their formulas. QuadraNet's neuron has its own kernels (`qnas.nn.quadratic`); the
-others are torch's operators, with a depthwise weight gradient that is fast on CPUs.
+`qnas.spaces.neurons` has their formulas. QuadraNet's neuron has its own kernels (`qnas.nn.quadratic`). The
+others use torch's operators, with a depthwise weight gradient that is fast on CPUs.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Convolution = tuple[Tensor, Tensor | None]  # weights (C, 1, k, k), k odd, and b
 
 
 def run_neuron(name: str, x: Tensor, convolutions: Sequence[Convolution]) -> Tensor:
-    """Compute a neuron, (B, C, H, W) -> (B, C, H, W), of convolutions in the order of its roles."""
+    """Compute a neuron: (B, C, H, W) -> (B, C, H, W). The convolutions are in the order of its roles."""
     if name == DEFAULT_NEURON:
         a, b, c = convolutions
         assert a[1] is b[1] is None, "the factors of QuadraNet's neuron have no bias"
@@ -37,9 +37,9 @@ def run_neuron(name: str, x: Tensor, convolutions: Sequence[Convolution]) -> Ten
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve each channel with its own weights at stride 1, padded to keep the size.
 
-    x: (B, C, H, W); weight: (C, 1, k, k) with k odd; bias: (C,). On a CPU the weights' gradient is that of
-    `lean_quadratic`, where that is faster; where a program is traced or compiled, under autocast and
-    elsewhere all is torch's.
+    x: (B, C, H, W); weight: (C, 1, k, k) with k odd; bias: (C,). On a CPU, the weight gradient is computed by
+    `lean_quadratic` where that is faster. Otherwise, under autocast, and when traced or compiled, everything
+    is torch's.
     """
     if (
         torch.compiler.is_compiling()
@@ -55,7 +55,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 class _Depthwise(torch.autograd.Function):
-    """The convolution in eager mode on a CPU."""
+    """The convolution in eager mode on a CPU, with a fast weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,8 +67,8 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         bias = grad.sum((0, 2, 3)) if needed[2] else None
-        if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
+        if torch.is_grad_enabled():  # create_graph: only torch's operators have second derivatives
             y = F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
             return (*differentiable_gradients(y, (x, weight), grad, needed[:2]), bias)
-        with torch.autocast("cpu", enabled=False):  # in the types of the forward pass
+        with torch.autocast("cpu", enabled=False):  # keep the dtypes of the forward pass
             return (*depthwise_backward(grad, x, weight, needed[:2]), bias)

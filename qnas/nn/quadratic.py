@@ -1,16 +1,16 @@
 """The quadratic depthwise convolution: Y = (W_a * X) . (W_b * X) + W_c * X.
 
 `*` is a depthwise convolution and `.` the elementwise product (QuadraNet, arXiv 2311.17956, eq. 6
-and 7). `quadratic_conv2d_reference` is three convolutions under torch's own autograd: what is
-exported and what faster forms are compared with. `quadratic_conv2d` takes the fastest form
-available (`choose_form`), with a backward pass that needs x alone.
+and 7). `quadratic_conv2d_reference` is three convolutions under torch's autograd. It is what is exported
+and what faster forms are compared with. `quadratic_conv2d` uses the fastest available form
+(`choose_form`), with a backward pass that needs only x and the weights.
 
-In eager mode that is an autograd.Function; only what traces a program sees the operators
-`qnas::quadratic_conv2d` and `qnas::quadratic_conv2d_backward`, since torch.library takes 25 us more a
-training step (65 against 40 us for empty kernels), a tenth of a native step on a map of 2 x 2.
-Compilers keep the operators whole; exporters may decompose them (`decompositions`), and that to ONNX never
-sees them. They are not in torch's own table of decompositions: inductor refuses what is there and is compiled
-whole, though only with CI set in the environment.
+In eager mode this is an autograd.Function. Only tracers of programs see the operators
+`qnas::quadratic_conv2d` and `qnas::quadratic_conv2d_backward`, since torch.library takes 25 us longer per
+training step (65 against 40 us for empty kernels), a tenth of a native step on a 2 x 2 map.
+Compilers keep the operators whole. Exporters may decompose them (`decompositions`); the ONNX exporter never
+sees them. They are not in torch's own table of decompositions, because inductor, if CI is set in the
+environment, refuses operators that are in this table and are still compiled whole.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,18 +24,18 @@ from qnas.nn.kernels import lean_quadratic, mixer, native, triton_quadratic
 
 Form = Literal["native", "triton", "lean", "reference"]
 
-# Up to this many elements of x the lean form keeps the factors too: to compute them anew costs a fifth
-# of a training step of small maps, and would save a megabyte or two.
+# Up to this many elements of x, the lean form keeps the factors too: recomputing them takes a fifth of a
+# training step on small maps, and would save a megabyte or two.
 KEPT_ELEMENTS = 1 << 18
 
-_PLAIN = (Tensor, nn.Parameter)  # others may watch what is done with them
+_PLAIN = (Tensor, nn.Parameter)  # subclasses may follow the operators applied to them
 
 
 def quadratic_conv2d(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply the quadratic depthwise convolution at stride 1, padded to keep the size.
 
     x: (B, C, H, W); weights: (C, 1, k, k) with k odd; bias: (C,), added at the end. Returns (B, C, H, W).
-    Under autocast it runs in autocast's type, as a convolution does.
+    Under autocast it runs in autocast's dtype, as a convolution does.
     """
     channels, kernel = w_a.shape[0], w_a.shape[-1]
     assert w_a.shape == w_b.shape == w_c.shape == (channels, 1, kernel, kernel), (
@@ -63,9 +63,9 @@ def quadratic_conv2d(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Ten
 def quadratic_conv2d_reference(
     x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the same as `quadratic_conv2d` by its definition, under torch's own autograd."""
+    """Compute `quadratic_conv2d` by its definition, with torch's autograd."""
     a, b, c = (
-        # int: while torch.jit traces, a size is a tensor, which torch 2.8 does not take as a padding
+        # int: under torch.jit.trace a size is a tensor, which torch 2.8 does not accept as padding
         F.conv2d(x, w, b, padding=int(w.shape[-1]) // 2, groups=w.shape[0])
         for w, b in ((w_a, None), (w_b, None), (w_c, bias))
     )
@@ -73,15 +73,15 @@ def quadratic_conv2d_reference(
 
 
 def choose_form(x: Tensor, *weights: Tensor) -> Form:
-    """Return the form that serves these tensors; the first that holds:
+    """Return the form for these tensors, the first whose condition holds:
 
-    - reference: something watches torch's operators (torch.func, a dispatch mode, torch.jit.trace, a
-      subclass of Tensor) and would not see what a kernel does, or would keep its result as a constant
-    - native: on a CPU, all float32, a kernel size that the C++ kernels serve, and these are available
+    - reference: torch's operators are being followed (torch.func, a dispatch mode, torch.jit.trace, a
+      subclass of Tensor), which would miss a kernel's work or record its result as a constant
+    - native: on a CPU, all float32, the C++ kernels are available and support the kernel size
       (not with QNAS_KERNELS=0)
     - lean: on a CPU
-    - triton: on a GPU, all of one of its types, Triton is installed and QNAS_KERNELS is not 0
-    - reference: anywhere else
+    - triton: on a GPU, all of one dtype that the kernels support, Triton is installed, QNAS_KERNELS is not 0
+    - reference: in all other cases
     """
     if is_watched():
         return "reference"
@@ -101,9 +101,9 @@ def choose_form(x: Tensor, *weights: Tensor) -> Form:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return torch.export's default decompositions and the operator's, into three convolutions.
+    """Return torch.export's default decompositions, with this operator's into three convolutions.
 
-    `torch.export.export(network, inputs).run_decompositions(decompositions())` is a program that runs
+    `torch.export.export(network, inputs).run_decompositions(decompositions())` returns a program that runs
     without qnas.
     """
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
@@ -112,7 +112,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def is_watched() -> bool:
-    """Return whether something follows torch's operators one by one, and would not see a kernel's work."""
+    """Return whether torch's operators are being followed one by one, which would miss a kernel's work."""
     # torch has no public names for these
     return (
         torch._C._are_functorch_transforms_active()
@@ -142,7 +142,7 @@ def _backward(
     factors: lean_quadratic.Factors | None = None,
 ) -> lean_quadratic.Gradients:
     if torch.is_autocast_enabled(x.device.type):
-        # types were settled in the forward pass; torch's operators would settle them anew
+        # keep the forward pass's dtypes: torch's operators would cast again
         with torch.autocast(x.device.type, enabled=False):
             return _backward(form, grad, x, w_a, w_b, w_c, needed, factors)
     if form == "native":
@@ -155,14 +155,14 @@ def _backward(
 def differentiable_gradients(
     y: Tensor, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    """Return the gradients of y's inputs, None where not `needed`, to be differentiated again."""
+    """Return differentiable gradients of y's inputs; None for those not `needed`."""
     wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
     return (next(found) if is_needed else None for is_needed in needed)
 
 
 class _Quadratic(torch.autograd.Function):
-    """The operator in eager mode; keeps x and the weights, and of a small map the factors."""
+    """The operator in eager mode. It keeps x and the weights, and for a small map the factors."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_a, w_b, w_c, *factors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # create_graph: only torch's operators can be differentiated again
+        if torch.is_grad_enabled():  # create_graph: only torch's operators have second derivatives
             inputs = (x, w_a, w_b, w_c)
             y = quadratic_conv2d_reference(*inputs)
             return (None, *differentiable_gradients(y, inputs, grad, needed))
@@ -186,12 +186,12 @@ class _Quadratic(torch.autograd.Function):
         return (None, *_backward(ctx.form, grad, x, w_a, w_b, w_c, needed, kept))
 
 
-# Tracers of programs see these two. Their results are in x's layout, dense, whatever the form gives.
+# Tracers of programs see these two operators. Results are dense and in x's layout, whatever the form returns.
 
 
 @torch.library.custom_op("qnas::quadratic_conv2d", mutates_args=())
 def _operator(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # in the types that it is given
+    with torch.autocast(x.device.type, enabled=False):  # keep the inputs' dtypes
         y = _forward(choose_form(x, w_a, w_b, w_c), x, w_a, w_b, w_c, bias)
     return y.contiguous(memory_format=_layouts(x)[0])
 
@@ -200,7 +200,7 @@ def _operator(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | N
 def _backward_operator(
     grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needed: Sequence[bool]
 ) -> list[Tensor]:
-    """Return the gradients of x, w_a, w_b and w_c, empty where not needed: operators cannot return None."""
+    """Return the gradients of x, w_a, w_b, w_c; empty if not needed, as operators cannot return None."""
     found = _backward(choose_form(x, w_a, w_b, w_c), grad, x, w_a, w_b, w_c, needed)
     return [
         g.contiguous(memory_format=layout) if wanted and g is not None else x.new_empty(0)
@@ -233,7 +233,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _layouts(x: Tensor) -> tuple[torch.memory_format, ...]:
-    """Return the layouts of the operators' results that are as x, and as the three weights."""
+    """Return the memory formats of x and the three weights for the operators' results."""
     is_last = x.is_contiguous(memory_format=torch.channels_last)
     return (torch.channels_last if is_last else torch.contiguous_format, *[torch.contiguous_format] * 3)
 

@@ -1,4 +1,4 @@
-"""A network of one architecture as a module, and its weights out of a supernet's."""
+"""The module of one architecture, and its weights taken from a supernet."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,12 +13,12 @@ from qnas.spaces.space import SearchSpace
 
 
 def module_name(block: BlockSpec) -> str:
-    """Return the name of a block's submodule: `stem`, `3_transition`, `3_1`, `head`."""
+    """Return the name of a block's submodule, such as `stem`, `3_transition`, `3_1` or `head`."""
     return block.name.replace(".", "_")
 
 
 def build_network(blocks: Iterable[BlockSpec]) -> nn.Sequential:
-    """Build the module of lowered blocks: (B, channels, H, W) -> (B, classes). Identities vanish."""
+    """Build the module of lowered blocks, without identities: (B, channels, H, W) -> (B, classes)."""
     network = nn.Sequential()
     for block in blocks:
         if block.layers:
@@ -27,22 +27,22 @@ def build_network(blocks: Iterable[BlockSpec]) -> nn.Sequential:
 
 
 def build_subnet(space: SearchSpace, arch: Arch, classes: int) -> nn.Sequential:
-    """Build the network of an architecture with freshly drawn weights."""
+    """Build the network of an architecture with random initial weights."""
     return build_network(lower(space, arch, classes=classes))
 
 
 def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch: Arch) -> dict[str, Tensor]:
-    """Pick one network's weights out of a supernet's state, under the names that the network has.
+    """Extract one network's weights from a supernet's state, renamed to the network's names.
 
-    Each block's are those of the position where it stands when blocks come first (`spaces.block_order`). The
-    names say how the supernet keeps them: `parts.POSITION.CANDIDATE.` each candidate its own,
-    `parts.POSITION.shared.KIND.` slices of one module a kind of block. Slices are views.
+    A block has the weights of its position after blocks are moved to the front (`spaces.block_order`). The
+    supernet's names show how weights are kept: `parts.POSITION.CANDIDATE.` for independent candidates,
+    `parts.POSITION.shared.KIND.` for slices of one module per kind of block. Slices are views.
     """
     by_name = {block.name: block for block in lower(space, arch)}
     blocks = [by_name[position.name] for position in space.positions]
     prefixes = [module_name(block) for block in blocks]
     places = take_first_places(block_labels(space), arch.indices(space))
-    chosen = {prefixes[place]: i for i, place in enumerate(places)}  # whose block runs at each position
+    chosen = {prefixes[place]: i for i, place in enumerate(places)}  # the block that runs at each position
     shapes = {
         prefix: state_shapes(blocks[i])
         for prefix, i in chosen.items()
@@ -60,7 +60,7 @@ def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch:
         kept_as = f"shared.{blocks[i].kind}." if prefix in shapes else f"{arch.choices[i]}."
         name = rest.removeprefix(kept_as)
         if prefix in shapes:
-            if name not in shapes[prefix]:  # of another kind of block, or of larger candidates only
+            if name not in shapes[prefix]:  # of another kind of block, or only in larger candidates
                 continue
             tensor = take_slice(tensor, shapes[prefix][name])
         elif not rest.startswith(kept_as):
@@ -70,15 +70,15 @@ def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch:
 
 
 def state_shapes(block: BlockSpec) -> dict[str, torch.Size]:
-    """Return the shapes of a block's parameters and buffers by name; nothing is allocated."""
+    """Return the shapes of a block's parameters and buffers by name, without allocating memory."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in build_block(block).state_dict().items()}
 
 
 def take_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the part of a larger candidate's tensor that a smaller one of this shape uses, a view.
+    """Return the slice of a larger candidate's tensor that a smaller candidate uses, as a view.
 
-    Channels, the first two dimensions, are the leading ones; the kernel, the last two, is the centre:
+    The slice has the leading channels (the first two dimensions) and the centre of the kernel (the last two):
     (C, 1, 7, 7) -> (C, 1, 3, 3), (4C, C, 1, 1) -> (2C, C, 1, 1).
     """
     for dim, (whole, part) in enumerate(zip(tensor.shape, shape, strict=True)):

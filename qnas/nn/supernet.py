@@ -1,12 +1,12 @@
 """The supernet: all networks of a space in one module, and the architecture parameters.
 
-`qnas.nn.mixed_block` keeps the weights of a position's candidates and runs them. A forward pass takes a
-route for each position; the modules store no architecture. This module has the architecture parameters, the
+`qnas.nn.mixed_block` holds the weights of a position's candidates and runs them. A forward pass takes a
+route for each position; the modules store no architecture. This module holds the architecture parameters, the
 probabilities that follow from them, the sampling of paths, and the expected latency.
 
-With independent and shared weights a position has a parameter for each candidate, and their softmax is
-the candidates' probability. With nested weights it has them for each kernel, each expansion and for
-block or identity, and a candidate's probability is the product of three.
+With independent and shared weights, a position has one parameter for each candidate, and the softmax of these
+is the candidates' probabilities. With nested weights, it has parameters for each kernel, for each expansion,
+and for block or identity, and a candidate's probability is the product of three probabilities.
 """
 
 from collections.abc import Sequence
@@ -36,20 +36,19 @@ from qnas.spaces.block_order import Labels, block_labels, take_first_places
 from qnas.spaces.lower import BlockSpec, skeleton
 from qnas.spaces.space import SearchSpace
 
-ALPHA_STD = 1e-3  # of the initial architecture parameters, as in ProxylessNAS
+ALPHA_STD = 1e-3  # standard deviation of initial architecture parameters, as in ProxylessNAS
 
 
 class Supernet(nn.Module):
     """All networks of a space in one module.
 
-    `alpha` holds a row of parameters a position in float64 on the CPU: (positions, most candidates of a
-    position), with nested weights (positions, kernels + expansions + 2). Entries that a position has no
-    use for have no effect. The weights are every other parameter. Raises UsageError where a space's
-    weights cannot be nested.
+    `alpha` holds the architecture parameters, float64 on the CPU, one row for each position: (positions,
+    candidates), or (positions, kernels + expansions + 2) with nested weights. Surplus entries of a row have
+    no effect. All other parameters are weights. Raises UsageError if `weights` does not fit the space.
     """
 
     alpha: nn.Parameter
-    mask: Tensor  # (positions, candidates): which candidates there are
+    mask: Tensor  # (positions, candidates): which candidates exist
 
     def __init__(
         self, space: SearchSpace, classes: int, generator: Generator, weights: WeightsMode = "independent"
@@ -74,7 +73,7 @@ class Supernet(nn.Module):
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """All parameters but the architecture's."""
+        """All parameters except the architecture parameters."""
         return [p for p in self.parameters() if p is not self.alpha]
 
     def logits(self, temperature: float = 1.0) -> Tensor:
@@ -83,7 +82,7 @@ class Supernet(nn.Module):
         return scaled if self.factors is None else self.factors(scaled)
 
     def mixture(self, temperature: float = 1.0) -> list[Route]:
-        """Return the route of all candidates in their probabilities, with gradient; nested weights only."""
+        """Return the differentiable mixture of all candidates at each position; nested weights only."""
         assert self.factors is not None, "only nested weights have it"
         kernels, expansions, blocks = (
             shares.exp() for shares in self.factors.log_shares(self.alpha / temperature)
@@ -98,9 +97,9 @@ class Supernet(nn.Module):
         return routes
 
     def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
-        """Run a route a position: (B, channels, H, W) -> (B, classes).
+        """Run one route at each position: (B, channels, H, W) -> (B, classes).
 
-        Of routes with one active candidate a position, those whose candidate is a block run in the first
+        If each route has one active candidate, the routes whose active candidate is a block run in the first
         positions of their stage (`qnas.spaces.block_order`).
         """
         remaining = iter(_blocks_first(self.labels, routes))
@@ -110,14 +109,14 @@ class Supernet(nn.Module):
         return x
 
     def subnet(self, arch: Arch, classes: int) -> nn.Sequential:
-        """Return the network of an architecture with a copy of this supernet's weights."""
+        """Return the network of an architecture with copies of this supernet's weights."""
         network = build_subnet(self.space, arch, classes)
         network.load_state_dict(subnet_state(self.state_dict(), self.space, arch))
         return network
 
 
 def _blocks_first(labels: Labels, routes: Sequence[Route]) -> list[Route]:
-    """Return the routes as they run; mixtures, in which no candidate is the active one, stay in place."""
+    """Return the routes with blocks first. Mixtures, which have no active candidate, stay in place."""
     active = []
     for route in routes:
         if isinstance(route, Gated):
@@ -133,7 +132,7 @@ def _blocks_first(labels: Labels, routes: Sequence[Route]) -> list[Route]:
 
 
 def _renumbered(route: Route, here: Sequence[int], there: Sequence[int]) -> Route:
-    """Return a route of one position, of candidates with these labels, as one of another."""
+    """Translate a route from a position whose candidates have labels `here` to one with labels `there`."""
     if here == there:
         return route
     if isinstance(route, Gated):
@@ -143,17 +142,17 @@ def _renumbered(route: Route, here: Sequence[int], there: Sequence[int]) -> Rout
 
 
 class Factors(nn.Module):
-    """The map from parameters of kernels, expansions and block or identity to probabilities of candidates.
+    """The map from parameters of kernels, expansions and block or identity to candidates' probabilities.
 
-    Parameters that are all equal make all candidates of a position equally likely.
+    If all parameters are equal, all candidates of a position are equally likely.
     """
 
     kernel_mask: Tensor  # (positions, kernels)
     expansion_mask: Tensor  # (positions, expansions)
     block_mask: Tensor  # (positions, 2)
-    prior: Tensor  # (positions, 2): the logarithm of how many blocks there are, and 0
-    kernel: Tensor  # (positions, candidates): the place of the candidate's kernel
-    expansion: Tensor  # (positions, candidates)
+    prior: Tensor  # (positions, 2): the logarithm of the number of blocks, and 0
+    kernel: Tensor  # (positions, candidates): index of the candidate's kernel
+    expansion: Tensor  # (positions, candidates): index of its expansion
     identity: Tensor  # (positions, candidates): 1 for identity, 0 for blocks
 
     def __init__(self, grids: Sequence[Grid]) -> None:
@@ -182,19 +181,19 @@ class Factors(nn.Module):
         """Return the log-probabilities of kernels, of expansions, and of block and identity."""
         masks = (self.kernel_mask, self.expansion_mask, self.block_mask)
         kernels, expansions, blocks = torch.split(scaled, self.sizes, dim=1)
-        # added after the temperature has divided: as it falls, what was equally likely stays so
+        # added after dividing by the temperature, so that equally likely candidates stay so as it falls
         parts = (kernels, expansions, blocks + self.prior)
         return [log_probabilities(part, mask) for part, mask in zip(parts, masks, strict=True)]
 
     def forward(self, scaled: Tensor) -> Tensor:
-        """Return the log-probability of each candidate, the sum of its factors': (positions, candidates)."""
+        """Return each candidate's log-probability, the sum over its factors: (positions, candidates)."""
         kernels, expansions, blocks = self.log_shares(scaled)
         of_block = kernels.gather(1, self.kernel) + expansions.gather(1, self.expansion)
         return torch.where(self.identity == 1, 0.0, of_block) + blocks.gather(1, self.identity)
 
 
 def log_probabilities(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return log softmax of each position's logits, alpha over the temperature; -inf where masked."""
+    """Return the log softmax of each position's logits, which include the temperature; -inf where masked."""
     return torch.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=1)
 
 
@@ -204,30 +203,30 @@ def probabilities(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def sample_path(logits: Tensor, mask: Tensor, generator: Generator) -> list[Route]:
-    """Draw one candidate a position from its probabilities."""
+    """Draw one candidate at each position by the probabilities."""
     p = probabilities(logits.detach(), mask)
     return list(torch.multinomial(p, 1, generator=generator)[:, 0].tolist())
 
 
 @dataclass(frozen=True)
 class PairSample:
-    """A pair a position, drawn for one architecture step. Positions without a choice have no row."""
+    """A pair of candidates for each position that has a choice, drawn for one architecture step."""
 
-    rows: Tensor  # (n,) the positions that have a choice
+    rows: Tensor  # (n,) the positions with a choice
     pairs: Tensor  # (n, 2) candidates
     paths: list[Route]
     conditional: Tensor  # (n, 2) softmax over the pair, with gradient to the logits
 
 
 def sample_pairs(logits: Tensor, mask: Tensor, generator: Generator) -> PairSample:
-    """Draw two candidates a position without replacement, and which of the two is active.
+    """Draw two candidates at each position without replacement, and the active one of the two.
 
-    The gates are straight-through: their value is 0 or 1, their gradient that of the pair's softmax q,
-    so dL/dlogit_i = sum_j dL/dg_j q_j (delta_ij - q_i) over the pair.
+    The gates are straight-through: their values are 0 or 1, and their gradient is that of the pair's softmax
+    q, so dL/dlogit_i = sum_j dL/dg_j q_j (delta_ij - q_i) over the pair.
     """
     rows = torch.nonzero(mask.sum(1) > 1)[:, 0]
     p = probabilities(logits.detach(), mask)[rows]
-    # a candidate whose probability underflowed must not make the draw of a second one impossible
+    # if a probability underflowed, a second candidate must still be drawn
     p = p.clamp_min(1e-30) * mask[rows]
     pairs = torch.multinomial(p, 2, generator=generator)
     conditional = torch.softmax(logits[rows].gather(1, pairs), dim=1)
@@ -247,9 +246,9 @@ def straight_through(soft: Tensor, active: Tensor) -> Tensor:
 
 @torch.no_grad()
 def renormalise_pair(alpha: Tensor, before: Tensor, sample: PairSample, temperature: float = 1.0) -> None:
-    """Shift each pair, after an update, so that the other candidates keep their probabilities.
+    """Shift each pair after an update so that the other candidates keep their probabilities.
 
-    `before` holds alpha / temperature as it was; only the pairs' entries may have changed. In place.
+    `before` holds alpha / temperature before the update, which may only have changed the pairs. In place.
     """
     rows = sample.rows[:, None]
     old, new = before[rows, sample.pairs], alpha[rows, sample.pairs] / temperature
@@ -264,15 +263,15 @@ def candidate_mask(space: SearchSpace) -> Tensor:
 
 
 class LimitTensors(NamedTuple):
-    """Limits side by side, each in its own unit."""
+    """The limits of a search as tensors, each limit in its own unit."""
 
-    fixed: Tensor  # (limits,) what every network takes
+    fixed: Tensor  # (limits,) what the fixed layers of every network take
     cells: Tensor  # (limits, positions, candidates), 0 beyond the candidates
     limit: Tensor  # (limits,)
 
 
 def limit_tensors(limits: Limits, mask: Tensor) -> LimitTensors:
-    """Return limits as float64 tensors."""
+    """Convert limits to float64 tensors."""
     return LimitTensors(
         torch.tensor([limit.fixed for limit in limits], dtype=torch.float64),
         torch.stack([_cells(limit.cells, mask) for limit in limits]),
@@ -290,7 +289,7 @@ def _cells(rows: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
 def expected_latency(logits: Tensor, mask: Tensor, fixed: Tensor | float, cells: Tensor) -> Tensor:
     """Return E = fixed + sum over positions of sum_i p_i t_i, differentiable, in the cells' unit.
 
-    Of one device: fixed a number, cells (positions, candidates), E a scalar. Of several limits: fixed
+    For one limit: fixed is a number, cells (positions, candidates), E a scalar. For several limits: fixed
     (limits,), cells (limits, positions, candidates), E (limits,).
     """
     return fixed + (probabilities(logits, mask) * cells).sum((-2, -1))
@@ -299,7 +298,7 @@ def expected_latency(logits: Tensor, mask: Tensor, fixed: Tensor | float, cells:
 def expected_latency_of_pairs(
     logits: Tensor, mask: Tensor, fixed: Tensor | float, cells: Tensor, sample: PairSample
 ) -> Tensor:
-    """Return E as above, with the gradient of moving probability within the sampled pairs only."""
+    """Return the expected latency, differentiable only with respect to shifts within the sampled pairs."""
     total = expected_latency(logits.detach(), mask, fixed, cells)
     rows = sample.rows[:, None]
     mass = probabilities(logits.detach(), mask)[rows, sample.pairs].sum(1)
@@ -308,9 +307,9 @@ def expected_latency_of_pairs(
 
 
 def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
-    """Return the logits of the most even probabilities whose expected amounts are within the limits.
+    """Return the logits of the maximum-entropy probabilities whose expected amounts are within the limits.
 
-    (positions, candidates), float64: the distribution of maximum entropy, `qnas.solver.distributions`.
+    (positions, candidates), float64. See `qnas.solver.distributions`.
     """
     fixed, amounts, limit = (part.numpy() for part in limits)
     strengths = max_entropy_strengths(fixed, amounts, limit, mask.numpy())
@@ -319,5 +318,5 @@ def even_logits(limits: LimitTensors, mask: Tensor) -> Tensor:
 
 
 def largest_ratio(expected: Tensor, limit: Tensor) -> Tensor:
-    """Return the largest of E / limit, a scalar, which is the pressure on a search that keeps all limits."""
+    """Return the largest E / limit, a scalar: the pressure on a search that must keep all limits."""
     return (expected / limit).max()

@@ -1,1 +1,1 @@
-"""The run folder, and everything that is read back from it."""
+"""The folder of a run, and everything that is read back from it."""

@@ -12,8 +12,8 @@ from qnas.runs.finished_run import FinishedRun
 from qnas.solver.limits import Limit, Limits, far_from_searched
 from qnas.solver.solve import CandidateIndices, solve
 
-BUDGETS = 40  # over the device's range, besides those near the search's own
-NEAR = 100  # networks at most that the curve is followed by near it
+BUDGETS = 40  # budgets over the device's range, in addition to those near the search's budget
+NEAR = 100  # most steps from network to network near the search's budget
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,24 @@ class CurvePoint:
 
     budget_ms: float
     latency_ms: float
-    loss: float  # nats, less that of the network for the search's own budget
-    far: bool  # from what was searched for, at both of these
+    loss: float  # nats, relative to the network for the search's budget
+    far: bool  # whether both budgets are far from what was searched for
     indices: CandidateIndices
 
 
 def replace_limit(limits: Limits, at: int, most_ms: float) -> Limits:
-    """Return the limits with another one in the place of one of them."""
+    """Return the limits with limit number `at` changed to `most_ms`."""
     other = replace(limits[at], limit=most_ms, budget=most_ms * limits[at].budget / limits[at].limit)
     return (*limits[:at], other, *limits[at + 1 :])
 
 
 @dataclass(frozen=True)
 class OtherBudgets:
-    """A finished search, to be solved with other budgets for one of its limits, a device's."""
+    """A finished search that is solved with other budgets for one device."""
 
     run: FinishedRun
-    at: int  # the place of the limit
-    own: CandidateIndices  # the network of least loss within the search's own limits
+    at: int  # index of the device's limit
+    own: CandidateIndices  # the network of least loss within the search's limits
 
     @property
     def limit(self) -> Limit:
@@ -47,14 +47,14 @@ class OtherBudgets:
         return self.run.limits[self.at]
 
     def solve(self, most_ms: float) -> CandidateIndices | None:
-        """Return the network of highest score with at most this latency, if there is one."""
+        """Return the network with the highest score within this latency, or None if there is none."""
         try:
             return solve(self.run.searched.scores, replace_limit(self.run.limits, self.at, most_ms)).indices
         except InfeasibleBudgetError:
             return None
 
     def loss(self, indices: CandidateIndices) -> float:
-        """Return the nats that a network adds to the loss of `own`, where scores are nats taken away."""
+        """Return the loss of a network relative to `own`, in nats. Scores are negative losses."""
         scores = self.run.searched.scores
         of, own = (math.fsum(r[i] for r, i in zip(scores, n, strict=True)) for n in (indices, self.own))
         return own - of
@@ -62,11 +62,11 @@ class OtherBudgets:
     def trace(self, step_ms: float) -> tuple[CurvePoint, ...]:
         """Return the networks of least loss over the range of the limit, by rising latency.
 
-        A step around the search's own limit they are all there; elsewhere those of `BUDGETS` budgets.
+        Within a step of the search's limit, all of them are included; elsewhere, those for `BUDGETS` budgets.
         """
         limit = self.limit
         grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
-        solved: dict[CandidateIndices, float] = {}  # the largest limit that a network was found for
+        solved: dict[CandidateIndices, float] = {}  # the largest limit for which each network was found
 
         def add(most_ms: float) -> float:
             network = self.solve(most_ms)
@@ -79,7 +79,7 @@ class OtherBudgets:
             add(most_ms)
         most_ms = limit.limit + step_ms
         for _ in range(NEAR):
-            most_ms = add(most_ms) * (1 - 1e-12)  # just below what was found, the next one
+            most_ms = add(most_ms) * (1 - 1e-12)  # just below the latency found, for the next network
             if most_ms < limit.limit - step_ms:
                 break
         margin = limit.budget / limit.limit
@@ -88,7 +88,7 @@ class OtherBudgets:
             latency_ms = limit.amount(network)
             far = self._is_far(latency_ms) and self._is_far(most_ms)
             points.append(CurvePoint(margin * most_ms, latency_ms, self.loss(network), far, network))
-        # solves are exact to rounding: what is no better than a faster one is the same by another placement
+        # a network no better than a faster one is, up to rounding, the same network with other placements
         kept: list[CurvePoint] = []
         for point in sorted(points, key=lambda point: (point.latency_ms, point.loss)):
             if not kept or point.loss < kept[-1].loss - 1e-12:
@@ -101,9 +101,9 @@ class OtherBudgets:
 
 
 def price_at(curve: Sequence[CurvePoint], latency_ms: float) -> float:
-    """Return by how much the curve's lower convex hull falls a millisecond, in nats, at a latency.
+    """Return by how many nats per millisecond the curve's lower convex hull falls at a latency.
 
-    0 beyond the curve's end: more latency buys nothing there.
+    0 beyond the end of the curve, where more latency gains nothing.
     """
     hull: list[CurvePoint] = []
     for point in curve:

@@ -1,11 +1,11 @@
 """The state of an unfinished run, protected against interruptions and damaged files.
 
-    qnas.checkpoint/2     what this file is
-    SHA-256 of the rest   checked before any of the rest is read
+    qnas.checkpoint/2     the format of the file
+    SHA-256 of the rest   checked before the rest is read
     torch.save's bytes
 
-Two generations are kept, and at every moment a whole one is there: the newest steps back once its
-successor is written, which then takes its name. Where the newest is damaged, the one before it serves.
+Two checkpoints are kept, and at least one is complete at any time: when a new one is written, the newest is
+renamed to the one before, and the new one takes its name. If the newest is damaged, the one before is used.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from qnas.common.files import atomic_path
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _VERSION = 2
 _HEAD = b"qnas.checkpoint/%d\n" % _VERSION
-_UNNAMED = b"PK"  # what torch.save alone begins with: the first version had no head
+_UNNAMED = b"PK"  # the first bytes of torch.save: version 1 had no head
 
 
-class _Damaged(Exception):  # noqa: N818  # says what is wrong; no error while another one serves
+class _Damaged(Exception):  # noqa: N818  # not an error if the other checkpoint can be used
     pass
 
 
@@ -35,17 +35,17 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._newest, self._before = folder / NEWEST, folder / BEFORE
-        self.damage = ""  # of the newest one, where `load` found any
+        self.damage = ""  # damage that `load` found in the newest checkpoint
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last state that is whole, or None if none was ever saved.
+        """Return the last undamaged state, or None if none was ever saved.
 
-        Raises CheckpointError where all there are damaged, or of another version of qnas.
+        Raises CheckpointError if all checkpoints are damaged, or for a format of another version of qnas.
         """
         problems = []
         try:
             if (state := _read(self._newest)) is not None:
-                return state  # else stopped between the two renamings of `save`
+                return state  # otherwise stopped between the two renames of `save`
         except _Damaged as error:
             self.damage = str(error)
             problems.append(self.damage)
@@ -56,12 +56,12 @@ class Checkpoints:
         else:
             if state is not None or not problems:
                 return state
-            problems.append("there is none before it")
+            problems.append("there is no earlier one")
         raise CheckpointError(f"{', and '.join(problems)}: `force=True` without `resume=True` starts anew")
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write a state; the one before it stays."""
-        # through memory: torch's own writer hides a full disk behind a message of its own
+        """Write a state, and keep the previous one."""
+        # through memory: torch's own writer hides that a disk is full
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         payload = buffer.getbuffer()
@@ -69,31 +69,31 @@ class Checkpoints:
             with partial.open("wb") as file:
                 for part in (_HEAD, _digest(payload), payload):
                     file.write(part)
-            # a damaged one must not take the place of the whole one before it
+            # a damaged checkpoint must not replace the undamaged one before it
             if self._newest.exists() and not self.damage:
                 self._newest.replace(self._before)
         self.damage = ""
 
     def remove(self) -> None:
-        """Remove all of them."""
+        """Remove all checkpoints."""
         for path in (self._newest, self._before):
             path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return a state, None where there is no file. Raises _Damaged, and CheckpointError."""
+    """Return a state, or None if there is no file. Raises _Damaged or CheckpointError."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError as error:  # a disk that fails in the middle of a file
+    except OSError as error:  # such as a disk that fails in the middle of a file
         raise _Damaged(f"{path} cannot be read ({error.strerror})") from error
     if not content.startswith(_HEAD):
         raise _foreign(path, content)
-    start = len(_HEAD) + 65  # after the digest's 64 characters and the end of its line
+    start = len(_HEAD) + 65  # after the 64 characters of the digest and a newline
     payload = memoryview(content)[start:]
     if content[len(_HEAD) : start] != _digest(payload):
-        raise _Damaged(f"{path} is damaged (its SHA-256 does not fit)")
+        raise _Damaged(f"{path} is damaged (its SHA-256 does not match)")
     state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     assert isinstance(state, dict), "as it was saved"
     return state
@@ -104,12 +104,12 @@ def _digest(payload: memoryview) -> bytes:
 
 
 def _foreign(path: Path, content: bytes) -> Exception:
-    """Return what to raise for a file that does not begin as ours do."""
+    """Return the exception for a file without the current head."""
     version = re.match(rb"qnas\.checkpoint/(\d{1,9})\n", content)
     if version is None and not content.startswith(_UNNAMED):
-        return _Damaged(f"{path} is damaged (it does not begin as a checkpoint)")
+        return _Damaged(f"{path} is damaged (it does not start like a checkpoint)")
     found = version[1].decode() if version else "1"
     return CheckpointError(
-        f"{path}: of format {found}, which another version of qnas wrote; this one reads format "
-        f"{_VERSION}: go on with that version, or start anew with `force=True`"
+        f"{path}: format {found}, written by another version of qnas; this version reads format "
+        f"{_VERSION}: continue with that version, or start anew with `force=True`"
     )

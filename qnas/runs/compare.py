@@ -1,7 +1,7 @@
-"""A comparison of runs: their choices, their latencies on every known device, and their accuracies.
+"""A comparison of runs: their choices, their latencies on all known devices, and their accuracies.
 
-Latencies are from the tables of the known devices, the same for all runs; for a device that only some of
-the runs know, from their folders.
+Latencies are from the tables of the known devices, the same for all runs. For a device that is known only to
+some of the runs, they are from the runs' folders.
 """
 
 import string
@@ -23,7 +23,7 @@ from qnas.spaces.lower import count_macs, count_params, lower
 
 @dataclass(frozen=True)
 class MeasuredAccuracy:
-    """An accuracy on test images, with its 95% interval where their number is known."""
+    """An accuracy on test images, with its 95% interval if the number of images is known."""
 
     accuracy: float
     images: int | None
@@ -33,18 +33,18 @@ class MeasuredAccuracy:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One of the runs."""
+    """One of the compared runs."""
 
     label: str  # A, B, ...
     run: str
     space: str
-    limits: tuple[dict[str, Any], ...]  # as in its arch.json
+    limits: tuple[dict[str, Any], ...]  # from its arch.json
     choices: tuple[str, ...]
     macs: int
     params: int
-    latencies_ms: dict[str, float | None]  # by device; None where it is not known
-    supernet: MeasuredAccuracy | None  # with the supernet's weights
-    trained: MeasuredAccuracy | None  # trained by itself
+    latencies_ms: dict[str, float | None]  # by device; None if not known
+    supernet: MeasuredAccuracy | None  # accuracy with the supernet's weights
+    trained: MeasuredAccuracy | None  # accuracy after training
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Comparison:
     """Runs side by side."""
 
     runs: tuple[Contestant, ...]
-    positions: tuple[str, ...]  # names; empty where the runs are of different spaces
-    differ: tuple[bool, ...]  # whether the choices at a position do
-    same_network: tuple[tuple[str, ...], ...]  # labels of runs that came to one network
+    positions: tuple[str, ...]  # names; empty if the spaces differ
+    differ: tuple[bool, ...]  # for each position, whether the choices differ
+    same_network: tuple[tuple[str, ...], ...]  # labels of runs with the same network
 
     def facts(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
+        """Return the comparison as JSON values."""
         return asdict(self)
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
-    """Compare the networks of runs, or of anything that holds an arch.json.
+    """Compare the networks of runs, or of any folders with an arch.json.
 
-    Raises UsageError for fewer than two or more than 26, ArchError where a folder holds none.
+    Raises UsageError for fewer than 2 or more than 26 runs, ArchError if a folder has no arch.json.
     """
     if not 2 <= len(folders) <= len(string.ascii_uppercase):
         raise UsageError(f"{len(folders)} runs: expected 2 to {len(string.ascii_uppercase)} to compare")
@@ -112,19 +112,19 @@ def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[st
 
 
 def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | None:
-    """Return what a network takes on a known device, else what its own folder says."""
+    """Return a network's latency by the table of a known device, or else from its own folder."""
     if device not in device_names():
         return own_ms
     try:
         return load_table(load_device(device), found.space).latency_ms(found.arch.indices(found.space))
-    except TableError:  # its model lacks an operator of this space
+    except TableError:  # the device's model lacks an operator of this space
         return own_ms
 
 
 def _measured(
     path: Path, look_up: Callable[[dict[str, Any]], tuple[float, int | None]]
 ) -> MeasuredAccuracy | None:
-    """Return the accuracy, and the number of its images, that `look_up` finds in a file, if there is one."""
+    """Return the accuracy that `look_up` finds in a file, with its interval, or None without a file."""
     if not path.is_file():
         return None
     accuracy, images = look_up(read_json(path, CheckpointError))
@@ -133,7 +133,7 @@ def _measured(
 
 
 def _same_networks(found: Sequence[FoundArch], runs: Sequence[Contestant]) -> tuple[tuple[str, ...], ...]:
-    """Return the labels of runs whose networks are one, wherever their identities sit."""
+    """Return the labels of runs with the same network, regardless of where the identities are."""
     labels = block_labels(found[0].space)
     alike: dict[tuple[int, ...], list[str]] = {}
     for each, run in zip(found, runs, strict=True):

@@ -1,14 +1,14 @@
 """An explanation of a search's network: the cost of its blocks, the price of latency, and alternatives.
 
-The network of least loss by the search's effects (or, without effects, the most probable one) is solved for
-again at other budgets of each device in turn, with all other limits unchanged. A network that is optimal
-for a budget is optimal for every budget down to its latency. Near the search's budget the curve is
-followed network by network, so that none between two neighbours is missed.
+For each device in turn, the network of least loss by the search's effects (or, without effects, the most
+probable network) is solved for at other budgets, with all other limits unchanged. A network that is optimal
+for a budget is optimal for every smaller budget down to its latency. Near the search's budget, the curve is
+traced network by network, so that none is missed.
 
-The price of a millisecond there is the slope of the curve's lower convex hull, in nats of loss: the
-multiplier of the Lagrangian relaxation (Everett, 1963). A block pays where it lowers the loss by more
-than its latencies cost at the prices of all devices. Effects are additive and were measured near the
-budget: the further from it, the less the curve can be trusted.
+The price of a millisecond at the budget is the slope of the curve's lower convex hull, in nats of loss: the
+multiplier of the Lagrangian relaxation (Everett, 1963). A block pays off if it lowers the loss by more than
+its latencies cost at the prices of all devices. Effects are additive and were measured near the budget, so
+the curve is less reliable further away from it.
 """
 
 import math
@@ -23,7 +23,7 @@ from qnas.solver.limits import Limit
 from qnas.solver.solve import CandidateIndices, solve
 from qnas.spaces.lower import BlockSpec, skeleton
 
-STEP_SHARE = 0.05  # of the budget: what "a little more latency" is, rounded down to 1, 2 or 5
+STEP_SHARE = 0.05  # of the budget: a small change of latency, rounded by round_step
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Change:
     position: str
     before: str
     after: str
-    latency_ms: float  # that `after` takes more
-    loss: float  # nats that it adds
+    latency_ms: float  # added by the change
+    loss: float  # nats added by the change
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Exchange:
 
     budget_ms: float
     latency_ms: float
-    loss: float  # nats that it adds
+    loss: float  # nats relative to the network for the search's budget
     changes: tuple[Change, ...]
 
 
@@ -52,32 +52,32 @@ class BlockCost:
     """A block of the derived network on the device."""
 
     name: str
-    choice: str  # empty for what every network has
+    choice: str  # empty for blocks that every network has
     latency_ms: float
     share: float  # of the network's latency
-    source: str  # what the latency rests on
+    source: str  # source of the latency
 
 
 @dataclass(frozen=True)
 class Flip:
-    """The budget from which a position holds another choice."""
+    """The budget from which the choice at a position is another one."""
 
-    from_ms: float  # the latency of the first network of the curve that has it
+    from_ms: float  # budget of the first network on the curve with this choice
     choice: str
 
 
 @dataclass(frozen=True)
 class PositionStory:
-    """The choice at a position, with its reason."""
+    """The choice at a position and its reason."""
 
     name: str
     choice: str  # in the derived network
-    solved: str  # in the network of least loss for the budget; another where images decided
-    loss: float  # nats that the choice adds against the position's cheapest candidate
-    best_block: str | None  # of an identity: the candidate that comes nearest to paying
-    best_loss: float  # nats that it adds
-    best_latencies_ms: tuple[float, ...]  # that it takes, a device each
-    reason: str  # why it is not there, in words; empty for blocks
+    solved: str  # in the network of least loss; differs if images decided
+    loss: float  # nats of the choice relative to the position's cheapest candidate
+    best_block: str | None  # if identity was chosen: the candidate closest to paying off
+    best_loss: float  # nats that it would add
+    best_latencies_ms: tuple[float, ...]  # that it would add on each device
+    reason: str  # why it was not chosen, in words; empty for blocks
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class OnDevice:
     device: str
     budget_ms: float
     latency_ms: float  # of the derived network
-    price: float  # nats of loss that a millisecond takes away at the budget
+    price: float  # nats by which a millisecond lowers the loss at the budget
     step_ms: float
-    more: Exchange | None  # what a step more buys; None: nothing
-    less: Exchange | None  # what a step less costs; None: nothing, or no network is that fast
-    can_be_less: bool  # whether there is a network that takes a step less
-    next_better: Exchange | None  # the cheapest network that is better at all
+    more: Exchange | None  # the network for a step more; None: the same one
+    less: Exchange | None  # for a step less; None: the same one, or no network is that fast
+    can_be_less: bool  # whether a network exists for a step less
+    next_better: Exchange | None  # the fastest better network beyond the budget
     blocks: tuple[BlockCost, ...]
-    flips: tuple[tuple[Flip, ...], ...]  # a position each, by rising budget, the first at the fastest network
+    flips: tuple[tuple[Flip, ...], ...]  # for each position, by rising budget from the fastest network on
     curve: tuple[CurvePoint, ...]
 
 
@@ -102,13 +102,13 @@ class OnDevice:
 class Explanation:
     """An explanation of a search's network."""
 
-    measured: bool  # whether losses are measured effects; else negative log probabilities
-    explained: float | None  # of the variance between networks, by the effects
-    devices: tuple[OnDevice, ...]  # that were searched for
+    measured: bool  # whether losses are measured effects or negative log probabilities
+    explained: float | None  # share of the variance between networks that the effects explain
+    devices: tuple[OnDevice, ...]  # the devices of the search
     positions: tuple[PositionStory, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
+        """Return the explanation as JSON values."""
         return asdict(self)
 
 
@@ -116,7 +116,7 @@ def explain(run: FinishedRun) -> Explanation:
     """Explain a finished search from its folder."""
     limits = run.limits
     for at, limit in enumerate(limits):
-        # what was derived may be over a limit by the rounding of the table's file
+        # the derived network may be over a limit by rounding in the table's file
         limits = replace_limit(limits, at, max(limit.limit, limit.amount(run.indices)))
     run = replace(run, limits=limits)
     own = solve(run.searched.scores, limits).indices
@@ -163,7 +163,7 @@ def round_step(latency_ms: float) -> float:
 
 
 def _exchange(budgets: OtherBudgets, most_ms: float) -> Exchange | None:
-    """Return the network for another limit; None where there is none or it is the same."""
+    """Return the network for another limit; None if there is none or it is the same one."""
     network = budgets.solve(most_ms)
     return None if network is None or network == budgets.own else _between(budgets, network, most_ms)
 
@@ -182,12 +182,12 @@ def _between(budgets: OtherBudgets, network: CandidateIndices, most_ms: float) -
 
 
 def _next_better(budgets: OtherBudgets, curve: Sequence[CurvePoint]) -> Exchange | None:
-    """Return the cheapest network beyond the limit that is known to be better."""
+    """Return the fastest network beyond the limit that is better."""
     limit = budgets.limit
     better = [point for point in curve if point.loss < -1e-12 and point.latency_ms > limit.limit]
     if not better:
         return None
-    # between the limit and the first one known others may lie: down from it until none is left
+    # there may be others between the limit and the first one of the curve: step down to the last
     network, found = better[0].indices, budgets.solve(better[0].latency_ms)
     for _ in range(NEAR):
         if found is None or limit.amount(found) <= limit.limit:
@@ -197,7 +197,7 @@ def _next_better(budgets: OtherBudgets, curve: Sequence[CurvePoint]) -> Exchange
 
 
 def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
-    """Return the latencies of the derived network's blocks, in order, and of the runtime."""
+    """Return the latencies of the derived network's blocks, in order, and that of the runtime."""
     table = limit.table
     assert table is not None
     total = limit.amount(run.indices)
@@ -224,13 +224,13 @@ def _flips(run: FinishedRun, curve: Sequence[CurvePoint], limit: Limit) -> Itera
 
 
 def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -> Iterator[PositionStory]:
-    """Yield the choice at each position with its reason; `prices` are those of the devices."""
+    """Yield the choice at each position and its reason. `prices` has one price per device."""
     devices = [limit for limit in run.limits if limit.table is not None]
     for at, position in enumerate(run.space.positions):
         names, row, choice = position.names, run.searched.scores[at], run.indices[at]
         cells = [limit.cells[at] for limit in devices]
         cheapest = min(range(len(names)), key=lambda j: (cells[0][j], j))
-        # what each candidate takes more than the choice, on each device, and what that is worth
+        # latency of each candidate relative to the choice, by device, and its worth in nats
         more = [[of[j] - of[choice] for of in cells] for j in range(len(names))]
         worth = [sum(p * ms for p, ms in zip(prices, each, strict=True)) for each in more]
         alternative: tuple[str | None, float, tuple[float, ...], str] = (None, 0.0, (), "")
@@ -244,9 +244,9 @@ def _stories(run: FinishedRun, own: CandidateIndices, prices: Sequence[float]) -
 
 
 def _why_identity(run: FinishedRun, own: CandidateIndices, at: int, best: int, worth: float) -> str:
-    """Say why a position holds identity and not the candidate `best`, the one closest to paying off.
+    """Explain why identity was chosen and not `best`, the candidate that is closest to paying off.
 
-    `worth` is what its latency is worth on all devices, in nats.
+    `worth` is the worth of its latency on all devices, in nats.
     """
     row, choice = run.searched.scores[at], run.indices[at]
     gain = row[best] - row[choice]

@@ -1,6 +1,6 @@
 """A finished search, read from its folder: its request, its results and its latency tables.
 
-It needs only the folder and no torch, so a run can be explained on a machine without its device and data.
+Only the folder is needed and no torch, so a run can be explained on a machine without its device and data.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ class Searched:
 
     log_probabilities: Scores
     effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
-    pressed: bool  # whether its budget bound
-    screened: int  # networks that it solved for, of which it ranked some
+    pressed: bool  # whether the budget was binding
+    screened: int  # number of networks solved for, of which some were ranked
 
     @property
     def scores(self) -> Scores:
-        """The scores whose sum derivation maximises."""
+        """The scores of which derivation maximises the sum."""
         if self.effects is None:
             return self.log_probabilities
         return tuple(tuple(-nats for nats in row) for row in self.effects)
@@ -38,7 +38,7 @@ class Searched:
 def read_searched(folder: Path, space: SearchSpace) -> Searched:
     """Read the scores of a finished search.
 
-    Raises CheckpointError where the folder holds none for this space.
+    Raises CheckpointError if the folder has none for this space.
     """
     path = folder / SEARCH_FILE
     if not path.is_file():
@@ -54,7 +54,7 @@ def read_searched(folder: Path, space: SearchSpace) -> Searched:
 
 
 def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
-    """Return a file's numbers of each candidate of each position."""
+    """Return the numbers in a file for each candidate of each position."""
     rows = content.get(name) if isinstance(content, dict) else None
     sizes = [len(position.candidates) for position in space.positions]
     if (
@@ -68,31 +68,31 @@ def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished search."""
+    """A finished search and the contents of its folder."""
 
     folder: Path
     config: Mapping[str, Any]  # config.json
     document: Mapping[str, Any]  # arch.json
     found: Mapping[str, Any]  # search.json
     space: SearchSpace
-    arch: Arch  # that was derived
-    limits: Limits  # that it was searched within, the first a device's
+    arch: Arch  # the derived architecture
+    limits: Limits  # limits of the search, the first one a device's
     searched: Searched
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The derived network's candidates by number."""
+        """The indices of the derived network's candidates."""
         return self.arch.indices(self.space)
 
 
 def asked_devices(run: FinishedRun) -> list[str]:
-    """Return the devices of the request, by name or path; those of arch.json where none is recorded."""
+    """Return the requested devices, by name or path; those of arch.json if no request is recorded."""
     asked = [entry["device"] for entry in run.config.get("limits", ()) if "device" in entry]
     return asked or [limit.name for limit in run.limits if limit.table is not None]
 
 
 def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a run's config.json does not say what a ranking on images needs."""
+    """Raise CheckpointError if a run's config.json lacks an entry that a ranking on images needs."""
     known = {**config, **{f"search.{key}": value for key, value in config.get("search", {}).items()}}
     missing = [
         key for key in ("data", "data_digest", "search.resolution_px", "search.threads") if key not in known
@@ -105,16 +105,16 @@ def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -> FinishedRun:
-    """Read a finished search; `document` is its arch.json where that is about to be written.
+    """Read a finished search. `document` is its arch.json if it is not written yet.
 
-    Raises CheckpointError, ArchError, SpaceError or TableError where the folder holds no whole search.
+    Raises CheckpointError, ArchError, SpaceError or TableError if the folder has no complete search.
     """
     if not (folder / SEARCH_FILE).is_file():
         raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
     document = document or read_arch_document(folder / ARCH_FILE)
     space = load_space(folder / SPACE_FILE)
     if document["space_digest"] != space.digest:
-        raise ArchError(f"{folder / ARCH_FILE}: of another space than {folder / SPACE_FILE}")
+        raise ArchError(f"{folder / ARCH_FILE}: its space is not that of {folder / SPACE_FILE}")
     return FinishedRun(
         folder,
         read_json(folder / CONFIG_FILE, CheckpointError),
@@ -128,7 +128,7 @@ def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -
 
 
 def read_limits(folder: Path, document: Mapping[str, Any], space: SearchSpace) -> Limits:
-    """Return the limits of an arch.json, with latencies from the tables beside it."""
+    """Return the limits of an arch.json, with latencies from the tables in the folder."""
     return tuple(_limit(folder, entry, space) for entry in document["limits"])
 
 
@@ -137,6 +137,6 @@ def _limit(folder: Path, entry: Mapping[str, Any], space: SearchSpace) -> Limit:
     if entry["unit"] != "ms":
         return count_limit(space, name, entry["budget"])
     table = read_table(folder / table_file(name), space, device=name)
-    # a table's file does not hold the margin that is kept on it
+    # the file of a table does not contain the margin
     table = replace(table, margin=entry["budget"] / entry["limit"] - 1)
     return replace(latency_limit(table, entry["budget"]), limit=entry["limit"])

@@ -18,14 +18,14 @@ class FoundArch:
     space: SearchSpace
     arch: Arch
     document: Mapping[str, Any]
-    folder: Path  # that holds the file
+    folder: Path  # of the file
 
 
 def find_arch(path: Path, space: str | None = None) -> FoundArch:
     """Read the architecture of a run's folder or of an arch.json.
 
-    Its space is, in this order: the one named (by name or path), the copy beside it, the shipped one
-    of its name. Raises ArchError or SpaceError.
+    Its space is the first of these: the given one (by name or path), the copy beside it, the shipped
+    space of its name. Raises ArchError or SpaceError.
     """
     file = path / ARCH_FILE if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -37,13 +37,13 @@ def find_arch(path: Path, space: str | None = None) -> FoundArch:
 
 
 def trained_folder(folder: Path) -> Path | None:
-    """Return where the trained network of a run or of this folder lies; None where there is none."""
+    """Return the folder of the trained network in a run's folder or in this one; None without one."""
     places = (folder / SUBNET_FOLDER, folder)
     return next((place for place in places if (place / RESULT_FILE).is_file()), None)
 
 
 def find_network(target: str | Path, space: str | None = None) -> tuple[SearchSpace, Arch | None]:
-    """Return the space and architecture of a run, an arch.json or a fixed space; None for other spaces."""
+    """Return the space and architecture of a run, an arch.json or a space; None if the space is not fixed."""
     path = Path(target)
     if path.is_dir() or path.suffix == ".json":
         found = find_arch(path, space)

@@ -1,4 +1,4 @@
-"""Latencies, their accuracy and limits as text of at most 80 columns, and as JSON values."""
+"""Latencies, prediction errors and limits as text of at most 80 columns and as JSON values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from qnas.spaces.space import SearchSpace
 
 
 def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
-    """Show latencies by device, then on each device the layers that are dearest."""
+    """Format the latency on each device, then the slowest layers on each device."""
     rows = []
     for p in predictions:
         with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
         rows.append((p.device, format_ms(p.latency_ms), f"{p.coverage:.0%}", with_norm))
     lines = [table_rows(("device", "latency", "from measurements", "with batch norm"), rows)]
     for p in predictions:
-        lines += ["", f"{p.device}: the dearest layers"]
+        lines += ["", f"{p.device}: the slowest layers"]
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
             begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
@@ -31,8 +31,8 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
 
 
 def figures_facts(figures: Figures) -> dict[str, float | int | None]:
-    """Return figures as JSON values: shares and errors as fractions of 1."""
-    # rounded, as what the division adds to a rounded percentage is no figure
+    """Return figures as JSON values, with shares and errors as fractions of 1."""
+    # rounded, since the division adds digits to a rounded percentage
     fractions = {
         name: round(getattr(figures, f"{name}_pct") / 100, 6)
         for name in ("rmspe", "within_5", "within_10", "bias")
@@ -41,7 +41,7 @@ def figures_facts(figures: Figures) -> dict[str, float | int | None]:
 
 
 def describe_figures(by_group: Mapping[str, Figures]) -> str:
-    """Show how predictions compare with measurements, a line a group, all of them last."""
+    """Format how predictions compare with measurements, one line per group, with all groups last."""
     rows = []
     for name in (*(name for name in by_group if name != "all"), "all"):
         f = by_group[name]
@@ -54,7 +54,7 @@ def describe_figures(by_group: Mapping[str, Figures]) -> str:
 def latency_lines(
     limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
 ) -> Iterator[str]:
-    """Say what a network takes on each device, and on what its prediction rests where that is told."""
+    """Yield lines with a network's latency on each device and, where known, the source of the prediction."""
     tables = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
     indices = arch.indices(space)
     for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
@@ -68,7 +68,7 @@ def latency_lines(
 
 
 def describe_limits(space: SearchSpace, limits: Limits) -> str:
-    """Say what networks of a space may take and what they do take, and which budgets mean little."""
+    """Format the limits of a space, the range of its networks, and warnings about budgets."""
     lines = []
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
@@ -87,7 +87,7 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
 
 
 def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Say what a network was searched for, from the `limits` of its arch.json.
+    """Format the budgets of a network from the `limits` of its arch.json.
 
     >>> describe_budgets([{"name": "vpu", "unit": "ms", "budget": 30}])
     '30.00 ms on vpu'

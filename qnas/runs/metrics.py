@@ -1,4 +1,4 @@
-"""The file of a run's metrics: a JSON line a step, and a CSV row an epoch."""
+"""The metrics of a run: a JSON line per logged step and a CSV row per epoch."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from qnas.runs.names import EPOCHS_FILE
 
 
 class Metrics:
-    """A file of JSON lines that can be cut back to where a checkpoint was.
+    """A file of JSON lines that can be truncated to its size at a checkpoint.
 
-    Rows that end an epoch, which have `epoch`, are a CSV file beside it too, for spreadsheets.
+    Rows with `epoch`, at the end of an epoch, are also written to a CSV file beside it, for spreadsheets.
     """
 
     def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
@@ -37,14 +37,14 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
     def sync(self) -> int:
-        """Have all lines on the disk; return where the file ends, in bytes."""
+        """Flush all lines to the disk and return the size of the file in bytes."""
         with naming(self._path), self._path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all whole rows of a metrics.jsonl, which may be written to; none where there is no such file."""
+    """Return all complete rows of a metrics.jsonl, which may be in use; none if there is no such file."""
     if not path.is_file():
         return []
     with naming(path), path.open(encoding="utf-8") as file:

@@ -3,28 +3,28 @@
     config.json           the request with all defaults filled in, and versions
     space.yaml            a copy of the search space
     table-DEVICE.csv      a copy of the latency table
-    metrics.jsonl         a line a logged step
-    metrics.csv           a line an epoch, where a network is trained
+    metrics.jsonl         one line per logged step
+    metrics.csv           one line per epoch, if a network is trained
     checkpoint.pt         the state of an unfinished run (and checkpoint-before.pt)
     run.lock              present while a process works in the folder
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
-    report.html           a page with all of this
-    broken.csv            the images that were left out, where there are any
-    budget.png            the expected amounts on their way to the limits
-    search.json           the final probabilities; the k best networks ranked; the rivals
-    tensorboard/          what tensorboard writes
-    pareto/               what pareto writes: the best networks by budget
-    derived/              what derive writes, for other devices and budgets
-    subnet/               what train-subnet writes
-    export/               what export writes
+    report.html           a page about the run
+    broken.csv            the images that were left out, if any
+    budget.png            the expected amounts relative to the limits, by step
+    search.json           the final probabilities, the ranking, and networks for comparison
+    tensorboard/          output of tensorboard
+    pareto/               output of pareto: the best networks by budget
+    derived/              output of derive, for other devices and budgets
+    subnet/               output of train-subnet
+    export/               output of export
 
-Every file is written whole or not at all, and can be read without qnas.
+Files are written atomically and can be read without qnas.
 """
 
 from pathlib import Path
 
-RUNS_FOLDER = Path("runs")  # where new runs go
+RUNS_FOLDER = Path("runs")  # folder of new runs
 
 CONFIG_FILE = "config.json"
 SPACE_FILE = "space.yaml"
@@ -47,13 +47,13 @@ EXPORT_FOLDER = "export"
 # in subnet/
 WEIGHTS_FILE = "weights.safetensors"
 RESULT_FILE = "result.json"
-PREDICTIONS_FILE = "predictions.safetensors"  # the network's answer for each test image
-BEST_FILE = "best.safetensors"  # the weights that did best on the test images: chosen by them
+PREDICTIONS_FILE = "predictions.safetensors"  # the network's prediction for each test image
+BEST_FILE = "best.safetensors"  # the weights with the best test accuracy: selected on test images
 RECIPE_FILE = "recipe.yaml"
-SPEED_FILE = "speed.json"  # measured on this machine, so not a part of the result
-SAMPLE_FILE = "sample.safetensors"  # some test images, with which an export is checked
+SPEED_FILE = "speed.json"  # measured on this machine, so not part of the result
+SAMPLE_FILE = "sample.safetensors"  # some test images, to check an export
 
-# what a new run in the folder of a former one removes; first what says that the former one is complete
+# removed by a new run in the folder of a former one, first the files that mark that one as complete
 CLEARED_FILES = (
     *(ARCH_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE, SUPERNET_FILE, BUDGET_PLOT_FILE, REPORT_FILE),
     *(BROKEN_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE, SPEED_FILE),

@@ -18,8 +18,8 @@ def read_network(
 ) -> Network:
     """Read the network of an ONNX file, a run's folder, an arch.json, or a fixed space by name or path.
 
-    `space` is the space of an arch.json that has no copy beside it, `resolution_px` the size of images
-    where an ONNX file leaves it free. Raises ArchError or SpaceError where there is no such network.
+    `space` is for an arch.json without a copy of its space, `resolution_px` for an ONNX file that leaves the
+    image size open. Raises ArchError or SpaceError if there is no such network.
     """
     if Path(target).suffix == ".onnx":
         return read_onnx(Path(target), resolution_px=resolution_px)
@@ -34,8 +34,8 @@ def predict_network(
 ) -> Prediction:
     """Predict the latency of a network on a device, with the latency of each of its layers.
 
-    `latency` is "device" or "nn-meter". A network that is not read yet is read as by `read_network`.
-    Raises TableError where the device is unknown or cannot price the network.
+    `latency` is "device" or "nn-meter". A name or path is read by `read_network`. Raises TableError if the
+    device is unknown or has no prediction for the network.
 
     >>> prediction = predict_network("quadranet25-xxs", "vpu")
     >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"

@@ -1,4 +1,4 @@
-"""Networks and search spaces as text of at most 80 columns, and as JSON values."""
+"""Networks and search spaces as text of at most 80 columns and as JSON values."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _LAYER_FACTS = (
 
 
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
-    """Draw the chosen candidates, a line a stage, or as many as they need."""
+    """Format the chosen candidates, with one or more lines per stage."""
     resolution = {
         part.position.stage: part.resolution_px
         for part in reversed(skeleton(space))
@@ -36,7 +36,7 @@ def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
 
 
 def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
-    """Draw a network as a tree of stages and blocks with MACs and parameters."""
+    """Format a network as a tree of stages and blocks with MACs and parameters."""
     counts = f"{format_count(count_macs(blocks))} MACs, {format_count(count_params(blocks))} parameters"
     lines = [wrapped(f"{space.name}: {counts}, {space.input.resolution_px} px")]
     stage = ""
@@ -63,7 +63,7 @@ def _block_title(block: BlockSpec) -> str:
 
 
 def network_facts(space: SearchSpace, blocks: Sequence[BlockSpec]) -> dict[str, Any]:
-    """Return a network's counts, in all and by block."""
+    """Return a network's counts of MACs and parameters, in total and by block."""
     return {
         "space": space.name,
         "resolution_px": space.input.resolution_px,
@@ -83,7 +83,7 @@ def network_facts(space: SearchSpace, blocks: Sequence[BlockSpec]) -> dict[str, 
 
 
 def space_facts(space: SearchSpace) -> dict[str, Any]:
-    """Return what a searchable space holds, with the range of its counts."""
+    """Return the contents of a searchable space, with the range of its counts."""
     small, large = (lower(space, arch) for arch in smallest_and_largest(space))
     return {
         "space": space.name,
@@ -103,7 +103,7 @@ def space_facts(space: SearchSpace) -> dict[str, Any]:
 
 
 def describe_space(space: SearchSpace) -> str:
-    """Draw a searchable space: its stages, their candidates and the range of its counts."""
+    """Format a searchable space: its stages, their candidates, and the range of its counts."""
     facts = space_facts(space)
     params, macs = facts["params"], facts["macs"]
     networks = f"{facts['networks']:.3g} networks of {len(space.positions)} positions"
@@ -120,7 +120,7 @@ def describe_space(space: SearchSpace) -> str:
             f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
         )
         for names in dict.fromkeys(p.names for p in positions):
-            # in indented lines, no name broken
+            # indented lines, without line breaks in a name
             whole = ", ".join(short_name(name).replace(" ", "\N{NO-BREAK SPACE}") for name in names)
             lines.append(wrapped(whole, "    ", "    "))
     head = f"{space.head.channels} channels, " if space.head.channels else ""
@@ -129,7 +129,7 @@ def describe_space(space: SearchSpace) -> str:
 
 
 def size_line(space: SearchSpace, limits: Limits, macs: int, params: int) -> str:
-    """Say how large a network is, against what it may be where that is limited."""
+    """Format the size of a network, with the limits on it if there are any."""
     most = {limit.name: f" of {format_count(limit.budget)}" for limit in limits if limit.table is None}
     return (
         f"{format_count(macs)}{most.get('macs', '')} MACs, "

@@ -1,8 +1,8 @@
-"""Pareto fronts of a finished search: the best network by budget on each device, latency against accuracy.
+"""Pareto fronts of a finished search: the best networks by budget on each device, latency against accuracy.
 
-Budgets over a device's whole range are solved exactly with the scores of the search. Where several budgets
-lead to one network, the smallest is kept. A search learns most about networks near its own budget, so each
-point says whether it is far from that (`far_from_searched`).
+Budgets over a device's whole range are solved exactly with the scores of the search. If several budgets lead
+to the same network, the smallest is kept. A search learns most about networks near its own budget, so each
+point is marked if it is far from that budget (`far_from_searched`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +22,13 @@ from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 
-POINTS = 12  # budgets a device
-POINT_K_BEST = 5  # networks a budget, to be ranked on held-out images
+POINTS = 12  # budgets per device
+POINT_K_BEST = 5  # networks per budget, to be ranked on held-out images
 
 
 @dataclass(frozen=True)
 class Solved:
-    """The best networks within a budget, by falling score."""
+    """The best networks within a budget, by descending score."""
 
     budget_ms: float
     solutions: tuple[Solution, ...]
@@ -36,7 +36,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The supernet accuracy of a network on so many held-out images."""
+    """The supernet accuracy of a network on a number of held-out images."""
 
     share: float
     images: int
@@ -44,27 +44,27 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Point:
-    """A network that is the best within some budget."""
+    """The best network within some budget."""
 
-    budget_ms: float  # the smallest that was solved for which it is
+    budget_ms: float  # the smallest such budget that was solved
     solution: Solution
     macs: int
     params: int
-    accuracy: Accuracy | None  # None: not ranked on images, and first by the search's scores
-    on_front: bool  # no network of the same device is faster and as good
-    far: bool  # from what was searched for
-    own_budget: bool  # found within the search's own budget
+    accuracy: Accuracy | None  # None: not ranked on images, but best by the search's scores
+    on_front: bool  # whether no faster network on the device is as good
+    far: bool  # whether far from what was searched for
+    own_budget: bool  # whether it is the best within the search's own budget
 
     @property
     def latency_ms(self) -> float:
-        """Return the latency on the device."""
+        """The latency on the device."""
         return self.solution.latency_ms
 
 
 def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
-    """Return n budgets from the fastest network to the slowest, each a share larger, and the search's own."""
+    """Return n geometrically spaced budgets over the range of the networks, and the search's own."""
     margin = limit.budget / limit.limit
-    # a little larger, so that rounding leaves the networks at the ends within
+    # slightly larger, so that the networks at the ends are within them despite rounding
     least, most = ((1 + 1e-9) * margin * end for end in (limit.least, limit.most))
     budgets = set(np.geomspace(least, most, n).tolist())
     return sorted(budgets | ({own_ms} if own_ms is not None else set()))
@@ -73,10 +73,9 @@ def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
 def solve_budgets(
     run: FinishedRun, limit: Limit, others: Limits, budgets_ms: Iterable[float], k: int
 ) -> tuple[Solved, ...]:
-    """Return the k best networks within each budget in place of the limit's own, and within the others.
+    """Return the k best networks within each budget, which replaces the limit's own, and the other limits.
 
-    Budgets that leave no network within the others are left out. Raises InfeasibleBudgetError where
-    all do.
+    Budgets that no network meets are left out. Raises InfeasibleBudgetError if none is left.
     """
     found, refused = [], None
     for budget_ms in budgets_ms:
@@ -97,10 +96,10 @@ def front_points(
     accuracies: Mapping[CandidateIndices, Accuracy],
     own_ms: float | None,
 ) -> tuple[Point, ...]:
-    """Take the best network of each budget: of highest accuracy, or where none is known, of highest score.
+    """Select the best network for each budget, by accuracy, or by score if no accuracy is known.
 
-    Of budgets that lead to one network the smallest stays; where one of these is the search's own, the
-    point says so.
+    Of budgets that lead to the same network, the smallest is kept. If one of them is the search's own, the
+    point is marked.
     """
     space, searched = run.space, run.searched
     labels = block_labels(space)
@@ -132,7 +131,7 @@ def _share(accuracy: Accuracy | None) -> float:
 
 
 def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Say of points by rising latency which no faster one is as good as."""
+    """Mark the points that are better than all faster ones. Points are sorted by latency."""
     marked, best = [], float("-inf")
     for point in points:
         good = point.accuracy.share if point.accuracy is not None else point.solution.score
@@ -144,14 +143,14 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
 def front_document(
     run: FinishedRun, limit: Limit, points: Sequence[Point], own_ms: float | None
 ) -> dict[str, Any]:
-    """Return a device's entry in a pareto.json; `own_ms` is the budget that was searched for, if any."""
+    """Return a device's entry in a pareto.json; `own_ms` is its budget in the search, if it had one."""
     log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
     return {
         "device": limit.name,
-        "fastest_ms": limit.least,  # of the space
+        "fastest_ms": limit.least,  # over the space
         "slowest_ms": limit.most,
         "expected_ms": expected_amount(log_probabilities, limit),  # of a network drawn by the probabilities
-        # budgets that are not far from it; None: no upper end
+        # range of budgets that are not far from the searched one; None: no upper end
         "trusted_ms": list(near_searched(log_probabilities, limit, pressed=pressed)),
         "own_budget_ms": own_ms,
         "own_latency_ms": limit.amount(run.indices),  # of the network that the search derived
@@ -163,7 +162,7 @@ def front_document(
 def fronts_document(
     space: SearchSpace, fronts: Sequence[Mapping[str, Any]], details: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the content of a pareto.json; `fronts` are those of the devices (`front_document`)."""
+    """Return the content of a pareto.json; `fronts` are the devices' entries (`front_document`)."""
     known = {"schema": "qnas.pareto/1", "space": space.name, "space_digest": space.digest}
     return {**known, **details, "devices": list(fronts)}
 
@@ -189,6 +188,6 @@ def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
 
 
 def fronts_csv(document: Mapping[str, Any]) -> str:
-    """Return the points of a pareto.json as CSV, a line each; choices are separated by spaces."""
+    """Return the points of a pareto.json as CSV, one per line, with choices separated by spaces."""
     points = [point for front in document["devices"] for point in front["points"]]
     return csv_text(points[0], ({**point, "choices": " ".join(point["choices"])} for point in points))

@@ -1,4 +1,4 @@
-"""Figures of a run as PNG files; matplotlib is imported when one is drawn."""
+"""Figures of a run as PNG files. matplotlib is imported when a figure is drawn."""
 
 import io
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from qnas.common.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNSETTLED = 0.03  # of the limit: an expected amount further away once the search settles
-OF_LIMIT = "of_limit_"  # the start of the keys that hold an expected amount over its limit
+UNSETTLED = 0.03  # share of the limit: at the end, an expected amount should not be further away
+OF_LIMIT = "of_limit_"  # prefix of the keys of expected amounts divided by their limits
 
 
 def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound: float) -> None:
-    """Draw how the expected amounts came to their limits, over the steps, as a PNG.
+    """Draw how the expected amounts approach their limits over the steps, as a PNG.
 
-    Three panels: each expected amount over its limit, with the band of UNSETTLED; the
-    multiplier with its bounds; the temperature. Only rows of architecture steps are drawn; without any
-    there is no picture.
+    There are three panels: each expected amount divided by its limit, with the band of UNSETTLED; the
+    multiplier with its bounds; and the temperature. Only rows of architecture steps are drawn. Without any,
+    no file is written.
     """
     rows = [row for row in rows if "multiplier" in row]
     if not rows:
@@ -48,10 +48,10 @@ def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound:
 
 
 def draw_fronts(document: dict[str, Any], path: Path) -> None:
-    """Draw the points of a pareto.json as a PNG, a panel a device: accuracy over latency.
+    """Draw the points of a pareto.json as a PNG, accuracy over latency, with one panel per device.
 
-    Filled points are on the front, small ones are not; hollow ones are far from what was searched for.
-    Where networks were not ranked on images their score stands in for the accuracy.
+    Small points are not on the front; hollow points are far from what was searched for. If networks were not
+    ranked on images, the score replaces the accuracy.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter

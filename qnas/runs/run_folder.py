@@ -1,6 +1,6 @@
 """The folder of a run: its lock, the conditions for resuming, and the files that a new run clears.
 
-`names` lists the files. Every file is written whole or not at all, and can be read without qnas.
+`names` lists the files. They are written atomically and can be read without qnas.
 """
 
 import fcntl
@@ -24,10 +24,10 @@ from qnas.runs.names import CLEARED_FILES, CLEARED_FOLDERS, CONFIG_FILE, LOCK_FI
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop (Ctrl-C, SIGTERM) instead of dying from them.
+    """Collect the signals to stop (Ctrl-C, SIGTERM) in a list instead of being terminated.
 
-    The loop inside looks at the list after each step. A second Ctrl-C does not wait. Outside the main thread,
-    which alone gets signals, the list stays empty.
+    The loop inside checks the list after each step. A second signal interrupts immediately. Outside the main
+    thread, which alone receives signals, the list stays empty.
     """
     received: list[int] = []
     if current_thread() is not main_thread():
@@ -59,11 +59,11 @@ def opened(
 ) -> Iterator[None]:
     """Create or enter a run folder, and lock it while the block runs.
 
-    `request` is the content of config.json; `copies` are the texts of the files that the run depends on,
-    by name, which the folder keeps; `result` is the file that is written last: it marks a complete run.
-    A folder that is not empty is refused without `resume` or `force`; `force` removes the former run's
-    files, and those made from them. A run can only be resumed with the same request. Raises
-    CheckpointError, and Interrupted in place of KeyboardInterrupt.
+    `request` is the content of config.json. `copies` are the texts, by name, of the files on which the run
+    depends; the folder keeps copies. `result` is the file that is written last, which marks a complete run. A
+    folder that is not empty is refused without `resume` or `force`. `force` removes the files of the former
+    run and those made from them. A run can only be resumed with the same request. Raises CheckpointError, and
+    Interrupted instead of KeyboardInterrupt.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder, found a file")
@@ -89,13 +89,13 @@ def opened(
 
 
 def interrupted(folder: Path) -> Interrupted:
-    """Return the error of a run that was interrupted and can be resumed from its folder."""
-    return Interrupted(f"the state is saved in {folder}: `resume=True` goes on from it")
+    """Return the error for an interrupted run that can be resumed from its folder."""
+    return Interrupted(f"the state is saved in {folder}: `resume=True` continues from it")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system releases when the process ends, however it does."""
+    """Hold a folder's lock, which the system releases when the process ends in any way."""
     path = folder / LOCK_FILE
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -103,7 +103,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise CheckpointError(f"{folder}: process {file.read() or '?'} is working in it") from None
-        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it as we opened it
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it while we opened it
             raise CheckpointError(f"{folder}: another process has just finished in it: try again")
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -117,9 +117,9 @@ def _locked(folder: Path) -> Iterator[None]:
 def _check_resumable(
     folder: Path, request: Mapping[str, Any], copies: Mapping[str, str], result: str
 ) -> None:
-    """Raise CheckpointError where a run is complete, or had another request."""
+    """Raise CheckpointError if a run is complete or had another request."""
     if (folder / result).is_file():
-        Checkpoints(folder).remove()  # left where it was killed right after its result
+        Checkpoints(folder).remove()  # left if the run was killed right after its result
         what = "training" if result == RESULT_FILE else "search"
         raise CheckpointError(f"{folder}: this {what} is complete, there is nothing to resume")
     there = [folder / name for name in copies if (folder / name).is_file()]
@@ -130,7 +130,7 @@ def _check_resumable(
 
 
 def _check_free(folder: Path, *, force: bool) -> None:
-    """Raise CheckpointError where a folder holds anything that is not to be replaced, or is at work."""
+    """Raise CheckpointError if a folder holds anything that must not be replaced, or is in use."""
     holds_run = (folder / CONFIG_FILE).is_file()
     ours = {folder / LOCK_FILE, *_partials(folder)}
     if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
@@ -138,18 +138,18 @@ def _check_free(folder: Path, *, force: bool) -> None:
         fix = ": `resume=True` continues it, `force=True` replaces it, or another `out`" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
     for lock in [*folder.glob(f"*/**/{LOCK_FILE}")]:
-        with _locked(lock.parent):  # such as subnet/, while a network is trained in it
+        with _locked(lock.parent):  # such as subnet/ during a training
             pass
 
 
 def _partials(folder: Path) -> list[Path]:
-    """Return what a process left that was killed as it wrote (`files.atomic_path`)."""
+    """Return the partial files of a process that was killed while writing (`files.atomic_path`)."""
     return [*folder.glob(".*.*.partial")]
 
 
 def _clear(folder: Path) -> None:
-    """Remove a former run's files, and what was made from them."""
-    # in this order: a kill in between must not leave what says that the run is complete alone
+    """Remove a former run's files and those made from them."""
+    # in this order: a kill in between must not leave the files that mark a complete run
     for stale in CLEARED_FILES:
         (folder / stale).unlink(missing_ok=True)
     Checkpoints(folder).remove()

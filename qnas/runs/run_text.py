@@ -11,7 +11,7 @@ from qnas.runs.text import field, short_name, table_rows, wrapped
 
 
 def describe_fronts(document: Mapping[str, Any]) -> str:
-    """Show the points of a pareto.json, a table a device, and what their marks mean."""
+    """Format the points of a pareto.json, one table per device, and explain their marks."""
     ranked, lines, used = document["ranked"], [], set()
     for front in document["devices"]:
         rows = []
@@ -41,7 +41,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
 
 
 def describe_explanation(explanation: Explanation) -> str:
-    """Show the cost of blocks and the price of latency on each device, and the reason for each choice."""
+    """Format the cost of blocks and the price of latency on each device, and the reasons for the choices."""
     e = explanation
     lines = []
     for d in e.devices:
@@ -72,7 +72,7 @@ def _block_rows(e: Explanation, d: OnDevice) -> Iterator[tuple[str, ...]]:
 
 
 def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
-    """Write the choices at a position just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
+    """Format the choices at a position just below and above a budget, in ms: `- < 2.2, k5 e4 > 3.5`."""
     at = max((i for i, flip in enumerate(flips) if flip.from_ms <= budget_ms), default=0)
     parts = []
     if at > 0:
@@ -84,7 +84,7 @@ def other_budgets(flips: Sequence[Flip], budget_ms: float) -> str:
 
 
 def what_loss_is(e: Explanation) -> str:
-    """Say what the losses of an explanation are."""
+    """Describe the losses of an explanation."""
     if not e.measured:
         return (
             "are negative log probabilities of the choices, since the search measured no effects; they "
@@ -95,7 +95,7 @@ def what_loss_is(e: Explanation) -> str:
 
 
 def solved_line(e: Explanation) -> str:
-    """Say where the derived network differs from that of least loss; empty where it does not."""
+    """Describe where the derived network differs from that of least loss; empty if it does not."""
     others = [f"{s.name} {short_name(s.solved)}" for s in e.positions if s.solved != s.choice]
     if not others:
         return ""
@@ -123,7 +123,7 @@ def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
 
 
 def exchange_line(exchange: Exchange) -> str:
-    """Say how another network changes the loss, and where it differs."""
+    """Describe how another network changes the loss and where it differs."""
     verb = "lowers" if exchange.loss < 0 else "raises"
     return f"{verb} the loss by {abs(exchange.loss):.3f} nats: {'; '.join(map(_change, exchange.changes))}"
 
@@ -145,7 +145,7 @@ def _identity_lines(e: Explanation) -> Iterator[str]:
 
 
 def identity_line(story: PositionStory, devices: Sequence[str]) -> str:
-    """Say why a position is identity, with the latency of the best block on these devices."""
+    """Explain why a position is identity, with the latency of the best block on these devices."""
     assert story.best_block is not None
     verb = "lowers the loss by" if story.best_loss < 0 else "raises the loss by"
     took = [format_ms(latency_ms) for latency_ms in story.best_latencies_ms]
@@ -157,11 +157,11 @@ def identity_line(story: PositionStory, devices: Sequence[str]) -> str:
     )
 
 
-RUNS_A_TABLE = 6  # columns of 80 characters
+RUNS_A_TABLE = 6  # fit into 80 characters
 
 
 def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = str) -> str:
-    """Show runs side by side; `strong` sets off the lines of choices that differ."""
+    """Format runs side by side; `strong` highlights the lines of choices that differ."""
     c = comparison
     within = [f", within {describe_budgets(run.limits)}" if run.limits else "" for run in c.runs]
     lines = [
@@ -213,18 +213,18 @@ def _latency_table(runs: Sequence[Contestant]) -> str:
 
 
 def accuracy_text(accuracy: float | None, low: float | None, high: float | None) -> str:
-    """Write an accuracy with its interval: `86.9% (83.0-90.0)`; a dash where there is none."""
+    """Format an accuracy with its interval: `86.9% (83.0-90.0)`; a dash if there is none."""
     if accuracy is None:
         return "-"
     interval = f" ({100 * low:.1f}-{100 * high:.1f})" if low is not None and high is not None else ""
     return f"{accuracy:.1%}{interval}"
 
 
-CLASSES_SHOWN = 5  # those of least accuracy
+CLASSES_SHOWN = 5  # those with the lowest accuracy
 
 
 def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[str, Any], files: str) -> str:
-    """Show what a network came to: `learned` in a few words, then the facts of result.json, speed.json."""
+    """Format the result of a training: `learned`, a summary, then facts of result.json and speed.json."""
 
     def interval(found: Mapping[str, float]) -> str:
         return f"{found['low']:.2%} to {found['high']:.2%}"
@@ -250,7 +250,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     lines = [field("accuracy", learned), field("", sure)]
     if len(worst) > 1:
         shown = min(CLASSES_SHOWN, len(worst))
-        lines.append(field("classes", f"the {shown} of {len(worst)} of least accuracy; all in result.json"))
+        lines.append(field("classes", f"the {shown} least accurate of {len(worst)}; all in result.json"))
         lines += [f"{'':12}{line}" for line in table_rows(header, rows).splitlines()]
     if broken := result.get("broken_images"):
         lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))

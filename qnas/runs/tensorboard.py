@@ -1,7 +1,7 @@
-"""A run's metrics as event files for TensorBoard, as far as the run has come.
+"""A run's metrics so far as event files for TensorBoard.
 
-metrics.jsonl stays the one record: it is cut back where a stopped run goes on, which event files are not.
-So they are written from it anew each time, also while the run is at work.
+metrics.jsonl remains the only record: it is truncated when a stopped run is resumed, which event files cannot
+be. The event files are therefore rewritten from it each time, also while the run is in progress.
 """
 
 import shutil
@@ -16,9 +16,9 @@ from qnas.runs.names import METRICS_FILE, SUBNET_FOLDER, TENSORBOARD_FOLDER
 
 
 def write_events(folder: Path) -> Path:
-    """Write the events of a run's folder, a log for its search and one for its training; return where.
+    """Write the events of a run's folder, one log each for search and training, and return their folder.
 
-    Raises CheckpointError where it holds no metrics, UsageError where TensorBoard is not installed.
+    Raises CheckpointError if there are no metrics, UsageError if TensorBoard is not installed.
     """
     logs = dict(_logs(folder))
     if not logs:
@@ -42,7 +42,7 @@ def write_events(folder: Path) -> Path:
 
 
 def _logs(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the logs of a folder by name, those that have a row."""
+    """Yield the names and rows of a folder's logs that are not empty."""
     if rows := read_metrics(folder / METRICS_FILE):
         yield read_config(folder).get("command", "search"), rows
     if rows := read_metrics(folder / SUBNET_FOLDER / METRICS_FILE):

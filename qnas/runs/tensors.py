@@ -10,7 +10,7 @@ from torch import Tensor
 from qnas.common.errors import CheckpointError, first_line
 from qnas.common.files import write_bytes
 
-# of its weights: second, since they are those of a stage's n-th block (`placement`) and no more of a position
+# version 2: a block's weights belong to its rank among the blocks of the stage, not to a position
 SUPERNET_SCHEMA = "qnas.supernet/2"
 
 
@@ -36,13 +36,13 @@ def save_supernet(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_supernet(path: Path) -> dict[str, Tensor]:
-    """Read a supernet's state. Raises CheckpointError if it is missing, damaged or an earlier version's."""
+    """Read a supernet's state. Raises CheckpointError if it is missing, damaged or of an older version."""
     state = load_tensors(path)
     with safe_open(path, "pt") as file:
         schema = (file.metadata() or {}).get("schema")
     if schema != SUPERNET_SCHEMA:
         raise CheckpointError(
-            f"{path}: of another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), "
-            "which keeps a block's weights elsewhere: search again"
+            f"{path}: from another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), "
+            "which stores a block's weights elsewhere: search again"
         )
     return state

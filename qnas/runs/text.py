@@ -1,4 +1,4 @@
-"""The layout of what commands print: plain text of at most 80 columns."""
+"""The layout of the commands' output: plain text of at most 80 columns."""
 
 import re
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def short_name(candidate: str) -> str:
-    """Write a candidate's name as `k7 e4`, identity as a dash, and a registered block with its name.
+    """Abbreviate a candidate's name to `k7 e4`, identity to a dash; a registered block keeps its name.
 
     >>> short_name("quadra_k7_e4"), short_name("quadra_k7_e4_fan"), short_name("identity")
     ('k7 e4', 'k7 e4 fan', '-')
@@ -23,7 +23,7 @@ def short_name(candidate: str) -> str:
 
 
 def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Align columns: those numbered in `left` to the left, the others to the right."""
+    """Align the columns in `left` to the left and the others to the right."""
     every = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in every) for i in range(len(header))]
     return "\n".join(
@@ -35,7 +35,7 @@ def table_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: Seque
 
 
 def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
-    """Say how the first network of a ranking (`ranking_document`) was chosen from those solved for."""
+    """Describe how the first network of a ranking (`ranking_document`) was chosen from those solved for."""
     first, level = ranking[0], sum(entry["level"] for entry in ranking)
     accuracy = f"held-out accuracy {first['heldout_accuracy']:.1%}"
     if solved == 1:
@@ -47,14 +47,14 @@ def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
 
 
 def field(name: str, text: str) -> str:
-    """Write a named line of a result, wrapped at 80 columns."""
+    """Format a named line of a result, wrapped at 80 columns."""
     return wrapped(text, f"{name:<12}", " " * 12)
 
 
 def wrapped(text: str, first: str = "", further: str = "  ", width: int = 80) -> str:
-    """Wrap text, with indents; paths and addresses stay whole, so that they can be copied.
+    """Wrap text with indents. Paths and addresses are not broken, so that they can be copied.
 
-    A number and its unit stay together too.
+    Neither are numbers and their units.
     """
     return fill_text(
         re.sub(r"(?<=\d) (?=(ms|s|px)\b)", "\N{NO-BREAK SPACE}", text),
@@ -67,17 +67,17 @@ def wrapped(text: str, first: str = "", further: str = "  ", width: int = 80) ->
 
 
 def next_command(command: str) -> str:
-    """Say what to type next; where that is longer than 80 columns, in lines that a shell joins."""
+    """Format the next command to type, in lines that a shell joins if it is longer than 80 columns."""
     lines = wrapped(command, "next        ", " " * 14, width=78).split("\n")
     return " \\\n".join(lines)
 
 
 def files_in(folder: Path) -> str:
-    """Say what lies in a folder."""
+    """Format the list of files in a folder."""
     return f"{folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Write accuracies as mean and standard deviation in percent."""
+    """Format accuracies as mean and standard deviation in percent."""
     spread = f" +- {statistics.stdev(values):.1%}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1%}{spread}"

@@ -204,5 +204,5 @@ def test_a_sample_of_images_that_nobody_looked_at_leaves_out_the_broken_ones(pho
     assert torch.equal(left_labels, labels[kept])
     for path in photos.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"test: not one of 8 images is whole: .*: not a whole image"):
+    with pytest.raises(DataError, match=r"test: all 8 images are broken: .*: not a whole image"):
         sample_images(load(photos, memory_limit_bytes=0, max_broken=None).test, 100)

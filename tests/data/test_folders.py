@@ -80,7 +80,7 @@ def test_a_listed_file_that_is_not_there_is_a_broken_image(tmp_path: Path) -> No
         (
             "file,label,split",
             ["all/000.png,a,val", "all/001.png,b,test"],
-            "of train, val and test it has test and val alone",
+            "splits test and val, expected train and val or test",
         ),
         (
             "file,label,split",
@@ -138,7 +138,7 @@ def test_other_and_hidden_files_are_left_out(tmp_path: Path) -> None:
         (
             "imagefolder",
             {"train/a": 5, "train/b": 5},
-            r": expected class folders in train and in val or test; or give .*/train to have it split",
+            r": expected class folders in train and in val or test; or give .*/train, which is then split",
         ),
         ("cifar10", {"a": 5, "b": 5}, ": expected class folders in train and in test$"),
         (
@@ -230,5 +230,5 @@ def test_a_tar_too_large_for_memory_is_refused(
 ) -> None:
     tar = pack(noise, tmp_path / "images.tar.gz")
     monkeypatch.setattr("qnas.data.folders.UNPACKED_LIMIT_BYTES", 1000)
-    with pytest.raises(DataError, match=f"{tar}: over 1000 bytes: unpack it, give the folder"):
+    with pytest.raises(DataError, match=f"{tar}: over 1000 bytes: unpack it to a folder"):
         load(tar)

@@ -164,7 +164,7 @@ def test_tensors_that_are_no_slices_are_named() -> None:
     with pytest.raises(UsageError) as error:
         make(space_of("{block: inverse, width: [1, 2]}"), "shared")
     assert str(error.value) == (
-        "inverse_w1: expand.weight, [24, 6, 1, 1], is no slice of that of the largest candidate, "
+        "inverse_w1: expand.weight, [24, 6, 1, 1], is not a slice of that of the largest candidate, "
         "[18, 6, 1, 1]: search with `weights='independent'`"
     )
 

@@ -85,7 +85,7 @@ def test_where_all_are_damaged_it_is_said(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (tmp_path / NEWEST).write_bytes(b"no")
     with pytest.raises(
-        CheckpointError, match=f"{NEWEST} is damaged .*, and there is none before it: `force=True`"
+        CheckpointError, match=f"{NEWEST} is damaged .*, and there is no earlier one: `force=True`"
     ):
         checkpoints.load()
     (tmp_path / BEFORE).write_bytes(b"")
@@ -101,10 +101,10 @@ def test_where_all_are_damaged_it_is_said(tmp_path: Path) -> None:
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     torch.save({"step": 3}, tmp_path / NEWEST)  # as the first version wrote it
-    with pytest.raises(CheckpointError, match="of format 1, which another version of qnas wrote"):
+    with pytest.raises(CheckpointError, match="format 1, written by another version of qnas"):
         checkpoints.load()
     (tmp_path / NEWEST).write_bytes(b"qnas.checkpoint/17\nabc")
-    with pytest.raises(CheckpointError, match="of format 17"):
+    with pytest.raises(CheckpointError, match="format 17, written"):
         checkpoints.load()
 
 

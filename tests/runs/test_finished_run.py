@@ -51,5 +51,5 @@ def test_what_is_no_finished_search_is_refused(tiny_space: SearchSpace, tmp_path
     with pytest.raises(CheckpointError, match="not the folder of a finished search"):
         read_finished_run(tmp_path)
     record = make_record(tmp_path, tiny_space)
-    with pytest.raises(ArchError, match="of another space than"):
+    with pytest.raises(ArchError, match="its space is not that of"):
         read_finished_run(tmp_path, {**record.document, "space_digest": "0" * 16})

@@ -155,7 +155,7 @@ def test_a_supernet_whose_weights_lie_elsewhere_is_refused(tiny_space: SearchSpa
     assert torch.equal(load_supernet(path)["alpha"], state["alpha"])
     for schema, said in ((None, "an early one"), ("qnas.supernet/1", "qnas.supernet/1")):
         save_tensors(path, state, schema)
-        with pytest.raises(CheckpointError, match=rf"of another version of qnas \({said}, .*search again"):
+        with pytest.raises(CheckpointError, match=rf"from another version of qnas \({said}, .*search again"):
             load_supernet(path)
     path.write_bytes(b"{")
     with pytest.raises(CheckpointError, match="damaged"):

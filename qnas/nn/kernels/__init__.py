@@ -1,1 +1,1 @@
-"""Kernels of the quadratic operator and of the blocks around it, faster than torch's own operators."""
+"""Fast kernels for the quadratic operator and for the two halves of a QuadraBlock."""

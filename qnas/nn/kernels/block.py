@@ -1,7 +1,8 @@
-"""The two halves of a QuadraBlock with layer normalisation, keeping an input each and nothing else.
+"""The mixer half of a QuadraBlock with layer normalisation, of which autograd keeps only the input.
 
-x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))) of pointwise.py. Autograd keeps x and x1
-and computes the rest again in the backward pass: 2 times x where the plain modules keep 14.
+The block is x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))), the half in pointwise.py.
+Autograd keeps x and x1 and recomputes the rest in the backward pass. This takes 2 times the memory of x,
+where the plain modules take 14.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from qnas.nn.kernels.lean_quadratic import quadratic_backward, quadratic_forward
 
 
 def can_run(x: Tensor) -> bool:
-    """Return whether the halves take x: float32 on a CPU, not traced, exported or under autocast."""
+    """Return whether the halves accept x: float32 on a CPU, not traced, compiled or under autocast."""
     return (
-        type(x) is Tensor  # not the stand-in of a tracer or a compiler
+        type(x) is Tensor  # not a tensor subclass of a tracer or compiler
         and x.ndim == 4
         and x.is_cpu
         and x.dtype == torch.float32
@@ -38,18 +39,17 @@ def mixer_half(
     *,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return x + (w_a * n) . (w_b * n) + w_c * n of n = LN(x), with LN over channels.
+    """Return x + (w_a * n) . (w_b * n) + w_c * n with n = LN(x), normalised over channels.
 
-    x: (B, C, H, W), brought to channels_last memory if it is not; norm weight and bias: (C,); w_a, w_b, w_c:
-    (C, 1, k, k) with k odd. Returns (B, C, H, W) in channels_last memory. The gradient itself is not
-    differentiable.
+    x: (B, C, H, W), copied into channels_last memory if necessary; norm weight and bias: (C,); w_a, w_b, w_c:
+    (C, 1, k, k) with k odd. Returns (B, C, H, W) in channels_last memory. There are no second derivatives.
     """
     tensors = (x.contiguous(memory_format=torch.channels_last), norm_weight, norm_bias, w_a, w_b, w_c)
     return run_mixer(*tensors, shares=None, eps=eps)
 
 
 def run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
-    """Run `mixer_half` of its tensors, or with shares the mixture of nested kernels (C++ alone)."""
+    """Run `mixer_half`, or with `shares` the mixture of nested kernels, which exists in C++ only."""
     if not torch.is_grad_enabled():
         return _forward(tensors, shares, eps)
     y: Tensor = _MixerHalf.apply(*tensors, shares, eps)
@@ -57,7 +57,7 @@ def run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
 
 
 class _MixerHalf(torch.autograd.Function):
-    """The half with a backward pass from x alone."""
+    """The mixer half with a backward pass that needs x and the parameters only."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -74,7 +74,7 @@ class _MixerHalf(torch.autograd.Function):
         if not mixer.is_supported(x, w_a.shape[-1]):
             return (*_torch_backward(grad, tensors, ctx.eps, needed), None, None)
         norm = mixer.Norm(norm_weight, norm_bias, ctx.eps)
-        needs_weights = any(needed[1:6])  # not in an architecture step
+        needs_weights = any(needed[1:6])  # false in an architecture step
         got = mixer.backward(
             grad, x, w_a, w_b, w_c, norm, shares, needs_x=needed[0], needs_weights=needs_weights
         )
@@ -117,6 +117,6 @@ def _torch_backward(
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return LN(x) over channels, (B, C, H, W), with the means and reciprocal deviations."""
+    """Return LN(x) over channels, (B, C, H, W), the means, and the reciprocal standard deviations."""
     normed, mean, rstd = torch.native_layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], weight, bias, eps)
     return normed.permute(0, 3, 1, 2), mean, rstd

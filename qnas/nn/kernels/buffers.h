@@ -13,10 +13,10 @@ struct Free {
 };
 using Buffer = std::unique_ptr<float[], Free>;
 
-// Floats that nobody has written yet, on a boundary of 64 bytes, so that no vector lies in two cache lines.
+// Uninitialised floats, aligned to 64 bytes so that no vector lies in two cache lines.
 inline Buffer allocate(size_t floats) {
     void* p = std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
-    if (p == nullptr) std::abort();  // as any allocation of this size that fails
+    if (p == nullptr) std::abort();  // out of memory
     return Buffer(static_cast<float*>(p));
 }
 

@@ -1,4 +1,4 @@
-// Vectors over channels: one vector holds V channels of one place.
+// Vectors over channels: a vector holds V channels at one position.
 
 #pragma once
 
@@ -17,8 +17,8 @@ namespace qnas {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kMaxTile = 16;   // output columns whose sums are in registers at once
-constexpr int kFields = 3;     // gradient fields that a weight gradient reads at once
+constexpr int kMaxTile = 16;   // output columns with sums in registers at the same time
+constexpr int kFields = 3;     // gradient fields that a weight gradient reads at the same time
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
 constexpr int kMaxTile = 8;    // half as many registers
@@ -29,7 +29,7 @@ constexpr int kMaxTile = 8;
 constexpr int kFields = 1;
 #endif
 
-// Returns run(N), N the one of these numbers that `value` is, as a constant.
+// Returns run(N) with N, a constant, the one of these numbers that equals `value`.
 template <int N, int... Others, class Run>
 inline auto with_constant(int value, Run&& run) {
     if constexpr (sizeof...(Others) > 0) {
@@ -38,7 +38,7 @@ inline auto with_constant(int value, Run&& run) {
     return run(std::integral_constant<int, N>());
 }
 
-// Before loops over registers: arrays are in registers only where each loop over them is unrolled whole.
+// For loops over arrays in registers: an array stays in registers only if every loop over it is fully unrolled.
 #define UNROLL _Pragma("GCC unroll 64")
 
 template <int V>
@@ -49,7 +49,7 @@ struct Lanes {
 template <int V>
 using Vec = typename Lanes<V>::Float;
 
-// The first n of V floats; the others are zero and their memory is not touched.
+// The first n of V floats. The other lanes are zero, and their memory is not read.
 template <int V>
 inline Vec<V> load(const float* from, int n) {
     Vec<V> v;
@@ -79,7 +79,7 @@ inline void store(float* to, Vec<V> v, int n) {
     for (int i = 0; i < n; ++i) to[i] = v[i];
 }
 
-// v where the lane is one of the first n, else zero.
+// v in the first n lanes, zero in the others.
 template <int V>
 inline Vec<V> keep(Vec<V> v, int n) {
     if (n == V) return v;
@@ -88,14 +88,14 @@ inline Vec<V> keep(Vec<V> v, int n) {
     return lane < n ? v : Vec<V>{};
 }
 
-// All lanes the same. Less zero, which a compiler knows to be nothing: plus zero would turn -0 into 0.
+// The same value in all lanes. A compiler omits the subtraction of zero, but not an addition, which turns -0 into 0.
 template <int V>
 inline Vec<V> broadcast(float value) {
     return value - Vec<V>{};
 }
 
-// v, loaded once: without it a compiler may load it anew for each of its uses, and the loads take longer
-// than the arithmetic.
+// v, kept in a register. Otherwise a compiler may load it again for each use, and the loads take longer than the
+// arithmetic.
 template <class F>
 inline F in_register(F v) {
 #if defined(__AVX512F__)
@@ -106,7 +106,7 @@ inline F in_register(F v) {
     return v;
 }
 
-// The sum over lanes, in halves: the same order on every machine of one width.
+// The sum over lanes, by halves. The order is the same on all machines with the same vector width.
 template <int V>
 inline float sum(Vec<V> v) {
     if constexpr (V == 1) {
@@ -119,8 +119,8 @@ inline float sum(Vec<V> v) {
     }
 }
 
-// Calls run(i, n) for each vector of a row of `count` floats, n of its floats being in the row: n is kLanes but
-// for the last, so that a compiler makes the many and the last separate code.
+// Calls run(i, n) for each vector of a row of `count` floats, of which n are in the row. n is kLanes except in the
+// last vector, so that a compiler generates separate code for the last one.
 template <class Run>
 inline void for_vectors(int64_t count, Run&& run) {
     int64_t i = 0;
@@ -129,7 +129,7 @@ inline void for_vectors(int64_t count, Run&& run) {
 }
 
 struct Moments {
-    float mean, scale;  // the latter 1 / standard deviation
+    float mean, scale;  // scale is 1 / standard deviation
 };
 
 inline Moments moments(const float* x, int64_t count, float epsilon) {

@@ -1,17 +1,17 @@
-"""The quadratic operator in torch's own operators, without a compiler: little memory, fast gradients.
+"""The quadratic operator in torch's operators, with little memory and fast gradients; needs no compiler.
 
-The backward pass needs x and the weights only and computes both factors anew. The slow part in torch is the
+The backward pass needs x and the weights only and recomputes both factors. The slow part in torch is the
 weight gradient of a depthwise convolution on a CPU: oneDNN has a kernel for weights at most COLUMNS wide and
-no taller than the map, and falls back to one that is up to 20 times slower for all others. So each form
-below serves the shapes for which it is the fastest
-(benchmarks/quadratic.py; figures are milliseconds of three gradients, of stock and of the form):
+no taller than the map, and falls back to a kernel up to 20 times slower for all others. Each form below
+therefore serves the shapes for which it is the fastest. Figures are milliseconds for three gradients, torch's
+(stock) and the form's, for shapes (B, C, H = W) (benchmarks/quadratic.py):
 
-- columns: the weights a few columns at a time; k 5 and 7 ((64,32,16): 10.7 -> 1.8 and 19.7 -> 3.7)
-- gram: all places with all places as one matrix product a channel; maps of few places
+- columns: a few columns of the weights at a time; k 5 and 7 ((64,32,16): 10.7 -> 1.8 and 19.7 -> 3.7)
+- gram: one matrix product per channel, of all positions with all positions; small maps
   ((64,40,4): 1.0 -> 0.3 and 2.3 -> 0.3; (64,80,2), k 3: 0.65 -> 0.30)
 - folded: a forward convolution with the gradient as its kernel; maps little larger than the weights
   ((64,24,8), k 7: 3.9 -> 0.9)
-- stock: k 3
+- stock: torch's own; k 3
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLUMNS = 3  # of a weight that oneDNN's depthwise kernel takes
-TINY_PLACES = 4  # H x W up to which the matrix product wins for every k
-FEW_PLACES = 16  # likewise of small inputs where k is larger than COLUMNS
-SMALL_ELEMENTS = 1 << 16  # of x: what a form costs for each call counts
-FOLDED_ELEMENTS = 1 << 20  # of the folded input; larger ones fall out of the cache
+COLUMNS = 3  # largest kernel width of oneDNN's fast depthwise weight gradient
+TINY_PLACES = 4  # H x W up to which the matrix product is fastest for every k
+FEW_PLACES = 16  # the same for small inputs and k larger than COLUMNS
+SMALL_ELEMENTS = 1 << 16  # elements of x below which the overhead of a call matters
+FOLDED_ELEMENTS = 1 << 20  # elements of the folded input; a larger one does not fit the cache
 
 Factors = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -36,7 +36,7 @@ def quadratic_forward(
 ) -> tuple[Tensor, Factors]:
     """Return y = (w_a * x) . (w_b * x) + w_c * x + bias, and both factors of the product.
 
-    x: (B, C, H, W); weights: (C, 1, k, k), k odd; bias: (C,). Results and factors are as x.
+    x: (B, C, H, W); weights: (C, 1, k, k), k odd; bias: (C,). The result and the factors have x's shape.
     """
     _, (w_a, w_b, w_c) = _within_reach(x, w_a, w_b, w_c)
     a, b = depthwise(x, w_a), depthwise(x, w_b)
@@ -52,16 +52,16 @@ def quadratic_backward(
     needed: Sequence[bool] = (True, True, True, True),
     factors: Factors | None = None,
 ) -> Gradients:
-    """Return the gradients of x, w_a, w_b and w_c, None where not `needed`.
+    """Return the gradients of x, w_a, w_b and w_c; None for those not `needed`.
 
-    grad: (B, C, H, W), of the result; factors: as `quadratic_forward` returned them, else they are
-    computed anew.
+    grad: (B, C, H, W), the gradient of the result; factors: those that `quadratic_forward` returned, or None
+    to recompute them.
     """
     cut, (w_a, w_b, w_c) = _within_reach(x, w_a, w_b, w_c)
     outer = [grad, grad, grad]  # gradients of the three convolutions' results
     if any(needed[:3]):
         a, b = factors or (depthwise(x, w_a), depthwise(x, w_b))
-        # in place where they are ours: fresh memory costs as much as the multiplication
+        # in place if computed here: allocating memory costs as much as the multiplication
         outer[:2] = (grad * b, grad * a) if factors else (b.mul_(grad), a.mul_(grad))
     grad_x: Tensor | None = None
     if needed[0]:
@@ -81,9 +81,9 @@ def quadratic_backward(
 def depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of x and of the weights of `depthwise`, None where not `needed`.
+    """Return the gradients of the input and the weights of `depthwise`; None for those not `needed`.
 
-    grad: (B, C, H, W), of the result.
+    grad: (B, C, H, W), the gradient of the result.
     """
     cut, (weight,) = _within_reach(x, weight)
     grad_x = depthwise(grad, weight.flip(2, 3)) if needed[0] else None
@@ -91,7 +91,7 @@ def depthwise_backward(
 
 
 def _weight_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int, cut: int) -> list[Tensor]:
-    """Return the gradients of weights k wide, with zeros for `cut` rows and columns at each side."""
+    """Return the gradients of k x k weights, padded with `cut` rows and columns of zeros on each side."""
     found = weight_gradient_form(x, kernel)(x, grads, kernel)
     return [F.pad(part, (cut, cut, cut, cut)) for part in found] if cut else found
 
@@ -99,7 +99,7 @@ def _weight_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int, cut: int)
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve each channel with its own weights at stride 1, padded to keep the size."""
     if weight.shape[-1] == 1:
-        y = x * weight.reshape(-1, 1, 1)  # a tenth of a convolution's time on maps of one place
+        y = x * weight.reshape(-1, 1, 1)  # takes a tenth of a convolution's time on 1 x 1 maps
         return y if bias is None else y.add_(bias[:, None, None])
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
@@ -107,7 +107,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient_form(x: Tensor, kernel: int) -> Callable[[Tensor, Sequence[Tensor], int], list[Tensor]]:
     """Return the fastest of the forms below for this shape.
 
-    Each takes x (B, C, H, W), gradients of the same shape and k, and returns (C, 1, k, k) a gradient.
+    Each form takes x (B, C, H, W), gradients of the same shape, and k; it returns a list of (C, 1, k, k).
     """
     height, width = x.shape[2:]
     places = height * width
@@ -118,24 +118,24 @@ def weight_gradient_form(x: Tensor, kernel: int) -> Callable[[Tensor, Sequence[T
         return gram_gradients
     if kernel <= COLUMNS:
         return stock_gradients
-    # on a narrower map most of what the columns multiply is padding
+    # on a narrower map, most multiplications of the columns form are with padding
     is_wide = min(height, width) >= 2 * kernel - 5
     return columns_gradients if is_wide and not is_small else folded_gradients
 
 
 def stock_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
-    """Return torch's own."""
+    """Compute each weight gradient with torch's own operator."""
     return [_convolution_gradient(x, grad, kernel, kernel, kernel // 2) for grad in grads]
 
 
 def columns_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
-    """Return torch's own of a few columns of the weights at a time, put side by side."""
+    """Compute the weight gradients with torch's operator, a few columns of the weights at a time."""
     x = x.contiguous(memory_format=torch.channels_last)
     grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads]
     results = [x.new_empty(x.shape[1], 1, kernel, kernel) for _ in grads]
     for tile in torch.arange(kernel).tensor_split(-(-kernel // COLUMNS)):
         first, last = int(tile[0]), int(tile[-1])
-        # these columns' inputs: as wide as the map and what they reach beyond, so no padding in x
+        # the columns that these taps read, padding included, so that the convolution pads no columns
         reached = F.pad(x, (kernel // 2 - first, last - kernel // 2))
         for grad, result in zip(grads, results, strict=True):
             result[..., first : last + 1] = _convolution_gradient(reached, grad, kernel, len(tile), 0)
@@ -143,7 +143,7 @@ def columns_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[T
 
 
 def gram_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
-    """Return them from every place's x times every place's gradient, summed over the batch."""
+    """Compute the weight gradients from the products of x and the gradient at all pairs of positions."""
     batch, channels, height, width = x.shape
     places = height * width
     at_places = x.permute(1, 2, 3, 0).reshape(channels, places, batch)
@@ -151,12 +151,12 @@ def gram_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tens
     pairs = torch.bmm(at_places, stacked).view(channels, places, len(grads), places)
     taps = _taps_of_pairs(height, width, kernel, x.dtype, x.device)
     rows = pairs.permute(2, 0, 1, 3).reshape(len(grads) * channels, places * places)
-    # copies: an operator's results may not share memory
+    # cloned, since an operator's results may not share memory
     return [g.clone() for g in (rows @ taps).view(len(grads), channels, 1, kernel, kernel)]
 
 
 def folded_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Tensor]:
-    """Return them as forward convolutions of x with the gradients: each channel of each image apart."""
+    """Compute the weight gradients as forward convolutions of x with the gradients, image by image."""
     batch, channels, height, width = x.shape
     images = max(1, FOLDED_ELEMENTS // (channels * height * width))
     totals = [x.new_zeros(channels, 1, kernel, kernel) for _ in grads]
@@ -171,11 +171,11 @@ def folded_gradients(x: Tensor, grads: Sequence[Tensor], kernel: int) -> list[Te
 
 
 def _convolution_gradient(x: Tensor, grad: Tensor, height: int, width: int, pad_columns: int) -> Tensor:
-    """Return the gradient of depthwise weights (C, 1, height, width); rows are padded to keep the size."""
+    """Return the gradient of depthwise weights (C, 1, height, width); rows are padded by height // 2."""
     channels, padding = x.shape[1], [height // 2, pad_columns]
     weight = x.new_empty(channels, 1, height, width)  # for its shape alone
     mask = [False, True, False]
-    # all but the mask: no bias, stride 1, padding, dilation 1, not transposed, its padding, groups
+    # arguments: no bias, stride, padding, dilation, not transposed, output padding, groups, mask
     found = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], channels, mask
     )
@@ -184,9 +184,9 @@ def _convolution_gradient(x: Tensor, grad: Tensor, height: int, width: int, pad_
 
 
 def _within_reach(x: Tensor, *weights: Tensor) -> tuple[int, tuple[Tensor, ...]]:
-    """Return the weights without those that meet nothing but padding, wherever they stand.
+    """Cut off the outer taps that only ever meet padding.
 
-    Before them how many rows and columns were cut off at each side.
+    Returns the number of rows and columns cut on each side, and the remaining weights.
     """
     cut = max(0, (weights[0].shape[-1] - (2 * max(x.shape[2:]) - 1)) // 2)
     inner = (..., slice(cut, -cut), slice(cut, -cut))
@@ -195,11 +195,11 @@ def _within_reach(x: Tensor, *weights: Tensor) -> tuple[int, tuple[Tensor, ...]]
 
 @lru_cache(maxsize=64)
 def _taps_of_pairs(height: int, width: int, kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return 1 where a pair of places (x's, gradient's) is a tap's: (H W H W, k k)."""
+    """Return (H W H W, k k): 1 where a tap connects a position of x with a position of the gradient."""
     with torch.inference_mode(False), torch.no_grad():
         rows, columns = (
             (torch.arange(n)[:, None] - torch.arange(n) + kernel // 2)[..., None] == torch.arange(kernel)
             for n in (height, width)
-        )  # (n of x, n of the gradient, k): is this tap the one between the two
+        )  # (n of x, n of the gradient, k): whether the tap connects the two
         taps = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
         return taps.reshape((height * width) ** 2, kernel**2).to(device=device, dtype=dtype)

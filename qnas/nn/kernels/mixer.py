@@ -1,15 +1,15 @@
-"""The quadratic operator and the mixers made of it, by the C++ kernels: plain functions of tensors.
+"""The C++ kernels of the quadratic operator and of the mixers, as plain functions of tensors.
 
 With a = W_a * x, b = W_b * x, c = W_c * x (depthwise, stride 1, padded to keep the size):
 
 - quadratic: y = a b + c;
-- mixer: y = x + q(LN(x)), q the quadratic operator, LN over channels;
-- nested: y = x + sum_k p_k q_k(LN(x)) over the kernels k = 3, 5, .. whose weights are the centres of
-  one largest kernel. Its cost is near that of the largest alone: smaller kernels are partial sums.
+- mixer: y = x + q(LN(x)), with the quadratic operator q and LN over channels;
+- nested: y = x + sum_k p_k q_k(LN(x)) over kernels k = 3, 5, .., whose weights are the centres of the
+  largest kernel. It costs little more than the largest kernel alone: smaller kernels are partial sums.
 
-The backward passes take x alone and compute everything else anew. Tensors are float32 on the CPU, (B, C,
-H, W); others than channels_last ones are copied into that format, which results have. Results are
-the same bit for bit for any number of threads (`torch.get_num_threads`). No autograd here.
+The backward passes need only the inputs and recompute everything else. Tensors are float32 on the CPU, (B,
+C, H, W). Results are in channels_last memory; inputs in another format are copied into it. Results are
+bitwise the same for any number of threads (`torch.get_num_threads`). These functions do not use autograd.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of `forward`'s inputs; None where not needed, or where there is no such input."""
+    """The gradients of `forward`'s inputs; None for those not needed and for absent inputs."""
 
     x: Tensor | None
     w_a: Tensor | None
@@ -44,23 +44,24 @@ class Gradients(NamedTuple):
 
 
 def is_supported(x: Tensor, kernel: int) -> bool:
-    """Return whether the kernels are available and take this input and kernel size."""
+    """Return whether the kernels are available and support this input and kernel size."""
     return _is_taken(x, kernel) and native.library() is not None
 
 
 def _is_taken(x: Tensor, kernel: int) -> bool:
     if not (x.is_cpu and x.dtype == torch.float32 and x.ndim == 4):
         return False
-    # what lies beyond the map's reach meets nothing but padding
+    # taps further out than the map is wide only meet padding
     return kernel <= MAX_KERNEL or 2 * max(x.shape[2:]) - 1 <= MAX_KERNEL
 
 
 def forward(
     x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, norm: Norm | None = None, shares: Tensor | None = None
 ) -> Tensor:
-    """Return the operator of x, with a norm the mixer, with shares too the nested one: (B, C, H, W).
+    """Compute the operator, the mixer if `norm` is given, or the nested mixer if `shares` is given too.
 
-    Weights: (C, 1, k, k), k odd; shares: p, a number for each of the kernels 3, 5, .., k, with k at most 7.
+    x and the result: (B, C, H, W); weights: (C, 1, k, k), k odd; shares: (k // 2,), p of the kernels 3, 5,
+    .., k, with k at most 7.
     """
     x, inputs = _dense(x), _inputs(x, (w_a, w_b, w_c), norm, shares)
     y = torch.empty_like(x)
@@ -82,13 +83,13 @@ def backward(
     needs_x: bool = True,
     needs_weights: bool = True,
 ) -> Gradients:
-    """Return the gradients of `forward`'s inputs, from that of its result.
+    """Return the gradients of `forward`'s inputs, given the gradient of its result.
 
-    `needs_weights` is for those of weights and norm; that of the shares is always computed.
+    `needs_weights` refers to the weights and the norm. The gradient of the shares is always computed.
     """
     assert grad.shape == x.shape, f"grad must be {tuple(x.shape)}, got {tuple(grad.shape)}"
     grad, x, inputs = _dense(grad), _dense(x), _inputs(x, (w_a, w_b, w_c), norm, shares)
-    # the norm's own gradients come from that of its output, which lies where x's will
+    # the norm's gradients follow from that of its output, which is stored in x's gradient
     through_x = needs_x or (needs_weights and norm is not None)
     new = torch.empty_like if x.numel() else torch.zeros_like
     parameters = [new(t) if needs_weights and t is not None else None for t in inputs[:-1]]
@@ -103,8 +104,8 @@ def backward(
 def _inputs(
     x: Tensor, weights: tuple[Tensor, ...], norm: Norm | None, shares: Tensor | None
 ) -> list[Tensor | None]:
-    """Check shapes and return all inputs but x, dense: weights, norm's weight and bias, shares."""
-    # loops and early exits: these lines are a tenth of a forward pass on a small map
+    """Check shapes and return the other inputs, contiguous: weights, norm's weight and bias, shares."""
+    # written for speed: these lines take a tenth of a forward pass on a small map
     channels, kernel = x.shape[1], weights[0].shape[-1]
     expected = (channels, 1, kernel, kernel)
     for weight in weights:
@@ -128,9 +129,9 @@ def _inputs(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return x with its channels side by side and places in order, the memory of channels_last.
+    """Return x in dense channels_last memory, copied if necessary.
 
-    A map of one place or one channel is contiguous both ways, and torch leaves its strides ambiguous.
+    The strides are compared, since torch leaves them ambiguous for maps of one position or one channel.
     """
     _, channels, height, width = x.shape
     if x.stride() == (height * width * channels, 1, width * channels, channels):

@@ -1,9 +1,9 @@
-"""The C++ kernels: built on first use where a compiler exists, then loaded from a cache.
+"""The C++ kernels: compiled on first use if there is a compiler, then loaded from a cache.
 
-All .cpp files of this folder are one shared object with a plain C interface: torch's extension
-headers alone take a compiler 18 s. It is kept by a digest of sources, compiler, flags and processor
-in $QNAS_HOME/kernels, else qnas/kernels in $XDG_CACHE_HOME or ~/.cache. Importing this module
-builds nothing. A build that fails gives one warning, after which `library` returns None.
+All .cpp files of this folder form one shared object with a plain C interface, since compiling torch's
+extension headers alone takes 18 s. The file's name is a digest of sources, compiler, flags and processor.
+It is kept in $QNAS_HOME/kernels, or else in qnas/kernels of $XDG_CACHE_HOME or ~/.cache. Importing this
+module builds nothing. If the build fails, there is one warning, and `library` returns None.
 QNAS_KERNELS=0 turns the kernels off.
 """
 
@@ -30,7 +30,7 @@ from qnas.common.resources import user_cache
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 # Not all of -ffast-math: sums keep their order, so that results are the same on every run and for any
-# number of threads, and NaN and infinity stay what they are.
+# number of threads, and NaN and infinity are preserved.
 FLAGS = (
     "-O3",
     "-march=native",
@@ -44,13 +44,13 @@ FLAGS = (
 )
 BUILD_SECONDS = 600  # a build that takes longer has failed
 
-# of every kernel: sizes, the norm's epsilon, the places of its inputs and of its outputs
+# arguments of every kernel: sizes, the norm's epsilon, pointers to the inputs and to the outputs
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded kernels, and the file that they were loaded from."""
+    """The loaded kernels and their file."""
 
     path: Path
     lanes: int  # floats in a vector: 16 with AVX-512
@@ -58,12 +58,12 @@ class Native:
 
 
 def library() -> Native | None:
-    """Return the kernels, built at the first use; None where they are off or cannot be built."""
+    """Return the kernels, built on first use; None if they are turned off or cannot be built."""
     return _load() if is_enabled() else None
 
 
 def is_enabled() -> bool:
-    """Return whether the environment allows the kernels: QNAS_KERNELS is not 0."""
+    """Return whether the kernels are enabled: the environment variable QNAS_KERNELS is not 0."""
     return os.environ.get("QNAS_KERNELS", "") != "0"
 
 
@@ -85,18 +85,18 @@ def describe() -> dict[str, Any]:
 
 
 def find_compiler() -> str | None:
-    """Return the path of the compiler: $CXX, else the first of COMPILERS that is installed."""
+    """Return the path of the compiler: $CXX, or else the first of COMPILERS that is installed."""
     names = (os.environ.get("CXX"), *COMPILERS)
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
-    """Return the folder of built kernels: $QNAS_HOME/kernels, else qnas/kernels in the user's cache."""
+    """Return the folder of built kernels: $QNAS_HOME/kernels, or else qnas/kernels in the user's cache."""
     return user_cache("kernels")
 
 
 def cached_path(compiler: str) -> Path:
-    """Return where this compiler's build of these sources for this processor lies, or would lie."""
+    """Return the path in the cache for a build of these sources by this compiler for this processor."""
     digest = hashlib.sha256()
     for part in (_version(compiler), cpu_name(), *FLAGS):
         digest.update(part.encode() + b"\0")
@@ -106,9 +106,9 @@ def cached_path(compiler: str) -> Path:
 
 
 def build(compiler: str, path: Path) -> None:
-    """Compile the sources into the shared object `path`, all of it or nothing.
+    """Compile the sources into the shared object `path`, atomically.
 
-    Several processes may build the same file at once: each writes its own and the last one stays.
+    Several processes may build the same file at once: each writes its own, and the last one stays.
     Raises OSError or subprocess.SubprocessError.
     """
     with atomic_path(path) as partial:
@@ -121,14 +121,14 @@ def build(compiler: str, path: Path) -> None:
 def _load() -> Native | None:
     compiler = find_compiler()
     if compiler is None:
-        return None  # nothing went wrong: most machines that only run qnas have none
+        return None  # not an error: most machines that only run qnas have no compiler
     try:
         path = cached_path(compiler)
         if not path.exists():
             build(compiler, path)
         try:
             loaded = ctypes.CDLL(str(path))
-        except OSError:  # damaged
+        except OSError:  # a damaged file
             build(compiler, path)
             loaded = ctypes.CDLL(str(path))
         return Native(path, int(loaded.qnas_lanes()), loaded)
@@ -149,11 +149,11 @@ def call(
     inputs: Sequence[Tensor | None],
     outputs: Sequence[Tensor | None],
 ) -> None:
-    """Call a C++ kernel, whose source says what it takes; None is a null pointer. Ask `library` first.
+    """Call a C++ kernel with the arguments that its source documents. Check `library` first.
 
-    Tensors are float32 on the CPU and dense. The number of threads follows the sizes.
+    Tensors are float32, dense and on the CPU; None is a null pointer. The thread count follows the sizes.
     """
-    numbers = struct.pack(f"{len(sizes) + 1}q", *sizes, torch.get_num_threads())  # half the time of ctypes
+    numbers = struct.pack(f"{len(sizes) + 1}q", *sizes, torch.get_num_threads())  # twice as fast as ctypes
     _function(name)(numbers, eps, _places(inputs), _places(outputs))
 
 

@@ -1,10 +1,11 @@
 """The two halves of a QuadraBlock relaxed over kernels, expansions and identity, in one pass each.
 
-Candidates are nested: a smaller kernel is the centre of the largest one's weights, a smaller expansion its
-leading hidden channels. So the mixture of all mixers, x + s sum_k p_k q_k(LN(x)), is partial sums of one
-sweep, and that of all channel halves is one with a gate on each hidden channel: 1 on those that every
-expansion has, the probability of the larger ones beyond. s, the share that is not identity, scales both.
-Gradients are exact, those of the shares and gates too.
+Candidates are nested: a smaller kernel is the centre of the largest kernel, and a smaller expansion the
+leading hidden channels of the largest one. The mixture of all mixers, x + s sum_k p_k q_k(LN(x)), is
+therefore computed from partial sums in one pass. The mixture of all channel halves is one channel half with
+a gate on each hidden channel: the probability of an expansion that has it, which is 1 for the channels of
+the smallest expansion. Both are scaled by s, the share that is not identity. All gradients are exact,
+including those of the shares and gates.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from qnas.nn.kernels import mixer
 from qnas.nn.kernels.block import can_run, run_mixer
 from qnas.nn.kernels.pointwise import channel_half
 
-SMALLEST_KERNEL = 3  # of the C++ kernel's partial sums
+SMALLEST_KERNEL = 3  # smallest kernel for which the C++ kernel has partial sums
 
 
 def nested_mixer_half(
@@ -32,12 +33,11 @@ def nested_mixer_half(
     *,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return x + sum_k p_k q_k(LN(x)), q_k the quadratic operator by the k x k centres of the weights.
+    """Return x + sum_k p_k q_k(LN(x)), with q_k the quadratic operator of the k x k centres of the weights.
 
-    x: (B, C, H, W); norm weight and bias: (C,), over channels; w_a, w_b, w_c: (C, 1, K, K); shares: p, a
-    number for each of `kernels`, odd sizes up to K, of any sum. Returns (B, C, H, W). Float32 on the CPU
-    with kernels from 3 to 7 takes the C++ kernel, whose gradient is not itself differentiable; all else
-    torch's operators.
+    x: (B, C, H, W); norm weight and bias: (C,); w_a, w_b, w_c: (C, 1, K, K); kernels: odd sizes up to K;
+    shares: p, (kernels,), of any sum. Returns (B, C, H, W). The C++ kernel, which has no second derivatives,
+    serves float32 on the CPU with kernels from 3 to 7; torch's operators serve all other cases.
     """
     assert shares.shape == (len(kernels),), f"a share a kernel, got {tuple(shares.shape)} for {kernels}"
     largest = w_a.shape[-1]
@@ -76,8 +76,8 @@ def nested_channel_half(
 ) -> Tensor:
     """Return x + s (PW2(g . GELU(PW1(LN(x)))) + b), with a gate g for each hidden channel.
 
-    Shapes as in `pointwise.channel_half`; gates: (E,); share: s, a scalar. Both are folded into PW2, whose
-    weight gradient is all that their own gradients need.
+    Shapes as in `pointwise.channel_half`; gates: (E,); share: s, a scalar. Gates and share are folded into
+    PW2, and their gradients follow from PW2's.
     """
     project = project_weight * (share * gates)[:, None, None]
     shift = share * project_bias

@@ -1,13 +1,13 @@
 // The channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), on rows of channels (the memory of a
 // channels_last map): forward, and backward from x alone.
 //
-// Rows go through in chunks that stay in cache, panels of hidden channels one after another (products.h
-// says what panels are): each number is written in the layout that the next product reads, and GELU meets
-// it in cache. PW1's weights take the norm's scale and its bias the norm's shift, so that neither is a
-// pass over rows, nor are their gradients, which come from that of the scaled weights.
+// Rows are processed in chunks that stay in cache, one panel of hidden channels after another (products.h defines
+// panels). Each number is written in the layout that the next product reads, and GELU finds it in cache. The
+// norm's scale is folded into PW1's weights and its shift into PW1's bias, so that neither takes a pass over rows.
+// Nor do their gradients, which follow from that of the scaled weights.
 //
-// Threads share rows where rows are independent and hidden panels where sums run over rows, which take
-// their terms in order: results are the same bit for bit for any number of threads.
+// Threads share rows where rows are independent, and hidden panels where sums run over rows. Sums add their
+// terms in order, so results are bitwise the same for any number of threads.
 
 #include <omp.h>
 
@@ -28,7 +28,7 @@ using Ints = typename Lanes<V>::Int;
 constexpr int64_t kChunkRows = 126;      // a multiple of every kTileRows
 constexpr double kThreadWork = 1 << 20;  // multiply-adds below which a second thread costs more
 
-// Beyond it the normal distribution function is 0 or 1 to float32.
+// Beyond this limit, the normal distribution function is 0 or 1 in float32.
 constexpr float kLimit = 5.42f;
 
 // first u^n + .. + others[n - 1]
@@ -39,8 +39,8 @@ inline Floats polynomial(Floats u, float first, C... others) {
     return value;
 }
 
-// The normal distribution function as 1/2 + x P(x^2) / Q(x^2): least squares, reweighted towards the least
-// maximal error, which is 6e-9 in exact arithmetic and 2e-7 as computed.
+// The normal distribution function as 1/2 + x P(x^2) / Q(x^2), fitted by least squares that are reweighted to
+// minimise the maximal error, which is 6e-9 in exact arithmetic and 2e-7 as computed.
 inline Floats normal_cdf(Floats x) {
     Floats c = x > kLimit ? kLimit + Floats{} : x;
     c = c < -kLimit ? -kLimit + Floats{} : c;
@@ -50,16 +50,16 @@ inline Floats normal_cdf(Floats x) {
     const Floats q = polynomial(u, 1.2126442747938534e-06f, 7.263351013026391e-05f, 1.8638304368607536e-03f,
                                 2.8429959014092773e-02f, 2.505499823941442e-01f, 1.0f);
     const Floats cdf = c * (p / q) + 0.5f;
-    return x < -kLimit ? Floats{} : cdf;  // what rounding leaves there would grow with x
+    return x < -kLimit ? Floats{} : cdf;  // GELU would multiply a rounding error here by x
 }
 
-// The normal density: 2^n times a fifth-degree 2^f / sqrt(2 pi) for f in [-1/2, 1/2], fitted like the
-// above to a relative error of 7e-8.
+// The normal density: 2^n times a polynomial of degree 5 for 2^f / sqrt(2 pi), f in [-1/2, 1/2], fitted in the
+// same way to a relative error of 7e-8.
 inline Floats normal_density(Floats x) {
     const Floats square = x * x;
     const auto is_far = square > kLimit * kLimit;
     const Floats power = (is_far ? Floats{} : square) * -0.72134752044f;  // log2 exp(-x^2 / 2)
-    const Ints n = __builtin_convertvector(power - 0.5f, Ints);  // not positive: rounds to the nearest
+    const Ints n = __builtin_convertvector(power - 0.5f, Ints);  // power <= 0, so this rounds to the nearest
     const Floats f = power - __builtin_convertvector(n, Floats);
     const Floats e = polynomial(f, 5.296545023e-04f, 3.859982516e-03f, 2.214414214e-02f, 9.583439223e-02f,
                                 2.765256317e-01f, 3.989423090e-01f);
@@ -67,13 +67,13 @@ inline Floats normal_density(Floats x) {
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
 }
 
-// (rows, columns) in panels of a pitch of so many rows.
+// A (rows, columns) matrix in panels that are `pitch` rows apart.
 struct Panels {
     float* start;
     int64_t pitch;
 
     float* at(int64_t panel, int64_t row) const { return start + (panel * pitch + row) * kPanel; }
-    // of a column that is the first of a vector
+    // for a column that is the first of a vector
     float* of(int64_t row, int64_t column) const { return at(column / kPanel, row) + column % kPanel; }
 };
 
@@ -90,7 +90,7 @@ struct Half {
 
     int64_t wide() const { return panels_of(hidden); }
     int64_t narrow() const { return panels_of(channels); }
-    // Rows of a chunk: all chunks about the same.
+    // Rows of a chunk. All chunks have about the same number.
     int64_t chunk() const {
         const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
         return ((rows + chunks - 1) / chunks + kTileRows - 1) / kTileRows * kTileRows;
@@ -100,8 +100,8 @@ struct Half {
     }
 };
 
-// PW1 with the norm's scale in its weights and the norm's shift in its bias: (e, c), the same in panels for
-// the product with normalised rows, and the bias in panels.
+// PW1 with the norm's scale folded into its weights and the shift into its bias: the weights as (e, c) and in
+// panels for the product with normalised rows, and the bias in panels.
 struct Expansion {
     Buffer matrix, weights, shift;
 
@@ -122,7 +122,7 @@ struct Expansion {
     }
 };
 
-// to = (row - mean) / sqrt(variance + epsilon); returns the reciprocal root
+// to = (row - mean) / sqrt(variance + epsilon). Returns 1 / sqrt(variance + epsilon).
 inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at) {
     const float* x = q.x + row * q.channels;
     const auto [mean, scale] = moments(x, q.channels, q.epsilon);
@@ -132,8 +132,8 @@ inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at)
     return scale;
 }
 
-// Rows [begin, end) of one panel of a product, `first` (kPanel floats; null: zero) added: done(row, sums)
-// has the sums of a tile, of which rows at `end` and beyond mean nothing.
+// Computes rows [begin, end) of one panel of a product plus `first` (kPanel floats; null: zero), and calls
+// done(row, sums) with the sums of each tile. Rows of a tile at `end` and beyond have no meaning.
 template <int N, class Done>
 inline void multiply(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
                      int64_t end, Done&& done) {
@@ -147,7 +147,7 @@ inline void multiply(const Panels& a, int64_t terms, const float* b, const float
     });
 }
 
-// The same into a panel, of whose rows `to` is the one at `begin`.
+// The same, written to a panel. `to` points to its row `begin`.
 template <int N>
 inline void multiply_to(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
                         int64_t end, float* to) {
@@ -216,8 +216,8 @@ struct Gradients {
     float *project, *project_bias;                          // both null or neither
 };
 
-// GELU(h) of the rows of a panel, and its gradient in place of that of its result; adds the latter's
-// sums over rows to `total`.
+// Computes GELU(h) for the rows of a panel and replaces the gradient of GELU(h) by that of h, whose sums over
+// rows it adds to `total`.
 template <int N>
 inline void gelu_backward(const float* h, float* activated, float* grad, int64_t rows, float* total) {
     Floats sums[N];
@@ -243,7 +243,7 @@ inline void accumulate(const Panels& narrow, int64_t first, int64_t channels, co
         accumulate_tile<kTileTerms, N>(narrow.of(first, c), wide, rows, to + c * kPanel);
 }
 
-// The rows [begin, end) of dx from the gradient of the normalised rows.
+// Computes the rows [begin, end) of dx from the gradient of the normalised rows.
 inline void normalise_backward(const Half& q, const float* grad, const Panels& to_normed, const Panels& normed,
                                const float* rstd, int64_t start, int64_t begin, int64_t end, float* dx) {
     const int64_t channels = q.channels;
@@ -267,7 +267,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
     const int64_t channels = q.channels, hidden = q.hidden, wide = q.wide(), narrow = q.narrow();
     const bool expand_too = to.expand != nullptr, project_too = to.project != nullptr;
     const int threads = int(std::min<int64_t>(q.useful_threads(), wide));
-    // what threads do together is larger: they wait for one another twice each time
+    // several threads process more rows at a time, since they wait for one another twice each time
     const int64_t chunk = q.chunk(), together = threads == 1 ? 1 : 4 * threads;
     const int64_t size = chunk * std::min(together, (q.rows + chunk - 1) / chunk);
     const Expansion expansion(q);
@@ -284,7 +284,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int own = omp_get_thread_num(), all = omp_get_num_threads();
-        // the same rows of every chunk: others may still read theirs of the chunk before
+        // a thread always has the same rows of maps: others may still read theirs from the time before
         const int64_t tiles = size / kTileRows;
         const int64_t first = tiles * own / all * kTileRows, last = tiles * (own + 1) / all * kTileRows;
         const Buffer hidden_panels = zeros(2 * chunk * kPanel);
@@ -302,7 +302,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
             for (int64_t p = wide * own / all; p < wide * (own + 1) / all; ++p) {
                 with_vectors(hidden - p * kPanel, [&](auto vectors) {
                     constexpr int N = decltype(vectors)::value;
-                    for (int64_t row = 0; row < rows; row += chunk) {  // sums are over a chunk, then over all
+                    for (int64_t row = 0; row < rows; row += chunk) {  // sums run over a chunk, then over all chunks
                         const int64_t count = std::min(chunk, rows - row), stop = row + count;
                         multiply_to<N>(normed, channels, expansion.weights.get() + p * channels * kPanel,
                                        expansion.shift.get() + p * kPanel, row, stop, expanded);
@@ -336,7 +336,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
             }
             normalise_backward(q, grad, to_normed, normed, rstd.get(), start, begin, end, to.x);
         }
-        // every thread finishes the panels that it summed
+        // each thread finishes the panels that it summed
         for (int64_t p = wide * own / all; p < wide * (own + 1) / all; ++p) {
             const int64_t first = p * kPanel, count = std::min<int64_t>(kPanel, hidden - first);
             for (int64_t c = 0; project_too && c < channels; ++c)
@@ -345,7 +345,7 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
             float* const by_shift = by_scale + channels;
             for (int64_t c = 0; expand_too && c < channels; c += V) {
                 const int n = int(std::min<int64_t>(V, channels - c));
-                float turned[kPanel][V] = {};  // panels lie the other way round
+                float turned[kPanel][V] = {};  // panels are transposed
                 for (int64_t term = 0; term < n; ++term)
                     for (int64_t i = 0; i < kPanel; ++i) turned[i][term] = to_expand.at(p, c + term)[i];
                 const Floats scale = load<V>(q.norm_weight + c, n), bias = load<V>(q.norm_bias + c, n);
@@ -383,13 +383,13 @@ void run_backward(const Half& q, const float* grad, const Gradients& to) {
 extern "C" {
 
 // `sizes`: rows, channels, hidden channels, threads. `in`: x, the norm's weight and bias (c), the weight and bias of
-// expand, (e, c) and (e), and of project, (c, e) and (c). `out`: y.
+// expand, (e, c) and (e), and those of project, (c, e) and (c). `out`: y.
 void qnas_pointwise_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
     qnas::run_forward(qnas::Half(sizes, epsilon, in), out[0]);
 }
 
-// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order. Those of norm and expand
-// may be null together, and those of project.
+// `in` has y's gradient in addition, at the end. `out`: the gradients of the inputs of the forward pass, in their
+// order. Those of norm and expand may all be null, and so may both of project.
 void qnas_pointwise_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
     qnas::run_backward(qnas::Half(sizes, epsilon, in), in[7],
                        {out[0], out[1], out[2], out[3], out[4], out[5], out[6]});

@@ -1,14 +1,15 @@
-"""The channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), lean in memory.
+"""The channel half of a QuadraBlock, y = x + PW2(GELU(PW1(LN(x)))), with little memory.
 
-A channels_last map is a matrix of pixels by channels, and both pointwise convolutions are products with
-it. They run over chunks of rows whose expanded activation stays in cache. Autograd keeps x alone:
-normalisation and expanded activation are computed again in the backward pass, one product of six more, in
-exchange for ten times less memory.
+A channels_last map is a matrix of pixels by channels, and both pointwise convolutions are matrix products.
+They run over chunks of rows whose expanded activation stays in cache. Autograd keeps only x: the backward
+pass recomputes the normalisation and the expanded activation. This costs one of six matrix products and
+needs ten times less memory.
 
-The scale and shift of the normalisation enter PW1's weights, PW1(LN(x)) = (W1 diag(s)) n + (W1 t + b1)
-with n the normalised rows, which spares a pass forward and both of its reductions over pixels backward.
+The scale s and shift t of the normalisation are folded into PW1: PW1(LN(x)) = (W1 diag(s)) n + (W1 t + b1)
+with the normalised rows n. This saves a pass over the rows in the forward pass, and two reductions over
+pixels in the backward pass.
 
-All of it is one C++ call (pointwise.cpp) where that could be built, torch's operators elsewhere.
+The half is one C++ call (pointwise.cpp) if the C++ kernels could be built, and torch's operators otherwise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import native
 
-# Rows of torch's chunks: expanded activations that stay in cache, but enough rows for a weight gradient,
-# which is read and written once a chunk (half and double of either: 0 to 5% slower).
+# Rows of a chunk with torch's operators: few enough that the expanded activation stays in cache, but enough
+# for the weight gradients, read and written once per chunk (half and double of either: 0 to 5% slower).
 CHUNK_ACTIVATIONS = 200_000
 CHUNK_ROWS = 512
 
@@ -39,9 +40,9 @@ def channel_half(
 ) -> Tensor:
     """Return x + PW2(GELU(PW1(LN(x)))), with LN over channels and the GELU of `nn.GELU()`.
 
-    x: (B, C, H, W), brought to channels_last memory if it is not; norm weight and bias, project bias: (C,);
+    x: (B, C, H, W), copied into channels_last memory if necessary; norm weight and bias, project bias: (C,);
     expand weight: (E, C, 1, 1), its bias (E,); project weight: (C, E, 1, 1). All of one floating dtype.
-    Returns (B, C, H, W) in channels_last memory. The gradient itself is not differentiable.
+    Returns (B, C, H, W) in channels_last memory. There are no second derivatives.
     """
     arguments = (x, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias)
     channels, hidden = x.shape[1], expand_weight.shape[0]
@@ -55,7 +56,7 @@ def channel_half(
 
 
 class _ChannelHalf(torch.autograd.Function):
-    """The half with a backward pass from x alone."""
+    """The channel half with a backward pass that needs x and the parameters only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
@@ -68,7 +69,7 @@ class _ChannelHalf(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        # an architecture step of a search needs neither, or with nested weights the second alone
+        # an architecture step needs neither; with nested weights, only the second
         wanted = any(needed[1:5]), any(needed[5:7])
         backward = _native_backward if _is_native(x) else _torch_backward
         grad_x, *gradients = backward(_rows(grad), _rows(x), parameters, ctx.eps, *wanted)
@@ -102,10 +103,10 @@ def _native_forward(rows: Tensor, parameters: Parameters, eps: float) -> Tensor:
 def _native_backward(
     grad: Tensor, rows: Tensor, parameters: Parameters, eps: float, expand_too: bool, project_too: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, (rows, C), and of the parameters, None where not wanted."""
+    """Return the gradients of x, (rows, C), and of the parameters; None for those not wanted."""
     parameters = [p.contiguous() for p in parameters]
     wanted = [expand_too] * 4 + [project_too] * 2
-    # the kernel writes all of them, but of no rows there is nothing to do
+    # the kernel writes all elements, but is not called without rows
     new = torch.empty_like if len(rows) else torch.zeros_like
     found = (new(rows), *(new(p) if w else None for p, w in zip(parameters, wanted, strict=True)))
     if len(rows):
@@ -115,7 +116,7 @@ def _native_backward(
 
 
 def _torch_forward(rows: Tensor, parameters: Parameters, eps: float) -> Tensor:
-    """Return y, (rows, C): every device and floating dtype."""
+    """Return y, (rows, C), on any device and in any floating dtype."""
     norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias = parameters
     expand, shift = _fold_norm(norm_weight, norm_bias, expand_weight, expand_bias)
     project = project_weight.flatten(1)
@@ -143,7 +144,7 @@ def _torch_backward(
     hidden, channels = expand.shape
     size = _chunk_rows(len(rows), hidden)
     grad_x = torch.empty_like(rows)
-    # Both weight gradients are summed as (C, E): a product so shaped is 10% faster than its transpose.
+    # Both weight gradients are summed as (C, E): this product is 10% faster than its transpose.
     grad_expand, grad_project = rows.new_zeros(channels, hidden), rows.new_zeros(channels, hidden)
     grad_shift = rows.new_zeros(hidden)
     activated_rows, slope_rows = (rows.new_empty(min(size, len(rows)), hidden) for _ in range(2))
@@ -151,8 +152,8 @@ def _torch_backward(
         activated, slope = activated_rows[: len(part)], slope_rows[: len(part)]
         normed, _, rstd = torch.native_layer_norm(part, [channels], None, None, eps)
         torch.addmm(shift, normed, expand.t(), out=activated)
-        torch.mm(part_y, project, out=slope)  # the gradient of GELU's output
-        torch.ops.aten.gelu_backward.grad_input(slope, activated, grad_input=slope)  # now that of its input
+        torch.mm(part_y, project, out=slope)  # gradient of GELU's output
+        torch.ops.aten.gelu_backward.grad_input(slope, activated, grad_input=slope)  # now of its input
         torch.ops.aten.gelu.out(activated, out=activated)
         if project_too:
             grad_project.addmm_(part_y.t(), activated)
@@ -182,7 +183,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _map(rows: Tensor, like: Tensor) -> Tensor:
-    """(B H W, C) -> (B, C, H, W) in channels_last memory, a view."""
+    """(B H W, C) -> (B, C, H, W), a view in channels_last memory."""
     batch, channels, height, width = like.shape
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
@@ -193,7 +194,7 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _chunk_rows(rows: int, hidden: int) -> int:
-    """Return the rows of a chunk, such that all chunks have about the same."""
+    """Return the number of rows of a chunk. All chunks have about the same number."""
     most = max(CHUNK_ROWS, CHUNK_ACTIVATIONS // hidden)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
@@ -208,8 +209,8 @@ def _fold_norm(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Ten
 def _normalise_backward(
     grad_y: Tensor, grad_normed: Tensor, normed: Tensor, rstd: Tensor, to: Tensor
 ) -> None:
-    """Write grad_y + the gradient through the normalisation."""
-    # the normalised rows have mean 0: as input they only lack the factor that rstd is
+    """Write into `to` the sum of grad_y and the gradient through the normalisation."""
+    # differentiate at the normalised rows, with mean 0 and rstd 1; the factor rstd follows
     mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
     through = torch.ops.aten.native_layer_norm_backward(
         grad_normed, normed, [normed.shape[1]], mean, one, None, None, [True, False, False]

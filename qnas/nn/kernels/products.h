@@ -1,11 +1,11 @@
-// Matrix products of tall thin matrices with small ones, for pointwise.cpp: a BLAS packs both operands for
-// each product and reaches three quarters of the machine's arithmetic at these sizes; here weights are
-// packed once a call, and activations are written in the layout that the next product reads.
+// Products of tall thin matrices with small ones, for pointwise.cpp. A BLAS packs both operands for each
+// product and reaches three quarters of the machine's peak at these sizes. Here, weights are packed once per
+// call, and activations are written in the layout that the next product reads.
 //
-// That layout is panels: kPanel columns side by side, row below row, so (rows, columns) lies as
-// (columns / kPanel, pitch, kPanel), pitch >= rows. Columns beyond the last are zero in weights. A tile of sums is
-// in registers from the first to the last term, and each sum takes its terms in order: results do not
-// depend on how rows and columns are divided.
+// This layout is panels of kPanel adjacent columns: a (rows, columns) matrix is stored as
+// (columns / kPanel, pitch, kPanel), pitch >= rows. In weights, columns beyond the last are zero. A tile of sums
+// stays in registers from the first to the last term, and each sum adds its terms in order. Results therefore do
+// not depend on how rows and columns are divided.
 
 #pragma once
 
@@ -16,18 +16,18 @@
 namespace qnas {
 
 constexpr int kPanel = 2 * kLanes;                    // columns
-constexpr int kTileRows = kLanes == 16 ? 14 : 6;      // of a product's tile: 28 or 12 registers of sums
-constexpr int kTileTerms = kLanes == 16 ? 8 : 4;      // rows of a tile of a sum of outer products
+constexpr int kTileRows = kLanes == 16 ? 14 : 6;      // rows of a product's tile: 28 or 12 registers of sums
+constexpr int kTileTerms = kLanes == 16 ? 8 : 4;      // rows of a tile in a sum of outer products
 
 inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Calls run(N), a constant, with the vectors that hold the columns of a panel that are left: 1 or 2.
+// Calls run(N), a constant, with the number of vectors (1 or 2) that the remaining `columns` of a panel fill.
 template <class Run>
 inline void with_vectors(int64_t columns, Run&& run) {
     with_constant<2, 1>(columns > kLanes ? 2 : 1, run);
 }
 
-// A matrix (terms, columns), at `from` with these strides, to panels of pitch `terms`.
+// Packs a (terms, columns) matrix, at `from` with these strides, into panels of pitch `terms`.
 inline void pack_weights(const float* from, int64_t terms, int64_t columns, int64_t by_term, int64_t by_column,
                          float* to) {
     for (int64_t first = 0; first < columns; first += kPanel, to += terms * kPanel) {
@@ -39,7 +39,7 @@ inline void pack_weights(const float* from, int64_t terms, int64_t columns, int6
             }
             continue;
         }
-        for (int64_t start = 0; start < terms; start += kLanes) {  // of a transpose, what a cache line has
+        for (int64_t start = 0; start < terms; start += kLanes) {  // transpose a cache line at a time
             const int64_t end = start + kLanes < terms ? start + kLanes : terms;
             for (int64_t n = 0; n < kPanel; ++n) {
                 const float* column = from + (first + n) * by_column;
@@ -71,8 +71,8 @@ inline void multiply_tile(const float* a, int64_t pitch, int64_t terms, const fl
     }
 }
 
-// Calls run(T, first) with T, a constant, for tiles of T rows that cover [begin, end), and where rows are
-// odd one more.
+// Calls run(T, first), T a constant, for tiles of T rows that cover [begin, end), and one more row if their number
+// is odd.
 template <class Run>
 inline void for_tiles(int64_t begin, int64_t end, Run&& run) {
     int64_t row = begin;
@@ -90,9 +90,9 @@ inline void for_tiles(int64_t begin, int64_t end, Run&& run) {
     }
 }
 
-// to (T rows of a panel of pitch kPanel, N vectors) += sum over rows r of a(r, t) b(r, v): `a` points to the
-// first of T columns of a panel. The sum of these rows is added to the others as a whole: one long sum of all
-// would lose a digit by its end.
+// to (T rows of a panel of pitch kPanel, N vectors) += sum over rows r of a(r, t) b(r, v). `a` points to the
+// first of T columns of a panel. The sum over these rows is computed first and then added: a single long sum
+// over all rows would lose a digit.
 template <int T, int N>
 inline void accumulate_tile(const float* a, const float* b, int64_t rows, float* to) {
     constexpr int V = kLanes;

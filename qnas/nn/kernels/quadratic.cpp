@@ -1,22 +1,21 @@
 // The quadratic depthwise convolution y = a b + c, a = W_a * x, b = W_b * x, c = W_c * x, forward and
-// backward; alone, as the mixer x + q(LN(x)), and as the mixture x + sum_k p_k q_k(LN(x)) of nested
-// kernels 3, 5, .. whose weights are the centres of one another.
+// backward: alone (q), as the mixer x + q(LN(x)), and as the mixture x + sum_k p_k q_k(LN(x)) of nested
+// kernels 3, 5, .., each of which is the centre of the next.
 //
-// All three are one engine. A kernel is a set of rings: level j adds the taps between kernel j - 1
-// and kernel j to what a and b were at level j - 1; a plain operator has one level that is all of it,
-// at share 1. Since c is linear, its mixture is a convolution by W_c times, at each tap, the shares
-// of all kernels that hold the tap.
+// All three are computed by the same code. A kernel is a set of rings (levels): level j adds the taps between
+// kernel j - 1 and kernel j to the a and b of level j - 1. The plain operator has one level, with share 1. Since
+// c is linear, its mixture is a convolution by W_c, where each tap is multiplied by the sum of the shares of all
+// kernels that contain it.
 //
-// A task is one image and one group of channels (a vector's lanes). It streams rows: x (normalised
-// on the way) is copied into a ring buffer of dense padded rows, so that all products and their
-// gradients stay in cache whatever the stride between places. The forward pass of three, five and seven
-// taps across, and most of the backward pass of three, are minimal filtering (winograd.h), since direct
-// sums run at the machine's peak as it is. The backward pass keeps only x and
-// recomputes a and b. Images are divided into slices that do not depend on the number of threads;
-// every slice sums its weight gradients for itself, and the slices are added in order: results are
-// the same bit for bit for any number of threads.
+// A task is one image and one group of channels (the lanes of a vector). It streams rows: x is normalised and
+// copied into a ring buffer of dense padded rows, so that all products and their gradients stay in cache, whatever
+// the stride between positions. The forward pass for three, five and seven taps across, and most of the backward
+// pass for three, use minimal filtering (winograd.h), since direct sums already run at the machine's peak. The
+// backward pass keeps only x and recomputes a and b. Images are divided into slices that do not depend on the
+// number of threads. Each slice sums its weight gradients separately, and the slices are added in order, so results
+// are bitwise the same for any number of threads.
 //
-// Memory: x, y and their gradients are (B, H, W, C) dense; weights (C, 1, k, k) dense.
+// Memory: x, y and their gradients are dense (B, H, W, C); weights are dense (C, 1, k, k).
 
 #include <algorithm>
 #include <cmath>
@@ -33,38 +32,38 @@ namespace {
 constexpr int kMaxLevels = 4;
 constexpr int kMaxKernel = 9;
 constexpr int kMaxSlices = 32;
-constexpr int kBlockColumns = 64;         // that a weight gradient sums over before it goes to memory
-constexpr int kTiledWidth = 12;           // of maps from which minimal filtering is faster
+constexpr int kBlockColumns = 64;         // positions that a weight gradient sums over before it is written
+constexpr int kTiledWidth = 12;           // least width of a map at which minimal filtering is faster
 constexpr double kThreadWork = 1 << 18;   // multiply-adds below which a second thread costs more
 
 struct Level {
     int width;  // taps across
-    int inner;  // taps across of the level before, which this one adds to; 0 for the first
+    int inner;  // taps across of the level before, to which this one adds; 0 for the first
 };
 
 struct Group {
-    int first;    // channel
+    int first;    // first channel
     int count;    // channels, at most kLanes
-    bool narrow;  // in vectors of half the lanes
+    bool narrow;  // uses vectors of half the lanes
 };
 
 struct Problem {
     int batch, height, width, channels;
-    int kernel;       // of the weights
-    int taps;         // across, of what can meet the map: beyond is only padding
-    bool mixed;       // by shares
+    int kernel;       // size of the weights
+    int taps;         // taps across that can meet the map; those beyond only meet padding
+    bool mixed;       // a mixture with shares
     int levels;
     Level level[kMaxLevels];
-    float share[kMaxLevels];   // of the kernel of each level
-    float beyond[kMaxLevels];  // shares of the kernels that hold a level's taps, together
+    float share[kMaxLevels];   // share of each level's kernel
+    float beyond[kMaxLevels];  // sum of the shares of all kernels that contain a level's taps
     const float* x;
     const float* norm_weight;  // null: no normalisation and no residual
     const float* norm_bias;
     float epsilon;
     int threads;
 
-    Buffer packed;   // a group after another: (direction, branch, tap) vectors
-    Buffer factors;  // of minimal filtering, a group after another: (row, point, block, branch) vectors
+    Buffer packed;   // weights, group after group: (direction, branch, tap) vectors
+    Buffer factors;  // of minimal filtering, group after group: (row, point, block, branch) vectors
     Buffer mean, rstd;
 
     int groups() const { return (channels + kLanes - 1) / kLanes; }
@@ -84,7 +83,7 @@ struct Problem {
     Vec<V>* factors_of(int group) const {
         return reinterpret_cast<Vec<V>*>(factors.get() + size_t(group) * K * kFactors<K> * kLanes);
     }
-    // The level that a tap belongs to: how far it is from the centre decides.
+    // The level of a tap, which follows from its distance from the centre.
     int level_of(int ky, int kx) const {
         const int reach = std::max(std::abs(ky - radius()), std::abs(kx - radius()));
         int j = 0;
@@ -93,7 +92,7 @@ struct Problem {
     }
 };
 
-// For the backward pass also the flipped weights, and those of c forward without the shares.
+// Packs the weights. The backward pass needs them flipped as well, and the forward weights of c without the shares.
 void pack(Problem& q, const float* const* weights, bool backward) {
     const int area = q.area(), cut = (q.kernel - q.taps) / 2;
     q.packed = zeros(size_t(q.groups()) * 2 * 3 * area * kLanes);
@@ -143,7 +142,7 @@ void make_factors(Problem& q) {
     }
 }
 
-// Mean and 1 / standard deviation over channels of the places [begin, end).
+// Computes the mean and 1 / standard deviation over channels at the positions [begin, end).
 void measure_places(const Problem& q, size_t begin, size_t end) {
     for (size_t place = begin; place < end; ++place) {
         const Moments found = moments(q.x + place * q.channels, q.channels, q.epsilon);
@@ -159,7 +158,7 @@ struct Rows {
     Vec<V>* operator[](int r) const { return start + size_t(r % slots) * pitch; }
 };
 
-// A task's buffers: rings with room for `slots` rows each, and single rows.
+// A task's buffers: rings of `slots` rows each, and single rows.
 struct Scratch {
     int rings, slots, pitch, wide, tile;
     size_t ring_floats, row_floats, half;
@@ -172,7 +171,7 @@ struct Scratch {
         ring_floats = size_t(slots) * pitch * kLanes;
         row_floats = size_t(wide) * kLanes;
         half = rings * ring_floats + rows * row_floats;
-        // narrow groups have their own, since the zeros at the ends must lie where they lie
+        // a narrow group has memory of its own, since the zeros at the ends of its rows are at other addresses
         const bool narrow = q.group(q.groups() - 1).narrow;
         memory = zeros(narrow ? half + half / 2 : half);
     }
@@ -190,11 +189,11 @@ struct Scratch {
     }
 };
 
-// Additional buffers of minimal filtering by K taps: a padded row of x and a ring of transformed ones.
+// Additional buffers for minimal filtering with K taps: a padded row of x and a ring of transformed rows.
 template <int K>
 struct TileScratch : Scratch {
     using W = Winograd<K>;
-    int tiles, in_row;  // of a map's row; vectors of a transformed one
+    int tiles, in_row;  // tiles in a map's row; vectors in a transformed row
     size_t line_vectors;
     Buffer tile_memory;
 
@@ -202,7 +201,7 @@ struct TileScratch : Scratch {
         tiles = (q.width + W::kTile - 1) / W::kTile;
         in_row = W::kPoints * (tiles + W::kBlocks - 1);
         line_vectors = size_t(W::kTile) * (tiles + W::kBlocks - 1) + K;
-        // narrow groups have a line of their own, since the zeros at its ends must lie where they lie
+        // a narrow group has a line of its own, since the zeros at its ends are at other addresses
         tile_memory = zeros((2 * line_vectors + size_t(slots + 1) * in_row) * kLanes);
     }
     template <int V>
@@ -226,11 +225,11 @@ template <int V>
 struct Task {
     const Problem& q;
     const Scratch& scratch;
-    int index;  // of the group
+    int index;  // index of the group
     Group group;
     int image;
-    size_t following;  // where the first row of the task that comes next lies
-    int distance;      // rows that are fetched ahead
+    size_t following;  // offset of the first row of the next task
+    int distance;      // rows to prefetch ahead
     Convolve<V> full[kMaxLevels], ends[kMaxLevels] = {};
 
     Task(const Problem& q, const Scratch& scratch, int index, int image, int next_index, int next_image,
@@ -257,22 +256,22 @@ struct Task {
         return ((size_t(image) * q.height + row) * q.width) * q.channels + group.first;
     }
 
-    // The place that is fetched ahead while `row` is worked on, since a group's places lie apart in memory: a row
-    // some rows on, or where this map ends one of the next task.
+    // Offset to prefetch while `row` is processed, since the positions of a group are far apart in memory: a row
+    // `distance` rows on, or beyond the end of this map a row of the next task.
     size_t soon(int row) const {
         const int target = row + distance;
         return target < q.height ? offset(target)
                                  : following + size_t(target - q.height) * q.width * q.channels;
     }
 
-    // The part of memory that goes to the second cache while `row` is worked on: the image that this thread comes to next, in the
-    // order of memory, which memory is faster at than at the places of one group, each group a part of it.
+    // Offset to prefetch into the second-level cache while `row` is processed: a part of the image that this thread
+    // will process next. The groups fetch one part each, in memory order, which is faster than group by group.
     size_t later(int row) const {
         const size_t places = size_t(index) * q.places() + size_t(row) * q.width;
         return (image + q.threads) * q.places() * q.channels + places * kLanes;
     }
 
-    // Prefetches of one map while a row is worked on, column by column.
+    // The prefetches in one map while a row is processed column by column.
     struct Ahead {
         const float *soon, *later;
         size_t stride;
@@ -286,13 +285,13 @@ struct Task {
         return {map + soon(row), map + later(row), size_t(q.channels)};
     }
 
-    // A row of x, normalised, to `out`. Without `Fetch` the caller fetches ahead: between its sums, since a row at
-    // once is more than memory gives at a time. With five and seven taps that costs 4%, and three win 10%.
+    // Writes a row of x, normalised, to `out`. Without `Fetch`, the caller prefetches between its sums, since memory
+    // cannot deliver a row at once. This saves 10% with three taps, but costs 4% with five and seven.
     template <bool Fetch = true>
     void read(Vec<V>* out, int row) const {
         const float* x = q.x + offset(row);
         const Ahead of_x = ahead(q.x, row);
-        const int width = q.width, count = group.count;  // which are not read anew after each store
+        const int width = q.width, count = group.count;  // copies: otherwise read again after each store
         const size_t stride = q.channels;
         if (q.norm_weight == nullptr) {
             for (int c = 0; c < width; ++c) {
@@ -306,18 +305,18 @@ struct Task {
         const size_t place = (size_t(image) * q.height + row) * q.width;
         const float *mean = q.mean.get() + place, *rstd = q.rstd.get() + place;
         for (int c = 0; c < width; ++c) {
-            if constexpr (Fetch) __builtin_prefetch(of_x.soon + c * stride);  // measuring brought in the rest
+            if constexpr (Fetch) __builtin_prefetch(of_x.soon + c * stride);  // measure_places has read the image already
             const Vec<V> v = load<V>(x + c * stride, count);
             out[c] = (v - mean[c]) * rstd[c] * weight + bias;
         }
     }
 
-    // Whether a level's row of taps is all of it or, beside the level before, its two ends.
+    // Whether a level has all taps of row `ky`, or only the two ends beside the level before.
     bool is_full(int j, int ky) const {
         return q.level[j].inner == 0 || std::abs(ky - q.radius()) > q.level[j].inner / 2;
     }
 
-    // The taps of level j (its full rows, or its ends) at output row `row` of the map.
+    // Collects the taps of level j (its full rows, or its ends) at output row `row` of the map.
     int collect(int j, bool fulls, const Rows<V>& from, const Vec<V>* weights, int row, Taps<V>* to) const {
         const int margin = (q.taps - q.level[j].width) / 2;
         const int low = std::max(margin, q.radius() - row);
@@ -330,7 +329,7 @@ struct Task {
         return count;
     }
 
-    // a or b at each level, into rows `out` of their own, from x.
+    // Computes a or b from x at each level, into one row of `out` for each.
     void branch(const Rows<V>& x, const Vec<V>* weights, int row, Vec<V>* const* out) const {
         Taps<V> taps[kMaxKernel];
         for (int j = 0; j < q.levels; ++j) {
@@ -342,7 +341,7 @@ struct Task {
         }
     }
 
-    // y of the rows [begin, end)
+    // Computes the rows [begin, end) of y.
     void forward(float* y, int begin, int end) const {
         const int radius = q.radius(), area = q.area(), levels = q.levels;
         const Rows<V> x = scratch.ring<V>(0);
@@ -355,7 +354,7 @@ struct Task {
         const Vec<V>* weights = q.weights<V>(index, false);
         const Convolve<V> outermost = sweep(q.taps, 1);
         Taps<V> taps[kMaxKernel];
-        int next = std::max(0, begin - radius);  // row of x to be read
+        int next = std::max(0, begin - radius);  // next row of x to read
         for (int row = begin; row < end; ++row) {
             for (; next < std::min(row + radius + 1, q.height); ++next) read(x[next] + radius, next);
             branch(x, weights, row, a);
@@ -382,7 +381,7 @@ struct Task {
         }
     }
 
-    // The same by minimal filtering, for K taps across.
+    // The same with minimal filtering, for K taps across.
     template <int K>
     void forward_tiled(const TileScratch<K>& tiled, float* y, int begin, int end) const {
         const int tiles = tiled.tiles;
@@ -398,7 +397,7 @@ struct Task {
         }
     }
 
-    // A row of x, normalised and transformed, to its place in the ring.
+    // Writes a row of x, normalised and transformed, to its slot in the ring.
     template <int K>
     void read_tiled(const TileScratch<K>& tiled, int row) const {
         using W = Winograd<K>;
@@ -407,7 +406,7 @@ struct Task {
         Vec<V>* const to = tiled.template transformed<V>()[row];
         read<K != 3>(line + K / 2, row);
         constexpr int kKept = W::kInputs - W::kTile;
-        Vec<V> in[W::kInputs];  // each read once: for all a compiler knows, writes change the others
+        Vec<V> in[W::kInputs];  // each is read once: a compiler must assume that writes change them
         UNROLL for (int i = 0; i < kKept; ++i) in[i] = line[i];
         for (int t = 0; t < tiles + W::kBlocks - 1; ++t) {
             UNROLL for (int i = kKept; i < W::kInputs; ++i) in[i] = line[W::kTile * t + i];
@@ -416,7 +415,7 @@ struct Task {
         }
     }
 
-    // The transformed rows of x that output row `row` meets, and the factors of each.
+    // Collects the transformed rows of x for output row `row`, and the factors of each.
     template <int K>
     int collect_tiled(const TileScratch<K>& tiled, int row, const Vec<V>** rows, const Vec<V>** of_row) const {
         const Rows<V> x = tiled.template transformed<V>();
@@ -429,7 +428,7 @@ struct Task {
         return count;
     }
 
-    // Where a row of y goes, and what is added to it.
+    // Where to write a row of y, and the row of x to add to it.
     struct Line {
         const float* x;  // null without a norm
         float* y;
@@ -445,7 +444,7 @@ struct Task {
                 ahead(q.x, row + radius)};
     }
 
-    // T tiles of y. The line is a copy, whose numbers need not be read anew after each store.
+    // Computes T tiles of y. The line is a copy, which need not be read again after each store.
     template <int K, int T>
     void put(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile, Line line) const {
         using W = Winograd<K>;
@@ -475,10 +474,10 @@ struct Task {
         }
     }
 
-    // What the operator's input gets, into `dx` (with a norm: what the norm's output gets; null: no one
-    // needs it); adds to `sums`: the three weights' gradients as packed, and that of a b at each level. The
-    // gradient of c's weights is without the shares. Without `to_weights` there are none of the weights, and
-    // what a level's shares get is a b + c.
+    // Writes the gradient of the operator's input to `dx` (with a norm: of the norm's output; null: not needed), and
+    // adds to `sums` the gradients of the three weights, in the packed order, and that of each level's share through
+    // a b. The gradient of c's weights is without the shares. Without `to_weights`, there are no weight gradients,
+    // and the gradient of a share is that through a b + c.
     void backward(const float* grad, float* dx, Vec<V>* sums, int block, bool to_weights) const {
         const int radius = q.radius(), area = q.area(), levels = q.levels;
         const Rows<V> x = scratch.ring<V>(0), g = scratch.ring<V>(1);
@@ -516,13 +515,13 @@ struct Task {
         }
     }
 
-    // The same for three taps across: a, b and the weights' gradients by minimal filtering, x's by direct sums,
-    // since its three fields would each have to be transformed for one kernel alone.
+    // The same for three taps across: a, b and the weight gradients by minimal filtering, the gradient of x by direct
+    // sums, since each of its three fields would have to be transformed for a single kernel.
     void backward_tiled(const TileScratch<3>& tiled, const float* grad, float* dx, Vec<V>* sums, int block,
                         bool to_weights) const {
         const Rows<V> g = scratch.ring<V>(0), ga = scratch.ring<V>(1), gb = scratch.ring<V>(2);
         const Rows<V> x = tiled.template transformed<V>();
-        Vec<V> at_points[3][3][Winograd<3>::kPoints] = {};  // by row of taps and kernel
+        Vec<V> at_points[3][3][Winograd<3>::kPoints] = {};  // by row of taps, and kernel
         const Vec<V>* rows[kBlockColumns + 2];
         Fields<V> fields[kBlockColumns];
         int next = 0, next_dx = 0;
@@ -553,11 +552,11 @@ struct Task {
                 transform_gradient<V, 3>(at_points[ky][f], sums + f * q.area() + 3 * ky);
     }
 
-    // The gradients of c, a and b along one row, for three taps across.
+    // Computes the gradients of c, a and b along one row, for three taps across.
     void spread_tiled(const TileScratch<3>& tiled, const float* grad, int row, Vec<V>* g, Vec<V>* to_a,
                       Vec<V>* to_b) const {
         const float* from = grad + offset(row);
-        // copies, which are not read anew after each store
+        // copies, which need not be read again after each store
         const int width = q.width, lanes = group.count, tiles = tiled.tiles;
         const size_t stride = q.channels;
         for (int c = 0; c < width; ++c) g[c] = load<V>(from + c * stride, lanes);
@@ -574,7 +573,7 @@ struct Task {
         });
     }
 
-    // T tiles of them. Beyond the map's end g is zero, and so are they.
+    // T tiles of the gradients of a and b. Beyond the map's end, g is zero, and so are they.
     template <int T>
     void spread_tiles(const Vec<V>* const* rows, const Vec<V>* const* of_row, int taps, int tile,
                       const Vec<V>* g, Vec<V>* to_a, Vec<V>* to_b) const {
@@ -588,7 +587,7 @@ struct Task {
         }
     }
 
-    // One row of the input's gradient, for three taps across.
+    // Computes one row of the input's gradient, for three taps across.
     void gather_three(const Rows<V>& g, const Rows<V>& ga, const Rows<V>& gb, int row, float* dx) const {
         const Vec<V>* weights = q.weights<V>(index, true);
         Taps<V> taps[9];
@@ -610,8 +609,8 @@ struct Task {
         });
     }
 
-    // The gradients of c, and of a and b at each level, along one row; `linear` is c at each level where
-    // its part in the shares' gradient is wanted, else null.
+    // Computes the gradients of c, and of a and b at each level, along one row. `linear` is c at each level if its
+    // part of the shares' gradient is needed, otherwise null.
     void spread(const float* of_map, Vec<V>* const* a, Vec<V>* const* b, Vec<V>* const* linear, Vec<V>* g,
                 const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* sums) const {
         const int levels = q.levels, width = q.width, lanes = group.count;
@@ -642,7 +641,7 @@ struct Task {
             const Vec<V> v = load<V>(grad + c * stride, lanes);
             g[c] = v;
             Vec<V> for_a{}, for_b{};
-            for (int j = levels - 1; j >= 0; --j) {  // a ring's taps are in all kernels from its own on
+            for (int j = levels - 1; j >= 0; --j) {  // a ring's taps belong to its own and all larger kernels
                 const Vec<V> va = v * a[j][c], vb = v * b[j][c];
                 products[j] += va * b[j][c];
                 if (linear != nullptr) products[j] += v * linear[j][c];
@@ -673,7 +672,7 @@ struct Task {
         }
     }
 
-    // One row of the input's gradient: the transpose, that is the flipped kernels over the fields.
+    // Computes one row of the input's gradient: the fields convolved with the flipped kernels.
     void gather(const Rows<V>& g, const Rows<V>* ga, const Rows<V>* gb, int row, Vec<V>* line,
                 float* dx) const {
         const int area = q.area(), top = q.levels - 1;
@@ -706,8 +705,8 @@ struct Task {
     }
 };
 
-// The norm's backward over one image: `dx` holds what its output gets, and then what x gets, the
-// residual included; adds to the gradients of weight and bias.
+// The backward pass of the norm for one image. Replaces the gradient of the norm's output in `dx` by that of x,
+// including the residual, and adds to the gradients of weight and bias.
 void finish_norm(const Problem& q, int image, const float* grad, float* dx, float* to_weight,
                  float* to_bias) {
     constexpr int V = kLanes;
@@ -720,7 +719,7 @@ void finish_norm(const Problem& q, int image, const float* grad, float* dx, floa
         Vec<V> sums{}, products{};
         for_vectors(channels, [&](int c, int n) {
             const Vec<V> out = load<V>(d + c, n);
-            const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;  // where out is zero: any value
+            const Vec<V> unit = (load<V>(x + c, n) - mean) * rstd;  // arbitrary in lanes beyond n, where `out` is zero
             const Vec<V> scaled = out * load<V>(q.norm_weight + c, n);
             sums += scaled;
             products += scaled * unit;
@@ -754,7 +753,7 @@ Problem make_problem(const int64_t* sizes, float epsilon, const float* const* in
     q.level[0] = {q.taps, 0};
     q.share[0] = q.beyond[0] = 1.0f;
     if (q.mixed) {
-        // kernels beyond the map's reach are the largest one within it: their shares add up
+        // kernels beyond the map's reach act as the largest one within it, so their shares are added
         q.levels = 0;
         for (int kernel = 3; kernel <= q.kernel; kernel += 2) {
             const float share = shares[(kernel - 3) / 2];
@@ -778,23 +777,23 @@ Problem make_problem(const int64_t* sizes, float epsilon, const float* const* in
     return q;
 }
 
-// Whether minimal filtering takes less time than the direct sums: with five and seven taps not on narrow
-// maps, where the direct sums leave out what is padding.
+// Whether minimal filtering is faster than direct sums. With five and seven taps it is not on narrow maps, where
+// direct sums skip the padding.
 bool is_tiled(const Problem& q) {
     return !q.mixed && (q.taps == 3 || ((q.taps == 5 || q.taps == 7) && q.width >= kTiledWidth));
 }
 
-// Calls run(task, begin, end) for all tasks and their rows, in parallel; `make` gives a thread its scratch.
+// Calls run(task, scratch, begin, end) for all tasks and bands of rows, in parallel. `make` makes a thread's scratch.
 template <class Make, class Run>
 void for_tasks(const Problem& q, Make&& make, Run&& run) {
     const int threads = useful_threads(q, 3), groups = q.groups();
     const int tasks = q.batch * groups;
-    // bands of rows, where there are fewer images than threads
+    // divide maps into bands of rows if there are few tasks per thread
     const int wanted = tasks < 4 * threads && threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
     const int bands = std::max(1, std::min(wanted, q.height / q.taps));
-    // images whose places are measured together: one thread has what it measured still at hand
+    // images to measure together: a single thread takes one, which is then still in cache
     const int step = threads == 1 && q.norm_weight != nullptr ? 1 : q.batch;
-    // a thread takes the groups of an image one after another, since their places lie side by side
+    // a thread takes the groups of an image one after another, since they are adjacent in memory
     const int chunk = threads == 1 ? std::max(1, tasks) : tasks < 8 * threads * groups ? 1 : groups;
 #pragma omp parallel num_threads(threads)
     {
@@ -836,11 +835,11 @@ void run_forward(Problem& q, float* y) {
 }
 
 struct Gradients {
-    float* x;            // may be null unless those of the norm are wanted
+    float* x;            // may be null if the norm's gradients are not needed
     float* weights[3];   // (C, 1, k, k); all null or none
-    float* norm_weight;  // null, with its bias, where not wanted
+    float* norm_weight;  // null, with its bias, if not needed
     float* norm_bias;
-    float* shares;       // of all kernels from 3 on; null without
+    float* shares;       // of the kernels 3, 5, ..; null without shares
 };
 
 void run_backward(Problem& q, const float* const* weights, const float* grad, const Gradients& to) {
@@ -854,9 +853,9 @@ void run_backward(Problem& q, const float* const* weights, const float* grad, co
     const bool to_weights = to.weights[0] != nullptr;
     const int block =
         std::max(1, std::min(q.height, (kBlockColumns + q.width - 1) / std::max(1, q.width)));
-    // a norm needs all channels of an image before its own backward
+    // the backward pass of a norm needs all channels of an image
     const int parts = normed ? 1 : groups;
-    // divides the work among the threads that call it
+    // called by all threads, which share the work
     const auto run = [&](const auto& scratch, auto&& backward) {
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < slices * parts; ++task) {
@@ -871,8 +870,8 @@ void run_backward(Problem& q, const float* const* weights, const float* grad, co
                     with_lanes(q.group(group), [&](auto lanes) {
                         constexpr int V = decltype(lanes)::value;
                         auto* mine = reinterpret_cast<Vec<V>*>(own + size_t(group) * per_group * kLanes);
-                        // what comes next: another image of the group or another group of the image,
-                        // and after the last one of these the other
+                        // the next task: without a norm another image of this group, with a norm another group
+                        // of this image; after the last of these, the first of the next group or image
                         int next_group = group, next_image = image;
                         int& inner = normed ? next_group : next_image;
                         int& outer = normed ? next_image : next_group;
@@ -896,7 +895,7 @@ void run_backward(Problem& q, const float* const* weights, const float* grad, co
         const Scratch scratch(q, 2 + 2 * q.levels, block + 2 * q.radius(), 3 * q.levels + 1);
         run(scratch, [&](const auto& task, auto* sums) { task.backward(grad, to.x, sums, block, to_weights); });
     }
-    // slices are added in order, whichever thread computed them
+    // slices are added in order, regardless of which thread computed them
     const int cut = (q.kernel - q.taps) / 2;
     const size_t stride = size_t(q.kernel) * q.kernel;
     for (int f = 0; f < 3; ++f) {
@@ -933,7 +932,7 @@ void run_backward(Problem& q, const float* const* weights, const float* grad, co
         }
     }
     if (to.shares != nullptr) {
-        // q_k = a_k b_k + c_k, and c_k sums the linear terms of all levels within k
+        // q_k = a_k b_k + c_k, where c_k sums the linear terms of all levels within k
         double within = 0.0;
         int j = 0;
         for (int kernel = 3; kernel <= q.kernel; kernel += 2) {
@@ -964,15 +963,15 @@ extern "C" {
 int qnas_lanes() { return qnas::kLanes; }
 
 // `sizes`: batch, channels, height, width, kernel, threads. `in`: x, w_a, w_b, w_c, the norm's weight and bias, the
-// shares. Without a norm (null) there is no residual; shares null is the plain operator, else one share for
+// shares. Without a norm (null) there is no residual. The shares are null for a single kernel, otherwise one for
 // each of the kernels 3, 5, .., k. `out`: y.
 void qnas_quadratic_forward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
     qnas::Problem q = qnas::make_problem(sizes, epsilon, in, false);
     qnas::run_forward(q, out[0]);
 }
 
-// `in` ends with y's gradient. `out`: gradients of what the forward pass got, in its order; a null one is not
-// written.
+// `in` has y's gradient in addition, at the end. `out`: the gradients of the inputs of the forward pass, in their
+// order; a null one is not computed.
 void qnas_quadratic_backward(const int64_t* sizes, float epsilon, const float* const* in, float* const* out) {
     qnas::Problem q = qnas::make_problem(sizes, epsilon, in, true);
     qnas::run_backward(q, in + 1, in[7],

@@ -1,5 +1,5 @@
-// The two sweeps along rows that all quadratic kernels are made of. Rows are dense vectors of one
-// group of channels, padded with zeros at both ends, so that no inner loop knows of borders.
+// The two sweeps along rows of which all quadratic kernels consist. Rows are dense vectors of one group of
+// channels, padded with zeros at both ends, so that inner loops need no checks for borders.
 
 #pragma once
 
@@ -12,15 +12,15 @@ namespace qnas {
 // One row of a convolution: N taps, Step columns apart, at `row`, `row + Step`, ...
 template <int V>
 struct Taps {
-    const Vec<V>* row;     // the input that the first tap of output column 0 meets
+    const Vec<V>* row;     // the input at the first tap of output column 0
     const Vec<V>* weight;  // N weights, Step apart
 };
 
-// sums[t] += sum over rows i and taps n of taps[i].row[start + t + n Step] taps[i].weight[n Step]. Where one tile
-// is the whole row (Whole), the zeros beyond its ends are not multiplied.
+// sums[t] += sum over rows i and taps n of taps[i].row[start + t + n Step] taps[i].weight[n Step]. If one tile
+// is the whole row (Whole), the zeros beyond its ends are skipped.
 template <int V, int N, int Step, int T, bool Whole>
 inline void add_taps(const Taps<V>* taps, int count, int start, Vec<V> (&sums)[T]) {
-    constexpr int kEnd = (N - 1) * Step / 2;  // columns of padding at either end that the taps meet
+    constexpr int kEnd = (N - 1) * Step / 2;  // columns of padding at each end that the taps read
     for (int i = 0; i < count; ++i) {
         const Vec<V>* row = taps[i].row + start;
         Vec<V> weight[N];
@@ -35,7 +35,7 @@ inline void add_taps(const Taps<V>* taps, int count, int start, Vec<V> (&sums)[T
     }
 }
 
-// out[c] = from[c] + these sums, for c below `columns`, which is at least T. `from` may be null (zero) or `out`.
+// out[c] = from[c] + the sums of add_taps, for c < `columns`, which is at least T. `from` may be null (zero) or `out`.
 template <int V, int N, int Step, int T, bool Whole>
 void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* out, int columns) {
     // the last tile overlaps the one before it, so its start must be read before `out` is written
@@ -60,7 +60,7 @@ void convolve_tiles(const Taps<V>* taps, int count, const Vec<V>* from, Vec<V>* 
 template <int V>
 using Convolve = void (*)(const Taps<V>*, int, const Vec<V>*, Vec<V>*, int);
 
-// Columns of a tile, at most `most`: as even a division of the row as the compiled tiles allow.
+// Columns of a tile, at most `most`. Divides the row as evenly as the compiled tile sizes allow.
 inline int tile_columns(int columns, int most = kMaxTile) {
     const int tiles = (columns + most - 1) / most, even = (columns + tiles - 1) / tiles;
     for (int tile : {1, 2, 4, 7, 8, 10, 12, 14})
@@ -68,7 +68,7 @@ inline int tile_columns(int columns, int most = kMaxTile) {
     return most;
 }
 
-// The same for N taps side by side, T columns at a time, whose sums go to done(column, sum) instead.
+// The same for N adjacent taps, T columns at a time; each sum is passed to done(column, sum) instead.
 template <int V, int N, int T, class Done>
 void convolve_to(const Taps<V>* taps, int count, int columns, Done done) {
     const int end = columns - T;
@@ -81,10 +81,10 @@ void convolve_to(const Taps<V>* taps, int count, int columns, Done done) {
     }
 }
 
-// The rows that a weight gradient multiplies: one of the input, and three of gradients.
+// The rows that a weight gradient multiplies: one row of the input and three of gradients.
 template <int V>
 struct Pairing {
-    const Vec<V>* row;  // the input that the first tap of output column 0 meets
+    const Vec<V>* row;  // the input at the first tap of output column 0
     const Vec<V>* fields[3];
 };
 
@@ -117,7 +117,7 @@ void correlate(const Pairing<V>* pairings, int count, int columns, Vec<V>* const
 template <int V>
 using Correlate = void (*)(const Pairing<V>*, int, int, Vec<V>* const*);
 
-// Returns run(N, Step), constants, with the taps of a sweep, Step apart: all of a row, or its two ends.
+// Returns run(N, Step), constants, for N taps that are Step columns apart: a whole row of taps, or its two ends.
 template <class Run>
 auto with_taps(int taps, int step, Run&& run) {
     if (step == 1)
@@ -125,7 +125,7 @@ auto with_taps(int taps, int step, Run&& run) {
     return with_constant<4, 6>(step, [&](auto apart) { return run(std::integral_constant<int, 2>(), apart); });
 }
 
-// The sweeps as they are chosen at run time, once a task. `whole`: one tile is the whole row.
+// Choose a sweep at run time, once per task. `whole`: one tile is the whole row.
 template <int V>
 [[gnu::noinline]] Convolve<V> choose_convolve(int taps, int step, int tile, bool whole) {
     return with_taps(taps, step, [&](auto n, auto apart) {

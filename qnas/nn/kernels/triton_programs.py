@@ -1,19 +1,19 @@
-# The bodies are Triton's language, not Python's: tuples that grow, arguments without types, constants
+# The function bodies are Triton, not Python: tuples grow in loops, arguments have no types, constants are
 # in capitals.
 # mypy: ignore-errors
 # ruff: noqa: N803, RUF005
-"""The Triton programs of `triton_quadratic`, which explains them and launches them.
+"""The Triton programs that `triton_quadratic` documents and launches.
 
-This module imports triton, so it is imported only where triton is installed. Conventions:
+Import this module only if triton is installed. Conventions:
 
-- A tile is TH rows of a map, each a (BW, BC) tensor of columns and channels. The rows are a Python
-  tuple unrolled at compile time, so that a thread keeps a strip of rows in registers and every loaded
-  value serves up to k sums. No shared memory, no conversion of layouts.
-- Maps have size (C, H, W) and strides (c, h, w) inside every image, the same for all maps of a call. A
-  place outside the map reads as zero, which is the padding.
-- Weights are packed (k, k, 3, C): along channels contiguous, w_a, w_b and w_c of a tap side by side.
-- Every sum is float32, whatever the tensors are.
-- A row's number is a (1, 1) tensor: the interpreter of Triton 3.9 takes no scalar into a mask.
+- A tile is TH rows of a map; each row is a (BW, BC) tensor of columns and channels. The rows are a tuple
+  that is unrolled at compile time, so that a thread keeps a strip of rows in registers and every loaded
+  value serves up to k sums. There is no shared memory and no layout conversion.
+- All maps of a call have size (C, H, W) and, within an image, strides (c, h, w). Positions outside a map
+  read as zero, which is the padding.
+- Weights are packed as (k, k, 3, C), contiguous along channels, with w_a, w_b and w_c of a tap adjacent.
+- Sums are float32, whatever the dtype of the tensors.
+- A row number is a (1, 1) tensor: the interpreter of Triton 3.9 accepts no scalar in a mask.
 """
 
 import triton
@@ -30,7 +30,7 @@ def _zeros(N: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _load_rows(image, row, columns, channels, size, strides, N: tl.constexpr):
-    """Return N rows from `row` on, as float32: a tuple of (BW, BC)."""
+    """Return N rows starting at `row`: a tuple of (BW, BC) in float32."""
     inside = (columns >= 0) & (columns < size[2]) & (channels < size[0])
     start = image + channels * strides[0] + columns * strides[2]
     rows = ()
@@ -51,7 +51,7 @@ def _store_rows(rows, image, row, columns, channels, size, strides, N: tl.conste
 
 @triton.jit
 def _own_tile(size, stride_b, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
-    """Return this program's (offset of its image, first row, columns (BW, 1), channels (1, BC))."""
+    """Return the image offset, first row, columns (BW, 1) and channels (1, BC) of this program's tile."""
     across, down, deep = tl.cdiv(size[2], BW), tl.cdiv(size[1], TH), tl.cdiv(size[0], BC)
     tile = tl.program_id(0)
     columns = tile % across * BW + tl.arange(0, BW)[:, None]
@@ -76,10 +76,10 @@ def _convolve(
     K: tl.constexpr,
     TH: tl.constexpr,
 ):
-    """Add N convolutions of an image to `sums`: N * TH of (BW, BC), the rows of the first one first.
+    """Add N convolutions of an image to `sums`: N * TH of (BW, BC), the TH rows of the first one first.
 
-    `weights` points to the first tap of the first convolution, the others lie C apart; `tap_step` leads
-    to the next tap, backwards for a flipped kernel.
+    `weights` points to the first tap of the first convolution; those of the others follow at distance C.
+    `tap_step` is the distance to the next tap, negative for a flipped kernel.
     """
     for j in range(K):
         rows = _load_rows(image, row - K // 2, columns + (j - K // 2), channels, size, strides, TH + K - 1)
@@ -103,7 +103,7 @@ def forward(
     x, weights, y, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y = a b + c, where a, b and c are x convolved: one tile of one image."""
+    """Compute y = a b + c, where a, b and c are convolutions of x, for one tile of one image."""
     size, strides = (C, H, W), (stride_c, stride_h, stride_w)
     image, row, columns, channels = _own_tile(size, stride_b, TH, BW, BC)
     sums = _zeros(3 * TH, BW, BC)
@@ -119,7 +119,7 @@ def products(
     x, weights, grad, grad_a, grad_b, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """grad_a = grad b and grad_b = grad a, the gradients of a and b: one tile of one image."""
+    """Compute grad_a = grad b and grad_b = grad a, the gradients of a and b, for one tile of one image."""
     size, strides = (C, H, W), (stride_c, stride_h, stride_w)
     image, row, columns, channels = _own_tile(size, stride_b, TH, BW, BC)
     sums = _zeros(2 * TH, BW, BC)
@@ -139,7 +139,7 @@ def data_gradient(
     grad_a, grad_b, grad, weights, dx, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx: the three gradients convolved with the flipped kernels, added: one tile of one image."""
+    """Compute dx, the sum of three gradients convolved with flipped kernels, for one tile of one image."""
     size, strides = (C, H, W), (stride_c, stride_h, stride_w)
     image, row, columns, channels = _own_tile(size, stride_b, TH, BW, BC)
     sources = (grad_a + image, grad_b + image, grad + image)
@@ -158,10 +158,10 @@ def weight_gradients(
     C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TAPS: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """partial[p], (k, k, 3, C): the weight gradients from the p-th share of all tiles of all images.
+    """Compute partial[p], (k, k, 3, C), the weight gradients from the p-th share of the tiles of all images.
 
-    Programs: (channels, shares, columns of the kernel TAPS at a time). A program keeps its sums in
-    registers through all its tiles, and adds columns up only at its end.
+    The grid is (channel groups, shares, groups of TAPS kernel columns). A program keeps its sums in
+    registers for all its tiles and sums over the columns of the map only at its end.
     """
     size, strides = (C, H, W), (stride_c, stride_h, stride_w)
     channel = tl.program_id(0) * BC + tl.arange(0, BC)

@@ -1,22 +1,22 @@
-"""The quadratic depthwise convolution on a GPU, y = (a * x) . (b * x) + c * x, in Triton.
+"""The quadratic depthwise convolution on a GPU, y = (w_a * x) . (w_b * x) + w_c * x, in Triton.
 
-So far it has run in Triton's interpreter only, not on a GPU; it was compiled for compute capability 9.0
+So far it has only run in Triton's interpreter, not on a GPU. It was compiled for compute capability 9.0
 (tests/nn/kernels/test_triton.py). On a GPU, run `pytest -m gpu` and benchmarks/gpu.py.
 
-Forward reads x (with its halo) and writes y: 2 passes over a tensor, where three convolutions, a
-product and a sum take 12. Backward keeps nothing but x:
+The forward pass reads x (with its halo) and writes y: 2 passes over a tensor, where three convolutions, a
+product and a sum take 12. The backward pass needs only x and the weights, and has three steps:
 
-1. both products again from x, times the gradient: the gradients of a and of b (reads 2, writes 2);
-2. dx, those two and the gradient itself through the flipped kernels (reads 3, writes 1);
+1. recompute both factors a and b from x, and from them their gradients (reads 2, writes 2);
+2. dx: these two gradients and y's gradient, convolved with the flipped kernels (reads 3, writes 1);
 3. the weight gradients (reads 4).
 
-One program for all of it would have to compute the products in a halo of its halo, which for k 7
-costs more than these passes: from k 5 on a GPU's float32 arithmetic is the limit, not its memory.
-Intermediate gradients have x's type, as under autograd; every sum is float32.
+A single program would have to compute the factors in a halo around its halo. For k 7 this costs more than
+these passes: from k 5 on, the limit is a GPU's float32 arithmetic, not its memory bandwidth.
+Intermediate gradients have x's dtype, as under autograd; sums are float32.
 
 Results are the same on every run: weight gradients are summed over fixed shares of the tiles, and
-the shares in a fixed order, without atomics. Tiles follow from the shapes alone. Tuning them by
-timing at run time would let the order of sums, and with it the last bits, depend on the timing.
+the shares in a fixed order, without atomics. Tile sizes follow from the shapes alone. If they were tuned by
+timing at run time, the order of the sums, and so the last bits, would depend on the timing.
 """
 
 import functools
@@ -30,19 +30,21 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-LANES = 32  # what neighbouring threads read together: channels in channels_last, else columns
-TILE = 256  # elements in a row of a tile
+LANES = 32  # elements that a warp reads together: channels in channels_last, columns otherwise
+TILE = 256  # elements of a tile's row
 HEIGHTS = (8, 7, 4)  # rows of a tile; the stages at 224 px are 56, 28, 14 and 7 high
-TALL_HEIGHTS = (16, 14, 8, 7, 4)  # of dx, which has one sum a place and so room for more rows
-WEIGHT_HEIGHT = 4  # of weight gradients: 588 multiply-adds for 82 loads at k 7
-WEIGHT_SUMS = 160  # that a thread keeps in registers (of 255) through all its tiles
-WEIGHT_PROGRAMS = 1024  # to share the tiles among; some 8 run at once on each of an H200's 132 processors
-WEIGHT_TILES = 16  # at least so many to a share, lest writing the sums cost more than reading the maps
+TALL_HEIGHTS = (16, 14, 8, 7, 4)  # for dx, which has one sum per position and so room for more rows
+WEIGHT_HEIGHT = 4  # for weight gradients: 588 multiply-adds for 82 loads at k 7
+WEIGHT_SUMS = 160  # sums that a thread keeps in registers (of 255) for all its tiles
+WEIGHT_PROGRAMS = (
+    1024  # programs that share the tiles; about 8 run at once on each of an H200's 132 processors
+)
+WEIGHT_TILES = 16  # least number in a share: with fewer, writing the sums costs more than reading the maps
 
 
 @functools.cache
 def available() -> bool:
-    """Return whether the kernels can run here: with triton, and a GPU or TRITON_INTERPRET=1."""
+    """Return whether the kernels can run: triton is installed, with a GPU or TRITON_INTERPRET=1."""
     if importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,8 +53,8 @@ def available() -> bool:
 def quadratic_forward(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tensor:
     """Apply the quadratic convolution at stride 1, padded to keep the size.
 
-    x: (B, C, H, W), channels_last or contiguous (else it is copied), of a type in DTYPES; weights:
-    (C, 1, k, k), k odd. Returns (B, C, H, W) in x's type and layout.
+    x: (B, C, H, W), channels_last or contiguous (otherwise copied), of a dtype in DTYPES; weights:
+    (C, 1, k, k), k odd. Returns (B, C, H, W) in x's dtype and layout.
     """
     maps = _Maps.of(x, w_a, w_b, w_c)
     x = maps.arranged(x)
@@ -65,10 +67,10 @@ def quadratic_forward(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor) -> Tenso
 def quadratic_backward(
     grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w_a, w_b and w_c from y's, each in the type of what it belongs to.
+    """Return the gradients of x, w_a, w_b and w_c, each in the dtype of its tensor.
 
-    The arguments are those of `quadratic_forward`, and `grad`, (B, C, H, W). Differs in no bit from run
-    to run.
+    grad: (B, C, H, W), the gradient of y; the other arguments are those of `quadratic_forward`. Results are
+    bitwise the same on every run.
     """
     assert grad.shape == x.shape, f"gradient {tuple(grad.shape)} must have x's shape {tuple(x.shape)}"
     maps = _Maps.of(x, w_a, w_b, w_c)
@@ -90,7 +92,7 @@ def quadratic_backward(
 
 @dataclass(frozen=True)
 class _Maps:
-    """The shape and layout that all maps of a call share, and the kernel size."""
+    """The common shape and layout of all maps of a call, and the kernel size."""
 
     batch: int
     channels: int
@@ -110,34 +112,34 @@ class _Maps:
         assert kernel % 2 == 1, f"kernel must be odd, got {kernel}"
         assert x[:1].numel() < 2**31, f"an image of {x[:1].numel()} elements is beyond 32-bit offsets"
         assert x.dtype in DTYPES, f"x must be one of {DTYPES}, got {x.dtype}"
-        # a map of one channel is both; its neighbours are columns
+        # a map of one channel has both layouts; treat it as contiguous
         channels_last = channels > 1 and x.is_contiguous(memory_format=torch.channels_last)
         return cls(x.shape[0], channels, x.shape[2], x.shape[3], kernel, channels_last)
 
     def arranged(self, x: Tensor) -> Tensor:
-        """Return x itself where it has the layout, else a copy that has."""
+        """Return x in the common layout, copied if necessary."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
     def strides(self) -> tuple[int, int, int, int]:
-        """Return the strides of the layout, which torch leaves open along dimensions of size 1."""
+        """Return the strides of the layout. Torch's own are arbitrary in dimensions of size 1."""
         c, h, w = self.channels, self.height, self.width
         return (c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1)
 
     def tile(self, elements: int) -> tuple[int, int]:
-        """Return (columns, channels) of a row of a tile, powers of two."""
+        """Return the numbers of columns and channels in a tile's row, powers of two."""
         along = self.channels if self.channels_last else self.width
         first = min(LANES, elements, 1 << (along - 1).bit_length())
         second = elements // first
         return (second, first) if self.channels_last else (first, second)
 
     def launch(self, program: str, heights: tuple[int, ...], *tensors: Tensor) -> None:
-        """Run a program of `triton_programs`, one tile of one image each."""
+        """Run a program of `triton_programs` on each tile of each image."""
         rows = min(heights, key=lambda rows: _cover(self.height, rows) * rows)
         columns, channels = self.tile(TILE)
         tiles = _cover(self.width, columns) * _cover(self.height, rows) * _cover(self.channels, channels)
         shape = (self.channels, self.height, self.width, *self.strides())
-        # four elements a thread are one load along channels; two keep registers free along columns
+        # along channels, four elements per thread are one load; along columns, two save registers
         warps = 2 if self.channels_last else 4
         constants = (self.kernel, rows, columns, channels)
         _run(program, (self.batch * tiles,), *tensors, *shape, *constants, warps=warps)
@@ -145,8 +147,8 @@ class _Maps:
     def weight_gradients(self, x: Tensor, grad_a: Tensor, grad_b: Tensor, grad: Tensor) -> Tensor:
         """Return the gradients of the three weights, (k, k, 3, C) float32."""
         k = self.kernel
-        taps = max(1, min(k, WEIGHT_SUMS // (3 * k)))  # columns of the kernel a program
-        each = 4 if 4 * 3 * k * taps <= WEIGHT_SUMS else 1  # elements a thread
+        taps = max(1, min(k, WEIGHT_SUMS // (3 * k)))  # kernel columns per program
+        each = 4 if 4 * 3 * k * taps <= WEIGHT_SUMS else 1  # elements per thread
         columns, channels = self.tile(LANES * each)
         tiles = self.batch * _cover(self.height, WEIGHT_HEIGHT) * _cover(self.width, columns)
         deep = _cover(self.channels, channels)
@@ -167,7 +169,7 @@ class _Maps:
 
 
 def _run(program: str, grid: tuple[int, ...], *arguments: Any, warps: int) -> None:
-    from qnas.nn.kernels import triton_programs  # imports triton, which not every machine has
+    from qnas.nn.kernels import triton_programs  # imports triton, which may be missing
 
     tensor = arguments[0]
     # Triton launches on the current device

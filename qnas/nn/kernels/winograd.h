@@ -1,16 +1,16 @@
 // Convolutions along rows with fewer multiplications (minimal filtering, Winograd; Lavin and Gray, arXiv
-// 1509.09308), for three kernels of one input at once: the input is transformed once for all rows of taps
-// and all three kernels, which makes transforms cheap that would not pay for one depthwise kernel.
+// 1509.09308), for three kernels on the same input. The input is transformed once for all rows of taps and all
+// three kernels; for a single depthwise kernel, the transforms would cost more than they save.
 //
-// kTile output columns are a tile. A row of r taps over n = r + kTile - 1 inputs is n products instead of
-// kTile r: both are evaluated as polynomials at n points, infinity being one. Three taps take the points 0, 1,
-// -1, inf for tiles of two columns; five take 0, 1, -1, inf, 2, -2, 1/2, -1/2 for four. Seven at ten points would
-// lose a decimal, so they are two blocks of four taps (the last is zero) at the points 0, 1, -1, inf, 1/2, -1/2,
-// 2: the second block meets the next tile's inputs, which are transformed anyway. Products are 2/3, 2/5 and 1/2
-// of the direct ones; the error is some 1e-7, 4e-7 and 4e-7 of the result, where direct sums have 1e-7.
+// A tile is kTile output columns. For a row of r taps over n = r + kTile - 1 inputs, n products replace kTile r:
+// both are evaluated as polynomials at n points, including infinity. Three taps use the points 0, 1, -1, inf
+// for tiles of two columns; five use 0, 1, -1, inf, 2, -2, 1/2, -1/2 for tiles of four. Seven taps at ten points
+// would lose a decimal. They are two blocks of four taps (the last is zero) at the points 0, 1, -1, inf, 1/2, -1/2,
+// 2, where the second block uses the transformed inputs of the next tile. The number of products is 2/3, 2/5 and
+// 1/2 of that of direct sums; the relative error is about 1e-7, 4e-7 and 4e-7, and 1e-7 with direct sums.
 //
-// The first four points, which all have, are summed in registers for two tiles and three kernels, then the
-// others: the products themselves are never in memory, whose writes take longer than the multiplications.
+// The products at the first four points are summed in registers for two tiles and three kernels, then those at
+// the others. Products are never written to memory, which would take longer than the multiplications.
 
 #pragma once
 
@@ -20,25 +20,25 @@
 
 namespace qnas {
 
-constexpr int kPassPoints = 4;                  // of a pass; the points of the second are fewer
-constexpr int kAtInfinity = 3;                  // its place among the points
+constexpr int kPassPoints = 4;                  // points of the first pass; the second has at most as many
+constexpr int kAtInfinity = 3;                  // index of the point at infinity
 
-// The rows of gradients that a and b get, and c.
+// Rows of the gradients of a, b and c.
 template <int V>
 using Fields = const Vec<V>* [3];
 
 template <int K>
 struct Winograd;
 
-// Below, with N(x) the product of (x - p) over all finite points p, in the order named above: the weights'
-// transform is the powers of `point` over `slope`, N's derivative there; input() applies N(x) / (x - p),
-// at infinity N(x); first() and second() the powers 0 to kTile - 1 of the points of their pass; gradient(),
-// where there is one, is their transpose.
+// N(x) is the product of (x - p) over all finite points p. The weights' transform is the powers of `point`
+// divided by `slope`, the derivative of N there. input() applies N(x) / (x - p), or N(x) for infinity. first() and
+// second() apply the powers 0 to kTile - 1 of the points of their pass. gradient(), which only three taps have, is
+// their transpose.
 
 template <>
 struct Winograd<3> {
     static constexpr int kInputs = 4, kTile = 2, kPoints = 4, kBlocks = 1, kTaps = 3;
-    static constexpr int kTiles = kLanes == 16 ? 4 : 2;  // whose sums are in registers at once
+    static constexpr int kTiles = kLanes == 16 ? 4 : 2;  // tiles with sums in registers at the same time
     static constexpr float point[4] = {1, -1, 0, 0};
     static constexpr float slope[4] = {2, 2, -1, 1};
 
@@ -50,7 +50,7 @@ struct Winograd<3> {
         to[3] = d[3] - d[1];
     }
 
-    // what the points 1 and -1 give; the others are a column each
+    // the part of the points 1 and -1; each other point contributes to one column only
     template <class F>
     static inline void first(F* y) {
         const F s = y[0] + y[1];
@@ -118,7 +118,7 @@ struct Winograd<7> {
 
     template <class F>
     static inline void input(const F* d, F* to) {
-        F e[6];  // by x - 2
+        F e[6];  // the factor x - 2
         for (int i = 0; i < 6; ++i) e[i] = d[i + 1] - 2.0f * d[i];
         to[0] = e[4] - 1.25f * e[2] + 0.25f * e[0];
         to[3] = e[5] - 1.25f * e[3] + 0.25f * e[1];
@@ -133,7 +133,7 @@ struct Winograd<7> {
 
     template <class F>
     static inline void first(const F* m, F* y) {
-        Winograd<5>::first(m, y);  // the same points
+        Winograd<5>::first(m, y);  // has the same first points
     }
 
     template <class F>
@@ -146,11 +146,11 @@ struct Winograd<7> {
     }
 };
 
-// Vectors of one row of taps of three kernels: for each point and block, one of each kernel.
+// Number of factors (vectors) for one row of taps: one for each point, block and kernel.
 template <int K>
 constexpr int kFactors = Winograd<K>::kPoints * Winograd<K>::kBlocks * 3;
 
-// A row of K taps of each of three kernels, `area` apart, to the products' factors.
+// Transforms a row of K taps of three kernels, `area` apart, into the factors of the products.
 template <int V, int K>
 void transform_weights(const Vec<V>* weights, int area, Vec<V>* to) {
     using W = Winograd<K>;
@@ -172,8 +172,8 @@ void transform_weights(const Vec<V>* weights, int area, Vec<V>* to) {
     }
 }
 
-// The products of T tiles with the first F kernels at P points from `First` on: sums[f][t][p] += sum over rows i
-// and blocks k of rows[i] at tile t + k times the factor of f. `rows` point to what the first tile meets.
+// Products of T tiles with the first F kernels at P points starting with `First`: sums[f][t][p] += sum over rows i
+// and blocks k of rows[i] at tile t + k times the factor of kernel f. The first tile is at `from` in each row.
 template <int V, int K, int First, int P, int F, int T>
 inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
                             Vec<V> (&sums)[F][T][P]) {
@@ -194,13 +194,13 @@ inline void multiply_points(const Vec<V>* const* rows, const Vec<V>* const* fact
     }
 }
 
-// T tiles of the first F convolutions by K taps across: y[f][t][column], zero before.
+// T tiles of the first F convolutions with K taps across: y[f][t][column], which must be zero before.
 template <int V, int K, int F, int T>
 inline void convolve_tiled(const Vec<V>* const* rows, const Vec<V>* const* factors, int count, int from,
                            Vec<V> (&y)[F][T][Winograd<K>::kTile]) {
     using W = Winograd<K>;
     if constexpr (K == 3) {
-        // as many sums as columns: twice as many tiles in registers, which load each factor for all of them
+        // two points at a time: twice as many tiles then fit in registers and share each loaded factor
         multiply_points<V, K, 0, 2, F, T>(rows, factors, count, from, y);
         UNROLL for (int f = 0; f < F; ++f)
             UNROLL for (int t = 0; t < T; ++t) W::first(y[f][t]);
@@ -217,7 +217,7 @@ inline void convolve_tiled(const Vec<V>* const* rows, const Vec<V>* const* facto
     }
 }
 
-// Calls run(T, tile) for groups of T tiles, T a constant and at most Most, that cover a row; the last one may
+// Calls run(T, tile), T a constant and at most Most, for groups of T tiles that cover a row. The last group may
 // overlap the one before it.
 template <int Most, class Run>
 inline void for_tiles(int tiles, Run&& run) {
@@ -230,8 +230,8 @@ inline void for_tiles(int tiles, Run&& run) {
     }
 }
 
-// R rows of taps of the weights' gradients, at the points: to[r][f][p] += sum over rows i and tiles of the
-// transformed rows[i + r] of x times the transformed gradients fields[i][f], zero beyond the map's end.
+// Weight gradients of R rows of taps at the points: to[r][f][p] += sum over rows i and tiles of the transformed
+// rows[i + r] of x times the transformed gradients fields[i][f], which are zero beyond the map's end.
 template <int V, int K, int R>
 void correlate_tiled(const Vec<V>* const* rows, const Fields<V>* fields, int count, int tiles,
                      Vec<V> (*to)[3][Winograd<K>::kPoints]) {
@@ -263,7 +263,7 @@ void correlate_tiled(const Vec<V>* const* rows, const Fields<V>* fields, int cou
     }
 }
 
-// Adds to one row of K taps what it gets from its sums at the points: the transpose of transform_weights.
+// Adds to one row of K taps its gradient from the sums at the points: the transpose of transform_weights.
 template <int V, int K>
 void transform_gradient(const Vec<V> (&from)[Winograd<K>::kPoints], Vec<V>* to) {
     using W = Winograd<K>;

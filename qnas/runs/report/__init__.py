@@ -1,1 +1,1 @@
-"""A run's page."""
+"""The HTML report of a run."""

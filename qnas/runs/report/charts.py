@@ -1,7 +1,7 @@
-"""What a page shows without script or other files: charts as SVG, small pictures as data URIs of PNG.
+"""Charts as SVG and small pictures as PNG data URIs, which a page can show without scripts or other files.
 
-Charts have the colours of the page's style sheet, and are drawn for a width of 360, so that the text is
-readable where a phone shows them at that size.
+Charts use the colours of the page's style sheet. They are drawn for a width of 360, so that the text is
+readable at the size of a phone.
 """
 
 import base64
@@ -19,27 +19,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 36  # margins of the plot in it
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 36  # margins around the plot
 TICKS = 5
-HEAT = (42, 120, 214)  # seen on white and on black
+HEAT = (42, 120, 214)  # visible on white and on black
 Points = Sequence[tuple[float, float]]
 Mark = Literal["line", "step", "dots", "rings", "star"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values that belong together; `colour` is a number of the style sheet's."""
+    """A series of points. `colour` is the number of a colour in the style sheet."""
 
     name: str
     points: Points
     colour: int = 1
     mark: Mark = "line"
-    titles: Sequence[str] = ()  # of each point, shown where a pointer rests on it
+    titles: Sequence[str] = ()  # one per point, shown when the pointer is on it
 
 
 @dataclass(frozen=True)
 class Level:
-    """A line across the chart at a value of y, or of x."""
+    """A line across the chart at a value of y or x."""
 
     value: float
     name: str
@@ -48,7 +48,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Band:
-    """A strip of the chart between two values of x, or of y."""
+    """A strip of the chart between two values of x or y."""
 
     low: float
     high: float
@@ -57,7 +57,7 @@ class Band:
 
 
 def nice_ticks(low: float, high: float, n: int = TICKS) -> list[float]:
-    """Return round values in [low, high], about n of them: multiples of 1, 2 or 5 times a power of ten.
+    """Return about n round values in [low, high]: multiples of 1, 2 or 5 times a power of ten.
 
     >>> nice_ticks(0.0, 1.0)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -73,7 +73,7 @@ def nice_ticks(low: float, high: float, n: int = TICKS) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round values of [low, high] for a logarithmic axis: 1, 2 and 5 times powers of ten."""
+    """Return round values in [low, high] for a logarithmic axis: 1, 2 and 5 times powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     wanted = [k * 10.0**e for e in range(first, last + 1) for k in (1, 2, 5)]
     found = [float(f"{value:.6g}") for value in wanted if low <= value <= high]
@@ -82,7 +82,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """The scale of an axis, between two ends of the drawing."""
+    """The scale of an axis, from values to coordinates of the drawing."""
 
     low: float
     high: float
@@ -110,9 +110,9 @@ def chart(
     percent: bool = False,
     y_ends: tuple[float | None, float | None] = (None, None),
 ) -> Markup:
-    """Return a figure with a chart and its legend; nothing where no series has a point.
+    """Return a figure with a chart and its legend, or nothing if no series has points.
 
-    With `percent` values of y are shares of 1. `y_ends` are ends that the y axis must reach.
+    With `percent`, y values are fractions shown in percent. `y_ends` are ends that the y axis must reach.
     """
     drawn = [each for each in series if each.points]
     if not drawn:
@@ -120,7 +120,7 @@ def chart(
     x_values = [x for each in drawn for x, _ in each.points] + [v.value for v in levels if v.across == "x"]
     y_values = [y for each in drawn for _, y in each.points] + [v.value for v in levels if v.across == "y"]
     y_values += [end for end in y_ends if end is not None]
-    margin = 0 if all(each.mark == "line" for each in drawn) else 8  # for points at the ends
+    margin = 0 if all(each.mark == "line" for each in drawn) else 8  # room for points at the ends
     x = _Axis(*_ends(x_values, log=log_x), LEFT + margin, WIDTH - RIGHT - margin, log_x)
     low, high = _ends(y_values, log=False)
     pad = 0.04 * (high - low)
@@ -158,7 +158,7 @@ def _ends(values: Sequence[float], *, log: bool) -> tuple[float, float]:
 def _grid(x: _Axis, y: _Axis, *, percent: bool) -> list[str]:
     parts = []
     ticks = nice_ticks(y.low, y.high)
-    # as many digits as tell neighbours apart
+    # as many digits as needed to distinguish neighbours
     digits = 1 if len(ticks) > 1 and ticks[1] - ticks[0] < 0.0099 else 0
     for value in ticks:
         at = y.place(value)
@@ -229,7 +229,7 @@ def _legend(series: Sequence[Series], levels: Sequence[Level], bands: Sequence[B
 
 
 def thin(points: Points, most: int = 200) -> list[tuple[float, float]]:
-    """Return at most so many points: means over equal numbers of neighbours, the last one as it is."""
+    """Reduce to at most `most` points: means over equally many neighbours, and the last point itself."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / most)
@@ -239,9 +239,9 @@ def thin(points: Points, most: int = 200) -> list[tuple[float, float]]:
 
 
 def heat_map(shares: NDArray[np.float64]) -> str:
-    """Return shares (rows, columns) in [0, 1] as a picture of as many pixels, the higher the denser.
+    """Return shares (rows, columns) in [0, 1] as a picture with one pixel each, more opaque if higher.
 
-    One colour on nothing, so that it suits a light page and a dark one.
+    It has one colour on a transparent background, which suits both light and dark pages.
     """
     rows, columns = shares.shape
     pixels = np.empty((rows, columns, 4), np.uint8)
@@ -251,7 +251,7 @@ def heat_map(shares: NDArray[np.float64]) -> str:
 
 
 def photograph(image: NDArray[np.uint8]) -> str:
-    """Return an image (C, H, W) of one, three or other channels, of which the first three are shown."""
+    """Return an image (C, H, W) as a picture, grey or of its first three channels."""
     channels = image[:3] if len(image) >= 3 else image[:1]
     if len(channels) == 1:
         return _data_uri(Image.fromarray(channels[0], "L"))

@@ -6,23 +6,23 @@ from typing import Any
 
 from qnas.runs import names
 
-_OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # of config.json -> of the option
+_OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # from config.json to the option
 
 
 def search_command(config: Mapping[str, Any]) -> str:
-    """Return a command for the same search, with every option written out."""
+    """Return the command of the same search, with every option written out."""
     words = ["qnas", "search", *_option_words(config, ("space", "data", "max_broken", "latency"))]
     for entry in config.get("limits", []):
         if "device" in entry:
             words += ["--device", entry["device"], "--budget", entry["budget"]]
         else:
             words += [f"--max-{entry['name']}", entry["budget"]]
-    settings = config.get("search", {})  # whole, so that it does not matter which preset they began with
+    settings = config.get("search", {})  # all of them, whatever preset they come from
     return shlex.join([*words, *_option_words(settings, [name for name in settings if name != "preset"])])
 
 
 def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
-    """Return a command for the same training, to be run in the folder of the page."""
+    """Return the command of the same training, to be run in the folder of the page."""
     recipe, network = names.RECIPE_FILE, names.ARCH_FILE
     if of_run:
         recipe, network = f"{names.SUBNET_FOLDER}/{recipe}", "."
@@ -35,7 +35,7 @@ def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
 
 
 def _option_words(values: Mapping[str, Any], options: Iterable[str]) -> list[str]:
-    """Return the words of a command that give these values; True is a flag, None and False say nothing."""
+    """Return the command-line options for these values: True is a flag, None and False are left out."""
     words = []
     for name in options:
         value = values.get(name)

@@ -19,7 +19,7 @@ def block_rows(
 ) -> list[dict[str, Any]]:
     """Return the blocks of a network for the template, with latencies on a device.
 
-    `kernels` are those of search.json for the device. Without one, or without its table in the folder, the
+    `kernels` are the device's kernels in search.json. Without a device, or without its table in the folder,
     bars show MACs.
     """
     cells: dict[str, Cell] = {}
@@ -45,7 +45,7 @@ def block_rows(
                 "choice": short_name(chosen[name]) if position is not None else "",
                 "kernel": sizes.get("kernel", 0),
                 "stage": int(first) if rest else None,
-                # the stem is drawn before the stages, the head after them
+                # the stem comes before the stages, the head after them
                 "group": int(first) if rest else 0 if name == "stem" else 10**6,
                 "channels": block.layers[-1].c_out if position is None or block.layers else position.c_out,
                 "resolution_px": (part.layers[0] if isinstance(part, BlockSpec) else part).resolution_px,
@@ -66,6 +66,6 @@ def block_rows(
 
 
 def layer_text(layer: LayerSpec) -> str:
-    """Write a layer with its operator and its shapes."""
+    """Format a layer with its operator and shapes."""
     shapes = f"{layer.resolution_px} px, {layer.c_in} > {layer.out_px} px, {layer.c_out}"
     return f"{layer.role}: {describe_layers([layer])}, {shapes}"

@@ -1,10 +1,10 @@
-"""`report.html`: one page of a run, from its folder alone.
+"""`report.html`, a page about a run, made from its folder alone.
 
-The page holds its pictures, charts and styles itself, runs no script and loads nothing (its content
-security policy forbids it), so that it can be sent to others and opened years later. Numbers stand in
-`<data>` elements that carry the exact value and the place in the run's files that it is from.
+The page includes its pictures, charts and styles, runs no script and loads nothing (its content security
+policy forbids it), so it can be sent to others and opened years later. Numbers are in `<data>` elements with
+the exact value and its key in the run's files.
 
-The template is `page.html` with `style.css`, both beside this module.
+The template is `page.html` with `style.css`, both next to this module.
 """
 
 import json
@@ -30,9 +30,9 @@ from qnas.runs.text import short_name
 from qnas.spaces.arch import make_arch, read_arch_document
 from qnas.spaces.space import load_space
 
-Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are about to be written, by name
+Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are not written yet, by name
 
-FORMS: dict[str, Callable[[Any], str]] = {  # in which numbers of the run's files are shown
+FORMS: dict[str, Callable[[Any], str]] = {  # formats for values of the run's files
     "ms": format_ms,
     "ms up": lambda value: format_ms(value, round_up=True),
     "percent": lambda value: f"{value:.1%}",
@@ -45,13 +45,13 @@ FORMS: dict[str, Callable[[Any], str]] = {  # in which numbers of the run's file
 
 
 class Facts:
-    """The JSON files of a run, and numbers of them as HTML that says where they are from."""
+    """The JSON files of a run, whose values are shown as HTML with their keys."""
 
     def __init__(self, documents: Mapping[str, Any]) -> None:
         self._documents = documents
 
     def get(self, key: str) -> Any:
-        """Return the value at a place such as `search.ranking.0.rank`; None where there is none."""
+        """Return the value of a key such as `search.ranking.0.rank`, or None if there is none."""
         value: Any = self._documents
         for step in key.split("."):
             if isinstance(value, list):
@@ -61,7 +61,7 @@ class Facts:
         return value
 
     def show(self, key: str, form: str) -> Markup:
-        """Write the value at a place in a form of `FORMS`; a dash where there is none."""
+        """Format the value of a key by one of `FORMS`, or a dash if there is none."""
         value = self.get(key)
         if value is None:
             return Markup("&ndash;")
@@ -72,15 +72,15 @@ class Facts:
 
 
 def build_page(folder: Path, pending: Files | None = None) -> str:
-    """Return the page of a run's folder: of a search, of a network trained by itself, or of both.
+    """Return the page of a run's folder, which holds a search, a training, or both.
 
-    `pending` has the contents of files that are about to be written to the folder. Raises CheckpointError,
-    ArchError or SpaceError where the folder holds no run.
+    `pending` has the contents of files that are not written yet. Raises CheckpointError, ArchError or
+    SpaceError if the folder has no run.
     """
     pending = pending or {}
 
     def read(name: str) -> Mapping[str, Any] | None:
-        """Return the content of a JSON file, which may be about to be written; None without one."""
+        """Return the content of a JSON file, which may be pending, or None if there is none."""
         there = (folder / name).is_file()
         return pending.get(name) or (read_json(folder / name, CheckpointError) if there else None)
 
@@ -132,21 +132,21 @@ def _text(name: str) -> str:
 
 
 def write_report(folder: Path, pending: Files | None = None) -> Path:
-    """Write a run's page into its folder; return where it lies. Raises as `build_page`."""
+    """Write a run's page into its folder and return its path. Raises the errors of `build_page`."""
     path = folder / names.REPORT_FILE
     write_text(path, build_page(folder, pending))
     return path
 
 
 def close_with_report(folder: Path, pending: Files) -> None:
-    """Write the page that a search or a training ends with; where that cannot be, warn and go on.
+    """Write the page at the end of a search or a training. If this fails, only warn.
 
-    A training's page goes into the run whose network it trained, if it lies in one.
+    If a training is in the folder of a run, the page is written to that folder.
     """
     whole = all((folder.parent / name).is_file() for name in (names.ARCH_FILE, names.SPACE_FILE))
     if folder.name == names.SUBNET_FOLDER and whole:
         folder, pending = folder.parent, {f"{folder.name}/{name}": text for name, text in pending.items()}
     try:
         write_report(folder, pending)
-    except Exception as error:  # whatever is wrong with a page: hours of work are not lost for it
+    except Exception as error:  # any error: hours of work must not be lost because of a page
         warnings.warn(f"no {folder / names.REPORT_FILE}: {first_line(error)}", QnasWarning, stacklevel=2)

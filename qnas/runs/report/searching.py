@@ -1,4 +1,4 @@
-"""The section of a page about a search: its course, its result, and an explanation."""
+"""The section of a page about a search: its course, its result and an explanation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the section for the template; `document` is the run's arch.json."""
+    """Return the section's content for the template; `document` is the run's arch.json."""
     run = read_finished_run(folder, document)
     rows = read_metrics(folder / METRICS_FILE)
     steps = [row for row in rows if "multiplier" in row]
@@ -61,14 +61,14 @@ def _heats(run: FinishedRun, steps: Rows) -> Iterator[dict[str, Any]]:
         names = [short_name(name) for name in position.names]
         yield {
             "position": position.name,
-            "picture": heat_map(shares),  # a row a candidate, a column a snapshot
+            "picture": heat_map(shares),  # one row per candidate, one column per snapshot
             "chosen": short_name(run.arch.choices[at]),
             "last": list(zip(names, np.exp(final[at]).tolist(), strict=True)),
         }
 
 
 def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
-    """Yield the networks of the comparison: a name, a key in search.json, and the accuracy's interval."""
+    """Yield each network of the comparison: name, key in search.json, and interval of the accuracy."""
     images = run.found.get("images", {}).get("test")
     for key, name in (
         ("derived", "derived"),
@@ -97,7 +97,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
     limit, searched = next(each for each in run.limits if each.name == d.device), run.searched
     low, high = near_searched(searched.log_probabilities, limit, pressed=searched.pressed)
     near = Band(low, limit.most if high is None else high, "budgets near the searched one")
-    several = len(run.limits) > 1  # another limit may have been the binding one
+    several = len(run.limits) > 1  # another limit may be the binding one
     curve = chart(
         [
             Series("least loss within a budget", points, 1, "step"),
@@ -120,7 +120,7 @@ def _on_device(run: FinishedRun, d: OnDevice) -> dict[str, Any]:
 
 
 def _step_charts(rows: Rows, steps: Rows) -> Iterator[Markup]:
-    """Show the course of a search; `steps` are the rows that trained the architecture."""
+    """Draw the course of a search; `steps` are the rows of architecture steps."""
     amounts = [key for row in steps[-1:] for key in row if key.startswith(OF_LIMIT)]
     yield _over_steps(
         "Expected amount against its limit",
@@ -155,7 +155,7 @@ def _by_step(name: str, rows: Rows, key: str, colour: int) -> Series:
 
 
 def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
-    """Show the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
+    """Draw the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
     found, limit = run.found, run.limits[0]
 
     def cloud(name: str, entries: Rows, key: str, colour: int, mark: Mark) -> Series:
@@ -188,7 +188,7 @@ def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
 
 
 def _pareto_charts(path: Path) -> Iterator[Markup]:
-    """Show each device's front by the pareto.json that `qnas pareto` wrote, if there is one."""
+    """Draw each device's front from the pareto.json of `qnas pareto`, if there is one."""
     if not path.is_file():
         return
     document = read_json(path, CheckpointError)

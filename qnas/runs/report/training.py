@@ -1,4 +1,4 @@
-"""The section of a page about a trained network: curves, classes, and its worst mistakes."""
+"""The section of a page about a trained network: curves, classes and the worst mistakes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
 from qnas.runs.report.commands import training_command
 
-MATRIX_CLASSES = 30  # of more classes the pairs that are confused most often are listed instead
-CONFUSED = 20  # pairs of classes that are listed
+MATRIX_CLASSES = 30  # with more classes, the most frequent confusions are listed instead of a matrix
+CONFUSED = 20  # number of confusions listed
 
 
 def training_section(
     folder: Path, result: Mapping[str, Any], config: Mapping[str, Any], *, of_run: bool
 ) -> dict[str, Any]:
-    """Return the content of the section for the template; `result` and `config` are the folder's JSON files.
+    """Return the section's content for the template; `result` and `config` are the folder's JSON files.
 
-    `of_run`: the folder is `subnet/` of the run that the page is of.
+    `of_run` says whether the folder is `subnet/` of the page's run.
     """
     rows = read_metrics(folder / METRICS_FILE)
     epochs = [row for row in rows if "epoch" in row]
@@ -57,13 +57,13 @@ def training_section(
 
 
 def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the predictions for the test images say of the classes; None where they were not kept."""
+    """Return the results by class from the predictions for test images; None if they were not kept."""
     if not path.is_file():
         return None
     names, found = tuple(map(str, result["classes"])), read_predictions(path)
     counts = confusion(found, len(names))
     of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
-    # a class: name, images, recall and precision, None where there are no images to count them by
+    # name, images, recall and precision of each class; None if there are no images to count
     classes = [
         (name, images, *(cells[i][i] / n if n else None for n in (images, guesses)))
         for i, (name, images, guesses) in enumerate(zip(names, of_class, of_guess, strict=True))
@@ -99,7 +99,7 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read such a file. Raises CheckpointError where it is damaged."""
+    """Read a file of predictions. Raises CheckpointError if it is damaged."""
     try:
         return Predictions(**load_file(path))
     except (SafetensorError, TypeError) as error:
@@ -107,7 +107,7 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def confusion(predictions: Predictions, classes: int) -> NDArray[np.int64]:
-    """Return how often (true class, predicted class) occurs, (classes, classes)."""
+    """Return the confusion matrix, (true classes, predicted classes)."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (predictions.labels, predictions.predicted), 1)
     return counts
