@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from qnas.api.limits import AskedLimits, Budgets
 from qnas.api.results import DerivedNetwork, SearchResult
-from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.common.arguments import check_arguments
+from qnas.common.errors import CheckpointError, DataError, TableError, UsageError
 from qnas.common.files import write_json, write_text
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, table_from
+from qnas.latency.table import LatencyTable
 from qnas.latency.table_file import write_table
 from qnas.runs import pareto as budget_fronts
 from qnas.runs.finished_run import FinishedRun, asked_devices, check_rankable
@@ -68,6 +70,7 @@ def derive(
     Raises InfeasibleBudgetError if no network is within the limits, CheckpointError if the run is incomplete
     or `out` already holds a network.
     """
+    check_arguments(k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, space = searched.run, searched.space
     asked = AskedLimits.of(budgets, max_params, max_macs)
@@ -120,7 +123,7 @@ class ParetoFronts:
 
 def pareto(
     result: SearchResult | str | Path,
-    devices: Sequence[str | Device] | None = None,
+    devices: str | Device | Sequence[str | Device] | None = None,
     *,
     latency: str = DEVICE,
     points: int = budget_fronts.POINTS,
@@ -138,18 +141,20 @@ def pareto(
     limits on parameters and MACs still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`;
     by default that is `RUN/pareto`, and the run's page is rewritten too. Raises the errors of `derive`.
     """
+    check_arguments(points=points, k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
     _check_free(folder / "pareto.json", force=force)
     searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
-    loaded = map(load_device, asked_devices(run) if devices is None else devices)
-    known = {device.name: device for device in loaded}  # by name: an alias is the same device
+    asked = [devices] if isinstance(devices, str | Device) else devices
+    found = [_table(run, device, latency) for device in (asked_devices(run) if asked is None else asked)]
+    if not found:
+        raise UsageError(f"`devices={devices!r}`: expected at least one")
     counts = tuple(limit for limit in run.limits if limit.table is None)
     limits, solved = [], []
-    for device in known.values():
-        table = table_from(latency, device, run.space)
+    for table in {table.device: table for table in found}.values():  # an alias is the same device
         limits.append(latency_limit(table, table.slowest_ms))
-        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(device.name))
+        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(table.device))
         solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
     ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
@@ -171,6 +176,19 @@ def pareto(
 
         write_report(run.folder)
     return ParetoFronts(folder, document)
+
+
+def _table(run: FinishedRun, device: str | Device, latency: str) -> LatencyTable:
+    """Return a device's table: the run's own for a device that was made in Python and is not given again."""
+    kept = {limit.name: limit.table for limit in run.limits}
+    try:
+        known = load_device(device)
+    except TableError:
+        table = kept.get(str(device)) if latency == DEVICE else None
+        if table is None:
+            raise
+        return table
+    return table_from(latency, known, run.space)
 
 
 def _check_free(file: Path, *, force: bool) -> None:

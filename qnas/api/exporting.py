@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qnas.api.results import SearchResult, TrainedNetwork
+from qnas.common.arguments import check_arguments
+from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, SUBNET_FOLDER
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def export(
-    trained: TrainedNetwork | SearchResult | str | Path,
-    formats: Sequence[str] = ("onnx",),
+    trained: FoundArch | str | Path,
+    formats: str | Sequence[str] = ("onnx",),
     *,
     precision: str = "fp32",
     resolution_px: int | None = None,
@@ -40,18 +41,23 @@ def export(
     """
     from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
 
+    check_arguments(
+        resolution_px=resolution_px, batch=batch, images=images, max_drop=max_drop, threads=threads
+    )
     request = ExportRequest(
-        formats=tuple(formats),
+        formats=(formats,) if isinstance(formats, str) else tuple(formats),
         precision=precision,
         resolution_px=resolution_px,
         batch=batch,
         data=data,
-        images=images or IMAGES,
+        images=IMAGES if images is None else images,
         max_drop=max_drop,
         threads=threads if measure else None,
         force=force,
     )
-    folder = trained.folder if isinstance(trained, TrainedNetwork | SearchResult) else Path(trained)
+    if not isinstance(trained, FoundArch):
+        check_arguments(trained=trained)
+    folder = trained.folder if isinstance(trained, FoundArch) else Path(trained)
     if folder.name == SUBNET_FOLDER and (folder.parent / ARCH_FILE).is_file():
         folder = folder.parent  # the run that the network was trained in
     return export_trained(folder, None if out is None else Path(out), request)

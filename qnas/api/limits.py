@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import TableError, UsageError
 from qnas.common.units import parse_count, parse_latency
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import table_from
@@ -50,13 +50,20 @@ class AskedLimits:
     ) -> "AskedLimits":
         """Return the limits of a mapping or of pairs; None takes the value of a former run's config.json."""
         entries = (former or {}).get("limits", ())
+        recorded = budgets is None
         if budgets is None:
             budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
         items = budgets.items() if isinstance(budgets, Mapping) else budgets
+        if isinstance(items, str) or any(isinstance(item, str) or len(item) != 2 for item in items):
+            raise UsageError(f"`budgets={budgets!r}`: expected devices with budgets: {{'vpu': '30ms'}}")
         pairs = tuple((device, str(budget)) for device, budget in items)  # 30 lacks a unit and is refused
         most = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
         most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
-        return cls(pairs, {name: most[name] for name in COUNTS if name in most})
+        try:
+            return cls(pairs, {name: most[name] for name in COUNTS if name in most})
+        except TableError as error:
+            made = f"{error}; a device that was made in Python is given again in `budgets`"
+            raise TableError(made if recorded else str(error)) from error
 
     @cached_property
     def known(self) -> tuple[Device, ...]:

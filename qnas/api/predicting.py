@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qnas.api.results import find_source
+from qnas.common.arguments import check_arguments
 from qnas.latency.device import Device, load_device
-from qnas.latency.prediction import DEVICE, Prediction
+from qnas.latency.prediction import DEVICE, Prediction, predict_arch
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.network_prediction import predict_network
 from qnas.spaces.arch import Arch
@@ -38,10 +40,13 @@ def predict(
     '56.1 ms, 88% from measurements'
     """
     known = load_device(device)
-    if isinstance(network, FoundArch):
-        network = (network.space, network.arch)
-    if isinstance(network, str | Path | tuple):
+    if isinstance(network, FoundArch | tuple):
+        found = find_source(network)
+        return predict_arch(latency, known, found.space, found.arch)
+    if isinstance(network, str | Path):
         return predict_network(network, known, latency=latency)
+    if not callable(network):
+        check_arguments(network=network)
     from qnas.deploy.module_latency import predict_module
 
     shown: Any = example_input  # checked by predict_module

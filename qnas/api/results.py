@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError
 from qnas.common.files import read_json
 from qnas.common.units import format_count, format_ms
@@ -105,6 +106,7 @@ class SearchResult(DerivedNetwork):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a finished search. Raises CheckpointError if the folder holds none."""
+        check_arguments(folder=folder)
         run = read_finished_run(Path(folder))
         return cls(run.space, run.arch, run.document, run.folder, run)
 
@@ -144,6 +146,7 @@ class TrainedNetwork(FoundArch):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read a trained network from its folder or its run's. Raises CheckpointError if there is none."""
+        check_arguments(folder=folder)
         trained = trained_folder(Path(folder))
         if trained is None:
             raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
@@ -186,8 +189,9 @@ def find_source(source: Source, space: str | None = None) -> FoundArch:
     """
     if isinstance(source, FoundArch):
         return source
-    if isinstance(source, tuple):
-        found_space, arch = source
-        checked = make_arch(found_space, arch.choices)
-        return FoundArch(found_space, checked, arch_document(found_space, checked, {}), Path())
+    match source:
+        case (SearchSpace() as found_space, Arch(choices)):
+            arch = make_arch(found_space, choices)
+            return FoundArch(found_space, arch, arch_document(found_space, arch, {}), Path())
+    check_arguments(source=source)
     return find_arch(Path(source), space)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
+from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
@@ -72,6 +73,7 @@ def run_search(
 
     Raises QnasError for an invalid request, if possible before anything is trained.
     """
+    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
@@ -132,6 +134,7 @@ def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str 
     """Return the requested space; a run on a SearchSpace records its name and keeps a copy in its folder."""
     if isinstance(given, SearchSpace):
         return given
+    check_arguments(space=given)
     is_file = bool(Path(given).suffix)
     if former and out is not None and not is_file and str(given) not in stems("search_spaces", ".yaml"):
         return load_space(Path(out) / SPACE_FILE)

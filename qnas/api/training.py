@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from qnas.api.limits import named
 from qnas.api.results import Source, TrainedNetwork, find_source
-from qnas.common.errors import UsageError
+from qnas.common.arguments import check_arguments
+from qnas.common.errors import UsageError, nearest
 from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
@@ -54,6 +55,7 @@ def train_subnet(
     from qnas.training.supernet_weights import supernet_file
     from qnas.training.teacher import load_teacher
 
+    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
     found = find_source(latest_run() if source is None else source, space)
     searched = supernet_file(found).is_file()
     if weights not in (None, "supernet", "scratch"):
@@ -119,6 +121,9 @@ def train_subnet(
 
 def _resolve(recipe: str | Path | Recipe | None, kind: str, px: int, changes: dict[str, Any]) -> TrainConfig:
     """Return the training settings for a kind of data, with changes to the recipe and to the other fields."""
+    fields = {*Recipe.model_fields, *TrainConfig.model_fields} - {"recipe", "file_schema"}
+    for name in changes.keys() - fields:
+        raise UsageError(f"`{name}`: unknown setting ({nearest(name, fields)})")
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
     resolved = base.override({name: value for name, value in changes.items() if name in Recipe.model_fields})
     if resolved.resolution_px is None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
+from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
 from qnas.common.files import read_text
@@ -121,6 +122,9 @@ class Device(FilePart):
     _shipped: bool = PrivateAttr(default=False)
     _kernel_function: Callable[[Kernel], float] | None = PrivateAttr(default=None)
     _table_function: Callable[["Device", SearchSpace], Any] | None = PrivateAttr(default=None)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -254,6 +258,7 @@ def load_device(device: str | Path | Device) -> Device:
     """
     if isinstance(device, Device):
         return device
+    check_arguments(device=device)
     names = device_names()
     by_alias = {alias: name for name, aliases in names.items() for alias in aliases}
     name = by_alias.get(str(device), str(device))

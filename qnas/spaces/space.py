@@ -18,6 +18,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
 from qnas.common.errors import SpaceError, nearest
 from qnas.common.resources import read_named
@@ -342,4 +343,5 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
     >>> len(space.positions), space.positions[0].names[:2]
     (10, ('quadra_k3_e2', 'quadra_k3_e4'))
     """
+    check_arguments(space=name_or_path)
     return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))

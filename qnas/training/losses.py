@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnas.common.errors import CheckpointError
+from qnas.common.errors import CheckpointError, UsageError
 from qnas.training.settings import LossName, MetricName
 
 # logits (B, classes), targets as classes (B,) or as shares of the classes (B, classes) -> (B,)
@@ -131,6 +131,10 @@ def make_objective(
         loss = balanced_loss(labels, classes)
     elif isinstance(loss, str):
         loss = cross_entropy if loss == "cross-entropy" else FocalLoss()
+    losses = loss(torch.zeros(2, classes), torch.zeros(2, dtype=torch.long))
+    if getattr(losses, "shape", None) != (2,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise UsageError(f"`loss`: expected one loss for each image of a batch, shape (2,), got {got}")
     named = {"accuracy": None, "balanced-accuracy": balanced_accuracy}
     return Objective(loss, named[metric] if isinstance(metric, str) else metric)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers.tiny import TINY_SPACE
 from torch import Tensor
 
 import qnas
-from qnas.common.errors import CheckpointError, Interrupted, QnasError, UsageError
+from qnas.common.errors import CheckpointError, Interrupted, QnasError, TableError, UsageError
 from qnas.common.progress import Report
 from qnas.nn.subnet import subnet_state
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUPERNET_FILE
@@ -118,6 +119,14 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
         ({"serch_epochs": 1}, "serch_epochs: unknown key"),
         ({"resolution_px": 8}, "too small"),
         ({"preset": "digit"}, "unknown search preset 'digit'"),
+        ({"budgets": "4ms"}, "`budgets='4ms'`: expected devices with budgets"),
+        ({"budgets": ["cpu", "4ms"]}, "`budgets=['cpu', '4ms']`: expected devices with budgets"),
+        ({"budgets": {3: "4ms"}}, "`device=3`: expected a name or a path"),
+        ({"space": 3}, "`space=3`: expected a name or a path"),
+        ({"loss": 3}, "`loss=3`: expected a name or a function"),
+        ({"metric": 3}, "`metric=3`: expected a name or a function"),
+        ({"max_broken": "x"}, "`max_broken='x'`: expected a share, 0 to 1"),
+        ({"progress": 3}, "`progress=3`: expected True, False or a function"),
     ],
 )
 def test_errors_name_arguments_and_come_before_anything_is_written(
@@ -189,6 +198,9 @@ def test_a_search_with_datasets_is_ranked_with_them_alone(tiny_space: SearchSpac
         ({"recipe": "cifer"}, UsageError, "did you mean cifar"),
         ({"teacher": "nowhere"}, UsageError, "`teacher='nowhere'`: expected supernet-largest"),
         ({"linear_start": True}, UsageError, "`weights='scratch'`"),
+        ({"epoch": 3}, UsageError, "`epoch`: unknown setting (did you mean epochs"),
+        ({"loss": 3}, UsageError, "`loss=3`: expected a name or a function"),
+        ({"loss": F.cross_entropy}, UsageError, "`loss`: expected one loss for each image of a batch"),
     ],
 )
 def test_errors_of_a_training_name_arguments(
@@ -212,3 +224,51 @@ def test_an_architecture_alone_trains_from_scratch(result: qnas.SearchResult, tm
     assert trained.arch == result.arch
     with pytest.raises(CheckpointError, match="no trained network here"):
         qnas.TrainedNetwork.load(result.folder)
+
+
+WRONG: Any = 3
+NONE: Any = None
+UNPAIRED: Any = ("cpu", "4ms")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: qnas.load_run(WRONG), "`folder=3`: expected a name or a path"),
+        (lambda r: qnas.derive(r, {"vpu": "1ms"}, k_best=0), "`k_best=0`: expected a whole number from 1"),
+        (lambda r: qnas.derive(r, UNPAIRED), "expected devices with budgets"),
+        (lambda r: qnas.pareto(r, points=1), "`points=1`: expected a whole number from 2"),
+        (lambda r: qnas.pareto(r, []), "`devices=[]`: expected at least one"),
+        (lambda r: qnas.train_subnet(WRONG), "`source=3`: expected a name or a path"),
+        (lambda r: qnas.train_subnet((r.space, qnas.Arch(("x",)))), "1 choices, but space"),
+        (lambda r: qnas.export(WRONG), "`trained=3`: expected a name or a path"),
+        (lambda r: qnas.export(r, batch=0), "`batch=0`: expected a whole number from 1"),
+        (lambda r: qnas.export(r, "onix"), "`formats='onix'`"),
+        (lambda r: qnas.export(r), "no trained network here"),
+        (lambda r: qnas.predict(r.folder, NONE), "`device=None`: expected a name or a path"),
+        (lambda r: qnas.predict((r.space, qnas.Arch(("x",))), "cpu"), "1 choices, but space"),
+        (lambda r: qnas.predict(WRONG, "cpu"), "`network=3`: expected a name or a path"),
+    ],
+)
+def test_what_a_function_cannot_take_is_said_of_its_argument(
+    call: Callable[[qnas.SearchResult], object], message: str, result: qnas.SearchResult
+) -> None:
+    with pytest.raises(QnasError) as error:
+        call(result)
+    assert message in str(error.value)
+
+
+def test_a_device_made_in_python_is_a_key_of_budgets_and_its_run_keeps_its_table(tmp_path: Path) -> None:
+    board = qnas.device_from_function("board", layer=lambda kernel: 1e-3 * kernel.out_px)
+    space, out = parse_space(TINY_SPACE, "tiny.yaml"), tmp_path / "run"
+    found = qnas.run_search(space, {board: "10ms"}, out=out, **FEW)
+    assert list(found.latencies_ms) == ["board"]
+    again = qnas.derive(found, {board: "10ms"}, rerank=False)
+    assert again.latency_ms <= 10
+    with pytest.raises(CheckpointError, match="no trained network here"):
+        qnas.export(again)
+    fronts = qnas.pareto(found, points=2, rerank=False)  # of the run's own table
+    assert {point["device"] for point in fronts.points} == {"board"}
+    assert qnas.pareto(found, "cpu", points=2, rerank=False, force=True).points
+    with pytest.raises(TableError, match="a device that was made in Python is given again in `budgets`"):
+        qnas.run_search(out=out, resume=True)

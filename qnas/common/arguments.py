@@ -1,0 +1,41 @@
+"""Checks of the Python API's arguments: a wrong type or value becomes a UsageError that names it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qnas.common.errors import UsageError
+
+Rule = tuple[str, Callable[[Any], bool]]  # the expected value in words, and its check
+
+
+def _at_least(least: int) -> Rule:
+    return f"a whole number from {least}", lambda value: type(value) is int and value >= least
+
+
+_SHARE: Rule = ("a share, 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1)
+_PART: Rule = ("a name or a function", lambda value: isinstance(value, str) or callable(value))
+_PATH: Rule = ("a name or a path", lambda value: isinstance(value, str | Path))
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("batch", "images", "k_best", "resolution_px", "threads"), _at_least(1)),
+    "points": _at_least(2),
+    **dict.fromkeys(("max_broken", "max_drop"), _SHARE),
+    **dict.fromkeys(("loss", "metric"), _PART),
+    **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "trained"), _PATH),
+    "progress": ("True, False or a function", lambda v: isinstance(v, bool) or callable(v)),
+}
+
+
+def check_arguments(**arguments: object) -> None:
+    """Raise UsageError for the first argument that breaks its rule. None passes unless a path is needed.
+
+    >>> check_arguments(points=5, max_drop=0.01, loss=None)
+    >>> check_arguments(batch=0)
+    Traceback (most recent call last):
+    ...
+    qnas.common.errors.UsageError: `batch=0`: expected a whole number from 1
+    """
+    for name, value in arguments.items():
+        expected, holds = _RULES[name]
+        if not (holds(value) or (value is None and expected != _PATH[0])):
+            raise UsageError(f"`{name}={value!r:.60}`: expected {expected}")
