@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import joined
 from helpers.measured_networks import fill_in
 
 from qnas.commands.own_device import calibrate, fit_latency, sample
@@ -61,6 +62,19 @@ def test_text_says_accuracy_margin_and_what_to_do_next(
     assert "90% of such networks stay within it (n = 40)" in text
     # what is to be copied is not wrapped
     assert max(len(line) for line in text.splitlines() if not line.startswith("next")) <= 80
+
+
+def test_the_next_search_finds_a_space_of_ones_own(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = board / "space.yaml"
+    copy.write_text(
+        copy.read_text(encoding="utf-8").replace(f"name: {SPACE}", "name: mine"), encoding="utf-8"
+    )
+    fit_latency(board, "mine", None, None, force=False)
+    assert "--space board/space.yaml --budget" in joined(capsys.readouterr().out)
+    calibrate(board, "vpu", "mine-2", 0.9, None, None, force=False)
+    assert "--space board/space.yaml --budget" in joined(capsys.readouterr().out)
+    fit_latency(board, "mine", SPACE, None, force=True)
+    assert f"--space {SPACE} --budget" in joined(capsys.readouterr().out)
 
 
 def test_what_is_there_is_not_replaced(board: Path) -> None:
