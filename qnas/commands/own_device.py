@@ -254,6 +254,8 @@ def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
     from qnas.spaces.space import load_space
 
     file = csv / CSV_FILE if csv.is_dir() else csv
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file, expected the CSV that qnas sample writes")
     beside = file.with_name(SPACE_FILE)
     if space is None and not beside.is_file():
         raise UsageError(f"{file}: no {SPACE_FILE} beside it: name the space of the networks with --space")

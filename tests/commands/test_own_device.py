@@ -8,7 +8,7 @@ import pytest
 from helpers.command_line import joined
 from helpers.measured_networks import fill_in
 
-from qnas.commands.own_device import calibrate, fit_latency, sample
+from qnas.commands.own_device import calibrate, fit_latency, measure, sample
 from qnas.common.errors import CheckpointError, TableError, UsageError
 from qnas.deploy.sampling import CSV_FILE
 from qnas.latency.device import load_device
@@ -106,6 +106,11 @@ def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
         calibrate(board, "cpu", "mine", 90.0, None, None, force=False)
     with pytest.raises(UsageError, match="--format 'tflite': expected onnx or arch"):
         sample(SPACE, 40, "cpu", "tflite", board)
+    for command in (measure, lambda csv: fit_latency(csv, "mine")):
+        with pytest.raises(
+            UsageError, match=r"^nope: no such file, expected the CSV that qnas sample writes"
+        ):
+            command(Path("nope"))
     alone = Path("alone.csv")
     alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     Path("board", "space.yaml").unlink()
