@@ -33,7 +33,8 @@ class Recipe(SettingsFile):
     batch_size: Count = Field(description="Images per step, over all processes and parts.")
     resolution_px: Count | None = Field(
         default=None,
-        description="Height and width of images in pixels. Default: as in the search, else as in the space.",
+        description="Height and width of images in pixels. Default: as in the recipe, else as in the search, "
+        "else as in the space.",
     )
     learning_rate: Number = Field(description="Learning rate of AdamW at the end of the warm-up.")
     warmup_epochs: Number = Field(default=1.0, description="Epochs in which the learning rate rises.")
