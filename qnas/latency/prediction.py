@@ -208,7 +208,7 @@ def _describe(coverage: nn_meter.Coverage) -> str:
 
 def _table_parts(table: LatencyTable, space: SearchSpace, arch: Arch) -> list[Part]:
     chosen = zip(space.positions, arch.choices, table.cells, arch.indices(space), strict=True)
-    cells = [(name, "", cell) for name, cell in table.fixed]
+    cells = [(name, name, cell) for name, cell in table.fixed]
     cells += [(position.name, choice, row[i]) for position, choice, row, i in chosen]
     return [
         Part(name, what, cell.latency_ms, "estimated" if cell.estimated_ms else "measured")
