@@ -705,6 +705,13 @@ def test_a_calibrated_devices_margin_is_kept_and_recorded(
     assert total == pytest.approx(arch["latency_ms"])
 
 
+def test_a_search_without_effects_says_that_they_were_not_asked_for(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--effect-networks", "0") == 0
+    assert "by the probabilities, as asked by --effect-networks 0" in joined(capsys.readouterr().out)
+
+
 def test_an_unknown_source_of_latencies_is_refused(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
