@@ -727,6 +727,8 @@ def test_nn_meters_predictors_answer_search_derive_and_predict(
     assert "myriadvpu_openvino2019r2.zip" in told
     assert "qnas predictors import" in told
     assert "own model says" in told
+    told = complaint(capsys, "predict", "quadranet25-xxs", "--latency", "nn-meter")
+    assert "no nn-Meter predictors are imported: qnas predictors list says" in told
     archive = write_zip(tmp_path / "a.zip", predictor_files("myriad-vpu"))
     assert qnas("predictors", "import", archive, "--device", "vpu", "-q") == 0
     capsys.readouterr()
