@@ -94,7 +94,6 @@ class Recipe(SettingsFile):
 class TrainConfig(Settings):
     """A training: its recipe, with the resolution resolved, its seed and its machine."""
 
-    WHAT: ClassVar[str] = "training"
     LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
 
     recipe: Recipe
