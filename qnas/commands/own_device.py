@@ -151,7 +151,6 @@ def fit_latency(
 
     Example: qnas fit-latency board/latencies.csv --device-name board
     """
-
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.fitting.own_device import fit_own, own_device
     from qnas.runs.latency_text import figures_facts
@@ -197,7 +196,6 @@ def calibrate(
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
-
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.fitting.calibration import calibrate as fit

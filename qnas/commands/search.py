@@ -129,7 +129,6 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
-
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
     yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
