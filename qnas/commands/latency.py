@@ -10,7 +10,7 @@ import typer
 
 from qnas.commands import completion
 from qnas.commands.options import Device, Force, Json, Latency, Space, argument, option, show
-from qnas.common.errors import CheckpointError
+from qnas.common.errors import CheckpointError, TableError
 from qnas.common.files import write_text
 from qnas.runs.text import wrapped
 
@@ -75,7 +75,11 @@ def predict(
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
         check_source(latency)
-        chosen = [known for known in chosen if can_predict(latency, known)] or chosen[:1]
+        chosen = [known for known in chosen if can_predict(latency, known)]
+        if not chosen:
+            raise TableError(
+                "no nn-Meter predictors are imported: qnas predictors list says what to download"
+            )
     network = read_network(target, space=space, resolution_px=resolution)
     if isinstance(network, OnnxNetwork):
         title = f"{target} at {network.height_px} x {network.width_px} px"

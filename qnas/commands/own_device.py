@@ -8,6 +8,7 @@ from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, argument, choice, option, show
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.common.files import write_text
+from qnas.common.resources import stems
 from qnas.common.units import format_ms
 from qnas.runs.names import ARCH_FILE, SPACE_FILE
 from qnas.runs.text import field, next_command
@@ -150,7 +151,6 @@ def fit_latency(
 
     Example: qnas fit-latency board/latencies.csv --device-name board
     """
-
     from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
     from qnas.latency.fitting.own_device import fit_own, own_device
     from qnas.runs.latency_text import figures_facts
@@ -169,7 +169,7 @@ def fit_latency(
         field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
         field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
         field("file", str(path)),
-        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
+        _next_search(path, space, found, file),
     ]
     show(facts | figures_facts(fit.accuracy), lines, as_json=as_json)
 
@@ -196,7 +196,6 @@ def calibrate(
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
-
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.fitting.calibration import calibrate as fit
@@ -242,7 +241,7 @@ def calibrate(
         field("before", f"{_say(done.before)} of {done.before.n} networks left out of the fit"),
         field("after", _say(done.after)),
         field("file", str(path)),
-        next_command(f"qnas search --device {path} --space {found.name} --budget ..."),
+        _next_search(path, space, found, file),
     ]
     show(content, lines, as_json=as_json)
 
@@ -253,10 +252,21 @@ def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
     from qnas.spaces.space import load_space
 
     file = csv / CSV_FILE if csv.is_dir() else csv
-    beside = file.parent / SPACE_FILE
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file, expected the CSV that qnas sample writes")
+    beside = file.with_name(SPACE_FILE)
     if space is None and not beside.is_file():
         raise UsageError(f"{file}: no {SPACE_FILE} beside it: name the space of the networks with --space")
     return file, load_space(space or beside)
+
+
+def _next_search(device: Path, given: str | None, found: "SearchSpace", csv: Path) -> str:
+    """Format a search with a new device in the space: the one given, a shipped one, or the CSV's copy."""
+    from qnas.spaces.space import load_space
+
+    ships = found.name in stems("search_spaces", ".yaml") and load_space(found.name).digest == found.digest
+    space = given or (found.name if ships else csv.with_name(SPACE_FILE))
+    return next_command(f"qnas search --device {device} --space {space} --budget ...")
 
 
 def _free_file(name: str, out: Path | None, force: bool) -> Path:

@@ -75,10 +75,10 @@ def profile(
         "noisy": list(measured.noisy),
         "outliers": list(measured.outliers),
     }
-    show(content, _lines(measured), as_json=as_json)
+    show(content, _lines(measured, space), as_json=as_json)
 
 
-def _lines(measured: "Profile") -> Iterator[str]:
+def _lines(measured: "Profile", space: str) -> Iterator[str]:
     from qnas.deploy.timing import TOLERANCE
 
     table, device = measured.table, measured.device
@@ -102,4 +102,4 @@ def _lines(measured: "Profile") -> Iterator[str]:
     for i, text in enumerate(measured.outliers):
         yield field("" if i else "outlier", text)
     yield field("files", f"{measured.device_file}, {measured.table_file}")
-    yield next_command(f"qnas search --device {measured.device_file} --space {table.space} --budget ...")
+    yield next_command(f"qnas search --device {measured.device_file} --space {space} --budget ...")

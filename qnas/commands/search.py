@@ -129,13 +129,12 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
-
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
     yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
     for name, value in found["derived"].get("metrics", {}).items():
         yield field("", f"{name} {value:.1%}")
-    yield field("solved", _solved_for(found["effects"]))
+    yield field("solved", _solved_for(found["effects"], result.run.config["search"]))
     yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
     if random:
         lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
@@ -162,7 +161,9 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
         yield field("seeds", f"{spread} for the {len(seeds)} runs here that differ only in the seed")
 
 
-def _solved_for(effects: "Mapping[str, Any] | None") -> str:
+def _solved_for(effects: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str:
+    if settings.get("effect_networks") == 0:
+        return "by the probabilities, as asked by --effect-networks 0"
     if effects is None:
         return "by the probabilities: the candidates' effects on the loss could not be measured"
     return (

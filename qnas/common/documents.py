@@ -43,6 +43,8 @@ EXPECTATIONS = {
     "string_pattern_mismatch": "expected the form {pattern}",
     "greater_than_equal": "expected at least {ge}",
     "less_than_equal": "expected at most {le}",
+    "greater_than": "expected more than {gt}",
+    "less_than": "expected less than {lt}",
     "too_short": "expected at least {min_length}, got {actual_length}",
     "too_long": "expected at most {max_length}, got {actual_length}",
     "model_type": "expected a mapping",
@@ -56,10 +58,10 @@ def to_tuples(value: Any) -> Any:
     return tuple(map(to_tuples, value)) if isinstance(value, list) else value
 
 
-def describe_problems(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+def describe_problems(error: ValidationError, model: type[BaseModel] | None = None, quote: str = "") -> str:
     """Describe all problems of a file in one line: key, expected value, value found.
 
-    With the model, an unknown key is followed by the nearest known ones.
+    With the model, an unknown key is followed by the nearest known ones. Keys are written between quotes.
     """
     lines = []
     for problem in error.errors():
@@ -77,7 +79,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
         elif kind not in ("missing", "too_short", "too_long") and not isinstance(problem["input"], dict):
             message += f", got {_show(problem['input'])}"
         key = _key(loc)
-        lines.append(f"{key}: {message}" if key else message)
+        lines.append(f"{quote}{key}{quote}: {message}" if key else message)
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -32,10 +32,9 @@ def load_plugins(names: Iterable[str]) -> None:
             raise
         except BaseException as error:
             line = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(
-                f"plugin {name}: {type(error).__name__}: {first_line(Exception(str(error)))} "
-                f"({Path(line.filename).name}, line {line.lineno})"
-            ) from error
+            place = f" ({Path(line.filename).name}, line {line.lineno})" if "<" not in line.filename else ""
+            problem = first_line(Exception(str(error)))
+            raise UsageError(f"plugin {name}: {type(error).__name__}: {problem}{place}") from error
 
 
 def _run_file(path: Path) -> None:

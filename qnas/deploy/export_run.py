@@ -183,7 +183,8 @@ def _checking_images(
         data = _load_data(request.data, found, result, px)
     except DataError as error:
         if is_int8 or request.data is not None:
-            fix = "" if request.data else ": `data` says where its calibration images are"
+            said = request.data is not None or "`data`" in str(error)
+            fix = "" if said else ": `data` says where its calibration images are"
             raise DataError(f"{error}{fix}") from error
         path = found.folder / SAMPLE_FILE
         kept = load_tensors(path)

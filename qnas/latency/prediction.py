@@ -33,7 +33,7 @@ class Part:
     """A kernel or block of a network with its latency."""
 
     name: str  # of the block or node
-    what: str
+    what: str  # empty for a fixed block of a table
     latency_ms: float
     kind: str  # measured, fitted, estimated; direct, stand-in, uncovered
 
@@ -65,7 +65,7 @@ class Prediction:
         """The parts, with those of the same shape summed, the most expensive first."""
         alike: dict[tuple[str, str], list[Part]] = {}
         for part in self.parts:
-            alike.setdefault((part.what, part.kind), []).append(part)
+            alike.setdefault((part.what or part.name, part.kind), []).append(part)
         layers = [
             Layer(what, tuple(p.name for p in parts), math.fsum(p.latency_ms for p in parts), kind)
             for (what, kind), parts in alike.items()

@@ -48,5 +48,7 @@ def find_network(target: str | Path, space: str | None = None) -> tuple[SearchSp
     if path.is_dir() or path.suffix == ".json":
         found = find_arch(path, space)
         return found.space, found.arch
+    if len(path.parts) > 1 and not path.exists():
+        raise ArchError(f"{target}: no such run, file or space")
     searched = load_space(target)
     return searched, only_arch(searched) if searched.is_fixed else None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qnas.common.errors import ArchError
+from qnas.common.errors import ArchError, UsageError
 from qnas.latency.device import Device, load_device
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
 from qnas.latency.prediction import DEVICE, Prediction, predict_arch, predict_file
@@ -23,6 +23,8 @@ def read_network(
     """
     if Path(target).suffix == ".onnx":
         return read_onnx(Path(target), resolution_px=resolution_px)
+    if resolution_px is not None:
+        raise UsageError(f"`resolution_px={resolution_px}`: for ONNX files only, not for {target}")
     found, arch = find_network(target, space)
     if arch is None:
         raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")

@@ -33,7 +33,8 @@ class Recipe(SettingsFile):
     batch_size: Count = Field(description="Images per step, over all processes and parts.")
     resolution_px: Count | None = Field(
         default=None,
-        description="Height and width of images in pixels. Default: as in the search, else as in the space.",
+        description="Height and width of images in pixels. Default: as in the recipe, else as in the search, "
+        "else as in the space.",
     )
     learning_rate: Number = Field(description="Learning rate of AdamW at the end of the warm-up.")
     warmup_epochs: Number = Field(default=1.0, description="Epochs in which the learning rate rises.")
@@ -93,7 +94,6 @@ class Recipe(SettingsFile):
 class TrainConfig(Settings):
     """A training: its recipe, with the resolution resolved, its seed and its machine."""
 
-    WHAT: ClassVar[str] = "training"
     LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
 
     recipe: Recipe

@@ -55,7 +55,6 @@ MetricField = Annotated[
 class Settings(FilePart):
     """A frozen set of settings whose problems are reported together."""
 
-    WHAT: ClassVar[str]  # the model's name in messages
     LATER: ClassVar[tuple[str, ...]] = ()  # fields added later, which config.json omits at their default
 
     @classmethod
@@ -69,7 +68,10 @@ class Settings(FilePart):
     def override(self, changes: Mapping[str, Any]) -> Self:
         """Return the settings with these fields changed; None changes nothing. Raises UsageError."""
         given = {name: value for name, value in changes.items() if value is not None}
-        return self.check(self.model_dump(by_alias=True) | given, self.WHAT)
+        try:
+            return self.model_validate(self.model_dump(by_alias=True) | given)
+        except ValidationError as error:  # of the changes alone, since the settings are valid
+            raise UsageError(describe_problems(error, type(self), "`")) from error
 
     def values(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -87,6 +89,7 @@ class Settings(FilePart):
 class SettingsFile(Settings):
     """Settings that people write as a YAML file; some are shipped in a folder of recipes."""
 
+    WHAT: ClassVar[str]  # the model's name in messages
     SCHEMA: ClassVar[str]
     FOLDER: ClassVar[str]
 

@@ -11,9 +11,14 @@ from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import SUPERNET_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_supernet, load_tensors
 
+CLASSIFIER = "head.classifier.weight"  # (classes, C)
+
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
     """Load a network's weights. Raises CheckpointError if they belong to another network."""
+    known, needed = (len(w.get(CLASSIFIER, ())) for w in (state, network.state_dict()))
+    if known and needed and known != needed:
+        raise CheckpointError(f"{where}: the weights are for {known} classes, the data have {needed}")
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -43,7 +48,7 @@ def build_inherited(source: FoundArch) -> nn.Module:
     """
     file = supernet_file(source)
     state = load_supernet(file)
-    heads = (len(w) for name, w in state.items() if name.endswith("head.classifier.weight"))
+    heads = (len(w) for name, w in state.items() if name.endswith(CLASSIFIER))
     network = build_subnet(source.space, source.arch, next(heads, source.space.head.classes))
     load_weights(network, subnet_state(state, source.space, source.arch), file)
     return network.eval()

@@ -188,7 +188,8 @@ def test_a_recipe_is_overridden_by_flags_and_kept_in_the_run(
     assert json.loads(Path("again/config.json").read_text())["train"] == asked["train"]
     (searched / "subnet" / "result.json").unlink()  # as if stopped
     assert "batch size was 100, is 50" in complaint(capsys, *train, "--batch-size", "50", "--resume")
-    assert "recipe: ema_decay: " in complaint(capsys, *train, "--ema-decay", "1")
+    told = complaint(capsys, *train, "--ema-decay", "2")
+    assert told == "qnas: error: --ema-decay: expected less than 1, got 2.0\n"
 
 
 def test_one_seed_gives_one_arch_json_in_separate_processes(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--resolution", "8"], ["too small", "at least 32 px"]),
         (
             ["--device", "vpu", "--budget", "30ms", "--latency-loss", "x"],
-            ["latency_loss: expected 'multiplier'", "got 'x'"],
+            ["error: --latency-loss: expected 'multiplier'", "got 'x'"],
         ),
         (["--device", "vpu", "--budget", "30ms", "--resume", "--out", "nowhere"], ["nowhere"]),
         (["--resume"], ["--resume needs --out"]),
@@ -291,8 +292,11 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "30ms", "--max-params", "2.5T"], ["--max-params '2.5T'", "2.5M"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "0"], ["--max-macs '0'", "above zero"]),
         (["--device", "vpu", "--budget", "30ms", "--max-macs", "1M"], ["at most 1.00M MACs", "smallest has"]),
-        (["--device", "vpu", "--budget", "30ms", "--weights", "x"], ["weights: expected", "'nested'"]),
-        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["gradient: expected 'two-path'"]),
+        (
+            ["--device", "vpu", "--budget", "30ms", "--weights", "x"],
+            ["error: --weights: expected", "'nested'"],
+        ),
+        (["--device", "vpu", "--budget", "30ms", "--gradient", "x"], ["--gradient: expected 'two-path'"]),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -705,6 +709,13 @@ def test_a_calibrated_devices_margin_is_kept_and_recorded(
     assert total == pytest.approx(arch["latency_ms"])
 
 
+def test_a_search_without_effects_says_that_they_were_not_asked_for(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--effect-networks", "0") == 0
+    assert "by the probabilities, as asked by --effect-networks 0" in joined(capsys.readouterr().out)
+
+
 def test_an_unknown_source_of_latencies_is_refused(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -720,6 +731,8 @@ def test_nn_meters_predictors_answer_search_derive_and_predict(
     assert "myriadvpu_openvino2019r2.zip" in told
     assert "qnas predictors import" in told
     assert "own model says" in told
+    told = complaint(capsys, "predict", "quadranet25-xxs", "--latency", "nn-meter")
+    assert "no nn-Meter predictors are imported: qnas predictors list says" in told
     archive = write_zip(tmp_path / "a.zip", predictor_files("myriad-vpu"))
     assert qnas("predictors", "import", archive, "--device", "vpu", "-q") == 0
     capsys.readouterr()

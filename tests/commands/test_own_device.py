@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import joined
 from helpers.measured_networks import fill_in
 
-from qnas.commands.own_device import calibrate, fit_latency, sample
+from qnas.commands.own_device import calibrate, fit_latency, measure, sample
 from qnas.common.errors import CheckpointError, TableError, UsageError
 from qnas.deploy.sampling import CSV_FILE
 from qnas.latency.device import load_device
@@ -63,6 +64,19 @@ def test_text_says_accuracy_margin_and_what_to_do_next(
     assert max(len(line) for line in text.splitlines() if not line.startswith("next")) <= 80
 
 
+def test_the_next_search_finds_a_space_of_ones_own(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = board / "space.yaml"
+    copy.write_text(
+        copy.read_text(encoding="utf-8").replace(f"name: {SPACE}", "name: mine"), encoding="utf-8"
+    )
+    fit_latency(board, "mine", None, None, force=False)
+    assert "--space board/space.yaml --budget" in joined(capsys.readouterr().out)
+    calibrate(board, "vpu", "mine-2", 0.9, None, None, force=False)
+    assert "--space board/space.yaml --budget" in joined(capsys.readouterr().out)
+    fit_latency(board, "mine", SPACE, None, force=True)
+    assert f"--space {SPACE} --budget" in joined(capsys.readouterr().out)
+
+
 def test_what_is_there_is_not_replaced(board: Path) -> None:
     Path("mine.json").touch()
     with pytest.raises(CheckpointError, match=r"mine\.json: exists already: give --force"):
@@ -92,6 +106,11 @@ def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
         calibrate(board, "cpu", "mine", 90.0, None, None, force=False)
     with pytest.raises(UsageError, match="--format 'tflite': expected onnx or arch"):
         sample(SPACE, 40, "cpu", "tflite", board)
+    for command in (measure, lambda csv: fit_latency(csv, "mine")):
+        with pytest.raises(
+            UsageError, match=r"^nope: no such file, expected the CSV that qnas sample writes"
+        ):
+            command(Path("nope"))
     alone = Path("alone.csv")
     alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     Path("board", "space.yaml").unlink()

@@ -45,5 +45,5 @@ def test_a_plugin_that_fails_is_one_line_with_its_place(tmp_path: Path, text: st
 def test_a_missing_plugin_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^plugin .*own\.py: no such file$"):
         load_plugins([str(tmp_path / "own.py")])
-    with pytest.raises(UsageError, match=r"^plugin no_such: ModuleNotFoundError: No module named 'no_such'"):
+    with pytest.raises(UsageError, match=r"^plugin no_such: ModuleNotFoundError: No module named 'no_such'$"):
         load_plugins(["no_such"])

@@ -145,6 +145,9 @@ def test_where_the_data_are_gone_the_kept_images_check_a_file_and_int8_is_refuse
     assert file.parity.images == 16
     with pytest.raises(DataError, match=r"/gone.*`data` says where its calibration images are"):
         export(changed, precision="int8")
+    set_result(changed, data="dataset:mine")
+    with pytest.raises(DataError, match=r"the run had Datasets \(dataset:mine\): give them again as `data`$"):
+        export(changed, precision="int8")
     assert export(changed, precision="int8", data="digits").files[0].parity.images == 359
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from helpers.command_line import joined
 from torch import nn
 from typer.testing import CliRunner
 
@@ -237,6 +238,7 @@ def test_the_command_measures_this_machine(tiny_yaml: Path, monkeypatch: pytest.
     code, text = _invoke(*options)
     assert code == 0
     assert "8 blocks of tiny" in text
+    assert "--space tiny.yaml --budget" in joined(text)
     lines = [line for line in text.splitlines() if not line.startswith("next")]  # that is to be copied
     assert max(map(len, lines)) <= 80
     code, text = _invoke(*options, "--force", "--json")

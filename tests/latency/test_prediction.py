@@ -76,6 +76,8 @@ def test_a_device_without_a_model_shows_the_blocks_of_its_table(
     assert prediction.batchnorm_ms is None
     assert math.fsum(p.latency_ms for p in prediction.parts) == pytest.approx(prediction.latency_ms)
     assert {"stem", "1.1"} <= {p.name for p in prediction.parts}
+    assert {"stem", "head"} <= {layer.what for layer in prediction.layers}
+    assert all(layer.what for layer in prediction.layers)
 
 
 def test_a_calibration_scales_every_cell_and_shifts_the_network_once(tiny_space: SearchSpace) -> None:

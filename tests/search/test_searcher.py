@@ -426,10 +426,10 @@ def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
     for changes, problem in (
-        ({"weights": "mixed"}, "weights: expected 'independent', 'shared' or 'nested', got 'mixed'"),
-        ({"gradient": "three-path"}, "gradient: expected 'two-path', .*, got 'three-path'"),
+        ({"weights": "mixed"}, "`weights`: expected 'independent', 'shared' or 'nested', got 'mixed'"),
+        ({"gradient": "three-path"}, "`gradient`: expected 'two-path', .*, got 'three-path'"),
         ({"nested_weight_steps": "both"}, "expected 'mixture' or 'sampled', got 'both'"),
-        ({"paths": "odd"}, "paths: expected 'even' or 'probabilities', got 'odd'"),
+        ({"paths": "odd"}, "`paths`: expected 'even' or 'probabilities', got 'odd'"),
         ({"gradient": "exact"}, "`gradient='exact'` needs `weights='nested'`, got 'shared'"),
         ({"gradient": "gumbel", "weights": "nested"}, "`gradient='gumbel'`: expected 'exact'"),
     ):

@@ -73,9 +73,11 @@ def test_with_a_gpu_it_is_that_in_the_best_16_bits_it_has(monkeypatch: pytest.Mo
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UsageError, match="torch_device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
+    with pytest.raises(UsageError, match="`torch_device`: expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
         CONFIG.override({"torch_device": "tpu"})
-    with pytest.raises(UsageError, match="precision: expected 'auto', 'fp32', 'bf16' or 'fp16', got 'int8'"):
+    with pytest.raises(
+        UsageError, match="`precision`: expected 'auto', 'fp32', 'bf16' or 'fp16', got 'int8'"
+    ):
         CONFIG.override({"precision": "int8"})
 
 

@@ -77,7 +77,8 @@ def test_a_power_of_ten_without_a_point_is_a_number() -> None:
         ("accumulation: 1.5", r"accumulation: expected a whole number, got 1.5"),
         ("accumulation: 0", "accumulation: expected at least 1, got 0"),
         ("randaugment: 11", "randaugment: expected at most 10, got 11"),
-        ("ema_decay: 1.0", "ema_decay: .*less than 1, got 1.0"),
+        ("ema_decay: 1.0", "ema_decay: expected less than 1, got 1.0"),
+        ("gradient_clip: 0.0", "gradient_clip: expected more than 0, got 0.0"),
         ("weight_decay: .nan", "weight_decay: .*got nan"),
         ("linear_start: 1", "linear_start: .*got 1"),
     ],
@@ -88,7 +89,9 @@ def test_a_problem_is_named_with_its_place(line: str, problem: str) -> None:
 
 
 def test_all_problems_are_said_together() -> None:
-    with pytest.raises(UsageError, match="epochs: expected at least 1, got 0; mixup: expected at least 0"):
+    with pytest.raises(
+        UsageError, match="`epochs`: expected at least 1, got 0; `mixup`: expected at least 0"
+    ):
         Recipe.parse(SHORTEST, "mine.yaml").override({"epochs": 0, "mixup": -1.0})
 
 
