@@ -134,7 +134,7 @@ def test_a_forced_run_says_complete_at_no_moment(tmp_path: Path, monkeypatch: py
 
 def test_ctrl_c_anywhere_in_a_run_says_how_to_go_on(tmp_path: Path) -> None:
     with (
-        pytest.raises(Interrupted, match=r"the state is saved in .*run: `resume=True` goes on"),
+        pytest.raises(Interrupted, match=r"the state is saved in .*run: `resume=True` continues from it"),
         opened(tmp_path / "run"),
     ):
         raise KeyboardInterrupt

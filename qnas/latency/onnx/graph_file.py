@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx itself needs it
-from onnx import external_data_helper, helper, inliner, numpy_helper, shape_inference
+from onnx import helper, inliner, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from qnas.common.errors import ArchError
@@ -147,9 +147,7 @@ class Graph:
 
     def _read(self, tensor: onnx.TensorProto) -> Array:
         try:
-            if external_data_helper.uses_external_data(tensor):
-                external_data_helper.load_external_data_for_tensor(tensor, str(self._path.parent))
-            return numpy_helper.to_array(tensor)
+            return numpy_helper.to_array(tensor, str(self._path.parent))
         except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
             raise ArchError(
                 f"{self._path}: the values of {tensor.name!r} cannot be read: put the data file that "
