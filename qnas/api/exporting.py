@@ -8,7 +8,7 @@ from qnas.api.results import SearchResult, TrainedNetwork
 from qnas.runs.names import ARCH_FILE, SUBNET_FOLDER
 
 if TYPE_CHECKING:
-    from qnas.data.given import GivenData
+    from qnas.data.loading import GivenData
     from qnas.deploy.export_run import ExportedFiles
 
 

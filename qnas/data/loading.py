@@ -1,23 +1,31 @@
-"""Loading of a data set: reading, splitting, and decoding to one resolution if it fits into memory."""
+"""Loading of the data that a user gives: reading, splitting, and decoding to one resolution if it fits.
+
+The data are a shipped kind by its spec, or Datasets. A run records them and opens them again from its record.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import DataError, UsageError
 from qnas.data.broken_images import MAX_BROKEN, BrokenImages, check_broken, find_broken, read_each
-from qnas.data.datasets import SAMPLE, read_datasets
+from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
 from qnas.data.decoding import chunked
-from qnas.data.digest import digest_of
-from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Images, Split, take
-from qnas.data.labelled_images import LabelledImages
+from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
-from qnas.data.sources import DataSpec, open_dataset
+from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
 from qnas.data.splits import SPLITS, complete_splits, without_broken
 
+GivenData = str | DataSpec | AnyDataset | Datasets
+
+DATASET = "dataset"  # the kind recorded for Datasets, which a run cannot reopen by itself
+SMALL_PX = 64  # images of Datasets up to this size get the settings of CIFAR-10, larger ones of photographs
 MEMORY_LIMIT_BYTES = 3_000_000_000  # limit for the decoded images of all splits; above it they stay encoded
 
 
@@ -55,7 +63,12 @@ def load_data(
     if max_broken is not None and not 0 <= max_broken <= 1:
         raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
-    source = _open(data, memory_limit_bytes, most, quiet=quiet)
+    if isinstance(data, str | DataSpec):
+        source = open_dataset(data)
+    elif isinstance(data, LabelledImages):
+        source = data
+    else:
+        source = read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
     splits = complete_splits(source, heldout_fraction)
     if source.broken:
         splits = without_broken(source, splits, source.broken)
@@ -98,14 +111,6 @@ def load_data(
     )
 
 
-def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
-    if isinstance(data, str | DataSpec):
-        return open_dataset(data)
-    if isinstance(data, LabelledImages):
-        return data
-    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
-
-
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
     """Return a warning if images change between readings, or if changes would not be noticed.
 
@@ -137,3 +142,33 @@ def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tu
         return images, {}
     numbers = lazy.order.tolist()
     return images, read_each(lazy.__getitem__, images.__setitem__, numbers, most, where, quiet=quiet)
+
+
+def recorded_data(data: GivenData, images: ImageData) -> str:
+    """Return the data's entry in config.json: `digits`, `imagefolder:DIR` or `dataset:NAME`."""
+    if isinstance(data, str | DataSpec):
+        return str(parse_data_spec(str(data)))
+    return f"{DATASET}:{images.name}"
+
+
+def kind_of(data: GivenData) -> str:
+    """Return the kind of data, which selects presets and recipes. Raises DataError."""
+    if isinstance(data, str | DataSpec):
+        return parse_data_spec(str(data)).kind
+    datasets = data if isinstance(data, Datasets) else Datasets(data)
+    return "cifar10" if max(datasets.first_size_px) <= SMALL_PX else "imagefolder"
+
+
+def reopen(data: GivenData | None, config: Mapping[str, Any], default: str | None = None) -> GivenData:
+    """Return the data of a run: those given, or those recorded in its config.json, or the default.
+
+    Raises DataError if no data are given and the run had Datasets or records no data.
+    """
+    if data is not None:
+        return data
+    recorded = config.get("data", default)
+    if recorded is None:
+        raise DataError("the run does not record its data: give them as `data`")
+    if str(recorded).partition(":")[0] == DATASET:
+        raise DataError(f"the run had Datasets ({recorded}): give them again as `data`")
+    return str(recorded)

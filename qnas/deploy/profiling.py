@@ -36,8 +36,7 @@ from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy, time_all
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
 from qnas.latency.device_table import all_blocks, build_table
 from qnas.latency.evaluation import figures
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import write_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
 from qnas.nn.blocks import build_block
 from qnas.nn.subnet import build_network
 from qnas.solver.solve import CandidateIndices

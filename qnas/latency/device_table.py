@@ -10,8 +10,7 @@ from qnas.common.errors import TableError
 from qnas.common.resources import stems
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import parse_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table
 from qnas.spaces.lower import BlockSpec, Slot, fill, skeleton
 from qnas.spaces.space import Candidate, SearchSpace, load_space
 

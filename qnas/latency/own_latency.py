@@ -25,8 +25,7 @@ from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures
 from qnas.latency.fitting.own_device import CROSS_VALIDATED, FOLDS, constant_error_pct, folds
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import table_from_rows
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, table_from_rows
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from qnas.common.errors import DataError
 from qnas.data.batches import batches
 from qnas.data.broken_images import MAX_BROKEN
-from qnas.data.given import GivenData, reopen
 from qnas.data.image_data import ImageData, Split
-from qnas.data.loading import load_data
+from qnas.data.loading import GivenData, load_data, reopen
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
