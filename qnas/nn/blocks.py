@@ -225,7 +225,10 @@ class QuadraBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.has_kernels and (self.training or torch.is_grad_enabled()) and can_run(x):
-            return self._run_halves(x)
+            mixer, channels, eps = self.halves()
+            is_fused = self.neuron == DEFAULT_NEURON
+            x = mixer_half(x, *mixer, eps=eps) if is_fused else x + self.mix(self.norm1(x))
+            return channel_half(x, *channels, eps=eps)
         if self.is_pre_norm:
             x = x + self.mix(self.norm1(x))
             hidden = self.expand(self.norm2(x))
@@ -235,11 +238,6 @@ class QuadraBlock(nn.Module):
             hidden = self.norm2(self.expand(x))
         y: Tensor = x + self.project(self.act(hidden))
         return y
-
-    def _run_halves(self, x: Tensor) -> Tensor:
-        mixer, channels, eps = self.halves()
-        x = mixer_half(x, *mixer, eps=eps) if self.neuron == DEFAULT_NEURON else x + self.mix(self.norm1(x))
-        return channel_half(x, *channels, eps=eps)
 
     def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
         """Return the arguments of both halves' kernels after x, and epsilon. Needs layer normalisation."""

@@ -8,7 +8,7 @@ There are three weight sharing modes:
   QuadraBlocks with different neurons are different kinds and share nothing, not even pointwise convolutions:
   their inputs are distributed differently, and factors of a product do not serve as terms of a sum;
 - nested: shared weights, where the candidates form a grid of kernels and expansions. All candidates together
-  cost one pass of the largest (`qnas.nn.kernels.nested`).
+  cost one pass of the largest (`qnas.nn.kernels.block`).
 
 A nested mixture mixes each half of the block by itself: x + (1 - P(identity)) sum_k P(k)
 mixer_k(x), then the same with the expansions. It is not a mixture of whole blocks with one probability
@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import QuadraBlock, build_block
-from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.kernels.block import nested_channel_half, nested_mixer_half
 from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
 from qnas.spaces.blocks import BLOCKS

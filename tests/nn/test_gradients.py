@@ -45,7 +45,7 @@ def limits_of(space: SearchSpace) -> Limits:
 
 
 def tensors_of(space: SearchSpace, supernet: Supernet) -> LimitTensors:
-    return limit_tensors(limits_of(space), supernet.mask)
+    return limit_tensors(limits_of(space))
 
 
 def batch() -> tuple[Tensor, Tensor]:

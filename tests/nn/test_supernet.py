@@ -253,7 +253,7 @@ def test_a_limit_that_one_network_alone_keeps_is_kept_nearly() -> None:
 def test_the_latency_gradient_reaches_identity(device: str, tiny_space: SearchSpace) -> None:
     table = compute_table(load_device(device), tiny_space)
     supernet = make_supernet(tiny_space)
-    limits = limit_tensors((latency_limit(table, table.slowest_ms),), supernet.mask)
+    limits = limit_tensors((latency_limit(table, table.slowest_ms),))
     total = expected_latency(supernet.alpha, supernet.mask, limits.fixed, limits.cells).sum()
     (gradient,) = torch.autograd.grad(total, supernet.alpha)
     for row, position in enumerate(tiny_space.positions):
@@ -420,7 +420,7 @@ def test_of_several_limits_each_has_its_expected_amount_and_the_furthest_exceede
     table = compute_table(load_device("vpu"), tiny_space)
     supernet = make_supernet(tiny_space)
     limits = (latency_limit(table, table.fastest_ms * 1.1), count_limit(tiny_space, "macs", 1e9))
-    fixed, cells, limit = limit_tensors(limits, supernet.mask)
+    fixed, cells, limit = limit_tensors(limits)
     # where one network is certain, its own latency and MACs
     arch = sample_arch(tiny_space, np.random.default_rng(3))
     certain = torch.zeros_like(supernet.alpha)
