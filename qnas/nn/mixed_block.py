@@ -162,7 +162,10 @@ class SharedChoice(Choice):
         for candidate, block in zip(candidates, blocks, strict=True):
             with torch.device("meta"):
                 module = build_block(block)
-            self.candidates[candidate.name] = _without_tensors(module)
+            for part in module.modules():
+                part._parameters = dict.fromkeys(part._parameters)
+                part._buffers = dict.fromkeys(part._buffers)
+            self.candidates[candidate.name] = module
             lender = self.shared[block.kind] if block.layers else module
             shapes = state_shapes(block)
             _check_slices(candidate, lender.state_dict() if block.layers else {}, shapes)
@@ -259,14 +262,6 @@ def _check_slices(
                 f"{candidate.name}: {name}, {list(shape)}, is not a slice of that of the largest candidate, "
                 f"{list(largest or [])}: search with `weights='independent'`"
             )
-
-
-def _without_tensors(module: nn.Module) -> nn.Module:
-    """Set all parameters and buffers of a module to None, in place, and return it."""
-    for part in module.modules():
-        part._parameters = dict.fromkeys(part._parameters)
-        part._buffers = dict.fromkeys(part._buffers)
-    return module
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,6 @@ def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
     return _archive(files, source)
 
 
-def _open_file(path: Path) -> IO[bytes]:
-    return path.open("rb")
-
-
 def _visible(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
@@ -96,7 +92,7 @@ def _folder(source: Path) -> Archive:
             raise TableError(f"{path}: a folder, expected files at the top or all in one folder")
         if not stat.S_ISREG(found.st_mode):
             raise TableError(f"{path}: a link or device, expected files")
-        files.append(("", Member(path.name, found.st_size, partial(_open_file, path))))
+        files.append(("", Member(path.name, found.st_size, lambda path=path: path.open("rb"))))
     return _archive(files, source)
 
 
