@@ -322,14 +322,11 @@ class NestedChoice(SharedChoice):
             shares.to(block.expand.weight) for shares in (route.kernels, route.expansions, route.block)
         )
         x = nested_mixer_half(x, *mixer, share * kernels, self.grid.kernels, eps=eps)
-        return nested_channel_half(x, *channels, self._hidden_gates(expansions, x.shape[1]), share, eps=eps)
-
-    def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
-        """Return the probability that each hidden channel is used: (expansions,) -> (E,)."""
-        at_least = shares.flip(0).cumsum(0).flip(0)
-        sizes = self.grid.expansions
-        added = [channels * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
-        return at_least.repeat_interleave(torch.tensor(added, device=shares.device))
+        # the probability that each hidden channel is used: (expansions,) -> (E,)
+        at_least, sizes = expansions.flip(0).cumsum(0).flip(0), self.grid.expansions
+        added = [x.shape[1] * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
+        gates = at_least.repeat_interleave(torch.tensor(added, device=at_least.device))
+        return nested_channel_half(x, *channels, gates, share, eps=eps)
 
 
 def make_choice(space: SearchSpace, slot: Slot, weights: WeightsMode) -> Choice:

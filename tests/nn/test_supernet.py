@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.mixed_block import Choice, FactoredMixture, Gated, Grid, IndependentChoice, Route
-from qnas.nn.modes import WEIGHTS_MODES, WeightsMode
+from qnas.nn.modes import WeightsMode
 from qnas.nn.supernet import (
     Factors,
     LimitTensors,
@@ -313,7 +314,7 @@ def test_an_architecture_pass_gives_every_pair_a_gradient(tiny_space: SearchSpac
     torch.testing.assert_close(gradient.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS_MODES)
+@pytest.mark.parametrize("weights", get_args(WeightsMode))
 @pytest.mark.parametrize("name", SPACES)
 def test_subnet_matches_supernet(name: str, weights: WeightsMode) -> None:
     space = load_space(name)
