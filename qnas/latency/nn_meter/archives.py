@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -92,7 +93,7 @@ def _folder(source: Path) -> Archive:
             raise TableError(f"{path}: a folder, expected files at the top or all in one folder")
         if not stat.S_ISREG(found.st_mode):
             raise TableError(f"{path}: a link or device, expected files")
-        files.append(("", Member(path.name, found.st_size, lambda path=path: path.open("rb"))))
+        files.append(("", Member(path.name, found.st_size, partial(FileIO, path))))
     return _archive(files, source)
 
 
