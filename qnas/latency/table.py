@@ -25,7 +25,7 @@ from qnas.common.files import read_text, write_text
 from qnas.common.units import number_or_nan
 from qnas.latency.device import Device
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.lower import Slot, fill, skeleton
+from qnas.spaces.lower import all_blocks
 from qnas.spaces.space import SearchSpace
 
 RUNTIME = "runtime"  # the row for the latency of every network besides its kernels
@@ -143,19 +143,16 @@ COLUMNS = (*_Expected._fields[:-1], "latency_ms", "estimated_ms", "source", "lay
 def _expected_rows(space: SearchSpace) -> list[_Expected]:
     """Return the rows of a space's table in the order in which they are written."""
     rows = [_Expected(RUNTIME)]
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            p = part.position
-            for candidate in p.candidates:
-                layers = describe_layers(fill(space, part, candidate).layers)
-                shape = (p.c_in, p.c_out, p.stride, part.resolution_px)
-                rows.append(_Expected(p.name, str(p.stage + 1), *shape, candidate.name, layers))
+    for block, candidate in all_blocks(space):
+        if block.place is not None:
+            shape = (block.place.c_in, block.place.c_out, block.place.stride, block.place.resolution_px)
         else:
-            first, last = part.layers[0], part.layers[-1]
-            stride = math.prod(layer.stride for layer in part.layers)
+            first, last = block.layers[0], block.layers[-1]
+            stride = math.prod(layer.stride for layer in block.layers)
             shape = (first.c_in, last.c_out, stride, first.resolution_px)
-            stage = part.name.partition(".")[0] if part.kind == "transition" else ""
-            rows.append(_Expected(part.name, stage, *shape, "", describe_layers(part.layers)))
+        stage = block.name.partition(".")[0] if "." in block.name else ""
+        name = candidate.name if candidate is not None else ""
+        rows.append(_Expected(block.name, stage, *shape, name, describe_layers(block.layers)))
     return rows
 
 
