@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import mixer
-from qnas.nn.kernels.lean_quadratic import quadratic_backward, quadratic_forward
+from qnas.nn.kernels.lean_quadratic import depthwise, quadratic_backward, quadratic_forward
 from qnas.nn.kernels.pointwise import channel_half
 
 SMALLEST_KERNEL = 3  # smallest kernel for which the C++ kernel has partial sums
@@ -162,13 +162,8 @@ def nested_mixer_half(
     normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
     normed = normed.permute(0, 3, 1, 2)
     for share, kernel in zip(shares, kernels, strict=True):
-        cut = (largest - kernel) // 2
-        a, b, c = (
-            F.conv2d(
-                normed, w[..., cut : largest - cut, cut : largest - cut], None, 1, kernel // 2, 1, len(w)
-            )
-            for w in (w_a, w_b, w_c)
-        )
+        side = slice((largest - kernel) // 2, (largest + kernel) // 2)
+        a, b, c = (depthwise(normed, w[..., side, side]) for w in (w_a, w_b, w_c))
         x = x + share * (a * b + c)
     return x
 
