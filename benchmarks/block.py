@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from hornet import HorNetBlock
@@ -32,7 +31,7 @@ from qnas.common.files import atomic_path
 from qnas.common.host import cpu_name
 from qnas.nn.blocks import QuadraBlock
 from qnas.nn.kernels import native
-from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.kernels.block import nested_channel_half, nested_mixer_half
 from qnas.nn.quadratic import quadratic_conv2d_reference
 from qnas.training.loop import set_up_process
 
@@ -73,17 +72,11 @@ class NestedBlock(QuadraBlock):
         self.expansions = nn.Parameter(torch.full((2,), 1 / 2))  # 2 and 4
 
     def forward(self, x: Tensor) -> Tensor:
-        norm1, norm2 = (cast(nn.LayerNorm, norm) for norm in (self.norm1, self.norm2))
-        expand, project = (cast(nn.Conv2d, conv) for conv in (self.expand, self.project))
-        assert expand.bias is not None
-        assert project.bias is not None
-        depthwise = (conv.weight for conv in (self.conv_a, self.conv_b, self.conv_c))
-        x = nested_mixer_half(x, norm1.weight, norm1.bias, *depthwise, self.shares, (3, 5, 7), eps=norm1.eps)
-        half = len(expand.bias) // 2
+        mixer, channels, eps = self.halves()
+        x = nested_mixer_half(x, *mixer, self.shares, (3, 5, 7), eps=eps)
+        half = self.expand.out_channels // 2
         gates = torch.cat([torch.ones(half), self.expansions[1].expand(half)])
-        pointwise = (expand.weight, expand.bias, project.weight, project.bias)
-        share = self.expansions.sum()
-        return nested_channel_half(x, norm2.weight, norm2.bias, *pointwise, gates, share, eps=norm2.eps)
+        return nested_channel_half(x, *channels, gates, self.expansions.sum(), eps=eps)
 
 
 class ConvNeXtBlock(nn.Module):

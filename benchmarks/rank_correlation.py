@@ -159,7 +159,7 @@ def score_networks(
         searcher.step()
     spent = time.process_time() - start
     evaluator = evaluator_of(searcher.state)
-    scores = [asdict(evaluator.score(arch, data.heldout)) for arch in networks]
+    scores = [asdict(evaluator.classify(arch, data.heldout).score) for arch in networks]
     cache.put(parts, {"epochs": epochs, "trained_s": spent, "scores": scores})
     print(f"{data.name} {arm}: {epochs} epochs in {spent:.0f} s", flush=True)
 

@@ -263,7 +263,9 @@ def derive(setting: Setting, searcher: Searcher) -> dict[str, Any]:
         "entropy": figures["entropy"],
         "identity_share": figures["identity_share"],
         "ranked": ranking_document(ranked),
-        "random_heldout": [evaluator.score(arch, heldout).accuracy for arch in random_networks(setting)],
+        "random_heldout": [
+            evaluator.classify(arch, heldout).score.accuracy for arch in random_networks(setting)
+        ],
         "by_macs": by_macs and arch_from_indices(space, by_macs.indices).choices,
         "most_probable": arch_from_indices(
             space, solve(state.log_probabilities, searcher.problem.limits).indices

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import qnas
-from qnas.nn.batch_norm import BatchNorm2d
+from qnas.nn.blocks import BatchNorm2d
 from qnas.spaces.blocks import Place, register_block
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.space import SearchSpace, make_space

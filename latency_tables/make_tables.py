@@ -23,7 +23,7 @@ from qnas.latency.device import SCHEMA, Device, Figures, KernelModel, load_devic
 from qnas.latency.device_table import compute_table
 from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
 from qnas.latency.grid import Grid
-from qnas.latency.table_file import write_table
+from qnas.latency.table import write_table
 from qnas.spaces.space import load_space
 
 HERE = Path(__file__).resolve().parent

@@ -18,8 +18,7 @@ from qnas.common.errors import CheckpointError, DataError, TableError, UsageErro
 from qnas.common.files import write_json, write_text
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, table_from
-from qnas.latency.table import LatencyTable
-from qnas.latency.table_file import write_table
+from qnas.latency.table import LatencyTable, write_table
 from qnas.runs import pareto as budget_fronts
 from qnas.runs.finished_run import FinishedRun, asked_devices, check_rankable
 from qnas.runs.names import ARCH_FILE, DERIVED_FOLDER, PARETO_FOLDER, SPACE_FILE, SUPERNET_FILE, table_file
@@ -30,7 +29,7 @@ from qnas.spaces.arch import arch_from_indices
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
-    from qnas.data.given import GivenData
+    from qnas.data.loading import GivenData
     from qnas.search.selection import Ranked
     from qnas.training.losses import LossFunction
 

@@ -9,7 +9,7 @@ from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, SUBNET_FOLDER
 
 if TYPE_CHECKING:
-    from qnas.data.given import GivenData
+    from qnas.data.loading import GivenData
     from qnas.deploy.export_run import ExportedFiles
 
 

@@ -21,8 +21,8 @@ from qnas.spaces.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
-    from qnas.data.given import GivenData
     from qnas.data.image_data import ImageData
+    from qnas.data.loading import GivenData
     from qnas.training.losses import LossFunction, Metric
 
 SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
@@ -83,7 +83,7 @@ def run_search(
     check_searchable(known, limits)
 
     # these modules import torch, which takes seconds: all checks that need no torch are done above
-    from qnas.data.given import kind_of, reopen
+    from qnas.data.loading import kind_of, reopen
 
     data = reopen(data, former, DATA)
     if former and preset is None:

@@ -15,9 +15,8 @@ import qnas
 from qnas.common.errors import QnasWarning
 from qnas.common.progress import Display, OnProgress, OnStderr, reporting_to, silent
 from qnas.data.broken_images import MAX_BROKEN
-from qnas.data.given import GivenData, recorded_data
 from qnas.data.image_data import ImageData
-from qnas.data.loading import load_data
+from qnas.data.loading import GivenData, load_data, recorded_data
 from qnas.search.config import SearchConfig
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import set_up_process

@@ -14,7 +14,7 @@ from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
-    from qnas.data.given import GivenData
+    from qnas.data.loading import GivenData
     from qnas.training.losses import LossFunction, Metric
 
 
@@ -48,7 +48,7 @@ def train_subnet(
     Raises QnasError for an invalid request, if possible before anything is trained.
     """
     from qnas.api import session
-    from qnas.data.given import kind_of, reopen
+    from qnas.data.loading import kind_of, reopen
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
     from qnas.training.subnet_trainer import train_subnet as train_in_folder

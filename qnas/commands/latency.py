@@ -161,7 +161,7 @@ def table(
     """
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
-    from qnas.latency.table_file import table_text
+    from qnas.latency.table import table_text
     from qnas.spaces.space import load_space
 
     found = load_space(space)

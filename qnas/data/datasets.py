@@ -18,9 +18,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from qnas.common.errors import DataError
 from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
 from qnas.data.decoding import spread
-from qnas.data.digest import update_with_pixels
 from qnas.data.image_files import Labels
-from qnas.data.labelled_images import LabelledImages, check_training, name_splits
+from qnas.data.labelled_images import LabelledImages, check_training, name_splits, update_with_pixels
 from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
 
 SAMPLE = 32  # items to read twice

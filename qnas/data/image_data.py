@@ -45,21 +45,18 @@ class Split:
 
     def read(self, indices: Tensor) -> Tensor:
         """Return these images (B, C, H, W) as uint8. Raises DataError for a damaged file."""
-        if isinstance(self.images, Tensor):
-            return _gather(self.images, indices)
-        return torch.stack([self.images[int(i)] for i in indices])
+        found = take(self.images, indices.numpy())
+        return found if isinstance(found, Tensor) else torch.stack([found[i] for i in range(len(found))])
 
 
 def take(images: Images, places: slice | ImageNumbers) -> Images:
     """Select images (N, C, H, W). They stay undecoded, or channels last in memory."""
     if isinstance(images, LazyImages):
         return images.take(places)
-    return images[places] if isinstance(places, slice) else _gather(images, torch.from_numpy(places))
-
-
-def _gather(images: Tensor, indices: Tensor) -> Tensor:
+    if isinstance(places, slice):
+        return images[places]
     # rows of (N, H, W, C) are whole images, which the gather copies at once
-    return images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1).index_select(0, torch.from_numpy(places)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,19 +91,9 @@ class ImageData:
         return self.train.std
 
     @property
-    def flip(self) -> bool:
-        """Whether augmentation mirrors images."""
-        return self.train.flip
-
-    @property
     def counts(self) -> dict[str, int]:
         """The number of images in each split."""
         return {split.name: len(split) for split in (self.train, self.heldout, self.test)}
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether all images are decoded and in memory."""
-        return isinstance(self.train.images, Tensor)
 
 
 def subset(split: Split, n: int) -> Split:
@@ -126,7 +113,7 @@ def sample_images(split: Split, n: int) -> tuple[Tensor, Tensor]:
     """
     some = subset(split, n)
     if isinstance(some.images, Tensor):
-        return some.read(torch.arange(len(some))), some.labels
+        return some.images, some.labels
     ((*found,),) = in_threads(or_broken(some.images.__getitem__), [range(len(some))])
     whole = {place: image for place, image in enumerate(found) if isinstance(image, Tensor)}
     if not whole:

@@ -1,24 +1,42 @@
-"""Loading of a data set: reading, splitting, and decoding to one resolution if it fits into memory."""
+"""Loading of the data that a user gives: reading, splitting, and decoding to one resolution if it fits.
+
+The data are a shipped kind by its spec, or Datasets. A run records them and opens them again from its record.
+
+Splits are stratified. They are drawn with a constant instead of the run's seed: runs with different seeds
+select on the same images, so they can be compared. Broken images are removed after the splits are drawn, so
+that repairing an image does not change the splits of the others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qnas.common.errors import UsageError
+from qnas.common.errors import DataError, UsageError
 from qnas.data.broken_images import MAX_BROKEN, BrokenImages, check_broken, find_broken, read_each
-from qnas.data.datasets import SAMPLE, read_datasets
+from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
 from qnas.data.decoding import chunked
-from qnas.data.digest import digest_of
-from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Images, Split, take
-from qnas.data.labelled_images import LabelledImages
+from qnas.data.image_files import ImageNumbers, Labels
+from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
-from qnas.data.sources import DataSpec, open_dataset
-from qnas.data.splits import SPLITS, complete_splits, without_broken
+from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
 
+GivenData = str | DataSpec | AnyDataset | Datasets
+
+DATASET = "dataset"  # the kind recorded for Datasets, which a run cannot reopen by itself
+SMALL_PX = 64  # images of Datasets up to this size get the settings of CIFAR-10, larger ones of photographs
 MEMORY_LIMIT_BYTES = 3_000_000_000  # limit for the decoded images of all splits; above it they stay encoded
+SPLITS = ("train", "heldout", "test")
+TEST_FRACTION = 0.2  # if the data set has no test images
+
+# Constant seeds, so that splits are the same in every run; two of them, so that the draws are independent.
+_TEST_DRAW = 20231117
+_HELDOUT_DRAW = 19560
 
 
 def load_data(
@@ -55,7 +73,12 @@ def load_data(
     if max_broken is not None and not 0 <= max_broken <= 1:
         raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
-    source = _open(data, memory_limit_bytes, most, quiet=quiet)
+    if isinstance(data, str | DataSpec):
+        source = open_dataset(data)
+    elif isinstance(data, LabelledImages):
+        source = data
+    else:
+        source = read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
     splits = complete_splits(source, heldout_fraction)
     if source.broken:
         splits = without_broken(source, splits, source.broken)
@@ -98,12 +121,57 @@ def load_data(
     )
 
 
-def _open(data: GivenData, memory_limit_bytes: int, most: float, *, quiet: bool) -> LabelledImages:
-    if isinstance(data, str | DataSpec):
-        return open_dataset(data)
-    if isinstance(data, LabelledImages):
-        return data
-    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
+def complete_splits(source: LabelledImages, heldout_fraction: float) -> dict[str, ImageNumbers]:
+    """Return the image numbers of each split. Missing splits are taken from the training images.
+
+    Raises DataError for a class with too few training images.
+    """
+    splits = dict(source.splits)
+    to_take = [split for split in ("test", "heldout") if split not in splits]
+    counts = np.bincount(source.targets[splits["train"]], minlength=len(source.classes))
+    fewest = int(counts.argmin())
+    if counts[fewest] <= len(to_take):
+        raise DataError(
+            f"{source.source}: class {source.classes[fewest]!r} has {counts[fewest]} training images, "
+            f"expected at least {len(to_take) + 1}, as {' and '.join(to_take)} images are split off"
+        )
+    for split in to_take:
+        draw, fraction = (_TEST_DRAW, TEST_FRACTION) if split == "test" else (_HELDOUT_DRAW, heldout_fraction)
+        splits["train"], splits[split] = _take_stratified(splits["train"], source.targets, fraction, draw)
+    return splits
+
+
+def without_broken(
+    source: LabelledImages, splits: dict[str, ImageNumbers], broken: BrokenImages
+) -> dict[str, ImageNumbers]:
+    """Return the splits without the broken images.
+
+    Raises DataError if a class has no training images left, or a split no images.
+    """
+    left = {split: numbers[~np.isin(numbers, list(broken))] for split, numbers in splits.items()}
+    counts = np.bincount(source.targets[left["train"]], minlength=len(source.classes))
+    if not counts.all():
+        name = source.classes[int(counts.argmin())]
+        raise DataError(f"{source.source}: all training images of class {name!r} are broken")
+    for split, numbers in left.items():
+        if not len(numbers):
+            raise DataError(f"{source.source}: all {split} images are broken")
+    return left
+
+
+def _take_stratified(
+    numbers: ImageNumbers, labels: Labels, fraction: float, draw: int
+) -> tuple[ImageNumbers, ImageNumbers]:
+    """Split off a fraction of each class, at least one image, and leave at least one."""
+    # RandomState, since numpy guarantees that its numbers never change
+    rng = np.random.RandomState(draw)
+    taken = []
+    for label in np.unique(labels[numbers]):
+        members = numbers[labels[numbers] == label]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        taken.append(rng.permutation(members)[:count])
+    picked = np.isin(numbers, np.concatenate(taken))
+    return numbers[~picked], numbers[picked]
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
@@ -137,3 +205,33 @@ def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tu
         return images, {}
     numbers = lazy.order.tolist()
     return images, read_each(lazy.__getitem__, images.__setitem__, numbers, most, where, quiet=quiet)
+
+
+def recorded_data(data: GivenData, images: ImageData) -> str:
+    """Return the data's entry in config.json: `digits`, `imagefolder:DIR` or `dataset:NAME`."""
+    if isinstance(data, str | DataSpec):
+        return str(parse_data_spec(str(data)))
+    return f"{DATASET}:{images.name}"
+
+
+def kind_of(data: GivenData) -> str:
+    """Return the kind of data, which selects presets and recipes. Raises DataError."""
+    if isinstance(data, str | DataSpec):
+        return parse_data_spec(str(data)).kind
+    datasets = data if isinstance(data, Datasets) else Datasets(data)
+    return "cifar10" if max(datasets.first_size_px) <= SMALL_PX else "imagefolder"
+
+
+def reopen(data: GivenData | None, config: Mapping[str, Any], default: str | None = None) -> GivenData:
+    """Return the data of a run: those given, or those recorded in its config.json, or the default.
+
+    Raises DataError if no data are given and the run had Datasets or records no data.
+    """
+    if data is not None:
+        return data
+    recorded = config.get("data", default)
+    if recorded is None:
+        raise DataError("the run does not record its data: give them as `data`")
+    if str(recorded).partition(":")[0] == DATASET:
+        raise DataError(f"the run had Datasets ({recorded}): give them again as `data`")
+    return str(recorded)

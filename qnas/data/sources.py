@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qnas.common.errors import DataError, nearest
 from qnas.data.folders import read_classes, read_folder
-from qnas.data.image_files import UNPACKED_LIMIT_BYTES, ImageNumbers, Labels, check_exists, one_line
+from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists, one_line
 from qnas.data.labelled_images import LabelledImages
 from qnas.data.shards import read_shards
 
@@ -89,9 +89,7 @@ def _read_fashion(path: Path) -> LabelledImages:
     check_exists(path)
     images: list[Tensor] = []
     labels: list[Labels] = []
-    parts: dict[str, ImageNumbers] = {}
-    start = 0
-    for part, prefix in (("train", "train"), ("test", "t10k")):
+    for prefix in ("train", "t10k"):
         image_file, part_images = _read_idx(path, f"{prefix}-images-idx3-ubyte", ndim=3)
         label_file, part_labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", ndim=1)
         if len(part_images) != len(part_labels):
@@ -106,8 +104,8 @@ def _read_fashion(path: Path) -> LabelledImages:
             raise DataError(f"{label_file}: label {part_labels.max()}, expected 0 to 9")
         images.append(torch.from_numpy(part_images)[:, None])
         labels.append(part_labels.astype(np.int64))
-        parts[part] = np.arange(start, start + len(part_labels))
-        start += len(part_labels)
+    of_train, of_test = map(len, labels)
+    parts = {"train": np.arange(of_train), "test": np.arange(of_train, of_train + of_test)}
     return LabelledImages(FASHION_CLASSES, torch.cat(images), np.concatenate(labels), parts)
 
 

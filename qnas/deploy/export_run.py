@@ -10,9 +10,8 @@ import torch
 
 from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import read_json, staged
-from qnas.data.given import GivenData, reopen
 from qnas.data.image_data import ImageData, Split, sample_images
-from qnas.data.loading import load_data
+from qnas.data.loading import GivenData, load_data, reopen
 from qnas.deploy.card import card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES

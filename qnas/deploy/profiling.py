@@ -34,15 +34,14 @@ from qnas.common.files import write_text
 from qnas.deploy.runtimes import Runtime, Shape
 from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy, time_all
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
-from qnas.latency.device_table import all_blocks, build_table
+from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import figures
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import write_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, write_table
 from qnas.nn.blocks import build_block
 from qnas.nn.subnet import build_network
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_from_indices
-from qnas.spaces.lower import BlockSpec, Slot, fill, lower, skeleton
+from qnas.spaces.lower import BlockSpec, Slot, all_blocks, fill, lower, skeleton
 from qnas.spaces.space import SearchSpace
 
 COPIES = 4  # blocks per chain

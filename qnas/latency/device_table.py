@@ -10,10 +10,9 @@ from qnas.common.errors import TableError
 from qnas.common.resources import stems
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import parse_table
-from qnas.spaces.lower import BlockSpec, Slot, fill, skeleton
-from qnas.spaces.space import Candidate, SearchSpace, load_space
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table
+from qnas.spaces.lower import BlockSpec, all_blocks
+from qnas.spaces.space import SearchSpace, load_space
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,19 @@ def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelR
     )
 
 
-def all_blocks(space: SearchSpace) -> list[tuple[BlockSpec, Candidate | None]]:
-    """Return every block of a space with its candidate; None for a fixed block."""
-    blocks: list[tuple[BlockSpec, Candidate | None]] = []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            blocks += [(fill(space, part, c), c) for c in part.position.candidates]
-        else:
-            blocks.append((part, None))
-    return blocks
-
-
 def build_table(
     device: Device, space: SearchSpace, runtime: Cell, price: Callable[[BlockSpec], Cell]
 ) -> LatencyTable:
     """Return the table of a space, with `price` called for each fixed block and each candidate."""
-    fixed, cells = [(RUNTIME, runtime)], []
-    for part in skeleton(space):
-        if isinstance(part, Slot):
-            cells.append(tuple(price(fill(space, part, c)) for c in part.position.candidates))
+    fixed = [(RUNTIME, runtime)]
+    cells: dict[str, list[Cell]] = {}  # by position
+    for block, candidate in all_blocks(space):
+        if candidate is None:
+            fixed.append((block.name, price(block)))
         else:
-            fixed.append((part.name, price(part)))
-    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), tuple(cells), origin=device)
+            cells.setdefault(block.name, []).append(price(block))
+    rows = tuple(map(tuple, cells.values()))
+    return LatencyTable(device.name, space.name, space.digest, tuple(fixed), rows, origin=device)
 
 
 def compute_table(device: Device, space: SearchSpace) -> LatencyTable:

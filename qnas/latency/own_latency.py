@@ -20,13 +20,12 @@ from scipy.optimize import nnls
 
 from qnas.common.errors import TableError, UsageError
 from qnas.common.files import read_text
-from qnas.latency.device import Device, Figures, Source, check_own_name
+from qnas.latency.device import Device, Source, check_own_name
 from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures
 from qnas.latency.fitting.own_device import CROSS_VALIDATED, FOLDS, constant_error_pct, folds
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable
-from qnas.latency.table_file import table_from_rows
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, table_from_rows
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
@@ -168,14 +167,21 @@ def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchS
     if (latency_ms == 0).any():
         raise TableError(f"device {device.name}: its function returned 0 ms for a network")
     sizes = [len(position.candidates) for position in space.positions]
-    matrix = _one_hot(indices, sizes)
+    # (networks, 1 + candidates): ones, and 1 where a network has a candidate
+    one_hot = [np.eye(size)[indices[:, at]] for at, size in enumerate(sizes)]
+    matrix = np.concatenate([np.ones((len(indices), 1)), *one_hot], axis=1)
     weights = _fit(matrix, latency_ms)
     predicted = matrix @ weights
     if not are_all:
         for held in folds(len(indices), FOLDS):
             predicted[held] = matrix[held] @ _fit(matrix[~held], latency_ms[~held])
-    accuracy = figures(predicted, latency_ms)
-    _check_additive(device, accuracy, latency_ms)
+    accuracy, constant_pct = figures(predicted, latency_ms), constant_error_pct(latency_ms)
+    if accuracy.rmspe_pct > 0.5 * constant_pct:
+        raise TableError(
+            f"device {device.name}: the latencies of its function do not follow a sum over blocks: the "
+            f"best sum is {accuracy.rmspe_pct:.1f}% off on networks left out, one latency for all networks "
+            f"{constant_pct:.1f}%; a search needs latencies that add up over blocks"
+        )
     # the same sums with the fastest candidate of each position at 0: the fixed part is the fastest network
     rows = np.split(weights[1:], np.cumsum(sizes)[:-1])
     fixed_ms = float(weights[0] + sum(row.min() for row in rows))
@@ -200,27 +206,10 @@ def _design(space: SearchSpace) -> tuple[np.ndarray[Any, np.dtype[np.int64]], bo
     return np.stack([rng.permutation(np.arange(n) % size) for size in sizes], axis=1), False
 
 
-def _one_hot(indices: np.ndarray[Any, np.dtype[np.int64]], sizes: list[int]) -> Array:
-    """(networks, positions) -> (networks, 1 + candidates), the first column ones."""
-    columns = [np.eye(size)[indices[:, at]] for at, size in enumerate(sizes)]
-    return np.concatenate([np.ones((len(indices), 1)), *columns], axis=1)
-
-
 def _fit(matrix: Array, latency_ms: Array) -> Array:
     """Return the weights, 0 or more, of least squared relative error."""
     weights, _ = nnls(matrix / latency_ms[:, None], np.ones(len(matrix)), maxiter=100 * matrix.shape[1])
     return np.asarray(weights, dtype=np.float64)
-
-
-def _check_additive(device: Device, accuracy: Figures, latency_ms: Array) -> None:
-    """Raise TableError where a sum over blocks is hardly better than one latency for all networks."""
-    constant_pct = constant_error_pct(latency_ms)
-    if accuracy.rmspe_pct > 0.5 * constant_pct:
-        raise TableError(
-            f"device {device.name}: the latencies of its function do not follow a sum over blocks: the "
-            f"best sum is {accuracy.rmspe_pct:.1f}% off on networks left out, one latency for all networks "
-            f"{constant_pct:.1f}%; a search needs latencies that add up over blocks"
-        )
 
 
 def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:

@@ -1,18 +1,32 @@
-"""A latency table: the latency of every candidate at every position of a space, on one device.
+"""A latency table: the latency of every candidate at every position of a space, on one device; and its file.
 
 `LatencyTable.latency_ms` is the predicted latency of a network everywhere: the fixed parts plus one cell
 for each position. Search, derivation and reports read the same cells. A cell also holds the part of its
 latency that is an estimate, so that each printed latency can say which share of it rests on measurements.
+
+The file is a CSV with a row for each position and candidate, and one for each fixed block.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
+from qnas.common.errors import TableError, abbreviate
+from qnas.common.files import read_text, write_text
+from qnas.common.units import number_or_nan
 from qnas.latency.device import Device
+from qnas.spaces.layer import LayerSpec
+from qnas.spaces.lower import all_blocks
+from qnas.spaces.space import SearchSpace
 
 RUNTIME = "runtime"  # the row for the latency of every network besides its kernels
 DECIMALS = 6  # of a millisecond: a nanosecond, so that a written table reads back to equal values
@@ -97,3 +111,170 @@ class LatencyTable:
 
 def _chosen(rows: Sequence[Sequence[float]], indices: Sequence[int]) -> list[float]:
     return [row[i] for row, i in zip(rows, indices, strict=True)]
+
+
+# ---- the file
+
+
+class _Expected(NamedTuple):
+    """A row of a table without its latency: the position, candidate and shape of a block."""
+
+    position: str
+    stage: str = ""
+    c_in: int | str = ""  # the runtime has no shape: empty
+    c_out: int | str = ""
+    stride: int | str = ""
+    resolution_px: int | str = ""
+    candidate: str = ""
+    layers: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.position, self.candidate
+
+    @property
+    def title(self) -> str:
+        return f"{self.position} {self.candidate}".strip()
+
+
+COLUMNS = (*_Expected._fields[:-1], "latency_ms", "estimated_ms", "source", "layers")
+
+
+def _expected_rows(space: SearchSpace) -> list[_Expected]:
+    """Return the rows of a space's table in the order in which they are written."""
+    rows = [_Expected(RUNTIME)]
+    for block, candidate in all_blocks(space):
+        if block.place is not None:
+            shape = (block.place.c_in, block.place.c_out, block.place.stride, block.place.resolution_px)
+        else:
+            first, last = block.layers[0], block.layers[-1]
+            stride = math.prod(layer.stride for layer in block.layers)
+            shape = (first.c_in, last.c_out, stride, first.resolution_px)
+        stage = block.name.partition(".")[0] if "." in block.name else ""
+        name = candidate.name if candidate is not None else ""
+        rows.append(_Expected(block.name, stage, *shape, name, describe_layers(block.layers)))
+    return rows
+
+
+def describe_layers(layers: Iterable[LayerSpec]) -> str:
+    """Write layers in one line: operator, kernel, stride, and channels where they change.
+
+    >>> describe_layers([LayerSpec("a", "conv", 56, 24, 40, 2, 2), LayerSpec("b", "gelu", 28, 40, 40)])
+    'conv-k2-s2-c40 gelu'
+    """
+    words = []
+    for s in layers:
+        kernel = f"-k{s.kernel}" if s.kernel > 1 else ""
+        stride = f"-s{s.stride}" if s.stride > 1 else ""
+        channels = f"-c{s.c_out}" if s.c_out != s.c_in else ""
+        words.append(f"{s.op}{kernel}{stride}{channels}")
+    return " ".join(words)
+
+
+def write_table(table: LatencyTable, space: SearchSpace, path: Path) -> None:
+    """Write a table as CSV, all of it or nothing."""
+    assert table.space_digest == space.digest, (table.space, space.name)
+    write_text(path, table_text(table, space))
+
+
+def table_text(table: LatencyTable, space: SearchSpace) -> str:
+    """Return a table as CSV."""
+    fixed = dict(table.fixed)
+    cells = chain.from_iterable(table.cells)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in _expected_rows(space):
+        cell = next(cells) if row.candidate else fixed[row.position]
+        latency_ms, estimated_ms = (f"{ms:.{DECIMALS}f}" for ms in (cell.latency_ms, cell.estimated_ms))
+        figures = {"latency_ms": latency_ms, "estimated_ms": estimated_ms, "source": cell.source}
+        writer.writerow(row._asdict() | figures)
+    return text.getvalue()
+
+
+def read_table(path: Path, space: SearchSpace, *, device: str | None = None) -> LatencyTable:
+    """Read a table of this space from CSV. `device` is its device's name, by default the folder's.
+
+    Raises TableError with every problem in one line: rows that are missing, duplicate, unknown or of
+    another shape, and values that are no latency.
+    """
+    text = read_text(path, TableError, f"the latency table of space {space.name}")
+    return parse_table(text, space, where=str(path), device=device or path.parent.name)
+
+
+def parse_table(text: str, space: SearchSpace, *, where: str, device: str) -> LatencyTable:
+    """Read a table of this space from CSV text. Raises TableError as `read_table` does."""
+    reader = csv.DictReader(io.StringIO(text))
+    header = tuple(reader.fieldnames or ())
+    lacking = [column for column in COLUMNS if column not in header]
+    if lacking:
+        raise TableError(f"{where}: columns missing: {', '.join(lacking)}; expected {','.join(COLUMNS)}")
+    rows = ((f"line {reader.line_num}", values) for values in reader)
+    return table_from_rows(rows, space, where=where, device=device)
+
+
+def table_from_rows(
+    rows: Iterable[tuple[str, Mapping[str, str | None]]],
+    space: SearchSpace,
+    *,
+    where: str,
+    device: str,
+    default: Mapping[str, Cell] = MappingProxyType({}),
+) -> LatencyTable:
+    """Return the table of a space from rows, each with its name in messages and its text by column.
+
+    Columns that a row lacks are not checked, except `position`, `candidate` and `latency_ms`. A missing row
+    takes its cell from `default`, by the `layers` of its block: "runtime" for the runtime, empty for
+    identity. Raises TableError as `read_table` does.
+    """
+    expected = {row.key: row for row in _expected_rows(space)}
+    found: dict[tuple[str, str], Cell] = {}
+    problems = []
+    for line, values in rows:
+        key = (values["position"] or "", values["candidate"] or "")
+        if key not in expected:
+            problems.append(f"{line}: {' '.join(key).strip()!r} is not in space {space.name}")
+        elif key in found:
+            problems.append(f"{line}: {expected[key].title} is there twice")
+        else:
+            problems += [f"{line}: {problem}" for problem in _mismatches(values, expected[key])]
+            cell = _read_cell(values)
+            if isinstance(cell, str):
+                problems.append(f"{line}: {expected[key].title}: {cell}")
+            found[key] = cell if isinstance(cell, Cell) else Cell(0.0)
+    for key, row in expected.items():
+        what = RUNTIME if row.position == RUNTIME else row.layers
+        if key not in found and what in default:
+            found[key] = default[what]
+    missing = [row.title for key, row in expected.items() if key not in found]
+    if missing:
+        problems.insert(0, f"{len(missing)} of {len(expected)} rows missing: {abbreviate(missing)}")
+    if problems:
+        raise TableError(f"{where}: not a latency table of space {space.name}: {abbreviate(problems, '; ')}")
+    fixed = tuple((row.position, found[key]) for key, row in expected.items() if not row.candidate)
+    cells = tuple(tuple(found[p.name, name] for name in p.names) for p in space.positions)
+    return LatencyTable(device, space.name, space.digest, fixed, cells)
+
+
+def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[str]:
+    """Return how a row's shape differs from the space's, except `stage`, which follows from the position."""
+    problems = []
+    for column in (c for c in ("c_in", "c_out", "stride", "resolution_px", "layers") if c in values):
+        want, got = str(getattr(expected, column)), (values[column] or "").strip()
+        if got != want:
+            problems.append(f"{expected.title}: {column} {got or 'empty'}, expected {want or 'empty'}")
+    return problems
+
+
+def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
+    """Return the row's cell, or the problem of its numbers."""
+    numbers = []
+    for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
+        number = number_or_nan(values[column])
+        if not 0 <= number < math.inf:
+            return f"{column} {values[column] or 'empty'!r}, expected milliseconds at or above 0"
+        numbers.append(number)
+    latency, estimated = numbers if len(numbers) > 1 else (*numbers, 0.0)
+    if estimated > latency:
+        return f"estimated_ms {estimated:g} is above latency_ms {latency:g}"
+    return Cell(latency, estimated, values.get("source") or "")

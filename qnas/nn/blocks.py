@@ -5,13 +5,13 @@ fully convolutional, so a module serves every resolution.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qnas.common.errors import SpaceError, UsageError
-from qnas.nn.batch_norm import BatchNorm2d
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
@@ -30,6 +30,54 @@ class ChannelLayerNorm(nn.LayerNorm):
             return super().forward(x)
         # in channels_last memory both permutations are views
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose training statistics are those of the whole batch over all processes.
+
+    It computes what torch's SyncBatchNorm computes, which does not run on a CPU. In a single process it
+    behaves as torch's own module.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        places = (0, 2, 3)
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean: Tensor = _Mean.apply(values.mean(places))
+        centred = values - mean[:, None, None]
+        variance: Tensor = _Mean.apply(centred.square().mean(places))
+        self._track(mean.detach(), variance.detach(), values.numel() // len(mean) * dist.get_world_size())
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * (count / (count - 1)), share)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the processes. Its gradient, of the sum of all processes' losses, is a mean too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _mean(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _mean(grad)
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 class GlobalAveragePool(nn.Module):
@@ -177,7 +225,10 @@ class QuadraBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.has_kernels and (self.training or torch.is_grad_enabled()) and can_run(x):
-            return self._run_halves(x)
+            mixer, channels, eps = self.halves()
+            is_fused = self.neuron == DEFAULT_NEURON
+            x = mixer_half(x, *mixer, eps=eps) if is_fused else x + self.mix(self.norm1(x))
+            return channel_half(x, *channels, eps=eps)
         if self.is_pre_norm:
             x = x + self.mix(self.norm1(x))
             hidden = self.expand(self.norm2(x))
@@ -187,11 +238,6 @@ class QuadraBlock(nn.Module):
             hidden = self.norm2(self.expand(x))
         y: Tensor = x + self.project(self.act(hidden))
         return y
-
-    def _run_halves(self, x: Tensor) -> Tensor:
-        mixer, channels, eps = self.halves()
-        x = mixer_half(x, *mixer, eps=eps) if self.neuron == DEFAULT_NEURON else x + self.mix(self.norm1(x))
-        return channel_half(x, *channels, eps=eps)
 
     def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
         """Return the arguments of both halves' kernels after x, and epsilon. Needs layer normalisation."""

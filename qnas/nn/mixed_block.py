@@ -8,7 +8,7 @@ There are three weight sharing modes:
   QuadraBlocks with different neurons are different kinds and share nothing, not even pointwise convolutions:
   their inputs are distributed differently, and factors of a product do not serve as terms of a sum;
 - nested: shared weights, where the candidates form a grid of kernels and expansions. All candidates together
-  cost one pass of the largest (`qnas.nn.kernels.nested`).
+  cost one pass of the largest (`qnas.nn.kernels.block`).
 
 A nested mixture mixes each half of the block by itself: x + (1 - P(identity)) sum_k P(k)
 mixer_k(x), then the same with the expansions. It is not a mixture of whole blocks with one probability
@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import QuadraBlock, build_block
-from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.kernels.block import nested_channel_half, nested_mixer_half
 from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
 from qnas.spaces.blocks import BLOCKS
@@ -162,7 +162,10 @@ class SharedChoice(Choice):
         for candidate, block in zip(candidates, blocks, strict=True):
             with torch.device("meta"):
                 module = build_block(block)
-            self.candidates[candidate.name] = _without_tensors(module)
+            for part in module.modules():
+                part._parameters = dict.fromkeys(part._parameters)
+                part._buffers = dict.fromkeys(part._buffers)
+            self.candidates[candidate.name] = module
             lender = self.shared[block.kind] if block.layers else module
             shapes = state_shapes(block)
             _check_slices(candidate, lender.state_dict() if block.layers else {}, shapes)
@@ -261,14 +264,6 @@ def _check_slices(
             )
 
 
-def _without_tensors(module: nn.Module) -> nn.Module:
-    """Set all parameters and buffers of a module to None, in place, and return it."""
-    for part in module.modules():
-        part._parameters = dict.fromkeys(part._parameters)
-        part._buffers = dict.fromkeys(part._buffers)
-    return module
-
-
 @dataclass(frozen=True)
 class Grid:
     """Candidates that are the product of kernels and expansions, and possibly identity."""
@@ -327,14 +322,11 @@ class NestedChoice(SharedChoice):
             shares.to(block.expand.weight) for shares in (route.kernels, route.expansions, route.block)
         )
         x = nested_mixer_half(x, *mixer, share * kernels, self.grid.kernels, eps=eps)
-        return nested_channel_half(x, *channels, self._hidden_gates(expansions, x.shape[1]), share, eps=eps)
-
-    def _hidden_gates(self, shares: Tensor, channels: int) -> Tensor:
-        """Return the probability that each hidden channel is used: (expansions,) -> (E,)."""
-        at_least = shares.flip(0).cumsum(0).flip(0)
-        sizes = self.grid.expansions
-        added = [channels * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
-        return at_least.repeat_interleave(torch.tensor(added, device=shares.device))
+        # the probability that each hidden channel is used: (expansions,) -> (E,)
+        at_least, sizes = expansions.flip(0).cumsum(0).flip(0), self.grid.expansions
+        added = [x.shape[1] * (e - before) for e, before in zip(sizes, (0, *sizes), strict=False)]
+        gates = at_least.repeat_interleave(torch.tensor(added, device=at_least.device))
+        return nested_channel_half(x, *channels, gates, share, eps=eps)
 
 
 def make_choice(space: SearchSpace, slot: Slot, weights: WeightsMode) -> Choice:

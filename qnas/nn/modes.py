@@ -1,11 +1,9 @@
 """The names of a supernet's weight sharing modes and of the forms of the architecture gradient."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 WeightsMode = Literal["independent", "shared", "nested"]
-WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 GradientForm = Literal["two-path", "all-paths", "gumbel", "exact"]
-GRADIENT_FORMS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 
 def gradient_for(weights: WeightsMode, form: GradientForm | None) -> GradientForm:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from qnas.nn.blocks import build_block
 from qnas.nn.mixed_block import (
@@ -164,11 +165,10 @@ class Factors(nn.Module):
         prior = torch.stack([products.double().log(), torch.zeros(len(grids))], 1)
         self.register_buffer("prior", prior, persistent=False)
         self.sizes = [max(kernels), max(expansions), 2]
-        width = max(len(grid.places) for grid in grids)
-        places = torch.zeros(len(grids), width, 3, dtype=torch.int64)
-        for i, grid in enumerate(grids):
-            for j, place in enumerate(grid.places):
-                places[i, j] = torch.tensor((0, 0, 1) if place is None else (*place, 0))
+        places = pad_sequence(
+            [torch.tensor([(*(p or (0, 0)), int(p is None)) for p in grid.places]) for grid in grids],
+            batch_first=True,
+        )
         counts = zip(
             ("kernel_mask", "expansion_mask", "block_mask"), (kernels, expansions, blocks), strict=True
         )
@@ -270,20 +270,14 @@ class LimitTensors(NamedTuple):
     limit: Tensor  # (limits,)
 
 
-def limit_tensors(limits: Limits, mask: Tensor) -> LimitTensors:
+def limit_tensors(limits: Limits) -> LimitTensors:
     """Convert limits to float64 tensors."""
+    cells = [[torch.tensor(row, dtype=torch.float64) for row in limit.cells] for limit in limits]
     return LimitTensors(
         torch.tensor([limit.fixed for limit in limits], dtype=torch.float64),
-        torch.stack([_cells(limit.cells, mask) for limit in limits]),
+        torch.stack([pad_sequence(rows, batch_first=True) for rows in cells]),
         torch.tensor([limit.limit for limit in limits], dtype=torch.float64),
     )
-
-
-def _cells(rows: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
-    cells = torch.zeros(mask.shape, dtype=torch.float64)
-    for row, values in zip(cells, rows, strict=True):
-        row[: len(values)] = torch.tensor(values, dtype=torch.float64)
-    return cells
 
 
 def expected_latency(logits: Tensor, mask: Tensor, fixed: Tensor | float, cells: Tensor) -> Tensor:

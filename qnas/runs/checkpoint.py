@@ -43,19 +43,16 @@ class Checkpoints:
         Raises CheckpointError if all checkpoints are damaged, or for a format of another version of qnas.
         """
         problems = []
-        try:
-            if (state := _read(self._newest)) is not None:
-                return state  # otherwise stopped between the two renames of `save`
-        except _Damaged as error:
-            self.damage = str(error)
-            problems.append(self.damage)
-        try:
-            state = _read(self._before)
-        except _Damaged as error:
-            problems.append(str(error))
-        else:
-            if state is not None or not problems:
-                return state
+        for path in (self._newest, self._before):
+            try:
+                if (state := _read(path)) is not None:
+                    return state  # the one before, without a newest: stopped between two renames of `save`
+            except _Damaged as error:
+                problems.append(str(error))
+                self.damage = problems[0]
+        if not problems:
+            return None
+        if not self._before.exists():
             problems.append("there is no earlier one")
         raise CheckpointError(f"{', and '.join(problems)}: `force=True` without `resume=True` starts anew")
 

@@ -102,10 +102,10 @@ def front_points(
     point is marked.
     """
     space, searched = run.space, run.searched
-    labels = block_labels(space)
+    labels, shares = block_labels(space), {network: of.share for network, of in accuracies.items()}
     points: dict[tuple[int, ...], Point] = {}
     for each in solved:
-        best = min(each.solutions, key=lambda s: (-_share(accuracies.get(s.indices)), s.rank))
+        best = min(each.solutions, key=lambda s: (-shares.get(s.indices, 0.0), s.rank))
         key = tuple(row[pick] for row, pick in zip(labels, best.indices, strict=True) if row[pick])
         own = each.budget_ms == own_ms
         if key in points:
@@ -124,10 +124,6 @@ def front_points(
             own_budget=own,
         )
     return _mark_front(sorted(points.values(), key=lambda point: point.latency_ms))
-
-
-def _share(accuracy: Accuracy | None) -> float:
-    return accuracy.share if accuracy is not None else 0.0
 
 
 def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:

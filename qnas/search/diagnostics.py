@@ -187,7 +187,7 @@ def undecided(space: SearchSpace, limit: Limit) -> Undecided:
     If uniform probabilities are below the limit, larger cells get larger probabilities.
     """
     mask = candidate_mask(space)
-    fixed, cells, most = (part.numpy() for part in limit_tensors((limit,), mask))
+    fixed, cells, most = (part.numpy() for part in limit_tensors((limit,)))
     tilt = MOST_TILT / (max(max(row) - min(row) for row in limit.cells) / limit.limit)
     (strength,) = max_entropy_strengths(fixed, cells, most, mask.numpy(), (-tilt, tilt), tolerance=1e-9)
     p = softmax(np.where(mask, -strength / limit.limit * cells[0], -np.inf), axis=1)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from qnas.common.errors import DataError
 from qnas.data.batches import batches
 from qnas.data.broken_images import MAX_BROKEN
-from qnas.data.given import GivenData, reopen
 from qnas.data.image_data import ImageData, Split
-from qnas.data.loading import load_data
+from qnas.data.loading import GivenData, load_data, reopen
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
@@ -24,7 +23,7 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
 from qnas.training.losses import LossFunction, Objective, saved_objective
-from qnas.training.scoring import Classified, Score, batch_statistics, classify, recalibrate_on
+from qnas.training.scoring import Classified, batch_statistics, classify, recalibrate_on
 from qnas.training.supernet_weights import load_weights
 
 
@@ -43,10 +42,6 @@ class Evaluator:
         network = self.build(arch).to(self.device).eval()
         recalibrate_on(network, self.data.train, self.device)
         return classify(network, batches(split, 256, device=self.device), self.objective.loss)
-
-    def score(self, arch: Arch, split: Split | None = None) -> Score:
-        """Score a network, on the test images unless another split is given."""
-        return self.classify(arch, split or self.data.test).score
 
 
 def evaluator_of(state: SearchState) -> Evaluator:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from qnas.data.batches import batch_count
 from qnas.data.image_data import ImageData
-from qnas.nn.supernet import candidate_mask, limit_tensors
+from qnas.nn.supernet import limit_tensors
 from qnas.search.config import SearchConfig
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_searchable
@@ -89,7 +89,7 @@ class Problem:
         self.limits = limits
         self.limit_ms = limits[0].limit  # latency limit on the first device
         self.binds = any(limit.binds for limit in limits)  # whether some network of the space exceeds one
-        self.limit_tensors = limit_tensors(limits, candidate_mask(space))
+        self.limit_tensors = limit_tensors(limits)
         self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
         world.check_batch(self.batch_size)
         epoch = batch_count(data.train, self.batch_size, drop_last=True)

@@ -19,7 +19,7 @@ from qnas.common.files import read_json, write_json
 from qnas.common.progress import Display, silent
 from qnas.data.broken_images import broken_copies
 from qnas.latency.prediction import DEVICE, predict_arch
-from qnas.latency.table_file import table_text
+from qnas.latency.table import table_text
 from qnas.runs import names
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config

@@ -5,6 +5,7 @@ steps. Paths are sampled evenly among networks within the limits, so that all ar
 depend only on the seed and their number, so a resumed search equals an uninterrupted one.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -94,7 +95,8 @@ class Searcher:
             state.arch_step += 1
             figures |= state.figures()
             if self.schedule.is_snapshot(state.arch_step):
-                figures["probabilities"] = state.rounded_probabilities()
+                rows = state.log_probabilities
+                figures["probabilities"] = [[round(math.exp(log_p), 4) for log_p in row] for row in rows]
             warnings += state.watch.after_arch_step(state.sight(figures))
         return figures | ({"warnings": warnings} if warnings else {})
 

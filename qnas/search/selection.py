@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qnas.common.progress import Display, silent
-from qnas.data.given import GivenData
 from qnas.data.image_data import ImageData, Split
+from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, Losses, count_effects, measure_effects
 from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator

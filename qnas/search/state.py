@@ -1,6 +1,5 @@
 """The state of a search: everything that changes from step to step, so that a search can be resumed."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -109,10 +108,6 @@ class SearchState:
             "entropy": float(-(log_p.exp() * log_p.masked_fill(~mask, 0.0)).sum(1).mean()),
             "identity_share": sum(identities) / len(identities) if identities else 0.0,
         }
-
-    def rounded_probabilities(self) -> list[list[float]]:
-        """Return every candidate's probability, by position, to four decimals."""
-        return [[round(math.exp(log_p), 4) for log_p in row] for row in self.log_probabilities]
 
     def sight(self, figures: Mapping[str, float]) -> Sight:
         """Return the input of the diagnostics after an architecture step with these figures."""

@@ -143,6 +143,17 @@ def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
     return make_block(p.name, candidate.block, place, **candidate.parameters)
 
 
+def all_blocks(space: SearchSpace) -> list[tuple[BlockSpec, Candidate | None]]:
+    """Return every block of a space with its candidate; None for a fixed block."""
+    blocks: list[tuple[BlockSpec, Candidate | None]] = []
+    for part in skeleton(space):
+        if isinstance(part, Slot):
+            blocks += [(fill(space, part, c), c) for c in part.position.candidates]
+        else:
+            blocks.append((part, None))
+    return blocks
+
+
 def lower(
     space: SearchSpace, arch: Arch, *, resolution_px: int | None = None, classes: int | None = None
 ) -> tuple[BlockSpec, ...]:

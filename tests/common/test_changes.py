@@ -3,7 +3,7 @@ import pytest
 from qnas.common.changes import describe_changes
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.latency.table_file import table_text
+from qnas.latency.table import table_text
 from qnas.spaces.space import SearchSpace, parse_space
 
 BEFORE = {

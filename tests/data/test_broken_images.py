@@ -55,7 +55,7 @@ def test_broken_images_are_left_out_of_splits_that_stay_what_they_are(
 def test_what_is_broken_changes_the_digest_of_a_large_set_too(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qnas.data.digest.HASHED_BYTES", 0)
+    monkeypatch.setattr("qnas.data.labelled_images.HASHED_BYTES", 0)
     whole = load(photos)
     content = spoil(photos / "ant" / "003.png")
     (photos / "ant" / "003.png").write_bytes(bytes(len(content)))  # of the size that it had
@@ -147,7 +147,7 @@ def test_what_a_failing_disk_hides_is_broken_for_now_alone(
         return read(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qnas.data.digest.HASHED_BYTES", 0)
+        patch.setattr("qnas.data.labelled_images.HASHED_BYTES", 0)
         patch.setattr(OriginalFile, "read", fail)
         (broken,) = load(photos, **options).broken
         assert broken.problem == "cannot be read: Input/output error"

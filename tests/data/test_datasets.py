@@ -97,7 +97,7 @@ def test_a_dataset_is_split_and_batched_as_a_folder_is(
             attributes = {"targets": torch.tensor([label for _, label in items])}
     given = Datasets(Items(items, **attributes), classes=["ant", "bee"], loader=loader)
     found = read(given, memory_limit_bytes=memory_limit_bytes)
-    assert found.in_memory == (memory_limit_bytes > 0)
+    assert isinstance(found.train.images, Tensor) == (memory_limit_bytes > 0)
     assert found.classes == ("ant", "bee")
     are_the_same(found, load(root))
 
@@ -132,7 +132,7 @@ def test_a_kind_without_its_own_class_is_the_kind() -> None:
     for data in (digits, Datasets(plain, flip=False), Datasets(digits, flip=False)):
         found = read(data, resolution_px=8)
         assert found.digest == expected.digest
-        assert not found.flip
+        assert not found.train.flip
         are_the_same(found, expected)
 
 
@@ -259,7 +259,7 @@ def test_images_of_many_sizes_keep_their_size_until_they_are_fitted() -> None:
     are_the_same(held, lazy)
     assert isinstance(held.train.originals, LazyImages)
     assert not isinstance(held.train.originals.originals, Tensor)
-    assert read(dataset, memory_limit_bytes=12 * 3 * 25 * 25).in_memory
+    assert isinstance(read(dataset, memory_limit_bytes=12 * 3 * 25 * 25).train.images, Tensor)
 
 
 class Stream(IterableDataset[Any]):

@@ -80,7 +80,7 @@ def test_digits_fill_the_resolution_and_never_mirror() -> None:
     images = loaded.train.read(torch.arange(len(loaded.train)))
     assert images.max() == 255
     assert (images[:, 0] == images[:, 2]).all()
-    assert not loaded.flip
+    assert not loaded.train.flip
     assert set(loaded.test.labels.tolist()) == set(range(10))
 
 
@@ -96,7 +96,7 @@ def test_idx_images_are_padded_and_keep_their_pixels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(images[:, channel, 2:30, 2:30], original.reshape(-1, 28, 28))
     assert images.sum() == 3 * original.sum(dtype=np.int64)  # the border is black
     assert zipped.test.labels.tolist() == [i % 10 for i in range(20)]
-    assert zipped.flip
+    assert zipped.train.flip
 
 
 def test_idx_images_fill_a_much_larger_resolution(tmp_path: Path) -> None:

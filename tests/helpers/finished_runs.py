@@ -8,7 +8,7 @@ import numpy as np
 from qnas.common.files import write_json, write_text
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.latency.table_file import table_text
+from qnas.latency.table import table_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.runs.pareto import Accuracy

@@ -14,7 +14,7 @@ from qnas.latency.device_table import load_table
 from qnas.latency.kernels import Kernel
 from qnas.latency.own_latency import device_from_blocks, device_from_function
 from qnas.latency.prediction import predict_arch
-from qnas.latency.table_file import read_table, table_text
+from qnas.latency.table import read_table, table_text
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import solve_best
 from qnas.spaces.arch import Arch, sample_arch

@@ -9,7 +9,7 @@ from qnas.common.errors import TableError
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import compute_table, load_table
 from qnas.latency.prediction import DEVICE, predict_arch
-from qnas.latency.table_file import write_table
+from qnas.latency.table import write_table
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space
 

@@ -11,8 +11,7 @@ from qnas.common.errors import TableError
 from qnas.common.resources import shipped, stems
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import compute_table, load_table, predict_blocks
-from qnas.latency.table import Cell, LatencyTable
-from qnas.latency.table_file import COLUMNS, read_table, table_text, write_table
+from qnas.latency.table import COLUMNS, Cell, LatencyTable, read_table, table_text, write_table
 from qnas.spaces.arch import sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space, parse_space

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.gradients import GRADIENTS
 from qnas.nn.mixed_block import FactoredMixture, Gated
-from qnas.nn.modes import GRADIENT_FORMS, GradientForm, WeightsMode, gradient_for
+from qnas.nn.modes import GradientForm, WeightsMode, gradient_for
 from qnas.nn.supernet import LimitTensors, Supernet, expected_latency, limit_tensors, probabilities
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.block_order import block_labels, take_first_places
@@ -45,7 +46,7 @@ def limits_of(space: SearchSpace) -> Limits:
 
 
 def tensors_of(space: SearchSpace, supernet: Supernet) -> LimitTensors:
-    return limit_tensors(limits_of(space), supernet.mask)
+    return limit_tensors(limits_of(space))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -181,7 +182,7 @@ def test_the_exact_gradient_equals_finite_differences(temperature: float, tiny_s
     assert torch.equal(gradient != 0, used)
 
 
-@pytest.mark.parametrize("form", GRADIENT_FORMS)
+@pytest.mark.parametrize("form", get_args(GradientForm))
 def test_the_latency_reaches_identity_whatever_was_drawn(form: GradientForm, tiny_space: SearchSpace) -> None:
     supernet = make_supernet(tiny_space, form)
     limits = tensors_of(tiny_space, supernet)
@@ -202,7 +203,7 @@ def test_the_latency_reaches_identity_whatever_was_drawn(form: GradientForm, tin
     assert seen == ({True, False} if form != "exact" else set())
 
 
-@pytest.mark.parametrize("form", GRADIENT_FORMS)
+@pytest.mark.parametrize("form", get_args(GradientForm))
 def test_the_expected_amounts_are_the_probabilities(form: GradientForm, tiny_space: SearchSpace) -> None:
     supernet = make_supernet(tiny_space, form)
     limits = tensors_of(tiny_space, supernet)

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from qnas.common.resources import stems
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.mixed_block import Choice, FactoredMixture, Gated, Grid, IndependentChoice, Route
-from qnas.nn.modes import WEIGHTS_MODES, WeightsMode
+from qnas.nn.modes import WeightsMode
 from qnas.nn.supernet import (
     Factors,
     LimitTensors,
@@ -253,7 +254,7 @@ def test_a_limit_that_one_network_alone_keeps_is_kept_nearly() -> None:
 def test_the_latency_gradient_reaches_identity(device: str, tiny_space: SearchSpace) -> None:
     table = compute_table(load_device(device), tiny_space)
     supernet = make_supernet(tiny_space)
-    limits = limit_tensors((latency_limit(table, table.slowest_ms),), supernet.mask)
+    limits = limit_tensors((latency_limit(table, table.slowest_ms),))
     total = expected_latency(supernet.alpha, supernet.mask, limits.fixed, limits.cells).sum()
     (gradient,) = torch.autograd.grad(total, supernet.alpha)
     for row, position in enumerate(tiny_space.positions):
@@ -313,7 +314,7 @@ def test_an_architecture_pass_gives_every_pair_a_gradient(tiny_space: SearchSpac
     torch.testing.assert_close(gradient.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS_MODES)
+@pytest.mark.parametrize("weights", get_args(WeightsMode))
 @pytest.mark.parametrize("name", SPACES)
 def test_subnet_matches_supernet(name: str, weights: WeightsMode) -> None:
     space = load_space(name)
@@ -420,7 +421,7 @@ def test_of_several_limits_each_has_its_expected_amount_and_the_furthest_exceede
     table = compute_table(load_device("vpu"), tiny_space)
     supernet = make_supernet(tiny_space)
     limits = (latency_limit(table, table.fastest_ms * 1.1), count_limit(tiny_space, "macs", 1e9))
-    fixed, cells, limit = limit_tensors(limits, supernet.mask)
+    fixed, cells, limit = limit_tensors(limits)
     # where one network is certain, its own latency and MACs
     arch = sample_arch(tiny_space, np.random.default_rng(3))
     certain = torch.zeros_like(supernet.alpha)

@@ -188,9 +188,10 @@ def test_accuracies_are_those_on_test_images(finished: Finished) -> None:
     evaluator = evaluator_of(finished.searcher.state)
     for key in ("derived", "largest"):
         entry = finished.document[key]
-        assert entry["accuracy"] == evaluator.score(Arch(tuple(entry["choices"]))).accuracy
+        found = evaluator.classify(Arch(tuple(entry["choices"])), finished.data.test)
+        assert entry["accuracy"] == found.score.accuracy
     arch = Arch(tuple(finished.document["derived"]["choices"]))
-    heldout = evaluator.score(arch, finished.data.heldout)
+    heldout = evaluator.classify(arch, finished.data.heldout).score
     assert finished.document["derived"]["heldout_accuracy"] == heldout.accuracy
 
 
@@ -278,7 +279,7 @@ def test_a_search_by_another_loss_ranks_by_it_and_reports_the_metric(
     found = evaluator.classify(ranking[0].arch, finished.data.heldout)
     assert document["ranking"][0]["heldout_loss"] == pytest.approx(found.score.loss)
     # of a network with the same answers the focal loss is the smaller one
-    plain = replace(evaluator, objective=CROSS_ENTROPY).score(ranking[0].arch, finished.data.heldout)
+    plain = replace(evaluator, objective=CROSS_ENTROPY).classify(ranking[0].arch, finished.data.heldout).score
     assert found.score.loss < plain.loss
     asked = read_config(tmp_path / "run")
     assert asked["search"]["loss"] == "focal"

@@ -492,7 +492,7 @@ def simulated(
     searcher = Searcher(space, limits, data, config)
     supernet = searcher.state.supernet
     generator = torch.Generator().manual_seed(seed)
-    cells = limit_tensors(limits, supernet.mask).cells[0]
+    cells = limit_tensors(limits).cells[0]
     capacity = (cells / cells.max(1, keepdim=True).values) ** 0.5
     gain = LOOK * capacity * (1 + torch.rand(len(cells), 1, generator=generator, dtype=torch.float64))
 

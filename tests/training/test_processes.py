@@ -24,7 +24,7 @@ from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.nn.batch_norm import BatchNorm2d
+from qnas.nn.blocks import BatchNorm2d
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors

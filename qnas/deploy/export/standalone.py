@@ -21,8 +21,7 @@ from qnas.common.errors import ExportError
 from qnas.deploy.export import plain
 from qnas.deploy.export.copied_source import Copied
 from qnas.deploy.export.product import FilePrecision, Product, Run
-from qnas.nn.batch_norm import BatchNorm2d
-from qnas.nn.blocks import CLIP_RANGE, ChannelLayerNorm, GlobalAveragePool
+from qnas.nn.blocks import CLIP_RANGE, BatchNorm2d, ChannelLayerNorm, GlobalAveragePool
 from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec

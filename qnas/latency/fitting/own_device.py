@@ -94,13 +94,20 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
     kinds = sorted({*_TERMS, *_OTHER_KINDS, *(kernel.kind for kernels in counts for kernel in kernels)})
     columns = [_FIXED, *((kind, term) for kind in kinds for term in _TERMS.get(kind, _MOVING))]
     matrix = _matrix(counts, columns)
-    terms = _count_terms(_matrix(probes, columns))
+    # those that networks of the space can tell apart, however many are measured
+    probed = _matrix(probes, columns)
+    terms = int(np.linalg.matrix_rank(probed / _positive(np.abs(probed).max(axis=0)), tol=1e-6))
     _check_measured(measured, terms, where)
     predicted = np.empty_like(measured)
     for held in folds(len(measured), FOLDS):
         predicted[held] = matrix[held] @ _fit_best(columns, matrix[~held], measured[~held])
-    accuracy = figures(predicted, measured)
-    _check_accuracy(accuracy, measured, where)
+    accuracy, constant_pct = figures(predicted, measured), constant_error_pct(measured)
+    if accuracy.rmspe_pct > 0.5 * constant_pct:
+        raise TableError(
+            f"{where}, latency_ms: times do not follow the networks: predictions of networks left out are "
+            f"{accuracy.rmspe_pct:.0f}% off, where one latency for all would be {constant_pct:.0f}% off: "
+            "check that each time stands in its network's row, in ms, measured on an idle device"
+        )
     weights = _fit_best(columns, matrix, measured)
     return OwnFit(_model(columns, weights, matrix), _rounded(weights[0]), accuracy, terms)
 
@@ -164,12 +171,6 @@ def _varies(kind: str, networks: Sequence[Sequence[Kernel]]) -> bool:
     return len({tuple(sorted(map(str, (k for k in kernels if k.kind == kind)))) for kernels in networks}) > 1
 
 
-def _count_terms(matrix: Array) -> int:
-    """Return the number of terms that networks of a space can tell apart, however many are measured."""
-    scale = np.abs(matrix).max(axis=0)
-    return int(np.linalg.matrix_rank(matrix / np.where(scale > 0, scale, 1.0), tol=1e-6))
-
-
 def _check_measured(measured: Array, terms: int, where: str) -> None:
     """Raise TableError for too few networks, or for networks that take nearly the same time."""
     needed = max(LEAST_NETWORKS, math.ceil(1.25 * terms))
@@ -183,17 +184,6 @@ def _check_measured(measured: Array, terms: int, where: str) -> None:
         raise TableError(
             f"{where}, latency_ms: the slowest network takes only {spread:.2f} times as long as the fastest: "
             f"expected {LEAST_SPREAD:g} times at least, from networks spread as by qnas sample"
-        )
-
-
-def _check_accuracy(accuracy: Figures, measured: Array, where: str) -> None:
-    """Raise TableError where the model is no better than one latency for all networks."""
-    constant = constant_error_pct(measured)
-    if accuracy.rmspe_pct > 0.5 * constant:
-        raise TableError(
-            f"{where}, latency_ms: times do not follow the networks: predictions of networks left out are "
-            f"{accuracy.rmspe_pct:.0f}% off, where one latency for all would be {constant:.0f}% off: "
-            "check that each time stands in its network's row, in ms, measured on an idle device"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -77,10 +78,6 @@ def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
     return _archive(files, source)
 
 
-def _open_file(path: Path) -> IO[bytes]:
-    return path.open("rb")
-
-
 def _visible(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
@@ -96,7 +93,7 @@ def _folder(source: Path) -> Archive:
             raise TableError(f"{path}: a folder, expected files at the top or all in one folder")
         if not stat.S_ISREG(found.st_mode):
             raise TableError(f"{path}: a link or device, expected files")
-        files.append(("", Member(path.name, found.st_size, partial(_open_file, path))))
+        files.append(("", Member(path.name, found.st_size, partial(FileIO, path))))
     return _archive(files, source)
 
 

@@ -26,12 +26,12 @@ from typing import Any, Literal, NamedTuple
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device
-from qnas.latency.device_table import KernelRow, all_blocks, build_table, cell_of, load_table
+from qnas.latency.device_table import KernelRow, build_table, cell_of, load_table
 from qnas.latency.kernels import Kernel, fuse
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.forests import Forest
 from qnas.latency.table import Cell, LatencyTable
-from qnas.spaces.lower import BlockSpec
+from qnas.spaces.lower import BlockSpec, all_blocks
 from qnas.spaces.space import SearchSpace
 
 REQUIREMENTS = '"nn-meter>=2.0,<3" "setuptools>=77.0.3,<81"'  # nn-Meter needs its pkg_resources

@@ -60,19 +60,13 @@ def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
         graph.add(proto)
-    graph.nodes = _used(graph.nodes, graph.outputs)
-    return graph
-
-
-def _used(nodes: Sequence[Node], outputs: frozenset[str]) -> list[Node]:
-    """Return the nodes that an output depends on."""
-    read = set(outputs)
-    used = []
-    for node in reversed(nodes):
+    read, used = set(graph.outputs), []  # the nodes that an output depends on
+    for node in reversed(graph.nodes):
         if read.intersection(node.outputs):
             read.update(node.inputs)
             used.append(node)
-    return used[::-1]
+    graph.nodes = used[::-1]
+    return graph
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -92,7 +92,6 @@ class Reader:
         given = self.activations(node)
         if not given:
             return False
-        same_shape = self.shapes[given[0]] == self.shapes[node.outputs[0]]
         if node.op == "Transpose":
             shape = self.shapes[given[0]]
             order = node.attribute("perm") or list(reversed(range(len(shape))))
@@ -105,7 +104,7 @@ class Reader:
             return self.graph.types[given[0]] == self.graph.types[node.outputs[0]]
         # parts that are everything, and copies to the same size
         if node.op in ("Slice", "Expand", "Pad", "Concat", "Split") and len(given) == 1:
-            return same_shape
+            return self.shapes[given[0]] == self.shapes[node.outputs[0]]
         return node.op in FREE
 
     def _set_layout(self, node: Node, sources: Sequence[str]) -> None:

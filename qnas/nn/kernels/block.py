@@ -1,19 +1,30 @@
-"""The mixer half of a QuadraBlock with layer normalisation, of which autograd keeps only the input.
+"""The mixer half of a QuadraBlock with layer normalisation, and both halves relaxed over all candidates.
 
 The block is x1 = x + quadratic(LN(x)), then y = x1 + PW2(GELU(PW1(LN(x1)))), the half in pointwise.py.
 Autograd keeps x and x1 and recomputes the rest in the backward pass. This takes 2 times the memory of x,
 where the plain modules take 14.
+
+Both halves relaxed over kernels, expansions and identity are one pass each, as candidates are nested: a
+smaller kernel is the centre of the largest kernel, and a smaller expansion the leading hidden channels of the
+largest one. The mixture of all mixers, x + s sum_k p_k q_k(LN(x)), is therefore computed from partial sums.
+The mixture of all channel halves is one channel half with a gate on each hidden channel: the probability of
+an expansion that has it, which is 1 for the channels of the smallest expansion. Both are scaled by s, the
+share that is not identity. All gradients are exact, including those of the shares and gates.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qnas.nn.kernels import mixer
-from qnas.nn.kernels.lean_quadratic import quadratic_backward, quadratic_forward
+from qnas.nn.kernels.lean_quadratic import depthwise, quadratic_backward, quadratic_forward
+from qnas.nn.kernels.pointwise import channel_half
+
+SMALLEST_KERNEL = 3  # smallest kernel for which the C++ kernel has partial sums
 
 
 def can_run(x: Tensor) -> bool:
@@ -45,10 +56,10 @@ def mixer_half(
     (C, 1, k, k) with k odd. Returns (B, C, H, W) in channels_last memory. There are no second derivatives.
     """
     tensors = (x.contiguous(memory_format=torch.channels_last), norm_weight, norm_bias, w_a, w_b, w_c)
-    return run_mixer(*tensors, shares=None, eps=eps)
+    return _run_mixer(*tensors, shares=None, eps=eps)
 
 
-def run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
+def _run_mixer(*tensors: Tensor, shares: Tensor | None, eps: float) -> Tensor:
     """Run `mixer_half`, or with `shares` the mixture of nested kernels, which exists in C++ only."""
     if not torch.is_grad_enabled():
         return _forward(tensors, shares, eps)
@@ -120,3 +131,65 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     """Return LN(x) over channels, (B, C, H, W), the means, and the reciprocal standard deviations."""
     normed, mean, rstd = torch.native_layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], weight, bias, eps)
     return normed.permute(0, 3, 1, 2), mean, rstd
+
+
+def nested_mixer_half(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_c: Tensor,
+    shares: Tensor,
+    kernels: Sequence[int],
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return x + sum_k p_k q_k(LN(x)), with q_k the quadratic operator of the k x k centres of the weights.
+
+    x: (B, C, H, W); norm weight and bias: (C,); w_a, w_b, w_c: (C, 1, K, K); kernels: odd sizes up to K;
+    shares: p, (kernels,), of any sum. Returns (B, C, H, W). The C++ kernel, which has no second derivatives,
+    serves float32 on the CPU with kernels from 3 to 7; torch's operators serve all other cases.
+    """
+    assert shares.shape == (len(kernels),), f"a share a kernel, got {tuple(shares.shape)} for {kernels}"
+    largest = w_a.shape[-1]
+    fits = min(kernels) >= SMALLEST_KERNEL and max(kernels) <= largest <= mixer.MAX_NESTED
+    if fits and can_run(x) and mixer.is_supported(x, largest):
+        places = torch.tensor([k // 2 - 1 for k in kernels])
+        every = shares.new_zeros(largest // 2).index_add(0, places, shares)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _run_mixer(x, norm_weight, norm_bias, w_a, w_b, w_c, shares=every, eps=eps)
+    normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
+    normed = normed.permute(0, 3, 1, 2)
+    for share, kernel in zip(shares, kernels, strict=True):
+        side = slice((largest - kernel) // 2, (largest + kernel) // 2)
+        a, b, c = (depthwise(normed, w[..., side, side]) for w in (w_a, w_b, w_c))
+        x = x + share * (a * b + c)
+    return x
+
+
+def nested_channel_half(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    gates: Tensor,
+    share: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return x + s (PW2(g . GELU(PW1(LN(x)))) + b), with a gate g for each hidden channel.
+
+    Shapes as in `pointwise.channel_half`; gates: (E,); share: s, a scalar. Gates and share are folded into
+    PW2, and their gradients follow from PW2's.
+    """
+    project = project_weight * (share * gates)[:, None, None]
+    shift = share * project_bias
+    if can_run(x):
+        return channel_half(x, norm_weight, norm_bias, expand_weight, expand_bias, project, shift, eps=eps)
+    normed = F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], norm_weight, norm_bias, eps)
+    hidden = F.gelu(F.conv2d(normed.permute(0, 3, 1, 2), expand_weight, expand_bias))
+    return x + F.conv2d(hidden, project, shift)

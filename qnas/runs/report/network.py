@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qnas.latency.table import RUNTIME, Cell
-from qnas.latency.table_file import describe_layers, read_table
+from qnas.latency.table import RUNTIME, Cell, describe_layers, read_table
 from qnas.runs.names import table_file
 from qnas.runs.text import short_name
 from qnas.spaces.arch import Arch

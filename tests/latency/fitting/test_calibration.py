@@ -20,8 +20,7 @@ from qnas.latency.fitting.calibration import (
     margin_networks,
     write_calibrated,
 )
-from qnas.latency.table import RUNTIME
-from qnas.latency.table_file import table_text
+from qnas.latency.table import RUNTIME, table_text
 from qnas.spaces.space import SearchSpace
 
 DAY = date(2026, 1, 1)

@@ -24,7 +24,7 @@ from qnas.latency.nn_meter.tables import (
     in_range,
     predict_rows,
 )
-from qnas.latency.table_file import read_table, write_table
+from qnas.latency.table import read_table, write_table
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import solve
 from qnas.spaces.layer import LayerSpec

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnas.nn.kernels import mixer, native
-from qnas.nn.kernels.nested import nested_channel_half, nested_mixer_half
+from qnas.nn.kernels.block import nested_channel_half, nested_mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the C++ kernels cannot be built here")

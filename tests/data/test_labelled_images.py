@@ -31,7 +31,7 @@ def test_digest_changes_with_the_labels_alone(tmp_path: Path) -> None:
 def test_digest_of_a_big_folder_goes_by_names_and_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qnas.data.digest.HASHED_BYTES", 0)
+    monkeypatch.setattr("qnas.data.labelled_images.HASHED_BYTES", 0)
     root = numbered(tmp_path, {"a": 5, "b": 5})
     digest = load(root).digest
     with (root / "a" / "000.png").open("ab") as file:
