@@ -16,7 +16,7 @@ UV = $(OLDEST)/uv/bin/uv
 help:
 	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
 	@echo "make test       set up, then the tests"
-	@echo "make test-slow  the tests that take minutes each, one to two hours in all"
+	@echo "make test-slow  the tests that take up to minutes each, an hour in all on two cores"
 	@echo "make test-oldest  the tests with the lowest versions that pyproject.toml allows, on Python $(PYTHONS)"
 	@echo "make lint       ruff, strict mypy and the rooms' contracts"
 	@echo "make lock       write uv.lock again where pyproject.toml has changed (uv sync --frozen --extra dev installs it)"
