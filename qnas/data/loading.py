@@ -1,10 +1,6 @@
 """Loading of the data that a user gives: reading, splitting, and decoding to one resolution if it fits.
 
 The data are a shipped kind by its spec, or Datasets. A run records them and opens them again from its record.
-
-Splits are stratified. They are drawn with a constant instead of the run's seed: runs with different seeds
-select on the same images, so they can be compared. Broken images are removed after the splits are drawn, so
-that repairing an image does not change the splits of the others.
 """
 
 from collections.abc import Mapping
@@ -20,23 +16,17 @@ from qnas.data.broken_images import MAX_BROKEN, BrokenImages, check_broken, find
 from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
 from qnas.data.decoding import chunked
 from qnas.data.image_data import ImageData, Images, Split, take
-from qnas.data.image_files import ImageNumbers, Labels
 from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
 from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
+from qnas.data.splits import SPLITS, complete_splits, without_broken
 
 GivenData = str | DataSpec | AnyDataset | Datasets
 
 DATASET = "dataset"  # the kind recorded for Datasets, which a run cannot reopen by itself
 SMALL_PX = 64  # images of Datasets up to this size get the settings of CIFAR-10, larger ones of photographs
 MEMORY_LIMIT_BYTES = 3_000_000_000  # limit for the decoded images of all splits; above it they stay encoded
-SPLITS = ("train", "heldout", "test")
-TEST_FRACTION = 0.2  # if the data set has no test images
-
-# Constant seeds, so that splits are the same in every run; two of them, so that the draws are independent.
-_TEST_DRAW = 20231117
-_HELDOUT_DRAW = 19560
 
 
 def load_data(
@@ -119,59 +109,6 @@ def load_data(
         broken=tuple(each for _, each in sorted(broken.items())),
         notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),
     )
-
-
-def complete_splits(source: LabelledImages, heldout_fraction: float) -> dict[str, ImageNumbers]:
-    """Return the image numbers of each split. Missing splits are taken from the training images.
-
-    Raises DataError for a class with too few training images.
-    """
-    splits = dict(source.splits)
-    to_take = [split for split in ("test", "heldout") if split not in splits]
-    counts = np.bincount(source.targets[splits["train"]], minlength=len(source.classes))
-    fewest = int(counts.argmin())
-    if counts[fewest] <= len(to_take):
-        raise DataError(
-            f"{source.source}: class {source.classes[fewest]!r} has {counts[fewest]} training images, "
-            f"expected at least {len(to_take) + 1}, as {' and '.join(to_take)} images are split off"
-        )
-    for split in to_take:
-        draw, fraction = (_TEST_DRAW, TEST_FRACTION) if split == "test" else (_HELDOUT_DRAW, heldout_fraction)
-        splits["train"], splits[split] = _take_stratified(splits["train"], source.targets, fraction, draw)
-    return splits
-
-
-def without_broken(
-    source: LabelledImages, splits: dict[str, ImageNumbers], broken: BrokenImages
-) -> dict[str, ImageNumbers]:
-    """Return the splits without the broken images.
-
-    Raises DataError if a class has no training images left, or a split no images.
-    """
-    left = {split: numbers[~np.isin(numbers, list(broken))] for split, numbers in splits.items()}
-    counts = np.bincount(source.targets[left["train"]], minlength=len(source.classes))
-    if not counts.all():
-        name = source.classes[int(counts.argmin())]
-        raise DataError(f"{source.source}: all training images of class {name!r} are broken")
-    for split, numbers in left.items():
-        if not len(numbers):
-            raise DataError(f"{source.source}: all {split} images are broken")
-    return left
-
-
-def _take_stratified(
-    numbers: ImageNumbers, labels: Labels, fraction: float, draw: int
-) -> tuple[ImageNumbers, ImageNumbers]:
-    """Split off a fraction of each class, at least one image, and leave at least one."""
-    # RandomState, since numpy guarantees that its numbers never change
-    rng = np.random.RandomState(draw)
-    taken = []
-    for label in np.unique(labels[numbers]):
-        members = numbers[labels[numbers] == label]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        taken.append(rng.permutation(members)[:count])
-    picked = np.isin(numbers, np.concatenate(taken))
-    return numbers[~picked], numbers[picked]
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
