@@ -61,9 +61,8 @@ class Checkpoints:
         # through memory: torch's own writer hides that a disk is full
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
-        payload = buffer.getbuffer()
         with atomic_path(self._newest) as partial:
-            with partial.open("wb") as file:
+            with partial.open("wb") as file, buffer.getbuffer() as payload:
                 for part in (_HEAD, _digest(payload), payload):
                     file.write(part)
             # a damaged checkpoint must not replace the undamaged one before it

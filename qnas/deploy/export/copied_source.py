@@ -44,7 +44,8 @@ class Copied:
             )
         try:
             text = dedent(inspect.getsource(original))
-        except (OSError, TypeError) as error:
+            (_,) = ast.parse(text).body  # since Python 3.13 it may be that of all code without a file
+        except (OSError, TypeError, SyntaxError, ValueError) as error:
             raise ExportError(f"format standalone: the source of {name} cannot be read: {error}") from error
         text = _without_registration(text, without)
         if not annotated:
