@@ -54,16 +54,20 @@ class AskedLimits:
         if budgets is None:
             budgets = [(entry["device"], entry["budget"]) for entry in entries if "device" in entry]
         items = budgets.items() if isinstance(budgets, Mapping) else budgets
-        if isinstance(items, str) or any(isinstance(item, str) or len(item) != 2 for item in items):
-            raise UsageError(f"`budgets={budgets!r}`: expected devices with budgets: {{'vpu': '30ms'}}")
-        pairs = tuple((device, str(budget)) for device, budget in items)  # 30 lacks a unit and is refused
+        try:
+            pairs = tuple((device, str(budget)) for device, budget in items)  # 30 lacks a unit: refused
+        except (TypeError, ValueError) as error:
+            expected = "expected devices with budgets: {'vpu': '30ms'}"
+            raise UsageError(f"`budgets={budgets!r:.60}`: {expected}") from error
         most = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
         most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
         try:
             return cls(pairs, {name: most[name] for name in COUNTS if name in most})
         except TableError as error:
-            made = f"{error}; a device that was made in Python is given again in `budgets`"
-            raise TableError(made if recorded else str(error)) from error
+            if not recorded:
+                raise
+            again = "a device that was made in Python is given again in `budgets`"
+            raise TableError(f"{error}; {again}") from error
 
     @cached_property
     def known(self) -> tuple[Device, ...]:

@@ -121,6 +121,8 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
         ({"preset": "digit"}, "unknown search preset 'digit'"),
         ({"budgets": "4ms"}, "`budgets='4ms'`: expected devices with budgets"),
         ({"budgets": ["cpu", "4ms"]}, "`budgets=['cpu', '4ms']`: expected devices with budgets"),
+        ({"budgets": 3}, "`budgets=3`: expected devices with budgets"),
+        ({"budgets": [3]}, "`budgets=[3]`: expected devices with budgets"),
         ({"budgets": {3: "4ms"}}, "`device=3`: expected a name or a path"),
         ({"space": 3}, "`space=3`: expected a name or a path"),
         ({"loss": 3}, "`loss=3`: expected a name or a function"),
