@@ -128,6 +128,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
         ({"loss": 3}, "`loss=3`: expected a name or a function"),
         ({"metric": 3}, "`metric=3`: expected a name or a function"),
         ({"max_broken": "x"}, "`max_broken='x'`: expected a share, 0 to 1"),
+        ({"max_broken": 1.5}, "`max_broken=1.5`: expected a share, 0 to 1"),
         ({"progress": 3}, "`progress=3`: expected True, False or a function"),
     ],
 )
