@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.common.units import format_count, format_ms
 from qnas.runs.finished_run import FinishedRun, read_finished_run, read_limits
 from qnas.runs.folders import read_config

@@ -8,7 +8,7 @@ from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import argument, choice, option
 from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.common.units import format_ms
 from qnas.runs.folders import latest_run
 from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qnas.common.errors import QnasError, nearest
+from qnas.common.reading import parse_yaml
 
 
 class FilePart(BaseModel):
@@ -17,13 +17,7 @@ class FilePart(BaseModel):
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
     """Read a mapping from YAML text; `error` makes the exception if it has none."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as cause:
-        mark = getattr(cause, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(cause, "problem", None) or "cannot be read"
-        raise error(f"{where}{line}: not YAML: {problem}") from cause
+    content = parse_yaml(text, where, error)
     if not isinstance(content, dict):
         found = "an empty file" if content is None else _show(content)
         raise error(f"{where}: expected a mapping with schema: {schema}, got {found}")

@@ -91,4 +91,17 @@ def abbreviate(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """Return an error's message, or any text, in one line of at most `most` characters.
+
+    Control characters, which could change a terminal, are escaped. An error without a message gives its type.
+
+    >>> one_line("unknown\\n  name " + 50 * "x", most=20)
+    'unknown name xxxx...'
+    """
+    words = " ".join(str(text).split()) or type(text).__name__
+    words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[: most + 1])
+    return words if len(words) <= most else f"{words[: most - 3]}..."

@@ -1,4 +1,4 @@
-"""Reading of files, and atomic writing: a reader never sees a half-written file."""
+"""Atomic writing of files: a reader never sees a half-written file."""
 
 import csv
 import io
@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from qnas.common.errors import QnasError
 
 
 @contextmanager
@@ -105,31 +103,3 @@ def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def read_text(path: Path, error: Callable[[str], QnasError], expected: str) -> str:
-    """Read a text file in UTF-8, with or without the byte order mark that spreadsheets write.
-
-    `error` makes the exception for a missing or unreadable file; `expected` names the file in it.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise error(f"{path}: no such file, expected {expected}") from None
-    except UnicodeDecodeError as cause:
-        raise error(f"{path}: not a text file in UTF-8") from cause
-
-
-def read_json(path: Path, error: Callable[[str], QnasError]) -> dict[str, Any]:
-    """Read a JSON object; `error` makes the exception for a file that has none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise error(f"{path}: expected a file, found a folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise error(f"{path}: not JSON: {cause}") from cause
-    if not isinstance(content, dict):
-        raise error(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

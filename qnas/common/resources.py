@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from qnas.common.errors import QnasError, nearest
-from qnas.common.files import read_text
+from qnas.common.reading import read_text
 
 
 def shipped(folder: str) -> Traversable:

@@ -19,8 +19,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from qnas.common.errors import BrokenImageError, DataError
-from qnas.data.image_files import ImageNumbers, OriginalFile, one_line
+from qnas.common.errors import BrokenImageError, DataError, one_line
+from qnas.data.image_files import ImageNumbers, OriginalFile
 
 BATCHES_AHEAD = 2  # batches to decode ahead of the consumer
 _OUTSIDE = 1e-3  # rounding may put a float outside 0 to 1 by this much

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from qnas.common.errors import DataError
-from qnas.common.files import read_json, write_text
+from qnas.common.files import write_text
+from qnas.common.reading import read_json
 
 T = TypeVar("T")
 

@@ -10,14 +10,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from qnas.common.errors import DataError
+from qnas.common.errors import DataError, one_line
 from qnas.data.image_files import (
     IMAGE_SUFFIXES,
     SPLIT_WORDS,
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
     check_exists,
-    one_line,
     tar_members,
 )
 from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes

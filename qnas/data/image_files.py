@@ -106,8 +106,3 @@ def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"an unreadable header at byte {end}")
     if not found:
         raise tarfile.ReadError("no end")
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line, or its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__

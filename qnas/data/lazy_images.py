@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from qnas.common.errors import BrokenImageError, DataError
+from qnas.common.errors import BrokenImageError, DataError, one_line
 from qnas.data.decoding import DrawBox, cut_out, decode, describe_type, to_pixels
-from qnas.data.image_files import ImageNumbers, OriginalFile, one_line
+from qnas.data.image_files import ImageNumbers, OriginalFile
 
 Loader = Callable[[Any], Any]
 

@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
-from qnas.common.errors import DataError
+from qnas.common.errors import DataError, one_line
 from qnas.common.resources import user_cache
 from qnas.data import image_files
 from qnas.data.file_cache import keep, one_at_a_time, recall
@@ -140,7 +140,7 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
     except FileNotFoundError:
         return number_classes(labels)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8: {image_files.one_line(error)}") from error
+        raise DataError(f"{path}: not a text file in UTF-8: {one_line(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
     found = set(labels)
     are_numbers = all(label.isdecimal() for label in found)
@@ -173,7 +173,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                     lacking = f".{_LABEL}" if label is None else "image"
                     raise DataError(f"{shard}: {key} has no {lacking} right beside it")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{shard}: damaged: {image_files.one_line(error)}") from error
+        raise DataError(f"{shard}: damaged: {one_line(error)}") from error
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:

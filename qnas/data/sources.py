@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnas.common.errors import DataError, nearest
+from qnas.common.errors import DataError, nearest, one_line
 from qnas.data.folders import read_classes, read_folder
-from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists, one_line
+from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists
 from qnas.data.labelled_images import LabelledImages
 from qnas.data.shards import read_shards
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import ExportError
-from qnas.common.files import read_json, write_json, write_text
+from qnas.common.files import write_json, write_text
 from qnas.common.intervals import wilson
+from qnas.common.reading import read_json
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from qnas.common.errors import CheckpointError, DataError, UsageError
-from qnas.common.files import read_json, staged
+from qnas.common.files import staged
+from qnas.common.reading import read_json
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.deploy.card import card_document, file_metadata, write_card

@@ -26,8 +26,9 @@ import numpy as np
 
 from qnas.common.changes import describe_changes
 from qnas.common.errors import CheckpointError, Interrupted
-from qnas.common.files import read_json, write_json
+from qnas.common.files import write_json
 from qnas.common.progress import Progress
+from qnas.common.reading import read_json
 from qnas.runs.run_folder import interruptible
 
 Call = Callable[[], object]

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model
 from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest
-from qnas.common.files import read_text
+from qnas.common.reading import read_text
 from qnas.common.resources import shipped, stems
 from qnas.common.units import number_or_nan
 from qnas.latency.features import FEATURES

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from qnas.common.errors import TableError, UsageError
-from qnas.common.files import read_text
+from qnas.common.reading import read_text
 from qnas.latency.device import Device, Source, check_own_name
 from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures

@@ -21,7 +21,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from qnas.common.errors import TableError, abbreviate
-from qnas.common.files import read_text, write_text
+from qnas.common.files import write_text
+from qnas.common.reading import read_text
 from qnas.common.units import number_or_nan
 from qnas.latency.device import Device
 from qnas.spaces.layer import LayerSpec

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import CheckpointError, TableError, UsageError
-from qnas.common.files import read_json
 from qnas.common.intervals import wilson
+from qnas.common.reading import read_json
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import load_table
 from qnas.runs.found_arch import FoundArch, find_arch

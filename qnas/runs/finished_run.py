@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import ArchError, CheckpointError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.latency.table import read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.solver.limits import Limit, Limits, count_limit, latency_limit

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RUNS_FOLDER
 
 

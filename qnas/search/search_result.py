@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json, write_json
+from qnas.common.files import write_json
 from qnas.common.progress import Display, silent
+from qnas.common.reading import read_json
 from qnas.data.broken_images import broken_copies
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.errors import ArchError, nearest
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.spaces.space import SearchSpace
 
 SCHEMA = "qnas.arch/1"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qnas.common.errors import CheckpointError, UsageError, first_line
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch, trained_folder

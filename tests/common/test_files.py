@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from qnas.common.errors import ArchError
-from qnas.common.files import atomic_path, read_json, staged, write_bytes, write_json, write_text
+from qnas.common.files import atomic_path, staged, write_bytes, write_json, write_text
+from qnas.common.reading import read_json
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -39,24 +40,6 @@ def test_writers_make_folders_and_read_back(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "text").read_bytes() == "größer\n".encode()
     assert (tmp_path / "a" / "bytes").read_bytes() == b"\x00\xff"
     assert read_json(tmp_path / "a" / "c.json", ArchError) == {"x": [1.5, None]}
-
-
-def test_what_is_no_json_object_is_refused_with_the_reason(tmp_path: Path) -> None:
-    damaged, binary, listed = tmp_path / "damaged", tmp_path / "binary", tmp_path / "list"
-    damaged.write_text('{"a": ')
-    binary.write_bytes(b"\xff\xfe\x00")
-    listed.write_text("[1]")
-    for path, message in [
-        (tmp_path / "none", "no such file"),
-        (tmp_path, "expected a file, found a folder"),
-        (damaged, "not JSON: Expecting value: line 1 column 7"),
-        (binary, "not JSON: "),
-        (listed, "expected a JSON object, got list"),
-    ]:
-        with pytest.raises(ArchError) as error:
-            read_json(path, ArchError)
-        assert str(error.value).startswith(f"{path}: {message}")
-        assert "\n" not in str(error.value)
 
 
 def test_staged_files_come_together_and_others_stay(tmp_path: Path) -> None:

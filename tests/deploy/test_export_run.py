@@ -18,7 +18,8 @@ from torch import Tensor
 
 import qnas.deploy.measurement
 from qnas.common.errors import CheckpointError, DataError, ExportError, UsageError
-from qnas.common.files import read_json, write_json
+from qnas.common.files import write_json
+from qnas.common.reading import read_json
 from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec

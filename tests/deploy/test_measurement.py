@@ -7,7 +7,7 @@ import pytest
 import qnas.deploy.measurement
 import qnas.deploy.runtimes
 from qnas.common.errors import CheckpointError, Interrupted, UsageError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.deploy.measurement import LOADS, measure_sample, time_files
 from qnas.deploy.timing import Call, host_stopwatch
 from qnas.latency.fitting.measurements import Measured, read_measured, write_measured

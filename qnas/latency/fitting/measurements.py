@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qnas.common.errors import ArchError, TableError, abbreviate
-from qnas.common.files import read_text, write_text
+from qnas.common.files import write_text
+from qnas.common.reading import read_text
 from qnas.common.units import number_or_nan
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace

@@ -18,7 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qnas.common.errors import CheckpointError, QnasWarning, first_line
-from qnas.common.files import read_json, write_text
+from qnas.common.files import write_text
+from qnas.common.reading import read_json
 from qnas.common.units import format_count, format_ms
 from qnas.runs import names
 from qnas.runs.folders import read_config

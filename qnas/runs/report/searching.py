@@ -8,8 +8,8 @@ import numpy as np
 from markupsafe import Markup
 
 from qnas.common.errors import CheckpointError
-from qnas.common.files import read_json
 from qnas.common.intervals import wilson
+from qnas.common.reading import read_json
 from qnas.common.units import format_ms
 from qnas.runs.explain import OnDevice, explain
 from qnas.runs.finished_run import FinishedRun, read_finished_run

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import qnas.deploy.export.product
 from qnas.common.errors import ExportError, UsageError
-from qnas.common.files import read_json
+from qnas.common.reading import read_json
 from qnas.deploy.export import openvino_format, torch_format
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
