@@ -19,6 +19,10 @@ Import this module only if triton is installed. Conventions:
 import triton
 import triton.language as tl
 
+# A program is compiled anew for each divisibility of its whole numbers by 16, which takes seconds. These have no
+# influence on how memory is read, so that the stages of a network share their programs.
+SIZES = ("H", "W", "tiles", "tiles_each")
+
 
 @triton.jit
 def _zeros(N: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
@@ -98,7 +102,7 @@ def _convolve(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     x, weights, y, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -114,7 +118,7 @@ def forward(
     _store_rows(rows, y + image, row, columns, channels, size, strides, TH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def products(
     x, weights, grad, grad_a, grad_b, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -134,7 +138,7 @@ def products(
     _store_rows(of_b, grad_b + image, row, columns, channels, size, strides, TH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def data_gradient(
     grad_a, grad_b, grad, weights, dx, C, H, W, stride_b, stride_c, stride_h, stride_w,
     K: tl.constexpr, TH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -152,7 +156,7 @@ def data_gradient(
     _store_rows(sums, dx + image, row, columns, channels, size, strides, TH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weight_gradients(
     x, grad_a, grad_b, grad, partial, tiles, tiles_each,
     C, H, W, stride_b, stride_c, stride_h, stride_w,
