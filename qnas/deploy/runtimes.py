@@ -6,8 +6,7 @@ deployed, with batch normalisation folded. ONNX files run with a free batch size
 
 The settings are the runtimes' own for the lowest latency, unless they disturb other calls; all are
 recorded in `Runtime.settings`. torch runs in channels_last memory, as `subnet` builds networks. CUDA,
-eager or as a CUDA graph, is timed by events on the stream. That part follows torch's documentation
-and has not run on a GPU so far.
+eager or as a CUDA graph, is timed by events on the stream. It ran on an H200.
 """
 
 import copy
