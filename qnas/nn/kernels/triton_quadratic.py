@@ -1,7 +1,7 @@
 """The quadratic depthwise convolution on a GPU, y = (w_a * x) . (w_b * x) + w_c * x, in Triton.
 
-It ran on an H200 (benchmarks/RESULTS.md, "On a GPU"), and elsewhere in Triton's interpreter. On another GPU, run
-`pytest -m gpu` and benchmarks/gpu.py.
+It ran on an H200 (benchmarks/RESULTS.md, "On a GPU"), and elsewhere in Triton's interpreter. On another
+GPU, run `pytest -m gpu` and benchmarks/gpu.py.
 
 The forward pass reads x (with its halo) and writes y: 2 passes over a tensor, where three convolutions, a
 product and a sum take 12. The backward pass needs only x and the weights, and has three steps:
