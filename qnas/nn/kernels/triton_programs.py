@@ -19,8 +19,8 @@ Import this module only if triton is installed. Conventions:
 import triton
 import triton.language as tl
 
-# A program is compiled anew, which takes seconds, where another of its whole numbers is divisible by 16. These
-# ones do not decide how memory is read; without them, the stages of a network share their programs.
+# A program is compiled anew, which takes seconds, where another of its whole numbers is divisible by 16.
+# These do not decide how memory is read; without them, the stages of a network share their programs.
 SIZES = ("H", "W", "tiles", "tiles_each")
 
 
