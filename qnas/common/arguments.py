@@ -51,10 +51,10 @@ def check_arguments(**arguments: object) -> None:
     for name, value in arguments.items():
         expected, holds = _RULES[name]
         if not (holds(value) or (value is None and expected not in _NEEDED)):
-            raise UsageError(f"`{name}={shown(value)}`: expected {expected}")
+            raise UsageError(f"`{name}={quoted(value)}`: expected {expected}")
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Return a value in one line of at most 60 characters, as Python writes it."""
     try:
         return one_line(repr(value), 60)

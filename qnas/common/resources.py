@@ -9,7 +9,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.errors import QnasError, nearest, one_line
 from qnas.common.reading import YAML_CHARACTERS, is_file, read_text
 
@@ -66,4 +66,4 @@ def read_named(
         return read_text(path, error, what, limit=YAML_BYTES), str(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise error(f"{what} {one_line(name)}: no such file")
-    raise error(f"unknown {what} {shown(name)}: {nearest(name, shipped)}")
+    raise error(f"unknown {what} {quoted(name)}: {nearest(name, shipped)}")

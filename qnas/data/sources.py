@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.errors import DataError, UsageError, nearest, one_line
 from qnas.data.folders import read_classes, read_folder
 from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists
@@ -41,7 +41,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise DataError(f"unknown data {shown(self.kind)}: {nearest(self.kind, KINDS)}")
+            raise DataError(f"unknown data {quoted(self.kind)}: {nearest(self.kind, KINDS)}")
         form = KINDS[self.kind].form
         if (self.path is not None) != (":DIR" in form):
             raise DataError(f"data {self}: expected {form}")
@@ -73,7 +73,7 @@ def open_dataset(data: str | DataSpec) -> LabelledImages:
     (1797, torch.Size([1, 8, 8]), ('0', '1'))
     """
     if not isinstance(data, str | DataSpec):
-        raise UsageError(f"`data={shown(data)}`: expected a kind of data, such as digits or imagefolder:DIR")
+        raise UsageError(f"`data={quoted(data)}`: expected a kind of data, such as digits or imagefolder:DIR")
     spec = parse_data_spec(data) if isinstance(data, str) else data
     kind = KINDS[spec.kind]
     name = spec.path.name if kind.is_folder and spec.path else spec.kind

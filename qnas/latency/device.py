@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from qnas.common.arguments import check_arguments, shown
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.documents import FilePart, describe_problems, to_tuples
 from qnas.common.errors import TableError, UsageError, nearest, one_line
 from qnas.common.reading import is_file, parse_json, read_text
@@ -65,7 +65,7 @@ class KernelModel(FilePart):
             return self
         unknown = [name for name in self.terms if name not in FEATURES]
         if unknown:
-            raise ValueError(f"unknown feature {shown(unknown[0])}: {nearest(unknown[0], FEATURES)}")
+            raise ValueError(f"unknown feature {quoted(unknown[0])}: {nearest(unknown[0], FEATURES)}")
         if not self.terms.get("launch"):
             raise ValueError("launch must be above 0, so that no kernel is free")
         return self
@@ -136,11 +136,13 @@ class Device(FilePart):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {shown(self.fusion)}: {nearest(self.fusion, FUSIONS)}")
+            raise ValueError(f"unknown fusion {quoted(self.fusion)}: {nearest(self.fusion, FUSIONS)}")
         priced = [name for name, other in self.model.items() if other.like is None]
         for kind, model in self.model.items():
             if model.like is not None and model.like not in priced:
-                missing = f"no kind {shown(model.like)} with a cost of its own: {nearest(model.like, priced)}"
+                missing = (
+                    f"no kind {quoted(model.like)} with a cost of its own: {nearest(model.like, priced)}"
+                )
                 raise ValueError(f"model.{kind:.60}: {missing}")
         if self.model and self.network_ms < 0:
             raise ValueError("calibration: the offset puts a network without kernels below zero")
@@ -189,7 +191,7 @@ class Device(FilePart):
             )
         if kernel.kind not in self.model:
             raise TableError(
-                f"device {self.name} has no cost for {shown(kernel.kind)} kernels: "
+                f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: "
                 f"{nearest(kernel.kind, self.model)}"
             )
         return self.model[kernel.kind]
@@ -223,7 +225,7 @@ class Device(FilePart):
         value = number_or_nan(latency_ms)
         if not 0 <= value <= MOST_MS:
             raise TableError(
-                f"device {self.name}: its function returned {shown(latency_ms)} for {one_line(of, 100)}: "
+                f"device {self.name}: its function returned {quoted(latency_ms)} for {one_line(of, 100)}: "
                 f"expected milliseconds, 0 to {MOST_MS:g}"
             )
         return value
@@ -271,14 +273,14 @@ def load_device(device: str | Path | Device) -> Device:
         return _parse_file(read_text(path, TableError, "a device file", limit=FILE_BYTES), path)
     if path.suffix == ".json" or len(path.parts) > 1:
         raise TableError(f"device {one_line(name)}: no such file")
-    raise TableError(f"unknown device {shown(name)}: {nearest(name, [*names, *by_alias])}")
+    raise TableError(f"unknown device {quoted(name)}: {nearest(name, [*names, *by_alias])}")
 
 
 def check_own_name(name: str, what: str = "device name") -> None:
     """Raise UsageError where your own device cannot have this name; `what` says where it was given."""
     if not re.fullmatch(NAME, name) or len(name) > 100:
         raise UsageError(
-            f"{what} {shown(name)}: expected letters, digits, '.', '_' and '-', such as my-phone"
+            f"{what} {quoted(name)}: expected letters, digits, '.', '_' and '-', such as my-phone"
         )
     if any(name in (known, *aliases) for known, aliases in device_names().items()):
         raise UsageError(f"{what} {name}: a device that ships has this name: choose another")

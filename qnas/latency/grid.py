@@ -20,7 +20,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.documents import FilePart, to_tuples
 from qnas.common.errors import abbreviate, nearest, one_line
 from qnas.common.units import LEAST_MS, MOST_MS
@@ -61,7 +61,7 @@ class Grid(FilePart):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = [
-            f"unknown axis {shown(axis)}: {nearest(axis, AXES)}" for axis in self.knots if axis not in AXES
+            f"unknown axis {quoted(axis)}: {nearest(axis, AXES)}" for axis in self.knots if axis not in AXES
         ]
         problems += ["knots: expected one axis or more"] * (not self.knots)
         for axis, knots in self.knots.items():
@@ -71,7 +71,7 @@ class Grid(FilePart):
             factors = term.split("*")
             if len(set(factors)) < len(factors) or not set(factors) <= set(self.knots):
                 axes = one_line("*".join(self.knots), 60)
-                problems.append(f"beyond: expected a product of axes as {axes}, got {shown(term)}")
+                problems.append(f"beyond: expected a product of axes as {axes}, got {quoted(term)}")
         if not problems:
             problems = self._problems_of_values()
         if problems:

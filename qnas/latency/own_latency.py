@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from qnas.common.arguments import check_arguments, shown
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import TableError, UsageError
 from qnas.common.reading import csv_rows, read_text
 from qnas.latency.device import Device, Source, check_own_name
@@ -65,7 +65,7 @@ def device_from_function(
     if len(given) != 1:
         raise UsageError(f"device {name}: expected one of layer, block and network, got {given or 'none'}")
     if not callable(functions[given[0]]):
-        raise UsageError(f"`{given[0]}={shown(functions[given[0]])}`: expected a function")
+        raise UsageError(f"`{given[0]}={quoted(functions[given[0]])}`: expected a function")
     _check_space(space)
     if (network is not None) != (space is not None):
         raise UsageError(f"device {name}: give a space with a function of networks, and only with one")
@@ -124,7 +124,7 @@ def device_from_blocks(
 
 def _check_space(space: object) -> None:
     if not isinstance(space, SearchSpace | None):
-        raise UsageError(f"`space={shown(space)}`: expected a SearchSpace, as load_space returns")
+        raise UsageError(f"`space={quoted(space)}`: expected a SearchSpace, as load_space returns")
 
 
 def _device(name: str, source: str, kind: Source, fixed_ms: float) -> Device:
@@ -236,11 +236,11 @@ def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:
     elif hasattr(blocks, "to_dict"):
         rows = blocks.to_dict("records")
     if not isinstance(rows, Iterable) or isinstance(rows, Mapping | bytes):
-        raise UsageError(f"`blocks={shown(blocks)}`: expected a CSV file, a DataFrame or dictionaries")
+        raise UsageError(f"`blocks={quoted(blocks)}`: expected a CSV file, a DataFrame or dictionaries")
     found: list[Mapping[str, Any]] = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
-            raise UsageError(f"`blocks`: row {number} is {shown(row)}, expected a dictionary")
+            raise UsageError(f"`blocks`: row {number} is {quoted(row)}, expected a dictionary")
         found.append(row)
     return found
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.errors import TableError, abbreviate, one_line
 from qnas.common.files import write_text
 from qnas.common.reading import LINE_CHARACTERS, csv_rows, read_text
@@ -280,7 +280,7 @@ def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
     for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
         number = number_or_nan(values[column])
         if not 0 <= number <= MOST_MS:
-            return f"{column} {shown(values[column] or 'empty')}, expected milliseconds, 0 to {MOST_MS:g}"
+            return f"{column} {quoted(values[column] or 'empty')}, expected milliseconds, 0 to {MOST_MS:g}"
         numbers.append(number)
     latency, estimated = numbers if len(numbers) > 1 else (*numbers, 0.0)
     if estimated > latency:

@@ -25,7 +25,7 @@ from importlib import import_module
 from itertools import pairwise, product
 from typing import Any, TypeVar
 
-from qnas.common.arguments import check_arguments, shown
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import QnasError, SpaceError, abbreviate, nearest, one_line
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
@@ -150,7 +150,7 @@ class Block:
         try:
             layers = self.layers(place, **parameters)
             problem = (
-                "" if _are_layers(layers) else f"`layers` returned {shown(layers)}, no tuple of LayerSpec"
+                "" if _are_layers(layers) else f"`layers` returned {quoted(layers)}, no tuple of LayerSpec"
             )
         except QnasError:
             raise
@@ -222,7 +222,7 @@ def register_block(
         is_class = inspect.isclass(definition)
         layers = getattr(definition, "layers", None) if is_class else definition
         if not callable(layers):
-            what = "the class has" if is_class else f"{shown(definition)} is no function or class, and has"
+            what = "the class has" if is_class else f"{quoted(definition)} is no function or class, and has"
             raise SpaceError(f"block {name}: {what} no static method `layers(place, ...)`")
         known = _parameters(name, layers, parameters or {}, sliced)
         made_by = definition if is_class else module
@@ -247,7 +247,7 @@ def _parameters(
         problems.append(f"the name must be lower-case letters and digits, got {block!r}")
     taken = [argument.name for argument in arguments]
     if wrong := [name for name in values if not isinstance(name, str)]:
-        raise SpaceError(f"{where}: parameters: {shown(wrong[0])} is no name")
+        raise SpaceError(f"{where}: parameters: {quoted(wrong[0])} is no name")
     if wrong := [name for name, v in values.items() if isinstance(v, str) or not isinstance(v, Collection)]:
         raise SpaceError(f"{where}: {wrong[0]}: expected a collection of values")
     if sorted(taken) != sorted(values):
@@ -287,7 +287,7 @@ def _arguments_of(where: str, function: Callable[..., Any]) -> list[inspect.Para
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
-        raise SpaceError(f"{where}: the arguments of {shown(function)} are not known") from error
+        raise SpaceError(f"{where}: the arguments of {quoted(function)} are not known") from error
 
 
 # Places at which a block is tried when it is registered: channels in and out, stride, pixels.
@@ -342,7 +342,7 @@ def module_of(
                 f"block {block.name}: module {one_line(make, 60)!r}: {one_line(error)}"
             ) from error
     if not callable(make):
-        raise SpaceError(f"block {block.name}: its module is {shown(make)}, expected a class or a function")
+        raise SpaceError(f"block {block.name}: its module is {quoted(make)}, expected a class or a function")
     known = {**asdict(place), **parameters}
     wanted = _arguments_of(f"block {block.name}", make)
     needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qnas.common.arguments import check_arguments, shown
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import SpaceError, UsageError, abbreviate, nearest, one_line
 from qnas.spaces.layer import OPS
 
@@ -50,7 +50,7 @@ class Neuron:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise SpaceError(f"neuron {shown(self.name)}: the name must be lower-case letters and digits")
+            raise SpaceError(f"neuron {quoted(self.name)}: the name must be lower-case letters and digits")
         problems = []
         if unknown := sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION}):
             allowed = ", ".join([CONVOLUTION, *sorted(_ELEMENTWISE)])
@@ -115,7 +115,7 @@ def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> 
 
     def register(formula: Formula) -> Formula:
         if not callable(formula):
-            raise SpaceError(f"neuron {name}: {shown(formula)} is no function")
+            raise SpaceError(f"neuron {name}: {quoted(formula)} is no function")
         try:
             neuron = Neuron(name, formula, dict(layers), **properties)
         except (TypeError, ValueError) as error:  # properties of other types, a formula without a signature

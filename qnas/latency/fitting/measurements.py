@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.errors import ArchError, TableError, abbreviate
 from qnas.common.files import write_text
 from qnas.common.reading import csv_rows, read_text
@@ -62,7 +62,7 @@ def read_measured(path: Path, space: SearchSpace) -> tuple[Measured, ...]:
         values = {key: row.get(key, "").strip() for key in COLUMNS}
         network, wrong = _read_row(values, space)
         if values["name"] in found:
-            wrong.append(f"name: {shown(values['name'])} is there twice")
+            wrong.append(f"name: {quoted(values['name'])} is there twice")
         problems += [f"line {line}, {problem}" for problem in wrong]
         if len(problems) > MOST_PROBLEMS:
             break
@@ -94,7 +94,7 @@ def one_runtime(networks: Iterable[Measured], where: Path) -> str:
     """Return the runtime of the networks, empty where none is given. Raises TableError for several."""
     named = {network.runtime for network in networks}
     if len(named) > 1:
-        words = " and ".join(shown(name) for name in sorted(named)[:2])
+        words = " and ".join(quoted(name) for name in sorted(named)[:2])
         raise TableError(
             f"{where}, runtime: {words}: expected one for all networks, since times are compared"
         )
@@ -115,7 +115,7 @@ def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | No
     for column in ("latency_ms", "p95_ms"):
         times[column] = time = number_or_nan(values[column]) if values[column] else None
         if time is not None and not LEAST_MS <= time <= MOST_MS:
-            problems.append(f"{column}: {shown(values[column])}, expected milliseconds above 0 or nothing")
+            problems.append(f"{column}: {quoted(values[column])}, expected milliseconds above 0 or nothing")
     if problems or arch is None:
         return None, problems
     return Measured(values["name"], arch, **times, runtime=values["runtime"]), []

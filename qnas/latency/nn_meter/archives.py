@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO
 
-from qnas.common.arguments import shown
+from qnas.common.arguments import quoted
 from qnas.common.arrays import DAMAGE, MEMBERS, check_member, open_zip
 from qnas.common.errors import TableError, abbreviate, one_line
 
@@ -74,7 +74,7 @@ def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
 def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
     files: list[tuple[str, Member]] = []  # each with its folder
     for info in archive.infolist():
-        where = f"{source}: {shown(info.filename)}"
+        where = f"{source}: {quoted(info.filename)}"
         parts = info.filename.removesuffix("/").split("/")
         if "\\" in info.filename or ":" in info.filename or {"", ".", ".."} & set(parts):
             raise TableError(f"{where}: a name that leads out of the archive")
