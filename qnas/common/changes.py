@@ -125,7 +125,7 @@ def _tables(kept: Texts, given: Texts) -> list[str]:
 
 
 def _latencies(text: str) -> dict[str, str]:
-    """Return the milliseconds of a table's rows, by position and candidate; none of a text that is no table."""
+    """Return the milliseconds of a table's rows, by position and candidate; of another text, none."""
     columns = ("position", "candidate", "latency_ms")
     try:
         rows = [row for _, row in csv_rows(text, "table", TableError, columns)]

@@ -10,6 +10,9 @@ LIST_CHARACTERS = 260  # of a list in a message
 ITEM_CHARACTERS = (200, 90, 60)  # of an item of it: the first that leaves room for all
 
 
+NOT_ON_WINDOWS = "qnas does not run on Windows: run it in WSL (learn.microsoft.com/windows/wsl/install)"
+
+
 class QnasError(Exception):
     """A problem that the user can fix. Its text is one line."""
 
