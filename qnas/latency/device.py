@@ -190,9 +190,9 @@ class Device(FilePart):
                 f"measure this space on it, or add a model to its file"
             )
         if kernel.kind not in self.model:
+            known = nearest(kernel.kind, self.model)
             raise TableError(
-                f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: "
-                f"{nearest(kernel.kind, self.model)}"
+                one_line(f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: {known}", 300)
             )
         return self.model[kernel.kind]
 

@@ -316,7 +316,7 @@ def test_without_predictors_the_message_says_all_that_is_needed(
     [
         ("nn_meter", 'nn-Meter is not installed: pip install "nn-meter>=2.0,<3"'),
         ("pkg_resources", 'nn-Meter needs pkg_resources, .*: pip install "setuptools>=77'),
-        ("sklearn", r'nn-Meter cannot be imported .*: pip install "nn-meter.*setuptools>=77'),
+        ("nn_meter.predictor", r'nn-Meter cannot be imported .*: pip install "nn-meter.*setuptools>=77'),
     ],
 )
 def test_a_broken_installation_names_what_to_install(
