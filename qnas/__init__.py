@@ -10,6 +10,7 @@ Importing the package loads nothing heavy: each name below is loaded at its firs
 names that need it. Errors that the user can fix are `QnasError`; nothing is printed unless requested.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,10 @@ def __getattr__(name: str) -> Any:
     """Load a public name from the module that defines it (PEP 562)."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if sys.platform == "win32" and _MODULE_OF[name] != "qnas.common.errors":
+        from qnas.common.errors import NOT_ON_WINDOWS, QnasError
+
+        raise QnasError(NOT_ON_WINDOWS)
     value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value  # so that it is loaded once
     return value

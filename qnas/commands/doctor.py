@@ -1,8 +1,13 @@
 """`qnas doctor`: a check of this machine, with advice on what is missing or broken."""
 
+import errno
+import importlib
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +18,7 @@ from typing import Literal
 import typer
 
 from qnas.commands.options import Json, show
+from qnas.common.errors import TableError, one_line
 from qnas.common.host import cpu_name, load
 from qnas.runs.text import wrapped
 
@@ -24,6 +30,7 @@ _PACKAGES = {
     "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
     "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
 }
+_LIBRARIES = ("torch", "torchvision")  # without these, the other checks cannot run
 OWN_DEVICES = Path("devices")  # where qnas profile writes
 
 
@@ -60,15 +67,66 @@ def doctor(as_json: Json = False) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield the findings in the order in which they are printed."""
-    from qnas.api.session import versions
+    """Yield the findings in the order in which they are printed; without torch, what it needs is left out."""
+    broken = [finding for name in _LIBRARIES if (finding := _library(name)) is not None]
+    yield from broken
+    if not broken:
+        from qnas.api.session import versions
 
-    yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions().items()))
-    yield from _machine()
-    yield _cpu_kernels()
-    yield _gpu()
+        known = ", ".join(f"{name} {version}" for name, version in versions().items())
+        yield Finding("versions", "ok", known)
+        yield from _machine()
+        yield _cpu_kernels()
+        yield _gpu()
     yield from _packages()
     yield from _latency_sources()
+
+
+def _library(name: str) -> Finding | None:
+    """Return what is wrong with a library that qnas needs: missing, older than needed, or not importable."""
+    wanted = f"pip install '{name}{_least(name) and f'>={_least(name)}'}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "broken", "not installed", wanted)
+    if _numbers(version) < _numbers(_least(name)):
+        found = f"version {version}, qnas needs {_least(name)} or newer"
+        return Finding(name, "broken", found, wanted.replace("install", "install --upgrade"))
+    return _imported(name, name, name)
+
+
+def _imported(name: str, module: str, wanted: str) -> Finding | None:
+    """Import an installed package; return why it fails, None where it does not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except Exception as error:  # whatever a damaged installation raises
+        lacks = error.name if isinstance(error, ModuleNotFoundError) and error.name != module else None
+        advice = f"pip install {lacks or f'--force-reinstall {wanted}'}"
+        if lacking := re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object", str(error)):
+            advice = f"install the system's package that has {lacking[1]}"
+        elif name == "torchvision" and "torchvision::" in str(error):
+            advice = "install the torchvision of this torch: pip install --force-reinstall torch torchvision"
+        return Finding(
+            name, "broken", f"cannot be imported: {type(error).__name__}: {one_line(error)}", advice
+        )
+    return None
+
+
+def _least(name: str) -> str:
+    """Return the least version of a library that qnas declares, "" where it declares none."""
+    try:
+        declared = importlib.metadata.requires("quadranet-nas") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path, not installed
+        return ""
+    form = re.compile(rf"{re.escape(name)}>=([0-9.]+)")
+    return next((found[1] for line in declared if (found := form.fullmatch(line))), "")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers at the beginning of a version: `2.8.0+cpu` gives (2, 8, 0)."""
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
 def _machine() -> Iterator[Finding]:
@@ -87,22 +145,70 @@ def _cpu_kernels() -> Finding:
     finding = partial(Finding, "C++ kernels")
     if not native.is_enabled():
         return finding("off", "QNAS_KERNELS=0: torch's operators are used", "unset it for faster training")
-    compiler = native.find_compiler()
+    asked, compiler = os.environ.get("CXX"), native.find_compiler()
     if compiler is None:
+        if asked:
+            found = f"CXX={asked} is no program on the PATH: torch's operators are used"
+            return finding("missing", found, f"set CXX to a C++ compiler, or install {native.COMPILERS[0]}")
         advice = f"install one of {', '.join(native.COMPILERS)}, or set CXX"
         return finding("missing", "no C++ compiler: torch's operators are used", advice)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         library = native.library()
     if library is None:
-        reason = str(caught[0].message) if caught else "tried before in this process"
-        return finding("broken", reason, f"see why {compiler} fails, or set QNAS_KERNELS=0")
+        error = native.failure()
+        reason = str(caught[0].message) if caught else f"could not be built: {error}"
+        return finding("broken", reason, _build_advice(error, compiler, native.cache_folder()))
     worst = _largest_difference()
     found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
     if worst > 1e-4:
         advice = "set QNAS_KERNELS=0 and report this, with the compiler's version"
         return finding("broken", f"{found}; off by {worst:.1e} from torch's result", advice)
     return finding("ok", f"{found}; within {worst:.0e} of torch's result")
+
+
+# what a compiler says -> what to do about it
+_COMPILER_ADVICE = (
+    (
+        "fopenmp|omp\\.h|-lomp|-lgomp|libgomp",
+        "install the compiler's OpenMP (libgomp1, or libomp-dev for clang)",
+    ),
+    ("cc1plus", "install the C++ part of the compiler (the package g++)"),
+    (
+        r"fatal error: .*file not found|fatal error: .*No such file|cannot find -lstdc",
+        "install the headers of the C++ library (the package g++ or libstdc++-dev)",
+    ),
+    ("march=native|std=c", "install a newer compiler: this one does not know C++17 or this processor"),
+    ("No space left", "free space in the folder for temporary files, or set TMPDIR to another"),
+    ("[Kk]illed|out of memory|memory exhausted", "free memory: the compiler was stopped for want of it"),
+)
+
+
+def _build_advice(error: Exception | None, compiler: str, cache: Path) -> str:
+    """Return what to do about kernels that could not be built or loaded."""
+    elsewhere = "or set QNAS_HOME to a folder elsewhere"
+    off = "or set QNAS_KERNELS=0"
+    if isinstance(error, subprocess.CalledProcessError):
+        said = f"{error.stderr or ''} {'killed' if error.returncode < 0 else ''}"
+        known = (advice for form, advice in _COMPILER_ADVICE if re.search(form, said))
+        return f"{next(known, f'see why {compiler} fails')}, {off}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"try again when the machine is less busy, {off}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free space on the disk of {cache}, {elsewhere}"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{cache} is on a disk that is read-only: set QNAS_HOME to a folder elsewhere"
+    if isinstance(error, OSError) and error.errno == errno.ENOTDIR:
+        return f"a part of {cache} is a file, not a folder: move it away, {elsewhere}"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        if error.filename == compiler:
+            return f"{compiler} may not be run: set CXX to another compiler, {off}"
+        return f"allow yourself to write in {cache}, {elsewhere}"
+    if "map segment" in str(error) or "not permitted" in str(error):
+        return f"{cache} is on a disk from which nothing may be run: set QNAS_HOME to a folder elsewhere"
+    if lacking := re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object", str(error)):
+        return f"install the system's package that has {lacking[1]}, {off}"
+    return f"see why {compiler} fails, {off}"
 
 
 def _largest_difference() -> float:
@@ -130,18 +236,39 @@ def _gpu() -> Finding:
 
     from qnas.nn.kernels import triton_quadratic
 
-    if not torch.cuda.is_available():
-        # a GPU is optional: without one, searching and training take longer
-        built, advice = "CPUs", "install a torch that is built for it (pytorch.org, Get started)"
-        if torch.version.cuda:
-            built = torch.version.cuda
-            advice = f"see that nvidia-smi lists it, with a driver for CUDA {built} or newer"
-        found = f"none that torch can use (torch is built for {built})"
-        return Finding("GPU", "missing", found, f"where this machine has one: {advice}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        return _no_gpu(" ".join(str(warning.message) for warning in caught))
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if not triton_quadratic.available():
         return Finding("GPU", "ok", f"{names}, without Triton kernels", "pip install triton")
     return Finding("GPU", "ok", f"{names}, with Triton kernels")
+
+
+def _no_gpu(said: str) -> Finding:
+    """Return why torch finds no GPU, which is optional; `said` is what torch warned of."""
+    import torch
+
+    built = torch.version.cuda
+    found = f"none that torch can use (torch is built for {f'CUDA {built}' if built else 'CPUs'})"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if built and hidden is not None and hidden.strip() in ("", "-1"):
+        advice = f"CUDA_VISIBLE_DEVICES={hidden!r} hides them all: unset it"
+    elif built and "too old" in said:
+        advice = f"update the NVIDIA driver, to one for CUDA {built} or newer"
+    elif built and said:
+        advice = f"torch says: {one_line(said)}"
+    elif built and shutil.which("nvidia-smi") is None:
+        advice = f"where this machine has one: install its driver, for CUDA {built} or newer"
+    elif built:
+        advice = f"see that nvidia-smi lists it, with a driver for CUDA {built} or newer"
+    elif shutil.which("nvidia-smi") is not None:
+        advice = "install a torch that is built for CUDA (pytorch.org, Get started)"
+    else:
+        advice = "where this machine has one: install a torch that is built for it (pytorch.org, Get started)"
+    return Finding("GPU", "missing", found, advice)
 
 
 def _packages() -> Iterator[Finding]:
@@ -151,12 +278,11 @@ def _packages() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "missing", f"not installed: no {use}", f"pip install {wanted}")
         else:
-            yield Finding(name, "ok", version)
+            yield _imported(name, name, wanted) or Finding(name, "ok", version)
 
 
 def _latency_sources() -> Iterator[Finding]:
     from qnas.latency.device import device_names
-    from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
 
     names = [" = ".join((name, *aliases)) for name, aliases in device_names().items()]
     yield Finding("devices", "ok", ", ".join(names))
@@ -165,8 +291,23 @@ def _latency_sources() -> Iterator[Finding]:
     else:
         advice = "to measure this machine: qnas profile --space quadranet-small"
         yield Finding("own devices", "missing", f"none in {OWN_DEVICES}/", advice)
-    if imported := [predictors.device for predictors in list_predictors()]:
-        yield Finding("nn-Meter", "ok", f"predictors of {', '.join(imported)}")
-    else:
+    yield _nn_meter()
+
+
+def _nn_meter() -> Finding:
+    from qnas.latency.nn_meter.predictors import PUBLISHED, download_hint, list_predictors
+    from qnas.latency.nn_meter.tables import why_not_importable
+
+    finding = partial(Finding, "nn-Meter")
+    try:
+        imported = [predictors.device for predictors in list_predictors()]
+    except TableError as error:  # it says what to do
+        found, _, advice = str(error).partition("): ")
+        return finding("broken", f"{found})" if advice else found, advice or "see that the file can be read")
+    if not imported:
         found = "no predictors imported (only --latency nn-meter needs them)"
-        yield Finding("nn-Meter", "missing", found, download_hint(min(PUBLISHED)))
+        return finding("missing", found, download_hint(min(PUBLISHED)))
+    if problem := why_not_importable():
+        found, advice = problem
+        return finding("broken", f"predictors of {', '.join(imported)}, but {found}", advice)
+    return finding("ok", f"predictors of {', '.join(imported)}")

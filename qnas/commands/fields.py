@@ -62,7 +62,7 @@ class Fields:
         elif self.show_defaults and info.default is not None and kind is not bool:
             parts.append(f"[default: {info.default}]")
         flags = [f"--{OPTIONS[name]}"] if name in OPTIONS else []
-        least, most = _bound(metadata, "ge"), _bound(metadata, "le")
+        least, most = _bound(metadata, "ge", max), _bound(metadata, "le", min)
         return kind, option("  ".join(parts), *flags, panel=panel, complete=complete, least=least, most=most)
 
 
@@ -76,8 +76,8 @@ def _plain(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     return annotation, ()
 
 
-def _bound(metadata: tuple[Any, ...], name: str) -> Any:
-    return next((value for part in metadata if (value := getattr(part, name, None)) is not None), None)
+def _bound(metadata: tuple[Any, ...], name: str, tightest: Callable[..., Any]) -> Any:
+    return tightest((v for part in metadata if (v := getattr(part, name, None)) is not None), default=None)
 
 
 def takes_fields(function: Function) -> Function:

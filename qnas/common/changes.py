@@ -1,13 +1,11 @@
 """Descriptions of the differences between the requests of an earlier run and of the present one."""
 
-import csv
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
-from qnas.common.errors import abbreviate
+from qnas.common.arguments import quoted
+from qnas.common.errors import SpaceError, TableError, abbreviate, one_line
+from qnas.common.reading import csv_rows, parse_yaml
 
 _SHOWN = 5  # items of a list that are compared one by one
 _DIGEST_SHOWN = 8  # characters
@@ -84,7 +82,7 @@ def _option(path: Path, old: Any, new: Any) -> str:
             return f"{name}: there were {len(old)}, there are {len(new)}"
         if len(old) > _SHOWN:
             return f"{name}: {sum(a != b for a, b in zip(old, new, strict=True))} of {len(old)} changed"
-    return f"{name} was {old!r}, is {new!r}"
+    return f"{one_line(name, 60)} was {quoted(old)}, is {quoted(new)}"
 
 
 def _space(before: str | None, now: str | None) -> str:
@@ -92,22 +90,25 @@ def _space(before: str | None, now: str | None) -> str:
     if before is None or now is None:
         return ""
     try:
-        old, new = yaml.safe_load(before), yaml.safe_load(now)
-    except yaml.YAMLError:  # a copy that somebody edited
+        old, new = (parse_yaml(text, "space", SpaceError) for text in (before, now))
+    except SpaceError:  # a copy that somebody edited
         return ""
-    if not isinstance(old, dict) or old.get("name") != new.get("name"):
-        return f"it was {old.get('name')}, is {new.get('name')}" if isinstance(old, dict) else ""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return ""
+    if old.get("name") != new.get("name"):
+        return f"it was {one_line(old.get('name'), 60)}, is {one_line(new.get('name'), 60)}"
     return abbreviate([_in_space(path, a, b) for path, a, b in _differences(old, new) if path != ("source",)])
 
 
 def _in_space(path: Path, old: Any, new: Any) -> str:
     """Describe a change of a space: `channels 32 -> 48 in stage 1`."""
-    stage = f" in stage {int(path[1]) + 1}" if path[0] == "stages" and len(path) > 1 else ""
+    number = path[1] if path[0] == "stages" and len(path) > 1 else None
+    stage = f" in stage {number + 1}" if isinstance(number, int) else ""
     name = ".".join(str(part) for part in path[2 if stage else 0 :] if isinstance(part, str))
     if isinstance(old, list) or isinstance(new, list):  # of different lengths; others are compared one by one
         was, is_now = (len(value) if isinstance(value, list) else 0 for value in (old, new))
         return f"{was} -> {is_now} {name}{stage}"
-    return f"{name} {old} -> {new}{stage}"
+    return f"{one_line(name, 60)} {one_line(old, 60)} -> {one_line(new, 60)}{stage}"
 
 
 def _tables(kept: Texts, given: Texts) -> list[str]:
@@ -124,6 +125,10 @@ def _tables(kept: Texts, given: Texts) -> list[str]:
 
 
 def _latencies(text: str) -> dict[str, str]:
-    """Return the milliseconds of a table's rows, by position and candidate."""
-    rows = csv.DictReader(io.StringIO(text))
-    return {f"{r.get('position')} {r.get('candidate')}".strip(): str(r.get("latency_ms")) for r in rows}
+    """Return the milliseconds of a table's rows, by position and candidate; of another text, none."""
+    columns = ("position", "candidate", "latency_ms")
+    try:
+        rows = [row for _, row in csv_rows(text, "table", TableError, columns)]
+    except TableError:  # a copy that somebody edited
+        return {}
+    return {f"{row['position']} {row['candidate']}".strip(): row["latency_ms"] for row in rows}

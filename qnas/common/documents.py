@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qnas.common.errors import QnasError, nearest
+from qnas.common.errors import QnasError, abbreviate, nearest, one_line
 from qnas.common.reading import parse_yaml
 
 
@@ -53,12 +53,13 @@ def to_tuples(value: Any) -> Any:
 
 
 def describe_problems(error: ValidationError, model: type[BaseModel] | None = None, quote: str = "") -> str:
-    """Describe all problems of a file in one line: key, expected value, value found.
+    """Describe the problems of a file in one line: key, expected value, value found.
 
-    With the model, an unknown key is followed by the nearest known ones. Keys are written between quotes.
+    Those that a line has no room for are counted. With the model, an unknown key is followed by the nearest
+    known ones. Keys are written between quotes.
     """
     lines = []
-    for problem in error.errors():
+    for problem in error.errors(include_url=False):
         kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
         if kind in EXPECTATIONS:
             # some versions of pydantic show a bound of 10 as 10.0
@@ -74,7 +75,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
             message += f", got {_show(problem['input'])}"
         key = _key(loc)
         lines.append(f"{quote}{key}{quote}: {message}" if key else message)
-    return "; ".join(dict.fromkeys(lines))
+    return abbreviate(list(dict.fromkeys(lines)), "; ", most=len(lines))
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
@@ -82,7 +83,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
     key = ""
     for part in loc:
         if isinstance(part, str):
-            key += f".{part}"
+            key += f".{one_line(part, 60)}"
         elif not key.endswith("candidates"):  # their lists are expanded, so numbers are not the file's
             key += f"[{part}]"
     return key.removeprefix(".")
@@ -111,5 +112,8 @@ def _show(found: Any) -> str:
         return "nothing"
     if isinstance(found, dict | list | tuple):
         return "a mapping" if isinstance(found, dict) else "a list"
-    text = repr(found)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        text = repr(found[:60] if isinstance(found, str | bytes) else found)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of too many digits"
+    return one_line(text, 60)

@@ -6,6 +6,13 @@ The message of an error is one line: the place, what was found and what was expe
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+KNOWN_CHARACTERS = 160  # of the names that are known
+LIST_CHARACTERS = 260  # of a list in a message
+ITEM_CHARACTERS = (200, 90, 60)  # of an item of it: the first that leaves room for all
+
+
+NOT_ON_WINDOWS = "qnas does not run on Windows: run it in WSL (learn.microsoft.com/windows/wsl/install)"
+
 
 class QnasError(Exception):
     """A problem that the user can fix. Its text is one line."""
@@ -74,19 +81,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'did you mean vpu? known: cpu, vpu'
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    close = get_close_matches(name[:100], names, n=3, cutoff=0.5)  # the time grows with the name
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}known: {', '.join(names)}"
+    return f"{hint}known: {one_line(', '.join(names), KNOWN_CHARACTERS)}"
 
 
 def abbreviate(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
-    """Join the first items of a list, and say how many more there are.
+    """Join the first items of a list, as many as a line has room for, and say how many more there are.
 
     >>> abbreviate(["a", "b", "c"], most=2)
     'a, b, and 1 more'
     """
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return between.join([*items[:most], *more])
+    shown: list[str] = []
+    for longest in ITEM_CHARACTERS:
+        shown, room = [], LIST_CHARACTERS
+        for item in items[:most]:
+            shown.append(one_line(item, longest))
+            room -= len(shown[-1]) + len(between)
+        if room >= 0:
+            break
+    while room < 0:
+        room += len(shown.pop()) + len(between)
+    more = [f"and {len(items) - len(shown):,} more"] if len(items) > len(shown) else []
+    return between.join([*shown, *more])
 
 
 def first_line(error: Exception) -> str:

@@ -48,6 +48,14 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def is_file(path: Path) -> bool:
+    """Return whether a file can be there: False too for a path that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name of thousands of characters, a folder that may not be entered
+        return False
+
+
 def read_bytes(path: Path, error: MakeError, expected: str, *, limit: int = TEXT_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
@@ -62,6 +70,8 @@ def read_bytes(path: Path, error: MakeError, expected: str, *, limit: int = TEXT
         raise error(f"{path}: expected a file, found a folder") from None
     except OSError as cause:
         raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
+    except ValueError as cause:  # a zero byte in the path
+        raise error(f"{one_line(path)}: cannot be read: {cause}") from cause
     if len(content) > limit:
         raise error(f"{path}: larger than {limit:,} bytes, expected {expected}")
     return content

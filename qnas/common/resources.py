@@ -9,8 +9,11 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from qnas.common.errors import QnasError, nearest
-from qnas.common.reading import read_text
+from qnas.common.arguments import quoted
+from qnas.common.errors import QnasError, nearest, one_line
+from qnas.common.reading import YAML_CHARACTERS, is_file, read_text
+
+YAML_BYTES = 4 * YAML_CHARACTERS
 
 
 def shipped(folder: str) -> Traversable:
@@ -59,8 +62,8 @@ def read_named(
     if name in shipped:
         return shipped[name].read_text(encoding="utf-8"), f"{what} {name}"
     path = Path(name_or_path)
-    if path.is_file():
-        return read_text(path, error, what), str(path)
+    if is_file(path):
+        return read_text(path, error, what, limit=YAML_BYTES), str(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise error(f"{what} {name}: no such file")
-    raise error(f"unknown {what} {name!r}: {nearest(name, shipped)}")
+        raise error(f"{what} {one_line(name)}: no such file")
+    raise error(f"unknown {what} {quoted(name)}: {nearest(name, shipped)}")

@@ -7,6 +7,8 @@ from typing import Any
 from qnas.common.errors import UsageError
 
 COUNT_OF_SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+# No latency of a file is outside these, so that sums, products and ratios of latencies stay finite.
+LEAST_MS, MOST_MS = 1e-9, 1e9
 MS_PER_UNIT = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _FORM = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ]*)\s*")
 
@@ -38,7 +40,7 @@ def number_or_nan(value: Any) -> float:
     """Return a value or a text as a number; NaN where it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qnas.common.errors import DataError, nearest, one_line
+from qnas.common.arguments import quoted
+from qnas.common.errors import DataError, UsageError, nearest, one_line
 from qnas.data.folders import read_classes, read_folder
 from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists
 from qnas.data.labelled_images import LabelledImages
@@ -40,7 +41,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise DataError(f"unknown data {self.kind!r}: {nearest(self.kind, KINDS)}")
+            raise DataError(f"unknown data {quoted(self.kind)}: {nearest(self.kind, KINDS)}")
         form = KINDS[self.kind].form
         if (self.path is not None) != (":DIR" in form):
             raise DataError(f"data {self}: expected {form}")
@@ -56,16 +57,23 @@ def parse_data_spec(text: str) -> DataSpec:
     'digits'
     """
     kind, _, folder = text.partition(":")
-    return DataSpec(kind, Path(folder).expanduser().resolve() if folder else None)
+    try:
+        return DataSpec(kind, Path(folder).expanduser().resolve() if folder else None)
+    except (OSError, RuntimeError, ValueError) as error:  # "~nobody", a loop of links, a zero byte
+        raise DataError(f"data {one_line(text, 100)}: {one_line(error)}") from error
 
 
 def open_dataset(data: str | DataSpec) -> LabelledImages:
-    """Open a shipped kind of data as a map-style Dataset of (uint8 image (C, H, W), label). Raises DataError.
+    """Open a shipped kind of data as a map-style Dataset of (uint8 image (C, H, W), label).
+
+    Raises DataError, and UsageError for something else than a text.
 
     >>> digits = open_dataset("digits")
     >>> len(digits), digits[0][0].shape, digits.classes[:2]
     (1797, torch.Size([1, 8, 8]), ('0', '1'))
     """
+    if not isinstance(data, str | DataSpec):
+        raise UsageError(f"`data={quoted(data)}`: expected a kind of data, such as digits or imagefolder:DIR")
     spec = parse_data_spec(data) if isinstance(data, str) else data
     kind = KINDS[spec.kind]
     name = spec.path.name if kind.is_folder and spec.path else spec.kind

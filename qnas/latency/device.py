@@ -19,19 +19,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from qnas.common.arguments import check_arguments
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.documents import FilePart, describe_problems, to_tuples
-from qnas.common.errors import TableError, UsageError, nearest
-from qnas.common.reading import read_text
+from qnas.common.errors import TableError, UsageError, nearest, one_line
+from qnas.common.reading import is_file, parse_json, read_text
 from qnas.common.resources import shipped, stems
-from qnas.common.units import number_or_nan
+from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
 from qnas.latency.kernels import FUSIONS, Kernel
 from qnas.spaces.space import SearchSpace
 
 SCHEMA = "qnas.device/1"
+FILE_BYTES = 16_000_000  # the largest shipped file has 0.1 MB
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+# Finite numbers whose sums and products stay finite. No shape has a feature above 1e20.
+Milliseconds = Annotated[float, Field(ge=0, le=MOST_MS, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=100)]
+Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
 
 # measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
@@ -46,7 +53,7 @@ class KernelModel(FilePart):
 
     kind: Source
     note: str = ""
-    terms: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    terms: dict[str, Milliseconds] | None = None
     grid: Grid | None = None
     like: str | None = None
 
@@ -58,7 +65,7 @@ class KernelModel(FilePart):
             return self
         unknown = [name for name in self.terms if name not in FEATURES]
         if unknown:
-            raise ValueError("; ".join(f"unknown feature {n!r}: {nearest(n, FEATURES)}" for n in unknown))
+            raise ValueError(f"unknown feature {quoted(unknown[0])}: {nearest(unknown[0], FEATURES)}")
         if not self.terms.get("launch"):
             raise ValueError("launch must be above 0, so that no kernel is free")
         return self
@@ -75,11 +82,11 @@ class Figures(FilePart):
     """The accuracy of predictions on measurements that the model has not seen; shares in percent."""
 
     n: int
-    rmspe_pct: float  # root of the mean squared relative error
-    within_5_pct: float
-    within_10_pct: float
-    bias_pct: float  # mean relative error: above 0 where predictions are too high
-    spearman: float | None = None  # rank correlation; None where undefined, as for one network
+    rmspe_pct: Finite  # root of the mean squared relative error
+    within_5_pct: Finite
+    within_10_pct: Finite
+    bias_pct: Finite  # mean relative error: above 0 where predictions are too high
+    spearman: Finite | None = None  # rank correlation; None where undefined, as for one network
 
 
 class Calibration(FilePart):
@@ -88,12 +95,12 @@ class Calibration(FilePart):
     A share `level` of networks like those measured takes at most (1 + margin) times the prediction.
     """
 
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    offset_ms: Annotated[float, Field(allow_inf_nan=False)]
-    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    scale: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+    offset_ms: Annotated[float, Field(ge=-MOST_MS, le=MOST_MS, allow_inf_nan=False)]
+    margin: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
     level: Annotated[float, Field(gt=0, lt=1)]
     n: Annotated[int, Field(ge=1)]
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    date: Day
     source: str
 
 
@@ -101,7 +108,7 @@ class Device(FilePart):
     """A checked device file."""
 
     file_schema: Literal["qnas.device/1"] = Field(alias="schema")
-    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    name: Name
     aliases: Annotated[tuple[str, ...], BeforeValidator(to_tuples)] = ()
     title: str
     runtime: str
@@ -110,12 +117,12 @@ class Device(FilePart):
     unit: Literal["ms"]
     kind: Source
     source: str
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    date: Day
     # what was held out of the fit -> group ("all", a family, an operator) -> figures
     accuracy: dict[str, dict[str, Figures]] = Field(default={})
     fusion: str = "edge"
-    fixed_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    model: dict[str, KernelModel] = Field(default={})
+    fixed_ms: Milliseconds = 0.0
+    model: dict[str, KernelModel] = Field(default={}, max_length=1_000)
     calibration: Calibration | None = None
 
     _tables: Traversable | None = PrivateAttr(default=None)
@@ -129,12 +136,14 @@ class Device(FilePart):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {self.fusion!r}: {nearest(self.fusion, FUSIONS)}")
+            raise ValueError(f"unknown fusion {quoted(self.fusion)}: {nearest(self.fusion, FUSIONS)}")
+        priced = [name for name, other in self.model.items() if other.like is None]
         for kind, model in self.model.items():
-            priced = [name for name, other in self.model.items() if other.like is None]
             if model.like is not None and model.like not in priced:
-                known = nearest(model.like, priced)
-                raise ValueError(f"model.{kind}: no kind {model.like!r} with a cost of its own: {known}")
+                missing = (
+                    f"no kind {quoted(model.like)} with a cost of its own: {nearest(model.like, priced)}"
+                )
+                raise ValueError(f"model.{kind:.60}: {missing}")
         if self.model and self.network_ms < 0:
             raise ValueError("calibration: the offset puts a network without kernels below zero")
         return self
@@ -181,9 +190,9 @@ class Device(FilePart):
                 f"measure this space on it, or add a model to its file"
             )
         if kernel.kind not in self.model:
+            known = nearest(kernel.kind, self.model)
             raise TableError(
-                f"device {self.name} has no cost for {kernel.kind!r} kernels: "
-                f"{nearest(kernel.kind, self.model)}"
+                one_line(f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: {known}", 300)
             )
         return self.model[kernel.kind]
 
@@ -214,10 +223,10 @@ class Device(FilePart):
     def checked_ms(self, latency_ms: Any, of: object) -> float:
         """Return the result of a Python function as a latency. Raises TableError for an invalid one."""
         value = number_or_nan(latency_ms)
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= MOST_MS:
             raise TableError(
-                f"device {self.name}: its function returned {latency_ms!r} for {of}: expected milliseconds, "
-                "0 or more"
+                f"device {self.name}: its function returned {quoted(latency_ms)} for {one_line(of, 100)}: "
+                f"expected milliseconds, 0 to {MOST_MS:g}"
             )
         return value
 
@@ -231,16 +240,11 @@ class Device(FilePart):
 
 def parse_device(text: str, where: str) -> Device:
     """Read a device from JSON text. Raises TableError with all problems; `where` names it in messages."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TableError(f"{where}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TableError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    content = parse_json(text, where, TableError)
     try:
         return Device.model_validate(content)
     except ValidationError as error:
-        raise TableError(f"{where}: {describe_problems(error)}") from error
+        raise TableError(f"{where}: {describe_problems(error, Device)}") from error
 
 
 def device_names() -> dict[str, tuple[str, ...]]:
@@ -265,17 +269,19 @@ def load_device(device: str | Path | Device) -> Device:
     if name in names:
         return _load_shipped(name)
     path = Path(device)
-    if path.is_file():
-        return _parse_file(read_text(path, TableError, "a device file"), path)
+    if is_file(path):
+        return _parse_file(read_text(path, TableError, "a device file", limit=FILE_BYTES), path)
     if path.suffix == ".json" or len(path.parts) > 1:
-        raise TableError(f"device {name}: no such file")
-    raise TableError(f"unknown device {name!r}: {nearest(name, [*names, *by_alias])}")
+        raise TableError(f"device {one_line(name)}: no such file")
+    raise TableError(f"unknown device {quoted(name)}: {nearest(name, [*names, *by_alias])}")
 
 
 def check_own_name(name: str, what: str = "device name") -> None:
     """Raise UsageError where your own device cannot have this name; `what` says where it was given."""
-    if not re.fullmatch(NAME, name):
-        raise UsageError(f"{what} {name!r}: expected letters, digits, '.', '_' and '-', such as my-phone")
+    if not re.fullmatch(NAME, name) or len(name) > 100:
+        raise UsageError(
+            f"{what} {quoted(name)}: expected letters, digits, '.', '_' and '-', such as my-phone"
+        )
     if any(name in (known, *aliases) for known, aliases in device_names().items()):
         raise UsageError(f"{what} {name}: a device that ships has this name: choose another")
 

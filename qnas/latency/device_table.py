@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from qnas.common.errors import TableError
 from qnas.common.resources import stems
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table, read_table
 from qnas.spaces.lower import BlockSpec, all_blocks
 from qnas.spaces.space import SearchSpace, load_space
 
@@ -95,7 +96,9 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
         return _calibrated(device.table_function(device, space), device)
     file = _table_file(device, space)
     if file is not None:
-        text = file.read_text(encoding="utf-8")
+        if isinstance(file, Path):
+            return _calibrated(read_table(file, space, device=device.name), device)
+        text = file.read_text(encoding="utf-8")  # of a package that is not unpacked
         return _calibrated(parse_table(text, space, where=str(file), device=device.name), device)
     if not device.prices_kernels:
         where = f" ({device.tables}/{space.name}.csv)" if device.tables is not None else ""

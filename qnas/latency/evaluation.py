@@ -5,8 +5,6 @@ networks as sequences of single operators, not fused, with their latency on some
 """
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -18,14 +16,18 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.stats import spearmanr
 
-from qnas.common.errors import TableError
+from qnas.common.arrays import DAMAGE, Arrays, WrongArrayError, open_arrays
+from qnas.common.errors import TableError, abbreviate, one_line
+from qnas.common.units import LEAST_MS, MOST_MS
 from qnas.latency.device import Device, Figures
 from qnas.latency.kernels import Kernel, fuse_operators
 
 Array = npt.NDArray[np.float64]
 
 OPERATOR_COLUMNS = ("op", "h_in", "c_in", "h_out", "c_out", "kernel", "stride", "broadcast")
-_MOST_BYTES = 2**31  # of an array: a file with more is not one of measured networks
+_MOST_BYTES = 100_000_000  # of all arrays: three times what the 17,257 networks of nn-Meter take
+_MOST_OPERATORS = 500_000  # different ones, of which those networks have 101,049
+_MOST_SIZE = 65_536  # of an operator's pixels and channels
 
 # array -> kind of its values, number of dimensions
 _ARRAYS: dict[str, tuple[str, int]] = {
@@ -90,47 +92,36 @@ def read_networks(path: Path) -> Networks:
 
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
+    what = "npz file of measured networks"
     try:
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise TableError(f"{path}: not an npz file of measured networks")
-        with np.load(path, allow_pickle=False) as content:
-            missing = [name for name in _ARRAYS if name not in content.files]
+        with open_arrays(path, _MOST_BYTES) as content:
+            missing = [name for name in _ARRAYS if name not in content]
             if missing:
                 raise TableError(
-                    f"{path}: not a file of measured networks: no array {', '.join(missing)} in it; "
+                    f"{path}: not an {what}: no array {', '.join(missing)} in it; "
                     f"expected {', '.join(_ARRAYS)}"
                 )
-            wanted = [name for name in (*_ARRAYS, "op_columns") if name in content.files]
-            arrays = {name: _array(path, content, name) for name in wanted}
+            columns = _array(path, content, "op_columns", "text", 1) if "op_columns" in content else None
+            arrays = {name: _array(path, content, name, *form) for name, form in _ARRAYS.items()}
     except (FileNotFoundError, IsADirectoryError):
         raise TableError(f"{path}: no such file, expected the measured networks") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise TableError(f"{path}: not an npz file of measured networks: {error}") from error
-    columns = arrays.pop("op_columns", None)
-    if columns is not None and tuple(map(str, columns.ravel())) != OPERATOR_COLUMNS:
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+    except DAMAGE as error:
+        raise TableError(f"{path}: not an {what}: {one_line(error)}") from error
+    if columns is not None and tuple(map(str, columns)) != OPERATOR_COLUMNS:
         raise TableError(f"{path}: op_columns: expected {', '.join(OPERATOR_COLUMNS)}")
     return arrays
 
 
-def _array(path: Path, content: "np.lib.npyio.NpzFile", name: str) -> npt.NDArray[Any]:
+def _array(path: Path, content: Arrays, name: str, values: str, dimensions: int) -> npt.NDArray[Any]:
+    kinds, dtype = _DTYPES[values]
     try:
-        assert content.zip is not None
-        if content.zip.getinfo(f"{name}.npy").file_size > _MOST_BYTES:
-            raise TableError(f"{path}: {name}: more than {_MOST_BYTES >> 30} GB")
-        array: npt.NDArray[Any] = content[name]
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise TableError(f"{path}: {name}: cannot be read: {error}") from error
-    if name in _ARRAYS:
-        values, dimensions = _ARRAYS[name]
-        kinds, dtype = _DTYPES[values]
-        if array.dtype.kind not in kinds or array.ndim != dimensions:
-            raise TableError(
-                f"{path}: {name}: expected {values} in {dimensions} dimension{'s'[: dimensions - 1]}, "
-                f"got {array.dtype} of shape {array.shape}"
-            )
-        array = array.astype(dtype)
-    return array
+        return content.read(name, kinds, dimensions).astype(dtype)
+    except WrongArrayError as error:
+        raise TableError(f"{path}: {name}: {one_line(error)}") from error
+    except (OSError, *DAMAGE) as error:
+        raise TableError(f"{path}: {name}: cannot be read: {one_line(error)}") from error
 
 
 def _check(path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int) -> None:
@@ -146,13 +137,15 @@ def _check(path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int) -> No
     measured = arrays["latency_ms"]
     expect("latency_ms", measured.shape == (count, len(devices)), f"shape {(count, len(devices))}")
     expect("devices", len(set(devices)) == len(devices), "each name once")
-    fine = np.all(np.isnan(measured) | (np.isfinite(measured) & (measured > 0)))
+    fine = np.all(np.isnan(measured) | ((measured >= LEAST_MS) & (measured <= MOST_MS)))
     expect("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
     columns = len(OPERATOR_COLUMNS)
     expect("ops", ops.shape[1] == columns, f"{columns} columns ({', '.join(OPERATOR_COLUMNS)})")
     fine = np.all((ops[:, 0] >= 0) & (ops[:, 0] < len(arrays["op_names"])))
     expect("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
-    expect("ops", np.all(ops[:, 1:7] >= 1), "sizes, kernels and strides of 1 and more")
+    expect("ops", len(ops) <= _MOST_OPERATORS, f"at most {_MOST_OPERATORS:,} operators")
+    fine = np.all((ops[:, 1:7] >= 1) & (ops[:, 1:7] <= _MOST_SIZE))
+    expect("ops", fine, f"sizes, kernels and strides of 1 to {_MOST_SIZE}")
     expect("indptr", len(start) == count + 1, f"shape {(count + 1,)}")
     fine = start[0] == 0 and start[-1] == len(of_network) and np.all(np.diff(start) >= 0)
     expect("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")
@@ -175,7 +168,7 @@ def evaluate_networks(device: Device, networks: Networks) -> dict[str, Figures]:
     """
     columns = [name for name in (device.name, *device.aliases) if name in networks.latency_ms]
     if not columns:
-        names = ", ".join(sorted(networks.latency_ms)) or "none"
+        names = abbreviate(sorted(networks.latency_ms)) or "none"
         raise TableError(f"device {device.name} is not among those of the file: {names}")
     measured = networks.latency_ms[columns[0]]
     known = np.isfinite(measured)

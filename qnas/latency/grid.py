@@ -20,8 +20,10 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from qnas.common.arguments import quoted
 from qnas.common.documents import FilePart, to_tuples
-from qnas.common.errors import nearest
+from qnas.common.errors import abbreviate, nearest, one_line
+from qnas.common.units import LEAST_MS, MOST_MS
 from qnas.latency.kernels import Kernel
 
 AXES: dict[str, Callable[[Kernel], float]] = {
@@ -39,7 +41,9 @@ AXES: dict[str, Callable[[Kernel], float]] = {
 # of a millisecond: errors of log and exp must not make a flat part of a grid fall
 _DECIMALS = 12
 
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# in ranges where logarithms, ratios and products of several axes are finite
+_Knot = Annotated[float, Field(ge=1e-9, le=1e18, allow_inf_nan=False)]
+_Ms = Annotated[float, Field(ge=LEAST_MS, le=MOST_MS, allow_inf_nan=False)]
 
 
 class Grid(FilePart):
@@ -50,27 +54,28 @@ class Grid(FilePart):
     `beyond` gives milliseconds for each unit of a product of axes: `rows*fan_in*channels`.
     """
 
-    knots: dict[str, Annotated[tuple[_Positive, ...], BeforeValidator(to_tuples)]]
-    ms: Annotated[tuple[tuple[_Positive, ...], ...], BeforeValidator(to_tuples)]
-    beyond: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default={})
+    knots: dict[str, Annotated[tuple[_Knot, ...], BeforeValidator(to_tuples)]]
+    ms: Annotated[tuple[tuple[_Ms, ...], ...], BeforeValidator(to_tuples)]
+    beyond: dict[str, Annotated[float, Field(ge=0, le=MOST_MS, allow_inf_nan=False)]] = Field(default={})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = [
-            f"unknown axis {axis!r}: {nearest(axis, AXES)}" for axis in self.knots if axis not in AXES
+            f"unknown axis {quoted(axis)}: {nearest(axis, AXES)}" for axis in self.knots if axis not in AXES
         ]
         problems += ["knots: expected one axis or more"] * (not self.knots)
         for axis, knots in self.knots.items():
             if len(knots) < 2 or any(b <= a for a, b in pairwise(knots)):
-                problems.append(f"knots.{axis}: expected two or more, each above the one before it")
+                problems.append(f"knots.{axis:.60}: expected two or more, each above the one before it")
         for term in self.beyond:
             factors = term.split("*")
             if len(set(factors)) < len(factors) or not set(factors) <= set(self.knots):
-                problems.append(f"beyond: expected a product of axes as {'*'.join(self.knots)}, got {term!r}")
+                axes = one_line("*".join(self.knots), 60)
+                problems.append(f"beyond: expected a product of axes as {axes}, got {quoted(term)}")
         if not problems:
             problems = self._problems_of_values()
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError(abbreviate(problems, "; "))
         return self
 
     def _problems_of_values(self) -> list[str]:
@@ -79,7 +84,7 @@ class Grid(FilePart):
             lengths = sorted({len(row) for row in self.ms})
             return [
                 f"ms: expected {math.prod(outer)} rows of {last} values, as there are knots, "
-                f"got {len(self.ms)} rows of {' and '.join(map(str, lengths)) or 'none'}"
+                f"got {len(self.ms)} rows of {' and '.join(map(str, lengths[:3])) or 'none'}"
             ]
         values = [value for row in self.ms for value in row]
         for axis, size, step in zip(self.knots, self.shape, self._steps, strict=True):

@@ -4,8 +4,6 @@ Such a Device can be given in place of a device's name. It is not written to a d
 a search keeps its table, not the function.
 """
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -18,14 +16,15 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import TableError, UsageError
-from qnas.common.reading import read_text
+from qnas.common.reading import csv_rows, read_text
 from qnas.latency.device import Device, Source, check_own_name
 from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures
 from qnas.latency.fitting.own_device import CROSS_VALIDATED, FOLDS, constant_error_pct, folds
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, table_from_rows
+from qnas.latency.table import DECIMALS, RUNTIME, TABLE_BYTES, Cell, LatencyTable, table_from_rows
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
@@ -33,6 +32,7 @@ from qnas.spaces.space import SearchSpace
 ALL_NETWORKS = "all networks"  # the key in a device's accuracy for a space with few networks
 NETWORKS_PER_EFFECT = 3  # for which a function of networks is called
 LEAST_NETWORKS = 50
+BLOCK_COLUMNS = ("position", "candidate", "latency_ms")  # that rows of measured blocks need
 
 
 def device_from_function(
@@ -59,9 +59,14 @@ def device_from_function(
     >>> board.kernel_ms(Kernel("conv1x1", 28, 40, 160))
     0.04
     """
-    given = [what for what, f in (("layer", layer), ("block", block), ("network", network)) if f is not None]
+    check_arguments(name=name, fixed_ms=fixed_ms, kind=kind)
+    functions = {"layer": layer, "block": block, "network": network}
+    given = [what for what, function in functions.items() if function is not None]
     if len(given) != 1:
         raise UsageError(f"device {name}: expected one of layer, block and network, got {given or 'none'}")
+    if not callable(functions[given[0]]):
+        raise UsageError(f"`{given[0]}={quoted(functions[given[0]])}`: expected a function")
+    _check_space(space)
     if (network is not None) != (space is not None):
         raise UsageError(f"device {name}: give a space with a function of networks, and only with one")
     device = _device(name, f"a Python function of a {given[0]}", kind, fixed_ms)
@@ -99,11 +104,14 @@ def device_from_blocks(
     >>> table.slowest_ms
     40.0
     """
+    check_arguments(name=name, fixed_ms=fixed_ms, kind=kind)
+    _check_space(space)
+    if space is None:
+        raise UsageError("`space=None`: expected a SearchSpace, as load_space returns")
     device = _device(name, "measured blocks", kind, fixed_ms)
     where = str(blocks) if isinstance(blocks, str | Path) else f"device {name}"
     records = [{key: _text(value) for key, value in row.items()} for row in _records(blocks)]
-    needed = ("position", "candidate", "latency_ms")
-    if lacking := [key for key in needed if any(key not in row for row in records)]:
+    if lacking := [key for key in BLOCK_COLUMNS if any(key not in row for row in records)]:
         raise TableError(f"{where}: columns missing: {', '.join(lacking)}")
     default = {
         "": Cell(0.0, 0.0, "no operator"),
@@ -112,6 +120,11 @@ def device_from_blocks(
     rows = ((f"row {number}", row) for number, row in enumerate(records, 1))
     table = table_from_rows(rows, space, where=where, device=name, default=default)
     return _with_table(device, table)
+
+
+def _check_space(space: object) -> None:
+    if not isinstance(space, SearchSpace | None):
+        raise UsageError(f"`space={quoted(space)}`: expected a SearchSpace, as load_space returns")
 
 
 def _device(name: str, source: str, kind: Source, fixed_ms: float) -> Device:
@@ -215,19 +228,30 @@ def _fit(matrix: Array, latency_ms: Array) -> Array:
 def _records(blocks: Any) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a CSV file, of a DataFrame (pandas or polars), or the dictionaries themselves."""
     if isinstance(blocks, str | Path):
-        text = read_text(Path(blocks), TableError, "a CSV of measured blocks")
-        return list(csv.DictReader(io.StringIO(text)))
+        text = read_text(Path(blocks), TableError, "a CSV of measured blocks", limit=TABLE_BYTES)
+        return [row for _, row in csv_rows(text, str(blocks), TableError, BLOCK_COLUMNS)]
+    rows: Any = blocks
     if hasattr(blocks, "to_dicts"):
-        return list(blocks.to_dicts())
-    if hasattr(blocks, "to_dict"):
-        return list(blocks.to_dict("records"))
-    return list(blocks)
+        rows = blocks.to_dicts()
+    elif hasattr(blocks, "to_dict"):
+        rows = blocks.to_dict("records")
+    if not isinstance(rows, Iterable) or isinstance(rows, Mapping | bytes):
+        raise UsageError(f"`blocks={quoted(blocks)}`: expected a CSV file, a DataFrame or dictionaries")
+    found: list[Mapping[str, Any]] = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise UsageError(f"`blocks`: row {number} is {quoted(row)}, expected a dictionary")
+        found.append(row)
+    return found
 
 
 def _text(value: Any) -> str:
     """Write a value as in a CSV file: nothing for None and NaN, whole numbers without a point."""
-    if value is None or value != value:  # NaN, of whatever library
+    try:
+        if value is None or value != value:  # NaN, of whatever library
+            return ""
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        return str(value)
+    except (TypeError, ValueError):  # pandas' NA, an array, a number of thousands of digits
         return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)

@@ -20,16 +20,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from qnas.common.errors import TableError, abbreviate
+from qnas.common.arguments import quoted
+from qnas.common.errors import TableError, abbreviate, one_line
 from qnas.common.files import write_text
-from qnas.common.reading import read_text
-from qnas.common.units import number_or_nan
+from qnas.common.reading import LINE_CHARACTERS, csv_rows, read_text
+from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.device import Device
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import all_blocks
 from qnas.spaces.space import SearchSpace
 
 RUNTIME = "runtime"  # the row for the latency of every network besides its kernels
+TABLE_BYTES = 16_000_000  # of a file: twice that of the largest space
 DECIMALS = 6  # of a millisecond: a nanosecond, so that a written table reads back to equal values
 
 
@@ -199,19 +201,15 @@ def read_table(path: Path, space: SearchSpace, *, device: str | None = None) -> 
     Raises TableError with every problem in one line: rows that are missing, duplicate, unknown or of
     another shape, and values that are no latency.
     """
-    text = read_text(path, TableError, f"the latency table of space {space.name}")
+    text = read_text(path, TableError, f"the latency table of space {space.name}", limit=TABLE_BYTES)
     return parse_table(text, space, where=str(path), device=device or path.parent.name)
 
 
 def parse_table(text: str, space: SearchSpace, *, where: str, device: str) -> LatencyTable:
     """Read a table of this space from CSV text. Raises TableError as `read_table` does."""
-    reader = csv.DictReader(io.StringIO(text))
-    header = tuple(reader.fieldnames or ())
-    lacking = [column for column in COLUMNS if column not in header]
-    if lacking:
-        raise TableError(f"{where}: columns missing: {', '.join(lacking)}; expected {','.join(COLUMNS)}")
-    rows = ((f"line {reader.line_num}", values) for values in reader)
-    return table_from_rows(rows, space, where=where, device=device)
+    rows = csv_rows(text, where, TableError, COLUMNS)
+    lines = ((f"line {number}", values) for number, values in rows)
+    return table_from_rows(lines, space, where=where, device=device)
 
 
 def table_from_rows(
@@ -230,11 +228,14 @@ def table_from_rows(
     """
     expected = {row.key: row for row in _expected_rows(space)}
     found: dict[tuple[str, str], Cell] = {}
-    problems = []
-    for line, values in rows:
+    problems: list[str] = []
+    for number, (line, values) in enumerate(rows):
         key = (values["position"] or "", values["candidate"] or "")
+        if number > 2 * len(expected):
+            problems.insert(0, f"more than {number} rows, expected {len(expected)}")
+            break
         if key not in expected:
-            problems.append(f"{line}: {' '.join(key).strip()!r} is not in space {space.name}")
+            problems.append(f"{line}: {one_line(' '.join(key).strip(), 60)!r} is not in space {space.name}")
         elif key in found:
             problems.append(f"{line}: {expected[key].title} is there twice")
         else:
@@ -251,10 +252,15 @@ def table_from_rows(
     if missing:
         problems.insert(0, f"{len(missing)} of {len(expected)} rows missing: {abbreviate(missing)}")
     if problems:
-        raise TableError(f"{where}: not a latency table of space {space.name}: {abbreviate(problems, '; ')}")
+        raise _refusal(where, space, problems)
     fixed = tuple((row.position, found[key]) for key, row in expected.items() if not row.candidate)
     cells = tuple(tuple(found[p.name, name] for name in p.names) for p in space.positions)
     return LatencyTable(device, space.name, space.digest, fixed, cells)
+
+
+def _refusal(where: str, space: SearchSpace, problems: Sequence[str]) -> TableError:
+    problem = f"not a latency table of space {space.name}: {abbreviate(problems, '; ')}"
+    return TableError(f"{where}: {one_line(problem, LINE_CHARACTERS - 2)}")
 
 
 def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[str]:
@@ -263,7 +269,8 @@ def _mismatches(values: Mapping[str, str | None], expected: _Expected) -> list[s
     for column in (c for c in ("c_in", "c_out", "stride", "resolution_px", "layers") if c in values):
         want, got = str(getattr(expected, column)), (values[column] or "").strip()
         if got != want:
-            problems.append(f"{expected.title}: {column} {got or 'empty'}, expected {want or 'empty'}")
+            found = one_line(got, 40) if got else "empty"
+            problems.append(f"{expected.title}: {column} {found}, expected {want or 'empty'}")
     return problems
 
 
@@ -272,8 +279,8 @@ def _read_cell(values: Mapping[str, str | None]) -> Cell | str:
     numbers = []
     for column in (c for c in ("latency_ms", "estimated_ms") if c in values):
         number = number_or_nan(values[column])
-        if not 0 <= number < math.inf:
-            return f"{column} {values[column] or 'empty'!r}, expected milliseconds at or above 0"
+        if not 0 <= number <= MOST_MS:
+            return f"{column} {quoted(values[column] or 'empty')}, expected milliseconds, 0 to {MOST_MS:g}"
         numbers.append(number)
     latency, estimated = numbers if len(numbers) > 1 else (*numbers, 0.0)
     if estimated > latency:

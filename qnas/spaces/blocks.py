@@ -25,7 +25,8 @@ from importlib import import_module
 from itertools import pairwise, product
 from typing import Any, TypeVar
 
-from qnas.common.errors import SpaceError, nearest
+from qnas.common.arguments import check_arguments, quoted
+from qnas.common.errors import QnasError, SpaceError, abbreviate, nearest, one_line
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
 
@@ -116,8 +117,8 @@ class Block:
             parameter = self.parameter(name)
             if parameter is None:
                 known = [p.name for p in self.parameters]
-                hint = f" ({nearest(name, known)})" if known else ""
-                yield None, f"{self.name} takes no {name}{hint}"
+                hint = f" ({nearest(str(name), known)})" if known else ""
+                yield None, f"{self.name} takes no {one_line(name, 60)}{hint}"
             elif problem := parameter.problem(value):
                 yield name, problem
         if missing := sorted(p.name for p in self.parameters if p.default is None and p.name not in given):
@@ -146,7 +147,20 @@ class Block:
 
     def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
         """Return the layers of the block. Raises SpaceError where they do not fit the place."""
-        layers = self.layers(place, **parameters)
+        try:
+            layers = self.layers(place, **parameters)
+            problem = (
+                "" if _are_layers(layers) else f"`layers` returned {quoted(layers)}, no tuple of LayerSpec"
+            )
+        except QnasError:
+            raise
+        except Exception as error:  # a user's function
+            raise SpaceError(
+                f"block {self.candidate_name(parameters)}: its layers cannot be made at {place}: "
+                f"{type(error).__name__}: {one_line(error, 60)}"
+            ) from error
+        if problem:
+            raise SpaceError(f"block {self.candidate_name(parameters)}: {problem}")
         c_in, px, c_out = place.c_in, place.resolution_px, place.c_out
         wanted = (c_in, px, c_out, -(-px // place.stride))
         found = (c_in, px, c_in, px)
@@ -158,6 +172,10 @@ class Block:
                 "{} px to {} at {} px".format(self.candidate_name(parameters), *found, *wanted)
             )
         return layers
+
+
+def _are_layers(layers: object) -> bool:
+    return isinstance(layers, tuple) and all(isinstance(layer, LayerSpec) for layer in layers)
 
 
 # Kinds of block by name: the shipped ones, and those registered by the user.
@@ -185,7 +203,8 @@ def register_block(
     are a slice of the largest's, the centre of kernels and the leading channels. If it names all whole-number
     parameters, the block works with weights="shared", otherwise only with weights="independent".
 
-    Raises SpaceError where the name is taken or the parts do not fit each other.
+    Raises UsageError for an argument of another type, SpaceError where the name is taken or the parts do not
+    fit each other.
 
     >>> @register_block("depthwise", parameters={"kernel": (3, 5)}, sliced=("kernel",))
     ... def depthwise_layers(place, kernel):
@@ -196,11 +215,15 @@ def register_block(
     'depthwise_k5'
     """
 
+    check_arguments(name=name, parameters=parameters, sliced=sliced, module=module)
+    check_arguments(keeps_shape=keeps_shape, needs_batchnorm=needs_batchnorm)
+
     def register(definition: Definition) -> Definition:
         is_class = inspect.isclass(definition)
         layers = getattr(definition, "layers", None) if is_class else definition
         if not callable(layers):
-            raise SpaceError(f"block {name}: the class has no static method `layers(place, ...)`")
+            what = "the class has" if is_class else f"{quoted(definition)} is no function or class, and has"
+            raise SpaceError(f"block {name}: {what} no static method `layers(place, ...)`")
         known = _parameters(name, layers, parameters or {}, sliced)
         made_by = definition if is_class else module
         block = Block(name, known, layers, keeps_shape, needs_batchnorm, made_by, definition)
@@ -216,11 +239,17 @@ def _parameters(
     block: str, layers: Callable[..., Any], values: Mapping[str, Collection[Value]], sliced: Collection[str]
 ) -> tuple[Parameter, ...]:
     """Return the parameters as declared, with the defaults of the function. Raises SpaceError."""
-    _, *arguments = inspect.signature(layers).parameters.values()
-    problems = []
+    where = f"block {one_line(block, 40)}"
+    found = _arguments_of(where, layers)
+    arguments = found[1:]
+    problems = [] if found else ["`layers` takes no place"]
     if not NAME.fullmatch(block):
         problems.append(f"the name must be lower-case letters and digits, got {block!r}")
     taken = [argument.name for argument in arguments]
+    if wrong := [name for name in values if not isinstance(name, str)]:
+        raise SpaceError(f"{where}: parameters: {quoted(wrong[0])} is no name")
+    if wrong := [name for name, v in values.items() if isinstance(v, str) or not isinstance(v, Collection)]:
+        raise SpaceError(f"{where}: {wrong[0]}: expected a collection of values")
     if sorted(taken) != sorted(values):
         declared = ", ".join(values) or "none"
         problems.append(f"`layers` takes {', '.join(taken) or 'no parameter'}, declared are {declared}")
@@ -240,17 +269,25 @@ def _parameters(
     if len(set(all_words)) < len(all_words):
         problems.append("two parameters have a word in common, so that names would be ambiguous")
     if problems:
-        raise SpaceError(f"block {block}: {'; '.join(problems)}")
+        raise SpaceError(f"{where}: {abbreviate(problems, '; ')}")
     letters = [parameter[0] for parameter in values]
     defaults = {a.name: None if a.default is a.empty else a.default for a in arguments}
-    found = []
+    made: list[Parameter] = []
     for parameter, allowed in values.items():
         prefix = parameter[0] if letters.count(parameter[0]) == 1 else parameter
-        found.append(Parameter(parameter, allowed, defaults[parameter], parameter in sliced, prefix))
+        made.append(Parameter(parameter, allowed, defaults[parameter], parameter in sliced, prefix))
         default = defaults[parameter]
-        if default is not None and (problem := found[-1].problem(default)):
+        if default is not None and (problem := made[-1].problem(default)):
             raise SpaceError(f"block {block}: default of {parameter}: {problem}, got {default!r}")
-    return tuple(found)
+    return tuple(made)
+
+
+def _arguments_of(where: str, function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the arguments that a function takes. Raises SpaceError where Python cannot tell."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise SpaceError(f"{where}: the arguments of {quoted(function)} are not known") from error
 
 
 # Places at which a block is tried when it is registered: channels in and out, stride, pixels.
@@ -266,13 +303,7 @@ def _check_block(block: Block) -> None:
         place = Place(*shape, norm=norm, activation="relu")
         if block.keeps_shape and not place.keeps_shape:
             continue
-        try:
-            layers = block.layers_at(place, parameters)
-        except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise SpaceError(
-                f"block {block.candidate_name(parameters)}: its layers cannot be made at {place}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        layers = block.layers_at(place, parameters)
         roles = [layer.role for layer in layers]
         if len(set(roles)) < len(roles):
             raise SpaceError(f"block {block.name}: two layers have one role among {', '.join(roles)}")
@@ -304,10 +335,16 @@ def module_of(
     make = block.module
     if isinstance(make, str):
         package, _, name = make.partition(":")
-        make = getattr(import_module(package), name)
-    assert callable(make)
+        try:
+            make = getattr(import_module(package), name)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise SpaceError(
+                f"block {block.name}: module {one_line(make, 60)!r}: {one_line(error)}"
+            ) from error
+    if not callable(make):
+        raise SpaceError(f"block {block.name}: its module is {quoted(make)}, expected a class or a function")
     known = {**asdict(place), **parameters}
-    wanted = inspect.signature(make).parameters.values()
+    wanted = _arguments_of(f"block {block.name}", make)
     needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if unknown := ", ".join(a.name for a in needed if a.name not in known):
         raise SpaceError(f"block {block.name}: its module needs {unknown}, known are {', '.join(known)}")

@@ -10,10 +10,11 @@ and the stand-alone export copies its source.
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qnas.common.errors import SpaceError
+from qnas.common.arguments import check_arguments, quoted
+from qnas.common.errors import SpaceError, UsageError, abbreviate, nearest, one_line
 from qnas.spaces.layer import OPS
 
 Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
@@ -49,7 +50,7 @@ class Neuron:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise SpaceError(f"neuron {self.name!r}: the name must be lower-case letters and digits")
+            raise SpaceError(f"neuron {quoted(self.name)}: the name must be lower-case letters and digits")
         problems = []
         if unknown := sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION}):
             allowed = ", ".join([CONVOLUTION, *sorted(_ELEMENTWISE)])
@@ -69,7 +70,7 @@ class Neuron:
                 f"the formula takes {len(arguments)} arguments, expected x and its {len(roles)} convolutions"
             )
         if problems:
-            raise SpaceError(f"neuron {self.name}: {'; '.join(problems)}")
+            raise SpaceError(f"neuron {one_line(self.name, 40)}: {abbreviate(problems, '; ')}")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -96,7 +97,8 @@ def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> 
     """Register the decorated formula as a neuron of QuadraBlocks.
 
     `layers` gives the operator of each layer by role, in the order in which they run; `properties` are the
-    other fields of `Neuron`. Raises SpaceError where the name is taken or the parts do not fit.
+    other fields of `Neuron`. Raises UsageError for an argument of another type, SpaceError where the name is
+    taken or the parts do not fit.
 
     >>> @register_neuron("gate", {"conv_a": "dwconv", "relu": "relu", "conv_b": "dwconv", "product": "mul"})
     ... def gate(x, a, b):
@@ -105,8 +107,19 @@ def register_neuron(name: str, layers: Mapping[str, str], **properties: Any) -> 
     ('conv_a', 'conv_b')
     """
 
+    check_arguments(name=name, layers=layers)
+    known = {each.name for each in fields(Neuron)}
+    for given in properties:
+        if given not in known:
+            raise UsageError(f"`{one_line(given, 60)}`: no property of a neuron: {nearest(given, known)}")
+
     def register(formula: Formula) -> Formula:
-        neuron = Neuron(name, formula, dict(layers), **properties)
+        if not callable(formula):
+            raise SpaceError(f"neuron {name}: {quoted(formula)} is no function")
+        try:
+            neuron = Neuron(name, formula, dict(layers), **properties)
+        except (TypeError, ValueError) as error:  # properties of other types, a formula without a signature
+            raise SpaceError(f"neuron {one_line(name, 40)}: {one_line(error)}") from error
         check_free(f"neuron {name}", getattr(NEURONS.get(name), "formula", None), formula)
         NEURONS[name] = neuron
         return formula

@@ -7,6 +7,7 @@ space's own `input.resolution_px` and `head.classes`, whatever the training imag
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,16 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
-from qnas.common.errors import SpaceError, nearest
+from qnas.common.errors import SpaceError, nearest, one_line
 from qnas.common.resources import read_named
 from qnas.spaces.blocks import BLOCKS, Block, Value
 
 SCHEMA = "qnas.space/1"
 
+# What `search` can bear: with 10,000 candidates in all, the exact solver takes seconds and half a gigabyte.
+# The largest shipped space has 22 positions, and 147 candidates in all.
+MOST_CANDIDATES = 64  # of a position
+MOST_STAGES = 100
+MOST_POSITIONS = 1_000
+MOST_IN_ALL = 10_000  # candidates of all positions together
+MOST_CLASSES = 1_000_000
 
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
@@ -111,23 +119,32 @@ def _block_of(content: Any) -> Block | None:
 def _expand_candidates(entries: Any) -> Any:
     """Expand lists: `{kernel: [3, 5], expansion: [2, 4]}` stands for four candidates.
 
-    Candidates of one kind stay together, in the order of the block's parameters.
+    Candidates of one kind stay together, in the order of the block's parameters. They are counted before
+    they are expanded.
     """
     if not isinstance(entries, list | tuple):
         return entries
+    lists = [(entry, _listed(entry)) for entry in entries[: MOST_CANDIDATES + 1]]
+    count = sum(math.prod(len(entry[name]) for name in listed) for entry, listed in lists)
+    if (count := count + max(0, len(entries) - len(lists))) > MOST_CANDIDATES:
+        raise PydanticKnownError(
+            "too_long", {"field_type": "List", "max_length": MOST_CANDIDATES, "actual_length": count}
+        )
     expanded: list[Any] = []
-    for entry in entries:
-        block = _block_of(entry)
-        ordered = sorted(block.parameters, key=lambda p: not p.is_word) if block is not None else []
-        listed = [p.name for p in ordered if isinstance(entry.get(p.name), list | tuple)]
+    for entry, listed in lists:
         for values in product(*(entry[name] for name in listed)):
             expanded.append({**entry, **dict(zip(listed, values, strict=True))} if listed else entry)
     return tuple(expanded)
 
 
-Candidates = Annotated[
-    tuple[Candidate, ...], BeforeValidator(_expand_candidates), Field(min_length=1, max_length=64)
-]
+def _listed(entry: Any) -> list[str]:
+    """Return the parameters of a candidate's entry that are lists, words first."""
+    block = _block_of(entry)
+    ordered = sorted(block.parameters, key=lambda p: not p.is_word) if block is not None else []
+    return [p.name for p in ordered if isinstance(entry.get(p.name), list | tuple)]
+
+
+Candidates = Annotated[tuple[Candidate, ...], BeforeValidator(_expand_candidates), Field(min_length=1)]
 
 
 class Input(FilePart):
@@ -158,7 +175,7 @@ class Stage(FilePart):
 class Head(FilePart):
     """Pooling and classifier, after a pointwise convolution to `channels` where that is given."""
 
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, le=MOST_CLASSES)]
     channels: Channels | None = None
 
 
@@ -192,7 +209,7 @@ class SearchSpace(FilePart):
     """A checked search space. Two spaces with the same digest have the same networks."""
 
     file_schema: Literal["qnas.space/1"] = Field(alias="schema")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     source: str
     input: Input
     norm: Literal["layernorm", "batchnorm"]
@@ -201,11 +218,15 @@ class SearchSpace(FilePart):
     # conv: a convolution and a norm between stages; block: the first block of a stage changes the shape
     transition: Literal["conv", "block"]
     candidates: Candidates
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(to_tuples), Field(min_length=1)]
+    stages: Annotated[
+        tuple[Stage, ...], BeforeValidator(to_tuples), Field(min_length=1, max_length=MOST_STAGES)
+    ]
     head: Head
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if problem := self._size_problem():  # before the positions are made
+            raise ValueError(problem)
         problems = []
         if self.stem.kernel % 2 == 0 and self.stem.kernel != self.stem.stride:
             problems.append(f"stem.kernel: expected an odd number or the stride, got {self.stem.kernel}")
@@ -234,6 +255,16 @@ class SearchSpace(FilePart):
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
         return self
+
+    def _size_problem(self) -> str:
+        """Return what is too much for a search, "" where nothing is."""
+        positions = sum(stage.positions for stage in self.stages)
+        if positions > MOST_POSITIONS:
+            return f"stages: expected at most {MOST_POSITIONS:,} positions together, got {positions:,}"
+        in_all = sum(stage.positions * len(stage.candidates or self.candidates) for stage in self.stages)
+        if in_all > MOST_IN_ALL:
+            return f"expected at most {MOST_IN_ALL:,} candidates in all positions together, got {in_all:,}"
+        return ""
 
     @cached_property
     def positions(self) -> tuple[Position, ...]:
@@ -316,7 +347,7 @@ def make_space(
     >>> space.positions[0].names
     ('quadra_k3_e2', 'quadra_k5_e2', 'identity')
     """
-    return _check({"schema": SCHEMA, **locals()}, f"space {name}")
+    return _check({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
 
 
 def _check(content: Mapping[str, Any], where: str) -> SearchSpace:

@@ -28,10 +28,11 @@ def _scientific(value: Any) -> Any:
         return value
 
 
-Number = Annotated[float, BeforeValidator(_scientific), Field(ge=0, allow_inf_nan=False)]
+# bounds that no training reaches, so that products of settings stay finite
+Number = Annotated[float, BeforeValidator(_scientific), Field(ge=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_scientific), Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000)]
 
 # fields that a search and the training of a single network share
 TorchDeviceField = Annotated[
@@ -41,8 +42,10 @@ PrecisionField = Annotated[
     Precision, Field(description="Number format of products: auto is bf16 on a GPU and fp32 on a CPU.")
 ]
 CompileField = Annotated[bool, Field(description="Compile blocks with torch.compile; slower on CPUs.")]
-ThreadsField = Annotated[Natural, Field(description="CPU threads of torch; 0 takes all cores.")]
-SeedField = Annotated[Natural, Field(description="Seed of all random numbers.")]
+ThreadsField = Annotated[
+    Annotated[int, Field(ge=0, le=1024)], Field(description="CPU threads of torch; 0 takes all cores.")
+]
+SeedField = Annotated[Annotated[int, Field(ge=0, lt=2**63)], Field(description="Seed of all random numbers.")]
 LossField = Annotated[
     LossName,
     Field(description="Training and ranking loss; balanced weights each class by its rarity."),

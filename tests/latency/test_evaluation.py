@@ -188,7 +188,7 @@ def test_arrays_that_are_not_needed_may_be_missing(tmp_path: Path, name: str) ->
         ({"indices": np.arange(9)}, "indices: expected rows of ops, 0 to 5"),
         ({"indices": np.arange(9) - 1}, "indices: expected rows of ops, 0 to 5"),
         ({"family": np.array(["a", "b"])}, r"latency_ms: expected shape \(2, 2\)"),
-        ({"family": np.array([["a"], ["b"]], dtype=object)}, "family: cannot be read: .*allow_pickle"),
+        ({"family": np.array([["a"], ["b"]], dtype=object)}, "family: expected text in 1 dimension, got"),
     ],
 )
 def test_an_array_that_is_not_as_expected_is_named(

@@ -7,19 +7,21 @@ other columns are ignored.
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qnas.common.arguments import quoted
 from qnas.common.errors import ArchError, TableError, abbreviate
 from qnas.common.files import write_text
-from qnas.common.reading import read_text
-from qnas.common.units import number_or_nan
+from qnas.common.reading import csv_rows, read_text
+from qnas.common.units import LEAST_MS, MOST_MS, number_or_nan
+from qnas.latency.table import TABLE_BYTES
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace
 
 COLUMNS = ("name", "choices", "latency_ms", "p95_ms", "runtime")
+MOST_PROBLEMS = 100  # after which a file is read no further
 REQUIRED = ("name", "choices", "latency_ms")
 
 
@@ -53,18 +55,17 @@ def read_measured(path: Path, space: SearchSpace) -> tuple[Measured, ...]:
     Raises TableError with every problem in one line: missing columns, duplicate names,
     choices that are not of the space, and times that are not above 0.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path, TableError, "the CSV that qnas sample writes")))
-    lacking = [column for column in REQUIRED if column not in (reader.fieldnames or ())]
-    if lacking:
-        raise TableError(f"{path}: columns missing: {', '.join(lacking)}; expected {','.join(COLUMNS)}")
+    text = read_text(path, TableError, "the CSV that qnas sample writes", limit=TABLE_BYTES)
     found: dict[str, Measured] = {}
-    problems = []
-    for row in reader:
-        values = {key: (row.get(key) or "").strip() for key in COLUMNS}
+    problems: list[str] = []
+    for line, row in csv_rows(text, str(path), TableError, REQUIRED, form=",".join(COLUMNS)):
+        values = {key: row.get(key, "").strip() for key in COLUMNS}
         network, wrong = _read_row(values, space)
         if values["name"] in found:
-            wrong.append(f"name: {values['name']!r} is there twice")
-        problems += [f"line {reader.line_num}, {problem}" for problem in wrong]
+            wrong.append(f"name: {quoted(values['name'])} is there twice")
+        problems += [f"line {line}, {problem}" for problem in wrong]
+        if len(problems) > MOST_PROBLEMS:
+            break
         if network is not None:
             found[values["name"]] = network
     if not found and not problems:
@@ -93,7 +94,7 @@ def one_runtime(networks: Iterable[Measured], where: Path) -> str:
     """Return the runtime of the networks, empty where none is given. Raises TableError for several."""
     named = {network.runtime for network in networks}
     if len(named) > 1:
-        words = " and ".join(repr(name) for name in sorted(named)[:2])
+        words = " and ".join(quoted(name) for name in sorted(named)[:2])
         raise TableError(
             f"{where}, runtime: {words}: expected one for all networks, since times are compared"
         )
@@ -113,8 +114,8 @@ def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | No
     times: dict[str, float | None] = {}
     for column in ("latency_ms", "p95_ms"):
         times[column] = time = number_or_nan(values[column]) if values[column] else None
-        if time is not None and not 0 < time < math.inf:
-            problems.append(f"{column}: {values[column]!r}, expected milliseconds above 0 or nothing")
+        if time is not None and not LEAST_MS <= time <= MOST_MS:
+            problems.append(f"{column}: {quoted(values[column])}, expected milliseconds above 0 or nothing")
     if problems or arch is None:
         return None, problems
     return Measured(values["name"], arch, **times, runtime=values["runtime"]), []

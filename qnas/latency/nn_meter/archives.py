@@ -9,17 +9,16 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import IO
 
-from qnas.common.errors import TableError
-
-MAX_MEMBERS = 1000
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # with bounded memory, unlike others
+from qnas.common.arguments import quoted
+from qnas.common.arrays import DAMAGE, MEMBERS, check_member, open_zip
+from qnas.common.errors import TableError, abbreviate, one_line
 
 
 @dataclass(frozen=True)
@@ -51,30 +50,46 @@ def open_archive(source: Path) -> Iterator[Archive]:
         return
     if not source.is_file():
         raise TableError(f"{source}: no such file or folder")
-    try:
-        with zipfile.ZipFile(source) as archive:
+    damaged = f"{source}: no ZIP archive, or a damaged one"
+    with ExitStack() as opened:
+        try:
+            archive = opened.enter_context(open_zip(source))
+        except OSError as error:
+            raise TableError(f"{source}: cannot be read: {error.strerror or one_line(error)}") from error
+        except DAMAGE as error:
+            raise TableError(f"{damaged}: {one_line(error)}") from error
+        try:
             yield _zip(archive, source)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise TableError(f"{source}: no ZIP archive, or a damaged one: {error}") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise TableError(f"{damaged}: {one_line(error)}") from error
+
+
+def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return archive.open(info)
+    except (OSError, *DAMAGE) as error:
+        raise zipfile.BadZipFile(one_line(error)) from error
 
 
 def _zip(archive: zipfile.ZipFile, source: Path) -> Archive:
     files: list[tuple[str, Member]] = []  # each with its folder
     for info in archive.infolist():
-        where = f"{source}: {info.filename[:200]!r}"
+        where = f"{source}: {quoted(info.filename)}"
         parts = info.filename.removesuffix("/").split("/")
         if "\\" in info.filename or ":" in info.filename or {"", ".", ".."} & set(parts):
             raise TableError(f"{where}: a name that leads out of the archive")
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise TableError(f"{where}: a link or device, expected files")
-        if info.flag_bits & 0x1:
-            raise TableError(f"{where}: encrypted, expected plain files")
         if info.is_dir() or parts[0] == "__MACOSX" or parts[-1].startswith("."):
             continue
-        if info.compress_type not in _COMPRESSIONS:
-            raise TableError(f"{where}: packed in an unusual way, expected deflated or stored files")
-        files.append(("/".join(parts[:-1]), Member(parts[-1], info.file_size, partial(archive.open, info))))
+        try:
+            check_member(info)
+        except ValueError as error:
+            raise TableError(f"{where}: {error}") from error
+        files.append(
+            ("/".join(parts[:-1]), Member(parts[-1], info.file_size, partial(_open_member, archive, info)))
+        )
     return _archive(files, source)
 
 
@@ -98,17 +113,17 @@ def _folder(source: Path) -> Archive:
 
 
 def _archive(files: list[tuple[str, Member]], source: Path) -> Archive:
-    if len(files) > MAX_MEMBERS:
-        raise TableError(f"{source}: {len(files)} files, expected at most {MAX_MEMBERS}")
+    if len(files) > MEMBERS:
+        raise TableError(f"{source}: {len(files)} files, expected at most {MEMBERS}")
     folders = sorted({folder for folder, _ in files})
     if len(folders) > 1 or any("/" in folder for folder in folders):
         raise TableError(
-            f"{source}: files in {', '.join(folder or 'the top' for folder in folders[:5])}, "
+            f"{source}: files in {abbreviate([folder or 'the top' for folder in folders])}, "
             f"expected them at the top or all in one folder"
         )
     members = tuple(member for _, member in files)
     twice = sorted(name for name, count in Counter(member.name for member in members).items() if count > 1)
     if twice:
-        raise TableError(f"{source}: {', '.join(twice[:5])}: there twice")
+        raise TableError(f"{source}: {abbreviate(twice)}: there twice")
     stem = source.name if source.is_dir() else source.stem
     return Archive((stem, *folders), members)

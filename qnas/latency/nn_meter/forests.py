@@ -17,8 +17,20 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from qnas.common.units import MOST_MS
+
 _LEAF = -1  # scikit-learn's mark for the children of a leaf
 _MAX_NODES = 2**30  # so that a child's number and the index 2 * number + 1 fit into int32
+# the numbers of the stored arrays, and their dimensions
+STORED: Mapping[str, tuple[npt.DTypeLike, int]] = {
+    "n_features": (np.int64, 0),
+    "roots": (np.int32, 1),
+    "feature": (np.uint8, 1),
+    "threshold": (np.float32, 1),
+    "children": (np.int32, 2),
+    "value": (np.float64, 1),
+}
+_MAX_DEPTH = 1_000  # of a tree: a prediction takes a step for each level
 _WALKS = 1 << 18  # trees times rows walked at once: a few MB
 
 
@@ -109,7 +121,7 @@ class Forest:
             shifted = np.where(number >= 0, number + inner[i], number - leaves[i])
             return np.asarray(shifted, np.int32)
 
-        return cls(
+        forest = cls(
             trees[0].n_features,
             np.concatenate([shift(tree.roots, i) for i, tree in enumerate(trees)]),
             np.concatenate([tree.feature for tree in trees]),
@@ -117,6 +129,8 @@ class Forest:
             np.concatenate([shift(tree.children, i) for i, tree in enumerate(trees)]),
             np.concatenate([tree.value for tree in trees]),
         )
+        forest._check()
+        return forest
 
     @property
     def n_nodes(self) -> int:
@@ -152,15 +166,47 @@ class Forest:
         """Return the arrays from which `from_arrays` makes an equal forest."""
         return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
 
+    def _check(self) -> None:
+        """Raise ValueError unless every walk from a root ends at a leaf, within `_MAX_DEPTH` steps.
+
+        Each node is the child of one node before it, or a root; levels are followed from the roots down.
+        """
+        inner, leaves = len(self.feature), len(self.value)
+        if not 1 <= self.n_features <= 256 or self.n_features <= int(self.feature.max(initial=0)):
+            raise ValueError(f"{self.n_features} features, of 1 to 256, and all that the trees use")
+        least, most = self.value.min(initial=0.0), self.value.max(initial=0.0)  # NaN where one is
+        if np.any(np.isnan(self.threshold)) or not -MOST_MS <= least <= most <= MOST_MS:
+            raise ValueError("a threshold or latency that is no number or out of range")
+        reached = np.zeros(inner + leaves, np.bool_)  # the leaves in reverse order, then the inner nodes
+        for numbers in (self.roots, self.children):
+            if numbers.size and not -leaves <= numbers.min() <= numbers.max() < inner:
+                raise ValueError("a child that is missing")
+            reached[numbers.ravel() + leaves] = True
+        if len(self.roots) + 2 * inner != len(reached) or not reached.all():
+            raise ValueError("a node that is not the child of one other")
+        level, passed = self.roots[self.roots >= 0], 0
+        for _ in range(_MAX_DEPTH):
+            if not level.size:
+                break
+            passed += level.size
+            below = self.children[level].ravel()
+            level = below[below >= 0]
+        if level.size:
+            raise ValueError(f"a tree of more than {_MAX_DEPTH} levels")
+        if passed != inner:
+            raise ValueError("nodes that form a circle")
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
         """Return the forest of these arrays. Raises KeyError or ValueError where they are none."""
+        for name, (dtype, dimensions) in STORED.items():
+            if arrays[name].dtype != dtype or arrays[name].ndim != dimensions:
+                raise ValueError(f"{name}: {arrays[name].dtype} in {arrays[name].ndim} dimensions")
         roots, feature, threshold = arrays["roots"], arrays["feature"], arrays["threshold"]
         children, value = arrays["children"], arrays["value"]
         inner, leaves = len(feature), len(value)
         if threshold.shape != (inner,) or children.shape != (inner, 2) or not roots.size or not leaves:
             raise ValueError("arrays of lengths that do not belong together")
-        for numbers in (roots, children):
-            if numbers.size and not (-leaves <= numbers.min() and numbers.max() < inner):
-                raise ValueError("a child that is missing")
-        return cls(int(arrays["n_features"]), roots, feature, threshold, children, value)
+        forest = cls(int(arrays["n_features"]), roots, feature, threshold, children, value)
+        forest._check()
+        return forest

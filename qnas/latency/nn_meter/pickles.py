@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from qnas.common.errors import TableError
+from qnas.common.errors import TableError, one_line
 from qnas.latency.nn_meter.forests import Forest, flatten_tree
 
 _T = TypeVar("_T")
@@ -413,7 +413,7 @@ def read_forest(stream: BinaryIO, where: str, limits: PickleBounds | None = None
         _refuse_unless(stream.read(1) == b"", "bytes after its end")
         return _forest(root)
     except (_RefusedError, ValueError) as error:
-        raise TableError(f"{where}: no random forest that is safe to read: {error}") from error
+        raise TableError(f"{where}: no random forest that is safe to read: {one_line(error)}") from error
 
 
 def _forest(root: object) -> Forest:

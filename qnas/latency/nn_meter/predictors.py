@@ -9,26 +9,30 @@ user's data folder: $QNAS_HOME/predictors, else qnas/predictors in $XDG_DATA_HOM
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, Field, ValidationError
 
-from qnas.common.errors import TableError, nearest
+from qnas.common.arrays import DAMAGE, Arrays, open_arrays
+from qnas.common.documents import FilePart, describe_problems, to_tuples
+from qnas.common.errors import TableError, abbreviate, nearest, one_line
 from qnas.common.files import atomic_path
+from qnas.common.reading import parse_json
 from qnas.common.resources import user_folder
 from qnas.latency.nn_meter.archives import Archive, Member, open_archive
-from qnas.latency.nn_meter.forests import Forest
+from qnas.latency.nn_meter.forests import STORED, Forest
 from qnas.latency.nn_meter.pickles import read_forest
 
 SCHEMA = "qnas.predictors/1"
 DOWNLOAD = "https://github.com/microsoft/nn-Meter/releases/tag/v1.0-data"
+MAX_STORE_BYTES = 8 << 30  # of the arrays that are read; the published forests have 0.4 GB together
 MAX_PICKLE_BYTES = 8 << 30  # the published forests of one device have about 2 GB together
 _ABOUT = "about"  # the member of the store's file that describes it
 
@@ -237,38 +241,72 @@ def list_predictors() -> tuple[Predictors, ...]:
     return tuple(describe_predictors(name) for name in PUBLISHED if _path(name).is_file())
 
 
+class _About(FilePart):
+    """What a store says of itself."""
+
+    file_schema: Literal["qnas.predictors/1"] = Field(alias="schema")
+    device: str
+    title: str
+    source: str
+    date: str
+    forests: dict[str, dict[Literal["trees", "nodes"], Annotated[int, Field(ge=1)]]]
+    ignored: Annotated[tuple[str, ...], BeforeValidator(to_tuples)]
+
+
 def describe_predictors(device: str) -> Predictors:
     """Return facts about a device's predictors. Raises TableError where they are missing or damaged."""
     with _stored(device) as content:
-        about = json.loads(str(content[_ABOUT]))
-        schema = about.pop("schema")
-        if schema != SCHEMA:
-            raise ValueError(f"schema {schema}, expected {SCHEMA}")
-        about["forests"] = {kernel: ForestFacts(**fact) for kernel, fact in about["forests"].items()}
-        about["ignored"] = tuple(about["ignored"])
+        about = _read_about(content, published_name(device))
+        facts = about.model_dump(exclude={"file_schema", "forests"})
+        forests = {kernel: ForestFacts(**fact) for kernel, fact in about.forests.items()}
         path = _path(device)
-        return Predictors(**about, path=path, size_bytes=path.stat().st_size)
+        return Predictors(**facts, forests=forests, path=path, size_bytes=path.stat().st_size)
+
+
+def _read_about(content: Arrays, device: str) -> _About:
+    text = str(content.read(_ABOUT, "U", 0))
+    try:
+        about = _About.model_validate(parse_json(text, _ABOUT, TableError))
+    except ValidationError as error:
+        raise TableError(f"{_ABOUT}: {describe_problems(error)}") from error
+    if about.device != device:
+        raise TableError(f"the predictors of {one_line(about.device, 40)}")
+    if unknown := [kernel for kernel in about.forests if kernel not in FEATURE_COUNTS]:
+        raise TableError(f"{_ABOUT}: unknown forests {abbreviate(unknown)}")
+    if wrong := [kernel for kernel, facts in about.forests.items() if len(facts) != len(fields(ForestFacts))]:
+        raise TableError(f"{_ABOUT}: no trees or nodes of {wrong[0]}")
+    return about
 
 
 def load_forests(device: str, kernels: Iterable[str]) -> dict[str, Forest]:
     """Return a device's forests of these kernels. Raises TableError as `describe_predictors`."""
-    names = [field.name for field in fields(Forest)]
+    found = {}
     with _stored(device) as content:
-        return {k: Forest.from_arrays({name: content[f"{k}.{name}"] for name in names}) for k in kernels}
+        for kernel in kernels:
+            arrays = {
+                name: content.read(f"{kernel}.{name}", np.dtype(dtype).kind, dimensions)
+                for name, (dtype, dimensions) in STORED.items()
+            }
+            found[kernel] = forest = Forest.from_arrays(arrays)
+            if forest.n_features != FEATURE_COUNTS[kernel]:
+                raise ValueError(f"{kernel}: {forest.n_features} features, expected {FEATURE_COUNTS[kernel]}")
+    return found
 
 
 @contextmanager
-def _stored(device: str) -> Iterator[Any]:
+def _stored(device: str) -> Iterator[Arrays]:
     """Open a device's file, whose arrays are read when they are accessed."""
     name, path = published_name(device), _path(device)
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open_arrays(path, MAX_STORE_BYTES) as content:
             yield content
     except FileNotFoundError:
         raise TableError(f"no nn-Meter predictors for {name}: {download_hint(name)}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+    except (TableError, *DAMAGE) as error:
         raise TableError(
-            f"{path}: damaged ({error}): import the predictors again, "
+            f"{path}: damaged ({one_line(error, 150)}): import the predictors again, "
             f"or run: qnas predictors remove --device {name}"
         ) from error
 

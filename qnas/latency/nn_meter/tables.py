@@ -16,6 +16,7 @@ The package nn_meter is imported at the first prediction. That takes a second an
 into the home folder, for which it is given a temporary folder.
 """
 
+import importlib.util
 import math
 import os
 import tempfile
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from qnas.common.errors import TableError
+from qnas.common.errors import TableError, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, build_table, cell_of, load_table
 from qnas.latency.kernels import Kernel, fuse
@@ -34,7 +35,8 @@ from qnas.latency.table import Cell, LatencyTable
 from qnas.spaces.lower import BlockSpec, all_blocks
 from qnas.spaces.space import SearchSpace
 
-REQUIREMENTS = '"nn-meter>=2.0,<3" "setuptools>=77.0.3,<81"'  # nn-Meter needs its pkg_resources
+NN_METER, SETUPTOOLS = '"nn-meter>=2.0,<3"', '"setuptools>=77.0.3,<81"'  # for its pkg_resources
+REQUIREMENTS = f"{NN_METER} {SETUPTOOLS}"
 
 Mapped = Literal["direct", "stand-in", "uncovered"]
 MAPPINGS: tuple[Mapped, ...] = ("direct", "stand-in", "uncovered")
@@ -276,6 +278,15 @@ def _unit(kernel: Kernel, predictor: str) -> dict[str, Any]:
     }
 
 
+def why_not_importable() -> tuple[str, str] | None:
+    """Return what keeps nn-Meter from being imported, with the remedy; None where nothing known does."""
+    if importlib.util.find_spec("nn_meter") is None:
+        return "nn-Meter is not installed", f"pip install {NN_METER}"
+    if importlib.util.find_spec("pkg_resources") is None:
+        return "nn-Meter needs pkg_resources, which newer setuptools lack", f"pip install {SETUPTOOLS}"
+    return None
+
+
 def _nn_predict() -> Callable[[Mapping[str, Any], list[dict[str, Any]]], float]:
     """Import nn-Meter's prediction.
 
@@ -291,7 +302,8 @@ def _nn_predict() -> Callable[[Mapping[str, Any], list[dict[str, Any]]], float]:
                 nn_predict,
             )
         except ImportError as error:
-            raise TableError(f"nn-Meter cannot be imported ({error}): pip install {REQUIREMENTS}") from error
+            found, advice = why_not_importable() or (f"nn-Meter cannot be imported ({one_line(error)})", "")
+            raise TableError(f"{found}: {advice or f'pip install {REQUIREMENTS}'}") from error
         finally:
             for name, value in kept.items():
                 if value is None:

@@ -117,6 +117,14 @@ def build(compiler: str, path: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
 
 
+_failures: list[Exception] = []  # of `_load`, which tries once
+
+
+def failure() -> Exception | None:
+    """Return why the kernels could not be built or loaded; None where they were not tried, or are there."""
+    return _failures[-1] if _failures else None
+
+
 @lru_cache(maxsize=1)
 def _load() -> Native | None:
     compiler = find_compiler()
@@ -133,6 +141,7 @@ def _load() -> Native | None:
             loaded = ctypes.CDLL(str(path))
         return Native(path, int(loaded.qnas_lanes()), loaded)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        _failures.append(error)
         warnings.warn(
             f"the C++ kernels could not be built ({_reason(error)}); torch's operators are used instead, "
             "which is slower. QNAS_KERNELS=0 turns the attempt off",

@@ -129,7 +129,7 @@ def test_a_file_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_files_are_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", {f"{i}.pkl": b"" for i in range(1001)})
-    assert "1001 files, expected at most 1000" in refused(path)
+    assert "1001 members, expected at most 1000" in refused(path)
 
 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:

@@ -311,12 +311,21 @@ def test_without_predictors_the_message_says_all_that_is_needed(
 
 
 @pytest.mark.usefixtures("imported")
-@pytest.mark.parametrize("missing", ["nn_meter", "pkg_resources"])
-def test_a_broken_installation_names_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("nn_meter", 'nn-Meter is not installed: pip install "nn-meter>=2.0,<3"'),
+        ("pkg_resources", 'nn-Meter needs pkg_resources, .*: pip install "setuptools>=77'),
+        ("nn_meter.predictor", r'nn-Meter cannot be imported .*: pip install "nn-meter.*setuptools>=77'),
+    ],
+)
+def test_a_broken_installation_names_what_to_install(
+    missing: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "nn_meter"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(TableError, match=r'cannot be imported .*pip install "nn-meter.*setuptools>=77'):
+    with pytest.raises(TableError, match=message):
         estimate(a76(), [Kernel("relu", 56, 24, 24)])
     assert os.environ.get("HOME") == os.path.expanduser("~")
 
