@@ -23,9 +23,10 @@ from functools import cached_property
 from pathlib import Path
 
 from qnas.latency.onnx.compositions import Composition, compositions, splits
-from qnas.latency.onnx.graph_file import Node, read_graph
+from qnas.latency.onnx.graph_file import read_graph
 from qnas.latency.onnx.operators import OnnxOperator, is_per_channel, pass_over, read_operator
 from qnas.latency.onnx.tensors import Reader
+from qnas.latency.onnx.values import Node
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qnas.latency.kernels import Kernel
-from qnas.latency.onnx.graph_file import Node
 from qnas.latency.onnx.tensors import Reader
+from qnas.latency.onnx.values import Node
 
 # direct: an operator that the models know; stand-in: priced as another one with the same
 # multiply-adds; uncovered: neither
