@@ -66,7 +66,7 @@ def compositions(reader: Reader) -> dict[int, Composition]:
 def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
     """Return the largest composition that ends at a node, without nodes that are taken."""
     inside = {end}
-    bends = reader.nodes[end].op in _BENDS
+    bends = int(reader.nodes[end].op in _BENDS)
     best = None
     while len(inside) <= _LONGEST and bends <= _MOST_BENDS:
         nodes = tuple(reader.nodes[i] for i in sorted(inside))

@@ -21,7 +21,7 @@ from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
 
 Shape = tuple[int, ...]
 
-LARGEST_TENSOR = 2**40  # limit for the elements of a tensor
+LARGEST_TENSOR = 2**32  # limit for the elements of a tensor
 _MOST_DIMENSIONS = 32
 _LARGEST_IMAGE_CHANNELS = 4  # tells (1, C, H, W) from (1, H, W, C)
 _STANDARD = ("", "ai.onnx")
@@ -72,7 +72,7 @@ class Graph:
     """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C), and the tensors."""
 
     def __init__(self, model: onnx.ModelProto, path: Path, resolution_px: int | None) -> None:
-        self._path = path
+        self.path = path
         self._opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
         self._context = onnx.checker.C.CheckerContext()
         self._context.ir_version = model.ir_version
@@ -93,7 +93,7 @@ class Graph:
 
     def error(self, problem: str) -> ArchError:
         """Return the error of a graph that is not valid."""
-        return ArchError(f"{self._path}: not a valid ONNX graph: {one_line(problem)}")
+        return ArchError(f"{self.path}: not a valid ONNX graph: {one_line(problem)}")
 
     def _set_shape(self, name: str, shape: Iterable[int], element: int, *, least: int) -> None:
         """Set a tensor's shape, of sizes of at least `least`, and the type of its elements."""
@@ -103,8 +103,8 @@ class Graph:
         is_large = len(sizes) > _MOST_DIMENSIONS or math.prod(sizes) > LARGEST_TENSOR
         if is_large or min(sizes, default=least) < least:
             raise ArchError(
-                f"{self._path}: the tensor {one_line(name, 60)!r} has the shape "
-                f"{one_line(sizes, 100)}, expected sizes above 0 and at most {LARGEST_TENSOR:.0e} elements"
+                f"{self.path}: the tensor {one_line(name, 60)!r} has the shape "
+                f"{one_line(sizes, 100)}, expected sizes above 0 and at most {LARGEST_TENSOR:,} elements"
             )
         self.shapes[name], self.types[name] = sizes, element
 
@@ -137,13 +137,13 @@ class Graph:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 advice = "put the data file that belongs to this ONNX file beside it"
             raise ArchError(
-                f"{self._path}: the values of {one_line(name, 60)!r} cannot be read: {advice}"
+                f"{self.path}: the values of {one_line(name, 60)!r} cannot be read: {advice}"
             ) from error
 
     def _with_data(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
         """Return a small tensor with its data from another file. Raises OSError or ValueError."""
         info = ExternalDataInfo(tensor)
-        folder = self._path.parent.resolve()
+        folder = self.path.parent.resolve()
         file = (folder / info.location).resolve()
         if not file.is_relative_to(folder):
             raise ValueError(f"{info.location} is outside the folder")
@@ -165,9 +165,9 @@ class Graph:
         """Set the input's shape for one image; return its name and whether channels come last."""
         if len(inputs) != 1:
             names = one_line(", ".join(i.name for i in inputs), 100) if inputs else "none"
-            raise ArchError(f"{self._path}: expected one input, a batch of images; found {names}")
+            raise ArchError(f"{self.path}: expected one input, a batch of images; found {names}")
         (image,) = inputs
-        where = f"{self._path}: input {one_line(image.name, 60)!r}"
+        where = f"{self.path}: input {one_line(image.name, 60)!r}"
         # a free size is without a value, and -1 in the files of some writers
         given = [d.dim_value if d.HasField("dim_value") else -1 for d in image.type.tensor_type.shape.dim]
         shape = one_line(", ".join("?" if d == -1 else str(d) for d in given), 100)
@@ -178,7 +178,7 @@ class Graph:
         dims = [max(0, d) for d in given]
         if dims[0] > 1:
             raise ArchError(
-                f"{self._path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
+                f"{self.path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
                 "export it so"
             )
         of_image = range(1, _LARGEST_IMAGE_CHANNELS + 1)
@@ -189,13 +189,13 @@ class Graph:
         dims[places] = [side or resolution_px or 0 for side in dims[places]]
         if 0 in dims[places]:
             raise ArchError(
-                f"{self._path}: height and width of the images are free: give a resolution in px with "
+                f"{self.path}: height and width of the images are free: give a resolution in px with "
                 "--resolution"
             )
         if resolution_px is not None and set(dims[places]) != {resolution_px}:
             size = " x ".join(map(str, dims[places]))
             raise ArchError(
-                f"{self._path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
+                f"{self.path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
             )
         self._set_shape(image.name, (1, *dims[1:]), image.type.tensor_type.elem_type, least=1)
         return image.name, is_last
@@ -211,6 +211,8 @@ class Graph:
             outputs,
             proto,
         )
+        if any(attribute.ref_attr_name for attribute in proto.attribute):
+            raise self._node_error(node, "an attribute of a function, but it is in none")
         if node.op == "Constant":
             self._set_stated_value(node)
             return
@@ -233,7 +235,7 @@ class Graph:
         unknown = [operand for operand in node.inputs if operand and operand not in self.shapes]
         if unknown:
             raise ArchError(
-                f"{self._path}: {one_line(node.op, 40)} {one_line(node.name, 40)!r} reads "
+                f"{self.path}: {one_line(node.op, 40)} {one_line(node.name, 40)!r} reads "
                 f"{one_line(unknown[0], 40)!r}, whose shape is not known: "
                 "expected operators in running order, with shapes that follow from the image's"
             )
@@ -298,7 +300,7 @@ class Graph:
                 raise self.error(f"two tensors of the name {one_line(output, 60)!r}")
             elif not is_constant:
                 raise ArchError(
-                    f"{self._path}: the shape of {one_line(output, 40)!r}, which "
+                    f"{self.path}: the shape of {one_line(output, 40)!r}, which "
                     f"{one_line(node.proto.op_type, 40)} {one_line(node.name, 40)!r} gives, is not known "
                     "before it runs: expected standard operators whose shapes follow from the image's"
                 )

@@ -5,6 +5,7 @@ anything parses it, because a few kilobytes of it can stand for gigabytes: field
 they nest, and the nodes that the calls of functions become.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,8 +77,10 @@ def read_model(path: Path) -> onnx.ModelProto:
 def _parse(path: Path) -> onnx.ModelProto:
     try:
         with open_regular(path) as file:
-            content = _Skimmer(file).read(onnx.ModelProto.DESCRIPTOR, path.stat().st_size)
-        return onnx.ModelProto.FromString(content)
+            content = _Skimmer(file).read(onnx.ModelProto.DESCRIPTOR, os.fstat(file.fileno()).st_size)
+        model = onnx.ModelProto()
+        model.ParseFromString(content)
+        return model
     except FileNotFoundError:
         raise ArchError(f"{path}: no such file, expected an ONNX file") from None
     except IsADirectoryError:

@@ -85,20 +85,20 @@ def _reshape(node: Node, x: Array, shape: Array | None = None) -> Array:
 
 
 def _slice(node: Node, x: Array, *given: Array | None) -> Array:
-    if given:
-        starts, ends, axes, steps = [v.tolist() if v is not None else None for v in (*given, None, None)[:4]]
-    else:
-        starts, ends, axes, steps = (node.attribute(name) for name in ("starts", "ends", "axes", "steps"))
-    cuts = [slice(None)] * x.ndim
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    parts = [None if v is None else v.tolist() for v in given]
+    if not given:
+        parts = [node.attribute("starts"), node.attribute("ends"), node.attribute("axes")]
+    starts, ends, axes, steps, *_ = (*parts, None, None)
+    cuts: list[Any] = [slice(None)] * x.ndim
+    for i, (start, end) in enumerate(zip(starts or (), ends or (), strict=True)):
         cuts[axes[i] if axes else i] = slice(start, end, steps[i] if steps else 1)
-    return x[tuple(cuts)]
+    return np.asarray(x[tuple(cuts)])
 
 
 def _range(_: Node, start: Array, limit: Array, delta: Array) -> Array:
     first, step = start.item(), delta.item()
     (count,) = _checked([max(0, math.ceil((limit.item() - first) / step))])
-    return (first + step * np.arange(count)).astype(start.dtype)
+    return np.asarray(first + step * np.arange(count), dtype=start.dtype)
 
 
 def _filled(node: Node, shape: Array) -> Array:
