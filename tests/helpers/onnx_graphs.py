@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
 from helpers.mutants import byte_mutants
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -23,7 +23,7 @@ def whole(name: str, *values: int) -> onnx.TensorProto:
 
 
 def number(name: str, value: float) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.float32(value), name)
+    return numpy_helper.from_array(np.array(value, np.float32), name)
 
 
 def graph_model(
@@ -117,8 +117,10 @@ def activations() -> onnx.ModelProto:
 def functions() -> onnx.ModelProto:
     imports = [helper.make_opsetid("", 23), helper.make_opsetid("own", 1)]
     leak = node("LeakyRelu", ["a"], ["b"])
-    leak.attribute.append(onnx.AttributeProto(name="alpha", type=onnx.AttributeProto.FLOAT, ref_attr_name="al"))
-    inner = helper.make_function("own", "In", ["a"], ["c"], [leak, node("Neg", ["b"], ["c"])], imports, ["al"])
+    kind = onnx.AttributeProto.FLOAT
+    leak.attribute.append(onnx.AttributeProto(name="alpha", type=kind, ref_attr_name="al"))
+    body = [leak, node("Neg", ["b"], ["c"])]
+    inner = helper.make_function("own", "In", ["a"], ["c"], body, imports, ["al"])
     calls = [node("In", ["a"], ["b"], domain="own", al=0.1), node("In", ["b"], ["c"], domain="own", al=0.2)]
     outer = helper.make_function("own", "Out", ["a"], ["c"], calls, imports)
     nodes = [node("Out", ["x"], ["a"], domain="own"), node("In", ["a"], ["y"], domain="own", al=0.3)]
@@ -140,7 +142,7 @@ def quantised() -> onnx.ModelProto:
         node("MatMulInteger", ["i", "m"], ["j"]),
         node("Cast", ["j"], ["y"], to=TensorProto.FLOAT),
     ]
-    weights = [number("s", 0.1), numpy_helper.from_array(np.uint8(0), "z"), whole("row", 1, -1)]
+    weights = [number("s", 0.1), numpy_helper.from_array(np.array(0, np.uint8), "z"), whole("row", 1, -1)]
     w, w8, m = ((8, 4, 1, 1), (8, 8, 3, 3), (8 * 4 * 4, 16))
     return graph_model(
         nodes,
@@ -185,6 +187,12 @@ _TEXTS = (
 )
 
 
+_KINDS = {
+    FieldDescriptor.TYPE_STRING: str,
+    FieldDescriptor.TYPE_BYTES: bytes,
+    FieldDescriptor.TYPE_FLOAT: float,
+    FieldDescriptor.TYPE_DOUBLE: float,
+}
 _BOUNDS = {
     FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
@@ -242,9 +250,7 @@ def _change(model: onnx.ModelProto, rng: Random) -> None:
         for part in parts:
             getattr(message, field.name).add().ParseFromString(part)
         return
-    kinds = {field.TYPE_STRING: str, field.TYPE_BYTES: bytes, field.TYPE_FLOAT: float, field.TYPE_DOUBLE: float}
-    kind = kinds.get(field.type, int)
-    value = _value(kind, field, rng, texts)
+    value = _value(_KINDS.get(field.type, int), field, rng, texts)
     if not hasattr(held, "append"):
         message.ClearField(field.name) if rng.random() < 0.2 else setattr(message, field.name, value)
     elif held and rng.random() < 0.7:

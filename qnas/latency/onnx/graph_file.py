@@ -21,7 +21,7 @@ from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
 
 Shape = tuple[int, ...]
 
-LARGEST_TENSOR = 2**32  # limit for the elements of a tensor
+LARGEST_TENSOR = 2**31 - 1  # limit for the elements of a tensor, which onnx counts in 32 bits in places
 _MOST_DIMENSIONS = 32
 _LARGEST_IMAGE_CHANNELS = 4  # tells (1, C, H, W) from (1, H, W, C)
 _STANDARD = ("", "ai.onnx")
@@ -332,15 +332,21 @@ class Graph:
 
     def _check_sizes(self, node: Node) -> None:
         """Refuse numbers at which onnx's inference, in C++, ends the process or does not end itself."""
-        rank = len(self.shapes[node.inputs[0]]) if node.inputs and node.inputs[0] else 0
+        rank, last = (len(self.shapes[name]) if name else 0 for name in (*node.inputs, "", "")[:2])
         for attribute in node.proto.attribute:
             name, number = attribute.name, attribute.i
-            is_place = name in ("axis", "batch_dims") and not -rank - 1 <= number <= rank + 1
-            if attribute.type == onnx.AttributeProto.INT and (is_place or abs(number) >= 2**31 - 1):
+            is_place = name != "axis" or -rank - 1 <= number <= rank + 1
+            if attribute.type == onnx.AttributeProto.INT and not (is_place and abs(number) < 2**31 - 1):
                 raise self._node_error(node, f"{name} is {number}, but its input has {rank} dimensions")
         count = node.attribute("num_outputs")
         if node.op == "Split" and count is not None and count != len(node.proto.output):
             raise self._node_error(node, f"num_outputs is {count}, but it has {len(node.outputs)} outputs")
+        if node.op == "GatherND" and last:
+            batch, indices = node.attribute("batch_dims", 0), self.shapes[node.inputs[1]][-1]
+            if batch < 0 or batch + indices > rank:
+                raise self._node_error(
+                    node, f"{batch} + {indices} indices, but its input has {rank} dimensions"
+                )
 
 
 def _static(kind: onnx.TypeProto | None) -> tuple[Shape, int] | None:

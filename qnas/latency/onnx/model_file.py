@@ -142,7 +142,7 @@ class _Skimmer:
     def _kept_content(self, field: Any, size: int) -> bytes:
         is_text = field.type == field.TYPE_STRING
         if size > (_NAME_BYTES if is_text else _FIELD_BYTES):
-            raise _TooLargeError(f"a {field.name} of {size:,} bytes, expected an ONNX file")
+            raise _TooLargeError(f"`{field.name}` of {size:,} bytes, expected an ONNX file")
         self._kept += size
         if self._kept > _KEPT_BYTES:
             raise _TooLargeError(f"more than {_KEPT_BYTES:,} bytes besides its weights")

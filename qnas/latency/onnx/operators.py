@@ -35,7 +35,7 @@ def _mean(reader: Reader, node: Node) -> OnnxOperator:
     given = node.attribute("axes")
     values = reader.constant(node, 1)
     axes = list(given) if given is not None else values.tolist() if values is not None else []
-    reduced = {axis % len(shape) for axis in axes}
+    reduced = {axis % max(1, len(shape)) for axis in axes}
     places = set(range(1, len(shape))) - {reader.channel_axis(tensor) % len(shape)}
     is_global = len(shape) >= 3 and reduced == places
     return pass_over(reader, node, "gap", tensor) if is_global else uncovered(reader, node)
