@@ -10,6 +10,7 @@ eager or as a CUDA graph, is timed by events on the stream. It ran on an H200.
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +24,18 @@ import onnxruntime
 import torch
 from torch import nn
 
-from qnas.common.errors import UsageError, first_line, nearest
+from qnas.common.errors import ArchError, UsageError, first_line, nearest, one_line
 from qnas.deploy.export import onnx_format, openvino_format, torch_format
 from qnas.deploy.export.folding import fold_norms
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.deploy.timing import Call, Maker, Stopwatch, host_stopwatch
+from qnas.latency.onnx.model_file import read_model
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
 TARGETS = ("cpu", "cuda")
 SEED = 0  # of the images
+_LARGEST_IMAGE = 2**28  # limit for the numbers of an image: a gigabyte
 _OPENVINO = "runtime openvino"  # as named in messages
 _CAPTURE_WARM_UP = 3  # runs before a CUDA graph is captured, in which libraries choose their kernels
 
@@ -87,6 +90,7 @@ def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
     The file, or its content, must have one float32 input. Its first dimension, free or fixed, becomes 1.
     Raises UsageError if the file is missing, broken or of another form.
     """
+    _check_file(file, "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -108,7 +112,11 @@ def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
     binding = session.io_binding()
     binding.bind_ortvalue_input(inputs[0].name, onnxruntime.OrtValue.ortvalue_from_numpy(image))
     names = [output.name for output in session.get_outputs()]
-    for name, value in zip(names, session.run(names, {inputs[0].name: image}), strict=True):
+    try:
+        values = session.run(names, {inputs[0].name: image})
+    except Exception as error:  # as above
+        raise UsageError(f"{_where(file)}: onnxruntime cannot run it: {first_line(error)}") from error
+    for name, value in zip(names, values, strict=True):
         binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
     return lambda: session.run_with_iobinding(binding)
 
@@ -119,6 +127,7 @@ def openvino_session(file: Path | bytes, threads: int = 1) -> Call:
     Raises UsageError as `onnx_session` does, and if OpenVINO is not installed.
     """
     openvino = openvino_format.import_openvino(_OPENVINO)
+    _check_file(file, "OpenVINO")
     core = openvino.Core()
     try:
         model = core.read_model(file if isinstance(file, bytes) else str(file))
@@ -262,8 +271,24 @@ def _random_image(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32
 def _fixed_shape(found: list[Any], where: str) -> tuple[int, ...]:
     """Return an input's shape at batch 1; names and None are free dimensions."""
     if not found or not all(isinstance(size, int) for size in found[1:]):
-        raise UsageError(f"{where}: the input is {found}, expected only the batch to be free")
+        raise UsageError(f"{where}: the input is {one_line(found)}, expected only the batch to be free")
+    if min(found[1:], default=1) < 1 or math.prod(found[1:]) > _LARGEST_IMAGE:
+        raise UsageError(
+            f"{where}: the input is {one_line(found)}, expected sizes above 0 and at most "
+            f"{_LARGEST_IMAGE:,} numbers"
+        )
     return (1, *found[1:])
+
+
+def _check_file(file: Path | bytes, runtime: str) -> None:
+    """Refuse a file that a runtime would not end to load: of nested functions, branches or loops."""
+    if isinstance(file, bytes):
+        return
+    try:
+        read_model(file)
+    except ArchError as error:
+        problem = str(error).removeprefix(f"{file}: ")
+        raise UsageError(f"{file}: {runtime} cannot load it: {problem}") from error
 
 
 def _where(file: Path | bytes) -> str:

@@ -6,18 +6,18 @@ parts are the device's kernels where it has a model of kernels, otherwise the ta
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qnas.common.errors import TableError, UsageError
+from qnas.common.errors import TableError, UsageError, abbreviate, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
 from qnas.latency.kernels import Kernel, fused_parts
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.onnx.networks import OnnxNetwork
-from qnas.latency.onnx.operators import OnnxOperator
+from qnas.latency.onnx.onnx_operator import OnnxOperator
 from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
@@ -139,14 +139,19 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         parts = [part for part in parts if part.kind == "uncovered"] + _parts(mapped)
         runtime_ms = 0.0
         notes.append(_describe(nn_meter.cover(mapped)))
+    if network.stand_ins:
+        notes.append(f"estimated, each priced by its multiply-adds: {_counted(network.stand_ins)}")
     if network.uncovered:
-        named = ", ".join(f"{op} ({n})" for op, n in network.uncovered.items())
-        notes.append(f"uncovered, each priced as a pass over its map: {named}")
+        notes.append(f"uncovered, each priced as a pass over its map: {_counted(network.uncovered)}")
     if network.changes_of_precision:
         notes.append(
             f"{network.changes_of_precision} changes of precision, not priced: all as in {device.precision}"
         )
     total = math.fsum([runtime_ms, *(part.latency_ms for part in parts)])
+    if not 0 < total < math.inf:
+        raise TableError(
+            f"device {device.name}: {network.path} takes {total} ms in all, expected more than 0 and an end"
+        )
     unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
     return Prediction(
         device.name, total, 1.0 - unknown / total, device.margin, tuple(parts), note="; ".join(notes)
@@ -157,7 +162,7 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     """Return the latencies of the kernels of an ONNX network by the device's model.
 
     A network takes their sum plus `device.network_ms`. Raises TableError where the device has no model,
-    or lacks the kinds by which uncovered operators are priced.
+    or lacks the kinds by which other operators are priced.
     """
     return tuple(
         _price(device, chain[part], kernel)
@@ -166,9 +171,21 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     )
 
 
-# Kinds that price those that a device does not know: by the same multiply-adds or the same pass.
-_STAND_INS = {"matmul": ("conv1x1", "linear")}
+def _counted(operators: Mapping[str, int]) -> str:
+    """Name operators with their numbers."""
+    return abbreviate([f"{one_line(op, 60)} ({n})" for op, n in operators.items()], most=12)
+
+
+# Kinds of a pass, which price other passes that a device does not know.
 _PASSES = ("elementwise", "add")
+
+
+def _products(kernel: Kernel) -> Iterable[Kernel]:
+    """Return kernels with the same multiply-adds, which price products that a device does not know."""
+    fan_in = kernel.kernel**2 * (1 if kernel.kind == "dwconv" else kernel.c_in)
+    alike = replace(kernel, resolution_px=kernel.out_px, c_in=fan_in, kernel=1, stride=1)
+    rows = replace(alike, resolution_px=1, batch=kernel.rows)
+    return replace(alike, kind="conv1x1"), replace(alike, kind="conv"), replace(rows, kind="linear")
 
 
 def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
@@ -176,8 +193,11 @@ def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> Kern
     if source is not None and status != "uncovered":
         priced_as, kind = kernel, "estimated" if status == "stand-in" else source
     else:
-        others = [(replace(kernel, kind=k), "estimated") for k in _STAND_INS.get(kernel.kind, ())]
-        others += [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
+        # what multiplies is never priced as a pass
+        if any(operator.macs for operator in part):
+            others = [(other, "estimated") for other in _products(kernel)]
+        else:
+            others = [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
         priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
     return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
 

@@ -6,14 +6,14 @@ agrees with that function. No other node reads the tensors inside it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from onnx import NodeProto
 
-from qnas.latency.onnx.graph_file import Array, Node, evaluate
 from qnas.latency.onnx.tensors import Reader
+from qnas.latency.onnx.values import Array, Node, evaluate
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ _FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
     ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
 )
 _AGREEMENT = 2e-3  # of values of order one; the functions differ by more than ten times that
+# Each function above has at least one of these, and none has more than four.
+_BENDS = ("Erf", "Tanh", "Sigmoid", "Exp", "HardSigmoid", "Clip", "Relu", "Min", "Max", "ReduceMean")
+_MOST_BENDS = 4
+_MOST_DIMENSIONS = 8  # of a tensor of which a composition is tried
+_MOST_INPUTS = 3  # of a node
 
 
 def compositions(reader: Reader) -> dict[int, Composition]:
@@ -61,11 +66,12 @@ def compositions(reader: Reader) -> dict[int, Composition]:
 def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
     """Return the largest composition that ends at a node, without nodes that are taken."""
     inside = {end}
+    bends = int(reader.nodes[end].op in _BENDS)
     best = None
-    while len(inside) <= _LONGEST:
+    while len(inside) <= _LONGEST and bends <= _MOST_BENDS:
         nodes = tuple(reader.nodes[i] for i in sorted(inside))
         outside = {s for s in reader.sources(nodes) if reader.writer.get(s) not in inside}
-        if len(outside) == 1 and len(inside) > 1:
+        if len(outside) == 1 and len(inside) > 1 and bends:
             (source,) = outside
             views = [n for node in nodes for n in reader.activations(node) if reader.root(n) == source]
             same = {reader.shapes[view] for view in views}
@@ -80,44 +86,55 @@ def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
         if not reader.readers[output] <= inside or output in reader.outputs:
             break
         inside.add(latest)
+        bends += reader.nodes[latest].op in _BENDS
     return best
 
 
 def _is_composable(reader: Reader, node: Node) -> bool:
     """Whether a node applies arithmetic to tensors and scalars, or a mean."""
-    if node.op not in _COMPOSABLE:
+    if node.op not in _COMPOSABLE or len(node.inputs) > _MOST_INPUTS:
         return False
     values = [reader.graph.values.get(name) for name in node.inputs if name in reader.graph.constants]
     return all(v is not None and (v.size == 1 or node.op == "ReduceMean") for v in values)
 
 
+@cache
+def _sample(rank: int) -> tuple[Array, tuple[tuple[str, Array], ...]]:
+    """Return random numbers, and what the functions give for them."""
+    shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
+    sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x = sample.astype(np.float64)
+    return np.asarray(sample), tuple((kind, np.asarray(of(x))) for kind, of in _FUNCTIONS)
+
+
 def _kind(reader: Reader, nodes: Sequence[Node], view: str) -> str | None:
     """Return the function of a tensor that nodes compute, identified by random numbers."""
     rank = len(reader.shapes[view])
-    shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
-    sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    feeds: dict[str, Array] = {reader.root(view): sample}
-    protos = []
+    if rank > _MOST_DIMENSIONS:
+        return None
+    sample, functions = _sample(rank)
+    known = {reader.root(view): sample}
     for node in nodes:
-        proto = NodeProto()
-        proto.CopyFrom(node.proto)
-        for place, name in enumerate(node.inputs):
-            proto.input[place] = reader.root(name)
-            if name in reader.graph.values:
-                value = reader.graph.values[name]
-                feeds[name] = value.astype(np.float32) if value.dtype.kind == "f" else value
-        protos.append(proto)
-    result = evaluate(protos, feeds, nodes[-1].outputs[0], reader.graph.opset)
-    if result is None or result.shape != shape:
+        result = evaluate(node, [_operand(reader, name, known) for name in node.inputs])
+        if result is None:
+            return None
+        known[node.outputs[0]] = result
+    result = known[nodes[-1].outputs[0]]
+    if result.shape != sample.shape:
         return None
     if any(node.op == "ReduceMean" for node in nodes):
         axis = reader.channel_axis(view)
         norm = (sample - sample.mean(axis, keepdims=True)) / sample.std(axis, keepdims=True)
         return "layernorm" if np.allclose(result, norm, atol=_AGREEMENT) else None
-    x = sample.astype(np.float64)
-    return next(
-        (kind for kind, of in _FUNCTIONS if np.allclose(result, of(x), rtol=0, atol=_AGREEMENT)), None
-    )
+    return next((kind for kind, y in functions if np.abs(result - y).max() <= _AGREEMENT), None)
+
+
+def _operand(reader: Reader, name: str, known: Mapping[str, Array]) -> Array | None:
+    """Return the value of an input, constants in the sample's precision; None for one that is left out."""
+    value = reader.graph.values.get(name)
+    if value is None:
+        return known[reader.root(name)] if name else None
+    return value if value.dtype.kind in "biu" else value.astype(np.float32)
 
 
 def splits(reader: Reader) -> dict[int, Composition]:

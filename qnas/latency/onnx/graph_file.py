@@ -7,111 +7,77 @@ Weights are never read, so a file whose weights lie in another file is priced wi
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx itself needs it
-from onnx import helper, inliner, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import helper, numpy_helper, shape_inference
+from onnx.external_data_helper import ExternalDataInfo
 
-from qnas.common.errors import ArchError
+from qnas.common.errors import ArchError, one_line
+from qnas.common.reading import open_regular
+from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
+from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
 
-Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
-LARGEST_VALUE = 1024  # elements of a constant that is followed: shapes and scalars, not weights
+LARGEST_TENSOR = 2**31 - 1  # limit for the elements of a tensor, which onnx counts in 32 bits in places
+_MOST_DIMENSIONS = 32
 _LARGEST_IMAGE_CHANNELS = 4  # tells (1, C, H, W) from (1, H, W, C)
 _STANDARD = ("", "ai.onnx")
 # operators for which onnx infers no shape; they keep that of their input
 _KEEP_SHAPE = ("GroupNormalization", "InstanceNormalization", "MeanVarianceNormalization")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that runs for every image. An input that is left out is an empty string."""
-
-    name: str
-    op: str  # with its domain where that is not the standard one: "com.microsoft.FusedConv"
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    proto: onnx.NodeProto
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        """Return an attribute's value, text as str."""
-        values = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute if a.name == name}
-        value = values.get(name, default)
-        return value.decode() if isinstance(value, bytes) else value
+_CONSTANT_VALUES = {  # attribute of a Constant -> its type, and that of the elements
+    "value": (onnx.AttributeProto.TENSOR, None),
+    "sparse_value": (onnx.AttributeProto.SPARSE_TENSOR, None),
+    "value_float": (onnx.AttributeProto.FLOAT, np.float32),
+    "value_floats": (onnx.AttributeProto.FLOATS, np.float32),
+    "value_int": (onnx.AttributeProto.INT, np.int64),
+    "value_ints": (onnx.AttributeProto.INTS, np.int64),
+    "value_string": (onnx.AttributeProto.STRING, None),
+    "value_strings": (onnx.AttributeProto.STRINGS, None),
+}
+# What onnx's functions in C++ and in Python raise for a node or a tensor that is not valid.
+_ONNX_ERRORS = (
+    *(onnx.checker.ValidationError, onnx.defs.SchemaError, shape_inference.InferenceError),
+    *(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+)
 
 
 def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     """Read an ONNX file for a batch of one image.
 
     `resolution_px` is used for a height and width that the file leaves free. Raises ArchError where
-    the file is no ONNX file, has other inputs than one image, a batch of more than one, or tensors whose
-    shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
+    the file is no ONNX file, has other inputs than one image, a batch of more than one, branches, or tensors
+    whose shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
-    model = _load(path)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
+    model = read_model(path)
     graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
         graph.add(proto)
+    missing = [name for name in graph.outputs if name not in graph.shapes]
+    if missing or not graph.outputs:
+        what = f"no operator gives the output {one_line(missing[0], 60)!r}" if missing else "no outputs"
+        raise graph.error(what)
     read, used = set(graph.outputs), []  # the nodes that an output depends on
     for node in reversed(graph.nodes):
         if read.intersection(node.outputs):
-            read.update(node.inputs)
+            read.update(filter(None, node.inputs))
             used.append(node)
     graph.nodes = used[::-1]
     return graph
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except FileNotFoundError:
-        raise ArchError(f"{path}: no such file, expected an ONNX file") from None
-    except IsADirectoryError:
-        raise ArchError(f"{path}: a folder, expected an ONNX file") from None
-    except DecodeError as error:
-        raise ArchError(f"{path}: not an ONNX file, or a damaged one") from error
-    if not model.graph.node or not model.opset_import:
-        raise ArchError(f"{path}: not an ONNX file, or one without operators")
-    return model
-
-
-def evaluate(
-    protos: Sequence[onnx.NodeProto], feeds: Mapping[str, Array], output: str, opset: int
-) -> Array | None:
-    """Return the output of standard operators for `feeds`; None where onnx cannot evaluate them."""
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in feeds.items()
-    ]
-    graph = helper.make_graph(list(protos), "part", inputs, [helper.make_empty_tensor_value_info(output)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    try:
-        with np.errstate(all="ignore"):
-            (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
-    except Exception:  # of many types: the operator is unknown
-        return None
-    return np.asarray(value)
 
 
 class Graph:
     """The nodes that run, in order, for one image of shape (1, C, H, W) or (1, H, W, C), and the tensors."""
 
     def __init__(self, model: onnx.ModelProto, path: Path, resolution_px: int | None) -> None:
-        self._path = path
+        self.path = path
         self._opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.opset_import}
         self._context = onnx.checker.C.CheckerContext()
         self._context.ir_version = model.ir_version
         self._context.opset_imports = self._opsets
         self._stated = {info.name: info.type for info in (*model.graph.value_info, *model.graph.output)}
-        self.opset = int(self._opsets.get("", 1))  # the version of the standard operators
         self.outputs = frozenset(output.name for output in model.graph.output)
         self.nodes: list[Node] = []
         self.shapes: dict[str, Shape] = {}  # of activations and of constants
@@ -125,45 +91,94 @@ class Graph:
         images = [info for info in model.graph.input if info.name not in self.constants]
         self.input, self.is_channels_last = self._set_image(images, resolution_px)
 
+    def error(self, problem: str) -> ArchError:
+        """Return the error of a graph that is not valid."""
+        return ArchError(f"{self.path}: not a valid ONNX graph: {one_line(problem)}")
+
+    def _set_shape(self, name: str, shape: Iterable[int], element: int, *, least: int) -> None:
+        """Set a tensor's shape, of sizes of at least `least`, and the type of its elements."""
+        sizes = tuple(shape)
+        if name in self.shapes or not name:
+            raise self.error(f"two tensors of the name {one_line(name, 60)!r}")
+        is_large = len(sizes) > _MOST_DIMENSIONS or math.prod(sizes) > LARGEST_TENSOR
+        if is_large or min(sizes, default=least) < least:
+            raise ArchError(
+                f"{self.path}: the tensor {one_line(name, 60)!r} has the shape "
+                f"{one_line(sizes, 100)}, expected sizes above 0 and at most {LARGEST_TENSOR:,} elements"
+            )
+        self.shapes[name], self.types[name] = sizes, element
+
     def _set_constant(self, name: str, shape: Iterable[int], element: int) -> None:
+        self._set_shape(name, shape, element, least=0)
         self.constants.add(name)
-        self.shapes[name] = tuple(shape)
-        self.types[name] = element
 
     def _set_value(self, name: str, value: Array) -> None:
         self._set_constant(name, value.shape, helper.np_dtype_to_tensor_dtype(value.dtype))
         self.values[name] = value
 
     def _set_tensor(self, name: str, tensor: onnx.TensorProto) -> None:
-        self._set_constant(name, tensor.dims, tensor.data_type)
-        if math.prod(tensor.dims) <= LARGEST_VALUE:
-            self._set_value(name, self._read(tensor))
+        kind = tensor.data_type
+        if kind == onnx.TensorProto.UNDEFINED or kind not in onnx.TensorProto.DataType.values():
+            raise self.error(f"{name!r} has elements of the unknown type {kind}")
+        self._set_constant(name, tensor.dims, kind)
+        if math.prod(tensor.dims) <= LARGEST_VALUE and kind != onnx.TensorProto.STRING:
+            value = self._read(tensor, name)
+            if value.shape != tuple(tensor.dims):
+                raise self.error(f"the values of {name!r} do not fit its shape")
+            self.values[name] = value
 
-    def _read(self, tensor: onnx.TensorProto) -> Array:
+    def _read(self, tensor: onnx.TensorProto, name: str) -> Array:
         try:
-            return numpy_helper.to_array(tensor, str(self._path.parent))
-        except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor = self._with_data(tensor)
+            return numpy_helper.to_array(tensor)
+        except (OSError, *_ONNX_ERRORS) as error:
+            advice = "expected as many as its shape has"
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                advice = "put the data file that belongs to this ONNX file beside it"
             raise ArchError(
-                f"{self._path}: the values of {tensor.name!r} cannot be read: put the data file that "
-                "belongs to this ONNX file beside it"
+                f"{self.path}: the values of {one_line(name, 60)!r} cannot be read: {advice}"
             ) from error
+
+    def _with_data(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """Return a small tensor with its data from another file. Raises OSError or ValueError."""
+        info = ExternalDataInfo(tensor)
+        folder = self.path.parent.resolve()
+        file = (folder / info.location).resolve()
+        if not file.is_relative_to(folder):
+            raise ValueError(f"{info.location} is outside the folder")
+        # a tensor without a length has as many bytes as its elements
+        of_elements = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        size = info.length if info.length is not None else of_elements
+        if size > VALUE_BYTES:
+            raise ValueError(f"{size} bytes")
+        with open_regular(file) as data:
+            data.seek(info.offset or 0)
+            content = data.read(size)
+        return onnx.TensorProto(
+            name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=content
+        )
 
     def _set_image(
         self, inputs: Sequence[onnx.ValueInfoProto], resolution_px: int | None
     ) -> tuple[str, bool]:
         """Set the input's shape for one image; return its name and whether channels come last."""
         if len(inputs) != 1:
-            names = ", ".join(i.name for i in inputs) or "none"
-            raise ArchError(f"{self._path}: expected one input, a batch of images; found {names}")
+            names = one_line(", ".join(i.name for i in inputs), 100) if inputs else "none"
+            raise ArchError(f"{self.path}: expected one input, a batch of images; found {names}")
         (image,) = inputs
-        where = f"{self._path}: input {image.name!r}"
-        dims = [d.dim_value if d.HasField("dim_value") else 0 for d in image.type.tensor_type.shape.dim]
-        if len(dims) != 4:
-            shape = ", ".join(str(d or "?") for d in dims)
+        where = f"{self.path}: input {one_line(image.name, 60)!r}"
+        # a free size is without a value, and -1 in the files of some writers
+        given = [d.dim_value if d.HasField("dim_value") else -1 for d in image.type.tensor_type.shape.dim]
+        shape = one_line(", ".join("?" if d == -1 else str(d) for d in given), 100)
+        if len(given) != 4:
             raise ArchError(f"{where} has the shape ({shape}), expected images: four dimensions")
+        if any(d == 0 or d < -1 for d in given):
+            raise ArchError(f"{where} has the shape ({shape}), expected sizes above 0, or free ones")
+        dims = [max(0, d) for d in given]
         if dims[0] > 1:
             raise ArchError(
-                f"{self._path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
+                f"{self.path}: the batch is fixed at {dims[0]} images, expected 1 or a free batch size: "
                 "export it so"
             )
         of_image = range(1, _LARGEST_IMAGE_CHANNELS + 1)
@@ -173,96 +188,137 @@ class Graph:
             raise ArchError(f"{where} has a free number of channels, expected a fixed one")
         dims[places] = [side or resolution_px or 0 for side in dims[places]]
         if 0 in dims[places]:
-            raise ArchError(f"{self._path}: height and width of the images are free: give a resolution in px")
+            raise ArchError(
+                f"{self.path}: height and width of the images are free: give a resolution in px with "
+                "--resolution"
+            )
         if resolution_px is not None and set(dims[places]) != {resolution_px}:
             size = " x ".join(map(str, dims[places]))
             raise ArchError(
-                f"{self._path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
+                f"{self.path}: images are fixed at {size} px, not {resolution_px}: leave the resolution out"
             )
-        self.shapes[image.name] = (1, *dims[1:])
-        self.types[image.name] = image.type.tensor_type.elem_type
+        self._set_shape(image.name, (1, *dims[1:]), image.type.tensor_type.elem_type, least=1)
         return image.name, is_last
 
     def add(self, proto: onnx.NodeProto) -> None:
         """Infer a node's outputs; keep the node if it runs for every image."""
         standard = proto.domain in _STANDARD
-        name = proto.name or next(filter(None, proto.output), proto.op_type)
-        self._check(proto, name)
-        if standard and proto.op_type == "Constant":
-            self._set_stated_value(proto)
+        outputs = tuple(filter(None, proto.output))
+        node = Node(
+            proto.name or next(iter(outputs), proto.op_type),
+            proto.op_type if standard else f"{proto.domain}.{proto.op_type}",
+            tuple(proto.input),
+            outputs,
+            proto,
+        )
+        if any(attribute.ref_attr_name for attribute in proto.attribute):
+            raise self._node_error(node, "an attribute of a function, but it is in none")
+        if node.op == "Constant":
+            self._set_stated_value(node)
             return
+        self._check(node)
         operands = list(filter(None, proto.input))
-        asks_shape = standard and proto.op_type in ("Shape", "Size")
+        asks_shape = node.op in ("Shape", "Size")
         is_constant = asks_shape or (bool(operands) and self.constants.issuperset(operands))
-        self._infer(proto, name, is_constant)
+        self._infer(node, is_constant)
         if is_constant:
-            self._fold(proto, operands, asks_shape)
-            return
-        op = proto.op_type if standard else f"{proto.domain}.{proto.op_type}"
-        self.nodes.append(Node(name, op, tuple(proto.input), tuple(proto.output), proto))
+            self.constants.update(outputs)
+            self._fold(node)
+        elif outputs:
+            self.nodes.append(node)
 
-    def _check(self, proto: onnx.NodeProto, name: str) -> None:
+    def _check(self, node: Node) -> None:
         try:
-            onnx.checker.check_node(proto, self._context)
-        except onnx.checker.ValidationError as error:
-            problem = str(error).strip().splitlines()[0]
-            raise ArchError(f"{self._path}: not a valid ONNX graph: {name!r}: {problem}") from error
-        if proto.op_type == "Constant" and len(proto.attribute) != 1:
-            raise ArchError(f"{self._path}: not a valid ONNX graph: {name!r}: a constant without a value")
-        unknown = [operand for operand in proto.input if operand and operand not in self.shapes]
+            onnx.checker.check_node(node.proto, self._context)
+        except _ONNX_ERRORS as error:
+            raise self._node_error(node, error) from error
+        unknown = [operand for operand in node.inputs if operand and operand not in self.shapes]
         if unknown:
             raise ArchError(
-                f"{self._path}: {proto.op_type} {name!r} reads {unknown[0]!r}, whose shape is not known: "
+                f"{self.path}: {one_line(node.op, 40)} {one_line(node.name, 40)!r} reads "
+                f"{one_line(unknown[0], 40)!r}, whose shape is not known: "
                 "expected operators in running order, with shapes that follow from the image's"
             )
 
-    def _set_stated_value(self, proto: onnx.NodeProto) -> None:
-        (attribute,) = proto.attribute
-        value = helper.get_attribute_value(attribute)
-        if isinstance(value, onnx.SparseTensorProto):
-            self._set_constant(proto.output[0], value.dims, value.values.data_type)
-        elif isinstance(value, onnx.TensorProto):
-            self._set_tensor(proto.output[0], value)
-        else:
-            kind = {"value_float": np.float32, "value_floats": np.float32}.get(attribute.name, np.int64)
-            is_text = attribute.name.startswith("value_string")
-            self._set_value(proto.output[0], np.array(value, dtype=object if is_text else kind))
+    def _node_error(self, node: Node, problem: object) -> ArchError:
+        lines = str(problem).strip().splitlines()
+        return self.error(f"{one_line(node.name, 60)!r}: {lines[0] if lines else type(problem).__name__}")
 
-    def _fold(self, proto: onnx.NodeProto, operands: Sequence[str], asks_shape: bool) -> None:
+    def _set_stated_value(self, node: Node) -> None:
+        stated = list(node.proto.attribute)
+        kind, element = _CONSTANT_VALUES.get(stated[0].name, (None, None)) if stated else (None, None)
+        if len(stated) != 1 or len(node.outputs) != 1 or stated[0].type != kind:
+            raise self._node_error(node, "a constant without a value")
+        (attribute,), (output,) = stated, node.outputs
+        if attribute.name == "value":
+            self._set_tensor(output, attribute.t)
+        elif attribute.name == "sparse_value":
+            sparse = attribute.sparse_tensor
+            self._set_constant(output, sparse.dims, sparse.values.data_type)
+        elif element is None:
+            shape = (len(attribute.strings),) if attribute.name == "value_strings" else ()
+            self._set_constant(output, shape, onnx.TensorProto.STRING)
+        else:
+            value = np.array(node.attribute(attribute.name), dtype=element)
+            self._set_constant(output, value.shape, helper.np_dtype_to_tensor_dtype(value.dtype))
+            if value.size <= LARGEST_VALUE:
+                self.values[output] = value
+
+    def _fold(self, node: Node) -> None:
         """Follow the value of a constant, where it and those that it depends on are small."""
-        self.constants.update(filter(None, proto.output))
-        output = proto.output[0]
-        size = math.prod(self.shapes[output]) if output in self.shapes else LARGEST_VALUE + 1
-        if asks_shape:  # any values of that shape will do; these share one element
-            feeds = {name: np.broadcast_to(np.float32(0), self.shapes[name]) for name in operands}
-        else:
-            feeds = {name: self.values[name] for name in operands if name in self.values}
-        if size > LARGEST_VALUE or len(proto.output) > 1 or len(feeds) < len(set(operands)):
+        if len(node.outputs) != 1:
             return
-        value = evaluate([proto], feeds, output, self.opset)
-        if value is not None:
-            self._set_value(output, value)
+        (output,) = node.outputs
+        value: Array | None
+        if node.op in ("Shape", "Size"):
+            shape = self.shapes[node.inputs[0]]
+            if node.op == "Size":
+                value = np.array(math.prod(shape))
+            else:
+                value = np.array(shape[node.attribute("start", 0) : node.attribute("end")], dtype=np.int64)
+        elif all(name in self.values for name in node.inputs if name):
+            value = evaluate(node, [self.values[name] if name else None for name in node.inputs])
+        else:
+            return
+        # a shape that onnx infers otherwise is a mistake of one of the two
+        if value is None or self.shapes.get(output, value.shape) != value.shape:
+            return
+        self.shapes[output] = value.shape
+        self.types[output] = helper.np_dtype_to_tensor_dtype(value.dtype)
+        self.values[output] = value
 
-    def _infer(self, proto: onnx.NodeProto, name: str, is_constant: bool) -> None:
+    def _infer(self, node: Node, is_constant: bool) -> None:
         """Set shape and element type of the outputs; for constants, only if they are known."""
-        inferred = self._inferred_types(proto)
-        for output in filter(None, proto.output):
+        inferred = self._inferred_types(node)
+        for output in node.outputs:
             found = _static(inferred.get(output)) or _static(self._stated.get(output))
-            if found is None and proto.op_type in _KEEP_SHAPE and proto.input[0] in self.shapes:
-                found = self.shapes[proto.input[0]], self.types[proto.input[0]]
+            if found is None and node.op in _KEEP_SHAPE and node.inputs[0] in self.shapes:
+                found = self.shapes[node.inputs[0]], self.types[node.inputs[0]]
             if found is not None:
-                self.shapes[output], self.types[output] = found
+                self._set_shape(output, *found, least=0 if is_constant else 1)
+            elif output in self.shapes or output in self.constants:
+                raise self.error(f"two tensors of the name {one_line(output, 60)!r}")
             elif not is_constant:
                 raise ArchError(
-                    f"{self._path}: the shape of {output!r}, which {proto.op_type} {name!r} gives, is not "
-                    "known before it runs: expected standard operators whose shapes follow from the image's"
+                    f"{self.path}: the shape of {one_line(output, 40)!r}, which "
+                    f"{one_line(node.proto.op_type, 40)} {one_line(node.name, 40)!r} gives, is not known "
+                    "before it runs: expected standard operators whose shapes follow from the image's"
                 )
 
-    def _inferred_types(self, proto: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+    def _inferred_types(self, node: Node) -> Mapping[str, onnx.TypeProto]:
+        """Return the types that onnx infers for a node's outputs; none for operators that are not its own.
+
+        Raises ArchError for inputs or attributes that do not fit the operator.
+        """
+        proto = node.proto
         domain = "" if proto.domain in _STANDARD else proto.domain
-        inputs = [name for name in proto.input if name in self.shapes]
         try:
             schema = onnx.defs.get_schema(proto.op_type, self._opsets.get(domain, 1), domain)
+        except onnx.defs.SchemaError:
+            return {}
+        inputs = [name for name in node.inputs if name]
+        self._check_sizes(node)
+        try:
             return shape_inference.infer_node_outputs(
                 schema,
                 proto,
@@ -271,13 +327,26 @@ class Graph:
                 opset_imports=[helper.make_opsetid(d, v) for d, v in self._opsets.items()],
                 ir_version=self._context.ir_version,
             )
-        except (
-            onnx.defs.SchemaError,
-            shape_inference.InferenceError,
-            onnx.checker.ValidationError,
-            RuntimeError,
-        ):
-            return {}
+        except _ONNX_ERRORS as error:
+            raise self._node_error(node, error) from error
+
+    def _check_sizes(self, node: Node) -> None:
+        """Refuse numbers at which onnx's inference, in C++, ends the process or does not end itself."""
+        rank, last = (len(self.shapes[name]) if name else 0 for name in (*node.inputs, "", "")[:2])
+        for attribute in node.proto.attribute:
+            name, number = attribute.name, attribute.i
+            is_place = name != "axis" or -rank - 1 <= number <= rank + 1
+            if attribute.type == onnx.AttributeProto.INT and not (is_place and abs(number) < 2**31 - 1):
+                raise self._node_error(node, f"{name} is {number}, but its input has {rank} dimensions")
+        count = node.attribute("num_outputs")
+        if node.op == "Split" and count is not None and count != len(node.proto.output):
+            raise self._node_error(node, f"num_outputs is {count}, but it has {len(node.outputs)} outputs")
+        if node.op == "GatherND" and last:
+            batch, indices = node.attribute("batch_dims", 0), self.shapes[node.inputs[1]][-1]
+            if batch < 0 or batch + indices > rank:
+                raise self._node_error(
+                    node, f"{batch} + {indices} indices, but its input has {rank} dimensions"
+                )
 
 
 def _static(kind: onnx.TypeProto | None) -> tuple[Shape, int] | None:
@@ -285,6 +354,6 @@ def _static(kind: onnx.TypeProto | None) -> tuple[Shape, int] | None:
     if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
         return None
     dims = kind.tensor_type.shape.dim
-    if not all(d.HasField("dim_value") for d in dims):
+    if not all(d.HasField("dim_value") and d.dim_value >= 0 for d in dims):
         return None
     return tuple(d.dim_value for d in dims), kind.tensor_type.elem_type

@@ -8,8 +8,9 @@ operator), `operators` and here:
   moves data is a `transpose`, and the one of a channel shuffle a `shuffle`.
 - Sums and products with one constant per channel directly after an operator that has its own scale and
   bias are absorbed by it, as batch normalisation is.
-- An operator that none of the models knows is UNCOVERED: a pass over its largest tensor, of kind
-  `elementwise`, named and counted.
+- An operator that none of the models knows is UNCOVERED if it passes over its tensors: one pass over the
+  largest, of kind `elementwise`, named and counted. One that multiplies and adds is a stand-in, priced by
+  its multiply-adds. With any other operator there is no total.
 
 Kernels are square and for one image. A map of another shape counts as the smallest square with at least as
 many pixels, and so do kernels and rows of tokens; the operator's `macs` are exact. A convolution with other
@@ -22,10 +23,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from qnas.common.errors import ArchError
 from qnas.latency.onnx.compositions import Composition, compositions, splits
-from qnas.latency.onnx.graph_file import Node, read_graph
-from qnas.latency.onnx.operators import OnnxOperator, is_per_channel, pass_over, read_operator
+from qnas.latency.onnx.graph_file import read_graph
+from qnas.latency.onnx.onnx_operator import OnnxOperator, Status, pass_over
+from qnas.latency.onnx.operators import check_priced, is_per_channel, read_operator
 from qnas.latency.onnx.tensors import Reader
+from qnas.latency.onnx.values import Node
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,38 @@ class OnnxNetwork:
     @property
     def uncovered(self) -> dict[str, int]:
         """The number of operators that no latency model knows, by name."""
-        return dict(Counter(o.op for o in self.operators if o.status == "uncovered"))
+        return self._count("uncovered")
+
+    @property
+    def stand_ins(self) -> dict[str, int]:
+        """The number of operators that are priced as others with the same multiply-adds, by name."""
+        return self._count("stand-in")
+
+    def _count(self, status: Status) -> dict[str, int]:
+        return dict(Counter(o.op for o in self.operators if o.status == status))
 
 
 def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     """Read an ONNX file as operators for one image; weights are not read.
 
     `resolution_px` is for files whose height and width are free. Raises ArchError where the file is no
-    ONNX file, has other inputs than one batch of images, or has shapes that no resolution determines.
+    ONNX file, has other inputs than one batch of images, or has shapes that no resolution determines; and
+    where nothing in it computes, or operators whose work is not known.
     """
     graph = read_graph(path, resolution_px=resolution_px)
     shape = graph.shapes[graph.input]
     height, width, channels = shape[1:] if graph.is_channels_last else (*shape[2:], shape[1])
     reader = Reader(graph)
+    if not reader.nodes:
+        raise ArchError(f"{path}: no layers that compute, expected a network of images")
+    check_priced(reader)
     changes = sum(map(reader.changes_precision, graph.nodes))
     return OnnxNetwork(path, channels, height, width, _chains(reader), changes)
 
 
 # Operators with their own scale and bias, which absorb those after them.
 _AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
+_MOST_ABSORBED = 16  # nodes by one operator
 
 
 def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
@@ -121,6 +138,8 @@ def _only_writer(
 def _is_absorbed(reader: Reader, node: Node, before: OnnxOperator) -> bool:
     """Whether a node scales or shifts each channel by a constant, after an operator that does so itself."""
     if node.op not in ("Add", "Sub", "Mul", "Div") or before.kernel.kind not in _AFFINE:
+        return False
+    if before.op.count("+") >= _MOST_ABSORBED:
         return False
     constants = [name for name in node.inputs if name in reader.graph.constants]
     if len(constants) != 1 or (node.op == "Div" and node.inputs[0] in constants):

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from qnas.latency.onnx.graph_file import Array, Graph, Node
+from qnas.latency.onnx.graph_file import Graph
+from qnas.latency.onnx.values import Array, Node
 
 # They rename or reshape a tensor and move no data.
 FREE = ("Identity", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
