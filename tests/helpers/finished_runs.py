@@ -13,7 +13,9 @@ from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
 from qnas.runs.pareto import Accuracy
 from qnas.solver.limits import Limits, count_limit, expected_amount, latency_limit
-from qnas.solver.solve import Scores, solution_document, solve_best
+from qnas.solver.solve import Scores, Solution, largest, solution_document, solve_best
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 
 
@@ -55,23 +57,60 @@ def make_record(
     scores = tuple(tuple(-x for x in row) for row in nats) if effects else log_p
     solution = solve_best(space, scores, limits, 20)[rank - 1]
     document = solution_document(space, solution, {"heldout_accuracy": 0.75, "seed": seed})
+    write_text(folder / SPACE_FILE, space.to_yaml())
     entries = [
         {"name": limit.name, "budget": f"{limit.budget}ms", "limit": limit.limit, "device": limit.name}
-        for limit in limits
         if limit.table is not None
+        else {"name": limit.name, "budget": f"{limit.budget}", "limit": limit.limit}
+        for limit in limits
     ]
-    write_text(folder / SPACE_FILE, space.to_yaml())
     write_json(folder / CONFIG_FILE, {"search": {"k_best": 20, "threads": 1}, "limits": entries, **config})
-    found = {
-        "expected": [expected_amount(log_p, limit) for limit in limits],
-        "budget_binds": any(limit.binds for limit in limits),
-        "log_probabilities": log_p,
-        "effects": {"nats": nats, "explained": 0.9, "networks": 100} if effects else None,
-        "derived": {"choices": document["choices"], "accuracy": 0.7, "heldout_accuracy": 0.75},
-    }
+    found = search_document(space, limits, solution, log_p)
+    found["effects"] = {"nats": nats, "explained": 0.9, "networks": 100} if effects else None
     write_json(folder / SEARCH_FILE, found)
     write_json(folder / "arch.json", document)
     return read_finished_run(folder)
+
+
+def search_document(space: SearchSpace, limits: Limits, solution: Solution, log_p: Scores) -> dict[str, Any]:
+    """Return a search.json whose derived network is a solution, compared with the largest network only."""
+    derived = network_entry(space, limits, solution.indices)
+    params = count_params(lower(space, arch_from_indices(space, solution.indices)))
+    first = {"rank": solution.rank, "score": solution.score, "heldout_accuracy": 0.75, "heldout_loss": 0.9}
+    return {
+        "schema": "qnas.search/1",
+        "expected_ms": expected_amount(log_p, limits[0]),
+        "expected": [expected_amount(log_p, limit) for limit in limits],
+        "budget_binds": any(limit.binds for limit in limits),
+        "images": {"train": 1151, "heldout": 287},
+        "broken_images": 0,
+        "log_probabilities": log_p,
+        "screened": 20,
+        "ranking": [
+            {**first, "choices": derived["choices"], "amounts": derived["amounts"]}
+            | {"level": True, "params": params}
+        ],
+        "derived": derived | {"heldout_accuracy": 0.75},
+        "random": [],
+        "macs_guided": None,
+        "largest": network_entry(space, limits, largest(space, limits).indices),
+        "seeds": {"accuracies": {"0": 0.7}, "mean": 0.7, "sd": None},
+        "layers": {},
+    }
+
+
+def network_entry(space: SearchSpace, limits: Limits, indices: tuple[int, ...]) -> dict[str, Any]:
+    """Return a network's entry in a search.json."""
+    arch = arch_from_indices(space, indices)
+    amounts = [limit.amount(indices) for limit in limits]
+    macs = count_macs(lower(space, arch))
+    return {
+        "choices": list(arch.choices),
+        "latency_ms": amounts[0],
+        "amounts": amounts,
+        "macs": macs,
+        "accuracy": 0.7,
+    }
 
 
 def flat(accuracies: dict[tuple[int, ...], float], images: int = 287) -> dict[tuple[int, ...], Accuracy]:
