@@ -44,7 +44,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of spaces and devices; no path
 Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_check_printable)]
 PathText = Annotated[Text, AfterValidator(_check_path)]  # a path, perhaps after a prefix such as imagefolder:
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{4,64}$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
 Number = Annotated[float, Field(ge=-1e40, le=1e40, allow_inf_nan=False)]  # within float32, as losses are
 Amount = Annotated[float, Field(ge=0, le=1e40, allow_inf_nan=False)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e40, allow_inf_nan=False)]
@@ -61,7 +61,7 @@ def check_content(
     try:
         model.model_validate(content)
     except ValidationError as cause:
-        raise error(f"{where}: {one_line(describe_problems(cause), LINE_CHARACTERS - 10)}") from cause
+        raise error(f"{where}: {one_line(describe_problems(cause), LINE_CHARACTERS - 50)}") from cause
 
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:

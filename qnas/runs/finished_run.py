@@ -126,5 +126,6 @@ def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -
     recompute(document, space, arch, path)
     searched = _searched(found, space, folder / SEARCH_FILE)
     check_request(config, document, folder)
-    check_search(found, document, space, limits, searched.scores, folder)
+    scores = searched.scores, searched.log_probabilities
+    check_search(found, document, space, limits, *scores, folder)
     return FinishedRun(folder, config, document, found, space, arch, limits, searched)

@@ -10,6 +10,7 @@ the reader is told (`Recomputed.unchecked`).
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,7 +25,7 @@ from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table import DECIMALS, LatencyTable, read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, PREDICTIONS_FILE, RESULT_FILE, SEARCH_FILE, table_file
 from qnas.runs.report.training import read_predictions
-from qnas.solver.limits import COUNTS, Limit, Limits, count_limit, latency_limit
+from qnas.solver.limits import COUNTS, Limit, Limits, count_limit, expected_amount, latency_limit
 from qnas.solver.solve import Scores, limit_entry, solve_best
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -271,6 +272,7 @@ def check_search(
     space: SearchSpace,
     limits: Limits,
     scores: Scores,
+    log_probabilities: Scores,
     folder: Path,
 ) -> None:
     """Raise CheckpointError where a search.json differs from what its choices, tables and scores give.
@@ -293,7 +295,9 @@ def check_search(
         for name in expected.keys() & entry.keys():
             slack = 1e-9 if name == "score" else 0.0
             _compare(f"{where}.{name}", entry[name], expected[name], slack, CheckpointError)
-    _compare(f"{path}: expected", [0] * len(found["expected"]), [0] * len(limits), error=CheckpointError)
+    _check_summary(found, limits, log_probabilities, path)
+    if document.get("heldout_accuracy") is None:
+        raise ArchError(f"{folder / ARCH_FILE}: heldout_accuracy: missing")
     first, derived = found["ranking"][0], found["derived"]
     for key, value, other in (
         ("ranking[0].choices", first["choices"], document["choices"]),
@@ -305,6 +309,24 @@ def check_search(
         ("derived.accuracy", derived["accuracy"], document.get("supernet_accuracy", derived["accuracy"])),
     ):
         _compare(f"{path}: {key}, from {ARCH_FILE},", value, other, error=CheckpointError)
+
+
+def _check_summary(found: Mapping[str, Any], limits: Limits, log_probabilities: Scores, path: Path) -> None:
+    """Raise CheckpointError where the expected amounts or the accuracies by seed do not come out."""
+    expected = [expected_amount(log_probabilities, limit) for limit in limits]
+    if len(found["expected"]) != len(expected):
+        raise CheckpointError(f"{path}: expected: {len(found['expected'])} amounts of {len(expected)} limits")
+    accuracies = list(found["seeds"]["accuracies"].values())
+    figures = {
+        "expected_ms": (found["expected_ms"], expected[0]),
+        **{f"expected[{at}]": each for at, each in enumerate(zip(found["expected"], expected, strict=True))},
+        "budget_binds": (found["budget_binds"], any(limit.binds for limit in limits)),
+        "seeds.mean": (found["seeds"]["mean"], statistics.mean(accuracies or [math.nan])),
+        "seeds.sd": (found["seeds"]["sd"], statistics.stdev(accuracies) if len(accuracies) > 1 else None),
+    }
+    for key, (value, other) in figures.items():
+        # the probabilities were computed on another machine, perhaps from tables with more decimals
+        _compare(f"{path}: {key}", value, other, 1e-4 * abs(other or 0.0), CheckpointError)
 
 
 def _is_rounded(entry: Mapping[str, Any]) -> bool:

@@ -1,20 +1,34 @@
 """Artificial finished searches: folders as a search writes them, made in milliseconds."""
 
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qnas.common.files import write_json, write_text
-from qnas.latency.device import load_device
+from qnas.common.intervals import LEVEL, wilson
+from qnas.latency.device import Device, load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.table import table_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
-from qnas.runs.names import CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
+from qnas.runs.names import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    SEARCH_FILE,
+    SPACE_FILE,
+    SPEED_FILE,
+    SUBNET_FOLDER,
+    table_file,
+)
 from qnas.runs.pareto import Accuracy
 from qnas.solver.limits import Limits, count_limit, expected_amount, latency_limit
 from qnas.solver.solve import Scores, Solution, largest, solution_document, solve_best
-from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 
@@ -39,16 +53,21 @@ def make_record(
     *,
     seed: int = 0,
     share: float = 0.5,
-    devices: tuple[str, ...] = ("vpu",),
+    devices: tuple[str | Device, ...] = ("vpu",),
     max_params: float | None = None,
     effects: bool = True,
     rank: int = 1,
+    margin: float = 0.0,
+    choices: tuple[str, ...] | None = None,
     **config: Any,
 ) -> FinishedRun:
-    """Write the folder of a search whose first limit is at this share of the device's range."""
+    """Write the folder of a search whose first limit is at this share of the device's range.
+
+    Its network is that of a rank, or one of these choices. The devices have this margin.
+    """
     limits: Limits = ()
     for device in devices:
-        table = compute_table(load_device(device), space)
+        table = replace(compute_table(load_device(device), space), margin=margin)
         limits += (latency_limit(table, table.fastest_ms + share * (table.slowest_ms - table.fastest_ms)),)
         write_text(folder / table_file(table.device), table_text(table, space))
     if max_params is not None:
@@ -56,10 +75,15 @@ def make_record(
     log_p, nats = random_log_probabilities(space, seed), random_effects(space, seed)
     scores = tuple(tuple(-x for x in row) for row in nats) if effects else log_p
     solution = solve_best(space, scores, limits, 20)[rank - 1]
+    if choices is not None:
+        indices = Arch(choices).indices(space)
+        score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+        solution = replace(solution, indices=indices, score=score)
     document = solution_document(space, solution, {"heldout_accuracy": 0.75, "seed": seed})
     write_text(folder / SPACE_FILE, space.to_yaml())
     entries = [
-        {"name": limit.name, "budget": f"{limit.budget}ms", "limit": limit.limit, "device": limit.name}
+        {"name": limit.name, "budget": f"{limit.budget}ms", "limit": limit.limit}
+        | {"device": limit.name, "table_digest": limit.table.digest}
         if limit.table is not None
         else {"name": limit.name, "budget": f"{limit.budget}", "limit": limit.limit}
         for limit in limits
@@ -111,6 +135,82 @@ def network_entry(space: SearchSpace, limits: Limits, indices: tuple[int, ...]) 
         "macs": macs,
         "accuracy": 0.7,
     }
+
+
+def result_document(space: SearchSpace, arch: Arch, right: int, images: int) -> dict[str, Any]:
+    """Return a result.json of a training in which so many of the test images are right."""
+    n = space.head.classes
+    of_class = [images // n + (i < images % n) for i in range(n)]
+    rows, left = [], right
+    for name, count in enumerate(of_class):
+        rows.append({"class": str(name), "images": count} | _share(min(left, count), count))
+        left -= min(left, count)
+    blocks = lower(space, arch)
+    return {
+        "schema": "qnas.subnet/1",
+        "test_accuracy": right / images,
+        "test_loss": 0.5,
+        "test_images": images,
+        "broken_images": 0,
+        "interval_level": LEVEL,
+        "top1": _share(right, images),
+        "top5": None,
+        "per_class": rows,
+        "best_by_test_images": {"epoch": 2, "test_accuracy": right / images},
+        "params": count_params(blocks),
+        "deployed": {
+            "resolution_px": space.input.resolution_px,
+            "macs": count_macs(blocks),
+            "params": count_params(blocks),
+            "latency": {"myriad-vpu": {"ms": 1.0, "from_measurements": 0.5}},
+        },
+        "resolution_px": 32,
+        "classes": [row["class"] for row in rows],
+        "mean": [0.5] * space.input.channels,
+        "std": [0.25] * space.input.channels,
+        "data": "digits",
+    }
+
+
+def _share(right: int, images: int) -> dict[str, float]:
+    low, high = wilson(right / images, images)
+    return {"value": right / images, "low": low, "high": high}
+
+
+def make_training(run: FinishedRun, *, right: int = 320, images: int = 359) -> Path:
+    """Write the folder of the training of a run's network, but for the weights and predictions."""
+    folder = run.folder / SUBNET_FOLDER
+    write_json(folder / RESULT_FILE, result_document(run.space, run.arch, right, images))
+    write_json(folder / "arch.json", run.document)
+    write_text(folder / SPACE_FILE, run.space.to_yaml())
+    recipe = {"schema": "qnas.recipe/1", "epochs": 2, "batch_size": 96, "resolution_px": 32}
+    request = {"train": {"recipe": recipe, "threads": 1, "seed": 0}, "from_supernet": True}
+    known = {"command": "train-subnet", "choices": list(run.arch.choices), "space_digest": run.space.digest}
+    write_json(folder / CONFIG_FILE, {**request, **known, "data": "digits", "versions": {"qnas": "0.1.0"}})
+    speed = {"images_per_second": 7752.5, "batch_size": 64, "resolution_px": 32, "runtime": "torch 2"}
+    write_json(folder / SPEED_FILE, {**speed, "machine": "a CPU", "threads": 1, "cores": 2})
+    epoch = {"train_loss": 0.75, "learning_rate": 0.002, "test_loss": 0.5}
+    rows: list[dict[str, Any]] = [{"step": step, "loss": 1.0 / step} for step in range(1, 9)]
+    for number, row in enumerate((rows[3], rows[7]), 1):
+        row |= {"epoch": number, "test_accuracy": number * right / (2 * images), **epoch}
+    write_text(folder / METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def search_metrics(space: SearchSpace, devices: Sequence[str] = ("myriad-vpu",)) -> list[dict[str, Any]]:
+    """Return the rows of a search's metrics: six steps, every second of them an architecture step."""
+    shares = [[round(1 / len(p.names), 4)] * len(p.names) for p in space.positions]
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 7):
+        row: dict[str, Any] = {"step": step, "loss": 2.5 - 0.25 * step}
+        if step % 2 == 0:
+            row |= {"arch_loss": 2.0, "arch_accuracy": 0.5, "expected_ms": 2.0, "limit_ms": 2.0}
+            row |= {f"of_limit_{device}": 1.0 for device in devices}
+            row |= {"multiplier": 0.25, "temperature": 0.5, "entropy": 1.0, "identity_share": 0.25}
+            row |= {"probabilities": shares}
+        rows.append(row)
+    rows[2]["warnings"] = ["it stands still"]
+    return rows
 
 
 def flat(accuracies: dict[tuple[int, ...], float], images: int = 287) -> dict[tuple[int, ...], Accuracy]:
