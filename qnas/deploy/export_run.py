@@ -17,6 +17,7 @@ from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Product, RealImages
 from qnas.deploy.measurement import time_exported
+from qnas.runs.finished_run import verify_certificate
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import EXPORT_FOLDER, SAMPLE_FILE
 from qnas.runs.tensors import load_tensors
@@ -105,6 +106,7 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     )
     found = find_arch(trained)
     result = read_result(trained, found)
+    verify_certificate(found)
     px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
     images, calibration = _checking_images(request, found, result, px)

@@ -116,8 +116,12 @@ class ConfigDocument(Document):
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
-        if self.command == "train-subnet" and (self.train is None or self.from_supernet is None):
-            raise ValueError("a training's request has train and from_supernet")
+        if self.search is None and self.train is None:
+            raise ValueError("neither search nor train: not the request of a run")
+        if self.search is None and self.from_supernet is None:
+            raise ValueError("from_supernet: missing, though it is a training's request")
+        if self.command not in (None, "search" if self.train is None else "train-subnet"):
+            raise ValueError(f"command: {self.command}, though it is another one's request")
         return self
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.runs.documents import check_solved, read_arch_facts, read_search_document
 from qnas.runs.folders import read_config
+from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE
-from qnas.runs.verification import check_request, check_search, read_limits, recompute
+from qnas.runs.verification import check_certificate, check_request, check_search, read_limits, recompute
 from qnas.solver.limits import Limits
 from qnas.solver.solve import Scores
 from qnas.spaces.arch import Arch, arch_of
 from qnas.spaces.space import SearchSpace, load_space
+
+MOST_SOLVED = 2_000  # networks of a derivation for which its certificate is solved again
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,28 @@ def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / CONFIG_FILE}: no {', '.join(missing)}: without it networks cannot be ranked on "
             "held-out images"
         )
+
+
+def verify_certificate(found: FoundArch) -> None:
+    """Solve again for the certificate of a search's or a derivation's network, if its search is near.
+
+    Raises ArchError if another score, rank or bound comes out. Without the search, there are no scores to
+    solve for.
+    """
+    document, path = found.document, found.folder / ARCH_FILE
+    if "certificate" not in document or found.unchecked:
+        return
+    supernet = str(document.get("supernet", ""))
+    places = [found.folder, found.folder.parent]  # the latter of a training in its run
+    places += [(place / supernet).parent for place in places if supernet]
+    run = next((place for place in places if (place / SEARCH_FILE).is_file()), None)
+    if run is None:
+        return
+    limits = recompute(document, found.space, found.arch, path).limits
+    searched = read_searched(run, found.space)
+    asked = min(document["certificate"]["solved"], MOST_SOLVED) if supernet else 0
+    most = max(searched.screened, asked)
+    check_certificate(document, found.space, found.arch, limits, searched.scores, most, path)
 
 
 def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -> FinishedRun:

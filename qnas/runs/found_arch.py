@@ -46,9 +46,9 @@ def find_arch(path: Path, space: str | None = None) -> FoundArch:
 
 
 def read_result(folder: Path, found: FoundArch) -> dict[str, Any]:
-    """Return the result.json of a network's training, checked against the network and its predictions.
+    """Return the result.json of a network's training, checked against the network.
 
-    Raises CheckpointError if it is missing, damaged or contradicts them.
+    Raises CheckpointError if it is missing, damaged or contradicts itself or the network.
     """
     result = read_result_document(folder)
     check_result(result, found.space, found.arch, folder)

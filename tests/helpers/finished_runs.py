@@ -13,7 +13,7 @@ from qnas.common.files import write_json, write_text
 from qnas.common.intervals import LEVEL, wilson
 from qnas.latency.device import Device, load_device
 from qnas.latency.device_table import compute_table
-from qnas.latency.table import table_text
+from qnas.latency.table import Cell, LatencyTable, table_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.names import (
     CONFIG_FILE,
@@ -58,16 +58,18 @@ def make_record(
     effects: bool = True,
     rank: int = 1,
     margin: float = 0.0,
+    scale: float = 1.0,
     choices: tuple[str, ...] | None = None,
     **config: Any,
 ) -> FinishedRun:
     """Write the folder of a search whose first limit is at this share of the device's range.
 
-    Its network is that of a rank, or one of these choices. The devices have this margin.
+    Its network is that of a rank, or one of these choices. The devices have this margin, and their latencies
+    are multiplied by `scale`.
     """
     limits: Limits = ()
     for device in devices:
-        table = replace(compute_table(load_device(device), space), margin=margin)
+        table = scaled(replace(compute_table(load_device(device), space), margin=margin), scale)
         limits += (latency_limit(table, table.fastest_ms + share * (table.slowest_ms - table.fastest_ms)),)
         write_text(folder / table_file(table.device), table_text(table, space))
     if max_params is not None:
@@ -88,12 +90,21 @@ def make_record(
         else {"name": limit.name, "budget": f"{limit.budget}", "limit": limit.limit}
         for limit in limits
     ]
-    write_json(folder / CONFIG_FILE, {"search": {"k_best": 20, "threads": 1}, "limits": entries, **config})
+    request = {"search": {"k_best": 20, "threads": 1}, "versions": {"qnas": "0.1.0"}}
+    write_json(folder / CONFIG_FILE, {**request, "limits": entries, **config})
     found = search_document(space, limits, solution, log_p)
     found["effects"] = {"nats": nats, "explained": 0.9, "networks": 100} if effects else None
     write_json(folder / SEARCH_FILE, found)
     write_json(folder / "arch.json", document)
     return read_finished_run(folder)
+
+
+def scaled(table: LatencyTable, scale: float) -> LatencyTable:
+    def cell(raw: Cell) -> Cell:
+        return Cell(raw.latency_ms * scale, raw.estimated_ms * scale, raw.source)
+
+    fixed = tuple((name, cell(raw)) for name, raw in table.fixed)
+    return replace(table, fixed=fixed, cells=tuple(tuple(map(cell, row)) for row in table.cells))
 
 
 def search_document(space: SearchSpace, limits: Limits, solution: Solution, log_p: Scores) -> dict[str, Any]:

@@ -28,8 +28,9 @@ TRAINED: list[dict[str, Any]] = [
 def put(folder: Path, command: str, rows: list[dict[str, Any]], end: str = "") -> None:
     folder.mkdir(exist_ok=True)
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
-    training = {"train": {}, "from_supernet": False} if command == "train-subnet" else {}
-    write_json(folder / CONFIG_FILE, {"command": command, **training})
+    training = {"train": {}, "from_supernet": False}
+    request = training if command == "train-subnet" else {"search": {}}
+    write_json(folder / CONFIG_FILE, {"command": command, **request})
 
 
 def read(folder: Path) -> EventAccumulator:
