@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError
-from qnas.common.reading import read_json
 from qnas.common.units import format_count, format_ms
-from qnas.runs.finished_run import FinishedRun, read_finished_run, read_limits
+from qnas.runs.documents import check_solved
+from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.folders import read_config
-from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
+from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import REPORT_FILE, RESULT_FILE
+from qnas.runs.verification import read_limits
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch, arch_document, make_arch
 from qnas.spaces.space import SearchSpace
@@ -37,7 +38,9 @@ class DerivedNetwork(FoundArch):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read the folder of a derivation or a search. Raises ArchError or SpaceError if it is incomplete."""
-        return cls(**vars(find_arch(Path(folder))))
+        found = find_arch(Path(folder))
+        check_solved(found.document, found.folder)
+        return cls(**vars(found))
 
     @property
     def latency_ms(self) -> float:
@@ -150,7 +153,8 @@ class TrainedNetwork(FoundArch):
         trained = trained_folder(Path(folder))
         if trained is None:
             raise CheckpointError(f"{folder}: no trained network here (no {RESULT_FILE}): train it first")
-        return cls(**vars(find_arch(trained)), result=read_json(trained / RESULT_FILE, CheckpointError))
+        found = find_arch(trained)
+        return cls(**vars(found), result=read_result(trained, found))
 
     @cached_property
     def config(self) -> Mapping[str, Any]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from qnas.api.limits import named
 from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.arguments import check_arguments
-from qnas.common.errors import UsageError, nearest
+from qnas.common.errors import CheckpointError, UsageError, nearest
 from qnas.runs.folders import free_folder, latest_run, read_config
-from qnas.runs.names import SUBNET_FOLDER, SUPERNET_FILE
+from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
 from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
@@ -65,7 +65,9 @@ def train_subnet(
     from_supernet = searched and weights != "scratch"
     former = read_config(supernet_file(found).parent) if searched else {}
     data = reopen(data, former, None if searched else "digits")
-    px = former["search"]["resolution_px"] if searched else found.space.input.resolution_px
+    px = former.get("search", {}).get("resolution_px") if searched else found.space.input.resolution_px
+    if px is None:
+        raise CheckpointError(f"{supernet_file(found).parent / CONFIG_FILE}: search.resolution_px: missing")
     config = _resolve(recipe, kind_of(data), px, settings | named(loss=loss, metric=metric))
     check_resolution(found.space, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken

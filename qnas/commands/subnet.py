@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import argument, choice, option
-from qnas.common.errors import CheckpointError
-from qnas.common.reading import read_json
 from qnas.common.units import format_ms
 from qnas.runs.folders import latest_run
 from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
@@ -96,6 +94,7 @@ def train_subnet(
     Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas.api.training import train_subnet as train
+    from qnas.runs.documents import SpeedDocument, read_document
     from qnas.runs.run_text import describe_training
 
     trained = train(
@@ -113,7 +112,7 @@ def train_subnet(
         **changes,
     )
     folder, result = trained.folder, trained.result
-    speed = read_json(folder / SPEED_FILE, CheckpointError)
+    speed = read_document(folder / SPEED_FILE, SpeedDocument)
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder

@@ -1,18 +1,67 @@
-"""Reading of the YAML and JSON files that users write, with all problems of a file in one line."""
+"""Models of YAML and JSON files, and the problems of a file in one line."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, get_args
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qnas.common.errors import QnasError, abbreviate, nearest, one_line
-from qnas.common.reading import parse_yaml
+from qnas.common.reading import LINE_CHARACTERS, parse_yaml
 
 
 class FilePart(BaseModel):
     """A part of a file: frozen, unknown keys refused, no silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Document(FilePart):
+    """A part of a JSON file that qnas wrote. Keys of other versions are left out."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _check_printable(text: str) -> str:
+    if _CONTROL.search(text):
+        raise ValueError("expected text without control characters")
+    return text
+
+
+def _check_path(text: str) -> str:
+    if any(len(part.encode()) > NAME_BYTES for part in PurePath(text).parts):
+        raise ValueError(f"expected a path whose names have at most {NAME_BYTES} bytes")
+    return text
+
+
+NAME_BYTES = 255  # of a file's name
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of spaces and devices; no path
+
+Name = Annotated[str, Field(pattern=NAME, max_length=200)]
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_check_printable)]
+PathText = Annotated[Text, AfterValidator(_check_path)]  # a path, perhaps after a prefix such as imagefolder:
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
+Number = Annotated[float, Field(ge=-1e40, le=1e40, allow_inf_nan=False)]  # within float32, as losses are
+Amount = Annotated[float, Field(ge=0, le=1e40, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=1e-9, le=1e40, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Scalar = str | bool | int | float | None
+Scalars = dict[str, Scalar]
+
+
+def check_content(
+    model: type[BaseModel], content: Mapping[str, Any], where: str, error: Callable[[str], QnasError]
+) -> None:
+    """Check the content of a file that `where` names; `error` makes the exception for one that differs."""
+    try:
+        model.model_validate(content)
+    except ValidationError as cause:
+        raise error(f"{where}: {one_line(describe_problems(cause), LINE_CHARACTERS - 50)}") from cause
 
 
 def read_mapping(text: str, where: str, schema: str, error: Callable[[str], QnasError]) -> dict[str, Any]:
@@ -44,6 +93,9 @@ EXPECTATIONS = {
     "model_type": "expected a mapping",
     "dict_type": "expected a mapping",
     "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "bool_type": "expected true or false",
+    "string_too_long": "expected at most {max_length} characters",
 }
 
 

@@ -10,7 +10,6 @@ import torch
 
 from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import staged
-from qnas.common.reading import read_json
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.deploy.card import card_document, file_metadata, write_card
@@ -18,8 +17,9 @@ from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Product, RealImages
 from qnas.deploy.measurement import time_exported
-from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
-from qnas.runs.names import EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE
+from qnas.runs.finished_run import verify_certificate
+from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
+from qnas.runs.names import EXPORT_FOLDER, SAMPLE_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
 from qnas.training.supernet_weights import build_trained
@@ -104,8 +104,9 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     _check_free(
         out, [file for name in request.formats for file in file_names(name, precision)], request.force
     )
-    result = _read_result(trained / RESULT_FILE)
     found = find_arch(trained)
+    result = read_result(trained, found)
+    verify_certificate(found)
     px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
     images, calibration = _checking_images(request, found, result, px)
@@ -137,15 +138,6 @@ def _check_free(out: Path, files: Sequence[str], force: bool) -> None:
     there = [out / file for file in files if (out / file).exists()]
     if there and not force:
         raise CheckpointError(f"{there[0]}: exists already: `force=True` replaces it, or another `out`")
-
-
-def _read_result(path: Path) -> dict[str, Any]:
-    result = read_json(path, CheckpointError)
-    needed = ("resolution_px", "classes", "mean", "std", "test_accuracy", "test_images", "data")
-    missing = [key for key in needed if key not in result]
-    if missing:
-        raise CheckpointError(f"{path}: missing: {', '.join(missing)}")
-    return result
 
 
 def _product(

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.changes import describe_changes
-from qnas.common.errors import CheckpointError, Interrupted
+from qnas.common.errors import CheckpointError, Interrupted, one_line
 from qnas.common.files import write_json
 from qnas.common.progress import Progress
 from qnas.common.reading import read_json
@@ -233,8 +233,9 @@ def _read(path: Path, request: Mapping[str, Any]) -> Samples:
         raise CheckpointError(f"{path}: damaged: expected samples of {SCHEMA}: `force=True` starts anew")
     changed = describe_changes(state["request"], request)
     if changed:
+        words = one_line("; ".join(changed))
         raise CheckpointError(
-            f"{path}: cannot resume, changed since it started: {'; '.join(changed)}: `force=True` starts anew"
+            f"{path}: cannot resume, changed since it started: {words}: `force=True` starts anew"
         )
     return samples
 

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -110,6 +110,16 @@ class LatencyTable:
         fixed = [(name, cell.latency_ms, cell.estimated_ms) for name, cell in self.fixed]
         content = [self.device, self.space_digest, fixed, self.ms, self.estimated_ms, self.margin]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @cached_property
+    def copy_digest(self) -> str:
+        """The digest of this table as its file reads back: rounded to DECIMALS."""
+
+        def written(cell: Cell) -> Cell:
+            return Cell(round(cell.latency_ms, DECIMALS), round(cell.estimated_ms, DECIMALS))
+
+        fixed = tuple((name, written(cell)) for name, cell in self.fixed)
+        return replace(self, fixed=fixed, cells=tuple(tuple(map(written, row)) for row in self.cells)).digest
 
 
 def _chosen(rows: Sequence[Sequence[float]], indices: Sequence[int]) -> list[float]:

@@ -13,6 +13,7 @@ from qnas.solver.limits import Limit, Limits, far_from_searched
 from qnas.solver.solve import CandidateIndices, solve
 
 BUDGETS = 40  # budgets over the device's range, in addition to those near the search's budget
+LEAST_MS = 1e-9  # where a table's fastest network takes no time
 NEAR = 100  # most steps from network to network near the search's budget
 
 
@@ -65,7 +66,8 @@ class OtherBudgets:
         Within a step of the search's limit, all of them are included; elsewhere, those for `BUDGETS` budgets.
         """
         limit = self.limit
-        grid = np.geomspace(limit.least * (1 + 1e-9), limit.most * (1 + 1e-9), BUDGETS).tolist()
+        least, most = (max(end * (1 + 1e-9), LEAST_MS) for end in (limit.least, limit.most))
+        grid = np.geomspace(least, most, BUDGETS).tolist()
         solved: dict[CandidateIndices, float] = {}  # the largest limit for which each network was found
 
         def add(most_ms: float) -> float:

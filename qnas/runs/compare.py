@@ -5,17 +5,17 @@ some of the runs, they are from the runs' folders.
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qnas.common.errors import CheckpointError, TableError, UsageError
+from qnas.common.errors import TableError, UsageError
 from qnas.common.intervals import wilson
-from qnas.common.reading import read_json
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import load_table
-from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.finished_run import read_finished_run
+from qnas.runs.found_arch import FoundArch, find_arch, read_result
 from qnas.runs.names import RESULT_FILE, SEARCH_FILE, SUBNET_FOLDER
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -45,6 +45,7 @@ class Contestant:
     latencies_ms: dict[str, float | None]  # by device; None if not known
     supernet: MeasuredAccuracy | None  # accuracy with the supernet's weights
     trained: MeasuredAccuracy | None  # accuracy after training
+    unchecked: tuple[str, ...] = ()  # why some of its latencies are as its arch.json says, not recomputed
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     devices += dict.fromkeys(
         entry["name"]
         for each in found
-        for entry in each.document.get("limits", [])
+        for entry in each.document.get("limits", ())
         if entry["unit"] == "ms" and entry["name"] not in devices
     )
     runs = tuple(
@@ -93,21 +94,20 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[str]) -> Contestant:
     blocks = lower(found.space, found.arch)
-    own = {entry["name"]: entry["amount"] for entry in found.document.get("limits", [])}
-    supernet, trained = found.folder / SEARCH_FILE, found.folder / SUBNET_FOLDER / RESULT_FILE
+    limits = found.document.get("limits", ())
+    own = {entry["name"]: entry["amount"] for entry in limits}
     return Contestant(
         label,
         str(folder),
         found.space.name,
-        tuple(found.document.get("limits", ())),
+        tuple(limits),
         found.arch.choices,
         count_macs(blocks),
         count_params(blocks),
         {name: _latency_ms(name, found, own.get(name)) for name in devices},
-        _measured(
-            supernet, lambda found: (found["derived"]["accuracy"], found.get("images", {}).get("test"))
-        ),
-        _measured(trained, lambda found: (found["test_accuracy"], found["test_images"])),
+        _supernet_accuracy(found),
+        _trained_accuracy(found),
+        found.unchecked,
     )
 
 
@@ -121,14 +121,25 @@ def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | 
         return own_ms
 
 
-def _measured(
-    path: Path, look_up: Callable[[dict[str, Any]], tuple[float, int | None]]
-) -> MeasuredAccuracy | None:
-    """Return the accuracy that `look_up` finds in a file, with its interval, or None without a file."""
-    if not path.is_file():
+def _supernet_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
+    """Return the accuracy of a run's network in its search, or None for an architecture without a search."""
+    if not (found.folder / SEARCH_FILE).is_file():
         return None
-    accuracy, images = look_up(read_json(path, CheckpointError))
-    low, high = (None, None) if images is None else wilson(accuracy, images)
+    run = read_finished_run(found.folder)
+    return _measured(run.found["derived"]["accuracy"], run.found["images"].get("test"))
+
+
+def _trained_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
+    """Return the accuracy of a run's trained network, or None if it is not trained."""
+    folder = found.folder / SUBNET_FOLDER
+    if not (folder / RESULT_FILE).is_file():
+        return None
+    result = read_result(folder, found)
+    return _measured(result["test_accuracy"], result["test_images"])
+
+
+def _measured(accuracy: float, images: int | None) -> MeasuredAccuracy:
+    low, high = wilson(accuracy, images) if images else (None, None)
     return MeasuredAccuracy(accuracy, images, low, high)
 
 

@@ -12,13 +12,15 @@ the curve is less reliable further away from it.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qnas.latency.table import RUNTIME
 from qnas.runs.budget_curve import NEAR, CurvePoint, OtherBudgets, price_at, replace_limit
 from qnas.runs.finished_run import FinishedRun
+from qnas.runs.names import ARCH_FILE
+from qnas.runs.verification import check_certificate
 from qnas.solver.limits import Limit
 from qnas.solver.solve import CandidateIndices, solve
 from qnas.spaces.lower import BlockSpec, skeleton
@@ -113,20 +115,32 @@ class Explanation:
 
 
 def explain(run: FinishedRun) -> Explanation:
-    """Explain a finished search from its folder."""
+    """Explain a finished search from its folder.
+
+    Raises ArchError if its certificate does not come out when the search is solved again.
+    """
     limits = run.limits
     for at, limit in enumerate(limits):
         # the derived network may be over a limit by rounding in the table's file
         limits = replace_limit(limits, at, max(limit.limit, limit.amount(run.indices)))
     run = replace(run, limits=limits)
+    check_certificate(
+        run.document,
+        run.space,
+        run.arch,
+        limits,
+        run.searched.scores,
+        run.searched.screened,
+        run.folder / ARCH_FILE,
+    )
     own = solve(run.searched.scores, limits).indices
     devices = tuple(
         _on_device(OtherBudgets(run, at, own)) for at, limit in enumerate(limits) if limit.table is not None
     )
-    found = run.found.get("effects")
+    effects = run.found["effects"]
     return Explanation(
         measured=run.searched.effects is not None,
-        explained=found["explained"] if isinstance(found, Mapping) else None,
+        explained=effects["explained"] if effects is not None else None,
         devices=devices,
         positions=tuple(_stories(run, own, [device.price for device in devices])),
     )
@@ -200,7 +214,7 @@ def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
     """Return the latencies of the derived network's blocks, in order, and that of the runtime."""
     table = limit.table
     assert table is not None
-    total = limit.amount(run.indices)
+    total = limit.amount(run.indices) or 1.0
     blocks = {name: ("", cell) for name, cell in table.fixed}
     for position, row, i in zip(run.space.positions, table.cells, run.indices, strict=True):
         blocks[position.name] = position.names[i], row[i]

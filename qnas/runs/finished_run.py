@@ -3,19 +3,24 @@
 Only the folder is needed and no torch, so a run can be explained on a machine without its device and data.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import ArchError, CheckpointError
-from qnas.common.reading import read_json
-from qnas.latency.table import read_table
-from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE, table_file
-from qnas.solver.limits import Limit, Limits, count_limit, latency_limit
+from qnas.runs.documents import check_solved, read_arch_facts, read_search_document
+from qnas.runs.folders import read_config
+from qnas.runs.found_arch import FoundArch
+from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE
+from qnas.runs.verification import check_certificate, check_request, check_search, read_limits, recompute
+from qnas.solver.limits import Limits
 from qnas.solver.solve import Scores
-from qnas.spaces.arch import Arch, make_arch, read_arch_document
+from qnas.spaces.arch import Arch, arch_of
 from qnas.spaces.space import SearchSpace, load_space
+
+MOST_SOLVED = 2_000  # networks of a derivation for which its certificate is solved again
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,29 @@ def read_searched(folder: Path, space: SearchSpace) -> Searched:
 
     Raises CheckpointError if the folder has none for this space.
     """
-    path = folder / SEARCH_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
-    content = read_json(path, CheckpointError)
-    found, screened = content.get("effects"), content.get("screened")
+    return _searched(read_search_document(folder), space, folder / SEARCH_FILE)
+
+
+def _searched(found: Mapping[str, Any], space: SearchSpace, path: Path) -> Searched:
+    """Return the scores of a search.json. Raises CheckpointError if they are not for this space."""
+    effects = found["effects"]
+    log_probabilities = _rows(path, found["log_probabilities"], "log_probabilities", space)
+    for position, row in zip(space.positions, log_probabilities, strict=True):
+        if not math.isclose(math.fsum(map(math.exp, row)), 1.0, abs_tol=1e-3):  # they were float32
+            raise CheckpointError(
+                f"{path}: log_probabilities: those of position {position.name} do not add up to 1"
+            )
     return Searched(
-        _rows(path, content, "log_probabilities", space),
-        None if found is None else _rows(path, found, "nats", space),
-        pressed=content.get("budget_binds") is not False,
-        screened=max(0, screened) if isinstance(screened, int) else 0,
+        log_probabilities,
+        None if effects is None else _rows(path, effects["nats"], "effects.nats", space),
+        pressed=found["budget_binds"],
+        screened=found["screened"],
     )
 
 
-def _rows(path: Path, content: Any, name: str, space: SearchSpace) -> Scores:
+def _rows(path: Path, rows: Sequence[Sequence[float]], name: str, space: SearchSpace) -> Scores:
     """Return the numbers in a file for each candidate of each position."""
-    rows = content.get(name) if isinstance(content, dict) else None
-    sizes = [len(position.candidates) for position in space.positions]
-    if (
-        not isinstance(rows, list)
-        or [len(row) if isinstance(row, list) else -1 for row in rows] != sizes
-        or not all(isinstance(value, float | int) for row in rows for value in row)
-    ):
+    if [len(row) for row in rows] != [len(position.candidates) for position in space.positions]:
         raise CheckpointError(f"{path}: no {name} for each candidate of space {space.name}: search again")
     return tuple(tuple(map(float, row)) for row in rows)
 
@@ -93,10 +99,10 @@ def asked_devices(run: FinishedRun) -> list[str]:
 
 def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a run's config.json lacks an entry that a ranking on images needs."""
-    known = {**config, **{f"search.{key}": value for key, value in config.get("search", {}).items()}}
-    missing = [
-        key for key in ("data", "data_digest", "search.resolution_px", "search.threads") if key not in known
-    ]
+    searched = config.get("search", {})
+    known = {**config, **{f"search.{key}": value for key, value in searched.items()}}
+    needed = ("data", "data_digest", "search.resolution_px", "search.threads")
+    missing = [key for key in needed if key not in known]
     if missing:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: no {', '.join(missing)}: without it networks cannot be ranked on "
@@ -104,39 +110,47 @@ def check_rankable(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def verify_certificate(found: FoundArch) -> None:
+    """Solve again for the certificate of a search's or a derivation's network, if its search is near.
+
+    Raises ArchError if another score, rank or bound comes out. Without the search, there are no scores to
+    solve for.
+    """
+    document, path = found.document, found.folder / ARCH_FILE
+    if "certificate" not in document or found.unchecked:
+        return
+    supernet = str(document.get("supernet", ""))
+    places = [found.folder, found.folder.parent]  # the latter of a training in its run
+    places += [(place / supernet).parent for place in places if supernet]
+    run = next((place for place in places if (place / SEARCH_FILE).is_file()), None)
+    if run is None:
+        return
+    limits = recompute(document, found.space, found.arch, path).limits
+    searched = read_searched(run, found.space)
+    asked = min(document["certificate"]["solved"], MOST_SOLVED) if supernet else 0
+    most = max(searched.screened, asked)
+    check_certificate(document, found.space, found.arch, limits, searched.scores, most, path)
+
+
 def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -> FinishedRun:
     """Read a finished search. `document` is its arch.json if it is not written yet.
 
-    Raises CheckpointError, ArchError, SpaceError or TableError if the folder has no complete search.
+    Its facts are recomputed (`runs.verification`), but for the certificate, which `explain` solves for again.
+    Raises CheckpointError, ArchError, SpaceError or TableError if the folder has no complete search, or files
+    that contradict each other.
     """
-    if not (folder / SEARCH_FILE).is_file():
-        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
-    document = document or read_arch_document(folder / ARCH_FILE)
+    found = read_search_document(folder)
+    path = folder / ARCH_FILE
+    document = document or read_arch_facts(path)
+    check_solved(document, folder)
     space = load_space(folder / SPACE_FILE)
     if document["space_digest"] != space.digest:
-        raise ArchError(f"{folder / ARCH_FILE}: its space is not that of {folder / SPACE_FILE}")
-    return FinishedRun(
-        folder,
-        read_json(folder / CONFIG_FILE, CheckpointError),
-        document,
-        read_json(folder / SEARCH_FILE, CheckpointError),
-        space,
-        make_arch(space, tuple(document["choices"]), str(folder / ARCH_FILE)),
-        read_limits(folder, document, space),
-        read_searched(folder, space),
-    )
-
-
-def read_limits(folder: Path, document: Mapping[str, Any], space: SearchSpace) -> Limits:
-    """Return the limits of an arch.json, with latencies from the tables in the folder."""
-    return tuple(_limit(folder, entry, space) for entry in document["limits"])
-
-
-def _limit(folder: Path, entry: Mapping[str, Any], space: SearchSpace) -> Limit:
-    name = entry["name"]
-    if entry["unit"] != "ms":
-        return count_limit(space, name, entry["budget"])
-    table = read_table(folder / table_file(name), space, device=name)
-    # the file of a table does not contain the margin
-    table = replace(table, margin=entry["budget"] / entry["limit"] - 1)
-    return replace(latency_limit(table, entry["budget"]), limit=entry["limit"])
+        raise ArchError(f"{path}: its space is not that of {folder / SPACE_FILE}")
+    config, arch = read_config(folder), arch_of(document, space, path)
+    limits = read_limits(folder, document, space)
+    recompute(document, space, arch, path)
+    searched = _searched(found, space, folder / SEARCH_FILE)
+    check_request(config, document, folder)
+    scores = searched.scores, searched.log_probabilities
+    check_search(found, document, space, limits, *scores, folder)
+    return FinishedRun(folder, config, document, found, space, arch, limits, searched)

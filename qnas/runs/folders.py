@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import CheckpointError
-from qnas.common.reading import read_json
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RUNS_FOLDER
 
 
@@ -27,4 +26,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the request of a run, its config.json. Raises CheckpointError if the folder has no run."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder}: not a run folder (no {CONFIG_FILE})")
-    return read_json(folder / CONFIG_FILE, CheckpointError)
+    from qnas.runs.documents import ConfigDocument, read_document  # commands start faster without
+
+    return read_document(folder / CONFIG_FILE, ConfigDocument)

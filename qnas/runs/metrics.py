@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qnas.common.errors import CheckpointError
+from qnas.common.documents import check_content
+from qnas.common.errors import CheckpointError, one_line
 from qnas.common.files import csv_text, naming, write_text
+from qnas.common.reading import parse_json, read_text
+from qnas.runs.documents import MetricsRow
 from qnas.runs.names import EPOCHS_FILE
+
+OF_LIMIT = "of_limit_"  # prefix of the keys of expected amounts divided by their limits
 
 
 class Metrics:
@@ -24,9 +29,9 @@ class Metrics:
             raise CheckpointError(f"{path}: shorter than when the checkpoint was written")
         with path.open("ab") as file:
             file.truncate(keep_bytes)
-        if keep_bytes:
-            kept = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            self._epochs = [row for row in kept if "epoch" in row]
+        if not _ends_a_line(path):
+            raise CheckpointError(f"{path}: not as it was when the checkpoint was written")
+        self._epochs = [row for row in read_metrics(path) if "epoch" in row]
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -43,9 +48,43 @@ class Metrics:
             return file.tell()
 
 
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is empty or ends with a whole line."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all complete rows of a metrics.jsonl, which may be in use; none if there is no such file."""
+    """Return all complete rows of a metrics.jsonl, which may be in use; none if there is no such file.
+
+    Raises CheckpointError for a line that is damaged, that lacks a figure, or whose step does not rise.
+    """
     if not path.is_file():
         return []
-    with naming(path), path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    text = read_text(path, CheckpointError, "the metrics of a run")
+    complete = text[: text.rfind("\n") + 1]  # the last line may be in the writing
+    return _rows(complete, path)
+
+
+def _rows(text: str, path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    amounts: set[str] | None = None
+    last = {"step": 0, "epoch": 0}
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        where = f"{path}: line {number}"
+        row = parse_json(line, where, CheckpointError)
+        check_content(MetricsRow, row, where, CheckpointError)
+        for key in row.keys() & last:
+            if row[key] <= last[key]:
+                raise CheckpointError(f"{where}: {key} {row[key]} after {last[key]}, expected a later one")
+            last[key] = row[key]
+        if "multiplier" in row:
+            found = {key for key in row if key.startswith(OF_LIMIT)}
+            if amounts is not None and found != amounts:
+                differ = one_line(", ".join(sorted(found ^ amounts)), 100)
+                raise CheckpointError(f"{where}: {differ}: not in all lines of architecture steps")
+            amounts = found
+        rows.append(row)
+    return rows

@@ -14,6 +14,7 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.files import csv_text
 from qnas.common.intervals import wilson
+from qnas.runs.budget_curve import LEAST_MS
 from qnas.runs.finished_run import FinishedRun
 from qnas.solver.limits import Limit, Limits, expected_amount, far_from_searched, near_searched
 from qnas.solver.solve import CandidateIndices, Solution, solve_best
@@ -65,7 +66,7 @@ def spread_budgets(limit: Limit, n: int, own_ms: float | None) -> list[float]:
     """Return n geometrically spaced budgets over the range of the networks, and the search's own."""
     margin = limit.budget / limit.limit
     # slightly larger, so that the networks at the ends are within them despite rounding
-    least, most = ((1 + 1e-9) * margin * end for end in (limit.least, limit.most))
+    least, most = ((1 + 1e-9) * margin * max(end, LEAST_MS) for end in (limit.least, limit.most))
     budgets = set(np.geomspace(least, most, n).tolist())
     return sorted(budgets | ({own_ms} if own_ms is not None else set()))
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qnas.common.files import write_bytes
+from qnas.runs.metrics import OF_LIMIT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNSETTLED = 0.03  # share of the limit: at the end, an expected amount should not be further away
-OF_LIMIT = "of_limit_"  # prefix of the keys of expected amounts divided by their limits
 
 
 def draw_budget(rows: Sequence[dict[str, Any]], path: Path, *, multiplier_bound: float) -> None:

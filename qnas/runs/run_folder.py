@@ -15,8 +15,9 @@ from types import FrameType
 from typing import Any
 
 from qnas.common.changes import describe_changes
-from qnas.common.errors import CheckpointError, Interrupted
+from qnas.common.errors import CheckpointError, Interrupted, one_line
 from qnas.common.files import write_json, write_text
+from qnas.common.reading import LINE_CHARACTERS, read_bytes
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
 from qnas.runs.names import CLEARED_FILES, CLEARED_FOLDERS, CONFIG_FILE, LOCK_FILE, RESULT_FILE
@@ -123,10 +124,12 @@ def _check_resumable(
         what = "training" if result == RESULT_FILE else "search"
         raise CheckpointError(f"{folder}: this {what} is complete, there is nothing to resume")
     there = [folder / name for name in copies if (folder / name).is_file()]
-    kept = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in there}
-    changed = describe_changes(read_config(folder), request, kept, copies)
+    kept = {path.name: read_bytes(path, CheckpointError, "a file of the run") for path in there}
+    texts = {name: content.decode(errors="replace") for name, content in kept.items()}
+    changed = describe_changes(read_config(folder), request, texts, copies)
     if changed:
-        raise CheckpointError(f"{folder}: cannot resume, changed since it started: {'; '.join(changed)}")
+        words = one_line("; ".join(changed), LINE_CHARACTERS - 50)
+        raise CheckpointError(f"{folder}: cannot resume, changed since it started: {words}")
 
 
 def _check_free(folder: Path, *, force: bool) -> None:

@@ -34,7 +34,7 @@ def write_events(folder: Path) -> Path:
         for row in rows:
             for key, value in row.items():
                 if key not in ("step", "epoch") and isinstance(value, int | float):
-                    writer.add_scalar(key, value, row["step"])
+                    writer.add_scalar(key, float(value), row["step"])
             for warning in row.get("warnings", ()):
                 writer.add_text("warnings", warning, row["step"])
         writer.close()
@@ -44,6 +44,6 @@ def write_events(folder: Path) -> Path:
 def _logs(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield the names and rows of a folder's logs that are not empty."""
     if rows := read_metrics(folder / METRICS_FILE):
-        yield read_config(folder).get("command", "search"), rows
+        yield read_config(folder).get("command") or "search", rows
     if rows := read_metrics(folder / SUBNET_FOLDER / METRICS_FILE):
         yield "train-subnet", rows

@@ -17,12 +17,12 @@ import numpy as np
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_json
 from qnas.common.progress import Display, silent
-from qnas.common.reading import read_json
 from qnas.data.broken_images import broken_copies
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text
 from qnas.runs import names
 from qnas.runs.checkpoint import Checkpoints
+from qnas.runs.documents import read_search_document
 from qnas.runs.folders import read_config
 from qnas.runs.metrics import read_metrics
 from qnas.runs.plots import draw_budget
@@ -184,11 +184,10 @@ def seeds_beside(folder: Path) -> dict[int, float]:
         if path.parent == folder.resolve() or not (path.parent / names.ARCH_FILE).is_file():
             continue
         try:
-            config = read_json(path, CheckpointError)
+            config = read_config(path.parent)
             if _without_seed(config) == asked:
-                document = read_json(path.parent / names.SEARCH_FILE, CheckpointError)
-                found[int(config["search"]["seed"])] = float(document["derived"]["accuracy"])
-        except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+                found[config["search"]["seed"]] = read_search_document(path.parent)["derived"]["accuracy"]
+        except (CheckpointError, KeyError):
             continue  # not a complete run of qnas
     return found
 

@@ -154,7 +154,7 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
             "latency_coverage": table.coverage(solution.indices),
             "macs": count_macs(blocks),
             "params": count_params(blocks),
-            "limits": [_limit_entry(each, solution.indices) for each in solution.limits],
+            "limits": [limit_entry(each, solution.indices) for each in solution.limits],
             "certificate": {
                 "solver": SOLVER,
                 "score": solution.score,
@@ -171,9 +171,14 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
     )
 
 
-def _limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
+def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
+    """Return a network's entry in the `limits` of its arch.json."""
     table = limit.table
-    of_device = {} if table is None else {"table_digest": table.digest, "coverage": table.coverage(indices)}
+    of_device: dict[str, Any] = {}
+    if table is not None:
+        of_device = {"table_digest": table.digest, "coverage": table.coverage(indices)}
+        if table.copy_digest != table.digest:
+            of_device["copy_digest"] = table.copy_digest
     return {
         "name": limit.name,
         "unit": limit.unit,

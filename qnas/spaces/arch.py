@@ -7,15 +7,18 @@ and the digest of its space, so that it cannot be read with another space by mis
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from qnas.common.errors import ArchError, nearest
-from qnas.common.reading import read_json
+from qnas.common.documents import Digest, Document, Name, check_content
+from qnas.common.errors import ArchError, nearest, one_line
+from qnas.common.reading import LINE_CHARACTERS, read_json
 from qnas.spaces.space import SearchSpace
 
 SCHEMA = "qnas.arch/1"
+MOST_POSITIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def make_arch(space: SearchSpace, choices: tuple[str, ...], where: str = "archit
         if c not in p.names
     ]
     if problems:
-        raise ArchError(f"{where}: {'; '.join(problems)}")
+        raise ArchError(f"{where}: {one_line('; '.join(problems), LINE_CHARACTERS - 10)}")
     return Arch(choices)
 
 
@@ -78,30 +81,36 @@ def arch_document(space: SearchSpace, arch: Arch, details: Mapping[str, Any]) ->
     }
 
 
+class ArchFields(Document):
+    """What every arch.json has."""
+
+    file_schema: Literal["qnas.arch/1"] = Field(alias="schema")
+    space: Name
+    space_digest: Digest
+    choices: list[Annotated[str, Field(max_length=200)]] = Field(max_length=MOST_POSITIONS)
+
+
 def read_arch(path: Path, space: SearchSpace) -> Arch:
     """Read an arch.json of this space.
 
     Raises ArchError when the file is damaged, of another schema or of another space.
     """
-    content = read_arch_document(path)
-    if content["space"] != space.name or content["space_digest"] != space.digest:
-        same = " (another version of it)" if content["space"] == space.name else ""
+    return arch_of(read_arch_document(path), space, path)
+
+
+def arch_of(document: Mapping[str, Any], space: SearchSpace, path: Path) -> Arch:
+    """Return the architecture of an arch.json's content. Raises ArchError if it is of another space."""
+    if document["space"] != space.name or document["space_digest"] != space.digest:
+        same = " (another version of it)" if document["space"] == space.name else ""
         raise ArchError(
-            f"{path}: belongs to space {content['space']!r}, digest {content['space_digest']}{same}, "
-            f"expected {space.name!r}, digest {space.digest}"
+            f"{path}: belongs to space {one_line(document['space'], 60)!r}, digest "
+            f"{document['space_digest']}{same}, expected {space.name!r}, digest {space.digest}"
         )
-    return make_arch(space, tuple(content["choices"]), str(path))
+    return make_arch(space, tuple(document["choices"]), str(path))
 
 
-def read_arch_document(path: Path) -> dict[str, Any]:
+def read_arch_document(path: Path, model: type[ArchFields] = ArchFields) -> dict[str, Any]:
     """Read an arch.json without its space and check its form. Raises ArchError."""
     content = read_json(path, ArchError)
-    if content.get("schema") != SCHEMA:
-        raise ArchError(f"{path}: expected schema {SCHEMA!r}, got {content.get('schema')!r}")
-    problems = [key for key in ("space", "space_digest") if not isinstance(content.get(key), str)]
-    choices = content.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-        problems.append("choices")
-    if problems:
-        raise ArchError(f"{path}: missing or of the wrong type: {', '.join(problems)}")
+    check_content(model, content, str(path), ArchError)
     return content

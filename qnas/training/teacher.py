@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qnas.common.errors import CheckpointError, UsageError, first_line
-from qnas.common.reading import read_json
+from qnas.common.errors import UsageError, first_line
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
-from qnas.runs.found_arch import FoundArch, find_arch, trained_folder
-from qnas.runs.names import RESULT_FILE, SUPERNET_FILE
+from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
+from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.optimizer import Teacher
@@ -97,7 +96,8 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
     trained, asked = trained_folder(folder), f"`teacher='{folder}'`"
     if trained is None:
         raise UsageError(f"{asked}: expected {SUPERNET_LARGEST}, {TIMM}NAME or a trained network's folder")
-    result, found = read_json(trained / RESULT_FILE, CheckpointError), find_arch(trained)
+    found = find_arch(trained)
+    result = read_result(trained, found)
     if tuple(result["classes"]) != data.classes:
         raise UsageError(f"{asked}: its classes are not those of the data")
     if (channels := found.space.input.channels) != data.channels:

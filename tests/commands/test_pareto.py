@@ -56,7 +56,7 @@ def test_without_its_supernet_it_is_solved_and_not_ranked(
     tiny_space: SearchSpace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search = {"k_best": 20, "threads": 1, "resolution_px": 8}
-    make_record(tmp_path / "run", tiny_space, data="digits", data_digest="", search=search)
+    make_record(tmp_path / "run", tiny_space, data="digits", data_digest="0" * 16, search=search)
     assert qnas("pareto", tmp_path / "run", "--rerank", "-q") == 1
     assert "supernet.safetensors: no such file" in capsys.readouterr().err
     assert qnas("pareto", tmp_path / "run", "-q") == 0

@@ -28,10 +28,14 @@ from qnas.deploy.export.formats import FORMATS
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
 from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
+from qnas.latency.device import load_device
+from qnas.latency.device_table import compute_table
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
-from qnas.spaces.arch import Arch, arch_document
+from qnas.solver.limits import latency_limit
+from qnas.solver.solve import Solution, solution_document
+from qnas.spaces.arch import Arch
 from qnas.spaces.space import parse_space
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.subnet_trainer import train_subnet
@@ -39,30 +43,24 @@ from qnas.training.subnet_trainer import train_subnet
 FORMATS_HERE = tuple(
     name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None
 )
-CERTIFICATE = {"solver": "knapsack", "rank": 1, "solved": 20, "score": -1.5, "score_bound": -1.5}
-SEARCHED = {
-    "device": "myriad-vpu",
-    "budget_ms": 30.0,
-    "latency_ms": 28.5,
-    "limits": [{"name": "myriad-vpu", "unit": "ms", "amount": 28.5, "budget": 30.0}],
-    "certificate": CERTIFICATE,
-}
+SPACE = parse_space(TINY_SPACE, "tiny.yaml")
+ARCH = Arch(("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))
+LIMIT = latency_limit(compute_table(load_device("vpu"), SPACE), 30.0)
+SEARCHED = solution_document(SPACE, Solution(ARCH.indices(SPACE), -1.5, (LIMIT,), -1.5, 1, 20), {})
+CERTIFICATE = SEARCHED["certificate"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose network was trained on digits: not to be changed."""
     folder = tmp_path_factory.mktemp("run")
-    space = parse_space(TINY_SPACE, "tiny.yaml")
-    arch = Arch(("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))
-    document = arch_document(space, arch, SEARCHED)
-    write_json(folder / ARCH_FILE, document)
+    write_json(folder / ARCH_FILE, SEARCHED)
     data = load_data(parse_data_spec("digits"), resolution_px=8)
     config = TrainConfig(
         recipe=Recipe(epochs=4, resolution_px=8, batch_size=64, learning_rate=1e-2, warmup_epochs=2)
     )
     train_subnet(
-        FoundArch(space, arch, document, folder),
+        FoundArch(SPACE, ARCH, SEARCHED, folder),
         data,
         config,
         folder / SUBNET_FOLDER,
@@ -244,7 +242,7 @@ def test_a_run_its_subnet_or_their_arch_json_is_meant(inner: str, changed: Path)
     folder = changed if SUBNET_FOLDER not in inner else changed / SUBNET_FOLDER
     assert done.folder == folder / EXPORT_FOLDER
     assert (folder / EXPORT_FOLDER / "model.onnx").is_file()
-    assert done.latency_ms == 28.5
+    assert done.latency_ms == SEARCHED["latency_ms"]
 
 
 def test_the_card_has_the_search_the_training_and_every_file(trained: Path, tmp_path: Path) -> None:
@@ -330,5 +328,5 @@ def test_what_is_not_trained_or_damaged_is_refused(changed: Path, tmp_path: Path
         export(changed)
     path = changed / SUBNET_FOLDER / RESULT_FILE
     write_json(path, {"classes": []})
-    with pytest.raises(CheckpointError, match=r"result\.json: missing: resolution_px, mean"):
+    with pytest.raises(CheckpointError, match=r"result\.json: schema: missing; test_accuracy"):
         export(changed)

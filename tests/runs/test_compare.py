@@ -3,13 +3,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.finished_runs import make_record
+from helpers.finished_runs import make_record, make_training
 
 from qnas.common.errors import ArchError, UsageError
 from qnas.common.intervals import wilson
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import compute_table
 from qnas.runs.compare import compare
+from qnas.runs.finished_run import read_finished_run
 from qnas.runs.run_text import describe_comparison
 from qnas.spaces.space import SearchSpace, load_space, parse_space
 
@@ -43,15 +44,14 @@ def test_latencies_are_those_of_every_known_device(folders: list[Path], tiny_spa
             assert latency_ms == compute_table(load_device(name), tiny_space).latency_ms(indices)
 
 
-def test_a_device_that_one_run_knows_is_shown_for_it(folders: list[Path]) -> None:
-    path = folders[0] / "arch.json"
-    document = json.loads(path.read_text())
-    document["limits"][0] |= {"name": "my-board", "amount": 7.5}
-    path.write_text(json.dumps(document))
+def test_a_device_that_one_run_knows_is_shown_for_it(folders: list[Path], tiny_space: SearchSpace) -> None:
+    board = load_device("vpu").model_copy(update={"name": "my-board"})
+    run = make_record(folders[0], tiny_space, devices=(board,))
     comparison = compare(folders[:2])
-    assert [run.latencies_ms["my-board"] for run in comparison.runs] == [7.5, None]
+    latency_ms = run.document["latency_ms"]
+    assert [run.latencies_ms["my-board"] for run in comparison.runs] == [latency_ms, None]
     (line,) = (row for row in describe_comparison(comparison).splitlines() if row.startswith("my-board"))
-    assert line.split() == ["my-board", "7.5", "ms", "-"]
+    assert line.split() == ["my-board", f"{latency_ms:.4g}", "ms", "-"]
 
 
 def test_accuracies_have_the_intervals_of_their_images(folders: list[Path]) -> None:
@@ -59,9 +59,7 @@ def test_accuracies_have_the_intervals_of_their_images(folders: list[Path]) -> N
     document = json.loads(path.read_text())
     document["images"] = {"test": 359}
     path.write_text(json.dumps(document))
-    (folders[1] / "subnet").mkdir()
-    result = {"test_accuracy": 0.9, "test_images": 200}
-    (folders[1] / "subnet" / "result.json").write_text(json.dumps(result))
+    make_training(read_finished_run(folders[1]), right=180, images=200)
     first, second, _ = compare(folders).runs
     assert first.supernet is not None
     assert (first.supernet.low, first.supernet.high) == wilson(first.supernet.accuracy, 359)
@@ -80,10 +78,7 @@ def test_one_network_with_its_identities_elsewhere_is_the_same(
 ) -> None:
     block, none = "quadra_k3_e2", "identity"
     for name, choices in (("a", [block, none]), ("b", [none, block]), ("c", [none, none])):
-        make_record(tmp_path / name, tiny_space)
-        path = tmp_path / name / "arch.json"
-        document = json.loads(path.read_text())
-        path.write_text(json.dumps(document | {"choices": [*choices, none, none]}))
+        make_record(tmp_path / name, tiny_space, choices=(*choices, none, none))
     comparison = compare([tmp_path / name for name in "abc"])
     assert comparison.same_network == (("A", "B"),)
     assert comparison.differ == (True, True, False, False)

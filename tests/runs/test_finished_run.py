@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ from qnas.common.errors import ArchError, CheckpointError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.runs.finished_run import read_finished_run
-from qnas.spaces.arch import make_arch
 from qnas.spaces.space import SearchSpace
 
 
@@ -23,26 +21,21 @@ def test_limits_are_read_back_as_they_were(tiny_space: SearchSpace, tmp_path: Pa
 
 
 def test_the_margin_of_a_calibrated_device_is_kept(tiny_space: SearchSpace, tmp_path: Path) -> None:
-    make_record(tmp_path, tiny_space)
-    path = tmp_path / "arch.json"
-    document = json.loads(path.read_text())
-    document["limits"][0]["budget"] *= 1.25
-    path.write_text(json.dumps(document))
-    (limit,) = read_finished_run(tmp_path).limits
-    assert limit.table is not None
-    assert limit.table.margin == pytest.approx(0.25)
-    assert limit.limit == document["limits"][0]["limit"]
+    margin = 0.0371  # as of a calibration: not exactly budget / limit - 1
+    record = make_record(tmp_path, tiny_space, devices=("vpu", "cpu"), margin=margin)
+    for limit, entry in zip(record.limits, record.document["limits"], strict=True):
+        assert limit.table is not None
+        assert limit.table.margin == margin
+        assert limit.table.digest == entry["table_digest"]
+        assert limit.limit == entry["limit"] == entry["budget"] / (1 + margin)
 
 
 def test_an_arch_that_is_about_to_be_written_stands_in_for_the_file(
     tiny_space: SearchSpace, tmp_path: Path
 ) -> None:
     record = make_record(tmp_path, tiny_space)
-    choices = ["identity"] * 4
     (tmp_path / "arch.json").unlink()
-    assert read_finished_run(tmp_path, {**record.document, "choices": choices}).arch == make_arch(
-        tiny_space, tuple(choices)
-    )
+    assert read_finished_run(tmp_path, record.document).arch == record.arch
     with pytest.raises(ArchError, match=r"arch\.json: no such file"):
         read_finished_run(tmp_path)
 

@@ -144,11 +144,13 @@ def test_ctrl_c_anywhere_in_a_run_says_how_to_go_on(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_and_never_filled_up(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
     metrics = Metrics(path)
-    metrics.write({"step": 1})
+    metrics.write({"step": 1, "loss": 1.0})
     size = metrics.sync()
-    metrics.write({"step": 2})
-    Metrics(path, keep_bytes=size).write({"step": 3})
-    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    metrics.write({"step": 2, "loss": 1.0})
+    Metrics(path, keep_bytes=size).write({"step": 3, "loss": 0.5})
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n'
+    with pytest.raises(CheckpointError, match="not as it was when the checkpoint was written"):
+        Metrics(path, keep_bytes=size + 3)  # as if a line before had been edited
     for content in (path.read_bytes()[: size - 1], None):
         path.unlink()
         if content is not None:

@@ -13,19 +13,24 @@ from qnas.runs.tensorboard import write_events
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.5},
-    {"step": 2, "loss": 2.25, "multiplier": 0.5, "of_limit_vpu": 1.5, "probabilities": [[0.5, 0.5]]},
+    {"step": 2, "loss": 2.25, "multiplier": 0.5, "of_limit_vpu": 1.5, "probabilities": [[0.5, 0.5]]}
+    | dict.fromkeys(("arch_loss", "expected_ms", "limit_ms", "temperature", "entropy"), 1.0)
+    | {"identity_share": 0.0},
     {"step": 3, "loss": 2.0, "warnings": ["it stands still"]},
 ]
 TRAINED: list[dict[str, Any]] = [
     {"step": 1, "loss": 1.5},
-    {"step": 2, "loss": 1.0, "epoch": 1, "test_accuracy": 0.75},
+    {"step": 2, "loss": 1.0, "epoch": 1, "test_accuracy": 0.75}
+    | dict.fromkeys(("train_loss", "learning_rate", "test_loss"), 0.5),
 ]
 
 
 def put(folder: Path, command: str, rows: list[dict[str, Any]], end: str = "") -> None:
     folder.mkdir(exist_ok=True)
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
-    write_json(folder / CONFIG_FILE, {"command": command})
+    training = {"train": {}, "from_supernet": False}
+    request = training if command == "train-subnet" else {"search": {}}
+    write_json(folder / CONFIG_FILE, {"command": command, **request})
 
 
 def read(folder: Path) -> EventAccumulator:

@@ -143,10 +143,16 @@ def test_without_effects_networks_are_derived_by_their_probabilities(
 
 
 def test_effects_that_are_damaged_are_said_to_be(finished: Finished, tmp_path: Path) -> None:
-    for damaged in ({"nats": [[0.0]]}, {"nats": "none"}, {}, 3):
+    effects = finished.document["effects"]
+    for damaged, said in (
+        ({**effects, "nats": [[0.0]]}, "no effects.nats for each candidate"),
+        ({**effects, "nats": "none"}, "effects.nats: expected a list"),
+        ({}, "effects.nats: missing"),
+        (3, "effects: expected a mapping"),
+    ):
         document = finished.document | {"effects": damaged}
         (tmp_path / SEARCH_FILE).write_text(json.dumps(document))
-        with pytest.raises(CheckpointError, match=r"no nats for each candidate"):
+        with pytest.raises(CheckpointError, match=said):
             read_searched(tmp_path, finished.space)
 
 
@@ -230,7 +236,8 @@ def test_only_finished_runs_that_differ_in_the_seed_alone_count_as_seeds(
         config["search"] |= {key: value for key, value in changes.items() if key in config["search"]}
         config |= {key: value for key, value in changes.items() if key not in config["search"]}
         (folder / CONFIG_FILE).write_text(json.dumps(config))
-        (folder / SEARCH_FILE).write_text(json.dumps({"derived": {"accuracy": accuracy}}))
+        document = finished.document | {"derived": {**finished.document["derived"], "accuracy": accuracy}}
+        (folder / SEARCH_FILE).write_text(json.dumps(document))
         if arch:
             shutil.copy(finished.folder / ARCH_FILE, folder)
         return folder

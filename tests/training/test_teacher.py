@@ -91,7 +91,9 @@ def test_a_trained_network_teaches_with_its_own_normalisation(
     )
     assert plain[0] != taught[0]
     result = json.loads((folder / RESULT_FILE).read_text())
-    (folder / RESULT_FILE).write_text(json.dumps({**result, "classes": ["a", "b"]}))
+    renamed = [f"number {name}" for name in result["classes"]]
+    rows = [{**row, "class": name} for row, name in zip(result["per_class"], renamed, strict=True)]
+    (folder / RESULT_FILE).write_text(json.dumps({**result, "classes": renamed, "per_class": rows}))
     with pytest.raises(UsageError, match="its classes are not those of the data"):
         load_teacher(str(folder), source, digits, **OPTIONS)
 

@@ -8,8 +8,9 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import compress
 from statistics import fmean
 from typing import Literal
 
@@ -65,6 +66,8 @@ def nice_ticks(low: float, high: float, n: int = TICKS) -> list[float]:
     if high <= low:
         return [low]
     rough = (high - low) / n
+    if not rough > 0:  # too close for a number between them
+        return [low]
     scale = 10.0 ** math.floor(math.log10(rough))
     step = min((k * scale for k in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -114,7 +117,7 @@ def chart(
 
     With `percent`, y values are fractions shown in percent. `y_ends` are ends that the y axis must reach.
     """
-    drawn = [each for each in series if each.points]
+    drawn = [each for each in map(_finite, series) if each.points]
     if not drawn:
         return Markup("")
     x_values = [x for each in drawn for x, _ in each.points] + [v.value for v in levels if v.across == "x"]
@@ -148,9 +151,19 @@ def chart(
     return Markup(f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}{legend}</figure>')
 
 
+def _finite(series: Series) -> Series:
+    """Return a series without the points of a network that diverged."""
+    keep = [all(map(math.isfinite, point)) for point in series.points]
+    return replace(
+        series,
+        points=list(compress(series.points, keep)),
+        titles=list(compress(series.titles, keep)),
+    )
+
+
 def _ends(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if high > low:
+    if high - low > 1e-12 * max(abs(low), abs(high)):
         return (low / 1.05, high * 1.05) if log else (low, high)
     return (low / 2, low * 2) if log else (low - max(abs(low), 1) / 10, low + max(abs(low), 1) / 10)
 

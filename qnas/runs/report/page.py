@@ -17,18 +17,20 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qnas.common.errors import CheckpointError, QnasWarning, first_line
+from qnas.common.errors import QnasWarning, first_line
 from qnas.common.files import write_text
-from qnas.common.reading import read_json
 from qnas.common.units import format_count, format_ms
 from qnas.runs import names
+from qnas.runs.documents import read_arch_facts, read_search_document
 from qnas.runs.folders import read_config
+from qnas.runs.found_arch import FoundArch, read_result
 from qnas.runs.latency_text import describe_budgets
 from qnas.runs.report.network import block_rows, layer_text
 from qnas.runs.report.searching import search_section
 from qnas.runs.report.training import training_section
 from qnas.runs.text import short_name
-from qnas.spaces.arch import make_arch, read_arch_document
+from qnas.runs.verification import recompute
+from qnas.spaces.arch import arch_of
 from qnas.spaces.space import load_space
 
 Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are not written yet, by name
@@ -80,26 +82,23 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
     """
     pending = pending or {}
 
-    def read(name: str) -> Mapping[str, Any] | None:
-        """Return the content of a JSON file, which may be pending, or None if there is none."""
-        there = (folder / name).is_file()
-        return pending.get(name) or (read_json(folder / name, CheckpointError) if there else None)
-
-    document = pending.get(names.ARCH_FILE) or read_arch_document(folder / names.ARCH_FILE)
+    document = pending.get(names.ARCH_FILE) or read_arch_facts(folder / names.ARCH_FILE)
     space = load_space(folder / names.SPACE_FILE)
-    arch = make_arch(space, tuple(document["choices"]), str(folder / names.ARCH_FILE))
-    results = {place: read(str(Path(place) / names.RESULT_FILE)) for place in ("", names.SUBNET_FOLDER)}
-    trained, result = next(((p, found) for p, found in results.items() if found), ("", None))
+    arch = arch_of(document, space, folder / names.ARCH_FILE)
+    recomputed = recompute(document, space, arch, folder / names.ARCH_FILE)
+    found = FoundArch(space, arch, document, folder, unchecked=recomputed.unchecked)
+    results = {place: _result(found, place, pending) for place in ("", names.SUBNET_FOLDER)}
+    trained, result = next(((p, each) for p, each in results.items() if each), ("", None))
     read_all = {
         "arch": document,
-        "config": read(names.CONFIG_FILE),
-        "search": read(names.SEARCH_FILE),
+        "config": read_config(folder) if (folder / names.CONFIG_FILE).is_file() else None,
+        "search": read_search_document(folder) if (folder / names.SEARCH_FILE).is_file() else None,
         "result": result,
         "training": read_config(folder / trained) if result is not None else None,
     }
     documents = {name: content for name, content in read_all.items() if content is not None}
     facts = Facts(documents)
-    first = next((e["name"] for e in document.get("limits", []) if e["unit"] == "ms"), "")
+    first = next((e["name"] for e in document.get("limits", ()) if e["unit"] == "ms"), "")
     kernels = (facts.get("search.layers") or {}).get(first, ())
     within = describe_budgets(document["limits"]) if document.get("limits") else ""
     environment = Environment(
@@ -125,7 +124,16 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         blocks=block_rows(folder, space, arch, first, kernels),
         search=search_section(folder, document) if "search" in documents else None,
         training=training,
+        unchecked=recomputed.unchecked,
     )
+
+
+def _result(found: FoundArch, place: str, pending: Files) -> Mapping[str, Any] | None:
+    """Return the result of the training in a place of the run, which may be pending; None without one."""
+    name = str(Path(place) / names.RESULT_FILE)
+    if name in pending:
+        return pending[name]
+    return read_result(found.folder / place, found) if (found.folder / name).is_file() else None
 
 
 def _text(name: str) -> str:

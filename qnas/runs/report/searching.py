@@ -9,18 +9,19 @@ from markupsafe import Markup
 
 from qnas.common.errors import CheckpointError
 from qnas.common.intervals import wilson
-from qnas.common.reading import read_json
 from qnas.common.units import format_ms
+from qnas.runs.documents import ParetoDocument, read_document
 from qnas.runs.explain import OnDevice, explain
 from qnas.runs.finished_run import FinishedRun, read_finished_run
-from qnas.runs.metrics import read_metrics
+from qnas.runs.metrics import OF_LIMIT, read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
-from qnas.runs.plots import OF_LIMIT, UNSETTLED
+from qnas.runs.plots import UNSETTLED
 from qnas.runs.report.charts import Band, Level, Mark, Series, chart, heat_map, thin
 from qnas.runs.report.commands import search_command
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, short_name
 from qnas.solver.limits import near_searched
+from qnas.spaces.space import SearchSpace
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,14 +46,22 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "devices": [_on_device(run, d) for d in e.devices],
         "loss_note": what_loss_is(e),
         "identities": [(s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None],
-        "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json")),
+        "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json", run.space)),
     }
 
 
 def _heats(run: FinishedRun, steps: Rows) -> Iterator[dict[str, Any]]:
-    snapshots = [row["probabilities"] for row in steps if "probabilities" in row]
-    if not snapshots:
+    known = [row for row in steps if "probabilities" in row]
+    sizes = [len(position.names) for position in run.space.positions]
+    for row in known:
+        if [len(shares) for shares in row["probabilities"]] != sizes:
+            raise CheckpointError(
+                f"{run.folder / METRICS_FILE}: step {row['step']}: probabilities: "
+                f"not one for each candidate of space {run.space.name}"
+            )
+    if not known:
         return
+    snapshots = [row["probabilities"] for row in known]
     final = run.searched.log_probabilities
     for at, position in enumerate(run.space.positions):
         if len(position.names) < 2:
@@ -69,23 +78,23 @@ def _heats(run: FinishedRun, steps: Rows) -> Iterator[dict[str, Any]]:
 
 def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
     """Yield each network of the comparison: name, key in search.json, and interval of the accuracy."""
-    images = run.found.get("images", {}).get("test")
+    images = run.found["images"].get("test")
     for key, name in (
         ("derived", "derived"),
         ("macs_guided", "best by the same scores under a limit on MACs only"),
         ("largest", "most MACs within the limits"),
     ):
-        entry = run.found.get(key)
-        if entry and "latency_ms" in entry:
+        entry = run.found[key]
+        if entry is not None:
             interval = ""
-            if images is not None:
+            if images:
                 low, high = wilson(entry["accuracy"], images)
                 interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}"
             yield name, f"search.{key}", interval
 
 
 def _random(run: FinishedRun) -> str:
-    accuracies = [entry["accuracy"] for entry in run.found.get("random", [])]
+    accuracies = [entry["accuracy"] for entry in run.found["random"]]
     if not accuracies:
         return "no random networks of the same latency were drawn"
     drawn = mean_and_spread(accuracies).replace("+-", "\N{PLUS-MINUS SIGN}")
@@ -176,22 +185,24 @@ def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
             percent=True,
         )
 
-    if ranking := found.get("ranking", []):
-        others = cloud(f"the {len(ranking)} ranked networks", ranking[1:], "heldout_accuracy", 1, "dots")
-        first = ranking[0]["heldout_accuracy"]
-        yield draw("Held-out images, used for selection", [others], "derived: the first", first)
-    clouds = [cloud("random networks", found.get("random", []), "accuracy", 1, "dots")]
+    ranking = found["ranking"]
+    others = cloud(f"the {len(ranking)} ranked networks", ranking[1:], "heldout_accuracy", 1, "dots")
+    first = ranking[0]["heldout_accuracy"]
+    yield draw("Held-out images, used for selection", [others], "derived: the first", first)
+    clouds = [cloud("random networks", found["random"], "accuracy", 1, "dots")]
     for key, name, colour in (("macs_guided", "best by a limit on MACs", 3), ("largest", "most MACs", 2)):
-        if found.get(key):
+        if found[key] is not None:
             clouds.append(cloud(name, [found[key]], "accuracy", colour, "rings"))
     yield draw("Test images, not used for selection", clouds, "derived", found["derived"]["accuracy"])
 
 
-def _pareto_charts(path: Path) -> Iterator[Markup]:
+def _pareto_charts(path: Path, space: SearchSpace) -> Iterator[Markup]:
     """Draw each device's front from the pareto.json of `qnas pareto`, if there is one."""
     if not path.is_file():
         return
-    document = read_json(path, CheckpointError)
+    document = read_document(path, ParetoDocument)
+    if document["space_digest"] != space.digest:
+        raise CheckpointError(f"{path}: its space is not that of the run")
     ranked = document["ranked"]
     value = "heldout_accuracy" if ranked else "score"
     for front in document["devices"]:

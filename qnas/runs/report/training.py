@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from qnas.common.errors import CheckpointError
 from qnas.runs.metrics import read_metrics
-from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
+from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE, RESULT_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
 from qnas.runs.report.commands import training_command
 
@@ -61,6 +61,15 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     names, found = tuple(map(str, result["classes"])), read_predictions(path)
+    right = int((found.labels == found.predicted).sum())
+    if (len(found.labels), right) != (
+        result["test_images"],
+        round(result["test_accuracy"] * len(found.labels)),
+    ):
+        raise CheckpointError(
+            f"{path}: {right} of {len(found.labels)} images are right, but {RESULT_FILE} says "
+            f"{result['test_accuracy']} of {result['test_images']}"
+        )
     counts = confusion(found, len(names))
     of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
     # name, images, recall and precision of each class; None if there are no images to count

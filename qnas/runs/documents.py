@@ -1,0 +1,526 @@
+"""The JSON documents of a run's folder as typed models, and their reading.
+
+A document is checked when it is read and passed on as the mapping that it is. A key that is missing or of
+another type is refused in one line that names the file and the key. Unknown keys are left alone: files of
+later versions have more. The facts between documents are recomputed in `runs.verification`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qnas.common.documents import (
+    Amount,
+    Count,
+    Digest,
+    Document,
+    Name,
+    Number,
+    PathText,
+    Positive,
+    Scalar,
+    Scalars,
+    Share,
+    Text,
+    check_content,
+)
+from qnas.common.errors import ArchError, CheckpointError
+from qnas.common.reading import read_json
+from qnas.runs.names import ARCH_FILE, RESULT_FILE, SEARCH_FILE
+from qnas.solver.limits import LABEL
+from qnas.spaces.arch import MOST_POSITIONS, ArchFields, read_arch_document
+
+MOST_NETWORKS = 100_000  # of a ranking
+MOST_CLASSES = 100_000
+MOST_PX = 16_384
+
+ABSENT: Any = None  # the default of a key that may be missing, but not null
+
+Versions = dict[Text, Text]
+Choices = Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=MOST_POSITIONS)]
+Loss = float  # a diverged network's may be infinite or NaN
+Ordinal = Annotated[int, Field(ge=1, le=MOST_NETWORKS)]
+Step = Annotated[int, Field(ge=1, le=10**12)]
+Pixels = Annotated[int, Field(ge=1, le=MOST_PX)]
+Threads = Annotated[int, Field(ge=0, le=4096)]
+Seed = Annotated[int, Field(ge=0)]
+Nats = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+LogShare = Annotated[float, Field(ge=-1e6, le=1e-6, allow_inf_nan=False)]
+ClassName = Annotated[str, Field(max_length=1000)]
+
+
+# ---- config.json
+
+
+class AskedLimit(Document):
+    """A limit as it was asked for, in a config.json."""
+
+    name: Name
+    budget: Text
+    limit: Positive = ABSENT
+    device: PathText = ABSENT
+    table_digest: Digest = ABSENT
+
+
+class SearchSettings(Document):
+    """The settings of a search; `search.config` has the rest of the fields."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    resolution_px: Pixels = ABSENT
+    threads: Threads = ABSENT
+    k_best: Ordinal = ABSENT
+    screened: Ordinal | None = None
+    seed: Seed = ABSENT
+    preset: PathText = ABSENT
+    loss: Text = ABSENT
+    metric: Text = ABSENT
+
+
+class TrainSettings(Document):
+    """The settings of a training; `training.recipe` has the rest of the fields."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    recipe: Scalars = ABSENT
+
+
+class ConfigDocument(Document):
+    """A config.json: the request of a search or of a training."""
+
+    command: Literal["search", "train-subnet"] = ABSENT
+    data: PathText = ABSENT
+    data_digest: Digest = ABSENT
+    max_broken: Share = ABSENT
+    space: PathText = ABSENT
+    space_digest: Digest = ABSENT
+    versions: Versions = ABSENT
+    # of a search
+    search: SearchSettings = ABSENT
+    latency: Text = ABSENT
+    device: PathText = ABSENT
+    budget: Text = ABSENT
+    budget_ms: Positive = ABSENT
+    table_digest: Digest = ABSENT
+    limits: Annotated[list[AskedLimit], Field(max_length=100)] = ABSENT
+    # of a training
+    train: TrainSettings = ABSENT
+    from_supernet: bool = ABSENT
+    choices: Choices = ABSENT
+    teacher: PathText = ABSENT
+    teacher_digest: Digest = ABSENT
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.search is None and self.train is None:
+            raise ValueError("neither search nor train: not the request of a run")
+        if self.search is None and self.from_supernet is None:
+            raise ValueError("from_supernet: missing, though it is a training's request")
+        if self.command not in (None, "search" if self.train is None else "train-subnet"):
+            raise ValueError(f"command: {self.command}, though it is another one's request")
+        return self
+
+
+# ---- arch.json
+
+
+class LimitEntry(Document):
+    """A limit that a network meets."""
+
+    name: Name
+    unit: Literal["ms", "parameters", "MACs"]
+    budget: Positive
+    limit: Positive
+    amount: Amount
+    fixed: Amount
+    positions: Annotated[list[Amount], Field(max_length=MOST_POSITIONS)]
+    least: Amount
+    most: Amount
+    table_digest: Digest = ABSENT
+    coverage: Share = ABSENT
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> Self:
+        if self.unit != "ms" and LABEL.get(self.name) != self.unit:
+            raise ValueError(f"expected one of {', '.join(LABEL)} with its unit, or a device with ms")
+        if self.unit == "ms" and (self.table_digest is None or self.coverage is None):
+            raise ValueError("expected table_digest and coverage, as it is a device's")
+        return self
+
+
+class Certificate(Document):
+    """The proof of a solve."""
+
+    solver: Text
+    score: Number
+    score_bound: Number
+    rank: Ordinal
+    solved: Ordinal
+    fixed_ms: Amount
+    position_ms: Annotated[list[Amount], Field(max_length=MOST_POSITIONS)]
+    fastest_ms: Amount
+    slowest_ms: Amount
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.rank > self.solved:
+            raise ValueError(f"number {self.rank} of {self.solved} networks")
+        return self
+
+
+class Measured(Document):
+    """The latency of an exported file on this machine."""
+
+    p50_ms: Amount
+    p95_ms: Amount
+    runtime: Text
+    threads: Threads
+    machine: Text
+
+
+class RankedEntry(Document):
+    """A network that was ranked on held-out images."""
+
+    choices: Choices
+    rank: Ordinal
+    score: Number
+    heldout_accuracy: Share
+    heldout_loss: Loss
+    level: bool
+    params: Count
+    amounts: Annotated[list[Amount], Field(min_length=1, max_length=100)]
+
+
+Ranking = Annotated[list[RankedEntry], Field(max_length=MOST_NETWORKS)]
+OF_SOLVE = (
+    *("device", "table_digest", "budget_ms", "margin", "limit_ms", "latency_ms", "latency_coverage"),
+    *("macs", "params", "limits", "certificate"),
+)
+
+
+class ArchDocument(ArchFields):
+    """An arch.json: a network, and the facts of its solve unless somebody wrote the choices by hand."""
+
+    device: Name = ABSENT
+    table_digest: Digest = ABSENT
+    budget_ms: Positive = ABSENT
+    margin: Amount = ABSENT
+    limit_ms: Positive = ABSENT
+    latency_ms: Amount = ABSENT
+    latency_coverage: Share = ABSENT
+    macs: Count = ABSENT
+    params: Count = ABSENT
+    limits: Annotated[list[LimitEntry], Field(max_length=100)] = ABSENT
+    certificate: Certificate = ABSENT
+    latency_source: Text | None = None
+    supernet_accuracy: Share = ABSENT
+    heldout_accuracy: Share | None = None
+    seed: Seed | None = None
+    versions: Versions = ABSENT
+    supernet: PathText = ABSENT
+    ranking: Ranking = ABSENT
+    warning: Text | None = None
+    measured: Measured = ABSENT
+
+    @model_validator(mode="after")
+    def _check_solve(self) -> Self:
+        missing = [name for name in OF_SOLVE if getattr(self, name) is None]
+        if 0 < len(missing) < len(OF_SOLVE):
+            raise ValueError(f"{', '.join(missing)}: missing beside the other facts of a solve")
+        if self.limits is not None:
+            if not self.limits or self.limits[0].unit != "ms":
+                raise ValueError("limits: expected a device's first")
+            if len({limit.name for limit in self.limits}) < len(self.limits):
+                raise ValueError("limits: a name is there twice")
+        return self
+
+
+# ---- search.json
+
+
+class Effects(Document):
+    """What candidates add to the held-out loss."""
+
+    nats: list[list[Nats]]
+    explained: Loss | None
+    networks: Count
+
+
+class Rival(Document):
+    """A network on the test images, with the supernet's weights."""
+
+    choices: Choices
+    latency_ms: Amount
+    amounts: Annotated[list[Amount], Field(min_length=1, max_length=100)]
+    macs: Count
+    accuracy: Share
+    metrics: dict[Text, Number] = ABSENT
+
+
+class Derived(Rival):
+    """The derived network."""
+
+    heldout_accuracy: Share
+
+
+class Seeds(Document):
+    """The derived networks of runs that differ in the seed only."""
+
+    accuracies: dict[Annotated[str, Field(pattern="^[0-9]{1,40}$")], Share]
+    mean: Share
+    sd: Share | None
+
+
+class Kernel(Document):
+    """A kernel or block of the network on a device."""
+
+    name: Text
+    what: Text
+    latency_ms: Amount
+    kind: Text
+
+
+class SearchDocument(Document):
+    """A search.json: what a search found besides its network."""
+
+    file_schema: Literal["qnas.search/1"] = Field(alias="schema")
+    expected_ms: Number
+    expected: list[Number]
+    budget_binds: bool
+    images: dict[Text, Count]
+    broken_images: Count
+    log_probabilities: list[list[LogShare]]
+    effects: Effects | None
+    screened: Ordinal
+    ranking: Annotated[Ranking, Field(min_length=1)]
+    derived: Derived
+    random: Annotated[list[Rival], Field(max_length=MOST_NETWORKS)]
+    macs_guided: Rival | None
+    largest: Rival
+    seeds: Seeds
+    layers: dict[Name, Annotated[list[Kernel], Field(max_length=MOST_POSITIONS)]]
+
+
+# ---- result.json and speed.json
+
+
+class Interval(Document):
+    """A share of images with its confidence interval."""
+
+    value: Share
+    low: Share
+    high: Share
+
+
+class ClassResult(Document):
+    """The result for a class; one without images has no share."""
+
+    name: ClassName = Field(alias="class")
+    images: Count
+    value: Share = ABSENT
+    low: Share = ABSENT
+    high: Share = ABSENT
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        if self.images and None in (self.value, self.low, self.high):
+            raise ValueError("expected value, low and high, as there are images")
+        return self
+
+
+class DeviceLatency(Document):
+    """A predicted latency."""
+
+    ms: Amount
+    from_measurements: Share = ABSENT
+
+
+class Deployed(Document):
+    """The size and latencies of the network at the space's own resolution."""
+
+    resolution_px: Count
+    macs: Count
+    params: Count
+    latency: dict[Name, DeviceLatency]
+
+
+class BestEpoch(Document):
+    """The epoch of the best test accuracy."""
+
+    epoch: Count
+    test_accuracy: Share
+
+
+Statistics = Annotated[list[Number], Field(min_length=1, max_length=1000)]
+
+
+class ResultDocument(Document):
+    """A result.json: what a training ended with."""
+
+    file_schema: Literal["qnas.subnet/1"] = Field(alias="schema")
+    test_accuracy: Share
+    test_loss: Loss
+    test_images: Annotated[int, Field(ge=1, le=10**12)]
+    broken_images: Count
+    interval_level: Share
+    top1: Interval
+    top5: Interval | None
+    metrics: dict[Text, Number] = ABSENT
+    per_class: Annotated[list[ClassResult], Field(max_length=MOST_CLASSES)]
+    best_by_test_images: BestEpoch = ABSENT
+    params: Count
+    deployed: Deployed
+    resolution_px: Pixels
+    classes: Annotated[list[ClassName], Field(min_length=1, max_length=MOST_CLASSES)]
+    mean: Statistics
+    std: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+    data: PathText
+    weights_sha256: Digest = ABSENT
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} values of mean, {len(self.std)} of std")
+        if [each.name for each in self.per_class] != self.classes:
+            raise ValueError("per_class: its classes are not those of `classes`")
+        return self
+
+
+class SpeedDocument(Document):
+    """A speed.json: how fast a trained network is on the machine that trained it."""
+
+    images_per_second: Amount
+    batch_size: Count
+    resolution_px: Pixels
+    runtime: Text
+    machine: Text
+    threads: Threads
+
+
+# ---- pareto.json
+
+
+class FrontPoint(Document):
+    """The best network for a budget."""
+
+    budget_ms: Positive
+    latency_ms: Positive
+    heldout_accuracy: Share | None
+    heldout_low: Share | None
+    heldout_high: Share | None
+    score: Number
+    macs: Count
+    params: Count
+    on_front: bool
+    far: bool
+    own_budget: bool
+
+
+class Front(Document):
+    """The best networks on a device."""
+
+    device: Name
+    fastest_ms: Positive
+    slowest_ms: Positive
+    expected_ms: Amount
+    trusted_ms: tuple[Positive, Positive | None] = Field(strict=False)
+    own_budget_ms: Positive | None
+    own_latency_ms: Positive
+    own_accuracy: Share | None
+    points: Annotated[list[FrontPoint], Field(min_length=1, max_length=MOST_NETWORKS)]
+
+
+class ParetoDocument(Document):
+    """A pareto.json: the best networks by budget."""
+
+    file_schema: Literal["qnas.pareto/1"] = Field(alias="schema")
+    space_digest: Digest
+    ranked: bool
+    unranked: Text = ""
+    devices: Annotated[list[Front], Field(min_length=1, max_length=100)]
+
+    @model_validator(mode="after")
+    def _check_ranked(self) -> Self:
+        if self.ranked and any(p.heldout_accuracy is None for front in self.devices for p in front.points):
+            raise ValueError("ranked, but a point has no heldout_accuracy")
+        return self
+
+
+# ---- metrics.jsonl
+
+
+class MetricsRow(Document):
+    """A line of a metrics.jsonl."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number]  # of_limit_NAME
+
+    step: Step
+    loss: Number
+    # of an architecture step
+    arch_loss: Number = ABSENT
+    arch_accuracy: Share = ABSENT
+    expected_ms: Number = ABSENT
+    limit_ms: Positive = ABSENT
+    multiplier: Number = ABSENT
+    temperature: Number = ABSENT
+    entropy: Number = ABSENT
+    identity_share: Number = ABSENT
+    probabilities: Annotated[list[list[Share]], Field(max_length=MOST_POSITIONS)] = ABSENT
+    warnings: Annotated[list[Text], Field(max_length=1000)] = ABSENT
+    # at the end of an epoch of a training
+    epoch: Step = ABSENT
+    train_loss: Number = ABSENT
+    learning_rate: Amount = ABSENT
+    test_accuracy: Share = ABSENT
+    test_loss: Loss = ABSENT
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        for first, others in (("multiplier", _OF_ARCH_STEP), ("epoch", _OF_EPOCH)):
+            given = self.model_fields_set
+            missing = [name for name in (first, *others) if name not in given]
+            if missing and given.intersection((first, *others)):
+                raise ValueError(f"{', '.join(missing)}: missing")
+        return self
+
+
+_OF_ARCH_STEP = ("arch_loss", "expected_ms", "limit_ms", "temperature", "entropy", "identity_share")
+_OF_EPOCH = ("train_loss", "learning_rate", "test_accuracy", "test_loss")
+
+
+# ---- reading
+
+
+def read_document(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """Read a JSON file of a run. Raises CheckpointError if it is missing, damaged or of another form."""
+    content = read_json(path, CheckpointError)
+    check_content(model, content, str(path), CheckpointError)
+    return content
+
+
+def read_search_document(folder: Path) -> dict[str, Any]:
+    """Return the search.json of a finished search. Raises CheckpointError if there is none."""
+    if not (folder / SEARCH_FILE).is_file():
+        raise CheckpointError(f"{folder}: no {SEARCH_FILE} here: not the folder of a finished search")
+    return read_document(folder / SEARCH_FILE, SearchDocument)
+
+
+def read_result_document(folder: Path) -> dict[str, Any]:
+    """Return the result.json of a training. Raises CheckpointError if it is missing or of another form."""
+    return read_document(folder / RESULT_FILE, ResultDocument)
+
+
+def read_arch_facts(path: Path) -> dict[str, Any]:
+    """Return an arch.json with all its facts, not recomputed yet. Raises ArchError."""
+    return read_arch_document(path, ArchDocument)
+
+
+def check_solved(document: Mapping[str, Any], folder: Path) -> None:
+    """Raise ArchError if an arch.json has no facts of a solve."""
+    if "limits" not in document:
+        raise ArchError(f"{folder / ARCH_FILE}: no limits, no latency and no certificate: not from a search")
