@@ -23,12 +23,13 @@ from qnas.spaces.lower import count_macs, count_params, lower
 
 @dataclass(frozen=True)
 class MeasuredAccuracy:
-    """An accuracy on test images, with its 95% interval if the number of images is known."""
+    """An accuracy on test images, with its 95% interval if their number is known, and the balanced one."""
 
     accuracy: float
     images: int | None
     low: float | None
     high: float | None
+    balanced: float | None = None  # the mean recall of the classes; None in runs of older versions
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,21 @@ def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[st
         count_params(blocks),
         {name: _latency_ms(name, found, own.get(name)) for name in devices},
         _measured(
-            supernet, lambda found: (found["derived"]["accuracy"], found.get("images", {}).get("test"))
+            supernet,
+            lambda found: (
+                found["derived"]["accuracy"],
+                found.get("images", {}).get("test"),
+                found["derived"].get("balanced_accuracy"),
+            ),
         ),
-        _measured(trained, lambda found: (found["test_accuracy"], found["test_images"])),
+        _measured(
+            trained,
+            lambda found: (
+                found["test_accuracy"],
+                found["test_images"],
+                found.get("test_balanced_accuracy"),
+            ),
+        ),
     )
 
 
@@ -122,14 +135,14 @@ def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | 
 
 
 def _measured(
-    path: Path, look_up: Callable[[dict[str, Any]], tuple[float, int | None]]
+    path: Path, look_up: Callable[[dict[str, Any]], tuple[float, int | None, float | None]]
 ) -> MeasuredAccuracy | None:
     """Return the accuracy that `look_up` finds in a file, with its interval, or None without a file."""
     if not path.is_file():
         return None
-    accuracy, images = look_up(read_json(path, CheckpointError))
+    accuracy, images, balanced = look_up(read_json(path, CheckpointError))
     low, high = (None, None) if images is None else wilson(accuracy, images)
-    return MeasuredAccuracy(accuracy, images, low, high)
+    return MeasuredAccuracy(accuracy, images, low, high, balanced)
 
 
 def _same_networks(found: Sequence[FoundArch], runs: Sequence[Contestant]) -> tuple[tuple[str, ...], ...]:
