@@ -54,9 +54,12 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         title = f"{'    ' if rest else '  '}{block.name:<14}{_block_title(block)}"
         shape = f"{first.resolution_px}>{last.out_px} px"
         macs, params = format_count(count_macs([block])), format_count(count_params([block]))
-        line = f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}"
-        fits = len(line) <= columns() or columns() >= ROOMY
-        lines += [line] if fits else [title.rstrip(), f"{shape:>21} {macs:>8} {params:>8}"]
+        if columns() < ROOMY:
+            indent = " " * (4 if rest else 2)
+            counts = f"{shape}, {macs} MACs, {params} params"
+            lines += [wrapped(title.strip(), indent, f"{indent}  "), wrapped(counts, *[f"{indent}  "] * 2)]
+        else:
+            lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from qnas.common.errors import abbreviate, one_line
 
 WIDEST, NARROWEST = 80, 20  # columns
-ROOMY = 60  # columns that tables and trees are laid out for; with fewer, their lines are divided
+ROOMY = 72  # columns that tables and trees are laid out for; with fewer, their lines are divided
 NAME_SHOWN = 30  # characters of a class's name
 BALANCING = "--class-weights balanced or --sampler balanced makes up for rare classes"
 

@@ -49,8 +49,8 @@ class Searcher:
         self.state = SearchState(self.problem)
         batch_size, arch_batch_size = self.problem.batch_size, self.problem.arch_batch_size
         supernet = self.state.supernet
-        check_batch_norms(supernet, batch_size, f"`batch_size={batch_size}`", parts=world.size)
-        check_batch_norms(supernet, arch_batch_size, f"{len(data.heldout)} held-out images", parts=world.size)
+        check_batch_norms(supernet, batch_size, f"`batch_size={batch_size}`", world)
+        check_batch_norms(supernet, arch_batch_size, f"{len(data.heldout)} held-out images", world)
         self.schedule = self.problem.schedule
         self.total_steps = self.schedule.total_steps
         # (positions, candidates), of the distribution that even paths are drawn from

@@ -5,11 +5,13 @@ large as the images allow.
 """
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qnas.common.errors import UsageError
+from qnas.nn.blocks import BatchNorm2d
 from qnas.training.processes import World
 
-BatchNorm = nn.modules.batchnorm._BatchNorm  # of any number of dimensions
+WHOLE = (BatchNorm2d, nn.SyncBatchNorm)  # batch norms that see a batch's parts in all processes
 
 
 def fitting_batch(batch_size: int, images: int, *, parts: int = 1) -> int:
@@ -51,16 +53,21 @@ def heldout_batch(batch_size: int, images: int, world: World) -> int:
     return taken
 
 
-def check_batch_norms(network: nn.Module, batch_size: int, what: str, *, parts: int = 1) -> None:
-    """Check that no batch norm sees a single image of a batch, which is divided into `parts`.
+def check_batch_norms(
+    network: nn.Module, batch_size: int, what: str, world: World, *, parts: int = 1
+) -> None:
+    """Check that no batch norm sees a single image, of a batch that is run in `parts` in each process.
 
     Of a single image, a batch norm would measure the image itself, or nothing where its map is one pixel.
     `what` names the batch in messages. Raises UsageError.
     """
-    if batch_size > parts or not any(isinstance(module, BatchNorm) for module in network.modules()):
+    # those of our blocks take their statistics over all processes
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    divided = parts * (1 if all(isinstance(norm, WHOLE) for norm in norms) else world.size)
+    if not norms or batch_size > divided:
         return
-    over = f" in {parts} parts" if parts > 1 else ""
+    over = f" in {divided} parts" if divided > 1 else ""
     raise UsageError(
         f"{what}{over}: the network has batch norms, which need more than one image at a time: expected at "
-        f"least {2 * parts}"
+        f"least {2 * divided}"
     )

@@ -93,7 +93,7 @@ class SubnetTrainer:
         self.batch_size = recipe.batch_size
         check_batch(self.batch_size, len(self.split), world, parts=recipe.accumulation)
         what = f"`batch_size={self.batch_size}`"
-        check_batch_norms(network, self.batch_size, what, parts=world.size * recipe.accumulation)
+        check_batch_norms(network, self.batch_size, what, world, parts=recipe.accumulation)
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(

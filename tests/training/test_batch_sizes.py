@@ -2,6 +2,7 @@ import pytest
 from torch import nn
 
 from qnas.common.errors import UsageError
+from qnas.nn.blocks import BatchNorm2d
 from qnas.training.batch_sizes import check_batch, check_batch_norms, fitting_batch, heldout_batch
 from qnas.training.processes import ALONE, World
 
@@ -53,16 +54,23 @@ def test_architecture_steps_take_all_held_out_images_if_they_are_few() -> None:
         heldout_batch(48, 1, TWO)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3), BatchNorm2d(3)])
 def test_batch_norms_refuse_one_image_at_a_time(norm: nn.Module) -> None:
     network = nn.Sequential(nn.Identity(), nn.Sequential(norm))
-    check_batch_norms(network, 2, "`batch_size=2`")
-    check_batch_norms(network, 8, "`batch_size=8`", parts=4)
+    check_batch_norms(network, 2, "`batch_size=2`", ALONE)
+    check_batch_norms(network, 8, "`batch_size=8`", ALONE, parts=4)
     with pytest.raises(UsageError, match=r"^`batch_size=1`: the network has batch norms, .* at least 2$"):
-        check_batch_norms(network, 1, "`batch_size=1`")
+        check_batch_norms(network, 1, "`batch_size=1`", ALONE)
     with pytest.raises(UsageError, match=r"^`batch_size=4` in 4 parts: .* at least 8$"):
-        check_batch_norms(network, 4, "`batch_size=4`", parts=4)
+        check_batch_norms(network, 4, "`batch_size=4`", ALONE, parts=4)
+
+
+def test_batch_norms_that_do_not_see_the_other_processes_need_two_images_in_each() -> None:
+    check_batch_norms(BatchNorm2d(3), 2, "`batch_size=2`", TWO)
+    with pytest.raises(UsageError, match=r"^`batch_size=2` in 2 parts: .* at least 4$"):
+        check_batch_norms(nn.Sequential(BatchNorm2d(3), nn.BatchNorm2d(3)), 2, "`batch_size=2`", TWO)
 
 
 def test_other_norms_train_with_one_image() -> None:
-    check_batch_norms(nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3)), 1, "")
+    norms = nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3))
+    check_batch_norms(norms, 1, "", ALONE)
