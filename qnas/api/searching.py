@@ -64,8 +64,8 @@ def run_search(
     maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"). `data` is `digits`, `cifar10:DIR`,
     `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default: digits). `settings` are fields
-    of SearchConfig, such as `search_epochs`, `seed` or `weights`, that override the `preset`. `loss` and
-    `metric` are names or callables (see `qnas.training.losses`).
+    of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
+    `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
     The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
     Interrupted) continues with `resume=True` and the same `out`, to the same result as without interruption.

@@ -41,9 +41,10 @@ def train_subnet(
     `source` is a search's result, a derived network, a run's folder, an arch.json, or a space with an Arch
     of it (default: the latest run). `data` defaults to that of the search. `recipe` is a shipped
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
-    recipe and of TrainConfig that override it, such as `epochs`, `learning_rate` or `seed`. `weights` is
-    "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is "supernet-largest",
-    "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress` as in `run_search`.
+    recipe and of TrainConfig that override it, such as `epochs`, `learning_rate`, `class_weights` or `seed`.
+    `weights` is "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is
+    "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress`
+    as in `run_search`.
 
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError for an invalid request, if possible before anything is trained.
