@@ -24,8 +24,8 @@ INTRODUCTION = """\
 This page is generated from the program itself; `qnas COMMAND --help` prints the same. Exit codes: 0 done,
 1 an error that you can fix (one line on stderr says what), 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM
 with the state saved. Every command has an example; commands that a script may call have `--json`, and those
-that take long have `--quiet`. Output fits 80 columns and is coloured only on a terminal, and never where
-`NO_COLOR` is set.
+that take long have `--quiet`. Output fits 80 columns, or those of a narrower
+terminal, and is coloured only on a terminal, and never where `NO_COLOR` is set.
 """
 
 

@@ -92,6 +92,7 @@ def derive(
         "latency_source": latency,
         "supernet": os.path.relpath(run.folder / SUPERNET_FILE, folder),
         "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
+        "heldout_balanced_accuracy": ranking[0]["heldout_balanced_accuracy"] if ranking else None,
         "ranking": ranking,
         "warning": warning,
         "seed": run.document.get("seed"),
@@ -158,7 +159,10 @@ def pareto(
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
     ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
     accuracies: dict[CandidateIndices, budget_fronts.Accuracy] = {
-        r.solution.indices: budget_fronts.Accuracy(r.heldout.accuracy, r.heldout.images) for r in ranked
+        r.solution.indices: budget_fronts.Accuracy(
+            r.heldout.accuracy, r.heldout.images, r.heldout.balanced_accuracy
+        )
+        for r in ranked
     }
     fronts = []
     for limit, of_budgets in zip(limits, solved, strict=True):

@@ -79,6 +79,11 @@ class DerivedNetwork(FoundArch):
         return self.document.get("heldout_accuracy")
 
     @property
+    def heldout_balanced_accuracy(self) -> float | None:
+        """The mean recall of the classes on the same images, 0 to 1; None if not ranked."""
+        return self.document.get("heldout_balanced_accuracy")
+
+    @property
     def warning(self) -> str | None:
         """A caveat about the result, such as a budget far from the searched one; None if there is none."""
         return self.document.get("warning")
@@ -117,6 +122,17 @@ class SearchResult(DerivedNetwork):
     def accuracy(self) -> float:
         """The accuracy on the test images with the supernet's weights, 0 to 1."""
         return float(self.run.found["derived"]["accuracy"])
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """The mean recall of the classes on the same images, 0 to 1; None in runs of older versions."""
+        found: float | None = self.run.found["derived"].get("balanced_accuracy")
+        return found
+
+    @property
+    def never_predicted(self) -> tuple[str, ...]:
+        """The classes of test images that the network never predicts with the supernet's weights."""
+        return tuple(self.run.found["derived"].get("never_predicted", ()))
 
     @property
     def random_accuracies(self) -> list[float]:
@@ -165,6 +181,17 @@ class TrainedNetwork(FoundArch):
     def accuracy(self) -> float:
         """The accuracy on the test images, 0 to 1."""
         return float(self.result["test_accuracy"])
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """The mean recall of the classes on the test images, 0 to 1; None in runs of older versions."""
+        found: float | None = self.result.get("test_balanced_accuracy")
+        return found
+
+    @property
+    def never_predicted(self) -> tuple[str, ...]:
+        """The classes of test images that the network never predicts."""
+        return tuple(self.result.get("never_predicted", ()))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A search from Python: from a space, budgets and images to a network within the budgets."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
 from qnas.common.arguments import check_arguments
-from qnas.common.errors import CheckpointError, UsageError
+from qnas.common.errors import CheckpointError, QnasWarning, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
 from qnas.runs.folders import free_folder, latest_run, read_config
@@ -63,8 +64,8 @@ def run_search(
     maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"). `data` is `digits`, `cifar10:DIR`,
     `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default: digits). `settings` are fields
-    of SearchConfig, such as `search_epochs`, `seed` or `weights`, that override the `preset`. `loss` and
-    `metric` are names or callables (see `qnas.training.losses`).
+    of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
+    `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
     The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
     Interrupted) continues with `resume=True` and the same `out`, to the same result as without interruption.
@@ -93,6 +94,7 @@ def run_search(
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
     config = config.override(settings | named(loss=loss, metric=metric))
+    is_default = not former and (preset is None or str(preset) in stems(SearchConfig.FOLDER, ".yaml"))
     check_resolution(known, config.resolution_px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
@@ -106,11 +108,22 @@ def run_search(
     world, display = world_of_environment(), session.display_of(progress)
     with session.threads_set(config.threads):
         images = session.load_images(data, known, config.resolution_px, broken, progress)
+        is_asked = settings.get("batch_size") is not None or not is_default
+        batch_size = session.fit_batch(config.batch_size, len(images.train), world, asked=is_asked)
+        config = config.override({"batch_size": batch_size})
         objective = session.objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective)
+        arch_batch = searcher.problem.arch_batch_size
         if not world.is_main:  # takes the same steps, writes nothing
             run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
             raise SystemExit
+        if arch_batch < batch_size:
+            warnings.warn(
+                f"architecture steps take {arch_batch} images, not {batch_size}: there are "
+                f"{len(images.heldout)} held-out images",
+                QnasWarning,
+                stacklevel=2,
+            )
         on_start(Started(known, limits, images, folder))
         entries = asked.entries(limits)
         request = {
@@ -124,6 +137,7 @@ def run_search(
             "space_digest": known.digest,
             "table_digest": entries[0]["table_digest"],
             **session.record_images(data, images, broken),
+            **({"arch_batch_size": arch_batch} if arch_batch < batch_size else {}),
             "versions": session.versions(),
         }
         search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)

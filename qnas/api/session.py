@@ -19,8 +19,10 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import GivenData, load_data, recorded_data
 from qnas.search.config import SearchConfig
 from qnas.spaces.space import SearchSpace
+from qnas.training.batch_sizes import check_batch, fitting_batch
 from qnas.training.loop import set_up_process
 from qnas.training.losses import LossFunction, Metric, Objective, make_objective
+from qnas.training.processes import World
 from qnas.training.recipe import TrainConfig
 
 # False shows nothing, True a bar or lines on stderr; a function is called with a Report after each step
@@ -58,7 +60,24 @@ def objective_of(
         metric if callable(metric) else config.metric,
         labels,
         len(images.classes),
+        config.class_weights,
+        config.sampler,
     )
+
+
+def fit_batch(batch_size: int, images: int, world: World, *, parts: int = 1, asked: bool) -> int:
+    """Return the training images of a step: the batch as asked, or a default one that the images allow.
+
+    A smaller one becomes a warning. Raises UsageError for a batch that was asked for and does not fit.
+    """
+    taken = batch_size if asked else fitting_batch(batch_size, images, parts=world.size * parts)
+    check_batch(taken, images, world, parts=parts)
+    if taken < batch_size and world.is_main:
+        note = (
+            f"steps take {taken} images, not the default of {batch_size}: there are {images} training images"
+        )
+        warnings.warn(note, QnasWarning, stacklevel=3)
+    return taken
 
 
 def record_images(data: GivenData, images: ImageData, max_broken: float | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from qnas.api.limits import named
 from qnas.api.results import Source, TrainedNetwork, find_source
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, UsageError, nearest
+from qnas.common.resources import stems
 from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
@@ -40,9 +41,10 @@ def train_subnet(
     `source` is a search's result, a derived network, a run's folder, an arch.json, or a space with an Arch
     of it (default: the latest run). `data` defaults to that of the search. `recipe` is a shipped
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
-    recipe and of TrainConfig that override it, such as `epochs`, `learning_rate` or `seed`. `weights` is
-    "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is "supernet-largest",
-    "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress` as in `run_search`.
+    recipe and of TrainConfig that override it, such as `epochs`, `learning_rate`, `class_weights` or `seed`.
+    `weights` is "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is
+    "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress`
+    as in `run_search`.
 
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError for an invalid request, if possible before anything is trained.
@@ -83,6 +85,14 @@ def train_subnet(
             progress,
             keep_originals=config.recipe.random_resized_crop > 0,
         )
+        batch_size = session.fit_batch(
+            config.recipe.batch_size,
+            len(images.train_and_heldout),
+            world,
+            parts=config.recipe.accumulation,
+            asked=settings.get("batch_size") is not None or not _is_shipped(recipe),
+        )
+        config = config.override({"recipe": config.recipe.override({"batch_size": batch_size})})
         taught, teacher_digest = None, ""
         if teacher is not None:
             device = choose_acceleration(config.torch_device, config.precision, world.local_rank).device
@@ -119,6 +129,11 @@ def train_subnet(
     if not world.is_main:
         raise SystemExit
     return TrainedNetwork.load(out)
+
+
+def _is_shipped(recipe: str | Path | Recipe | None) -> bool:
+    """Whether a recipe is a shipped one, whose batch size the user did not ask for."""
+    return recipe is None or (not isinstance(recipe, Recipe) and str(recipe) in stems(Recipe.FOLDER, ".yaml"))
 
 
 def _resolve(recipe: str | Path | Recipe | None, kind: str, px: int, changes: dict[str, Any]) -> TrainConfig:

@@ -12,7 +12,7 @@ from qnas.commands import completion
 from qnas.commands.options import Device, Force, Json, Latency, Space, argument, option, show
 from qnas.common.errors import CheckpointError, TableError
 from qnas.common.files import write_text
-from qnas.runs.text import wrapped
+from qnas.runs.text import columns, wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.device import Device as KnownDevice
@@ -107,7 +107,7 @@ def devices(
 
 def _device_lines(device: "KnownDevice") -> Iterator[str]:
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
-    yield from wrap(f"{device.name}{aliases}: {device.title}", 80)
+    yield from wrap(f"{device.name}{aliases}: {device.title}", columns())
     facts = [
         f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
         f"source: {device.source}",
@@ -123,7 +123,7 @@ def _device_lines(device: "KnownDevice") -> Iterator[str]:
             f"{c.offset_ms:+.3g} ms, margin {c.margin:.1%} for {c.level:.0%} of networks"
         )
     for fact in facts:
-        yield from wrap(fact, 80, initial_indent="  ", subsequent_indent="    ")
+        yield from wrap(fact, columns(), initial_indent="  ", subsequent_indent="    ")
 
 
 def eval_latency(

@@ -12,7 +12,17 @@ from qnas.commands.options import option
 from qnas.common.units import format_count, format_ms
 from qnas.runs.folders import read_config
 from qnas.runs.names import BROKEN_FILE
-from qnas.runs.text import choice_line, field, files_in, mean_and_spread, next_command, wrapped
+from qnas.runs.text import (
+    BALANCING,
+    balanced_text,
+    choice_line,
+    field,
+    files_in,
+    mean_and_spread,
+    never_text,
+    next_command,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
@@ -132,6 +142,10 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
     yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
+    if balanced := balanced_text(result.accuracy, result.balanced_accuracy, digits=1):
+        yield field("", balanced)
+    if never := never_text(result.never_predicted, len(found.get("classes", ()))):
+        yield field("warning", f"{never}; {BALANCING}")
     for name, value in found["derived"].get("metrics", {}).items():
         yield field("", f"{name} {value:.1%}")
     yield field("solved", _solved_for(found["effects"], result.run.config["search"]))

@@ -39,13 +39,16 @@ def batches(
     channels_last: bool = True,
     device: torch.device | str = "cpu",
     part: tuple[int, int] = (0, 1),
+    balanced: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised float32 images (B, C, H, W) and int64 labels (B,) on the device.
 
     With a seed (0 or more), images are shuffled; without one, they keep the split's order. Order and
     augmentation depend only on seed and epoch; the augmentation of an image does not depend on the batch
     size. torch's and numpy's global random states are kept. `start` is the number of the first batch, for a
-    resumed epoch. `part` (i, n) yields the i-th of n equal parts of each batch, for one of n processes.
+    resumed epoch. `part` (i, n) yields the i-th of n equal parts of each batch, for one of n processes. With
+    `balanced`, an epoch has as many images as the split, but draws all classes equally often
+    (`balanced_order`); each draw of an image is augmented on its own.
 
     `augment` shifts each image by up to an eighth of its size, and mirrors half of the images if the split
     allows it. `augmentation` is applied in addition. Its random crops replace the shifts and need a split
@@ -57,6 +60,7 @@ def batches(
     assert batch_size >= 1, batch_size
     assert start >= 0, start
     assert seed is not None or not augment, "augmentation needs a seed"
+    assert seed is not None or not balanced, "balanced draws need a seed"
     which, parts = part
     assert 0 <= which < parts, part
     assert parts == 1 or (drop_last and batch_size % parts == 0), "parts of a batch must be equal"
@@ -75,7 +79,7 @@ def batches(
     if seed is not None:
         state = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
         rng = torch.Generator().manual_seed(state >> 1)
-        order = torch.randperm(len(split), generator=rng)
+        order = balanced_order(split.labels, rng) if balanced else torch.randperm(len(split), generator=rng)
         draws = _draw(split, augmentation or Augmentation(classes=0), count, rng) if augment else None
 
     def read() -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,6 +95,24 @@ def batches(
             yield normal[skip:].contiguous(memory_format=memory_format), labels[skip:]
 
     return read()
+
+
+def balanced_order(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """Draw as many indices as there are labels (N,), of each class equally often, up to one: (N,) int64.
+
+    A class of few images is drawn in whole rounds and a random rest, so that each of its images occurs as
+    often as the others, up to one. Of a frequent class, the images that are left out differ by epoch. Classes
+    without images are not drawn.
+    """
+    members = torch.split(labels.argsort(stable=True), torch.bincount(labels).tolist())
+    classes = [places for places in members if len(places)]
+    count, rest = divmod(len(labels), len(classes))
+    once_more = set(torch.randperm(len(classes), generator=rng)[:rest].tolist())
+    drawn = []
+    for number, places in enumerate(classes):
+        rounds, left = divmod(count + (number in once_more), len(places))
+        drawn += [places.repeat(rounds), places[torch.randperm(len(places), generator=rng)[:left]]]
+    return torch.cat(drawn)[torch.randperm(len(labels), generator=rng)]
 
 
 @dataclass(frozen=True)

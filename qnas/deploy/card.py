@@ -16,6 +16,7 @@ from qnas.deploy.export.product import Product
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import WEIGHTS_FILE
+from qnas.runs.text import balanced_text, never_text
 from qnas.spaces.lower import count_macs
 
 JSON, MARKDOWN = "model-card.json", "model-card.md"
@@ -35,6 +36,7 @@ def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[
         "std": result["std"],
         "input": _describe_input(found, px),
         "test_accuracy": result["test_accuracy"],
+        "test_balanced_accuracy": result.get("test_balanced_accuracy"),
         "trained_resolution_px": result["resolution_px"],
         "space": found.space.name,
         "choices": list(found.arch.choices),
@@ -76,7 +78,13 @@ def card_document(
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
         "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),
-        "accuracy": {"top1": accuracy, "images": n, "interval95": list(wilson(accuracy, n))},
+        "accuracy": {
+            "top1": accuracy,
+            "images": n,
+            "interval95": list(wilson(accuracy, n)),
+            "balanced": result.get("test_balanced_accuracy"),  # None from an older version
+            "never_predicted": result.get("never_predicted", []),
+        },
         "network": {
             "space": found.space.name,
             "space_digest": found.space.digest,
@@ -121,13 +129,16 @@ def markdown(card: Mapping[str, Any]) -> str:
     low, high = accuracy["interval95"]
     trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
+    balanced = balanced_text(accuracy["top1"], accuracy.get("balanced"))
+    never = never_text(accuracy.get("never_predicted", ()), len(task["classes"]))
     facts = [
         f"- Classes: {', '.join(task['classes'])}",
         f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
         f"- Data: {data['kind']}, digest {data['digest']}",
         f"- Training: {trained}; {recipe}",
         f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
-        f"(95% interval {low:.1%} to {high:.1%})",
+        f"(95% interval {low:.1%} to {high:.1%}){f'; {balanced}' if balanced else ''}",
+        *([f"- Warning: the network {never}"] if never else []),
         f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
         f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
         f"{', '.join(network['choices'])}",

@@ -23,12 +23,13 @@ from qnas.spaces.lower import count_macs, count_params, lower
 
 @dataclass(frozen=True)
 class MeasuredAccuracy:
-    """An accuracy on test images, with its 95% interval if the number of images is known."""
+    """An accuracy on test images, with its 95% interval if their number is known, and the balanced one."""
 
     accuracy: float
     images: int | None
     low: float | None
     high: float | None
+    balanced: float | None = None  # the mean recall of the classes; None in runs of older versions
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def _supernet_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
     if not (found.folder / SEARCH_FILE).is_file():
         return None
     run = read_finished_run(found.folder)
-    return _measured(run.found["derived"]["accuracy"], run.found["images"].get("test"))
+    derived = run.found["derived"]
+    return _measured(derived["accuracy"], run.found["images"].get("test"), derived.get("balanced_accuracy"))
 
 
 def _trained_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
@@ -135,12 +137,14 @@ def _trained_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
     if not (folder / RESULT_FILE).is_file():
         return None
     result = read_result(folder, found)
-    return _measured(result["test_accuracy"], result["test_images"])
+    return _measured(
+        result["test_accuracy"], result["test_images"], result.get("test_balanced_accuracy")
+    )
 
 
-def _measured(accuracy: float, images: int | None) -> MeasuredAccuracy:
+def _measured(accuracy: float, images: int | None, balanced: float | None) -> MeasuredAccuracy:
     low, high = wilson(accuracy, images) if images else (None, None)
-    return MeasuredAccuracy(accuracy, images, low, high)
+    return MeasuredAccuracy(accuracy, images, low, high, balanced)
 
 
 def _same_networks(found: Sequence[FoundArch], runs: Sequence[Contestant]) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""Latencies, prediction errors and limits as text of at most 80 columns and as JSON values."""
+"""Latencies, prediction errors and limits as text, as wide as the output, and as JSON values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Figures, load_device
 from qnas.latency.prediction import Prediction, source_note
-from qnas.runs.text import field, table_rows, wrapped
+from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
@@ -24,7 +24,8 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
             begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
-            lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * len(begin)))
+            indent = len(begin) if columns() >= ROOMY else 8
+            lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * indent))
         if p.note:
             lines.append(field("  note", p.note))
     return "\n".join(lines)
@@ -77,7 +78,7 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"
-            lines.append(f"the budget does not bind: the {what} of the space is within it")
+            lines.append(wrapped(f"the budget does not bind: the {what} of the space is within it"))
         if limit.table and limit.table.margin:
             most_ms = limit.describe(limit.limit)
             lines.append(

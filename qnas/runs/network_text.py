@@ -1,11 +1,11 @@
-"""Networks and search spaces as text of at most 80 columns and as JSON values."""
+"""Networks and search spaces as text, as wide as the output, and as JSON values."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from qnas.common.units import format_count
-from qnas.runs.text import short_name, wrapped
+from qnas.runs.text import ROOMY, columns, short_name, wrapped
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import BlockSpec, Slot, count_macs, count_params, lower, skeleton, smallest_and_largest
@@ -28,7 +28,10 @@ def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
     for i, stage in enumerate(space.stages):
         chosen = [c for p, c in zip(space.positions, arch.choices, strict=True) if p.stage == i]
         title = f"  stage {i + 1}  {stage.channels:>4} channels  {resolution[i]:>3} px   "
-        fit = max(1, (82 - len(title)) // (width + 2))  # on a line of 80 columns
+        if columns() < ROOMY:  # the title has a line of its own
+            lines.append(title.rstrip())
+            title = "    "
+        fit = max(1, (columns() + 2 - len(title)) // (width + 2))
         for start in range(0, len(chosen), fit):
             blocks = "  ".join(f"{short_name(c):<{width}}" for c in chosen[start : start + fit])
             lines.append(f"{title if start == 0 else ' ' * len(title)}{blocks}".rstrip())
@@ -51,7 +54,12 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         title = f"{'    ' if rest else '  '}{block.name:<14}{_block_title(block)}"
         shape = f"{first.resolution_px}>{last.out_px} px"
         macs, params = format_count(count_macs([block])), format_count(count_params([block]))
-        lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
+        if columns() < ROOMY:
+            indent = " " * (4 if rest else 2)
+            counts = f"{shape}, {macs} MACs, {params} params"
+            lines += [wrapped(title.strip(), indent, f"{indent}  "), wrapped(counts, *[f"{indent}  "] * 2)]
+        else:
+            lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
     return "\n".join(lines)
 
 
@@ -111,13 +119,17 @@ def describe_space(space: SearchSpace) -> str:
         wrapped(f"{space.name}: {networks}, {space.input.resolution_px} px"),
         f"  MACs        {format_count(macs['min'])} to {format_count(macs['max'])}",
         f"  parameters  {format_count(params['min'])} to {format_count(params['max'])}",
-        f"  stem: {space.stem.kernel}x{space.stem.kernel} stride {space.stem.stride}, "
-        f"{space.stem.channels} channels, {space.norm}, {space.activation}",
+        _indented(
+            f"stem: {space.stem.kernel}x{space.stem.kernel} stride {space.stem.stride}, "
+            f"{space.stem.channels} channels, {space.norm}, {space.activation}"
+        ),
     ]
     for i, stage in enumerate(space.stages):
         positions = [p for p in space.positions if p.stage == i]
         lines.append(
-            f"  stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
+            _indented(
+                f"stage {i + 1}: {stage.channels} channels, {len(positions)} positions, stride {stage.stride}"
+            )
         )
         for names in dict.fromkeys(p.names for p in positions):
             # indented lines, without line breaks in a name
@@ -126,6 +138,10 @@ def describe_space(space: SearchSpace) -> str:
     head = f"{space.head.channels} channels, " if space.head.channels else ""
     lines.append(f"  head: {head}{space.head.classes} classes")
     return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    return wrapped(text, "  ", "    ")
 
 
 def size_line(space: SearchSpace, limits: Limits, macs: int, params: int) -> str:

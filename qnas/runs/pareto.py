@@ -41,6 +41,7 @@ class Accuracy:
 
     share: float
     images: int
+    balanced: float | None = None  # the mean recall of the classes
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
         "heldout_accuracy": known.share if known is not None else None,
         "heldout_low": low,
         "heldout_high": high,
+        "heldout_balanced_accuracy": known.balanced if known is not None else None,
         "score": point.solution.score,
         "macs": point.macs,
         "params": point.params,

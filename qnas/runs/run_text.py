@@ -1,13 +1,26 @@
-"""The output of `pareto`, `explain`, `compare` and `train-subnet`: text of at most 80 columns."""
+"""The output of `pareto`, `explain`, `compare` and `train-subnet`, as wide as the output."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+from qnas.common.errors import one_line
 from qnas.common.units import format_count, format_ms
-from qnas.runs.compare import Comparison, Contestant
+from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
-from qnas.runs.text import field, short_name, table_rows, wrapped
+from qnas.runs.text import (
+    BALANCING,
+    NAME_SHOWN,
+    ROOMY,
+    balanced_text,
+    columns,
+    field,
+    never_text,
+    short_name,
+    table_rows,
+    wrapped,
+)
 
 
 def describe_fronts(document: Mapping[str, Any]) -> str:
@@ -51,6 +64,7 @@ def describe_explanation(explanation: Explanation) -> str:
                 ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
                 _block_rows(e, d),
                 left=(0, 1, 5),
+                keys=2,
             ),
             "",
             *(field(name, text) for name, text in price_lines(d)),
@@ -139,7 +153,7 @@ def _identity_lines(e: Explanation) -> Iterator[str]:
     devices = [d.device for d in e.devices]
     identities = [story for story in e.positions if story.best_block is not None]
     if identities:
-        yield "positions without a block, each with the candidate closest to paying off:"
+        yield wrapped("positions without a block, each with the candidate closest to paying off:")
     for story in identities:
         yield field(f"  {story.name}", identity_line(story, devices))
 
@@ -157,9 +171,6 @@ def identity_line(story: PositionStory, devices: Sequence[str]) -> str:
     )
 
 
-RUNS_A_TABLE = 6  # fit into 80 characters
-
-
 def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = str) -> str:
     """Format runs side by side; `strong` highlights the lines of choices that differ."""
     c = comparison
@@ -171,27 +182,37 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:
         lines += ["", "choices are not compared, since the runs are of different spaces"]
-    for start in range(0, len(c.runs), RUNS_A_TABLE):
-        runs = c.runs[start : start + RUNS_A_TABLE]
+    of_a_table = max(1, round((columns() - 20) / 10))  # 6 in 80 columns
+    for start in range(0, len(c.runs), of_a_table):
+        runs = c.runs[start : start + of_a_table]
         if c.positions:
             lines += ["", *_choice_lines(c, runs, strong)]
         lines += ["", _latency_table(runs)]
     rows = [
         (
             run.label,
-            *(accuracy_text(m.accuracy, m.low, m.high) if m else "-" for m in (run.supernet, run.trained)),
+            *chain(*map(_accuracy_cells, (run.supernet, run.trained))),
             *map(format_count, (run.macs, run.params)),
         )
         for run in c.runs
     ]
-    header = ("", "supernet accuracy", "after training", "MACs", "params")
+    header = ("", "supernet accuracy", "balanced", "after training", "balanced", "MACs", "params")
     return "\n".join([*lines, "", table_rows(header, rows), "", field("accuracy", ACCURACY_NOTE)])
 
 
 ACCURACY_NOTE = (
     "on test images, with 95% Wilson intervals for their number; the seed of the training adds to this. "
-    "Supernet accuracy is optimistic for networks that were selected with these weights"
+    "Balanced accuracy is the mean recall of the classes. Supernet accuracy is optimistic for networks that "
+    "were selected with these weights"
 )
+
+
+def _accuracy_cells(measured: MeasuredAccuracy | None) -> tuple[str, str]:
+    """Format an accuracy with its interval, and the balanced accuracy; dashes where there is none."""
+    if measured is None:
+        return "-", "-"
+    balanced = "-" if measured.balanced is None else f"{measured.balanced:.1%}"
+    return accuracy_text(measured.accuracy, measured.low, measured.high), balanced
 
 
 def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[str], str]) -> Iterator[str]:
@@ -199,7 +220,8 @@ def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[s
         ("*" if differs else "", name, *(short_name(run.choices[at]) for run in runs))
         for at, (name, differs) in enumerate(zip(c.positions, c.differ, strict=True))
     ]
-    header, *table = table_rows(("", "position", *(run.label for run in runs)), rows).split("\n")
+    labels = (run.label for run in runs)
+    header, *table = table_rows(("", "position", *labels), rows, keys=len(runs) + 2).split("\n")
     yield header
     yield from (strong(line) if differs else line for line, differs in zip(table, c.differ, strict=True))
 
@@ -237,9 +259,14 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     latencies = ", ".join(
         f"{name} {format_ms(found['ms'], round_up=True)}" for name, found in deployed["latency"].items()
     )
+    roomy = columns() >= ROOMY
     worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])
     rows = [
-        [str(row["class"])[:30], str(row["images"]), *(f"{row[key]:.1%}" for key in ("value", "low", "high"))]
+        [
+            one_line(row["class"], NAME_SHOWN if roomy else NAME_SHOWN // 2),
+            str(row["images"]),
+            *(f"{row[key]:.1%}" for key in ("value", "low", "high")),
+        ]
         for row in worst[:CLASSES_SHOWN]
     ]
     header = ["class", "images", "accuracy", "from", "to"]
@@ -248,10 +275,16 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
         f"{speed['batch_size']}, {speed['runtime']}, {speed['machine']}, threads {speed['threads']}"
     )
     lines = [field("accuracy", learned), field("", sure)]
+    if balanced := balanced_text(result["test_accuracy"], result.get("test_balanced_accuracy")):
+        lines.append(field("", balanced))
+    if never := never_text(result.get("never_predicted", ()), len(result["classes"])):
+        lines.append(field("warning", f"{never}; {BALANCING}"))
     if len(worst) > 1:
         shown = min(CLASSES_SHOWN, len(worst))
         lines.append(field("classes", f"the {shown} least accurate of {len(worst)}; all in result.json"))
-        lines += [f"{'':12}{line}" for line in table_rows(header, rows).splitlines()]
+        indent = 12 if roomy else 2
+        table = table_rows(header, rows, width=columns() - indent)
+        lines += [f"{'':{indent}}{line}".rstrip() for line in table.splitlines()]
     if broken := result.get("broken_images"):
         lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))
     lines += [

@@ -30,7 +30,7 @@ class SearchConfig(SettingsFile):
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"
     FOLDER: ClassVar[str] = "recipes/search"
-    LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
+    LATER: ClassVar[tuple[str, ...]] = settings.BALANCE
 
     file_schema: Literal["qnas.search-preset/1"] = Field(
         default="qnas.search-preset/1", alias="schema", repr=False
@@ -94,8 +94,11 @@ class SearchConfig(SettingsFile):
     seed: settings.SeedField = 0
     loss: settings.LossField = "cross-entropy"
     metric: settings.MetricField = "accuracy"
+    class_weights: settings.ClassWeightsField = "none"
+    sampler: settings.SamplerField = "shuffled"
 
     @model_validator(mode="after")
-    def _check_gradient(self) -> Self:
+    def _check_together(self) -> Self:
         gradient_for(self.weights, self.gradient)
+        settings.check_balance(self.loss, self.class_weights, self.sampler)
         return self

@@ -41,7 +41,7 @@ class Evaluator:
         """Classify the images of a split with a network whose batch norms are measured on training images."""
         network = self.build(arch).to(self.device).eval()
         recalibrate_on(network, self.data.train, self.device)
-        return classify(network, batches(split, 256, device=self.device), self.objective.loss)
+        return classify(network, batches(split, 256, device=self.device), self.objective.ranking_loss)
 
 
 def evaluator_of(state: SearchState) -> Evaluator:
@@ -53,7 +53,7 @@ def evaluator_of(state: SearchState) -> Evaluator:
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         supernet.eval()
         with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
-            rows = [problem.objective.loss(supernet(images, network), labels) for network in networks]
+            rows = [problem.objective.ranking_loss(supernet(images, network), labels) for network in networks]
         return torch.stack(rows).double().cpu()
 
     def build(arch: Arch) -> nn.Module:
@@ -83,9 +83,7 @@ def saved_evaluator(
     images = load_data(given, resolution_px=px, channels=channels, max_broken=broken, quiet=True)
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
-    objective = saved_objective(
-        searched.get("loss", "cross-entropy"), images.train.labels, len(images.classes), loss, folder
-    )
+    objective = saved_objective(searched, images.train.labels, len(images.classes), loss, folder)
     device = choose_acceleration("auto", "auto").device
 
     def build(arch: Arch) -> nn.Module:
@@ -99,7 +97,7 @@ def saved_evaluator(
         for indices in networks:
             network = build(arch_from_indices(space, indices)).to(device).eval()
             with batch_statistics(network):
-                found.append(objective.loss(network(images), labels))
+                found.append(objective.ranking_loss(network(images), labels))
         return torch.stack(found).double().cpu()
 
     return Evaluator(images, device, objective, build, losses)

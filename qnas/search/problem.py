@@ -10,6 +10,7 @@ from qnas.solver.limits import Limits
 from qnas.solver.solve import check_searchable
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
+from qnas.training.batch_sizes import check_batch, heldout_batch
 from qnas.training.losses import Objective, make_objective
 from qnas.training.processes import World
 
@@ -72,7 +73,8 @@ class Problem:
     """A space, the limits on its networks, the images, and how to search.
 
     Without an `objective`, it is that of the configuration. Raises ArchError or InfeasibleBudgetError where
-    there is nothing to search, UsageError where the machine or the number of processes does not fit.
+    there is nothing to search, UsageError where the machine, the number of processes or the batch size does
+    not fit.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class Problem:
         self.limit_ms = limits[0].limit  # latency limit on the first device
         self.binds = any(limit.binds for limit in limits)  # whether some network of the space exceeds one
         self.limit_tensors = limit_tensors(limits)
-        self.batch_size = min(config.batch_size, len(data.train), len(data.heldout))
-        world.check_batch(self.batch_size)
+        self.batch_size = config.batch_size
+        check_batch(self.batch_size, len(data.train), world)
+        self.arch_batch_size = heldout_batch(self.batch_size, len(data.heldout), world)
         epoch = batch_count(data.train, self.batch_size, drop_last=True)
         warmup_steps = config.warmup_epochs * epoch
         total_steps = warmup_steps + config.search_epochs * epoch
@@ -99,6 +102,11 @@ class Problem:
             epoch, warmup_steps, total_steps, config.arch_every, config.arch_learning_rate
         )
         self.objective = objective or make_objective(
-            config.loss, config.metric, data.train.labels, len(data.classes)
+            config.loss,
+            config.metric,
+            data.train.labels,
+            len(data.classes),
+            config.class_weights,
+            config.sampler,
         )
         self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)

@@ -83,7 +83,9 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     details = {
         "latency_source": request.get("latency"),
         "supernet_accuracy": found["derived"]["accuracy"],
+        "supernet_balanced_accuracy": found["derived"]["balanced_accuracy"],
         "heldout_accuracy": winner.heldout.accuracy,
+        "heldout_balanced_accuracy": winner.heldout.balanced_accuracy,
         "seed": state.problem.config.seed,
         "versions": request.get("versions", {}),
     }
@@ -109,6 +111,7 @@ def _search_document(
         "expected": [float(amount) for amount in state.expected],
         "budget_binds": problem.binds,
         "images": problem.data.counts,
+        "classes": list(problem.data.classes),
         "broken_images": len(problem.data.broken),
         "log_probabilities": state.log_probabilities,
         "effects": asdict(effects) if effects else None,
@@ -140,7 +143,11 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> dict
             tested[indices] = _test(problem, evaluator, indices)
             progress.step()
     return {
-        "derived": tested[derived] | {"heldout_accuracy": winner.heldout.accuracy},
+        "derived": tested[derived]
+        | {
+            "heldout_accuracy": winner.heldout.accuracy,
+            "heldout_balanced_accuracy": winner.heldout.balanced_accuracy,
+        },
         "random": [tested[indices] for indices in random],
         "macs_guided": tested[guided.indices] if guided else None,
         "largest": tested[most],
@@ -152,13 +159,15 @@ def _test(problem: Problem, evaluator: Evaluator, indices: CandidateIndices) -> 
     arch = arch_from_indices(problem.space, indices)
     found = evaluator.classify(arch, problem.data.test)
     amounts = [limit.amount(indices) for limit in problem.limits]
-    metrics = problem.objective.figures(found.predicted, found.labels)
+    metrics, score = problem.objective.figures(found.predicted, found.labels), found.score
     return {
         "choices": list(arch.choices),
         "latency_ms": amounts[0],
         "amounts": amounts,
         "macs": count_macs(lower(problem.space, arch)),
-        "accuracy": found.score.accuracy,
+        "accuracy": score.accuracy,
+        "balanced_accuracy": score.balanced_accuracy,
+        "never_predicted": found.never_predicted(problem.data.classes),
         **({"metrics": metrics} if metrics else {}),
     }
 

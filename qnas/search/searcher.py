@@ -22,6 +22,7 @@ from qnas.search.problem import Problem
 from qnas.search.state import SearchState
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
+from qnas.training.batch_sizes import check_batch_norms
 from qnas.training.loop import check_finite, stream
 from qnas.training.losses import Objective, mean_loss
 from qnas.training.optimizer import weight_step
@@ -46,6 +47,10 @@ class Searcher:
     ) -> None:
         self.problem = Problem(space, limits, data, config, world, objective)
         self.state = SearchState(self.problem)
+        batch_size, arch_batch_size = self.problem.batch_size, self.problem.arch_batch_size
+        supernet = self.state.supernet
+        check_batch_norms(supernet, batch_size, f"`batch_size={batch_size}`", world)
+        check_batch_norms(supernet, arch_batch_size, f"{len(data.heldout)} held-out images", world)
         self.schedule = self.problem.schedule
         self.total_steps = self.schedule.total_steps
         # (positions, candidates), of the distribution that even paths are drawn from
@@ -90,7 +95,7 @@ class Searcher:
         warnings = state.watch.after_weight_step(loss)
         state.step += 1
         if self.schedule.has_arch_step(state.step):
-            figures["arch_loss"], figures["arch_accuracy"] = self._arch_step(*next(self._arch_batches))
+            figures |= self._arch_step(*next(self._arch_batches))
             check_finite(figures["arch_loss"], state.step)
             state.arch_step += 1
             figures |= state.figures()
@@ -112,11 +117,12 @@ class Searcher:
     def _streams(self) -> tuple[Batches, Batches]:
         """Return the batches of weight and architecture steps, starting from the state's steps."""
         problem, state, seed = self.problem, self.state, self.problem.config.seed
-        size, device, part = problem.batch_size, problem.acceleration.device, problem.world.part
-        data = problem.data
+        size, arch_size = problem.batch_size, problem.arch_batch_size
+        data, balanced = problem.data, problem.config.sampler == "balanced"
+        on: dict[str, Any] = {"device": problem.acceleration.device, "part": problem.world.part}
         return (
-            stream(data.train, size, seed, state.step, augment=True, device=device, part=part),
-            stream(data.heldout, size, seed + 1, state.arch_step, augment=False, device=device, part=part),
+            stream(data.train, size, seed, state.step, augment=True, balanced=balanced, **on),
+            stream(data.heldout, arch_size, seed + 1, state.arch_step, augment=False, **on),
         )
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> float:
@@ -138,13 +144,13 @@ class Searcher:
             acceleration=problem.acceleration,
             scaler=state.scaler,
             world=problem.world,
-            loss_function=problem.objective.loss,
+            loss_function=problem.objective.training_loss,
         )
         state.weight_schedule.step()
         return float(loss)
 
-    def _arch_step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Move the architecture parameters; return the loss of the task and the accuracy on the batch."""
+    def _arch_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Move the architecture parameters; return the loss of the task and the accuracies on the batch."""
         problem, state = self.problem, self.state
         supernet = state.supernet.train()
         config, limits, world = problem.config, problem.limit_tensors, problem.world
@@ -154,7 +160,7 @@ class Searcher:
             weight.requires_grad_(False)
         with problem.acceleration.autocast_unscaled():
             logits = supernet(images, step.routes)
-            task_loss = mean_loss(problem.objective.loss, logits, labels)
+            task_loss = mean_loss(problem.objective.ranking_loss, logits, labels)
         # of several limits, the one exceeded most is penalised, as if it were the device's
         ratio = largest_ratio(step.expected(limits), limits.limit)
         (pull,) = torch.autograd.grad(ratio, supernet.alpha, retain_graph=True)
@@ -164,7 +170,8 @@ class Searcher:
         (supernet.alpha.grad,) = torch.autograd.grad(loss, supernet.alpha)
         world.average([supernet.alpha.grad])  # the latency's part is the same in all processes
         task_loss, right = task_loss.detach(), _share_right(logits.detach(), labels)
-        world.average([task_loss, right])
+        counts = _count_right(logits.detach(), labels)
+        world.average([task_loss, right, counts])
         task_norm = float((supernet.alpha.grad - strength * pull).norm())
         state.arch_optimizer.param_groups[0]["lr"] = problem.schedule.arch_learning_rate(state.step)
         state.arch_optimizer.step()
@@ -175,7 +182,12 @@ class Searcher:
             state.multiplier = state.multiplier.after(state.expected_ratio * limit_ms, limit_ms, task_norm)
             if problem.schedule.is_settling(state.step) and config.latency_loss == "multiplier":
                 _settle(state)
-        return float(task_loss), float(right)
+        balanced = float((counts[0] / counts[1])[counts[1] > 0].mean())
+        return {
+            "arch_loss": float(task_loss),
+            "arch_accuracy": float(right),
+            "arch_balanced_accuracy": balanced,
+        }
 
 
 def _settle(state: SearchState) -> None:
@@ -191,3 +203,10 @@ def _settle(state: SearchState) -> None:
 
 def _share_right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
+
+
+def _count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the images of each class that are classified correctly, and all of them: (2, classes)."""
+    classes = logits.shape[1]
+    right = labels[logits.argmax(1) == labels]
+    return torch.stack([torch.bincount(of, minlength=classes) for of in (right, labels)]).float()

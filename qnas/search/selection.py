@@ -226,6 +226,7 @@ def ranking_document(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
             "rank": r.solution.rank,
             "score": r.solution.score,
             "heldout_accuracy": r.heldout.accuracy,
+            "heldout_balanced_accuracy": r.heldout.balanced_accuracy,
             "heldout_loss": r.heldout.loss,
             "level": r.is_level,
             "params": r.params,

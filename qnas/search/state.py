@@ -51,7 +51,7 @@ class SearchState:
             problem.limits,
             weight_steps=schedule.total_steps,
             arch_steps=schedule.arch_steps,
-            guess=guessing_loss(problem.objective.loss, problem.data.train.labels, classes),
+            guess=guessing_loss(problem.objective.training_loss, problem.data.train.labels, classes),
             multiplier_bound=self.multiplier.bound,
         )
 

@@ -42,7 +42,7 @@ def stream(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches without end, from number `start` of a sequence that depends on the seed only.
 
-    `options` are those of `data.batches`: augment, augmentation, device, part.
+    `options` are those of `data.batches`: augment, augmentation, device, part, balanced.
     """
     epoch, skip = divmod(start, batch_count(split, batch_size, drop_last=True))
     while True:

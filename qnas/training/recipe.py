@@ -4,9 +4,9 @@ A recipe holds the settings of weights and images, not of the machine. Omitted f
 short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qnas.training import settings
 from qnas.training.settings import Count, Number, Settings, SettingsFile, Share
@@ -94,7 +94,7 @@ class Recipe(SettingsFile):
 class TrainConfig(Settings):
     """A training: its recipe, with the resolution resolved, its seed and its machine."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("loss", "metric")
+    LATER: ClassVar[tuple[str, ...]] = settings.BALANCE
 
     recipe: Recipe
     torch_device: settings.TorchDeviceField = "auto"
@@ -104,6 +104,13 @@ class TrainConfig(Settings):
     seed: settings.SeedField = 0
     loss: settings.LossField = "cross-entropy"
     metric: settings.MetricField = "accuracy"
+    class_weights: settings.ClassWeightsField = "none"
+    sampler: settings.SamplerField = "shuffled"
+
+    @model_validator(mode="after")
+    def _check_balance(self) -> Self:
+        settings.check_balance(self.loss, self.class_weights, self.sampler)
+        return self
 
     @property
     def resolution_px(self) -> int:

@@ -1,6 +1,6 @@
 """Classification of images by a network: its score, its predictions, and its batch-norm statistics."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from qnas.data.batches import batches
 from qnas.data.image_data import Split
-from qnas.training.losses import LossFunction, cross_entropy
+from qnas.training.losses import LossFunction, balanced_accuracy, cross_entropy, never_predicted
 
 TOP = 5
 WORST = 24  # misclassified images that are kept
 CALIBRATION_BATCHES = 8  # for batch norms, before a network of a supernet is evaluated
+CALIBRATION_IMAGES = 128  # in each of them
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -24,6 +25,7 @@ class Score:
     """The accuracy and loss of a network on some images."""
 
     accuracy: float  # 0 to 1
+    balanced_accuracy: float  # the mean recall of the classes that occur, 0 to 1
     loss: float  # the mean; cross-entropy in nats unless another loss was asked for
     images: int
 
@@ -47,7 +49,12 @@ class Classified:
     def score(self) -> Score:
         """The figures of all images together."""
         count = len(self.losses)
-        return Score(int(self.right.sum()) / count, float(self.losses.mean()), count)
+        balanced = balanced_accuracy(self.predicted, self.labels)
+        return Score(int(self.right.sum()) / count, balanced, float(self.losses.mean()), count)
+
+    def never_predicted(self, classes: Sequence[str]) -> list[str]:
+        """Return the names of the classes that have images here but are never predicted."""
+        return [classes[number] for number in never_predicted(self.predicted, self.labels)]
 
 
 @torch.no_grad()
@@ -93,9 +100,13 @@ def recalibrate(network: nn.Module, images_and_labels: Iterable[tuple[Tensor, Te
 
 
 def recalibrate_on(network: nn.Module, split: Split, device: torch.device | str) -> None:
-    """Measure the batch norms' statistics again on the first CALIBRATION_BATCHES batches of a split."""
-    images = batches(split, 128, seed=0, device=device)
-    recalibrate(network, islice(images, CALIBRATION_BATCHES))
+    """Measure the batch norms' statistics again on the first CALIBRATION_BATCHES batches of a split.
+
+    A last batch of one image is left out: it would count as much as the others.
+    """
+    images = batches(split, CALIBRATION_IMAGES, seed=0, device=device)
+    whole, rest = divmod(len(split), CALIBRATION_IMAGES)
+    recalibrate(network, islice(images, min(CALIBRATION_BATCHES, whole + (rest > 1))))
 
 
 @contextmanager

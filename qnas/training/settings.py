@@ -18,6 +18,8 @@ TorchDevice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LossName = Literal["cross-entropy", "balanced", "focal"]
 MetricName = Literal["accuracy", "balanced-accuracy"]
+ClassWeights = Literal["none", "balanced"]
+Sampler = Literal["shuffled", "balanced"]
 
 
 def _scientific(value: Any) -> Any:
@@ -53,6 +55,33 @@ LossField = Annotated[
 MetricField = Annotated[
     MetricName, Field(description="Metric to report; balanced-accuracy stands beside accuracy.")
 ]
+ClassWeightsField = Annotated[
+    ClassWeights,
+    Field(
+        description="Weights of the classes in the loss; balanced: images / (classes * images of the class)."
+    ),
+]
+SamplerField = Annotated[
+    Sampler,
+    Field(description="Order of an epoch's training images; balanced draws all classes equally often."),
+]
+# the settings above that act on the shares of the classes; later than the first runs
+BALANCE = ("loss", "metric", "class_weights", "sampler")
+
+
+def check_balance(loss: str, class_weights: str, sampler: str) -> None:
+    """Raise ValueError where rare classes would be made up for twice, which favours them over the others."""
+    asked = [
+        text
+        for text, is_asked in (
+            ("`loss='balanced'`", loss == "balanced"),
+            ("`class_weights='balanced'`", class_weights == "balanced"),
+            ("`sampler='balanced'`", sampler == "balanced"),
+        )
+        if is_asked
+    ]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} both make up for rare classes: expected one of them")
 
 
 class Settings(FilePart):

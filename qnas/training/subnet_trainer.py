@@ -35,6 +35,7 @@ from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened
 from qnas.runs.tensors import save_tensors
 from qnas.training.acceleration import choose_acceleration, compile_blocks
+from qnas.training.batch_sizes import check_batch, check_batch_norms
 from qnas.training.evaluation import accuracy_facts, measure_speed, size_facts
 from qnas.training.loop import check_finite, run_to_end, stream
 from qnas.training.losses import Objective, make_objective
@@ -82,16 +83,17 @@ class SubnetTrainer:
         self.data, self.config, self.world, self.teacher = data, config, world, teacher
         self.split = data.train_and_heldout
         self.objective = objective or make_objective(
-            config.loss, config.metric, self.split.labels, len(data.classes)
+            config.loss,
+            config.metric,
+            self.split.labels,
+            len(data.classes),
+            config.class_weights,
+            config.sampler,
         )
-        self.batch_size = min(recipe.batch_size, len(self.split))
-        world.check_batch(self.batch_size)
-        images, parts = self.batch_size // world.size, recipe.accumulation
-        if images % parts:
-            raise UsageError(
-                f"`accumulation`: the {images} images of a step and process cannot be split into {parts} "
-                "equal parts: change `accumulation` or `batch_size`"
-            )
+        self.batch_size = recipe.batch_size
+        check_batch(self.batch_size, len(self.split), world, parts=recipe.accumulation)
+        what = f"`batch_size={self.batch_size}`"
+        check_batch_norms(network, self.batch_size, what, world, parts=recipe.accumulation)
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(
@@ -102,7 +104,7 @@ class SubnetTrainer:
         self.scaler = self.acceleration.scaler()
         self.augmentation = _augmentation(recipe, len(data.classes))
         self.steps_done = 0
-        self.accuracy = float("nan")
+        self.accuracy = self.balanced_accuracy = float("nan")  # the second is for the display only
         self.epoch_loss = 0.0  # summed over the steps of the current epoch
         self.best: dict[str, Any] = {}  # epoch, test_accuracy, weights
         # both are made at the first step, after a state is loaded and the processes are joined
@@ -130,6 +132,7 @@ class SubnetTrainer:
                 augmentation=self.augmentation,
                 device=self.acceleration.device,
                 part=self.world.part,
+                balanced=config.sampler == "balanced",
             )
             self._forward = self.world.parallel(self.network)
         images, labels = next(self._batches)
@@ -148,7 +151,7 @@ class SubnetTrainer:
             gradient_clip=recipe.gradient_clip,
             parts=recipe.accumulation,
             teacher=self.teacher,
-            loss_function=self.objective.loss,
+            loss_function=self.objective.training_loss,
         )
         self.world.average([loss])  # the gradients are averaged already
         check_finite(float(loss), self.steps_done + 1, REMEDY)
@@ -166,7 +169,7 @@ class SubnetTrainer:
     def _end_epoch(self, rate: float) -> dict[str, float]:
         """Evaluate on the test images, and keep the weights if they are the best so far."""
         score = self.test().score
-        self.accuracy = score.accuracy
+        self.accuracy, self.balanced_accuracy = score.accuracy, score.balanced_accuracy
         epoch = self.steps_done // self.steps_per_epoch
         if score.accuracy >= self.best.get("test_accuracy", 0.0):
             weights = {name: tensor.detach().clone() for name, tensor in self.result.state_dict().items()}
@@ -177,6 +180,7 @@ class SubnetTrainer:
             "train_loss": train_loss,
             "learning_rate": rate,
             "test_accuracy": score.accuracy,
+            "test_balanced_accuracy": score.balanced_accuracy,
             "test_loss": score.loss,
         }
 
@@ -184,11 +188,13 @@ class SubnetTrainer:
         """Classify the test images."""
         self.result.eval()
         images = batches(self.data.test, 256, device=self.acceleration.device)
-        return classify(self.result, images, self.objective.loss)
+        return classify(self.result, images, self.objective.ranking_loss)
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Describe a step's figures for the progress display."""
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
+        if not math.isnan(self.balanced_accuracy):
+            known += f" (balanced {self.balanced_accuracy:.2%})"
         return f"loss {row['loss']:.3f}{known}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -333,6 +339,8 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
     result = {
         "schema": "qnas.subnet/1",
         "test_accuracy": score.accuracy,
+        "test_balanced_accuracy": score.balanced_accuracy,
+        "never_predicted": found.never_predicted(data.classes),
         "test_loss": score.loss,
         "test_images": score.images,
         "broken_images": len(data.broken),

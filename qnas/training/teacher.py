@@ -4,18 +4,20 @@ It sees the same augmented and mixed images as the student, but normalised as it
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qnas.common.errors import UsageError, first_line
+from qnas.common.errors import UsageError, first_line, one_line
 from qnas.data.image_data import ImageData
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
+from qnas.training.hub import hub_problem, only_cached
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
 from qnas.training.scoring import recalibrate_on
@@ -107,16 +109,24 @@ def _from_run(folder: Path, data: ImageData) -> nn.Module:
 
 
 def _from_timm(name: str, data: ImageData) -> nn.Module:
-    asked = f"`teacher='{TIMM}{name}'`"
+    asked = f"`teacher='{TIMM}{one_line(name, 60)}'`"
     try:
         import timm  # an extra, and heavy
     except ImportError:
         raise UsageError(f"{asked}: needs timm: pip install 'quadranet-nas[timm]'") from None
     if data.channels not in (1, 3):
         raise UsageError(f"{asked}: takes images of 3 channels, not {data.channels}")
+    on_hub = timm.is_model(name) or name.startswith(("hf-hub:", "hf_hub:"))
+    problem = hub_problem() if on_hub else ""
     try:
-        network: nn.Module = timm.create_model(name, pretrained=True)
+        with only_cached() if problem else nullcontext():
+            network: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, missing weights, no connection to the hub: almost anything
+        if problem and isinstance(error, OSError):  # no weights here; an unknown name is another error
+            remedy = "once with a connection, or copy a cache to HF_HOME, or name a trained network's folder"
+            raise UsageError(
+                f"{asked}: {problem}, and the weights are not in its cache: run it {remedy}"
+            ) from None
         raise UsageError(f"{asked}: {first_line(error)}") from error
     classes: int = network.num_classes  # type: ignore[assignment]  # timm's attribute
     if classes != len(data.classes):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from helpers.pictures import PX, collect, load, numbers
 from torch import Tensor
 
 from qnas.common.errors import DataError
-from qnas.data.batches import batch_count, batches
+from qnas.data.augmentation import Augmentation
+from qnas.data.batches import balanced_order, batch_count, batches
 from qnas.data.image_data import Split
 
 
@@ -110,3 +112,75 @@ def test_each_image_has_its_own_draw(flip: bool) -> None:
     assert (25 < len(variants) <= 50) if flip else (20 < len(variants) <= 25)
     assert tuple(image.flatten().tolist()) in variants
     assert (tuple(image.flip(2).flatten().tolist()) in variants) == flip
+
+
+# ---- balanced draws
+
+
+@pytest.mark.parametrize("counts", [(95, 5), (1, 50, 7), (3, 0, 3), (2, 1, 1, 0, 1)])
+def test_balanced_draws_take_classes_and_their_images_equally_often(
+    counts: tuple[int, ...],
+) -> None:
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    drawn_most = set[int]()
+    for seed in range(20):
+        order = balanced_order(labels, torch.Generator().manual_seed(seed))
+        assert len(order) == len(labels)
+        draws = torch.bincount(labels[order], minlength=len(counts))[torch.tensor(counts) > 0]
+        assert int(draws.max() - draws.min()) <= 1
+        drawn_most |= set((draws == draws.max()).nonzero()[:, 0].tolist())
+        for label, count in enumerate(counts):
+            of_image = torch.bincount(order, minlength=len(labels))[labels == label]
+            assert not count or int(of_image.max() - of_image.min()) <= 1
+    assert len(drawn_most) == len(draws), "no class is always the one with a draw more"
+
+
+def test_balanced_draws_leave_out_other_images_in_each_epoch_and_are_shuffled() -> None:
+    labels = torch.tensor([0] * 80 + [1] * 20)
+    orders = [balanced_order(labels, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    assert set(torch.cat(orders).tolist()) == set(range(100))
+    for order in orders:
+        assert 15 < int(labels[order[:50]].sum()) < 35
+
+
+def test_balanced_batches_depend_on_seed_epoch_and_number_only(noise: Path) -> None:
+    train = load(noise).train
+    rare = replace(train, labels=(torch.arange(len(train)) % 6 == 0).long())
+    options: dict[str, Any] = {"seed": 5, "epoch": 2, "augment": True, "drop_last": True, "balanced": True}
+    augmentation = Augmentation(classes=2, mixup=0.5, random_erasing=0.5)
+    whole = list(batches(rare, 6, augmentation=augmentation, **options))
+    shares = torch.cat([labels for _, labels in whole]).mean(0)
+    assert shares.tolist() == pytest.approx([0.5, 0.5], abs=0.15)
+    resumed = list(batches(rare, 6, start=1, augmentation=augmentation, **options))
+    parts = [
+        list(batches(rare, 6, part=(which, 2), augmentation=augmentation, **options)) for which in (0, 1)
+    ]
+    assert len(whole) > 2
+    for i, (x, y) in enumerate(whole):
+        joined = [torch.cat(each) for each in zip(*(part[i] for part in parts), strict=True)]
+        assert torch.equal(x, joined[0])
+        assert torch.equal(y, joined[1])
+        if i:
+            assert torch.equal(x, resumed[i - 1][0])
+    again = next(batches(rare, 6, **options | {"epoch": 3}))
+    assert not torch.equal(again[0], next(batches(rare, 6, **options))[0])
+
+
+def test_images_that_are_drawn_twice_are_augmented_differently(noise: Path) -> None:
+    train = load(noise).train
+    rare = replace(train, labels=(torch.arange(len(train)) == 0).long(), flip=True)
+    x, y = collect(rare, seed=0, augment=True, balanced=True)
+    repeated = x[y == 1]
+    assert len(repeated) == len(train) // 2
+    assert len({each.numpy().tobytes() for each in repeated}) > 3
+
+
+def test_balanced_batches_read_lazy_images(noise: Path) -> None:
+    lazy = load(noise, memory_limit_bytes=0).train
+    held = load(noise).train
+    options: dict[str, Any] = {"seed": 1, "augment": True, "balanced": True}
+    x, y = collect(replace(lazy, mean=held.mean, std=held.std), **options)
+    expected_x, expected_y = collect(held, **options)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(x, expected_x)

@@ -6,7 +6,15 @@ from helpers.exported import neural_space
 
 from qnas.common.resources import stems
 from qnas.runs.network_text import choices_by_stage, describe_network, describe_space
-from qnas.runs.text import short_name
+from qnas.runs.text import (
+    balanced_text,
+    columns,
+    field,
+    never_text,
+    next_command,
+    short_name,
+    table_rows,
+)
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space
@@ -17,14 +25,19 @@ SPACES: dict[str, Callable[[], SearchSpace]] = {
 }
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
 @pytest.mark.parametrize("name", SPACES)
-def test_what_is_drawn_of_a_space_fits_a_terminal_and_breaks_no_name(name: str) -> None:
+def test_what_is_drawn_of_a_space_fits_a_terminal_and_breaks_no_name(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     space = SPACES[name]()
     turns = tuple(i % len(position.names) for i, position in enumerate(space.positions))
     arch = arch_from_indices(space, turns)
     chosen = choices_by_stage(space, arch)
-    for text in (chosen, describe_network(space, lower(space, arch)), describe_space(space)):
-        assert max(map(len, text.splitlines())) <= 80, text
+    described = describe_space(space)
+    for text in (chosen, describe_network(space, lower(space, arch)), described):
+        assert max(map(len, text.splitlines())) <= width, text
     lines = chosen.splitlines()
     for choice in set(map(short_name, arch.choices)):
         # as whole columns: no name ends where another goes on
@@ -32,7 +45,7 @@ def test_what_is_drawn_of_a_space_fits_a_terminal_and_breaks_no_name(name: str) 
         assert len(shown) == list(map(short_name, arch.choices)).count(choice), choice
     for position in space.positions:
         assert all(
-            any(name in line for line in describe_space(space).splitlines())
+            any(name in line for line in described.splitlines())
             for name in map(short_name, position.names)
         )
 
@@ -43,3 +56,63 @@ def test_a_network_names_the_neuron_of_each_block() -> None:
     drawn = describe_network(space, lower(space, arch))
     for line, candidate in zip(drawn.splitlines()[3:], space.positions[0].candidates, strict=False):
         assert f" {candidate.kind} " in line
+
+
+# ---- narrow terminals
+
+
+def table(width: int, keys: int = 1) -> str:
+    header = ("name", "first", "second", "third")
+    rows = [("a", "1.0", "2.00", "x"), ("bb", "10.0", "", "yy")]
+    return table_rows(header, rows, left=(0, 3), keys=keys, width=width)
+
+
+def test_a_table_that_does_not_fit_becomes_several_with_the_names_of_the_rows() -> None:
+    whole = "name  first  second  third\na       1.0    2.00  x\nbb     10.0          yy"
+    assert table(80) == table(26) == whole
+    assert table(19) == (
+        "name  first  second\na       1.0    2.00\nbb     10.0\n\nname  third\na     x\nbb    yy"
+    )
+    assert [part.splitlines()[0] for part in table(1).split("\n\n")] == [
+        "name  first",
+        "name  second",
+        "name  third",
+    ], "at least one column beside the names"
+    assert table(19, keys=2).splitlines()[4] == "name  first  third"
+
+
+@pytest.mark.parametrize(
+    ("asked", "width"), [("40", 40), ("400", 80), ("1", 20), ("0", 80), ("wide", 80), (None, 80)]
+)
+def test_output_is_as_wide_as_the_terminal_within_bounds(
+    asked: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asked is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", asked)
+    monkeypatch.setattr("sys.__stdout__", None)  # not a terminal, wherever the tests run
+    assert columns() == width
+    words = "word " * 60
+    assert max(map(len, field("name", words).splitlines())) <= max(width, 12 + len("word"))
+    assert max(map(len, next_command(f"qnas {words}").splitlines())) <= max(width, 14 + len("word") + 2)
+
+
+# ---- classes
+
+
+def test_a_balanced_accuracy_is_said_unless_it_reads_like_the_accuracy() -> None:
+    assert balanced_text(0.95, 0.5) == "balanced accuracy 50.00%, the mean recall of the classes"
+    assert balanced_text(0.951, 0.949, digits=1).startswith("balanced accuracy 94.9%")
+    assert balanced_text(0.95004, 0.95001) == balanced_text(0.95, None) == ""
+
+
+def test_the_classes_that_are_never_predicted_are_listed_within_bounds() -> None:
+    assert never_text([], 3) == ""
+    assert never_text(["a", "b"], 3) == "never predicts 2 of 3 classes: a, b"
+    names = [f"\x1b[31mclass {number}" + 300 * "x" for number in range(100)]
+    text = never_text(names, 100)
+    assert text.startswith(r"never predicts 100 of 100 classes: \x1b[31mclass 0x")
+    assert text.endswith("and 95 more")
+    assert len(text) < 250
+    assert text.isprintable()

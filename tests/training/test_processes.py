@@ -133,9 +133,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         ("layernorm", {"weights": "independent"}),
         ("layernorm", {"weights": "shared", "gradient": "all-paths"}),
         ("layernorm", {"weights": "nested"}),
-        ("batchnorm", {}),
+        ("layernorm", {"sampler": "balanced"}),
+        ("batchnorm", {"class_weights": "balanced"}),
     ],
-    ids=["independent", "shared", "nested", "batchnorm"],
+    ids=["independent", "shared", "nested", "sampler", "batchnorm"],
 )
 def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
     norm: str, changes: dict[str, Any], tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
@@ -183,8 +184,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
         ("digits", {"randaugment": 5.0, "mixup": 0.4, "cutmix": 1.0, "random_erasing": 0.5}),
         ("digits", {"accumulation": 4, "ema_decay": 0.9, "linear_start": True, "quadratic_gamma": 0.1}),
         ("shards", {"random_resized_crop": 0.3, "mixup": 0.4}),
+        ("shards", {"random_resized_crop": 0.3, "mixup": 0.4, "sampler": "balanced"}),
+        ("digits", {"mixup": 0.4, "class_weights": "balanced"}),
     ],
-    ids=["plain", "augmented", "accumulated", "shards"],
+    ids=["plain", "augmented", "accumulated", "shards", "sampler", "weighted"],
 )
 def test_a_network_on_its_own_trains_alike_in_two_processes(
     source_of_data: str,
@@ -197,7 +200,9 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     arch = make_arch(tiny_space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
     source = FoundArch(tiny_space, arch, arch_document(tiny_space, arch, {}), tmp_path)
     recipe = Recipe(resolution_px=8, epochs=1, batch_size=128, learning_rate=5e-3)
-    config = TrainConfig(recipe=recipe.override(changes))
+    of_recipe = {name: value for name, value in changes.items() if name in Recipe.model_fields}
+    others = {name: value for name, value in changes.items() if name not in of_recipe}
+    config = TrainConfig(recipe=recipe.override(of_recipe), **others)
 
     def train(world: World) -> tuple[float, float]:
         score = train_subnet(

@@ -97,10 +97,15 @@ def images() -> Tensor:
     )
 
 
+@pytest.mark.parametrize("balance", [{}, {"sampler": "balanced"}, {"class_weights": "balanced"}], ids=str)
 def test_training_with_everything_goes_on_to_the_bit(
-    source: FoundArch, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    balance: dict[str, str],
+    source: FoundArch,
+    digits: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    how = config(**EVERYTHING)
+    how = config(**EVERYTHING).override(balance)
     whole = train(source, digits, tmp_path / "whole", how)
     step = SubnetTrainer.step
 

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qnas.runs.tensors import load_tensors, save_supernet
 from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.lower import smallest_and_largest
 from qnas.spaces.space import SearchSpace, parse_space
+from qnas.training import teacher as teacher_module
 from qnas.training.acceleration import PLAIN
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.subnet_trainer import train_subnet
@@ -119,6 +121,7 @@ def test_timms_models_teach_where_their_classes_fit(
         return network
 
     monkeypatch.setattr(timm, "create_model", create_here)
+    monkeypatch.setattr(teacher_module, "hub_problem", str)
     for name in ("test_resnet", "test_vit"):  # one takes any size, the other one only
         teacher, _ = load_teacher(f"timm:{name}", source, digits, **OPTIONS)
         assert teacher.loss(images(), torch.zeros(4, 10)).isfinite()
@@ -128,6 +131,27 @@ def test_timms_models_teach_where_their_classes_fit(
         load_teacher("timm:test_resnet", source, digits, **OPTIONS)
     with pytest.raises(UsageError, match="`teacher='timm:no_such'`: Unknown model"):
         load_teacher("timm:no_such", source, digits, **OPTIONS)
+
+
+def test_weights_of_timm_that_are_not_here_are_refused_without_the_hub(
+    source: FoundArch, digits: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(UsageError) as refused:
+        load_teacher("timm:test_resnet.r160_in1k", source, digits, **OPTIONS)
+    assert time.monotonic() - started < 10, "no retries"
+    message = str(refused.value)
+    assert message.startswith(
+        "`teacher='timm:test_resnet.r160_in1k'`: http://127.0.0.1:9 cannot be reached ("
+    )
+    assert "and the weights are not in its cache: run it once with a connection" in message
+    assert len(message) <= 300
+    assert message.isprintable()
 
 
 def test_without_timm_it_is_said_what_to_install(

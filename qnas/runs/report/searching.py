@@ -19,7 +19,7 @@ from qnas.runs.plots import UNSETTLED
 from qnas.runs.report.charts import Band, Level, Mark, Series, chart, heat_map, thin
 from qnas.runs.report.commands import search_command
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
-from qnas.runs.text import mean_and_spread, short_name
+from qnas.runs.text import mean_and_spread, never_text, short_name
 from qnas.solver.limits import near_searched
 from qnas.spaces.space import SearchSpace
 
@@ -41,6 +41,9 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "accuracies": list(_rival_charts(run)),
         "rivals": list(_rivals(run)),
         "random": _random(run),
+        "never": never_text(
+            run.found["derived"].get("never_predicted", ()), len(run.found.get("classes", ()))
+        ),
         "positions": e.positions,
         "solved": solved_line(e),
         "devices": [_on_device(run, d) for d in e.devices],
@@ -148,8 +151,10 @@ def _step_charts(rows: Rows, steps: Rows) -> Iterator[Markup]:
     architecture = _by_step("architecture, held-out images", steps, "arch_loss", 2)
     yield _over_steps("Losses, as means over neighbouring steps", "nats", [weights, architecture])
     known = [step for step in steps if "arch_accuracy" in step]
-    accuracy = _by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)
-    yield _over_steps("Accuracy, as means over neighbouring steps", "accuracy", [accuracy], percent=True)
+    accuracies = [_by_step("held-out images, of the sampled paths", known, "arch_accuracy", 2)]
+    if balanced := [step for step in steps if "arch_balanced_accuracy" in step]:  # not in older versions
+        accuracies.append(_by_step("balanced over their classes", balanced, "arch_balanced_accuracy", 1))
+    yield _over_steps("Accuracy, as means over neighbouring steps", "accuracy", accuracies, percent=True)
     entropy = _by_step("entropy of a position, nats", steps, "entropy", 1)
     identity = _by_step("share of identity", steps, "identity_share", 2)
     yield _over_steps("Entropy of the probabilities, on average", "", [entropy, identity], y_ends=(0, None))

@@ -16,6 +16,7 @@ from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE, RESULT_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
 from qnas.runs.report.commands import training_command
+from qnas.runs.text import never_text
 
 MATRIX_CLASSES = 30  # with more classes, the most frequent confusions are listed instead of a matrix
 CONFUSED = 20  # number of confusions listed
@@ -30,6 +31,8 @@ def training_section(
     """
     rows = read_metrics(folder / METRICS_FILE)
     epochs = [row for row in rows if "epoch" in row]
+    key = "test_balanced_accuracy"  # which older versions did not write
+    balanced = [(row["epoch"], row[key]) for row in epochs if key in row]
     charts = (
         chart(
             [
@@ -41,7 +44,10 @@ def training_section(
             y_label="nats",
         ),
         chart(
-            [Series("test images", [(row["epoch"], row["test_accuracy"]) for row in epochs], 2)],
+            [
+                Series("test images", [(row["epoch"], row["test_accuracy"]) for row in epochs], 2),
+                *([Series("balanced: mean recall of the classes", balanced, 1)] if balanced else []),
+            ],
             title="Accuracy, not used for selection",
             x_label="epoch",
             y_label="accuracy",
@@ -52,6 +58,7 @@ def training_section(
         "command": training_command(config, of_run=of_run),
         "charts": charts,
         "epochs": len(epochs),
+        "never": never_text(result.get("never_predicted", ()), len(result["classes"])),
         "predictions": _predictions(folder / PREDICTIONS_FILE, result),
     }
 
