@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.common.errors import CheckpointError, DataError, UsageError, one_line
 from qnas.common.files import staged
 from qnas.common.reading import read_json
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
+from qnas.data.pil_pixels import FULL_BITS
 from qnas.deploy.card import card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
@@ -145,6 +146,11 @@ def _read_result(path: Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in result]
     if missing:
         raise CheckpointError(f"{path}: missing: {', '.join(missing)}")
+    bits = result.setdefault("significant_bits", None)  # earlier runs do not have it
+    if bits is not None and not (type(bits) is int and 8 <= bits <= FULL_BITS):
+        raise CheckpointError(
+            f"{path}: significant_bits: expected 8 to {FULL_BITS}, got {one_line(bits, 50)}"
+        )
     return result
 
 
@@ -163,6 +169,8 @@ def _product(
         px,
         file_metadata(found, result, px),
         batch,
+        result["significant_bits"] or FULL_BITS,
+        result.get("pads") is True,
         calibration,
     )
 
@@ -209,6 +217,7 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
         max_broken=None,  # broken images among them are left out
+        bits=result["significant_bits"] or FULL_BITS,
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):
