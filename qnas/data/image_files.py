@@ -50,7 +50,10 @@ class OriginalFile(NamedTuple):
         """Return the size of the encoded image. Raises FileNotFoundError if there is no such regular file."""
         match self.content:
             case Path():
-                found = self.content.stat()
+                try:
+                    found = self.content.stat()
+                except (NotADirectoryError, ValueError) as error:  # a name that no file can have
+                    raise FileNotFoundError(errno.ENOENT, "no such file", str(self.content)) from error
                 if not stat.S_ISREG(found.st_mode):
                     raise FileNotFoundError(errno.ENOENT, "no regular file", str(self.content))
                 return found.st_size
@@ -65,7 +68,11 @@ class OriginalFile(NamedTuple):
         """
         match self.content:
             case Path() as path:
-                with open_regular(path) as file:
+                try:
+                    file = open_regular(path)
+                except ValueError as error:  # a zero in its name
+                    raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
+                with file:
                     return _read_range(file, 0, os.fstat(file.fileno()).st_size, most)
             case Stretch(path, start, size):
                 with open_regular(path) as file:
@@ -102,7 +109,7 @@ def file_stamp(path: Path) -> str:
     """Return a text that changes when a file changes: its path, size and time."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return f"{path} missing"
     return f"{path} {found.st_size} {found.st_mtime_ns}"
 

@@ -13,8 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tv
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # torchvision 0.29 says that it will leave this to another package
+    decode_image = None
 
 FULL_BITS = 16  # significant bits of an image with more than 8, unless its data set has fewer
 _PNG_COLOURS = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}  # 16 bits, and colours or transparency
@@ -97,8 +101,11 @@ def pil_pixels(image: Image.Image, bits: int = 16) -> Tensor:
 
 
 def has_deep_colours(content: bytes | memoryview) -> bool:
-    """Whether an encoded image is a PNG of 16-bit colours, of which Pillow keeps the upper 8 bits."""
-    return bytes(content[:8]) == b"\x89PNG\r\n\x1a\n" and bytes(content[24:26]) in _PNG_COLOURS
+    """Whether an encoded image is a PNG of 16-bit colours, of which Pillow keeps the upper 8 bits.
+
+    False too if nothing here reads them; `pil_pixels` then refuses those that would lose significant bits.
+    """
+    return decode_image is not None and bytes(content[:8]) == b"\x89PNG\r\n\x1a\n" and bytes(content[24:26]) in _PNG_COLOURS
 
 
 def deep_colours(content: bytes | memoryview, image: Image.Image) -> NDArray[np.uint16]:
