@@ -105,7 +105,8 @@ def has_deep_colours(content: bytes | memoryview) -> bool:
 
     False too if nothing here reads them; `pil_pixels` then refuses those that would lose significant bits.
     """
-    return decode_image is not None and bytes(content[:8]) == b"\x89PNG\r\n\x1a\n" and bytes(content[24:26]) in _PNG_COLOURS
+    is_png = bytes(content[:8]) == b"\x89PNG\r\n\x1a\n"
+    return decode_image is not None and is_png and bytes(content[24:26]) in _PNG_COLOURS
 
 
 def deep_colours(content: bytes | memoryview, image: Image.Image) -> NDArray[np.uint16]:

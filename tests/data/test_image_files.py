@@ -71,7 +71,7 @@ def test_too_large_files_are_not_read(tmp_path: Path) -> None:
         file.truncate(FILE_LIMIT_BYTES + 1)
     for content in (path, Stretch(path, 0, FILE_LIMIT_BYTES + 1), Stretch(path, 5, 2**62)):
         with pytest.raises(
-            BrokenImageError, match="cannot be read: .* bytes, expected at most 1,000,000,000"
+            BrokenImageError, match=r"cannot be read: .* bytes, expected at most 1,000,000,000"
         ):
             decode(OriginalFile("x", "x", content), 8)
         assert OriginalFile("x", "x", content).read(10) == bytes(10)

@@ -148,7 +148,7 @@ def test_every_mode_becomes_grey_or_colours(mode: str, channels: int) -> None:
 @pytest.mark.parametrize("values", [(0.0, 1.5), (-0.5, 1.0), (0.0, float("nan")), (0.0, float("inf"))])
 def test_floats_outside_0_to_1_are_refused(values: tuple[float, float]) -> None:
     content = encoded(np.array([values], np.float32), "tiff")
-    with pytest.raises(BrokenImageError, match="floating-point pixels from .*, expected 0 to 1"):
+    with pytest.raises(BrokenImageError, match=r"floating-point pixels from .*, expected 0 to 1"):
         pixels_of(content)
 
 
