@@ -23,7 +23,7 @@ from torch import Tensor
 from qnas.common.errors import BrokenImageError, DataError, one_line
 from qnas.data.image_files import ImageNumbers, OriginalFile
 from qnas.data.image_formats import readable_formats
-from qnas.data.pil_pixels import FULL_BITS, deep_pixels, has_deep_colours, orientation, pil_pixels
+from qnas.data.pil_pixels import FULL_BITS, orientation, pil_pixels
 
 PIXELS_LIMIT = 89_000_000  # of an image, which takes up to 1 GB to decode; Pillow warns of a little more
 _LARGE_PIXELS = 25_000_000  # images from here on are decoded one at a time
@@ -112,8 +112,7 @@ def decode(
         if image.format in ("JPEG", "MPO") and resolution_px is not None:
             size = _draft(image, resolution_px, draw or central_square)
         with alone_if_large(image):
-            is_deep = bits < FULL_BITS and has_deep_colours(content)
-            pixels = deep_pixels(content, image, bits) if is_deep else pil_pixels(image, bits)
+            pixels = pil_pixels(image, bits)
     if draw is None:
         return pixels
     size = size or (pixels.shape[-2], pixels.shape[-1])

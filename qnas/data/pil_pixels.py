@@ -3,7 +3,9 @@
 `deploy.export.standalone` writes the same steps into model.py, and examples/classify.py has them in NumPy.
 
 Images of more than 8 bits become bytes by the significant bits of their data set (`significant_bits`), not by
-their own brightness: the upper 8 of these bits are kept, and larger values are white.
+their own brightness: the upper 8 of these bits are kept, and larger values are white. Pillow reads the upper 8
+bits of 16-bit colours, which are therefore refused if fewer than 16 are significant. torchvision reads all 16
+of a PNG, but some damaged ones end the process (version 0.29).
 """
 
 from typing import Any
@@ -15,13 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-try:
-    from torchvision.io import ImageReadMode, decode_image
-except ImportError:  # torchvision 0.29 says that it will leave this to another package
-    decode_image = None
-
 FULL_BITS = 16  # significant bits of an image with more than 8, unless its data set has fewer
-_PNG_COLOURS = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}  # 16 bits, and colours or transparency
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -95,48 +91,3 @@ def pil_pixels(image: Image.Image, bits: int = 16) -> Tensor:
         image = on_white(image)
     whole: Tensor = tv.pil_to_tensor(image.convert("L" if is_grey else "RGB"))
     return whole
-
-
-# ---- what Pillow does not read
-
-
-def has_deep_colours(content: bytes | memoryview) -> bool:
-    """Whether an encoded image is a PNG of 16-bit colours, of which Pillow keeps the upper 8 bits.
-
-    False too if nothing here reads them; `pil_pixels` then refuses those that would lose significant bits.
-    """
-    is_png = bytes(content[:8]) == b"\x89PNG\r\n\x1a\n"
-    return decode_image is not None and is_png and bytes(content[24:26]) in _PNG_COLOURS
-
-
-def deep_colours(content: bytes | memoryview, image: Image.Image) -> NDArray[np.uint16]:
-    """Return the values of such a PNG: (H, W, 3), or (H, W, 4) if it is transparent.
-
-    `image` is the same in Pillow. Raises ValueError if the PNG is not whole.
-    """
-    image.load()  # to the end, so that the same files are whole for both readers
-    try:
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        read = decode_image(encoded, mode=ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise ValueError("cannot read its 16-bit colours") from error
-    values: NDArray[np.uint16] = read.permute(1, 2, 0).numpy()
-    if values.dtype != np.uint16:
-        raise ValueError("cannot read its 16-bit colours")
-    if values.shape[2] == 2:
-        values = values[..., [0, 0, 0, 1]]
-    clear = image.info.get("transparency")
-    if values.shape[2] == 3 and isinstance(clear, tuple):
-        seen = (values != np.array(clear, np.uint16)).any(2, keepdims=True)
-        values = np.concatenate([values, seen * np.uint16(0xFFFF)], axis=2)
-    return values
-
-
-def deep_pixels(content: bytes | memoryview, image: Image.Image, bits: int) -> Tensor:
-    """Convert such a PNG to uint8 (3, H, W), as `pil_pixels` does. Raises ValueError."""
-    values = deep_colours(content, image)
-    pixels = to_bytes(values, bits)
-    pixels[..., 3:] = values[..., 3:] >> 8  # how opaque a pixel is does not depend on the data set
-    whole = Image.fromarray(pixels)
-    whole.info = {key: value for key, value in image.info.items() if key != "transparency"}  # with the EXIF
-    return pil_pixels(whole)

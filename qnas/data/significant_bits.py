@@ -23,7 +23,7 @@ from qnas.data.decoding import UNREADABLE, alone_if_large, chunked, in_threads, 
 from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import OriginalFile, stamp_of
 from qnas.data.lazy_images import Original
-from qnas.data.pil_pixels import deep_colours, has_deep_colours, lacks_bits
+from qnas.data.pil_pixels import lacks_bits
 
 STEPS = (8, 10, 12, 14, 16)
 SCHEMA = "qnas.bits/1"
@@ -87,8 +87,6 @@ def _largest_value(file: OriginalFile) -> int:
         if not content:
             return _NONE
         with opened(content, file.where) as image, alone_if_large(image):
-            if has_deep_colours(content):
-                return _declared(content, int(deep_colours(content, image)[..., :3].max()))
             if lacks_bits(image):
                 image.load()
                 brightest = np.asarray(image.convert("RGB")).max()

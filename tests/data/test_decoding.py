@@ -3,6 +3,7 @@ import io
 import math
 import struct
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qnas.data.decoding import PIXELS_LIMIT, Box, decode, in_threads, pixel_dige
 from qnas.data.image_data import ImageData
 from qnas.data.image_files import OriginalFile
 from qnas.data.lazy_images import LazyImages
+from qnas.data.pil_pixels import pil_pixels
 
 CROPS = Augmentation(2, random_resized_crop=0.2)
 
@@ -238,7 +240,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(decoding, "_LARGE_PIXELS", 100)
     now: list[int] = []
     most: list[int] = []
-    convert = decoding.pil_pixels
+    convert = pil_pixels
 
     def slow(image: Image.Image, bits: int) -> Tensor:
         now.append(1)
@@ -250,7 +252,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(decoding, "pil_pixels", slow)
     for side, expected in ((20, 1), (5, 2)):
         file, most[:] = in_memory(written(drawn(side, side))), []
-        list(in_threads(lambda _, file=file: decode(file, None), [range(4)]))
+        list(in_threads(partial(decode, resolution_px=None), [[file] * 4]))
         assert min(max(most), 2) == min(expected, len(most))
 
 

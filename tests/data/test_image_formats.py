@@ -1,6 +1,7 @@
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 from helpers.odd_images import drawn, encoded, pixels_of
@@ -45,10 +46,11 @@ def test_a_plugin_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     """Its opener stands in for the real one: it takes any file that starts with HEIC for red."""
     plugin = ModuleType("pillow_heif")
 
+    def open_red(*_: object) -> Any:
+        return Image.new("RGB", (3, 2), "red")
+
     def register() -> None:
-        Image.register_open(
-            "HEIF", lambda *_: Image.new("RGB", (3, 2), "red"), lambda start: start[:4] == b"HEIC"
-        )  # type: ignore[arg-type,return-value]
+        Image.register_open("HEIF", open_red, lambda start: start[:4] == b"HEIC")
 
     plugin.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)

@@ -11,11 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers.odd_images import write_all_kinds
 from helpers.places import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.flop_counter import FlopCounterMode
 
+from qnas.data.image_files import OriginalFile
+from qnas.data.lazy_images import LazyImages
 from qnas.nn.supernet import Supernet
 from qnas.spaces.arch import make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -73,6 +76,23 @@ def test_the_example_of_a_block_searches_trains_and_exports(tmp_path: Path) -> N
         [sys.executable, "-c", code], cwd=run / "export", capture_output=True, text=True, check=True
     )
     assert done.stdout == "(2, 10)\n"
+
+
+@pytest.mark.parametrize(
+    ("bits", "px", "pads", "channels"),
+    [(16, 8, False, 3), (12, 24, False, 3), (16, 33, True, 1), (16, 96, False, 3)],
+)
+def test_the_example_prepares_images_as_the_training_does(
+    bits: int, px: int, pads: bool, channels: int, tmp_path: Path
+) -> None:
+    """Every pixel of every kind of image, also of odd sizes."""
+    prepare = runpy.run_path(str(EXAMPLES / "classify.py"))["prepare"]
+    for path in write_all_kinds(tmp_path, bits):
+        original = OriginalFile(path.name, str(path), path)
+        expected = LazyImages([original], np.arange(1), px, channels, pads, bits)[0]
+        with Image.open(path) as image:
+            found = prepare(image, px, channels, bits, pads)
+        np.testing.assert_array_equal(found, expected.permute(1, 2, 0).numpy(), err_msg=path.name)
 
 
 @pytest.mark.slow
