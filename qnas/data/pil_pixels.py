@@ -3,7 +3,7 @@
 `deploy.export.standalone` writes the same steps into model.py, and examples/classify.py has them in NumPy.
 
 Images of more than 8 bits become bytes by the significant bits of their data set (`significant_bits`), not by
-their own brightness: the upper 8 of these bits are kept, and larger values are white. Pillow reads the upper 8
+their own brightness: the upper 8 of these are kept, and larger values are white. Pillow reads the upper 8
 bits of 16-bit colours, which are therefore refused if fewer than 16 are significant. torchvision reads all 16
 of a PNG, but some damaged ones end the process (version 0.29).
 """
