@@ -23,12 +23,13 @@ from torch import Tensor
 from qnas.common.errors import BrokenImageError, DataError, one_line
 from qnas.data.image_files import ImageNumbers, OriginalFile
 from qnas.data.image_formats import readable_formats
-from qnas.data.pil_pixels import FULL_BITS, orientation, pil_pixels
+from qnas.data.pil_pixels import FULL_BITS, lacks_bits, orientation, pil_pixels
 
 PIXELS_LIMIT = 89_000_000  # of an image, which takes up to 1 GB to decode; Pillow warns of a little more
 _LARGE_PIXELS = 25_000_000  # images from here on are decoded one at a time
 _ONE_LARGE = Lock()
 BATCHES_AHEAD = 2  # batches to decode ahead of the consumer
+_BRIGHT = 1 << 6  # a byte that is not reached if the upper two bits are not used
 _OUTSIDE = 1e-3  # rounding may put a float outside 0 to 1 by this much
 UNREADABLE = "cannot be read"  # start of a problem that may be temporary
 
@@ -153,15 +154,25 @@ def cut_out(image: Tensor, box: Box) -> Tensor:
     return image[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def to_pixels(image: Any, where: str) -> Tensor:
+def to_pixels(image: Any, where: str, bits: int | None = None) -> Tensor:
     """Convert an image to uint8 (C, H, W).
 
     The image is a PIL image, a tensor (C, H, W) or (H, W), or an array (H, W, C) or (H, W), in uint8 or in
-    floats from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
+    floats from 0 to 1, which are rounded to bytes. `bits` are the significant bits of PIL images of more than
+    8. If they are not said, all 16 are, and an image whose values need fewer is refused.
+
+    Raises DataError for anything else.
     """
     if isinstance(image, Image.Image):
         with expecting_whole(where):
-            return pil_pixels(image)
+            is_deep = image.format != "PPM" and (image.mode.startswith("I") or lacks_bits(image))
+            pixels = pil_pixels(image, bits or FULL_BITS)
+        if is_deep and bits is None and int(pixels.max()) < _BRIGHT:
+            raise DataError(
+                f"{where}: 16 bits, of which the upper two are not used: "
+                f"`bits` says how many are significant, 8 to {FULL_BITS}"
+            )
+        return pixels
     pixels = image
     if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
         pixels = torch.from_numpy(np.ascontiguousarray(image))

@@ -24,12 +24,13 @@ class DatasetReader:
 
     `loader` converts the first part of an item to an image if it is not one, but a path, bytes or an array of
     another form. Items are read by one thread at a time, as few Datasets are thread-safe. `loader` runs in
-    several threads.
+    several threads. `bits` are the significant bits of PIL images of more than 8, None if they are not said.
     """
 
     dataset: Any
     name: str
     loader: Loader | None = None
+    bits: int | None = None
     lock: Any = field(default_factory=Lock)
 
     def where(self, index: int) -> str:
@@ -60,7 +61,7 @@ class DatasetReader:
                 image = self.loader(image)
             except Exception as error:
                 raise BrokenImageError(where, f"{type(error).__name__}: {one_line(error)}") from error
-        return to_pixels(image, where), number
+        return to_pixels(image, where, self.bits), number
 
 
 @dataclass(frozen=True)

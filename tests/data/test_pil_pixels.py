@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.odd_images import drawn, encoded, exif_of, pixels_of, png16
+from helpers.odd_images import COLOURS, drawn, encoded, exif_of, pixels_of, png16
 from PIL import Image, ImageOps, features
 from torch import Tensor
 
-from qnas.common.errors import BrokenImageError
+from qnas.common.errors import BrokenImageError, DataError
+from qnas.data.datasets import Datasets
 from qnas.data.decoding import Box
 from qnas.data.lazy_images import DatasetReader
 
@@ -170,6 +171,32 @@ def test_a_clear_value_of_16_bits_is_white() -> None:
     values = np.array([[0x1234, 0x4000]], np.uint16)
     found = pixels_of(png16(values, 0, (b"tRNS", struct.pack(">H", 0x1234))))
     assert found.tolist() == [[[255, 0x40]]]
+
+
+@pytest.mark.parametrize("kind", ["grey", "colours"])
+def test_a_dataset_of_fewer_than_16_bits_says_how_many(kind: str) -> None:
+    values = np.array([[60, 4000]], np.uint16)
+    content = png16(values) if kind == "grey" else png16(np.stack([values] * 3, 2), COLOURS)
+
+    def read(bits: int | None) -> Tensor:
+        return DatasetReader([(Image.open(io.BytesIO(content)), 0)], "data", bits=bits).read(0)[0]
+
+    with pytest.raises(
+        DataError, match=r"^data\[0\]: 16 bits, .* `bits` says how many are significant, 8 to 16$"
+    ):
+        read(None)
+    assert read(16)[0].tolist() == [[0, 15]]
+    if kind == "grey":
+        assert read(12)[0].tolist() == [[3, 250]]
+    else:
+        with pytest.raises(BrokenImageError, match="of which 12 are significant"):
+            read(12)
+
+
+@pytest.mark.parametrize("bits", [7, 17, "12", 12.0])
+def test_significant_bits_are_8_to_16(bits: Any) -> None:
+    with pytest.raises(DataError, match=rf"^`bits={bits}`: expected 8 to 16$"):
+        Datasets([(1, 0)], bits=bits)
 
 
 def test_the_images_of_a_dataset_are_decoded_alike() -> None:
