@@ -69,7 +69,8 @@ def pil_pixels(image: Image.Image, bits: int = 16) -> Tensor:
     since Pillow keeps only the upper 8 of the 16.
     """
     if bits < 16 and lacks_bits(image):
-        raise ValueError(f"Pillow reads 8 of the 16 bits of its colours, of which {bits} are significant")
+        found = f"Pillow reads 8 of the 16 bits of its colours, of which {bits} are significant"
+        raise ValueError(f"{found}: convert it to 8 bits")
     image.load()
     image = upright(image)
     if image.mode.startswith("I"):
