@@ -1,32 +1,123 @@
 """Classify one image with an exported network: onnxruntime, NumPy and Pillow, no qnas.
 
 python examples/classify.py MODEL.onnx IMAGE
+
+The image becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
+`pillow_heif.register_heif_opener()` before.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
+
+# by the orientations 2 to 8
+TURNS = (
+    *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
+    *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+)
 
 
 def classify(session: onnxruntime.InferenceSession, image: str | Path) -> list[tuple[float, str]]:
     """Return each class with its probability, the most probable first."""
     (wanted,) = session.get_inputs()
-    _, channels, height, width = wanted.shape  # (batch, C, H, W)
-    known = session.get_modelmeta().custom_metadata_map
-    classes, mean, std = (json.loads(known[name]) for name in ("classes", "mean", "std"))
-    # as in the file's metadata: the central square, resized; 0 to 1, minus mean, over std
-    picture = Image.open(image).convert("L" if channels == 1 else "RGB")
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, np.float32).reshape(height, width, channels) / 255
+    _, channels, px, _ = wanted.shape  # (batch, C, H, W)
+    known = {"significant_bits": "16", "pads": "false"} | session.get_modelmeta().custom_metadata_map
+    keys = ("classes", "mean", "std", "significant_bits", "pads")
+    classes, mean, std, bits, pads = (json.loads(known[key]) for key in keys)
+    with Image.open(image) as picture:
+        pixels = prepare(picture, px, channels, bits, pads).astype(np.float32) / 255
     pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     (logits,) = session.run(None, {wanted.name: pixels.transpose(2, 0, 1)[None]})
     shares = np.exp(logits[0] - logits[0].max())
     shares /= shares.sum()
     return sorted(zip(shares.tolist(), classes, strict=True), reverse=True)
+
+
+def prepare(picture: Image.Image, px: int, channels: int, bits: int = 16, pads: bool = False) -> np.ndarray:
+    """Return the central square of an image at px x px pixels, as bytes (px, px, channels)."""
+    # a large JPEG is decoded at a fraction of its size, at least twice as large as is needed
+    width, height = (math.ceil(2 * px * side / min(picture.size)) for side in picture.size)
+    picture.draft("", (width, height))
+    pixels = decode(picture, bits)
+    if channels == 1 and pixels.shape[2] == 3:
+        pixels = grey(pixels)
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    pixels = pixels[top : top + side, left : left + side]
+    if pads and side < px < 1.5 * side:  # slightly smaller images get a black border
+        before = (px - side) // 2
+        pixels = np.pad(pixels, ((before, px - side - before),) * 2 + ((0, 0),))
+    return np.broadcast_to(resize(pixels, px), (px, px, channels))
+
+
+def decode(picture: Image.Image, bits: int) -> np.ndarray:
+    """Return the bytes of an image (H, W, 1 or 3), upright by its EXIF, and on white if it is transparent."""
+    if bits < 16 and ";16" in str(getattr(picture, "tile", "")) and picture.mode[0] != "I":
+        raise ValueError(f"Pillow reads 8 of its 16 bits, of which {bits} are significant")
+    picture.load()
+    try:
+        orientation = picture.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF beside whole pixels
+        orientation = 1
+    if orientation in range(2, 9):
+        picture = picture.transpose(Image.Transpose[TURNS[int(orientation) - 2]])
+    if picture.mode[0] == "I":  # 16 bits, of which the upper 8 of the significant ones are kept
+        values = np.asarray(picture)
+        pixels = values.clip(0, 2**bits - 1) >> (bits - 8)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            pixels[values == clear] = 255
+        return pixels.astype(np.uint8)[..., None]
+    if picture.mode == "F":  # floats from 0 to 1
+        return (np.asarray(picture).clip(0, 1) * 255).round().astype(np.uint8)[..., None]
+    is_grey = picture.mode in ("1", "L", "LA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=picture)
+        picture = white
+    pixels = np.asarray(picture.convert("L" if is_grey else "RGB"))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def grey(pixels: np.ndarray) -> np.ndarray:
+    """Return colours as grey, (H, W, 3) -> (H, W, 1), rounded as torchvision's multiply-adds are."""
+    red, green, blue = (pixels[..., i].astype(np.float32) for i in range(3))
+    total = (red * np.float32(0.2989)).astype(np.float64)
+    for share, colour in ((0.587, green), (0.114, blue)):
+        total = (total + float(np.float32(share)) * colour).astype(np.float32).astype(np.float64)
+    return total.astype(np.uint8)[..., None]
+
+
+def resize(pixels: np.ndarray, px: int) -> np.ndarray:
+    """Resize a square image (S, S, C) to (px, px, C): bilinear, antialiased, as torch does it with bytes.
+
+    Weights are whole numbers of at most 15 bits, and columns are resized before rows.
+    """
+    size = len(pixels)
+    if size == px:
+        return pixels
+    scale = size / px
+    reach = max(scale, 1.0)
+    weights = np.zeros((px, size))
+    for i in range(px):
+        centre = scale * (i + 0.5)
+        near = np.arange(max(int(centre - reach + 0.5), 0), min(int(centre + reach + 0.5), size))
+        weights[i, near] = np.maximum(1 - abs(near - centre + 0.5) / reach, 0)
+    weights /= weights.sum(1, keepdims=True)
+    bits = 14
+    while bits < 22 and int(weights.max() * 2 ** (bits + 1) + 0.5) < 2**15:
+        bits += 1
+    weights = np.floor(weights * 2**bits + 0.5)
+    for _ in range(2):  # (rows, columns, C) -> (new columns, rows, C) -> (new rows, new columns, C)
+        sums = np.einsum("nc,rck->nrk", weights, pixels.astype(np.float64))
+        pixels = np.floor(sums / 2**bits + 0.5).clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def main(model: str, image: str) -> None:

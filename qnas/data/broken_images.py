@@ -7,7 +7,6 @@ broken images are thus known before splits and batches are made or a run is resu
 fail because of one.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -21,11 +20,12 @@ from qnas.common.files import csv_text
 from qnas.common.resources import user_cache
 from qnas.data.decoding import UNREADABLE, chunked, in_threads
 from qnas.data.file_cache import keep, one_at_a_time, recall
-from qnas.data.image_files import OriginalFile
+from qnas.data.image_files import OriginalFile, stamp_of
 from qnas.data.lazy_images import Original, read_pixels
+from qnas.data.pil_pixels import FULL_BITS
 
 MAX_BROKEN = 0.01  # largest share of broken images with which a run continues
-SCHEMA = "qnas.broken/2"
+SCHEMA = "qnas.broken/3"
 
 T = TypeVar("T")
 
@@ -96,7 +96,12 @@ def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> 
 
 
 def find_broken(
-    images: Tensor | Sequence[Original], most: float, where: str, *, quiet: bool = False
+    images: Tensor | Sequence[Original],
+    most: float,
+    where: str,
+    *,
+    bits: int = FULL_BITS,
+    quiet: bool = False,
 ) -> BrokenImages:
     """Decode every image, and return the broken ones by number.
 
@@ -109,22 +114,20 @@ def find_broken(
     def decode_each() -> BrokenImages:
         numbers = range(len(images))
         return read_each(
-            lambda n: read_pixels(images[n], 1), lambda *_: None, numbers, most, where, quiet=quiet
+            lambda n: read_pixels(images[n], 1, bits=bits), lambda *_: None, numbers, most, where, quiet=quiet
         )
 
-    stamp = hashlib.sha256()
-    for image in images:
-        if not isinstance(image, OriginalFile):
-            return decode_each()
-        stamp.update(f"{image.where}\0{image.stamp()}\0".encode(errors="surrogateescape"))
-    path = user_cache("broken") / f"{stamp.hexdigest()[:32]}.json"
+    if not all(isinstance(image, OriginalFile) for image in images):
+        return decode_each()
+    stamp = stamp_of(image for image in images if isinstance(image, OriginalFile))
+    path = user_cache("broken") / f"{stamp[:32]}.json"
     with one_at_a_time(path):
-        broken = recall(path, SCHEMA, stamp.hexdigest(), _KEPT)
+        broken = recall(path, SCHEMA, stamp, _KEPT)
         if broken is None:
             broken = decode_each()
             # do not cache a failure of a disk or a network, which may be temporary
             if not any(each.problem.startswith(UNREADABLE) for each in broken.values()):
-                keep(path, SCHEMA, stamp.hexdigest(), {str(i): asdict(each) for i, each in broken.items()})
+                keep(path, SCHEMA, stamp, {str(i): asdict(each) for i, each in broken.items()})
     check_broken(broken, len(images), most, where)
     return broken
 

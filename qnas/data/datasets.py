@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from qnas.common.errors import DataError
+from qnas.common.errors import DataError, one_line
 from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
 from qnas.data.decoding import spread
 from qnas.data.image_files import Labels
 from qnas.data.labelled_images import LabelledImages, check_training, name_splits, update_with_pixels
 from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
+from qnas.data.pil_pixels import FULL_BITS
 
 SAMPLE = 32  # items to read twice
 _UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not or cannot be read
@@ -45,8 +46,9 @@ class Datasets:
     (H, W, C) or (H, W), or one of these in floats from 0 to 1, which are rounded to bytes. The label is a
     class number from 0. `loader` converts the first part of an item to such an image if it is not one; it
     runs in several threads. `classes` are the names of the classes, by default `train.classes`, or else their
-    numbers. `flip` says whether training may mirror images. Raises DataError for an argument that is empty or
-    not a map-style Dataset.
+    numbers. `flip` says whether training may mirror images. `bits` are the significant bits of PIL images of
+    more than 8, such as 12; None stands for 16, with an error for an image whose values need fewer. Raises
+    DataError for an argument that is empty or not a map-style Dataset.
 
     >>> from torch.utils.data import TensorDataset
     >>> images = TensorDataset(torch.zeros(20, 3, 32, 32), torch.arange(20) % 2)
@@ -61,8 +63,11 @@ class Datasets:
     name: str = ""  # by default the name of the class of `train`
     loader: Loader | None = None
     flip: bool = True
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bits is not None and not (isinstance(self.bits, int) and 8 <= self.bits <= FULL_BITS):
+            raise DataError(f"`bits={one_line(self.bits, 50)}`: expected 8 to {FULL_BITS}")
         for name in ("train", "validation", "test"):
             dataset = getattr(self, name)
             if dataset is not None or name == "train":
@@ -71,7 +76,7 @@ class Datasets:
     @property
     def first_size_px(self) -> tuple[int, int]:
         """Height and width of the first training image. Raises DataError if it cannot be read."""
-        image, _ = DatasetReader(self.train, "train", self.loader).read(0)
+        image, _ = DatasetReader(self.train, "train", self.loader, self.bits).read(0)
         return image.shape[1], image.shape[2]
 
 
@@ -164,6 +169,7 @@ def read_datasets(
         source=name,
         flip=datasets.flip,
         broken=broken,
+        bits=datasets.bits,
         fingerprint="" if changing else fingerprint,
         changing=items[changing[0]].where if changing else "",
     )
@@ -177,7 +183,9 @@ def _list_items(datasets: Datasets, argument: str) -> _Items:
         "test": (datasets.test, "test"),
     }
     readers = {
-        word: DatasetReader(*named, datasets.loader) for word, named in each.items() if named[0] is not None
+        word: DatasetReader(*named, datasets.loader, datasets.bits)
+        for word, named in each.items()
+        if named[0] is not None
     }
     starts = np.cumsum([0, *(len(reader.dataset) for reader in readers.values())])
     labels = [_own_labels(reader.dataset) for reader in readers.values()]

@@ -9,20 +9,27 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import sha256
 from io import BytesIO
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from qnas.common.errors import BrokenImageError, DataError, one_line
 from qnas.data.image_files import ImageNumbers, OriginalFile
+from qnas.data.image_formats import readable_formats
+from qnas.data.pil_pixels import FULL_BITS, lacks_bits, orientation, pil_pixels
 
+PIXELS_LIMIT = 89_000_000  # of an image, which takes up to 1 GB to decode; Pillow warns of a little more
+_LARGE_PIXELS = 25_000_000  # images from here on are decoded one at a time
+_ONE_LARGE = Lock()
 BATCHES_AHEAD = 2  # batches to decode ahead of the consumer
+_BRIGHT = 1 << 6  # a byte that is not reached if the upper two bits are not used
 _OUTSIDE = 1e-3  # rounding may put a float outside 0 to 1 by this much
 UNREADABLE = "cannot be read"  # start of a problem that may be temporary
 
@@ -54,36 +61,83 @@ def expecting_whole(where: str) -> Iterator[None]:
     """Convert any exception that Pillow raises for a damaged image to a BrokenImageError."""
     try:
         yield
+    except BrokenImageError:
+        raise
     except UnidentifiedImageError as error:  # its text contains a memory address, different in every process
         raise BrokenImageError(where, "not a whole image: cannot identify its format") from error
+    except Image.DecompressionBombError as error:  # from the header, of images twice as large
+        raise BrokenImageError(where, f"too many pixels, expected at most {PIXELS_LIMIT:,}") from error
     except Exception as error:
         raise BrokenImageError(where, f"not a whole image: {one_line(error)}") from error
 
 
-def decode(file: OriginalFile, resolution_px: int | None, draw: DrawBox | None = None) -> Tensor:
-    """Decode a file to uint8 (1 or 3, H, W): the whole image or the drawn box, not yet resized.
-
-    With a resolution, a large JPEG is decoded at a fraction of its size, never below twice the resolution.
-    Raises BrokenImageError if the image is not complete.
-    """
+def read_encoded(file: OriginalFile) -> bytes | memoryview:
+    """Return the bytes of an image's file. Raises BrokenImageError."""
     try:
-        content = file.read()
+        return file.read()
     except FileNotFoundError as error:
         raise BrokenImageError(file.where, "no such file") from error
     except OSError as error:
         raise BrokenImageError(file.where, f"{UNREADABLE}: {error.strerror}") from error
-    with expecting_whole(file.where):
+
+
+@contextmanager
+def opened(content: bytes | memoryview, where: str) -> Iterator[Image.Image]:
+    """Open an encoded image, of which only the header is read yet, and of a limited size.
+
+    What Pillow raises in the context, because the image is damaged, becomes a BrokenImageError.
+    """
+    with expecting_whole(where):
         # Not reset here, since it is a global setting of all threads, and not ours.
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("Pillow's LOAD_TRUNCATED_IMAGES is set, which makes up missing pixels")
-        with Image.open(BytesIO(content)) as image:
-            width, height = image.size
-            box = (draw or central_square)(height, width)
-            if resolution_px is not None:  # large photographs decode several times faster at a smaller size
-                need = 2 * resolution_px
-                image.draft("", (math.ceil(need * width / box.width), math.ceil(need * height / box.height)))
-            pixels = pil_pixels(image)
-    return pixels if draw is None else cut_out(pixels, _scale(box, (height, width), pixels.shape[-2:]))
+        with Image.open(BytesIO(content), formats=readable_formats()) as image:
+            if math.prod(image.size) > PIXELS_LIMIT:
+                size = " x ".join(map(str, image.size))
+                raise BrokenImageError(where, f"{size} pixels, expected at most {PIXELS_LIMIT:,}")
+            yield image
+
+
+def decode(
+    file: OriginalFile, resolution_px: int | None, draw: DrawBox | None = None, bits: int = FULL_BITS
+) -> Tensor:
+    """Decode a file to uint8 (1 or 3, H, W): the whole upright image or the drawn box of it, not yet resized.
+
+    With a resolution, a large JPEG is decoded at a fraction of its size, never below twice the resolution.
+    `bits` are the significant bits of the data set's images of more than 8. Raises BrokenImageError if the
+    image is not complete, or has more than PIXELS_LIMIT pixels.
+    """
+    content = read_encoded(file)
+    with opened(content, file.where) as image:
+        size = None
+        if image.format in ("JPEG", "MPO") and resolution_px is not None:
+            size = _draft(image, resolution_px, draw or central_square)
+        with alone_if_large(image):
+            pixels = pil_pixels(image, bits)
+    if draw is None:
+        return pixels
+    size = size or (pixels.shape[-2], pixels.shape[-1])
+    return cut_out(pixels, _scale(draw(*size), size, pixels.shape[-2:]))
+
+
+def _draft(image: Image.Image, resolution_px: int, draw: DrawBox) -> tuple[int, int]:
+    """Choose the fraction of its size at which a JPEG is decoded; return its height and width, upright.
+
+    Large photographs decode several times faster so.
+    """
+    width, height = image.size
+    is_turned = orientation(image) in (5, 6, 7, 8)
+    size = (width, height) if is_turned else (height, width)
+    box = draw(*size)
+    need = 2 * resolution_px
+    tall, wide = math.ceil(need * size[0] / box.height), math.ceil(need * size[1] / box.width)
+    image.draft("", (tall, wide) if is_turned else (wide, tall))
+    return size
+
+
+def alone_if_large(image: Image.Image) -> AbstractContextManager[object]:
+    """Return a lock for an image that takes much memory to decode, of which one is decoded at a time."""
+    return _ONE_LARGE if math.prod(image.size) > _LARGE_PIXELS else nullcontext()
 
 
 def _scale(box: Box, whole: tuple[int, int], decoded: tuple[int, ...]) -> Box:
@@ -100,30 +154,25 @@ def cut_out(image: Tensor, box: Box) -> Tensor:
     return image[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def pil_pixels(image: Image.Image) -> Tensor:
-    """Convert a PIL image to uint8 (1 or 3, H, W). Raises ValueError for more than 16 bits per pixel."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip at 255
-        values = np.array(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("more than 16 bits a pixel")
-        return torch.from_numpy((values >> 8).astype(np.uint8))[None]
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, expected 8 or 16 bits")
-    if image.mode == "P":
-        image = image.convert("RGBA")  # a palette may hold transparency
-    pixels: Tensor = tv.pil_to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    return pixels
-
-
-def to_pixels(image: Any, where: str) -> Tensor:
+def to_pixels(image: Any, where: str, bits: int | None = None) -> Tensor:
     """Convert an image to uint8 (C, H, W).
 
     The image is a PIL image, a tensor (C, H, W) or (H, W), or an array (H, W, C) or (H, W), in uint8 or in
-    floats from 0 to 1, which are rounded to bytes. Raises DataError for anything else.
+    floats from 0 to 1, which are rounded to bytes. `bits` are the significant bits of PIL images of more than
+    8. If they are not said, all 16 are, and an image whose values need fewer is refused.
+
+    Raises DataError for anything else.
     """
     if isinstance(image, Image.Image):
         with expecting_whole(where):
-            return pil_pixels(image)
+            is_deep = image.format != "PPM" and (image.mode.startswith("I") or lacks_bits(image))
+            pixels = pil_pixels(image, bits or FULL_BITS)
+        if is_deep and bits is None and int(pixels.max()) < _BRIGHT:
+            raise DataError(
+                f"{where}: 16 bits, of which the upper two are not used: "
+                f"`bits` says how many are significant, 8 to {FULL_BITS}"
+            )
+        return pixels
     pixels = image
     if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "uf":
         pixels = torch.from_numpy(np.ascontiguousarray(image))
@@ -141,6 +190,18 @@ def to_pixels(image: Any, where: str) -> Tensor:
     if pixels.dtype != torch.uint8:
         raise DataError(f"{where}: expected uint8, or floats from 0 to 1, got {describe_type(image)}")
     return pixels[None] if pixels.ndim == 2 else pixels
+
+
+def pixel_digest(pixels: Tensor) -> str:
+    """Return 64 hexadecimal digits that identify uint8 pixels (C, H, W): SHA-256 of the shape and the bytes.
+
+    >>> pixel_digest(torch.zeros(3, 1, 2, dtype=torch.uint8))[:16]
+    '344b8dcd1d3b5468'
+    """
+    assert pixels.dtype == torch.uint8, pixels.dtype
+    digest = sha256(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def describe_type(value: Any) -> str:

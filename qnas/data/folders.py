@@ -12,11 +12,11 @@ import numpy as np
 
 from qnas.common.errors import DataError, one_line
 from qnas.data.image_files import (
-    IMAGE_SUFFIXES,
     SPLIT_WORDS,
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
     check_exists,
+    readable_suffixes,
     tar_members,
 )
 from qnas.data.labelled_images import LabelledImages, assemble, name_splits, number_classes
@@ -180,7 +180,7 @@ def _list_folder(root: Path) -> _Tree:
                 if entry.is_dir():
                     if len(at) < 2:
                         visit(path, (*at, entry.name))
-                elif path.suffix.lower() in IMAGE_SUFFIXES:
+                elif path.suffix.lower() in readable_suffixes():
                     files.append(OriginalFile("/".join((*at, entry.name)), str(path), path))
 
     try:
@@ -211,7 +211,7 @@ def _list_tar(path: Path) -> _Tree:
                 continue
             if member.isdir():
                 tree.setdefault(at, [])
-            elif PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
+            elif PurePosixPath(member.name).suffix.lower() in readable_suffixes():
                 image = content[member.offset_data : member.offset_data + member.size]
                 found = OriginalFile("/".join(at), f"{path}: {member.name}", image)
                 tree.setdefault(at[:-1], []).append(found)

@@ -77,6 +77,8 @@ class ImageData:
     resolution_px: int
     channels: int
     digest: str
+    pads: bool = False  # whether slightly smaller images got a black border
+    bits: int | None = None  # significant bits of images of more than 8; None: there were no such files
     broken: tuple[BrokenImage, ...] = ()  # in no split
     notes: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from qnas.common.errors import DataError
 from qnas.data.broken_images import BrokenImages
 from qnas.data.image_files import ImageNumbers, Labels, OriginalFile
 from qnas.data.lazy_images import Original, read_pixels
+from qnas.data.pil_pixels import FULL_BITS
 
 HASHED_BYTES = 1_000_000_000  # larger folders are identified only by the names and sizes of their files
 _MISSING = -1  # size of a file that does not exist
@@ -42,6 +43,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     flip: bool = True  # whether a mirrored image still shows its class
     pads: bool = False  # whether slightly smaller images get a black border
     broken: BrokenImages = field(default_factory=dict)
+    bits: int | None = None  # significant bits of images of more than 8; None: there are no such files
     fingerprint: str | None = None  # identifies the images if their bytes are not hashed
     changing: str = ""  # an image that differed when it was read again
 
@@ -50,7 +52,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         """Return an image at its full size and its label. Raises BrokenImageError."""
-        return read_pixels(self.images[range(len(self))[number]]), int(self.targets[number])
+        image = self.images[range(len(self))[number]]
+        return read_pixels(image, bits=self.bits or FULL_BITS), int(self.targets[number])
 
 
 def name_splits(words: Collection[str]) -> dict[str, str] | None:

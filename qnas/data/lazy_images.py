@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 from qnas.common.errors import BrokenImageError, DataError, one_line
 from qnas.data.decoding import DrawBox, cut_out, decode, describe_type, to_pixels
 from qnas.data.image_files import ImageNumbers, OriginalFile
+from qnas.data.pil_pixels import FULL_BITS
 
 Loader = Callable[[Any], Any]
 
@@ -23,12 +24,13 @@ class DatasetReader:
 
     `loader` converts the first part of an item to an image if it is not one, but a path, bytes or an array of
     another form. Items are read by one thread at a time, as few Datasets are thread-safe. `loader` runs in
-    several threads.
+    several threads. `bits` are the significant bits of PIL images of more than 8, None if they are not said.
     """
 
     dataset: Any
     name: str
     loader: Loader | None = None
+    bits: int | None = None
     lock: Any = field(default_factory=Lock)
 
     def where(self, index: int) -> str:
@@ -59,7 +61,7 @@ class DatasetReader:
                 image = self.loader(image)
             except Exception as error:
                 raise BrokenImageError(where, f"{type(error).__name__}: {one_line(error)}") from error
-        return to_pixels(image, where), number
+        return to_pixels(image, where, self.bits), number
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class LazyImages(Dataset[Tensor]):
     """Original images as uint8 images at one resolution, decoded each time they are read.
 
     `originals` are uint8 (N, C, H, W), or a sequence of images; `order` selects images by their numbers.
+    `bits` are the significant bits of images of more than 8.
     """
 
     originals: Tensor | Sequence[Original]
@@ -98,6 +101,7 @@ class LazyImages(Dataset[Tensor]):
     resolution_px: int
     channels: int
     pads: bool
+    bits: int = FULL_BITS
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -110,13 +114,13 @@ class LazyImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         """Return one image (C, H, W) as uint8. Raises BrokenImageError for a damaged file."""
         original = self.originals[int(self.order[index])]
-        return self.fit(read_pixels(original, self.resolution_px), _where(original))
+        return self.fit(read_pixels(original, self.resolution_px, bits=self.bits), _where(original))
 
     def cut(self, index: int, draw: DrawBox) -> Tensor:
         """Return the drawn box of one image, resized, as uint8 (C, H, W). Raises BrokenImageError."""
         original = self.originals[int(self.order[index])]
         px = self.resolution_px
-        image = _to_channels(read_pixels(original, px, draw), self.channels, _where(original))
+        image = _to_channels(read_pixels(original, px, draw, self.bits), self.channels, _where(original))
         return tv.resize(image, [px, px], antialias=True)  # type: ignore[no-any-return]  # torchvision's
 
     def take(self, places: slice | ImageNumbers) -> "LazyImages":
@@ -159,13 +163,19 @@ def _to_resolution(images: Tensor, px: int, *, pads: bool) -> Tensor:
     return images
 
 
-def read_pixels(original: Original, resolution_px: int | None = None, draw: DrawBox | None = None) -> Tensor:
+def read_pixels(
+    original: Original,
+    resolution_px: int | None = None,
+    draw: DrawBox | None = None,
+    bits: int = FULL_BITS,
+) -> Tensor:
     """Return an image or the drawn box of it as uint8 (C, H, W), not yet resized.
 
-    With a resolution, a large JPEG may be decoded at a fraction of its size. Raises BrokenImageError.
+    With a resolution, a large JPEG may be decoded at a fraction of its size. `bits` are the significant bits
+    of a file of more than 8. Raises BrokenImageError.
     """
     if isinstance(original, OriginalFile):
-        return decode(original, resolution_px, draw)
+        return decode(original, resolution_px, draw, bits)
     image = original if isinstance(original, Tensor) else original.read()
     return image if draw is None else cut_out(image, draw(*image.shape[-2:]))
 

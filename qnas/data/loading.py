@@ -19,6 +19,7 @@ from qnas.data.image_data import ImageData, Images, Split, take
 from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import channel_statistics
+from qnas.data.pil_pixels import FULL_BITS
 from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
 from qnas.data.splits import SPLITS, complete_splits, without_broken
 
@@ -38,6 +39,7 @@ def load_data(
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     max_broken: float | None = MAX_BROKEN,
     keep_originals: bool = False,
+    bits: int | None = None,
     quiet: bool = False,
 ) -> ImageData:
     """Read, split and decode a data set.
@@ -54,6 +56,8 @@ def load_data(
     Broken images are left out, up to a share `max_broken` of all images. If it is None, images that are not
     decoded now are not checked, and a broken one raises when it is read.
 
+    `bits` are the significant bits of images of more than 8; by default, those that the data set needs.
+
     Raises DataError if images are missing, damaged or too few, and UsageError for a fraction outside 0 to 1.
     """
     assert resolution_px >= 1, resolution_px
@@ -64,7 +68,7 @@ def load_data(
         raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
     if isinstance(data, str | DataSpec):
-        source = open_dataset(data)
+        source = open_dataset(data, bits=bits)
     elif isinstance(data, LabelledImages):
         source = data
     else:
@@ -73,13 +77,14 @@ def load_data(
     if source.broken:
         splits = without_broken(source, splits, source.broken)
     order = np.concatenate([splits[split] for split in SPLITS])
-    lazy = LazyImages(source.images, order, resolution_px=resolution_px, channels=channels, pads=source.pads)
+    depth = source.bits or FULL_BITS
+    lazy = LazyImages(source.images, order, resolution_px, channels, source.pads, depth)
     images: Images = lazy
     broken: BrokenImages = {}
     if int(np.prod(lazy.shape, dtype=object)) <= memory_limit_bytes:
         images, broken = _decode_all(lazy, most, source.source, quiet=quiet)
     elif max_broken is not None:
-        broken = find_broken(source.images, max_broken, source.source, quiet=quiet)
+        broken = find_broken(source.images, max_broken, source.source, bits=depth, quiet=quiet)
     if broken:
         splits = without_broken(source, splits, broken)
         kept = np.flatnonzero(~np.isin(order, list(broken)))
@@ -105,6 +110,8 @@ def load_data(
         train_and_heldout=split("train_and_heldout", 0, test),
         resolution_px=resolution_px,
         channels=channels,
+        pads=source.pads,
+        bits=source.bits,
         digest=digest_of(source, broken),
         broken=tuple(each for _, each in sorted(broken.items())),
         notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),

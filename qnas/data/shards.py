@@ -161,7 +161,7 @@ def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                 image = label = None
                 for member in members:
                     suffix = _parts(member)[2]
-                    if f".{suffix}" in image_files.IMAGE_SUFFIXES:
+                    if f".{suffix}" in image_files.readable_suffixes():
                         if image is not None:
                             raise DataError(f"{shard}: {key} has two images")
                         image = member

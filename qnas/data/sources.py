@@ -18,15 +18,18 @@ from torch import Tensor
 
 from qnas.common.arguments import quoted
 from qnas.common.errors import DataError, UsageError, nearest, one_line
+from qnas.common.reading import open_regular
 from qnas.data.folders import read_classes, read_folder
 from qnas.data.image_files import UNPACKED_LIMIT_BYTES, Labels, check_exists
 from qnas.data.labelled_images import LabelledImages
 from qnas.data.shards import read_shards
+from qnas.data.significant_bits import find_bits
 
 FASHION_CLASSES = (
     *("t-shirt/top", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ def parse_data_spec(text: str) -> DataSpec:
         raise DataError(f"data {one_line(text, 100)}: {one_line(error)}") from error
 
 
-def open_dataset(data: str | DataSpec) -> LabelledImages:
+def open_dataset(data: str | DataSpec, *, bits: int | None = None) -> LabelledImages:
     """Open a shipped kind of data as a map-style Dataset of (uint8 image (C, H, W), label).
 
+    `bits` are the significant bits of images of more than 8, by default those that their values need.
     Raises DataError, and UsageError for something else than a text.
 
     >>> digits = open_dataset("digits")
@@ -78,7 +82,8 @@ def open_dataset(data: str | DataSpec) -> LabelledImages:
     kind = KINDS[spec.kind]
     name = spec.path.name if kind.is_folder and spec.path else spec.kind
     found = kind.read(spec.path or Path())
-    return replace(found, name=name, source=str(spec), flip=kind.flip, pads=kind.pads)
+    bits = find_bits(found.images) if bits is None else bits
+    return replace(found, name=name, source=str(spec), flip=kind.flip, pads=kind.pads, bits=bits)
 
 
 def _read_digits(_: Path) -> LabelledImages:
@@ -125,7 +130,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint
     path = found[0]
     header_bytes = 4 + 4 * ndim
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as whole, gzip.open(whole) if path.suffix == ".gz" else whole as file:
             header = file.read(header_bytes)
             magic = bytes((0, 0, 8, ndim))
             if header[:4] != magic or len(header) < header_bytes:
@@ -137,13 +142,15 @@ def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, NDArray[np.uint
             count = int(np.prod(shape, dtype=object))
             if count == 0 or count > UNPACKED_LIMIT_BYTES:
                 raise DataError(f"{path}: header says {count} bytes, expected 1 to {UNPACKED_LIMIT_BYTES}")
-            content = file.read(count + 1)  # one more, to reach the end and gzip's checksum
+            content = bytearray()  # grows with what is there, whatever the header says
+            while chunk := file.read(min(count + 1 - len(content), _CHUNK_BYTES)):
+                content += chunk  # to one more than there should be, to reach gzip's checksum
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged: {one_line(error)}") from error
     if len(content) != count:
         more = "or more " if len(content) > count else ""
         raise DataError(f"{path}: header says {count} bytes, found {len(content)} {more}after it")
-    return path, np.frombuffer(bytearray(content), np.uint8).reshape(shape)
+    return path, np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _read_cifar10(path: Path) -> LabelledImages:

@@ -25,7 +25,10 @@ SCHEMA = "qnas.card/1"
 
 def _describe_input(found: FoundArch, px: int) -> str:
     colours = {1: "grey", 3: "RGB"}.get(found.space.input.channels, f"{found.space.input.channels} channels")
-    return f"{colours} in 0 to 1, minus mean, over std; the central square, resized to {px} x {px} px"
+    return (
+        f"{colours} in 0 to 1, minus mean, over std; upright by its EXIF, transparency on white, "
+        f"the central square, resized to {px} x {px} px"
+    )
 
 
 def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
@@ -35,6 +38,8 @@ def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[
         "mean": result["mean"],
         "std": result["std"],
         "input": _describe_input(found, px),
+        "significant_bits": result.get("significant_bits"),
+        "pads": result.get("pads"),
         "test_accuracy": result["test_accuracy"],
         "test_balanced_accuracy": result.get("test_balanced_accuracy"),
         "trained_resolution_px": result["resolution_px"],
@@ -73,6 +78,8 @@ def card_document(
             "input": _describe_input(found, product.resolution_px),
             "mean": list(product.mean),
             "std": list(product.std),
+            "significant_bits": result.get("significant_bits"),
+            "pads": product.pads,
         },
         # without the path, which has no meaning on other machines
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},

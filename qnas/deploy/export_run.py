@@ -12,6 +12,7 @@ from qnas.common.errors import CheckpointError, DataError, UsageError
 from qnas.common.files import staged
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
+from qnas.data.pil_pixels import FULL_BITS
 from qnas.deploy.card import card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
@@ -155,6 +156,8 @@ def _product(
         px,
         file_metadata(found, result, px),
         batch,
+        result["significant_bits"] or FULL_BITS,
+        result.get("pads") is True,
         calibration,
     )
 
@@ -201,6 +204,7 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
         max_broken=None,  # broken images among them are left out
+        bits=result["significant_bits"] or FULL_BITS,
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):

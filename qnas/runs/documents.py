@@ -258,6 +258,7 @@ class Rival(Document):
     amounts: Annotated[list[Amount], Field(min_length=1, max_length=100)]
     macs: Count
     accuracy: Share
+    balanced_accuracy: Share = ABSENT
     metrics: dict[Text, Number] = ABSENT
 
 
@@ -363,6 +364,8 @@ class ResultDocument(Document):
 
     file_schema: Literal["qnas.subnet/1"] = Field(alias="schema")
     test_accuracy: Share
+    test_balanced_accuracy: Share = ABSENT
+    never_predicted: Annotated[list[ClassName], Field(max_length=MOST_CLASSES)] = ABSENT
     test_loss: Loss
     test_images: Annotated[int, Field(ge=1, le=10**12)]
     broken_images: Count
@@ -378,6 +381,8 @@ class ResultDocument(Document):
     classes: Annotated[list[ClassName], Field(min_length=1, max_length=MOST_CLASSES)]
     mean: Statistics
     std: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+    significant_bits: Annotated[int, Field(ge=8, le=16)] | None = None  # earlier runs do not have it
+    pads: bool = ABSENT
     data: PathText
     weights_sha256: Digest = ABSENT
 

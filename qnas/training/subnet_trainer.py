@@ -352,6 +352,8 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
+        "significant_bits": data.bits,
+        "pads": data.pads,
         "data": request["data"],
     }
     close_with_report(folder, {names.RESULT_FILE: result})

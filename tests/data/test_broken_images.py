@@ -114,9 +114,9 @@ def test_a_large_set_is_looked_at_once_until_a_file_changes(
 ) -> None:
     looked: list[str] = []
 
-    def look(file: OriginalFile, px: int) -> torch.Tensor:
+    def look(file: OriginalFile, px: int, *, bits: int) -> torch.Tensor:
         looked.append(file.name)
-        return read_pixels(file, px)
+        return read_pixels(file, px, bits=bits)
 
     monkeypatch.setattr("qnas.data.broken_images.read_pixels", look)
     options: dict[str, Any] = {"memory_limit_bytes": 0, "max_broken": 0.1}
@@ -141,10 +141,10 @@ def test_what_a_failing_disk_hides_is_broken_for_now_alone(
     options: dict[str, Any] = {"memory_limit_bytes": 0, "max_broken": 0.1}
     read = OriginalFile.read
 
-    def fail(self: OriginalFile) -> bytes | memoryview:
+    def fail(self: OriginalFile, most: int | None = None) -> bytes | memoryview:
         if self.name == "bee/007.png":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(self)
+        return read(self, most)
 
     with monkeypatch.context() as patch:
         patch.setattr("qnas.data.labelled_images.HASHED_BYTES", 0)

@@ -1,23 +1,35 @@
+import hashlib
 import io
 import math
+import struct
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.mutants import MUTANTS, SECONDS, attack, bounded, byte_mutants, check_refusal, mutated_bytes
+from helpers.odd_images import COLOURS, all_kinds, chunk, drawn, in_memory, pixels_of, png16
+from helpers.odd_images import encoded as written
 from helpers.pictures import PX, load, numbered
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from qnas.common.errors import BrokenImageError
+from qnas.data import decoding
 from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batches
-from qnas.data.decoding import Box, decode, in_threads
+from qnas.data.decoding import PIXELS_LIMIT, Box, decode, in_threads, pixel_digest
 from qnas.data.image_data import ImageData
 from qnas.data.image_files import OriginalFile
 from qnas.data.lazy_images import LazyImages
+from qnas.data.pil_pixels import pil_pixels
 
 CROPS = Augmentation(2, random_resized_crop=0.2)
 
@@ -170,3 +182,118 @@ def test_what_threads_make_is_in_order_and_the_first_error_is_raised() -> None:
     assert [next(found), next(found)] == [[1], [2]]
     with pytest.raises(ValueError, match="3"):
         next(found)
+
+
+def test_pixels_are_identified_by_their_shape_and_bytes() -> None:
+    pixels = torch.arange(24, dtype=torch.uint8).view(3, 2, 4)
+    expected = hashlib.sha256(b"(3, 2, 4)" + bytes(range(24))).hexdigest()
+    assert pixel_digest(pixels) == expected
+    assert pixel_digest(pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)) == expected
+    assert pixel_digest(pixels.view(3, 4, 2)) != expected
+
+
+def header_of(width: int, height: int, kind: str) -> bytes:
+    """Return an image that says its size but has hardly a pixel."""
+    match kind:
+        case "png":
+            head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+            return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")
+        case "bmp":
+            content = bytearray(written(drawn(2, 2), "bmp"))
+            content[18:26] = struct.pack("<ii", width, height)
+            return bytes(content)
+        case "ppm":
+            return b"P6 %d %d 255\n" % (width, height)
+        case "gif":
+            content = bytearray(written(Image.new("P", (2, 2)), "gif"))
+            content[6:10] = struct.pack("<HH", width, height)
+            return bytes(content)
+        case "jpeg":
+            content = bytearray(written(drawn(2, 2), "jpeg"))
+            at = content.index(b"\xff\xc0")
+            content[at + 5 : at + 9] = struct.pack(">HH", height, width)
+            return bytes(content)
+    raise AssertionError(kind)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["png", "bmp", "ppm", "gif", "jpeg"])
+@pytest.mark.parametrize("resolution_px", [None, 1, 224])
+def test_too_large_images_are_refused_by_their_header(kind: str, resolution_px: int | None) -> None:
+    for width, height in ((13_300, 13_300), (20_000, 20_000), (65_000, 65_000), (2, PIXELS_LIMIT)):
+        if height > 65_535 and kind in ("gif", "jpeg"):
+            continue
+        start = time.perf_counter()
+        with pytest.raises(BrokenImageError, match=r"pixels, expected at most 89,000,000$"):
+            pixels_of(header_of(width, height, kind), resolution_px)
+        assert time.perf_counter() - start < 1
+
+
+def test_a_large_image_within_the_limit_is_decoded() -> None:
+    size = (9_000, 9_000)
+    assert math.prod(size) < PIXELS_LIMIT < Image.MAX_IMAGE_PIXELS  # type: ignore[operator]  # it is set
+    content = written(Image.new("1", size), "png")
+    assert pixels_of(content).shape == (1, 9_000, 9_000)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_LARGE_PIXELS", 100)
+    now: list[int] = []
+    most: list[int] = []
+    convert = pil_pixels
+
+    def slow(image: Image.Image, bits: int) -> Tensor:
+        now.append(1)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return convert(image, bits)
+
+    monkeypatch.setattr(decoding, "pil_pixels", slow)
+    for side, expected in ((20, 1), (5, 2)):
+        file, most[:] = in_memory(written(drawn(side, side))), []
+        list(in_threads(partial(decode, resolution_px=None), [[file] * 4]))
+        assert min(max(most), 2) == min(expected, len(most))
+
+
+def test_made_up_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(BrokenImageError, match="LOAD_TRUNCATED_IMAGES is set"):
+        pixels_of(written(drawn(3, 3)))
+
+
+KINDS = {
+    name.partition("31x64")[2]: content for name, content in all_kinds().items() if name.startswith("31x64")
+} | {".16.png": png16(drawn(31, 64).astype(np.uint16) << 4, COLOURS)}
+
+
+def read_or_break(path: Path) -> None:
+    """Decode a file in all ways. What a decoder takes too long or too much memory for is no broken image."""
+    start = time.perf_counter()
+    for px, bits in ((None, 16), (8, 12)):
+        try:
+            decode(OriginalFile(path.name, str(path), path), px, bits=bits)
+        except BrokenImageError as error:
+            assert "MemoryError" not in str(error), error  # noqa: PT017
+            if px is not None:
+                raise
+    assert time.perf_counter() - start < SECONDS
+
+
+@bounded
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_a_mutant_is_an_image_or_broken(kind: str, data: st.DataObject) -> None:
+    content = data.draw(mutated_bytes(KINDS[kind]))
+    try:
+        pixels = pixels_of(content, 8)
+    except BrokenImageError as error:
+        check_refusal(error)
+    else:
+        assert pixels.dtype == torch.uint8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_no_mutant_of_an_image_does_harm(kind: str, tmp_path: Path) -> None:
+    mutants = byte_mutants(KINDS[kind], MUTANTS, seed=len(kind))
+    assert attack(read_or_break, tmp_path / f"x{kind}", mutants) == []

@@ -1,5 +1,6 @@
 import gzip
 import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.fashion import idx, write_fashion
+from helpers.mutants import MUTANTS, attack, bounded, byte_mutants, mutated_bytes, read_or_refuse
 from helpers.pictures import collect, load, save
 from helpers.places import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qnas.common.errors import DataError
 from qnas.data.batches import batches
@@ -159,6 +163,52 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, how: str, message: str) -> 
     damage(path, how)
     with pytest.raises(DataError, match=rf"^{path}: {message}[^\n]*$"):
         load(tmp_path, "fashion-mnist")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_header_alone_takes_no_memory(zipped: bool, tmp_path: Path) -> None:
+    """Nearly 3 GB by its header, and nothing after it."""
+    path = write_fashion(tmp_path, zipped=zipped) / f"train-images-idx3-ubyte{'.gz' if zipped else ''}"
+    content = b"\0\0\x08\x03" + struct.pack(">III", 2_999, 1_000, 1_000) + bytes(100)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+
+    def load_fashion(_: Path) -> None:
+        load(tmp_path, "fashion-mnist")
+
+    assert attack(load_fashion, tmp_path / "unused", [b""]) == []
+    with pytest.raises(DataError, match=f"^{path}: header says 2999000000 bytes, found 100 after it$"):
+        load(tmp_path, "fashion-mnist")
+
+
+def test_a_pipe_is_no_idx_file(tmp_path: Path) -> None:
+    path = write_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="lacks train-images-idx3-ubyte or train"):
+        load(tmp_path, "fashion-mnist")
+
+
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "train-images-idx3-ubyte.gz")
+
+
+def read_beside(path: Path) -> None:
+    load(path.parent, "fashion-mnist")
+
+
+@bounded
+@given(st.sampled_from(IDX), st.data())
+def test_a_mutant_of_an_idx_file_is_read_or_refused(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    path = write_fashion(tmp_path, zipped=name.endswith(".gz")) / name
+    other = path.with_suffix("") if name.endswith(".gz") else path.with_name(f"{name}.gz")
+    other.unlink(missing_ok=True)
+    read_or_refuse(read_beside, path, data.draw(mutated_bytes(path.read_bytes())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IDX)
+def test_no_mutant_of_an_idx_file_does_harm(name: str, tmp_path: Path) -> None:
+    path = write_fashion(tmp_path, zipped=name.endswith(".gz")) / name
+    assert attack(read_beside, path, byte_mutants(path.read_bytes(), MUTANTS)) == []
 
 
 def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:

@@ -11,14 +11,26 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers.odd_images import write_all_kinds
 from helpers.places import ROOT
+from helpers.tiny import TINY_SPACE
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch.utils.flop_counter import FlopCounterMode
 
+from qnas.common.files import write_json
+from qnas.data.image_files import OriginalFile
+from qnas.data.lazy_images import LazyImages
+from qnas.data.loading import load_data
+from qnas.deploy.export_run import ExportRequest, export_trained
 from qnas.nn.supernet import Supernet
-from qnas.spaces.arch import make_arch
+from qnas.runs.found_arch import FoundArch
+from qnas.spaces.arch import arch_document, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
+from qnas.spaces.space import parse_space
+from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.subnet_trainer import train_subnet
 
 EXAMPLES = ROOT / "examples"
 INSTALL = "QNAS_TEST_INSTALL"  # set: the example installs this checkout into a new environment
@@ -73,6 +85,62 @@ def test_the_example_of_a_block_searches_trains_and_exports(tmp_path: Path) -> N
         [sys.executable, "-c", code], cwd=run / "export", capture_output=True, text=True, check=True
     )
     assert done.stdout == "(2, 10)\n"
+
+
+@pytest.mark.parametrize(
+    ("bits", "px", "pads", "channels"),
+    [(16, 8, False, 3), (12, 24, False, 3), (16, 33, True, 1), (16, 96, False, 3)],
+)
+def test_the_example_prepares_images_as_the_training_does(
+    bits: int, px: int, pads: bool, channels: int, tmp_path: Path
+) -> None:
+    """Every pixel of every kind of image, also of odd sizes."""
+    prepare = runpy.run_path(str(EXAMPLES / "classify.py"))["prepare"]
+    for path in write_all_kinds(tmp_path, bits):
+        original = OriginalFile(path.name, str(path), path)
+        expected = LazyImages([original], np.arange(1), px, channels, pads, bits)[0]
+        with Image.open(path) as image:
+            found = prepare(image, px, channels, bits, pads)
+        np.testing.assert_array_equal(found, expected.permute(1, 2, 0).numpy(), err_msg=path.name)
+
+
+@pytest.mark.parametrize(("bits", "px"), [(12, 13), (16, 8)])
+def test_the_example_gives_the_class_of_the_training_for_every_test_image(
+    bits: int, px: int, tmp_path: Path
+) -> None:
+    """Of images of every kind, through training, export, the metadata of the file, and the example."""
+    for part in ("train", "test"):
+        write_all_kinds(tmp_path / "photos" / part, bits)
+    space = parse_space(TINY_SPACE, "tiny.yaml")
+    arch = make_arch(space, ("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))
+    run, given = tmp_path / "run", f"imagefolder:{tmp_path / 'photos'}"
+    document = arch_document(space, arch, {})
+    write_json(run / "arch.json", document)
+    data = load_data(given, resolution_px=px, quiet=True)
+    assert data.bits == bits
+    recipe = Recipe(epochs=3, resolution_px=px, batch_size=32, learning_rate=1e-2, warmup_epochs=1)
+    train_subnet(
+        FoundArch(space, arch, document, run),
+        data,
+        TrainConfig(recipe=recipe),
+        run / "subnet",
+        {"data": given, "data_digest": data.digest, "versions": {}},
+        from_supernet=False,
+    )
+    assert json.loads((run / "subnet" / "result.json").read_text())["significant_bits"] == bits
+    (file,) = export_trained(run, None, ExportRequest())
+    session = onnxruntime.InferenceSession(file)
+    classify = runpy.run_path(str(EXAMPLES / "classify.py"))["classify"]
+    predicted = load_file(run / "subnet" / "predictions.safetensors")
+    assert set(predicted["predicted"].tolist()) == {0, 1}
+    # the test images in their order: class by class, by name
+    paths = [
+        path for name in data.classes for path in sorted((tmp_path / "photos" / "test" / name).iterdir())
+    ]
+    for path, number, confidence in zip(paths, predicted["predicted"], predicted["confidence"], strict=True):
+        share, name = classify(session, path)[0]
+        assert name == data.classes[number], path.name
+        assert share == pytest.approx(float(confidence), abs=1e-4), path.name
 
 
 @pytest.mark.slow

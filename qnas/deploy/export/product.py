@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from qnas.data.normalisation import normalise
+from qnas.data.pil_pixels import FULL_BITS
 from qnas.deploy.export.folding import fold_norms
 from qnas.spaces.lower import BlockSpec
 
@@ -68,6 +69,8 @@ class Product:
     resolution_px: int
     metadata: Mapping[str, str]
     batch: int | None = None
+    bits: int = FULL_BITS  # significant bits of images of more than 8
+    pads: bool = False  # whether slightly smaller images get a black border
     calibration: RealImages | None = None
 
     def __post_init__(self) -> None:

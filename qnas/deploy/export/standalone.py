@@ -29,7 +29,10 @@ from qnas.spaces.neurons import NEURONS, Neuron
 
 WEIGHTS = ".safetensors"
 # names that a file has before anything is copied into it
-_GIVEN = {"OrderedDict", "Path", "Tensor", "build", "load", "load_file", "nn", "preprocess", "sys", "torch"}
+_GIVEN = {
+    *("OrderedDict", "Path", "Tensor", "build", "load", "load_file", "nn", "preprocess", "_pixels", "sys"),
+    *("torch", "SIGNIFICANT_BITS", "PADS"),
+}
 _WIDTH = 75  # of a block that is written on one line, without its surroundings
 _DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -153,6 +156,8 @@ def source(product: Product, precision: FilePrecision) -> str:
         "MEAN": repr(product.mean),
         "STD": repr(product.std),
         "CHANNELS, RESOLUTION_PX": f"{product.channels}, {product.resolution_px}",
+        "SIGNIFICANT_BITS": f"{product.bits}  # of images of more than 8",
+        "PADS": f"{product.pads}  # whether slightly smaller images get a black border",
         "DTYPE": f"{_DTYPES[precision]}  # of the images and the logits",
     }
     return _FORM.format(
@@ -162,7 +167,6 @@ def source(product: Product, precision: FilePrecision) -> str:
         imports="".join(f"\n{line}" for line in copied.imports),
         definitions="\n\n".join(_definitions(built, copied)),
         built=indent(built, " " * 12),
-        mode="L" if product.channels == 1 else "RGB",
     )
 
 
@@ -256,13 +260,57 @@ def load() -> nn.Sequential:
 
 
 def preprocess(image) -> Tensor:
-    """Return a PIL image as the network takes it: (1, C, H, W)."""
+    """Return a PIL image as the network takes it: (1, C, H, W).
+
+    It is turned upright, put on white where it is transparent, cut to its central square and resized. Give
+    it as `Image.open` returns it: a large JPEG is then decoded at a fraction of its size, as in training.
+    """
     from torchvision.transforms.v2 import functional as tv
 
-    side = min(image.size)
-    pixels = tv.center_crop(tv.pil_to_tensor(image.convert("{mode}")), [side, side])
+    image.draft("", [-(-2 * RESOLUTION_PX * side // min(image.size)) for side in image.size])
+    pixels = _pixels(image)
+    if CHANNELS == 1 and len(pixels) == 3:
+        pixels = tv.rgb_to_grayscale(pixels)
+    pixels = pixels.expand(CHANNELS, -1, -1)
+    side = min(pixels.shape[1:])
+    pixels = tv.center_crop(pixels, [side, side])
+    if PADS and side < RESOLUTION_PX < 1.5 * side:
+        pixels = tv.center_crop(pixels, [RESOLUTION_PX, RESOLUTION_PX])
     pixels = tv.resize(pixels, [RESOLUTION_PX, RESOLUTION_PX], antialias=True)
     return tv.normalize(pixels / 255, MEAN, STD)[None].to(DTYPE)
+
+
+def _pixels(image) -> Tensor:
+    """Return the bytes of a PIL image: (1 or 3, H, W)."""
+    import numpy as np
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as tv
+
+    if SIGNIFICANT_BITS < 16 and ";16" in str(getattr(image, "tile", "")) and image.mode[0] != "I":
+        raise ValueError(f"Pillow reads 8 of its 16 bits, of which {{SIGNIFICANT_BITS}} are significant")
+    image.load()
+    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF beside whole pixels
+        orientation = 1
+    if orientation in range(2, 9):
+        image = image.transpose(Image.Transpose[turns[int(orientation) - 2]])
+    if image.mode[0] == "I":  # 16 bits, of which the upper 8 of the significant ones are kept
+        values = np.asarray(image)
+        pixels = values.clip(0, 2**SIGNIFICANT_BITS - 1) >> (SIGNIFICANT_BITS - 8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            pixels[values == clear] = 255
+        return torch.from_numpy(pixels.astype(np.uint8))[None]
+    if image.mode == "F":
+        return torch.from_numpy((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))[None]
+    is_grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        image = white
+    return tv.pil_to_tensor(image.convert("L" if is_grey else "RGB"))
 
 
 def {name}(

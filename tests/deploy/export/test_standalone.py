@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.exported import PX, digits, trained
+from helpers.odd_images import COLOURS, drawn, png16, write_all_kinds
 from helpers.own_blocks import register_gate
 from helpers.tiny import TINY_SPACE
 from PIL import Image
 from torch import nn
 
 from qnas.common.resources import stems
+from qnas.data.image_files import OriginalFile
+from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import normalise
 from qnas.deploy.export import standalone
 from qnas.deploy.export.product import Product
@@ -108,6 +112,40 @@ def test_a_photograph_is_prepared_as_the_training_images_were(model: ModuleType)
     wide = Image.new("RGB", (7 * PX, 3 * PX), "red")
     wide.paste(square, (2 * PX, 0))
     torch.testing.assert_close(model.preprocess(wide), model.preprocess(square), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "px", "pads", "channels"),
+    [(16, 8, False, 3), (12, 24, False, 3), (16, 33, True, 1), (16, 96, False, 3)],
+)
+def test_every_image_becomes_the_pixels_of_the_training(
+    bits: int, px: int, pads: bool, channels: int, tmp_path: Path
+) -> None:
+    product = replace(
+        trained(),
+        mean=(0.0,) * channels,
+        std=(1 / 255,) * channels,
+        channels=channels,
+        resolution_px=px,
+        bits=bits,
+        pads=pads,
+    )
+    module: dict[str, Any] = {"__file__": "model.py", "__name__": "model"}
+    exec(compile(standalone.source(product, "fp32"), "model.py", "exec"), module)
+    for path in write_all_kinds(tmp_path, bits):
+        original = OriginalFile(path.name, str(path), path)
+        expected = LazyImages([original], np.arange(1), px, channels, pads, bits)[0]
+        with Image.open(path) as image:
+            found = module["preprocess"](image)[0]
+        assert torch.equal(found.round().to(torch.uint8), expected), path.name
+
+
+def test_colours_that_would_lose_their_levels_are_not_classified(tmp_path: Path) -> None:
+    module: dict[str, Any] = {"__file__": "model.py", "__name__": "model"}
+    exec(compile(standalone.source(replace(trained(), bits=12), "fp32"), "model.py", "exec"), module)
+    (tmp_path / "x.png").write_bytes(png16(drawn(9, 9).astype(np.uint16), COLOURS))
+    with pytest.raises(ValueError, match="Pillow reads 8 of its 16 bits, of which 12 are significant"):
+        module["preprocess"](Image.open(tmp_path / "x.png"))
 
 
 def test_the_file_is_a_command_that_names_the_class_of_a_photograph(
