@@ -19,6 +19,7 @@ from qnas.commands import derive, doctor, latency, look, own_device, predictors,
 from qnas.commands.options import as_flags
 from qnas.common.errors import Interrupted, QnasError, QnasWarning
 from qnas.common.plugins import load_plugins
+from qnas.common.text import escaped
 
 app = typer.Typer(
     name="qnas",
@@ -90,7 +91,7 @@ app.command(short_help="Check this machine, with advice on what is missing.")(do
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")  # of a process that torchrun started
     who = "qnas" if rank == "0" else f"qnas, process {rank}"
-    print(f"{who}: {as_flags(' '.join(message.split()))}", file=sys.stderr)
+    print(f"{who}: {as_flags(escaped(' '.join(message.split())))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -101,7 +102,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, QnasWarning):
-            print(f"qnas: warning: {as_flags(str(message))}", file=sys.stderr)
+            print(f"qnas: warning: {as_flags(escaped(str(message)))}", file=sys.stderr)
         else:
             show(message, category, *rest)
 

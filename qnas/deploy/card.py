@@ -10,6 +10,7 @@ from qnas.common.errors import ExportError
 from qnas.common.files import write_json, write_text
 from qnas.common.intervals import wilson
 from qnas.common.reading import read_json
+from qnas.common.text import in_markdown
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
@@ -122,7 +123,7 @@ def markdown(card: Mapping[str, Any]) -> str:
     trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
     facts = [
-        f"- Classes: {', '.join(task['classes'])}",
+        f"- Classes: {', '.join(in_markdown(name, 500) for name in task['classes'])}",
         f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
         f"- Data: {data['kind']}, digest {data['digest']}",
         f"- Training: {trained}; {recipe}",

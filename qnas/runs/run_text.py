@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qnas.common.text import shown
 from qnas.common.units import format_count, format_ms
 from qnas.runs.compare import Comparison, Contestant
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
+from qnas.runs.names import LEFT_OUT_FILE
 from qnas.runs.text import field, short_name, table_rows, wrapped
 
 
@@ -239,7 +241,11 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     )
     worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])
     rows = [
-        [str(row["class"])[:30], str(row["images"]), *(f"{row[key]:.1%}" for key in ("value", "low", "high"))]
+        [
+            shown(row["class"], 30),
+            str(row["images"]),
+            *(f"{row[key]:.1%}" for key in ("value", "low", "high")),
+        ]
         for row in worst[:CLASSES_SHOWN]
     ]
     header = ["class", "images", "accuracy", "from", "to"]
@@ -249,11 +255,14 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     )
     lines = [field("accuracy", learned), field("", sure)]
     if len(worst) > 1:
-        shown = min(CLASSES_SHOWN, len(worst))
-        lines.append(field("classes", f"the {shown} least accurate of {len(worst)}; all in result.json"))
+        listed = min(CLASSES_SHOWN, len(worst))
+        lines.append(field("classes", f"the {listed} least accurate of {len(worst)}; all in result.json"))
         lines += [f"{'':12}{line}" for line in table_rows(header, rows).splitlines()]
     if broken := result.get("broken_images"):
         lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))
+    if left_out := result.get("left_out"):
+        unused = sum(left_out.values())
+        lines.append(field("left out", f"{unused} file{'s' * (unused > 1)}: {LEFT_OUT_FILE}"))
     lines += [
         field("size", f"{counts}, at {deployed['resolution_px']} px"),
         *([field("latency", latencies)] if latencies else []),

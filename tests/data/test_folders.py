@@ -70,7 +70,7 @@ def test_a_listed_file_that_is_not_there_is_a_broken_image(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("header", "rows", "message"),
     [
-        ("file,class", ["all/000.png,a"], "lacks the column label: expected file,label"),
+        ("file,class", ["all/000.png,a"], r"columns missing: label; expected file,label\[,split\]"),
         ("file,label", ["all/000.png,a", "all/001.png,"], "line 3: no label"),
         ("file,label", [",a"], "line 2: no file"),
         ("file,label", ["all/000.png,a", "all/000.png,b"], r"line 3: all/000\.png is in line 2 too"),
@@ -119,7 +119,7 @@ def test_other_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     [
         ("imagefolder", {}, r": no folders of images, expected train/CLASS/\* or CLASS/\*"),
         ("imagefolder", {"a": 5}, ": 1 class folders, expected at least 2"),
-        ("imagefolder", {"a": 5, "b": 0}, ": class folder 'b' of train has no images"),
+        ("imagefolder", {"a": 5, "b": 0}, ": class folder 'b' has no images"),
         (
             "imagefolder",
             {"a": 5, "b": 2},
@@ -133,7 +133,7 @@ def test_other_and_hidden_files_are_left_out(tmp_path: Path) -> None:
         (
             "imagefolder",
             {"train/a": 5, "train/b": 5, "train/c": 5, "val/a": 1, "val/d": 1},
-            ": classes of test differ from those of train: lacks b, c; adds d",
+            ": classes of val differ from those of train: lacks b, c; adds d",
         ),
         (
             "imagefolder",

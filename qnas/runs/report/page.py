@@ -20,6 +20,7 @@ from markupsafe import Markup
 from qnas.common.errors import CheckpointError, QnasWarning, first_line
 from qnas.common.files import write_text
 from qnas.common.reading import read_json
+from qnas.common.text import escaped
 from qnas.common.units import format_count, format_ms
 from qnas.runs import names
 from qnas.runs.folders import read_config
@@ -41,7 +42,7 @@ FORMS: dict[str, Callable[[Any], str]] = {  # formats for values of the run's fi
     "count": format_count,
     "whole": lambda value: f"{value:,}",
     "nats": lambda value: f"{value:.3f}",
-    "text": str,
+    "text": lambda value: escaped(str(value)),
 }
 
 

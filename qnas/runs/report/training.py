@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qnas.common.errors import CheckpointError
+from qnas.common.text import shown
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
@@ -60,7 +61,7 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     """Return the results by class from the predictions for test images; None if they were not kept."""
     if not path.is_file():
         return None
-    names, found = tuple(map(str, result["classes"])), read_predictions(path)
+    names, found = tuple(map(shown, result["classes"])), read_predictions(path)
     counts = confusion(found, len(names))
     of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
     # name, images, recall and precision of each class; None if there are no images to count
