@@ -15,7 +15,18 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
+from qnas.commands import (
+    check_data,
+    derive,
+    doctor,
+    latency,
+    look,
+    own_device,
+    predictors,
+    profile,
+    search,
+    subnet,
+)
 from qnas.commands.options import as_flags
 from qnas.common.errors import Interrupted, QnasError, QnasWarning
 from qnas.common.plugins import load_plugins
@@ -54,6 +65,8 @@ def _root(
 
 
 # short_help is the entry in the list of commands, which is narrow
+# the images
+app.command("check-data", short_help="Check a data set before hours are spent on it.")(check_data.check_data)
 # from a budget to a network file
 app.command(cls=search.Command, short_help="Find the best network within a latency budget, or several.")(
     search.search

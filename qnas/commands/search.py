@@ -136,7 +136,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
-    yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
+    kind = found.get("split_names", {}).get("test", "test")
+    yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images, with supernet weights")
     for name, value in found["derived"].get("metrics", {}).items():
         yield field("", f"{name} {value:.1%}")
     yield field("solved", _solved_for(found["effects"], result.run.config["search"]))

@@ -89,7 +89,7 @@ def read_each(
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
     """Raise DataError if more than a share `most` of the images is broken."""
     if len(broken) > most * images:
-        each = [shown(image, 300) for _, image in sorted(broken.items())]
+        each = [f"{escaped(image.file)}: {shown(image.problem)}" for _, image in sorted(broken.items())]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
             f"{abbreviate(each, '; ', most=3)}"

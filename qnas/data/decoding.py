@@ -4,6 +4,7 @@ Threads decode ahead of the consumer. Processes would not be faster, as Pillow a
 interpreter's lock, and threads pass on errors unchanged.
 """
 
+import hashlib
 import math
 import os
 from collections import deque
@@ -141,6 +142,13 @@ def to_pixels(image: Any, where: str) -> Tensor:
     if pixels.dtype != torch.uint8:
         raise DataError(f"{where}: expected uint8, or floats from 0 to 1, got {describe_type(image)}")
     return pixels[None] if pixels.ndim == 2 else pixels
+
+
+def pixel_digest(pixels: Tensor) -> str:
+    """Return the SHA-256, in hexadecimal, of an image's shape and its uint8 pixels in the order C, H, W."""
+    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def describe_type(value: Any) -> str:

@@ -19,12 +19,12 @@ from qnas.common.reading import open_regular
 from qnas.common.text import shown
 from qnas.data import left_out
 from qnas.data.image_files import (
-    IMAGE_SUFFIXES,
     SPLIT_NAMES,
     UNPACKED_LIMIT_BYTES,
     OriginalFile,
     check_exists,
     is_plain,
+    readable_suffixes,
     tar_members,
 )
 from qnas.data.label_table import is_table, read_rows
@@ -51,12 +51,16 @@ _Classes = dict[str, list[OriginalFile]]  # images by class
 def read_folder(path: Path) -> LabelledImages:
     """Read a CSV, or a folder of images with a CSV or with class folders. Raises DataError."""
     check_exists(path)
-    if path.suffix == ".csv":
-        return _read_table(path)
-    tables = [entry for entry in sorted(path.glob("*.csv")) if is_table(entry)] if path.is_dir() else []
+    if not path.is_dir():
+        return _read_table(path) if _is_csv(path) else read_classes(path, needs_test=False)
+    entries = [entry for entry in sorted(path.iterdir()) if not is_hidden(entry.name)]
+    csvs = list(filter(_is_csv, entries))
+    tables = list(filter(is_table, csvs))
     if len(tables) > 1:
         names = abbreviate([shown(table.name) for table in tables], most=3)
         raise DataError(f"{path}: several CSVs of labels: give one: {names}")
+    if len(csvs) == 1 and not any(entry.is_dir() or _is_tar(entry) for entry in entries):
+        tables = csvs  # nothing else can be meant: if it is of another form, its error says how
     return _read_table(tables[0]) if tables else read_classes(path, needs_test=False)
 
 
@@ -119,7 +123,7 @@ def read_classes(path: Path, *, needs_test: bool) -> LabelledImages:
                 files.add(left_out.OUTSIDE, image.name)
             folders = _list_tar(path, files)
         for tar in tars:
-            files.add("an archive beside the folders", tar.name)
+            files.add(left_out.ARCHIVE, tar.name)
     elif _is_tar(path):
         folders = _list_tar(path, files)
     else:
@@ -216,6 +220,10 @@ def _check_classes(layout: _Layout, folders: _Folders, path: Path) -> tuple[str,
 # ---- listing
 
 
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv")
+
+
 def _is_tar(path: Path) -> bool:
     return path.name.endswith((".tar.gz", ".tgz"))
 
@@ -225,9 +233,9 @@ def _leave_out(files: LeftOutFiles, entry: "os.DirEntry[str]", name: str, image:
     suffix = PurePosixPath(entry.name).suffix.lower()
     if not entry.is_file():
         files.add(left_out.DANGLING if entry.is_symlink() else left_out.NOT_REGULAR, name)
-    elif suffix in IMAGE_SUFFIXES:
+    elif suffix in readable_suffixes():
         files.add(image, name)
-    elif suffix == ".csv":
+    elif suffix in (".csv", ".tsv"):
         files.add(left_out.UNUSED_TABLE, name)
     else:
         files.add_other(suffix, name)
@@ -268,8 +276,8 @@ def _list_folder(root: Path, files: LeftOutFiles) -> _Folders:
                     if len(at) < _LEVELS or not (linked or entry.is_symlink()):
                         todo.append(((*at, entry.name), path, linked or entry.is_symlink()))
                     else:
-                        files.add("a link to a folder that lies too deep", name)
-                elif not is_deep and entry.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+                        files.add(left_out.DEEP_LINK, name)
+                elif not is_deep and entry.is_file() and path.suffix.lower() in readable_suffixes():
                     images.append(OriginalFile(name, str(path), path))
                 else:
                     _leave_out(files, entry, name, left_out.TOO_DEEP)
@@ -297,8 +305,8 @@ def _list_tar(path: Path, files: LeftOutFiles) -> _Folders:
             elif member.isdir():
                 folders.setdefault(at, [])
             elif not is_plain(member):
-                files.add("a link, a device or a sparse file of a tar", member.name)
-            elif suffix in IMAGE_SUFFIXES:
+                files.add(left_out.OF_TAR, member.name)
+            elif suffix in readable_suffixes():
                 image = content[member.offset_data : member.offset_data + member.size]
                 found = OriginalFile("/".join(at), f"{path}: {member.name}", image)
                 folders.setdefault(at[:-1], []).append(found)

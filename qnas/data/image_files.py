@@ -5,7 +5,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -29,16 +29,19 @@ UNPACKED_LIMIT_BYTES = 3_000_000_000  # limit for archives and IDX files, which 
 MEMBERS = 5_000_000  # limit for the members of a tar
 _CHUNK_BYTES = 1 << 20
 _PADDING_BYTES = 1 << 26  # limit for the zeros at the end of a tar
-IMAGE_SUFFIXES = frozenset(
+_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 )
-# suffixes of images that are not read, and the package that reads them
-UNREAD_FORMATS = {
-    **dict.fromkeys((".heic", ".heif"), "pillow-heif"),
-    ".avif": "Pillow's AVIF",
-    **dict.fromkeys((".jp2", ".jxl", ".svg", ".psd"), "conversion"),
-    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), "conversion"),
-}
+
+
+def readable_suffixes() -> frozenset[str]:
+    """Return the suffixes of the files that can be read here, in lower case: `.jpg`, `.png`, ..."""
+    return _SUFFIXES
+
+
+def unreadable_suffixes() -> Mapping[str, str]:
+    """Return the suffixes of images that cannot be read here, each with the package to install for it."""
+    return {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "pillow>=11.3"}
 
 
 class Stretch(NamedTuple):

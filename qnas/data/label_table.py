@@ -21,6 +21,7 @@ COLUMNS = ("file", "label")  # `split` is optional
 FORM = "file,label[,split]"
 ROWS = 5_000_000  # limit for the rows of a CSV
 _SEPARATORS = ",;\t|"
+_PART_BYTES, _NAME_BYTES = 255, 4000  # limits for file names, as those of Linux
 _HEADER_BYTES = 65_536  # the header lies within them
 _MARKS = (  # the longer ones first, since a shorter one may be their start
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -65,6 +66,9 @@ def read_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{where}: no {'label' if name else 'file'}")
         if "\0" in name or PurePosixPath(name).name in ("", ".."):
             raise DataError(f"{where}: {shown(name)} is not the name of a file")
+        longest = max(len(part.encode()) for part in PurePosixPath(name).parts)
+        if longest > _PART_BYTES or len(name.encode()) > _NAME_BYTES:
+            raise DataError(f"{where}: a file name of {len(name)} characters: {shown(name)}")
         same = os.path.normpath(name)
         if same in lines:
             before, other = lines[same]

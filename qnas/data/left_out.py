@@ -8,22 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qnas.common.errors import abbreviate
 from qnas.common.files import csv_text
 from qnas.common.text import shown
-from qnas.data.image_files import UNREAD_FORMATS
+from qnas.data.image_files import unreadable_suffixes
 
 NAMED = 100  # files that are named for each reason
 REASONS = 50  # reasons that are told apart; suffixes may be anything
 PATH_CHARACTERS = 4096  # of a file's name in lists
 
-TOO_DEEP = "an image that lies too deep"
-OUTSIDE = "an image outside the class folders"
-NOT_LISTED = "an image that the CSV does not list"
-UNUSED_TABLE = "a CSV that is not used"
-NOT_REGULAR = "not a regular file"
-DANGLING = "a link to nothing"
-UNREADABLE = "cannot be read"
-UNCOUNTED = "a folder too deep to be counted to its end"
+TOO_DEEP = "images that lie too deep"
+OUTSIDE = "images outside the class folders"
+NOT_LISTED = "images that the CSV does not list"
+UNUSED_TABLE = "CSVs that are not used"
+ARCHIVE = "archives beside the folders"
+NOT_REGULAR = "pipes and other files that are not regular"
+DANGLING = "links to nothing"
+DEEP_LINK = "links to folders that lie too deep"
+OF_TAR = "links, devices and sparse files of a tar"
+UNREADABLE = "folders and links that cannot be read"
+UNCOUNTED = "folders too deep to be counted to their end"
 _SYSTEM_FILES = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 
 
@@ -36,7 +40,7 @@ class LeftOut:
     first: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.files} {self.reason} (first: {shown(self.first[0])})"
+        return f"{self.reason}: {self.files} (first {shown(self.first[0])})"
 
 
 class LeftOutFiles:
@@ -56,10 +60,10 @@ class LeftOutFiles:
 
     def add_other(self, suffix: str, name: str) -> None:
         """Count a file whose suffix (in lower case, with its dot) is not that of an image."""
-        if package := UNREAD_FORMATS.get(suffix):
-            self.add(f"{suffix}: not read without {package}", name)
+        if package := unreadable_suffixes().get(suffix):
+            self.add(f"{suffix} files, which need {package}", name)
         else:
-            self.add(f"{shown(suffix, 20)}: not an image" if suffix else "not an image by its name", name)
+            self.add(f"{shown(suffix, 20)} files" if suffix else "files without a suffix", name)
 
     def extend(self, found: Iterable[LeftOut]) -> None:
         """Add the counts and names of another list."""
@@ -81,8 +85,8 @@ def is_hidden(name: str) -> bool:
 def summary(left_out: Sequence[LeftOut], most: int = 3) -> str:
     """Describe what is left out in one line."""
     files = sum(each.files for each in left_out)
-    more = [f"and {len(left_out) - most} more kinds"] if len(left_out) > most else []
-    return f"{files} file{'s' * (files != 1)} left out: {'; '.join([*map(str, left_out[:most]), *more])}"
+    listed = abbreviate([str(each) for each in left_out], "; ", most)
+    return f"{files} file{'s' * (files != 1)} left out: {listed}"
 
 
 def left_out_copies(name: str, left_out: Sequence[LeftOut]) -> dict[str, str]:

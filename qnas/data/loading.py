@@ -65,12 +65,7 @@ def load_data(
     if max_broken is not None and not 0 <= max_broken <= 1:
         raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
-    if isinstance(data, str | DataSpec):
-        source = open_dataset(data)
-    elif isinstance(data, LabelledImages):
-        source = data
-    else:
-        source = read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
+    source = open_given(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
     splits = complete_splits(source, heldout_fraction)
     if source.broken:
         splits = without_broken(source, splits, source.broken)
@@ -113,6 +108,21 @@ def load_data(
         left_out=source.left_out,
         split_names=source.split_names,
     )
+
+
+def open_given(
+    data: GivenData,
+    *,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    max_broken: float = MAX_BROKEN,
+    quiet: bool = False,
+) -> LabelledImages:
+    """Open the data that a user gives, before they are split and decoded. Raises DataError."""
+    if isinstance(data, str | DataSpec):
+        return open_dataset(data)
+    if isinstance(data, LabelledImages):
+        return data
+    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=max_broken, quiet=quiet)
 
 
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:

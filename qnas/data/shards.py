@@ -193,7 +193,7 @@ def _list_samples(shard: Path, files: LeftOutFiles) -> Iterator[tuple[tarfile.Ta
                 image = label = None
                 for member in members:
                     suffix = f".{_parts(member)[2]}"
-                    if suffix in image_files.IMAGE_SUFFIXES:
+                    if suffix in image_files.readable_suffixes():
                         if image is not None:
                             raise DataError(f"{shard}: {shown(key)} has two images")
                         image = member
@@ -217,7 +217,7 @@ def _is_listed(member: tarfile.TarInfo, shard: Path, files: LeftOutFiles) -> boo
     if len(member.name) > _KEY_CHARACTERS:
         raise DataError(f"{shard}: a member with a name of {len(member.name)} characters")
     if not image_files.is_plain(member):
-        files.add("a link, a device or a sparse file of a tar", f"{shard.name}/{member.name}")
+        files.add(left_out.OF_TAR, f"{shard.name}/{member.name}")
         return False
     return True
 

@@ -63,6 +63,7 @@ def card_document(
     weights = hashlib.sha256((found.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
     accuracy, n = result["test_accuracy"], result["test_images"]
+    split = {"split": name} if (name := result.get("split_names", {}).get("test")) else {}
     return {
         "schema": SCHEMA,
         "name": product.name,
@@ -77,7 +78,7 @@ def card_document(
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
         "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),
-        "accuracy": {"top1": accuracy, "images": n, "interval95": list(wilson(accuracy, n))},
+        "accuracy": {"top1": accuracy, "images": n, "interval95": list(wilson(accuracy, n)), **split},
         "network": {
             "space": found.space.name,
             "space_digest": found.space.digest,
@@ -127,7 +128,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
         f"- Data: {data['kind']}, digest {data['digest']}",
         f"- Training: {trained}; {recipe}",
-        f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
+        f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} {accuracy.get('split', 'test')} images "
         f"(95% interval {low:.1%} to {high:.1%})",
         f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
         f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
