@@ -72,7 +72,7 @@ def _read_table(path: Path) -> LabelledImages:
     rows = list(read_rows(path))
     words = [row.split for row in rows]
     if not any(words):
-        parents = [SPLIT_NAMES.get(PurePosixPath(row.file).parts[0]) for row in rows]
+        parents = [SPLIT_NAMES.get(PurePosixPath(row.file).parts[0].lower()) for row in rows]
         words = [word for word in parents if word is not None]
         words = words if len(words) == len(rows) else []
     root = path.parent
@@ -269,9 +269,11 @@ def _list_folder(root: Path, files: LeftOutFiles) -> _Folders:
         images = [] if is_deep else folders.setdefault(at, [])
         for entry in entries:
             name, path = "/".join((*at, entry.name)), Path(entry.path)
-            if is_hidden(entry.name) or (not at and _is_tar(path)):
+            if is_hidden(entry.name):
                 continue
             try:
+                if not at and _is_tar(path) and entry.is_file():
+                    continue
                 if entry.is_dir():
                     if len(at) < _LEVELS or not (linked or entry.is_symlink()):
                         todo.append(((*at, entry.name), path, linked or entry.is_symlink()))
@@ -298,9 +300,11 @@ def _list_tar(path: Path, files: LeftOutFiles) -> _Folders:
         for member in tar_members(unpacked):
             at = PurePosixPath(member.name).parts
             suffix = PurePosixPath(member.name).suffix.lower()
-            if any(map(is_hidden, at)) or not at:
+            if ".." in at or member.name.startswith("/"):
+                files.add(left_out.ELSEWHERE, member.name)
+            elif any(map(is_hidden, at)) or not at:
                 continue
-            if len(member.name) > left_out.PATH_CHARACTERS or len(at) > _TAR_LEVELS:
+            elif len(member.name) > left_out.PATH_CHARACTERS or len(at) > _TAR_LEVELS:
                 files.add(left_out.TOO_DEEP, member.name)
             elif member.isdir():
                 folders.setdefault(at, [])
