@@ -174,7 +174,7 @@ def check_images(
         data=shown(source.source, 4096),
         images=len(numbers),
         splits={name: len(each) for name, each in own.items()},
-        used={_called(source, split): len(each) for split, each in used.items()},
+        used={_called(source, split): len(used[split]) for split in SPLITS if split in used},
         classes=classes,
         imbalance=float(totals.max() / max(totals.min(), 1)),
         largest_share=float(totals.max() / totals.sum()),
@@ -322,7 +322,8 @@ def _problems(report: DataReport, max_broken: float, leaked: int, tests: int, te
 def _warnings(source: LabelledImages, report: DataReport, *, any_problem: bool) -> list[str]:
     warnings = []
     if report.broken and not any_problem:
-        warnings.append(f"{len(report.broken)} broken images will be left out")
+        count = len(report.broken)
+        warnings.append(f"{count} broken image{'s' * (count > 1)} will be left out")
     if report.left_out:
         warnings.append(summary(report.left_out))
     for found, how in ((report.exact, "pixel for pixel"), (report.near, "nearly")):

@@ -142,7 +142,7 @@ def find_near(images: Images, *, quiet: bool) -> tuple[Twins, int]:
     Also return how many images show nothing that could be compared.
     """
     twins = _none(len(images))
-    flat = images.thumbnails.reshape(len(images), -1).astype(np.float32)
+    flat = images.thumbnails.reshape(len(images), 3 * _THUMBNAIL_PX**2).astype(np.float32)
     flat -= flat.mean(1, keepdims=True)
     has_content = flat.std(1) >= _PLAIN_LEVELS
     # test images first, so that the first rows are enough if there are too many pairs
