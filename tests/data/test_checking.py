@@ -210,8 +210,13 @@ def test_no_image_is_decoded_twice_but_those_that_are_shown(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_dataset(f"imagefolder:{photos}")
-    seen = []
+    seen: list[int] = []
     read = type(source).__getitem__
-    monkeypatch.setattr(type(source), "__getitem__", lambda self, n: (seen.append(n), read(self, n))[1])
+
+    def count(self: Any, number: int) -> Any:
+        seen.append(number)
+        return read(self, number)
+
+    monkeypatch.setattr(type(source), "__getitem__", count)
     check_images(source, quiet=True)
     assert len(seen) == len(source) + 2

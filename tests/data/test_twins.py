@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -30,7 +31,7 @@ def images(pictures: list[Image.Image], labels: list[int], splits: list[int]) ->
     return found
 
 
-COPIES = {
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "compressed": lambda picture: again(picture, 40),
     "smaller": lambda picture: picture.resize((48, 48)),
     "larger": lambda picture: picture.resize((200, 150)),
