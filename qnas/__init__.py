@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qnas.api.checking import check_data
     from qnas.api.deriving import Derivation, ParetoFronts, derive, pareto
     from qnas.api.exporting import export
     from qnas.api.predicting import predict
@@ -40,6 +41,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 # The public names, by the module that defines them.
 _OFFERED = {
+    "qnas.api.checking": ("check_data",),
     "qnas.api.deriving": ("Derivation", "ParetoFronts", "derive", "pareto"),
     "qnas.api.exporting": ("export",),
     "qnas.api.predicting": ("predict",),
@@ -74,6 +76,7 @@ __all__ = [
     "SearchSpace",
     "TrainedNetwork",
     "__version__",
+    "check_data",
     "derive",
     "device_from_blocks",
     "device_from_function",

@@ -15,10 +15,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qnas import __version__
-from qnas.commands import derive, doctor, latency, look, own_device, predictors, profile, search, subnet
+from qnas.commands import (
+    check_data,
+    derive,
+    doctor,
+    latency,
+    look,
+    own_device,
+    predictors,
+    profile,
+    search,
+    subnet,
+)
 from qnas.commands.options import as_flags
 from qnas.common.errors import Interrupted, QnasError, QnasWarning
 from qnas.common.plugins import load_plugins
+from qnas.common.text import escaped
 
 app = typer.Typer(
     name="qnas",
@@ -53,6 +65,8 @@ def _root(
 
 
 # short_help is the entry in the list of commands, which is narrow
+# the images
+app.command("check-data", short_help="Check a data set before hours are spent on it.")(check_data.check_data)
 # from a budget to a network file
 app.command(cls=search.Command, short_help="Find the best network within a latency budget, or several.")(
     search.search
@@ -90,7 +104,7 @@ app.command(short_help="Check this machine, with advice on what is missing.")(do
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")  # of a process that torchrun started
     who = "qnas" if rank == "0" else f"qnas, process {rank}"
-    print(f"{who}: {as_flags(' '.join(message.split()))}", file=sys.stderr)
+    print(f"{who}: {as_flags(escaped(' '.join(message.split())))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -101,7 +115,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
     def show_ours(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, QnasWarning):
-            print(f"qnas: warning: {as_flags(str(message))}", file=sys.stderr)
+            print(f"qnas: warning: {as_flags(escaped(str(message)))}", file=sys.stderr)
         else:
             show(message, category, *rest)
 

@@ -9,9 +9,10 @@ import typer
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import option
+from qnas.common.text import escaped, shown
 from qnas.common.units import format_count, format_ms
 from qnas.runs.folders import read_config
-from qnas.runs.names import BROKEN_FILE
+from qnas.runs.names import BROKEN_FILE, LEFT_OUT_FILE
 from qnas.runs.text import (
     BALANCING,
     balanced_text,
@@ -109,14 +110,18 @@ def _announce(started: "Started") -> None:
     from qnas.runs.latency_text import describe_limits
 
     images, folder = started.images, started.folder
-    counts = ", ".join(f"{count} {name}" for name, count in images.counts.items())
     typer.echo(describe_limits(started.space, started.limits))
-    typer.echo(wrapped(f"{images.name} at {images.resolution_px} px: {counts} images; run in {folder}"))
+    what = f"{shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
+    typer.echo(wrapped(f"{what}; run in {folder}"))
     if images.broken:
         count = f"{len(images.broken)} broken image{'s' * (len(images.broken) > 1)}"
         typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))
+    if images.left_out:
+        files = sum(each.files for each in images.left_out)
+        what = f"{files} file{'s' * (files > 1)} of the data not used"
+        typer.echo(wrapped(f"{what}, listed in {folder / LEFT_OUT_FILE}"))
     for note in images.notes:
-        typer.echo(wrapped(note))
+        typer.echo(wrapped(escaped(note)))
 
 
 def _lines(result: "SearchResult") -> Iterator[str]:
@@ -141,7 +146,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
-    yield field("accuracy", f"{result.accuracy:.1%} on {tested} test images, with supernet weights")
+    kind = found.get("split_names", {}).get("test", "test")
+    yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images, with supernet weights")
     if balanced := balanced_text(result.accuracy, result.balanced_accuracy, digits=1):
         yield field("", balanced)
     if never := never_text(result.never_predicted, len(found.get("classes", ()))):

@@ -116,8 +116,9 @@ def train_subnet(
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
+    kind = result.get("split_names", {}).get("test", "test")
     learned = (
-        f"{trained.accuracy:.2%} on {result['test_images']} test images, after {epochs} epochs from {start}"
+        f"{trained.accuracy:.2%} on {result['test_images']} {kind} images, after {epochs} epochs from {start}"
     )
     lines = ["", describe_training(learned, result, speed, files_in(folder))]
     lines.append(next_command(f"qnas export {target}"))

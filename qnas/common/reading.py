@@ -27,6 +27,7 @@ DEPTH = 64  # limit for lists in lists; no document of ours is deeper than 12
 VALUES = 5_000_000  # limit for the values of a document, those that YAML's aliases repeat counted each time
 DIGITS = 40  # limit for whole numbers
 FIELD_CHARACTERS = 100_000  # limit for a field of a CSV
+_SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}  # as messages call them
 
 # What the parsers raise for some texts, beside their own exceptions.
 _PARSER_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
@@ -163,7 +164,7 @@ def csv_rows(
             if len(fields) > len(columns):
                 raise error(
                     f"{where}: line {reader.line_num}: {len(fields)} fields, expected {len(columns)}; "
-                    "a field with a comma stands in quotes"
+                    f"a field with {_SEPARATORS.get(delimiter, delimiter)} stands in quotes"
                 )
             fields += [""] * (len(columns) - len(fields))
             yield reader.line_num, dict(zip(columns, fields, strict=True))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from qnas.common.errors import BrokenImageError, DataError, abbreviate
 from qnas.common.files import csv_text
 from qnas.common.resources import user_cache
+from qnas.common.text import escaped, shown
 from qnas.data.decoding import UNREADABLE, chunked, in_threads
 from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import OriginalFile, stamp_of
@@ -88,7 +89,7 @@ def read_each(
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
     """Raise DataError if more than a share `most` of the images is broken."""
     if len(broken) > most * images:
-        each = [str(image) for _, image in sorted(broken.items())]
+        each = [f"{escaped(image.file)}: {shown(image.problem)}" for _, image in sorted(broken.items())]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
             f"{abbreviate(each, '; ', most=3)}"
@@ -134,4 +135,5 @@ def find_broken(
 
 def broken_copies(name: str, broken: Sequence[BrokenImage]) -> dict[str, str]:
     """Return {name: CSV of the broken images}, or an empty dict if there are none."""
-    return {name: csv_text(("file", "problem"), map(asdict, broken))} if broken else {}
+    rows = ({"file": escaped(each.file), "problem": escaped(each.problem)} for each in broken)
+    return {name: csv_text(("file", "problem"), rows)} if broken else {}

@@ -19,11 +19,18 @@ from qnas.common.errors import DataError, one_line
 from qnas.data.broken_images import BrokenImage, BrokenImages, or_broken, read_each
 from qnas.data.decoding import spread
 from qnas.data.image_files import Labels
-from qnas.data.labelled_images import LabelledImages, check_training, name_splits, update_with_pixels
+from qnas.data.labelled_images import (
+    LabelledImages,
+    check_class_names,
+    check_training,
+    name_splits,
+    update_with_pixels,
+)
 from qnas.data.lazy_images import DatasetItem, DatasetReader, Loader
 from qnas.data.pil_pixels import FULL_BITS
 
 SAMPLE = 32  # items to read twice
+ARGUMENTS = {"train": "train", "val": "validation", "test": "test"}  # the arguments of Datasets
 _UNKNOWN = np.iinfo(np.int64).min  # label of an item that was not or cannot be read
 
 
@@ -172,6 +179,7 @@ def read_datasets(
         bits=datasets.bits,
         fingerprint="" if changing else fingerprint,
         changing=items[changing[0]].where if changing else "",
+        split_names={names[word]: ARGUMENTS[word] for word in items.words} if len(items.words) > 1 else {},
     )
 
 
@@ -254,7 +262,9 @@ def _name_classes(datasets: Datasets, items: _Items) -> tuple[str, ...]:
     for number in known[(items.labels[known] < 0) | (items.labels[known] >= len(names))]:
         where, label = items[number].where, items.labels[number]
         raise DataError(f"{where}: label {label}, expected 0 to {len(names) - 1}, for {len(names)} classes")
-    return tuple(str(name) for name in names)
+    named = tuple(str(name) for name in names)
+    check_class_names(named, items.readers[0].name)
+    return named
 
 
 def _own_classes(dataset: Any) -> tuple[str, ...]:

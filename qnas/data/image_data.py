@@ -4,16 +4,19 @@ All images are in one uint8 array, channels last in memory, in the order trainin
 views, so no image is stored twice. Images that do not fit into memory are decoded when a batch needs them.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from qnas.common.errors import DataError
+from qnas.common.text import shown
 from qnas.data.broken_images import BrokenImage, or_broken
 from qnas.data.decoding import in_threads, spread
 from qnas.data.image_files import ImageNumbers
 from qnas.data.lazy_images import LazyImages
+from qnas.data.left_out import LeftOut
 
 Images = Tensor | LazyImages  # (N, C, H, W), uint8, at one resolution
 
@@ -65,7 +68,8 @@ class ImageData:
 
     `train` is for the weights, `heldout` for architecture parameters and for selection, and `test` only for
     the final accuracy. `digest` identifies the original images, labels and classes, at any resolution.
-    `notes` are warnings for the user, such as that a resumed run may see other images.
+    `notes` are warnings for the user, such as that a resumed run may see other images. `left_out` are files
+    of the data set that are not used, and `split_names` what its own splits are called there.
     """
 
     name: str
@@ -81,6 +85,8 @@ class ImageData:
     bits: int | None = None  # significant bits of images of more than 8; None: there were no such files
     broken: tuple[BrokenImage, ...] = ()  # in no split
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    split_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -96,6 +102,19 @@ class ImageData:
     def counts(self) -> dict[str, int]:
         """The number of images in each split."""
         return {split.name: len(split) for split in (self.train, self.heldout, self.test)}
+
+    @property
+    def described_counts(self) -> str:
+        """The number of images in each split, with the data set's own name of it where that is another.
+
+        For instance "80 train, 20 heldout, 50 test (your val)".
+        """
+        called = {
+            split: f"{split} (your {shown(self.split_names[split])})"
+            for split in self.counts
+            if self.split_names.get(split, split) != split
+        }
+        return ", ".join(f"{count} {called.get(split, split)}" for split, count in self.counts.items())
 
 
 def subset(split: Split, n: int) -> Split:

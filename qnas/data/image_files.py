@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qnas.common.errors import DataError, one_line
+from qnas.common.errors import DataError
 from qnas.common.reading import open_regular
 from qnas.data.image_formats import readable_suffixes, unreadable_suffixes
 
@@ -26,9 +26,16 @@ Labels = NDArray[np.int64]
 __all__ = ["readable_suffixes", "unreadable_suffixes"]  # of image_formats, for those that list files
 
 SPLIT_WORDS = ("train", "val", "test")  # the names of splits in data sets
+SPLIT_NAMES = {  # and how people write them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 UNPACKED_LIMIT_BYTES = 3_000_000_000  # limit for archives and IDX files, which are unpacked in memory
 FILE_LIMIT_BYTES = 1_000_000_000  # limit for an encoded image
+MEMBERS = 5_000_000  # limit for the members of a tar
 _CHUNK_BYTES = 1 << 20
+_PADDING_BYTES = 1 << 26  # limit for the zeros at the end of a tar
 
 
 class Stretch(NamedTuple):
@@ -109,7 +116,7 @@ def file_stamp(path: Path) -> str:
     """Return a text that changes when a file changes: its path, size and time."""
     try:
         found = path.stat()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # also where a name is too long, or a folder is a file
         return f"{path} missing"
     return f"{path} {found.st_size} {found.st_mtime_ns}"
 
@@ -124,32 +131,46 @@ def check_exists(path: Path) -> None:
 
 
 def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the folders and files of a tar, but no links, and no sparse files, which are not contiguous.
+    """Yield the members of a tar, none of which stays in memory.
 
-    Raises tarfile.TarError for a damaged tar, also if it does not end with zeros: tarfile takes a damaged
-    header for the end.
+    Raises tarfile.TarError for a damaged tar, also if it does not end with zeros (tarfile takes a damaged
+    header for the end), and for one of more than MEMBERS members.
     """
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        members = iter(tar)
-        while True:
-            try:
-                member = next(members, None)
-            except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-                raise tarfile.ReadError(f"an unreadable header: {one_line(error)}") from error
-            if member is None:
-                break
-            if member.size < 0 or member.offset_data + member.size > length:
-                raise tarfile.ReadError(f"a member of {member.size} bytes, more than there are")
-            if member.isdir() or (member.isfile() and not member.issparse()):
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            count = before = 0
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # what tarfile has read so far
+                count += 1
+                if member.size < 0 or tar.offset <= before:  # it would be read for ever
+                    raise tarfile.ReadError(f"a wrong size at byte {member.offset}")
+                if member.offset_data + member.size > length:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes, more than there are")
+                if count > MEMBERS:
+                    raise tarfile.ReadError(f"over {MEMBERS:,} members")
+                before = tar.offset
                 yield member
-        end = tar.offset
-    file.seek(end)
-    found = False
+            end = tar.offset
+        file.seek(end)
+        _check_end(file, end)
+    # what tarfile raises for some damaged headers
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
+        raise tarfile.ReadError(f"an unreadable header: {type(error).__name__}") from error
+
+
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member of a tar is a file in one piece, and not a link, a device or sparse."""
+    return member.isreg() and not member.issparse()
+
+
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Raise tarfile.TarError unless the rest of a tar, from byte `end`, is zeros."""
+    read = 0
     while chunk := file.read(_CHUNK_BYTES):
-        found = True
-        if chunk.strip(b"\0"):
+        read += len(chunk)
+        if chunk.strip(b"\0") or read > _PADDING_BYTES:
             raise tarfile.ReadError(f"an unreadable header at byte {end}")
-    if not found:
+    if not read:
         raise tarfile.ReadError("no end")

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qnas.common.errors import DataError
+from qnas.common.text import shown
 from qnas.data.broken_images import BrokenImages
 from qnas.data.image_files import ImageNumbers, Labels, OriginalFile
 from qnas.data.lazy_images import Original, read_pixels
+from qnas.data.left_out import LeftOut
 from qnas.data.pil_pixels import FULL_BITS
 
 HASHED_BYTES = 1_000_000_000  # larger folders are identified only by the names and sizes of their files
+CLASS_CHARACTERS = 500  # limit for the name of a class
 _MISSING = -1  # size of a file that does not exist
 
 
@@ -31,7 +34,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     `splits` holds the image numbers of the data set's own splits (`train`, `heldout`, `test`); images in no
     split are not used. `broken` are the images that are known to be broken before decoding. `source` is the
-    data set's name in messages.
+    data set's name in messages. `left_out` are the files that are no images of the data set, and
+    `split_names` what its own splits are called there, such as {"test": "val"}.
     """
 
     classes: tuple[str, ...]
@@ -46,6 +50,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     bits: int | None = None  # significant bits of images of more than 8; None: there are no such files
     fingerprint: str | None = None  # identifies the images if their bytes are not hashed
     changing: str = ""  # an image that differed when it was read again
+    left_out: tuple[LeftOut, ...] = ()
+    split_names: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -79,8 +85,9 @@ def number_classes(labels: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
     >>> number_classes(["10", "9", "10"])[0]
     ('9', '10')
     """
-    found = set(labels)
-    order = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+    found = sorted(set(labels))  # first as text, as 1 and 01 have the same value
+    are_numbers = all(name.isdecimal() and len(name) <= CLASS_CHARACTERS for name in found)
+    order = sorted(found, key=int) if are_numbers else found
     numbers = {name: number for number, name in enumerate(order)}
     return tuple(order), np.array([numbers[label] for label in labels], dtype=np.int64)
 
@@ -94,10 +101,13 @@ def assemble(
 ) -> LabelledImages:
     """Return a data set of images with their labels and, unless `words` is empty, the names of their splits.
 
-    Raises DataError for fewer than two classes, a class without training images, or a missing split.
+    Raises DataError for fewer than two classes, the name of a class that cannot be kept, a class without
+    training images, or a missing split.
     """
     if len(classes) < 2:
         raise DataError(f"{where}: {len(classes)} classes, expected at least 2")
+    check_class_names(classes, where)
+    called: dict[str, str] = {}
     splits: dict[str, ImageNumbers] = {"train": np.arange(len(labels))}
     if words:
         found = set(words)
@@ -106,15 +116,31 @@ def assemble(
             raise DataError(f"{where}: splits {' and '.join(sorted(found))}, expected train and val or test")
         each = np.array(words)
         splits = {split: np.flatnonzero(each == word) for word, split in names.items()}
+        called = {split: word for word, split in names.items()}
     check_training(classes, labels[splits["train"]], where)
-    return LabelledImages(classes, images, labels, splits)
+    return LabelledImages(classes, images, labels, splits, split_names=called)
 
 
 def check_training(classes: Sequence[str], labels: Labels, where: Path | str) -> None:
     """Raise DataError for a class without training images; `labels` are those of the training images."""
     counts = np.bincount(labels, minlength=len(classes))
     if not counts.all():
-        raise DataError(f"{where}: no training image of class {classes[int(counts.argmin())]!r}")
+        name = shown(classes[int(counts.argmin())])
+        raise DataError(f"{where}: no training image of class '{name}'")
+
+
+def check_class_names(classes: Sequence[str], where: Path | str) -> None:
+    """Raise DataError for the name of a class that is not text, or too long to be kept in every file."""
+    for name in classes:
+        if len(name) > CLASS_CHARACTERS:
+            raise DataError(
+                f"{where}: a class of {len(name)} characters, expected at most {CLASS_CHARACTERS}: "
+                f"{shown(name)}"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: the class {shown(name)} is not named in UTF-8: rename it") from error
 
 
 def digest_of(source: LabelledImages, broken: Iterable[int]) -> str:
@@ -157,7 +183,7 @@ def _update_with_files(digest: Any, files: Sequence[OriginalFile]) -> None:
             where = file.where
             try:
                 sizes.append(file.size_bytes())
-            except FileNotFoundError:  # treated as a broken image
+            except (FileNotFoundError, NotADirectoryError):  # treated as a broken image
                 sizes.append(_MISSING)
         whole = sum(sizes) <= HASHED_BYTES
         for file, size in zip(files, sizes, strict=True):

@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qnas.common.errors import DataError, UsageError
+from qnas.common.text import shown
 from qnas.data.broken_images import MAX_BROKEN, BrokenImages, check_broken, find_broken, read_each
 from qnas.data.datasets import SAMPLE, AnyDataset, Datasets, read_datasets
 from qnas.data.decoding import chunked
 from qnas.data.image_data import ImageData, Images, Split, take
 from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
+from qnas.data.left_out import summary
 from qnas.data.normalisation import channel_statistics
 from qnas.data.pil_pixels import FULL_BITS
 from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
@@ -67,12 +69,7 @@ def load_data(
     if max_broken is not None and not 0 <= max_broken <= 1:
         raise UsageError(f"`max_broken={max_broken}`: expected a share of the images, 0 to 1")
     most = 0.0 if max_broken is None else max_broken
-    if isinstance(data, str | DataSpec):
-        source = open_dataset(data, bits=bits)
-    elif isinstance(data, LabelledImages):
-        source = data
-    else:
-        source = read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, quiet=quiet)
+    source = open_given(data, memory_limit_bytes=memory_limit_bytes, max_broken=most, bits=bits, quiet=quiet)
     splits = complete_splits(source, heldout_fraction)
     if source.broken:
         splits = without_broken(source, splits, source.broken)
@@ -115,23 +112,52 @@ def load_data(
         digest=digest_of(source, broken),
         broken=tuple(each for _, each in sorted(broken.items())),
         notes=_notes(source, keeps=isinstance(images, Tensor) and not keep_originals),
+        left_out=source.left_out,
+        split_names=source.split_names,
     )
 
 
+def open_given(
+    data: GivenData,
+    *,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    max_broken: float = MAX_BROKEN,
+    bits: int | None = None,
+    quiet: bool = False,
+) -> LabelledImages:
+    """Open the data that a user gives, before they are split and decoded. Raises DataError.
+
+    `bits` are the significant bits of images of more than 8; by default, those that the data set needs.
+    """
+    if isinstance(data, str | DataSpec):
+        return open_dataset(data, bits=bits)
+    if isinstance(data, LabelledImages):
+        return data
+    return read_datasets(data, memory_limit_bytes=memory_limit_bytes, max_broken=max_broken, quiet=quiet)
+
+
 def _notes(source: LabelledImages, *, keeps: bool) -> tuple[str, ...]:
-    """Return a warning if images change between readings, or if changes would not be noticed.
+    """Return a warning if files are left out, images change between readings, or that would go unnoticed.
 
     `keeps` says whether every image is read once and kept.
     """
-    if not source.changing:
-        if source.fingerprint is None:
-            return ()
+    notes = []
+    if source.left_out:
+        notes.append(f"{shown(source.name)}: {summary(source.left_out)}")
+    if source.changing:
+        changing = f"{source.changing} was a different image when it was read again"
+        notes.append(
+            f"{changing}: this run keeps the images that it read, but a resumed run may see others"
+            if keeps or isinstance(source.images[0], Tensor)
+            else f"{changing}: images may differ in every epoch, and a resumed run is not exactly "
+            "the same run"
+        )
+    elif source.fingerprint is not None:
         compared = f"{min(SAMPLE, len(source))} of {len(source)} images were compared"
-        return (f"{source.name}: a resumed run is exact if an index always gives the same image: {compared}",)
-    changing = f"{source.changing} was a different image when it was read again"
-    if keeps or isinstance(source.images[0], Tensor):
-        return (f"{changing}: this run keeps the images that it read, but a resumed run may see others",)
-    return (f"{changing}: images may differ in every epoch, and a resumed run is not exactly the same run",)
+        notes.append(
+            f"{source.name}: a resumed run is exact if an index always gives the same image: {compared}"
+        )
+    return tuple(notes)
 
 
 def _decode_all(lazy: LazyImages, most: float, where: str, *, quiet: bool) -> tuple[Tensor, BrokenImages]:

@@ -4,7 +4,7 @@
     KEY.jpg, KEY.cls, KEY2.png, KEY2.cls, ...                  members of a shard: images and their classes
     classes.txt                                                beside the shards: one class per line; optional
 
-A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are ignored.
+A `.cls` holds the number of a class, from 0, or its name. Other members (.json, .txt) are left out.
 
 The headers of a shard are read once and cached until the shard changes. Each image is then a range of bytes
 in its shard, so an epoch shuffles the whole set, and splits, resumed runs and several processes work as with
@@ -18,7 +18,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -28,16 +28,20 @@ from pydantic import NonNegativeInt, TypeAdapter
 from tqdm import tqdm
 
 from qnas.common.errors import DataError, one_line
+from qnas.common.reading import open_regular, read_text
 from qnas.common.resources import user_cache
-from qnas.data import image_files
+from qnas.common.text import shown
+from qnas.data import image_files, left_out
 from qnas.data.file_cache import keep, one_at_a_time, recall
 from qnas.data.image_files import Labels, OriginalFile
-from qnas.data.labelled_images import LabelledImages, assemble, number_classes
+from qnas.data.labelled_images import CLASS_CHARACTERS, LabelledImages, assemble, number_classes
+from qnas.data.left_out import LeftOut, LeftOutFiles
 
-SCHEMA = "qnas.shards/1"
+SCHEMA = "qnas.shards/2"
 CLASSES = "classes.txt"
 _LABEL = "cls"
 _LABEL_BYTES = 1000  # limit for a number or a name
+_KEY_CHARACTERS = 1000  # limit for the name of a member
 _WORD = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
 
 
@@ -74,13 +78,20 @@ class _Header(NamedTuple):
     label: str
 
 
-_KEPT = TypeAdapter(list[_Header])  # the cached headers of a shard
+class _Listed(NamedTuple):
+    """The images of a shard, and its members that are left out."""
+
+    images: list[_Header]
+    left_out: list[LeftOut]
+
+
+_KEPT = TypeAdapter(_Listed)  # what is cached of a shard
 
 
 def read_shards(path: Path) -> LabelledImages:
     """List the images of a folder of shards. Raises DataError for a damaged shard or another format."""
     image_files.check_exists(path)
-    shards, words = _find_shards(path)
+    shards, words, files = _find_shards(path)
     which, start, size, ends = array("i"), array("q"), array("q"), array("q")
     names = bytearray()
     labels: list[str] = []
@@ -89,11 +100,12 @@ def read_shards(path: Path) -> LabelledImages:
     with one_at_a_time(cache / f"{_hash(path)}.json"):
         for number, shard in enumerate(tqdm(shards, desc="shards", unit="", leave=False, disable=None)):
             kept_at, stamp = cache / f"{_hash(shard)}.json", image_files.file_stamp(shard)
-            headers = recall(kept_at, SCHEMA, stamp, _KEPT)
-            if headers is None:
-                headers = [_Header(m.name, m.offset_data, m.size, label) for m, label in _list_samples(shard)]
-                keep(kept_at, SCHEMA, stamp, headers)
-            for image in headers:
+            listed = recall(kept_at, SCHEMA, stamp, _KEPT)
+            if listed is None:
+                listed = _list_shard(shard)
+                keep(kept_at, SCHEMA, stamp, [listed.images, [asdict(each) for each in listed.left_out]])
+            files.extend(listed.left_out)
+            for image in listed.images:
                 which.append(number)
                 start.append(image.start)
                 size.append(image.size)
@@ -105,42 +117,51 @@ def read_shards(path: Path) -> LabelledImages:
     images = ShardImages(tuple(shards), which, start, size, bytes(names), ends)
     classes, numbers = _name_classes(labels, path / CLASSES)
     each = [words[number] for number in which] if words else []
-    return assemble(images, classes, numbers, each, path)
+    return replace(assemble(images, classes, numbers, each, path), left_out=files.found())
 
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
 
 
-def _find_shards(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the sorted shards of a folder, and the split name of each, or no names at all."""
+def _find_shards(folder: Path) -> tuple[list[Path], list[str], LeftOutFiles]:
+    """Return the sorted shards of a folder, the split name of each or no names at all, and other files."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of .tar shards")
     places = [folder, *(folder / word for word in image_files.SPLIT_WORDS)]
-    shards = [shard for place in places for shard in sorted(place.glob("*.tar"))]
+    shards: list[Path] = []
+    files = LeftOutFiles()
+    for place in places:
+        for entry in sorted(place.iterdir()) if place.is_dir() else ():
+            name = str(entry.relative_to(folder))
+            if entry.is_dir() or left_out.is_hidden(entry.name) or name == CLASSES:
+                continue
+            if entry.suffix == ".tar" and entry.is_file():
+                shards.append(entry)
+            elif entry.is_file():
+                files.add_other(entry.suffix.lower(), name)
+            else:
+                files.add(left_out.DANGLING if entry.is_symlink() else left_out.NOT_REGULAR, name)
     if not shards:
         packed = [*folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
         hint = ": unpack .tar.gz shards to .tar, to be read in place" if packed else ""
         raise DataError(f"{folder}: no .tar shards{hint}")
     found = [_WORD.findall(str(shard.relative_to(folder)).lower()) for shard in shards]
     if not any(found):
-        return shards, []
+        return shards, [], files
     for shard, words in zip(shards, found, strict=True):
         if len(set(words)) != 1:
             raise DataError(
                 f"{shard}: expected one of train, val and test in its name, as in those of other shards"
             )
-    return shards, [words[0] for words in found]
+    return shards, [words[0] for words in found], files
 
 
 def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], Labels]:
     """Return the classes, from classes.txt or else from the labels, and the class number of each label."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return number_classes(labels)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8: {one_line(error)}") from error
+    lines = read_text(path, DataError, "one class on each line").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     found = set(labels)
     are_numbers = all(label.isdecimal() for label in found)
@@ -148,32 +169,57 @@ def _name_classes(labels: Sequence[str], path: Path) -> tuple[tuple[str, ...], L
     numbers = {label: int(label) if are_numbers else known.get(label, -1) for label in found}
     for label, number in numbers.items():
         if not 0 <= number < len(names):
-            raise DataError(f"{path}: has {len(names)} classes, and not the class {label!r} of a shard")
+            name = shown(label)
+            raise DataError(f"{path}: has {len(names)} classes, and not the class '{name}' of a shard")
     return tuple(names), np.array([numbers[label] for label in labels], dtype=np.int64)
 
 
-def _list_samples(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yield the images of a shard with their labels. Raises DataError."""
+def _list_shard(shard: Path) -> _Listed:
+    """List the images of a shard with their labels. Raises DataError."""
+    files = LeftOutFiles()
+    images = [
+        _Header(image.name, image.offset_data, image.size, label)
+        for image, label in _list_samples(shard, files)
+    ]
+    return _Listed(images, list(files.found()))
+
+
+def _list_samples(shard: Path, files: LeftOutFiles) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield the images of a shard with their labels, and count other members. Raises DataError."""
     try:
-        with shard.open("rb") as file:
-            listed = (m for m in image_files.tar_members(file) if m.isfile() and _parts(m)[1])
+        with open_regular(shard) as file:
+            listed = (m for m in image_files.tar_members(file) if _is_listed(m, shard, files))
             for key, members in groupby(listed, lambda member: str(PurePosixPath(*_parts(member)[:2]))):
                 image = label = None
                 for member in members:
-                    suffix = _parts(member)[2]
-                    if f".{suffix}" in image_files.readable_suffixes():
+                    suffix = f".{_parts(member)[2]}"
+                    if suffix in image_files.readable_suffixes():
                         if image is not None:
-                            raise DataError(f"{shard}: {key} has two images")
+                            raise DataError(f"{shard}: {shown(key)} has two images")
                         image = member
-                    elif suffix == _LABEL:
-                        label = _read_label(file, member, f"{shard}: {member.name}")
+                    elif suffix == f".{_LABEL}":
+                        label = _read_label(file, member, f"{shard}: {shown(member.name)}")
+                    else:
+                        files.add_other(suffix, f"{shard.name}/{member.name}")
                 if image is not None and label is not None:
                     yield image, label
                 elif image is not None or label is not None:
                     lacking = f".{_LABEL}" if label is None else "image"
-                    raise DataError(f"{shard}: {key} has no {lacking} right beside it")
+                    raise DataError(f"{shard}: {shown(key)} has no {lacking} right beside it")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{shard}: damaged: {one_line(error)}") from error
+
+
+def _is_listed(member: tarfile.TarInfo, shard: Path, files: LeftOutFiles) -> bool:
+    """Whether a member is a file with a key; links and others are counted, hidden files and folders not."""
+    if member.isdir() or not _parts(member)[1]:
+        return False
+    if len(member.name) > _KEY_CHARACTERS:
+        raise DataError(f"{shard}: a member with a name of {len(member.name)} characters")
+    if not image_files.is_plain(member):
+        files.add(left_out.OF_TAR, f"{shard.name}/{member.name}")
+        return False
+    return True
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[PurePosixPath, str, str]:
@@ -190,4 +236,6 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> str:
     label = file.read(member.size).decode().strip()
     if not label:
         raise DataError(f"{where}: empty, expected the number or name of a class")
+    if len(label) > CLASS_CHARACTERS:
+        raise DataError(f"{where}: a class of {len(label)} characters, expected at most {CLASS_CHARACTERS}")
     return label

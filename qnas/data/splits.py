@@ -8,6 +8,7 @@ that repairing an image does not change the splits of the others.
 import numpy as np
 
 from qnas.common.errors import DataError
+from qnas.common.text import shown
 from qnas.data.broken_images import BrokenImages
 from qnas.data.image_files import ImageNumbers, Labels
 from qnas.data.labelled_images import LabelledImages
@@ -31,7 +32,7 @@ def complete_splits(source: LabelledImages, heldout_fraction: float) -> dict[str
     fewest = int(counts.argmin())
     if counts[fewest] <= len(to_take):
         raise DataError(
-            f"{source.source}: class {source.classes[fewest]!r} has {counts[fewest]} training images, "
+            f"{source.source}: class '{shown(source.classes[fewest])}' has {counts[fewest]} training images, "
             f"expected at least {len(to_take) + 1}, as {' and '.join(to_take)} images are split off"
         )
     for split in to_take:
@@ -50,11 +51,12 @@ def without_broken(
     left = {split: numbers[~np.isin(numbers, list(broken))] for split, numbers in splits.items()}
     counts = np.bincount(source.targets[left["train"]], minlength=len(source.classes))
     if not counts.all():
-        name = source.classes[int(counts.argmin())]
-        raise DataError(f"{source.source}: all training images of class {name!r} are broken")
+        name = shown(source.classes[int(counts.argmin())])
+        raise DataError(f"{source.source}: all training images of class '{name}' are broken")
     for split, numbers in left.items():
         if not len(numbers):
-            raise DataError(f"{source.source}: all {split} images are broken")
+            called = source.split_names.get(split, split)
+            raise DataError(f"{source.source}: all {shown(called)} images are broken")
     return left
 
 

@@ -10,6 +10,7 @@ from qnas.common.errors import ExportError
 from qnas.common.files import write_json, write_text
 from qnas.common.intervals import wilson
 from qnas.common.reading import read_json
+from qnas.common.text import in_markdown
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
@@ -69,6 +70,7 @@ def card_document(
     weights = hashlib.sha256((found.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
     accuracy, n = result["test_accuracy"], result["test_images"]
+    split = {"split": name} if (name := result.get("split_names", {}).get("test")) else {}
     return {
         "schema": SCHEMA,
         "name": product.name,
@@ -91,6 +93,7 @@ def card_document(
             "interval95": list(wilson(accuracy, n)),
             "balanced": result.get("test_balanced_accuracy"),  # None from an older version
             "never_predicted": result.get("never_predicted", []),
+            **split,
         },
         "network": {
             "space": found.space.name,
@@ -139,11 +142,11 @@ def markdown(card: Mapping[str, Any]) -> str:
     balanced = balanced_text(accuracy["top1"], accuracy.get("balanced"))
     never = never_text(accuracy.get("never_predicted", ()), len(task["classes"]))
     facts = [
-        f"- Classes: {', '.join(task['classes'])}",
+        f"- Classes: {', '.join(in_markdown(name, 500) for name in task['classes'])}",
         f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
         f"- Data: {data['kind']}, digest {data['digest']}",
         f"- Training: {trained}; {recipe}",
-        f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} test images "
+        f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} {accuracy.get('split', 'test')} images "
         f"(95% interval {low:.1%} to {high:.1%}){f'; {balanced}' if balanced else ''}",
         *([f"- Warning: the network {never}"] if never else []),
         f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "

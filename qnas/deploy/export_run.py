@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from qnas.common.errors import CheckpointError, DataError, UsageError
+from qnas.common.errors import CheckpointError, DataError, UsageError, abbreviate
 from qnas.common.files import staged
+from qnas.common.text import shown
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.data.pil_pixels import FULL_BITS
@@ -209,8 +210,8 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
     )
     if list(data.classes) != list(result["classes"]):
         of_data, of_network = (
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            f"{abbreviate([shown(name, 20) for name in names])} ({len(names)})"
             for names in (data.classes, result["classes"])
         )
-        raise DataError(f"data {data.name}: the classes are {of_data}, the network's {of_network}")
+        raise DataError(f"data {shown(data.name)}: the classes are {of_data}, the network's {of_network}")
     return data

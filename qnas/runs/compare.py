@@ -137,9 +137,7 @@ def _trained_accuracy(found: FoundArch) -> MeasuredAccuracy | None:
     if not (folder / RESULT_FILE).is_file():
         return None
     result = read_result(folder, found)
-    return _measured(
-        result["test_accuracy"], result["test_images"], result.get("test_balanced_accuracy")
-    )
+    return _measured(result["test_accuracy"], result["test_images"], result.get("test_balanced_accuracy"))
 
 
 def _measured(accuracy: float, images: int | None, balanced: float | None) -> MeasuredAccuracy:

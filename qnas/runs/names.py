@@ -10,7 +10,8 @@
     supernet.safetensors  the trained weights of all candidates
     arch.json             the derived architecture with its certificate
     report.html           a page about the run
-    broken.csv            the images that were left out, if any
+    broken.csv            the images that cannot be decoded, if any
+    left-out.csv          the files of the data that are not used, if any
     budget.png            the expected amounts relative to the limits, by step
     search.json           the final probabilities, the ranking, and networks for comparison
     tensorboard/          output of tensorboard
@@ -37,6 +38,7 @@ SEARCH_FILE = "search.json"
 BUDGET_PLOT_FILE = "budget.png"
 REPORT_FILE = "report.html"
 BROKEN_FILE = "broken.csv"
+LEFT_OUT_FILE = "left-out.csv"
 
 DERIVED_FOLDER = "derived"
 PARETO_FOLDER = "pareto"
@@ -56,7 +58,8 @@ SAMPLE_FILE = "sample.safetensors"  # some test images, to check an export
 # removed by a new run in the folder of a former one, first the files that mark that one as complete
 CLEARED_FILES = (
     *(ARCH_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE, SUPERNET_FILE, BUDGET_PLOT_FILE, REPORT_FILE),
-    *(BROKEN_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE, SPEED_FILE),
+    *(BROKEN_FILE, LEFT_OUT_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE),
+    SPEED_FILE,
 )
 CLEARED_FOLDERS = (SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER, TENSORBOARD_FOLDER)
 

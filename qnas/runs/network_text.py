@@ -56,8 +56,8 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         macs, params = format_count(count_macs([block])), format_count(count_params([block]))
         if columns() < ROOMY:
             indent = " " * (4 if rest else 2)
-            counts = f"{shape}, {macs} MACs, {params} params"
-            lines += [wrapped(title.strip(), indent, f"{indent}  "), wrapped(counts, *[f"{indent}  "] * 2)]
+            counts, deeper = f"{shape}, {macs} MACs, {params} params", f"{indent}  "
+            lines += [wrapped(title.strip(), indent, deeper), wrapped(counts, deeper, deeper)]
         else:
             lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
     return "\n".join(lines)

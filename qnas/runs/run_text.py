@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from qnas.common.errors import one_line
+from qnas.common.text import shown
 from qnas.common.units import format_count, format_ms
 from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
+from qnas.runs.names import LEFT_OUT_FILE
 from qnas.runs.text import (
     BALANCING,
     NAME_SHOWN,
@@ -263,7 +264,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])
     rows = [
         [
-            one_line(row["class"], NAME_SHOWN if roomy else NAME_SHOWN // 2),
+            shown(row["class"], NAME_SHOWN if roomy else NAME_SHOWN // 2),
             str(row["images"]),
             *(f"{row[key]:.1%}" for key in ("value", "low", "high")),
         ]
@@ -280,13 +281,16 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     if never := never_text(result.get("never_predicted", ()), len(result["classes"])):
         lines.append(field("warning", f"{never}; {BALANCING}"))
     if len(worst) > 1:
-        shown = min(CLASSES_SHOWN, len(worst))
-        lines.append(field("classes", f"the {shown} least accurate of {len(worst)}; all in result.json"))
+        listed = min(CLASSES_SHOWN, len(worst))
+        lines.append(field("classes", f"the {listed} least accurate of {len(worst)}; all in result.json"))
         indent = 12 if roomy else 2
         table = table_rows(header, rows, width=columns() - indent)
         lines += [f"{'':{indent}}{line}".rstrip() for line in table.splitlines()]
     if broken := result.get("broken_images"):
         lines.append(field("broken", f"{broken} image{'s' * (broken > 1)} left out: broken.csv"))
+    if left_out := result.get("left_out"):
+        unused = sum(left_out.values())
+        lines.append(field("left out", f"{unused} file{'s' * (unused > 1)}: {LEFT_OUT_FILE}"))
     lines += [
         field("size", f"{counts}, at {deployed['resolution_px']} px"),
         *([field("latency", latencies)] if latencies else []),

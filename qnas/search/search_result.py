@@ -18,6 +18,7 @@ from qnas.common.errors import CheckpointError
 from qnas.common.files import write_json
 from qnas.common.progress import Display, silent
 from qnas.data.broken_images import broken_copies
+from qnas.data.left_out import left_out_copies, left_out_facts
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text
 from qnas.runs import names
@@ -64,6 +65,7 @@ def run_search(
         names.SPACE_FILE: problem.space.to_yaml(),
         **{names.table_file(table.device): table_text(table, problem.space) for table in tables},
         **broken_copies(names.BROKEN_FILE, problem.data.broken),
+        **left_out_copies(names.LEFT_OUT_FILE, problem.data.left_out),
     }
     seed, world = problem.config.seed, problem.world
     with opened(folder, request, copies, result=names.ARCH_FILE, resume=resume, force=force):
@@ -113,6 +115,7 @@ def _search_document(
         "images": problem.data.counts,
         "classes": list(problem.data.classes),
         "broken_images": len(problem.data.broken),
+        **left_out_facts(problem.data.left_out, problem.data.split_names),
         "log_probabilities": state.log_probabilities,
         "effects": asdict(effects) if effects else None,
         "screened": count_screened(problem),

@@ -26,6 +26,7 @@ from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
 from qnas.data.broken_images import broken_copies
 from qnas.data.image_data import ImageData, sample_images
+from qnas.data.left_out import left_out_copies, left_out_facts
 from qnas.nn.blocks import count_parameters, quadratic_weights, start_linear
 from qnas.nn.subnet import build_subnet
 from qnas.runs import names
@@ -310,6 +311,7 @@ def train_subnet(
         names.ARCH_FILE: json_text(source.document),
         names.RECIPE_FILE: config.recipe.to_yaml(),
         **broken_copies(names.BROKEN_FILE, data.broken),
+        **left_out_copies(names.LEFT_OUT_FILE, data.left_out),
     }
     writes = opened(folder, request, copies, result=names.RESULT_FILE, resume=resume, force=force)
     with writes if world.is_main else nullcontext():
@@ -344,6 +346,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "test_loss": score.loss,
         "test_images": score.images,
         "broken_images": len(data.broken),
+        **left_out_facts(data.left_out, data.split_names),
         **accuracy_facts(found, data.classes, trainer.objective),
         "best_by_test_images": best,
         "params": count_parameters(network),

@@ -19,6 +19,7 @@ SMALL = "--epochs 1 --resolution 8"
 # each command with what it is run with; those that take longer come in the order in which they build on
 # each other
 QUICK = {
+    "check-data": "digits",
     "derive": f"{RUN} --device cpu --budget 20ms --device vpu --budget 30ms --max-params 2.5M --force",
     "pareto": f"{RUN} --device cpu,vpu,gpu,adreno-640 --points 4 --force",
     "report": RUN,

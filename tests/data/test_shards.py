@@ -1,4 +1,6 @@
 import gzip
+import io
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -7,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.mutants import MUTANTS, attack, bounded, byte_mutants, mutated_bytes, read_or_refuse
 from helpers.pictures import PX, load, numbered, numbers, png, samples, write_tar
+from helpers.tars import header_mutants
+from hypothesis import given
 
 from qnas.common.errors import DataError
-from qnas.data import shards
+from qnas.data import left_out, shards
 from qnas.data.batches import batches
 from qnas.data.lazy_images import LazyImages
 from qnas.data.shards import ShardImages, read_shards
@@ -229,9 +234,9 @@ def test_headers_are_read_once_until_a_shard_changes(
     opened: list[str] = []
     list_samples = shards._list_samples
 
-    def look(shard: Path) -> Any:
+    def look(shard: Path, *rest: Any) -> Any:
         opened.append(shard.name)
-        return list_samples(shard)
+        return list_samples(shard, *rest)
 
     monkeypatch.setattr(shards, "_list_samples", look)
 
@@ -246,7 +251,7 @@ def test_headers_are_read_once_until_a_shard_changes(
     assert opened == []
     kept = sorted((cache / "shards").glob("*.json"))
     assert len(kept) == 3
-    for damage in ("{", "[]", kept[0].read_text().replace('"kept": [[', '"kept": [[3, ')):
+    for damage in ("{", "[]", kept[0].read_text().replace('"kept": [[[', '"kept": [[[3, ')):
         for path in kept:
             path.write_text(damage)
         assert read() == expected
@@ -258,3 +263,80 @@ def test_headers_are_read_once_until_a_shard_changes(
     monkeypatch.setenv("QNAS_HOME", str(cache / "file"))  # where nothing can be kept
     assert len(read()[1]) == 11
     assert len(opened) == 3
+
+
+def test_members_and_files_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    members = [m for i in range(6) for m in (*_sample(f"{i}", i % 2), (f"{i}.json", b"{}"))]
+    path = write_tar(tmp_path / "0.tar", members)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("0.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    (tmp_path / "index.txt").write_text("x")
+    os.mkfifo(tmp_path / "1.tar")
+    for _ in range(2):  # read, and from the cache
+        found = {each.reason: (each.files, each.first[0]) for each in read_shards(tmp_path).left_out}
+        assert found == {
+            ".json files": (6, "0.tar/0.json"),
+            left_out.OF_TAR: (1, "0.tar/0.jpg"),
+            ".txt files": (1, "index.txt"),
+            left_out.NOT_REGULAR: (1, "1.tar"),
+        }
+
+
+def test_classes_are_lines_of_line_feeds_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [m for i in range(4) for m in _sample(f"{i}", i % 2)])
+    (tmp_path / "classes.txt").write_bytes("a\u2028b\x0bc\r\nd\n".encode())
+    assert read_shards(tmp_path).classes == ("a\u2028b\x0bc", "d")
+    (tmp_path / "classes.txt").unlink()
+    os.mkfifo(tmp_path / "classes.txt")
+    with pytest.raises(DataError, match=r"classes\.txt: cannot be read: not a regular file"):
+        read_shards(tmp_path)
+
+
+def small_shard() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (m for i in range(6) for m in _sample(f"{i}", i % 2)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def read_small(path: Path) -> None:
+    load(path.parent, "shards", max_broken=1)
+
+
+def test_zeros_at_the_end_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(small_shard() + bytes(3_000_000))
+    read_small(path)
+    monkeypatch.setattr("qnas.data.image_files._PADDING_BYTES", 2_000_000)
+    path.write_bytes(small_shard() + bytes(4_000_000))
+    with pytest.raises(DataError, match="damaged: an unreadable header"):
+        read_small(path)
+
+
+@bounded
+@given(mutated_bytes(small_shard()))
+def test_a_mutant_of_a_shard_is_read_or_refused_in_a_line(tmp_path: Path, content: bytes) -> None:
+    read_or_refuse(read_small, tmp_path / "0.tar", content)
+
+
+@bounded
+@given(mutated_bytes("cat\ndög\n".encode()))
+def test_a_mutant_of_the_classes_is_read_or_refused_in_a_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(small_shard())
+    read_or_refuse(read_small, tmp_path / "classes.txt", content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["members", "headers", "classes"])
+def test_mutants_of_shards_are_read_or_refused_in_a_line(what: str, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(small_shard())
+    if what == "classes":
+        contents = byte_mutants("cat\ndög\n".encode(), MUTANTS)
+    else:
+        contents = (byte_mutants if what == "members" else header_mutants)(small_shard(), MUTANTS)
+    assert attack(read_small, tmp_path / ("classes.txt" if what == "classes" else "0.tar"), contents) == []

@@ -85,6 +85,13 @@ def test_the_page_says_all_that_a_user_needs() -> None:
         assert fact in page, fact
 
 
+def test_names_of_classes_are_shown_as_they_are() -> None:
+    names = ["a\x1b[1m", "b\u2028c", "d|`*<e>"]
+    page = markdown({**CARD, "task": {**CARD["task"], "classes": names}})
+    assert r"- Classes: a\\x1b\[1m, b\\u2028c, d\|\`\*\<e\>" in page
+    assert len(page.splitlines()) == len(page.split("\n")) - 1
+
+
 def test_a_card_without_a_search_or_a_measurement_says_so() -> None:
     entry = {**CARD["files"]["model.onnx"], "measured": None}
     page = markdown({**CARD, "limits": [], "certificate": None, "files": {"model.onnx": entry}})

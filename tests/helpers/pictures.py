@@ -103,3 +103,14 @@ def pack(root: Path, target: Path, prefix: str = "") -> Path:
 def collect(split: Split, batch_size: int = 6, **options: Any) -> tuple[Tensor, Tensor]:
     images, labels = zip(*batches(split, batch_size, **options), strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+def photo(seed: int, px: int = 96) -> Image.Image:
+    """Return a picture with shapes as a photograph has them: smooth noise of many sizes, in colour."""
+    rng = np.random.default_rng(seed)
+    picture = np.zeros((px, px, 3))
+    for size in (3, 6, 12, 24):
+        noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        picture += np.asarray(noise.resize((px, px), Image.Resampling.BICUBIC), float) / size
+    picture = 255 * (picture - picture.min()) / np.ptp(picture)
+    return Image.fromarray(picture.astype(np.uint8))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qnas import __version__
 from qnas.common.errors import ExportError
+from qnas.common.text import escaped
 from qnas.deploy.export import plain
 from qnas.deploy.export.copied_source import Copied
 from qnas.deploy.export.product import FilePrecision, Product, Run
@@ -183,12 +184,21 @@ def _listed(names: Iterable[str]) -> str:
     """Write a tuple of names over as many lines as it needs."""
     lines = [""]
     for name in names:
-        item = f"{json.dumps(name, ensure_ascii=False)}, "
+        item = f"{_quoted(name)}, "
         if lines[-1] and len(lines[-1]) + len(item) > 100:
             lines.append("")
         lines[-1] += item
     text = "\n".join(line.rstrip() for line in lines)
     return f"({text})" if len(lines) == 1 else "(\n" + indent(text, "    ") + "\n)"
+
+
+def _quoted(name: str) -> str:
+    """Write a name as a Python string on one line, whatever it contains.
+
+    >>> _quoted('a "b"\\u2028c')
+    '"a \\\\"b\\\\"\\\\u2028c"'
+    """
+    return escaped(json.dumps(name, ensure_ascii=False))
 
 
 def _copied(product: Product) -> Copied:
@@ -344,7 +354,8 @@ if __name__ == "__main__":
     with torch.no_grad():
         shares = load()(preprocess(Image.open(sys.argv[1]))).float().softmax(1)[0]
     for share, index in zip(*shares.topk(min(5, len(CLASSES)))):
-        print(f"{{share:6.1%}}  {{CLASSES[index]}}")
+        name = CLASSES[index]
+        print(f"{{share:6.1%}}  {{name if name.isprintable() else ascii(name)}}")
 '''
 
 

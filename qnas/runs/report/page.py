@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from qnas.common.errors import QnasWarning, first_line
 from qnas.common.files import write_text
+from qnas.common.text import escaped
 from qnas.common.units import format_count, format_ms
 from qnas.runs import names
 from qnas.runs.documents import read_arch_facts, read_search_document
@@ -43,7 +44,7 @@ FORMS: dict[str, Callable[[Any], str]] = {  # formats for values of the run's fi
     "count": format_count,
     "whole": lambda value: f"{value:,}",
     "nats": lambda value: f"{value:.3f}",
-    "text": str,
+    "text": lambda value: escaped(str(value)),
 }
 
 

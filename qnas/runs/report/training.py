@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qnas.common.errors import CheckpointError
+from qnas.common.text import shown
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE, RESULT_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
@@ -67,7 +68,7 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     """Return the results by class from the predictions for test images; None if they were not kept."""
     if not path.is_file():
         return None
-    names, found = tuple(map(str, result["classes"])), read_predictions(path)
+    names, found = tuple(map(shown, result["classes"])), read_predictions(path)
     right = int((found.labels == found.predicted).sum())
     if (len(found.labels), right) != (
         result["test_images"],

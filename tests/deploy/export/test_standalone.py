@@ -189,10 +189,21 @@ def test_timm_creates_it_after_one_line(model: ModuleType) -> None:
 
 def test_class_names_of_any_kind_are_written_as_they_are(tmp_path: Path) -> None:
     names = ('"', "\\", "größe", "'''", "{0}", '"""', "two words", "", "a" * 120, "\n")
-    text = standalone.source(replace(trained(), classes=names), "fp32")
+    odd = (
+        "a\u2028b",
+        "\u2029",
+        "\x85\x7f\x0b\x0c",
+        "\u202e",
+        "\U000e0001",
+        "\x1b[31m",
+        "\ufeff",
+        "\\u2028",
+    )
+    text = standalone.source(replace(trained(), classes=(*names, *odd)), "fp32")
+    assert all(character.isprintable() or character == "\n" for character in text)
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CLASSES":
-            assert ast.literal_eval(node.value) == names
+            assert ast.literal_eval(node.value) == (*names, *odd)
             break
     else:
         raise AssertionError(text)
