@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ FIELD_CHARACTERS = 100_000  # limit for a field of a CSV
 
 # What the parsers raise for some texts, beside their own exceptions.
 _PARSER_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MakeError = Callable[[str], QnasError]
 
@@ -183,7 +186,10 @@ def _checked_columns(
 
 
 def check_bounds(content: Any) -> None:
-    """Raise ValueError for a document that is too deep or too large, or has a number of too many digits."""
+    """Raise ValueError for a document that is too deep or too large, or that cannot be written again.
+
+    That is one with a number of too many digits, or text with half of a surrogate pair.
+    """
     level, depth, seen = [content], 0, 0
     while level:
         seen += len(level)
@@ -195,11 +201,13 @@ def check_bounds(content: Any) -> None:
         for value in level:
             if isinstance(value, dict):
                 inner += value.values()
-                inner += (key for key in value if not isinstance(key, str))
+                inner += value
             elif isinstance(value, list | tuple | set):
                 inner += value
             elif isinstance(value, int) and value.bit_length() > DIGITS * 4:
                 raise ValueError(f"a number of more than {DIGITS} digits")
+            elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+                raise ValueError("text with half of a surrogate pair")
         level, depth = inner, depth + 1
 
 
