@@ -3,6 +3,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -230,7 +231,7 @@ def test_a_gpu_that_torch_does_not_use_is_advised_by_the_cause(
 
     monkeypatch.setattr(torch.cuda, "is_available", available)
     monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver if name == "nvidia-smi" else None)
+    monkeypatch.setattr(shutil, "which", lambda name: driver if name == "nvidia-smi" else None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)

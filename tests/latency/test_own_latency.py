@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,11 @@ def test_arguments_of_another_form_are_named(
     arguments: dict[str, Any], message: str, tiny_space: SearchSpace
 ) -> None:
     given = {"name": "mine", **arguments}
-    for make in (
+    makers: tuple[Callable[[], Device], ...] = (
         lambda: device_from_function(layer=lambda _: 1.0, **given),
         lambda: device_from_blocks(blocks=rows_of(tiny_space), space=tiny_space, **given),
-    ):
+    )
+    for make in makers:
         with pytest.raises(UsageError) as error:
             make()
         assert str(error.value).startswith(message)
@@ -226,7 +228,7 @@ def test_arguments_of_another_form_are_named(
 
 def test_functions_spaces_and_blocks_of_another_type_are_named(tiny_space: SearchSpace) -> None:
     anything: Any = 3
-    for make, message in (
+    cases: tuple[tuple[Callable[[], Device], str], ...] = (
         (lambda: device_from_function("mine", layer=anything), "`layer=3`: expected a function"),
         (lambda: device_from_function("mine", block=anything), "`block=3`: expected a function"),
         (lambda: device_from_function("mine", network=anything, space=tiny_space), "`network=3`: expected a"),
@@ -238,7 +240,8 @@ def test_functions_spaces_and_blocks_of_another_type_are_named(tiny_space: Searc
             "`blocks`: row 1 is 1, expected a dictionary",
         ),
         (lambda: device_from_blocks("mine", {"a": 1}, tiny_space), "`blocks={'a': 1}`: expected a CSV"),
-    ):
+    )
+    for make, message in cases:
         with pytest.raises(UsageError) as error:
             make()
         assert str(error.value).startswith(message)

@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,10 +237,11 @@ def test_a_table_that_is_no_table_is_one_short_line(
     huge = [[*row[:at], "1e300", *row[at + 1 :]] for row in rest]
     strange = [["x" * 5000, *row[1:]] for row in rest] + [["\x1b[2J\u2028", *row[1:]] for row in rest]
     many = [["9.9", *row[1:]] for row in rest] * 10
-    for content in (
+    contents: tuple[list[Any], ...] = (
         *([first, *long], [first, *huge], [first, *strange], [first, *many]),
         *([], [[]], [["x" * 5000]], [first], [first, rest[0] + ["", ""]], [[*first, "layers"], *rest]),
-    ):
+    )
+    for content in contents:
         path = write_rows(tmp_path / "t.csv", content)
         with pytest.raises(TableError) as error:
             read_table(path, small)
