@@ -173,7 +173,7 @@ _COMPILER_ADVICE = (
         "fopenmp|omp\\.h|-lomp|-lgomp|libgomp",
         "install the compiler's OpenMP (libgomp1, or libomp-dev for clang)",
     ),
-    ("cc1plus", "install the C++ part of the compiler (the package g++)"),
+    ("cannot execute.*cc1plus", "install the C++ part of the compiler (the package g++)"),
     (
         r"fatal error: .*file not found|fatal error: .*No such file|cannot find -lstdc",
         "install the headers of the C++ library (the package g++ or libstdc++-dev)",

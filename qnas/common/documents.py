@@ -88,6 +88,7 @@ EXPECTATIONS = {
     "less_than_equal": "expected at most {le}",
     "greater_than": "expected more than {gt}",
     "less_than": "expected less than {lt}",
+    "string_too_long": "expected at most {max_length} characters",
     "too_short": "expected at least {min_length}, got {actual_length}",
     "too_long": "expected at most {max_length}, got {actual_length}",
     "model_type": "expected a mapping",
@@ -116,6 +117,8 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
         if kind in EXPECTATIONS:
             # some versions of pydantic show a bound of 10 as 10.0
             bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in problem.get("ctx", {}).items()}
+            if bounds.get("actual_length", 0) is None:  # of what was not counted to its end
+                bounds["actual_length"] = "more"
             message = EXPECTATIONS[kind].format(**bounds)
         else:
             message = message[:1].lower() + message[1:]

@@ -6,7 +6,7 @@ The message of an error is one line: the place, what was found and what was expe
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-KNOWN_CHARACTERS = 160  # of the names that are known
+HINTED_CHARACTERS, KNOWN_CHARACTERS = 150, 200  # of the names that are known, with and without a near one
 LIST_CHARACTERS = 260  # of a list in a message
 ITEM_CHARACTERS = (200, 90, 60)  # of an item of it: the first that leaves room for all
 
@@ -83,7 +83,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(name[:100], names, n=3, cutoff=0.5)  # the time grows with the name
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}known: {one_line(', '.join(names), KNOWN_CHARACTERS)}"
+    return f"{hint}known: {one_line(', '.join(names), HINTED_CHARACTERS if hint else KNOWN_CHARACTERS)}"
 
 
 def abbreviate(items: Sequence[str], between: str = ", ", most: int = 5) -> str:

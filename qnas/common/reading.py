@@ -22,7 +22,7 @@ from qnas.common.errors import QnasError, one_line
 
 LINE_CHARACTERS = 300  # of a message about a file; its path comes on top
 TEXT_BYTES = 256_000_000  # limit for text files: the largest of ours, a search's metrics, has some megabytes
-YAML_CHARACTERS = 1_000_000  # YAML is parsed slowly
+YAML_CHARACTERS = 400_000  # YAML is parsed slowly: up to ten microseconds a character
 DEPTH = 64  # limit for lists in lists; no document of ours is deeper than 12
 VALUES = 5_000_000  # limit for the values of a document, those that YAML's aliases repeat counted each time
 DIGITS = 40  # limit for whole numbers

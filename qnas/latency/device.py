@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model
 
 from qnas.common.arguments import check_arguments, quoted
 from qnas.common.documents import FilePart, describe_problems, to_tuples
-from qnas.common.errors import TableError, UsageError, nearest, one_line
+from qnas.common.errors import QnasError, TableError, UsageError, nearest, one_line
 from qnas.common.reading import is_file, parse_json, read_text
 from qnas.common.resources import shipped, stems
 from qnas.common.units import MOST_MS, number_or_nan
@@ -215,10 +215,23 @@ class Device(FilePart):
     def kernel_ms(self, kernel: Kernel) -> float:
         """Return the latency of a kernel in milliseconds. Raises TableError for an unknown kind."""
         if self._kernel_function is not None:
-            return self.calibrated(self.checked_ms(self._kernel_function(kernel), kernel))
+            return self.calibrated(self.ms_of(self._kernel_function, kernel, kernel))
         model = self._model_of(kernel)
         cost = self.model[model.like] if model.like is not None else model
         return self.calibrated(cost.latency_ms(kernel))
+
+    def ms_of(self, function: Callable[[Any], Any], argument: Any, of: object) -> float:
+        """Return the result of a Python function as a latency. Raises TableError where it raises, too."""
+        try:
+            latency_ms = function(argument)
+        except QnasError:
+            raise
+        except Exception as error:  # a user's function
+            raise TableError(
+                f"device {self.name}: its function raised {type(error).__name__} for {one_line(of, 80)}: "
+                f"{one_line(error, 80)}"
+            ) from error
+        return self.checked_ms(latency_ms, of)
 
     def checked_ms(self, latency_ms: Any, of: object) -> float:
         """Return the result of a Python function as a latency. Raises TableError for an invalid one."""

@@ -166,7 +166,7 @@ def _with_table(device: Device, table: LatencyTable) -> Device:
 
 def _price_blocks(price: Callable[[BlockSpec], float], device: Device, space: SearchSpace) -> LatencyTable:
     def cell(block: BlockSpec) -> Cell:
-        latency_ms = device.checked_ms(price(block), f"block {block.name}") if block.layers else 0.0
+        latency_ms = device.ms_of(price, block, f"block {block.name}") if block.layers else 0.0
         return _cell(device, latency_ms, "a function of the block")
 
     return build_table(device, space, _cell(device, device.fixed_ms, "given as fixed_ms"), cell)
@@ -176,7 +176,7 @@ def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchS
     """Fit a function of networks by a cell for each candidate and a fixed part, all at or above 0."""
     indices, are_all = _design(space)
     archs = [arch_from_indices(space, tuple(row)) for row in indices.tolist()]
-    latency_ms = np.array([device.checked_ms(network(arch), " ".join(arch.choices)) for arch in archs])
+    latency_ms = np.array([device.ms_of(network, arch, " ".join(arch.choices)) for arch in archs])
     if (latency_ms == 0).any():
         raise TableError(f"device {device.name}: its function returned 0 ms for a network")
     sizes = [len(position.candidates) for position in space.positions]

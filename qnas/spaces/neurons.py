@@ -19,7 +19,7 @@ from qnas.spaces.layer import OPS
 
 Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
 CONVOLUTION = "dwconv"
-NAME = re.compile(r"[a-z][a-z0-9]*")  # of neurons, blocks, and words as values of a block's parameter
+NAME = re.compile(r"[a-z][a-z0-9]{0,39}")  # of neurons, blocks, and words as values of a block's parameter
 _ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
 _ELEMENTWISE -= {CONVOLUTION, "gap"}
 # the layers of a QuadraBlock besides those of its neuron

@@ -1,13 +1,22 @@
+import errno
+import importlib
 import importlib.metadata
+import importlib.util
 import json
+import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.pickled_forests import predictor_files, write_zip
 from typer.testing import CliRunner
 
 from qnas.commands import doctor
 from qnas.commands.cli import app
+from qnas.latency.nn_meter import predictors
 from qnas.nn.kernels import native
 
 
@@ -90,3 +99,225 @@ def test_devices_that_were_measured_here_are_listed(tmp_path: Path, monkeypatch:
     (tmp_path / "devices" / "board.json").touch()
     (own,) = (f for f in doctor._latency_sources() if f.topic == "own devices")
     assert (own.state, own.found, own.advice) == ("ok", "devices/board.json", "")
+
+
+# the advice follows the cause
+
+
+def failed(said: str = "", code: int = 1) -> Exception:
+    return subprocess.CalledProcessError(code, ["g++"], stderr=said)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (failed("error: unsupported option '-fopenmp'"), "install the compiler's OpenMP"),
+        (failed("fatal error: omp.h: No such file or directory"), "install the compiler's OpenMP"),
+        (failed("ld: cannot find -lgomp"), "install the compiler's OpenMP"),
+        (failed("cannot execute 'cc1plus': execvp"), "install the C++ part of the compiler"),
+        (failed("fatal error: cstdint: No such file or directory"), "install the headers of the C++ library"),
+        (failed("fatal error: 'vector' file not found"), "install the headers of the C++ library"),
+        (failed("error: unrecognized option '-std=c++17'"), "install a newer compiler"),
+        (failed("fatal error: error writing to /tmp/x.s: No space left on device"), "or set TMPDIR"),
+        (failed("g++: fatal error: Killed signal terminated program cc1plus"), "free memory"),
+        (failed("", -9), "free memory"),
+        (failed("error: expected ';'"), "see why /usr/bin/g++ fails, or set QNAS_KERNELS=0"),
+        (subprocess.TimeoutExpired("g++", 600), "try again when the machine is less busy"),
+        (OSError(errno.ENOSPC, "No space left"), "free space on the disk of /cache, or set QNAS_HOME"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free space on the disk of /cache"),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            "/cache is on a disk that is read-only: set QNAS_HOME",
+        ),
+        (OSError(errno.ENOTDIR, "Not a directory"), "a part of /cache is a file, not a folder"),
+        (
+            PermissionError(errno.EACCES, "denied", "/cache/x"),
+            "allow yourself to write in /cache, or set QNAS",
+        ),
+        (PermissionError(errno.EACCES, "denied", "/usr/bin/g++"), "/usr/bin/g++ may not be run: set CXX"),
+        (OSError("x.so: failed to map segment from shared object"), "from which nothing may be run"),
+        (
+            OSError("libgomp.so.1: cannot open shared object file: No such file or directory"),
+            "install the system's package that has libgomp.so.1",
+        ),
+        (None, "see why /usr/bin/g++ fails"),
+    ],
+)
+def test_kernels_that_are_not_built_are_advised_by_the_cause(error: Exception | None, advice: str) -> None:
+    assert advice in doctor._build_advice(error, "/usr/bin/g++", Path("/cache"))
+
+
+@pytest.mark.parametrize(
+    ("body", "advice"),
+    [
+        ("echo \"fatal error: 'omp.h' file not found\" >&2; exit 1", "install the compiler's OpenMP"),
+        ("echo 'ld: No space left on device' >&2; exit 1", "or set TMPDIR to another"),
+        ("exit 3", "see why "),
+        ("kill -9 $$", "free memory"),
+    ],
+)
+def test_a_compiler_that_fails_is_advised_by_what_it_says(
+    body: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\n{body}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    native._load.cache_clear()
+    try:
+        for _ in range(2):  # the second time it was tried before in this process
+            finding = findings()["C++ kernels"]
+            assert finding["state"] == "broken"
+            assert advice in finding["advice"]
+            assert finding["found"]
+    finally:
+        native._load.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.find_compiler() is None:
+        pytest.skip("no compiler here")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QNAS_HOME", str(tmp_path / "file"))
+    native._load.cache_clear()
+    try:
+        assert "is a file, not a folder" in findings()["C++ kernels"]["advice"]
+    finally:
+        native._load.cache_clear()
+
+
+def test_a_compiler_of_the_environment_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    finding = doctor._cpu_kernels()
+    assert finding.found.startswith("CXX=no-such-compiler is no program on the PATH")
+    assert finding.advice.startswith("set CXX to a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("built", "hidden", "driver", "said", "advice"),
+    [
+        (None, None, None, "", "where this machine has one: install a torch that is built for it"),
+        (None, None, "/bin/nvidia-smi", "", "install a torch that is built for CUDA"),
+        ("13.0", None, None, "", "where this machine has one: install its driver, for CUDA 13.0"),
+        ("13.0", None, "/bin/nvidia-smi", "", "see that nvidia-smi lists it"),
+        ("13.0", "", "/bin/nvidia-smi", "", "CUDA_VISIBLE_DEVICES='' hides them all: unset it"),
+        ("13.0", "-1", "/bin/nvidia-smi", "", "CUDA_VISIBLE_DEVICES='-1' hides them all"),
+        ("13.0", "0", "/bin/nvidia-smi", "", "see that nvidia-smi lists it"),
+        (
+            "13.0",
+            None,
+            "/bin/nvidia-smi",
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).",
+            "update the NVIDIA driver, to one for CUDA 13.0 or newer",
+        ),
+        ("13.0", None, "/bin/nvidia-smi", "CUDA unknown error", "torch says: CUDA unknown error"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_use_is_advised_by_the_cause(
+    built: str | None,
+    hidden: str | None,
+    driver: str | None,
+    said: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def available() -> bool:
+        if said:
+            warnings.warn(said, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(shutil, "which", lambda name: driver if name == "nvidia-smi" else None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert doctor._gpu().advice.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "advice"),
+    [
+        ("torch", ModuleNotFoundError("No module named 'torch'", name="torch"), "--force-reinstall torch"),
+        ("torch", ModuleNotFoundError("No module named 'sympy'", name="sympy"), "pip install sympy"),
+        (
+            "torch",
+            ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"),
+            "install the system's package that has libcudart.so.12",
+        ),
+        (
+            "torchvision",
+            RuntimeError("operator torchvision::nms does not exist"),
+            "install the torchvision of this torch",
+        ),
+        ("torch", OSError("something\nelse"), "pip install --force-reinstall torch"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_advised_by_the_cause(
+    name: str, error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def refuse(module: str) -> object:
+        if module == name:
+            raise error
+        return real(module)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    found = list(doctor.examine())
+    assert found[0].topic == name
+    assert found[0].state == "broken"
+    assert advice in found[0].advice
+    assert "\n" not in found[0].found
+    # without torch, what needs it is left out, and the rest is still told
+    assert {"versions", "C++ kernels", "GPU"}.isdisjoint(finding.topic for finding in found)
+    assert {"devices", "nn-Meter"} <= {finding.topic for finding in found}
+
+
+def test_a_library_that_is_too_old_or_not_there_is_told_with_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"torch": "2.7.1+cu118"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    old, missing = doctor._library("torch"), doctor._library("torchvision")
+    assert old is not None
+    assert missing is not None
+    assert old.found == "version 2.7.1+cu118, qnas needs 2.8 or newer"
+    assert old.advice == "pip install --upgrade 'torch>=2.8'"
+    assert missing.found == "not installed"
+    assert missing.advice.startswith("pip install 'torchvision>=0.")
+    versions["torch"] = "2.10.0"
+    assert doctor._library("torch") is None
+
+
+def test_an_optional_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    (finding,) = (finding for finding in doctor._packages() if finding.topic == "openvino")
+    assert (finding.state, finding.advice) == ("broken", "pip install --force-reinstall openvino")
+
+
+def test_predictors_are_advised_by_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = write_zip(tmp_path / "vpu.zip", predictor_files("myriad-vpu", trees=1, rows=6))
+    path = predictors.import_predictors(archive, "vpu").path
+    finding = doctor._nn_meter()
+    assert (finding.state, finding.found) == ("ok", "predictors of myriad-vpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pkg_resources" else 1)
+    finding = doctor._nn_meter()
+    assert finding.state == "broken"
+    assert finding.advice == 'pip install "setuptools>=77.0.3,<81"'
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert doctor._nn_meter().advice == 'pip install "nn-meter>=2.0,<3"'
+    path.write_bytes(b"junk")
+    finding = doctor._nn_meter()
+    assert finding.state == "broken"
+    assert finding.found.endswith(")")
+    assert finding.advice.startswith("import the predictors again, or run: qnas predictors remove")

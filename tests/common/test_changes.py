@@ -110,3 +110,28 @@ def test_a_changed_table_says_whose_and_where(tiny_space: SearchSpace) -> None:
     assert describe_changes(BEFORE, changed, names, names) == [
         "the latency table changed (digest cccccccc -> eeeeeeee)"
     ]
+
+
+def test_copies_that_somebody_damaged_are_described_without_an_error() -> None:
+    before, now = {"space_digest": "a" * 16}, {"space_digest": "b" * 16}
+    space = "name: x\nstages:\n- {channels: 8}\n"
+    for kept in (
+        *("", "[", "[" * 5000, "3", "name: [1]", "stages: {a: 1}\nname: x", '"\\UFFFFFFFF": 1'),
+        space,
+    ):
+        for given in ("", "3", space, f"{space}{'k' * 5000}: {'v' * 5000}", "name: x\nstages: {a: 2}"):
+            (line,) = describe_changes(before, now, {"space.yaml": kept}, {"space.yaml": given})
+            assert line.startswith("the space changed (digest aaaaaaaa -> bbbbbbbb)")
+            assert len(line) < 400
+            assert line.isprintable()
+    tables = {"table_digest": "a" * 16}, {"table_digest": "b" * 16}
+    good = "position,candidate,latency_ms\n1.1,identity,1\n"
+    for kept in ("", "x", '"', "position\n1", "position,candidate,latency_ms\n1,2,3,4", good):
+        (line,) = describe_changes(*tables, {"table-cpu.csv": kept}, {"table-cpu.csv": f"{good}1.2,b,2\n"})
+        assert line.startswith("the latency table of cpu changed")
+
+
+def test_values_of_any_length_are_shown_in_a_line() -> None:
+    (line,) = describe_changes({"data": "a" * 5000}, {"data": "\x1b[2J\n" * 5000})
+    assert len(line) < 200
+    assert line.isprintable()

@@ -10,6 +10,7 @@ from qnas.common.reading import (
     DEPTH,
     FIELD_CHARACTERS,
     csv_rows,
+    is_file,
     open_regular,
     parse_json,
     parse_yaml,
@@ -119,3 +120,22 @@ def test_a_csv_is_read_by_the_names_of_its_columns() -> None:
 def test_a_csv_of_another_form_is_refused_by_line(text: str, message: str) -> None:
     with pytest.raises(ArchError, match=f"^here: {message}"):
         list(csv_rows(text, "here", ArchError, ["file"]))
+
+
+def test_half_of_a_surrogate_pair_is_refused_as_value_and_as_key() -> None:
+    for text in ('{"a": "\\ud800"}', '{"\\udfff": 1}', '{"a": [["x\\udc80y"]]}'):
+        with pytest.raises(ArchError, match=r"^x: not JSON: text with half of a surrogate pair$"):
+            parse_json(text, "x", ArchError)
+        with pytest.raises(ArchError, match=r"^x: not YAML: text with half of a surrogate pair$"):
+            parse_yaml(text, "x", ArchError)
+    assert parse_json('{"\\ud83d\\ude00": "\\ud83d\\ude00"}', "x", ArchError) == {"\U0001f600": "\U0001f600"}
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchError, match="cannot be read"):
+        read_bytes(tmp_path / "a\0b", ArchError, "a file")
+    assert not is_file(tmp_path / "a\0b")
+    assert not is_file(tmp_path / ("x" * 5000))
+    (tmp_path / "file").touch()
+    assert is_file(tmp_path / "file")
+    assert not is_file(tmp_path / "file" / "inside")

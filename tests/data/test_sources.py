@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.fashion import idx, write_fashion
-from helpers.mutants import MUTANTS, attack, bounded, byte_mutants, mutated_bytes, read_or_refuse
+from helpers.mutants import (
+    MUTANTS,
+    attack,
+    bounded,
+    byte_mutants,
+    check_refusal,
+    mutated_bytes,
+    read_or_refuse,
+)
 from helpers.pictures import collect, load, save
 from helpers.places import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnas.common.errors import DataError
+from qnas.common.errors import DataError, UsageError
 from qnas.data.batches import batches
 from qnas.data.loading import load_data
 from qnas.data.sources import open_dataset, parse_data_spec
@@ -284,3 +292,16 @@ def test_a_kind_is_a_dataset_of_whole_images_and_labels(tmp_path: Path) -> None:
     assert torch.equal(found[-1][0], found[11][0])
     with pytest.raises(IndexError):
         found[12]
+
+
+@pytest.mark.parametrize("data", [2, None, ["digits"], b"digits", 10.5])
+def test_what_is_no_text_is_named_as_the_argument(data: Any) -> None:
+    with pytest.raises(UsageError, match=r"^`data=.*`: expected a kind of data, such as digits"):
+        open_dataset(data)
+
+
+@pytest.mark.parametrize("data", ["imagefolder:~nobody-here/x", "imagefolder:a\0b", "x" * 5000, "\x1b[2J\n"])
+def test_a_path_or_kind_that_cannot_be_is_one_line(data: str) -> None:
+    with pytest.raises(DataError) as error:
+        open_dataset(data)
+    check_refusal(error.value)

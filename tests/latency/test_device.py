@@ -1,18 +1,21 @@
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.mutants import check_refusal
 
 from qnas.common.errors import TableError
 from qnas.common.resources import shipped
 from qnas.latency import device as device_module
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import load_table
+from qnas.latency.features import FEATURES
 from qnas.latency.kernels import Kernel
 from qnas.spaces.space import load_space
 
@@ -298,3 +301,92 @@ def test_tables_need_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SQUARE = {"knots": {"rows": [1.0, 2.0], "channels": [1.0, 2.0]}, "ms": [[1.0, 2.0], [2.0, 3.0]]}
+TERMS = {"kind": "fitted", "terms": {"launch": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fixed_ms": math.inf}, "fixed_ms: "),
+        ({"fixed_ms": 1e308}, "fixed_ms: expected at most 1e+09"),
+        ({"fixed_ms": 10**39}, "fixed_ms: "),
+        ({"name": 101 * "a"}, "name: expected at most 100 characters"),
+        ({"date": "\u0662\u0660\u0662\u0664-01-01"}, "date: expected the form"),
+        ({"fusion": "x" * 5000}, "unknown fusion 'xxx"),
+        ({"model": {"add": {"kind": "fitted", "terms": {"launch": 1e300}}}}, "model.add.terms.launch: "),
+        (
+            {"model": {"add": {"kind": "fitted", "terms": {"x" * 5000: 1.0}}}},
+            "model.add: unknown feature 'xxx",
+        ),
+        ({"model": {"add": {"kind": "fitted", "like": "x" * 5000}}}, "model.add: no kind 'xxx"),
+        ({"model": {f"k{i}": TERMS for i in range(1001)}}, "model: expected at most 1000, got more"),
+        ({"model": {"x" * 5000: 3}}, "model.xxx"),
+        (
+            {"model": {"add": {"kind": "fitted", "grid": {**SQUARE, "ms": [[1e-300, 2.0], [2.0, 3.0]]}}}},
+            "model.add.",
+        ),
+        (
+            {"model": {"add": {"kind": "fitted", "grid": {**SQUARE, "beyond": {"x" * 5000: 1.0}}}}},
+            "model.add.grid: ",
+        ),
+        (
+            {
+                "model": {
+                    "add": {"kind": "fitted", "grid": {**SQUARE, "knots": {"y" * 5000: [1.0], "z": [2.0]}}}
+                }
+            },
+            "model.add.grid: unknown axis 'yyy",
+        ),
+        ({"accuracy": {"all": {"all": {"n": 1, "rmspe_pct": math.nan}}}}, "accuracy.all.all"),
+        ({"x" * 5000: 1}, "xxx"),
+        ({"source": "\ud800"}, "not JSON: text with half of a surrogate pair"),
+        ({"\ud800": 1}, "not JSON: text with half of a surrogate pair"),
+    ],
+)
+def test_what_a_device_file_may_not_hold_is_one_short_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**OWN, **changes}))
+    with pytest.raises(TableError) as error:
+        load_device(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+    check_refusal(error.value, path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, '{"a":' * 5000, '{"batch": ' + "9" * 5000 + "}", "\ufffe", "{}x"]
+)
+def test_a_text_that_is_no_device_is_one_short_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(TableError) as error:
+        load_device(path)
+    check_refusal(error.value, path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" + "b" * 5000, "x\n\x1b[2J", "\0", "a/\0.json"])
+def test_a_name_that_no_device_has_is_one_line(name: str) -> None:
+    with pytest.raises(TableError) as error:
+        load_device(name)
+    check_refusal(error.value)
+
+
+def test_a_device_file_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(OWN))
+    assert load_device(path).name == "mine"
+    monkeypatch.setattr(device_module, "FILE_BYTES", 10)
+    with pytest.raises(TableError, match="larger than 10 bytes"):
+        load_device(path)
+
+
+def test_the_largest_latencies_of_a_file_add_up_to_a_number(tmp_path: Path) -> None:
+    terms = dict.fromkeys(FEATURES, 1e9)
+    content = {**OWN, "fixed_ms": 1e9, "model": {"conv": {"kind": "fitted", "terms": terms}}}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    assert math.isfinite(load_device(path).kernel_ms(Kernel("conv", 65536, 65536, 65536, 31)))

@@ -1,10 +1,14 @@
+import io
 import json
+import tracemalloc
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.mutants import check_refusal
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device, parse_device
@@ -187,6 +191,12 @@ def test_arrays_that_are_not_needed_may_be_missing(tmp_path: Path, name: str) ->
         ({"indptr": np.array([0, 4, 5, 8])}, "indptr: expected rising numbers from 0 to 9"),
         ({"indices": np.arange(9)}, "indices: expected rows of ops, 0 to 5"),
         ({"indices": np.arange(9) - 1}, "indices: expected rows of ops, 0 to 5"),
+        ({"latency_ms": np.full((3, 2), 1e300)}, "latency_ms: expected milliseconds above 0"),
+        ({"latency_ms": np.full((3, 2), 1e-300)}, "latency_ms: expected milliseconds above 0"),
+        (
+            {"ops": np.add(OPS, [0, 2**40, 0, 0, 0, 0, 0, 0])},
+            "ops: expected sizes, kernels and strides of 1",
+        ),
         ({"family": np.array(["a", "b"])}, r"latency_ms: expected shape \(2, 2\)"),
         ({"family": np.array([["a"], ["b"]], dtype=object)}, "family: expected text in 1 dimension, got"),
     ],
@@ -223,3 +233,35 @@ def test_a_damaged_array_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(TableError, match="latency_ms: cannot be read"):
         read_networks(path)
+
+
+def test_devices_and_operators_with_any_name_are_one_short_line(tmp_path: Path) -> None:
+    strange = "\x1b[2J\n" + 5000 * "x"
+    networks = read_networks(write(tmp_path / "nets.npz", devices=np.array([strange, "other"])))
+    with pytest.raises(TableError, match="device board is not among those of the file") as error:
+        evaluate_networks(board(), networks)
+    check_refusal(error.value)
+    names = np.array([strange, "bn", "relu", "add", "mul"])
+    networks = read_networks(write(tmp_path / "nets.npz", op_names=names))
+    with pytest.raises(TableError, match="device board has no cost for ") as error:
+        evaluate_networks(board(), networks)
+    check_refusal(error.value)
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "nets.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in CONTENT.items():
+            content = io.BytesIO()
+            np.save(content, array)
+            if name == "indices":
+                header = content.getvalue()[:128].replace(b"(9,), }" + 12 * b" ", b"(20000000,), }     ")
+                assert b"20000000" in header
+                content = io.BytesIO(header + bytes(160_000_000))
+            archive.writestr(f"{name}.npy", content.getvalue())
+    assert path.stat().st_size < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(TableError, match="indices: cannot be read: 160,000,128 bytes packed in"):
+        read_networks(path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

@@ -2,11 +2,13 @@
 
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.mutants import check_refusal
 
 from qnas.common.errors import TableError, UsageError
 from qnas.latency.device import Device, load_device
@@ -173,3 +175,82 @@ def test_such_a_device_limits_a_solve_and_its_table_reads_back(
     path = tmp_path / "table-mine.csv"
     path.write_text(table_text(table, tiny_space))
     assert read_table(path, tiny_space, device="mine").digest == table.digest
+
+
+HUGE = 10**5000  # Python does not write it
+
+
+def failing(_: Any) -> float:
+    raise KeyError("the board\nis off" + 5000 * "x")
+
+
+def test_a_function_that_raises_is_one_line(tiny_space: SearchSpace) -> None:
+    for mine in (device_from_function("mine", layer=failing), device_from_function("mine", block=failing)):
+        with pytest.raises(
+            TableError, match=r"device mine: its function raised KeyError for .*the board"
+        ) as error:
+            load_table(mine, tiny_space)
+        check_refusal(error.value)
+    with pytest.raises(TableError, match="device mine: its function raised KeyError for quadra") as error:
+        device_from_function("mine", network=failing, space=tiny_space)
+    check_refusal(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "foo"}, "`kind='foo'`: expected one of measured, fitted, estimated"),
+        ({"kind": ["measured"]}, "`kind=['measured']`: expected one of"),
+        ({"name": 3}, "`name=3`: expected text"),
+        ({"name": None}, "`name=None`: expected text"),
+        ({"name": 5000 * "x"}, "device name 'xxx"),
+        ({"name": "\n\x1b[2J"}, r"device name '\n\x1b[2J': expected letters"),
+        ({"fixed_ms": "1"}, "`fixed_ms='1'`: expected milliseconds"),
+        ({"fixed_ms": -1}, "`fixed_ms=-1`: expected milliseconds"),
+        ({"fixed_ms": math.nan}, "`fixed_ms=nan`: expected milliseconds"),
+        ({"fixed_ms": [HUGE]}, "`fixed_ms=<list whose repr raises ValueError>`: expected"),
+    ],
+)
+def test_arguments_of_another_form_are_named(
+    arguments: dict[str, Any], message: str, tiny_space: SearchSpace
+) -> None:
+    given = {"name": "mine", **arguments}
+    makers: tuple[Callable[[], Device], ...] = (
+        lambda: device_from_function(layer=lambda _: 1.0, **given),
+        lambda: device_from_blocks(blocks=rows_of(tiny_space), space=tiny_space, **given),
+    )
+    for make in makers:
+        with pytest.raises(UsageError) as error:
+            make()
+        assert str(error.value).startswith(message)
+        check_refusal(error.value)
+
+
+def test_functions_spaces_and_blocks_of_another_type_are_named(tiny_space: SearchSpace) -> None:
+    anything: Any = 3
+    cases: tuple[tuple[Callable[[], Device], str], ...] = (
+        (lambda: device_from_function("mine", layer=anything), "`layer=3`: expected a function"),
+        (lambda: device_from_function("mine", block=anything), "`block=3`: expected a function"),
+        (lambda: device_from_function("mine", network=anything, space=tiny_space), "`network=3`: expected a"),
+        (lambda: device_from_function("mine", network=failing, space=anything), "`space=3`: expected a Sea"),
+        (lambda: device_from_blocks("mine", [], anything), "`space=3`: expected a SearchSpace"),
+        (lambda: device_from_blocks("mine", anything, tiny_space), "`blocks=3`: expected a CSV file, a Data"),
+        (
+            lambda: device_from_blocks("mine", [1, 2], tiny_space),
+            "`blocks`: row 1 is 1, expected a dictionary",
+        ),
+        (lambda: device_from_blocks("mine", {"a": 1}, tiny_space), "`blocks={'a': 1}`: expected a CSV"),
+    )
+    for make, message in cases:
+        with pytest.raises(UsageError) as error:
+            make()
+        assert str(error.value).startswith(message)
+
+
+def test_a_latency_of_blocks_that_is_none_is_one_line(tiny_space: SearchSpace) -> None:
+    for value in (HUGE, [1], "1e300", b"1", object(), np.array([1.0, 2.0])):
+        rows = rows_of(tiny_space)
+        rows[3]["latency_ms"] = value
+        with pytest.raises(TableError, match=r"device mine: .*row 4: .*latency_ms") as error:
+            device_from_blocks("mine", rows, tiny_space)
+        check_refusal(error.value)

@@ -3,9 +3,11 @@ import io
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers.mutants import check_refusal
 
 from qnas.common.errors import TableError
 from qnas.common.resources import shipped, stems
@@ -224,3 +226,41 @@ def test_ones_own_table_must_fit_the_space(tmp_path: Path) -> None:
     write_table(table, load_space("quadranet-small"), tmp_path / "mine" / "quadranet-small.csv")
     with pytest.raises(TableError, match=r"c_in 64, expected 48"):
         load_table(load_device(tmp_path / "mine.json"), another_small())
+
+
+def test_a_table_that_is_no_table_is_one_short_line(
+    tmp_path: Path, rows: list[list[str]], small: SearchSpace
+) -> None:
+    first, rest = rows[0], rows[1:]
+    at = first.index("latency_ms")
+    long = [[*row[:at], "9" * 5000, *row[at + 1 :]] for row in rest]
+    huge = [[*row[:at], "1e300", *row[at + 1 :]] for row in rest]
+    strange = [["x" * 5000, *row[1:]] for row in rest] + [["\x1b[2J\u2028", *row[1:]] for row in rest]
+    many = [["9.9", *row[1:]] for row in rest] * 10
+    contents: tuple[list[Any], ...] = (
+        *([first, *long], [first, *huge], [first, *strange], [first, *many]),
+        *([], [[]], [["x" * 5000]], [first], [first, rest[0] + ["", ""]], [[*first, "layers"], *rest]),
+    )
+    for content in contents:
+        path = write_rows(tmp_path / "t.csv", content)
+        with pytest.raises(TableError) as error:
+            read_table(path, small)
+        check_refusal(error.value, path)
+
+
+def test_more_rows_than_a_space_has_are_not_collected(
+    tmp_path: Path, rows: list[list[str]], small: SearchSpace
+) -> None:
+    path = write_rows(tmp_path / "t.csv", [rows[0], *rows[1:] * 3])
+    with pytest.raises(
+        TableError, match=r"more than \d+ rows, expected \d+; line \d+: runtime is there twice"
+    ):
+        read_table(path, small)
+
+
+def test_names_of_columns_may_have_capitals_and_spaces(
+    tmp_path: Path, rows: list[list[str]], small: SearchSpace
+) -> None:
+    plain = read_table(write_rows(tmp_path / "t.csv", rows), small)
+    other = [[f" {name.upper()} " for name in rows[0]], *rows[1:]]
+    assert read_table(write_rows(tmp_path / "t.csv", other), small) == plain

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.mutants import check_refusal
 from helpers.neurons import check_neuron
 from torch import Tensor
 
-from qnas.common.errors import SpaceError
+from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.kernels import lean_quadratic
 from qnas.nn.neurons import Convolution, depthwise_conv2d, run_neuron
 from qnas.spaces.neurons import NEURONS, register_neuron
@@ -232,3 +233,34 @@ def test_torchs_transforms_see_through_a_neuron(neuron: str) -> None:
     slope = torch.func.jvp(run, (x,), (direction,))[1]
     # a neuron is a polynomial of degree 2, whose central difference is its slope at any step
     torch.testing.assert_close(slope, (run(x + direction) - run(x - direction)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "properties", "formula", "problem"),
+    [
+        (3, {"a": "dwconv"}, {}, None, "`name=3`: expected text"),
+        ("my", ["a"], {}, None, "`layers=['a']`: expected a mapping"),
+        (
+            "my",
+            {"a": "dwconv"},
+            {"fold": ()},
+            None,
+            "`fold`: no property of a neuron: did you mean folds or formula?",
+        ),
+        ("my", {"a": ["dwconv"]}, {}, None, "neuron my: "),
+        ("my", {"a": "dwconv"}, {"start": 3}, None, "neuron my: "),
+        ("my", {"a": "dwconv"}, {}, 3, "neuron my: 3 is no function"),
+        ("my", {"a": "dwconv"}, {}, max, "neuron my: "),
+        ("\x1b[2J" + 5000 * "x", {"a": "dwconv"}, {}, None, "neuron '\\x1b[2Jxxx"),
+    ],
+)
+@pytest.mark.usefixtures("_registries")
+def test_a_neuron_of_other_things_is_refused_in_one_line(
+    name: Any, layers: Any, properties: dict[str, Any], formula: Any, problem: str
+) -> None:
+    before = dict(NEURONS)
+    with pytest.raises((SpaceError, UsageError)) as error:
+        register_neuron(name, layers, **properties)(formula or (lambda x, a: a(x)))
+    assert str(error.value).startswith(problem)
+    check_refusal(error.value)
+    assert before == NEURONS

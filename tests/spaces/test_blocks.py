@@ -2,12 +2,13 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.mutants import check_refusal
 from helpers.own_blocks import Gate, register_gate
 from helpers.tiny import TINY_SPACE
 
-from qnas.common.errors import SpaceError
+from qnas.common.errors import SpaceError, UsageError
 from qnas.spaces.arch import make_arch
-from qnas.spaces.blocks import BLOCKS, Place, register_block
+from qnas.spaces.blocks import BLOCKS, Place, module_of, register_block
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import count_macs, count_params, lower, make_block
 from qnas.spaces.space import Candidate, SearchSpace, make_space, parse_space
@@ -167,3 +168,83 @@ def test_a_candidate_is_within_another_of_its_kind_that_is_larger() -> None:
     assert small.is_within(small)
     assert not wide.is_within(large)
     assert not small.is_within(quadra)
+
+
+def raising(place: Place, width: int = 1) -> tuple[LayerSpec, ...]:
+    raise ZeroDivisionError("no\nlayers " + 5000 * "x")
+
+
+class BadRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize(
+    ("name", "definition", "options", "problem"),
+    [
+        ("own", raising, WIDTH, "block own_w1: its layers cannot be made at Place("),
+        ("own", lambda place: [1], {}, "block own: `layers` returned [1], no tuple of LayerSpec"),
+        ("own", lambda place: None, {}, "block own: `layers` returned None, no tuple of LayerSpec"),
+        ("own", lambda place: (1,), {}, "block own: `layers` returned (1,), no tuple of LayerSpec"),
+        ("own", lambda place: BadRepr(), {}, "block own: `layers` returned <BadRepr whose repr raises Run"),
+        ("own", lambda: (), {}, "block own: `layers` takes no place"),
+        ("own", 3, {}, "block own: 3 is no function or class, and has no static method `layers(place, ...)`"),
+        ("own", int, {}, "block own: the class has no static method `layers(place, ...)`"),
+        ("own", chain, {"parameters": {"width": 3}}, "block own: width: expected a collection of values"),
+        ("own", chain, {"parameters": {"width": "12"}}, "block own: width: expected a collection of values"),
+        ("own", chain, {"parameters": {"width": None}}, "block own: width: expected a collection of values"),
+        ("own", chain, {"parameters": {3: (1, 2)}}, "block own: parameters: 3 is no name"),
+        ("own" * 2000, chain, WIDTH, "block ownown"),
+        ("\x1b[2J\n", chain, WIDTH, "block \\x1b[2J: the name must be lower-case letters and digits"),
+    ],
+)
+def test_a_registration_with_other_things_is_refused_in_one_line(
+    name: str, definition: Any, options: dict[str, Any], problem: str
+) -> None:
+    before = dict(BLOCKS)
+    with pytest.raises(SpaceError) as error:
+        register_block(name, **options)(definition)
+    assert str(error.value).startswith(problem)
+    check_refusal(error.value)
+    assert before == BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"name": 3}, "`name=3`: expected text"),
+        ({"name": None}, "`name=None`: expected text"),
+        ({"parameters": 3}, "`parameters=3`: expected a mapping"),
+        ({"parameters": ["width"]}, "`parameters=['width']`: expected a mapping"),
+        ({"sliced": "width"}, "`sliced='width'`: expected names"),
+        ({"sliced": 3}, "`sliced=3`: expected names"),
+        ({"keeps_shape": 1}, "`keeps_shape=1`: expected True or False"),
+        ({"needs_batchnorm": "no"}, "`needs_batchnorm='no'`: expected True or False"),
+        ({"module": 3}, "`module=3`: expected a function, a class or its import path"),
+        ({"module": BadRepr()}, "`module=<BadRepr whose repr raises RuntimeError>`: expected a function"),
+    ],
+)
+def test_arguments_of_another_type_are_named(arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError) as error:
+        register_block(**{"name": "own", **arguments})(chain)
+    assert str(error.value).startswith(problem)
+
+
+def test_layers_that_raise_at_another_place_are_one_line() -> None:
+    def small(place: Place) -> tuple[LayerSpec, ...]:
+        assert place.c_in < 20, "too wide"
+        return (LayerSpec("conv", "conv", place.resolution_px, place.c_in, place.c_out),)
+
+    register_block("own")(small)
+    with pytest.raises(SpaceError, match=r"^block own: its layers cannot be made at .* too wide"):
+        make_block("1.1", "own", Place(32, 32, 1, 9, "batchnorm", "relu"))
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere:Block", "qnas.spaces.blocks:Nothing", "nothing", "", ":", "a..b:c"]
+)
+def test_a_module_that_cannot_be_imported_is_one_line(path: str) -> None:
+    register_block("own", module=path)(with_product)
+    with pytest.raises(SpaceError, match=r"^block own: module ") as error:
+        module_of(BLOCKS["own"], Place(8, 8, 1, 9, "batchnorm", "relu"), {})
+    check_refusal(error.value)

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from helpers.mutants import check_refusal
 from typer.main import get_command
 
 from qnas.commands import cli
@@ -117,3 +118,53 @@ def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:
         Recipe.load("cifer")
     with pytest.raises(UsageError, match="no such file"):
         Recipe.load(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("epochs: 2000000", "epochs: expected at most 1000000, got 2000000"),
+        ("epochs: " + "9" * 39, "epochs: expected at most 1000000, got 999"),
+        ("epochs: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("warmup_epochs: 1e300", "warmup_epochs: expected at most 1e+09"),
+        ("warmup_epochs: .nan", "warmup_epochs: expected "),
+        ("warmup_epochs: 1e999", "warmup_epochs: expected "),
+        ("learning_rate: 2001-99-99", "not YAML: "),
+        ("learning_rate: !!int ''", "not YAML: "),
+        ('"\\UFFFFFFFF": 1', "not YAML: "),
+        ("learning_rate: " + "[" * 500, ""),
+        ("learning_rate: &a [*a]", ""),
+        ("!!python/object:os.system x: 1", ""),
+        ('"a\\e[2J": 1', "a\\x1b[2J: unknown key"),
+        (f"{'k' * 5000}: 1", ""),
+        (f"learning_rate: {'v' * 5000}", "learning_rate: expected a number, got 'vvv"),
+        ("? {a: b}\n: 1", ""),
+    ],
+)
+def test_what_a_recipe_may_not_hold_is_one_short_line(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    key = line.partition(":")[0]
+    kept = "".join(each for each in SHORTEST.splitlines(True) if not each.startswith(f"{key}:"))
+    path.write_text(f"{kept}{line}\n")
+    with pytest.raises(UsageError) as error:
+        Recipe.load(path)
+    assert message in str(error.value)
+    check_refusal(error.value, path)
+
+
+def test_bounds_of_a_field_and_of_its_kind_hold_together() -> None:
+    for changes in (
+        {"randaugment": 10.5},
+        {"teacher_temperature": 0.0},
+        {"gradient_clip": 2e9},
+        {"mixup": -1.0},
+    ):
+        with pytest.raises(UsageError):
+            Recipe.parse(SHORTEST, "x").override(changes)
+
+
+def test_numbers_of_any_size_given_in_python_are_one_line() -> None:
+    for value in (10**5000, -(10**5000), float("inf"), "x" * 10**6, b"x" * 10**6):
+        with pytest.raises(UsageError) as error:
+            Recipe.parse(SHORTEST, "x").override({"epochs": value})
+        check_refusal(error.value)

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from helpers.mutants import check_refusal
 
 from qnas.common.errors import TableError
 from qnas.latency.fitting.measurements import (
@@ -90,3 +91,47 @@ def test_times_of_two_runtimes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="runtime: 'runtime a' and 'runtime b': expected one"):
         one_runtime(rows, tmp_path / "x.csv")
     assert one_runtime(rows[:1], tmp_path / "x.csv") == "runtime a"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"a,{WORDS},1e-300,,", "line 2, latency_ms: '1e-300', expected milliseconds above 0 or nothing"),
+        (f"a,{WORDS},1e300,,", "line 2, latency_ms: '1e300'"),
+        (f"a,{WORDS},{'9' * 5000},,", "line 2, latency_ms: '999"),
+        (f"a,{'x' * 5000},1,,", "line 2, choices: 1 choices, but space tiny has 4 positions"),
+        (f"a,{WORDS.replace('k3', 'k' * 5000)},1,,", "line 2, choices: position 1.1: 'quadra_kkk"),
+        ("\x1b[2J\u2028,,1,,", "line 2, choices: 0 choices"),
+        ("a,b,c,d,e,f", "line 2: 6 fields, expected 5; a field with a comma stands in quotes"),
+        ('a,"b', "line 2: not CSV: "),
+        (f"a,{'x' * 100_001},1,,", "line 2: a field of over 100,000 characters"),
+        (f"{'n' * 5000},{WORDS},1,,x\n{'n' * 5000},{WORDS},1,,x", "line 3, name: 'nnn"),
+    ],
+)
+def test_what_a_row_may_not_hold_is_one_short_line(
+    line: str, message: str, tiny_space: SearchSpace, tmp_path: Path
+) -> None:
+    path = written(tmp_path, line)
+    with pytest.raises(TableError) as error:
+        read_measured(path, tiny_space)
+    assert str(error.value).startswith(f"{path}: {message}")
+    check_refusal(error.value, path)
+
+
+def test_columns_that_are_there_twice_are_refused(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    path = written(tmp_path, header=HEADER.replace("p95_ms", "name"))
+    with pytest.raises(TableError, match="columns there twice: name; expected name,choices,latency_ms"):
+        read_measured(path, tiny_space)
+
+
+def test_runtimes_that_differ_are_one_short_line(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    path = written(tmp_path, f"a,{WORDS},1,,{'r' * 5000}", f"b,{WORDS},1,,{'s' * 5000}")
+    with pytest.raises(TableError) as error:
+        one_runtime(read_measured(path, tiny_space), path)
+    check_refusal(error.value, path)
+
+
+def test_a_file_of_bad_rows_is_not_read_to_its_end(tiny_space: SearchSpace, tmp_path: Path) -> None:
+    path = written(tmp_path, *(300 * [",x,y,z,"]))
+    with pytest.raises(TableError, match=r"and 1?\d\d more$"):
+        read_measured(path, tiny_space)

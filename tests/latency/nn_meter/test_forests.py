@@ -145,18 +145,59 @@ def test_columns_that_are_no_tree_are_refused(change: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"children": np.array([[0, 5]], np.int32)},
-        {"children": np.array([[-9, -1]], np.int32)},
-        {"roots": np.zeros(0, np.int32)},
-        {"threshold": np.zeros(0, np.float32)},
+        ({"children": np.array([[0, 5]], np.int32)}, "child that is missing"),
+        ({"children": np.array([[-9, -1]], np.int32)}, "child that is missing"),
+        ({"roots": np.array([7], np.int32)}, "child that is missing"),
+        ({"roots": np.zeros(0, np.int32)}, "lengths"),
+        ({"threshold": np.zeros(0, np.float32)}, "lengths"),
+        ({"children": np.array([[0, -1]], np.int32)}, "not the child of one other"),
+        ({"children": np.array([[-1, -1]], np.int32)}, "not the child of one other"),
+        ({"roots": np.array([0, 0], np.int32)}, "not the child of one other"),
+        ({"feature": np.array([2], np.uint8)}, "2 features, of 1 to 256, and all that the trees use"),
+        ({"n_features": np.array(-1)}, "-1 features"),
+        ({"n_features": np.array(2**40)}, "features, of 1 to 256"),
+        ({"value": np.array([np.nan, 1.0])}, "no number or out of range"),
+        ({"value": np.array([1.0, 1e300])}, "no number or out of range"),
+        ({"threshold": np.array([np.nan], np.float32)}, "no number or out of range"),
+        ({"roots": np.zeros(1, np.int64)}, "roots: int64 in 1 dimensions"),
+        ({"roots": np.zeros((1, 1), np.int32)}, "roots: int32 in 2 dimensions"),
+        ({"feature": np.zeros(1, np.float32)}, "feature: float32"),
     ],
 )
-def test_arrays_that_are_no_forest_are_refused(change: dict[str, Any]) -> None:
+def test_arrays_that_are_no_forest_are_refused(change: dict[str, Any], message: str) -> None:
     arrays = Forest.join([flatten_tree(**TREE)]).arrays()
-    with pytest.raises(ValueError, match=r"lengths|child"):
+    with pytest.raises(ValueError, match=message):
         Forest.from_arrays({**arrays, **change})
+
+
+def chain(levels: int) -> dict[str, Any]:
+    """The arrays of a tree in which every inner node has a leaf and an inner node, but for the last."""
+    below = np.arange(1, levels + 1, dtype=np.int32)
+    below[-1] = -levels - 1
+    return {
+        "n_features": np.array(1),
+        "roots": np.zeros(1, np.int32),
+        "feature": np.zeros(levels, np.uint8),
+        "threshold": np.zeros(levels, np.float32),
+        "children": np.stack([-np.arange(1, levels + 1, dtype=np.int32), below], axis=1),
+        "value": np.ones(levels + 1),
+    }
+
+
+def test_the_levels_of_a_tree_are_bounded() -> None:
+    assert Forest.from_arrays(chain(1000)).predict([[1.0]]) == [1.0]
+    with pytest.raises(ValueError, match="more than 1000 levels"):
+        Forest.from_arrays(chain(1001))
+
+
+def test_nodes_that_form_a_circle_are_refused() -> None:
+    arrays = chain(4)
+    arrays["children"][0, 1] = -5  # nodes 1 to 3 are the children of each other, and of no root
+    arrays["children"][3, 1] = 1
+    with pytest.raises(ValueError, match="form a circle"):
+        Forest.from_arrays(arrays)
 
 
 def test_a_forest_needs_trees() -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -7,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.mutants import check_refusal
 from helpers.pickled_forests import predictor_files, train_forest, write_zip
 
+from qnas.common import arrays as arrays_module
 from qnas.common.errors import TableError
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.predictors import (
@@ -196,6 +199,60 @@ def test_a_damaged_store_is_named_with_the_way_out(tmp_path: Path) -> None:
             list_predictors()
     np.savez(path, about=about)
     with pytest.raises(TableError, match=r"damaged .*qnas\.predictors/9"):
+        list_predictors()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cortex-a76"}, "the predictors of cortex-a76"),
+        ({"device": "\x1b[2J" + 5000 * "x"}, "the predictors of"),
+        ({"forests": {"x" * 5000: {"trees": 1, "nodes": 1}}}, "unknown forests xxx"),
+        ({"forests": {"relu": {"trees": 1}}}, "no trees or nodes of relu"),
+        ({"forests": {"relu": {"trees": "1", "nodes": 1}}}, "expected a whole number"),
+        ({"forests": {"relu": {"trees": 0, "nodes": 1}}}, "expected at least 1"),
+        ({"forests": 3}, "forests: expected a mapping"),
+        ({"ignored": 3}, "ignored: expected a list"),
+        ({"ignored": [3]}, "expected text, got 3"),
+        ({"date": None}, "date: expected text"),
+        ({"more": 1}, "more: unknown key"),
+    ],
+)
+def test_what_a_store_says_of_itself_is_checked(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = import_predictors(published(tmp_path), "vpu").path
+    with np.load(path) as content:
+        arrays = dict(content)
+    about = {**json.loads(str(arrays["about"])), **changes}
+    np.savez(path, **{**arrays, "about": np.array(json.dumps(about))})
+    with pytest.raises(TableError) as error:
+        list_predictors()
+    assert f"{path}: damaged (" in str(error.value)
+    assert message in str(error.value)
+    assert "qnas predictors remove --device myriad-vpu" in str(error.value)
+    check_refusal(error.value, path)
+
+
+def test_a_forest_of_other_features_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    path = import_predictors(published(tmp_path), "vpu").path
+    with np.load(path) as content:
+        arrays = dict(content)
+    np.savez(path, **{**arrays, "relu.n_features": np.array(3)})
+    with pytest.raises(TableError, match=r"damaged .relu: 3 features, expected 2"):
+        load_forests("vpu", ["relu"])
+
+
+def test_a_store_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = import_predictors(published(tmp_path), "vpu").path
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(arrays_module, "open_regular", refuse)
+    with pytest.raises(TableError, match=r"npz: cannot be read: Permission denied$"):
         list_predictors()
 
 
