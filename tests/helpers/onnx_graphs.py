@@ -169,9 +169,6 @@ def products() -> onnx.ModelProto:
     weights = [whole("rows", 1, 64, 4), whole("one", 1), ones("w", 4, 4), ones("k", 4, 4, 1, 1)]
     recurrent = [ones("wl", 1, 16, 4), ones("rl", 1, 16, 4), ones("wg", 1, 12, 4), ones("rg", 1, 12, 4)]
     model = graph_model(nodes, [*weights, *recurrent, ones("off", 1, 2, 8, 8)])
-    shapes = {"b": (1, 64, 4), "y": (1, 64, 64)}  # onnx infers none for an einsum
-    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
-    model.graph.value_info.extend(infos)
     return model
 
 
@@ -183,7 +180,17 @@ SAMPLES: dict[str, Callable[[], onnx.ModelProto]] = {
 _NUMBERS = (0, -1, 1, 2, 3, 5, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63))
 _TEXTS = (
     *("", "x", "y", "a", "Relu", "Conv", "Loop", "RegexFullMatch", "Einsum", "GatherND", "Attention", "LSTM"),
-    *("i,j->ij", "\x1b[31m", "\u2028", "n" * 9000, "com.microsoft", "SAME_UPPER", "../../etc/passwd"),
+    *(
+        "i,j->ij",
+        "......->...",
+        "...",
+        "\x1b[31m",
+        "\u2028",
+        "n" * 9000,
+        "com.microsoft",
+        "SAME_UPPER",
+        "../../etc/passwd",
+    ),
 )
 
 

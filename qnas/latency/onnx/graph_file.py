@@ -16,6 +16,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
+from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
 from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
 
@@ -319,6 +320,10 @@ class Graph:
         inputs = [name for name in node.inputs if name]
         self._check_sizes(node)
         try:
+            if node.op == "Einsum":
+                shapes = [self.shapes[name] for name in node.inputs]
+                shape = parse_einsum(node.attribute("equation"), shapes).shape
+                return {node.outputs[0]: helper.make_tensor_type_proto(self.types[inputs[0]], shape)}
             return shape_inference.infer_node_outputs(
                 schema,
                 proto,

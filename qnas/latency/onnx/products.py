@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from qnas.latency.kernels import Kernel
+from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.onnx_operator import OnnxOperator, Status, operator_of, side, uncovered, windowed
 from qnas.latency.onnx.tensors import Reader
 from qnas.latency.onnx.values import Node
@@ -68,35 +69,13 @@ def _einsum(reader: Reader, node: Node) -> OnnxOperator:
     The order of more than two operands is not known: each after the first is multiplied for all indices, an
     upper bound.
     """
-    left, arrow, right = node.attribute("equation").replace(" ", "").partition("->")
-    terms = left.split(",")
-    sizes: dict[str, int] = {}  # of each index; those of an ellipsis are counted from its end
-    for term, name in zip(terms, node.inputs, strict=True):
-        shape = reader.shapes[name]
-        for index, size in zip(_indices(term, len(shape)), shape, strict=True):
-            sizes[index] = max(size, sizes.get(index, 1))
-    letters = [index for index in sizes if len(index) == 1]
-    kept = set(right) if arrow else {letter for letter in letters if left.count(letter) == 1}
-    summed = math.prod(sizes[letter] for letter in letters if letter not in kept)
-    if len(terms) == 1 or summed == 1:  # no sum of products
+    einsum = parse_einsum(node.attribute("equation"), [reader.shapes[name] for name in node.inputs])
+    summed, columns, further = einsum.summed, einsum.columns, len(einsum.terms) - 1
+    if not further or summed == 1:  # no sum of products
         return uncovered(reader, node)
-    columns = math.prod(sizes[letter] for letter in letters if letter in kept and letter not in terms[0])
-    rows = math.prod(sizes.values()) * (len(terms) - 1) // (summed * columns)
+    rows = math.prod(einsum.sizes.values()) * further // (summed * columns)
     has_weights = any(name in reader.graph.constants for name in node.inputs)
     return _matrices(node, rows, summed, columns, has_weights=has_weights)
-
-
-def _indices(term: str, rank: int) -> list[str]:
-    """Return the indices of a term of an einsum. Raises ValueError for one that has another form.
-
-    >>> _indices("b...c", 4)
-    ['b', '...2', '...1', 'c']
-    """
-    before, dots, after = term.partition("...")
-    if not all(letter.isascii() and letter.isalpha() for letter in before + after):
-        raise ValueError(term)
-    inner = rank - len(before) - len(after) if dots else 0
-    return [*before, *(f"...{i}" for i in range(inner, 0, -1)), *after]
 
 
 def _recurrent(reader: Reader, node: Node) -> OnnxOperator:
