@@ -129,13 +129,12 @@ class Graph:
             self.values[name] = value
 
     def _read(self, tensor: onnx.TensorProto, name: str) -> Array:
+        is_elsewhere = tensor.data_location == onnx.TensorProto.EXTERNAL
         try:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                tensor = self._with_data(tensor)
-            return numpy_helper.to_array(tensor)
+            return numpy_helper.to_array(self._with_data(tensor) if is_elsewhere else tensor)
         except (OSError, *_ONNX_ERRORS) as error:
             advice = "expected as many as its shape has"
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if is_elsewhere:
                 advice = "put the data file that belongs to this ONNX file beside it"
             raise ArchError(
                 f"{self.path}: the values of {one_line(name, 60)!r} cannot be read: {advice}"

@@ -24,6 +24,8 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     weights = node.inputs[_RIGHT.get(node.op, 1)]
     x, weight, y = (reader.shapes[name] for name in (node.inputs[0], weights, node.outputs[0]))
     groups = node.attribute("group", 1)
+    if groups < 1 or weight[1] * groups != x[1]:
+        raise ValueError(f"weights for {weight[1] * groups} channels")
     is_depthwise = groups == x[1] > 1
     kind, c_in = ("dwconv", x[1]) if is_depthwise else ("conv", weight[1])
     macs = math.prod(y) * math.prod(weight[1:])
@@ -36,6 +38,8 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
 def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposed convolution as a convolution with the same multiply-adds."""
     x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
+    if weight[0] != x[1]:
+        raise ValueError(f"weights for {weight[0]} channels")
     c_in, size = x[1] // node.attribute("group", 1), side(math.prod(weight[2:]))
     kernel = Kernel("conv", side(math.prod(x[2:])), c_in, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
@@ -45,9 +49,12 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
 def _product(reader: Reader, node: Node) -> OnnxOperator:
     """Return a matrix product: `linear` (one row), `conv` (rows as pixels) or, without weights, `matmul`."""
     places = (0, _RIGHT.get(node.op, 1))
-    a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    a, b = (reader.shapes[node.inputs[place]] for place in places)
+    y = reader.shapes[node.outputs[0]]
     weights = [place for place in places if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
+    if fan_in != (b[-1] if node.attribute("transB", 0) or len(b) == 1 else b[-2]):
+        raise ValueError(f"sums of {fan_in} products")
     # with the weights first, columns take the place of rows
     c_out = max(1, (y[-2] if weights == [0] else y[-1]) if len(y) > 1 else math.prod(y))
     status: Status = "direct" if weights and node.op in ("Gemm", "MatMul") else "stand-in"
@@ -82,7 +89,9 @@ def _recurrent(reader: Reader, node: Node) -> OnnxOperator:
     """Return a recurrent layer as its products: of the rows of all steps with the weights of all gates."""
     x, w, r = (reader.shapes[name] for name in node.inputs[:3])
     directions, c_out, from_input = w
-    steps, batch, _ = x
+    steps, batch, given = x
+    if given != from_input:
+        raise ValueError(f"weights for {from_input} channels")
     has_weights = node.inputs[1] in reader.graph.constants
     return _matrices(node, steps * batch * directions, from_input + r[2], c_out, has_weights=has_weights)
 

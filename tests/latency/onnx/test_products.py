@@ -259,6 +259,22 @@ def test_an_einsum_that_does_not_fit_its_inputs_is_refused(equation: str, file: 
         read(file, [node("Einsum", ["x"], ["y"], equation=equation)], {}, stated={"y": (1, 4, 8, 8)})
 
 
+MISFITS: dict[str, tuple[onnx.NodeProto, dict[str, Any]]] = {
+    "ConvTranspose": (node("ConvTranspose", ["x", "w"], ["y"]), {"w": (5, 4, 1, 1)}),
+    "MatMul": (node("MatMul", ["x", "w"], ["y"]), {"w": (9, 3)}),
+    "Gemm": (node("Gemm", ["r", "w"], ["y"]), {"w": (9, 3)}),
+    "LSTM": (node("LSTM", ["t", "w", "h"], ["y"], hidden_size=5), {"w": (1, 20, 9), "h": (1, 20, 5)}),
+}
+
+
+@pytest.mark.parametrize("op", MISFITS)
+def test_weights_for_other_channels_are_refused(op: str, file: Path) -> None:
+    last, weights = MISFITS[op]
+    rows = [node("Reshape", ["x", "s"], ["r"]), node("Reshape", ["x", "rows"], ["t"])]
+    with pytest.raises(ArchError, match="not a valid ONNX graph"):
+        read(file, [*rows, last], {"s": [64, 4], **ROWS, **weights})
+
+
 def test_large_products_take_longer_than_small_ones(file: Path) -> None:
     # an einsum of 205 million multiply-adds was once priced as a pass, at 0.08 ms
     def latency_ms(columns: int, device: str) -> float:
