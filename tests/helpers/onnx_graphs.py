@@ -127,6 +127,28 @@ def functions() -> onnx.ModelProto:
     return graph_model(nodes, functions=[inner, outer], domains=["own"])
 
 
+def own_function(name: str, *calls: str) -> onnx.FunctionProto:
+    """Return a function that calls functions, or Relu, one after the other."""
+    body = [
+        node(call, [f"v{i}"], [f"v{i + 1}"], domain="" if call == "Relu" else "own")
+        for i, call in enumerate(calls)
+    ]
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", name, ["v0"], [f"v{len(calls)}"], body, imports)
+
+
+def calling(name: str, *made: onnx.FunctionProto) -> onnx.ModelProto:
+    """Return a model of one call of a function."""
+    return graph_model([node(name, ["x"], ["y"], domain="own")], functions=made, domains=["own"], opset=20)
+
+
+def nested_functions(depth: int) -> onnx.ModelProto:
+    """Return a model of 10 ** depth nodes, in functions that call one another."""
+    bodies = [["Relu"] * 10, *([f"f{i}"] * 10 for i in range(1, depth))]
+    functions = [own_function(f"f{i}", *body) for i, body in enumerate(bodies, 1)]
+    return calling(f"f{depth}", *functions)
+
+
 def quantised() -> onnx.ModelProto:
     nodes = [
         node("QuantizeLinear", ["x", "s", "z"], ["a"]),

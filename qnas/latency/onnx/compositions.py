@@ -49,7 +49,7 @@ _BENDS = ("Erf", "Tanh", "Sigmoid", "Exp", "HardSigmoid", "Clip", "Relu", "Min",
 _MOST_BENDS = 4
 _MOST_DIMENSIONS = 8  # of a tensor of which a composition is tried
 _MOST_INPUTS = 3  # of a node
-_MOST_EVALUATED = 200_000  # nodes; networks of a hundred layers have some hundreds
+_MOST_EVALUATED = 50_000  # nodes; networks of a hundred layers have some hundreds
 
 
 def compositions(reader: Reader) -> dict[int, Composition]:

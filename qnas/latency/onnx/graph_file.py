@@ -18,7 +18,7 @@ from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
 from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
-from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
+from qnas.latency.onnx.values import LARGEST_VALUE, NUMBERS, Array, Node, evaluate
 
 Shape = tuple[int, ...]
 
@@ -317,6 +317,9 @@ class Graph:
         except onnx.defs.SchemaError:
             return {}
         inputs = [name for name in node.inputs if name]
+        # those of other types, such as bfloat16, decide no shapes
+        known = {name: self.values[name] for name in inputs if name in self.values}
+        values = {name: value for name, value in known.items() if value.dtype.kind in NUMBERS}
         self._check_sizes(node)
         try:
             if node.op == "Einsum":
@@ -327,7 +330,7 @@ class Graph:
                 schema,
                 proto,
                 {i: helper.make_tensor_type_proto(self.types[i], self.shapes[i]) for i in inputs},
-                {i: numpy_helper.from_array(self.values[i]) for i in inputs if i in self.values},
+                {name: numpy_helper.from_array(value) for name, value in values.items()},
                 opset_imports=[helper.make_opsetid(d, v) for d, v in self._opsets.items()],
                 ir_version=self._context.ir_version,
             )

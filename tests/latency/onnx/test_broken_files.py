@@ -249,13 +249,15 @@ def test_constants_of_huge_sizes_are_not_made(file: Path) -> None:
 
 @pytest.mark.parametrize("op", ["RegexFullMatch", "StringNormalizer", "StringSplit"])
 def test_operators_of_text_are_not_run(op: str, file: Path) -> None:
-    text = helper.make_tensor("t", TensorProto.STRING, [1], ["a" * 30 + "!"])
-    pattern = {"pattern": "(a|a)*$"} if op == "RegexFullMatch" else {}
+    text = onnx.TensorProto(name="t", data_type=TensorProto.STRING, dims=[1])
+    text.string_data.append(b"a" * 30 + b"!")
+    attributes: dict[str, dict[str, str]] = {
+        "RegexFullMatch": {"pattern": "(a|a)*$"},
+        "StringSplit": {"delimiter": "a"},
+    }
     outputs = ["a", "b"] if op == "StringSplit" else ["a"]
-    delimiter = {"delimiter": "a"} if op == "StringSplit" else {}
-    model = graph_model(
-        [node(op, ["t"], outputs, **pattern, **delimiter), node("Relu", ["x"], ["y"])], [text]
-    )
+    last = helper.make_node(op, ["t"], outputs, **attributes.get(op, {}))
+    model = graph_model([last, node("Relu", ["x"], ["y"])], [text])
     assert attack(predict, file, [model.SerializeToString()]) == []
     predict(file)
 
