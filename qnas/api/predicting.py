@@ -29,8 +29,8 @@ def predict(
 
     `network` is a result of qnas, a run's folder, an arch.json, a fixed space by name, a space with an
     architecture of it, an ONNX file, or a torch.nn.Module together with an `example_input` (B, C, H, W).
-    Operators that the device does not know are priced as passes over their feature maps; the prediction's
-    `note` names and counts them. `latency` is "device" or "nn-meter".
+    Operators that the device does not know are priced by their multiply-adds, or without any as passes over
+    their feature maps; the prediction's `note` names and counts them. `latency` is "device" or "nn-meter".
 
     Raises TableError if the device is unknown or cannot price the network, ArchError, SpaceError or
     ExportError if the network cannot be read.

@@ -40,8 +40,8 @@ def predict_module(
 ) -> Prediction:
     """Predict the latency of a PyTorch module for one image.
 
-    An operator that the device does not know is priced as one pass over its largest tensor; the
-    prediction's `note` names and counts such operators. Raises the errors of `trace_module`, and
-    TableError if the device has no kernel model.
+    An operator that the device does not know is priced by its multiply-adds, or as one pass over its
+    largest tensor if it has none; the prediction's `note` names and counts such operators. Raises the
+    errors of `trace_module`, and TableError if the device has no kernel model.
     """
     return predict_file(latency, load_device(device), trace_module(module, example_input))

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.onnx_graphs import graph_model, nested_functions
 from helpers.places import ROOT
 from torch import nn
 
@@ -158,6 +159,34 @@ def test_what_is_no_model_is_refused(session: Callable[[Path], Call], tmp_path: 
     file.write_bytes(b"no model")
     with pytest.raises(UsageError, match=r"broken\.onnx: .* cannot load it"):
         session(file)
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_file_that_takes_a_runtime_long_to_load_is_refused(
+    session: Callable[[Path], Call], tmp_path: Path
+) -> None:
+    file = tmp_path / "nested.onnx"
+    file.write_bytes(nested_functions(12).SerializeToString())
+    with pytest.raises(UsageError, match=r"nested\.onnx: \w+ cannot load it: more than 20,000") as caught:
+        session(file)
+    assert len(str(caught.value)) - len(str(file)) <= 300
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+@pytest.mark.parametrize("shape", [[1, 3, 2**16, 2**16], [1, 3, 0, 4]])
+def test_an_image_of_no_size_or_of_gigabytes_is_refused(
+    shape: list[int | str | None], session: Callable[[bytes], Call]
+) -> None:
+    with pytest.raises(UsageError, match="expected sizes above 0 and at most 268,435,456 numbers"):
+        session(_model(shape))
+
+
+def test_a_model_that_does_not_run_is_refused() -> None:
+    rows = onnx.numpy_helper.from_array(np.array([5, -1]), "s")
+    reshape = onnx.helper.make_node("Reshape", ["x", "s"], ["y"])
+    model = graph_model([reshape], [rows], shape=["n", 4, 8, 8], opset=20)
+    with pytest.raises(UsageError, match="model: onnxruntime cannot run it"):
+        onnx_session(model.SerializeToString())
 
 
 def test_a_model_of_two_inputs_or_another_type_is_refused() -> None:

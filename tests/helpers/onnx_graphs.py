@@ -127,6 +127,28 @@ def functions() -> onnx.ModelProto:
     return graph_model(nodes, functions=[inner, outer], domains=["own"])
 
 
+def own_function(name: str, *calls: str) -> onnx.FunctionProto:
+    """Return a function that calls functions, or Relu, one after the other."""
+    body = [
+        node(call, [f"v{i}"], [f"v{i + 1}"], domain="" if call == "Relu" else "own")
+        for i, call in enumerate(calls)
+    ]
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", name, ["v0"], [f"v{len(calls)}"], body, imports)
+
+
+def calling(name: str, *made: onnx.FunctionProto) -> onnx.ModelProto:
+    """Return a model of one call of a function."""
+    return graph_model([node(name, ["x"], ["y"], domain="own")], functions=made, domains=["own"], opset=20)
+
+
+def nested_functions(depth: int) -> onnx.ModelProto:
+    """Return a model of 10 ** depth nodes, in functions that call one another."""
+    bodies = [["Relu"] * 10, *([f"f{i}"] * 10 for i in range(1, depth))]
+    functions = [own_function(f"f{i}", *body) for i, body in enumerate(bodies, 1)]
+    return calling(f"f{depth}", *functions)
+
+
 def quantised() -> onnx.ModelProto:
     nodes = [
         node("QuantizeLinear", ["x", "s", "z"], ["a"]),
@@ -169,9 +191,6 @@ def products() -> onnx.ModelProto:
     weights = [whole("rows", 1, 64, 4), whole("one", 1), ones("w", 4, 4), ones("k", 4, 4, 1, 1)]
     recurrent = [ones("wl", 1, 16, 4), ones("rl", 1, 16, 4), ones("wg", 1, 12, 4), ones("rg", 1, 12, 4)]
     model = graph_model(nodes, [*weights, *recurrent, ones("off", 1, 2, 8, 8)])
-    shapes = {"b": (1, 64, 4), "y": (1, 64, 64)}  # onnx infers none for an einsum
-    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
-    model.graph.value_info.extend(infos)
     return model
 
 
@@ -183,7 +202,17 @@ SAMPLES: dict[str, Callable[[], onnx.ModelProto]] = {
 _NUMBERS = (0, -1, 1, 2, 3, 5, 7, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63))
 _TEXTS = (
     *("", "x", "y", "a", "Relu", "Conv", "Loop", "RegexFullMatch", "Einsum", "GatherND", "Attention", "LSTM"),
-    *("i,j->ij", "\x1b[31m", "\u2028", "n" * 9000, "com.microsoft", "SAME_UPPER", "../../etc/passwd"),
+    *(
+        "i,j->ij",
+        "......->...",
+        "...",
+        "\x1b[31m",
+        "\u2028",
+        "n" * 9000,
+        "com.microsoft",
+        "SAME_UPPER",
+        "../../etc/passwd",
+    ),
 )
 
 

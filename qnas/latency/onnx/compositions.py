@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 
+from qnas.common.errors import ArchError
 from qnas.latency.onnx.tensors import Reader
 from qnas.latency.onnx.values import Array, Node, evaluate
 
@@ -48,26 +49,40 @@ _BENDS = ("Erf", "Tanh", "Sigmoid", "Exp", "HardSigmoid", "Clip", "Relu", "Min",
 _MOST_BENDS = 4
 _MOST_DIMENSIONS = 8  # of a tensor of which a composition is tried
 _MOST_INPUTS = 3  # of a node
+_MOST_EVALUATED = 50_000  # nodes; networks of a hundred layers have some hundreds
 
 
 def compositions(reader: Reader) -> dict[int, Composition]:
-    """Return the compositions of a graph by the position of their last node, the largest first."""
+    """Return the compositions of a graph by the position of their last node, the largest first.
+
+    Raises ArchError where it would take too long.
+    """
     found: dict[int, Composition] = {}
     taken: set[int] = set()
+    evaluated = 0
     for end in reversed(range(len(reader.nodes))):
         if end not in taken and _is_composable(reader, reader.nodes[end]):
-            composition = _largest(reader, end, taken)
+            composition, nodes = _largest(reader, end, taken)
+            evaluated += nodes
+            if evaluated > _MOST_EVALUATED:
+                raise ArchError(
+                    f"{reader.graph.path}: too many chains of elementwise operators to tell what they "
+                    "compute, expected a network of images"
+                )
             if composition is not None:
                 found[end] = composition
                 taken |= set(composition.positions)
     return found
 
 
-def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
-    """Return the largest composition that ends at a node, without nodes that are taken."""
+def _largest(reader: Reader, end: int, taken: set[int]) -> tuple[Composition | None, int]:
+    """Return the largest composition that ends at a node, without nodes that are taken.
+
+    Returns the number of nodes that were evaluated too.
+    """
     inside = {end}
     bends = int(reader.nodes[end].op in _BENDS)
-    best = None
+    best, evaluated = None, 0
     while len(inside) <= _LONGEST and bends <= _MOST_BENDS:
         nodes = tuple(reader.nodes[i] for i in sorted(inside))
         outside = {s for s in reader.sources(nodes) if reader.writer.get(s) not in inside}
@@ -76,6 +91,7 @@ def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
             views = [n for node in nodes for n in reader.activations(node) if reader.root(n) == source]
             same = {reader.shapes[view] for view in views}
             kind = _kind(reader, nodes, views[0]) if len(same) == 1 else None
+            evaluated += len(nodes)
             if kind is not None:
                 best = Composition(kind, tuple(sorted(inside)), source, views[0])
         # all other tensors are computed from the source, so the one written last is not the source
@@ -87,7 +103,7 @@ def _largest(reader: Reader, end: int, taken: set[int]) -> Composition | None:
             break
         inside.add(latest)
         bends += reader.nodes[latest].op in _BENDS
-    return best
+    return best, evaluated
 
 
 def _is_composable(reader: Reader, node: Node) -> bool:

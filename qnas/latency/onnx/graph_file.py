@@ -16,8 +16,9 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
+from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
-from qnas.latency.onnx.values import LARGEST_VALUE, Array, Node, evaluate
+from qnas.latency.onnx.values import LARGEST_VALUE, NUMBERS, Array, Node, evaluate
 
 Shape = tuple[int, ...]
 
@@ -128,13 +129,12 @@ class Graph:
             self.values[name] = value
 
     def _read(self, tensor: onnx.TensorProto, name: str) -> Array:
+        is_elsewhere = tensor.data_location == onnx.TensorProto.EXTERNAL
         try:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                tensor = self._with_data(tensor)
-            return numpy_helper.to_array(tensor)
+            return numpy_helper.to_array(self._with_data(tensor) if is_elsewhere else tensor)
         except (OSError, *_ONNX_ERRORS) as error:
             advice = "expected as many as its shape has"
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if is_elsewhere:
                 advice = "put the data file that belongs to this ONNX file beside it"
             raise ArchError(
                 f"{self.path}: the values of {one_line(name, 60)!r} cannot be read: {advice}"
@@ -317,13 +317,20 @@ class Graph:
         except onnx.defs.SchemaError:
             return {}
         inputs = [name for name in node.inputs if name]
+        # those of other types, such as bfloat16, decide no shapes
+        known = {name: self.values[name] for name in inputs if name in self.values}
+        values = {name: value for name, value in known.items() if value.dtype.kind in NUMBERS}
         self._check_sizes(node)
         try:
+            if node.op == "Einsum":
+                shapes = [self.shapes[name] for name in node.inputs]
+                shape = parse_einsum(node.attribute("equation"), shapes).shape
+                return {node.outputs[0]: helper.make_tensor_type_proto(self.types[inputs[0]], shape)}
             return shape_inference.infer_node_outputs(
                 schema,
                 proto,
                 {i: helper.make_tensor_type_proto(self.types[i], self.shapes[i]) for i in inputs},
-                {i: numpy_helper.from_array(self.values[i]) for i in inputs if i in self.values},
+                {name: numpy_helper.from_array(value) for name, value in values.items()},
                 opset_imports=[helper.make_opsetid(d, v) for d, v in self._opsets.items()],
                 ir_version=self._context.ir_version,
             )

@@ -18,7 +18,7 @@ from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
 
 VALUE_BYTES = 20_000  # of a tensor's data that are kept; larger ones are weights
-_FIELDS = 600_000  # limit for all fields; a network of a thousand nodes has some 20,000
+_FIELDS = 400_000  # limit for all fields; networks have some 10 to a node
 _KEPT_BYTES = 32_000_000  # limit for all fields that are kept
 _FIELD_BYTES = 1_000_000  # limit for one of them
 _NAME_BYTES = 10_000  # limit for a text

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from qnas.latency.kernels import Kernel
+from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.onnx_operator import OnnxOperator, Status, operator_of, side, uncovered, windowed
 from qnas.latency.onnx.tensors import Reader
 from qnas.latency.onnx.values import Node
@@ -23,6 +24,8 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
     weights = node.inputs[_RIGHT.get(node.op, 1)]
     x, weight, y = (reader.shapes[name] for name in (node.inputs[0], weights, node.outputs[0]))
     groups = node.attribute("group", 1)
+    if groups < 1 or weight[1] * groups != x[1]:
+        raise ValueError(f"weights for {weight[1] * groups} channels")
     is_depthwise = groups == x[1] > 1
     kind, c_in = ("dwconv", x[1]) if is_depthwise else ("conv", weight[1])
     macs = math.prod(y) * math.prod(weight[1:])
@@ -35,6 +38,8 @@ def _convolution(reader: Reader, node: Node) -> OnnxOperator:
 def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
     """Return a transposed convolution as a convolution with the same multiply-adds."""
     x, weight, y = (reader.shapes[name] for name in (*node.inputs[:2], node.outputs[0]))
+    if weight[0] != x[1]:
+        raise ValueError(f"weights for {weight[0]} channels")
     c_in, size = x[1] // node.attribute("group", 1), side(math.prod(weight[2:]))
     kernel = Kernel("conv", side(math.prod(x[2:])), c_in, y[1], size, 1, max(1, x[0]))
     macs = math.prod(x) * math.prod(weight[1:])
@@ -44,9 +49,12 @@ def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:
 def _product(reader: Reader, node: Node) -> OnnxOperator:
     """Return a matrix product: `linear` (one row), `conv` (rows as pixels) or, without weights, `matmul`."""
     places = (0, _RIGHT.get(node.op, 1))
-    a, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
+    a, b = (reader.shapes[node.inputs[place]] for place in places)
+    y = reader.shapes[node.outputs[0]]
     weights = [place for place in places if node.inputs[place] in reader.graph.constants]
     fan_in = a[-2] if node.attribute("transA", 0) else a[-1]
+    if fan_in != (b[-1] if node.attribute("transB", 0) or len(b) == 1 else b[-2]):
+        raise ValueError(f"sums of {fan_in} products")
     # with the weights first, columns take the place of rows
     c_out = max(1, (y[-2] if weights == [0] else y[-1]) if len(y) > 1 else math.prod(y))
     status: Status = "direct" if weights and node.op in ("Gemm", "MatMul") else "stand-in"
@@ -68,42 +76,22 @@ def _einsum(reader: Reader, node: Node) -> OnnxOperator:
     The order of more than two operands is not known: each after the first is multiplied for all indices, an
     upper bound.
     """
-    left, arrow, right = node.attribute("equation").replace(" ", "").partition("->")
-    terms = left.split(",")
-    sizes: dict[str, int] = {}  # of each index; those of an ellipsis are counted from its end
-    for term, name in zip(terms, node.inputs, strict=True):
-        shape = reader.shapes[name]
-        for index, size in zip(_indices(term, len(shape)), shape, strict=True):
-            sizes[index] = max(size, sizes.get(index, 1))
-    letters = [index for index in sizes if len(index) == 1]
-    kept = set(right) if arrow else {letter for letter in letters if left.count(letter) == 1}
-    summed = math.prod(sizes[letter] for letter in letters if letter not in kept)
-    if len(terms) == 1 or summed == 1:  # no sum of products
+    einsum = parse_einsum(node.attribute("equation"), [reader.shapes[name] for name in node.inputs])
+    summed, columns, further = einsum.summed, einsum.columns, len(einsum.terms) - 1
+    if not further or summed == 1:  # no sum of products
         return uncovered(reader, node)
-    columns = math.prod(sizes[letter] for letter in letters if letter in kept and letter not in terms[0])
-    rows = math.prod(sizes.values()) * (len(terms) - 1) // (summed * columns)
+    rows = math.prod(einsum.sizes.values()) * further // (summed * columns)
     has_weights = any(name in reader.graph.constants for name in node.inputs)
     return _matrices(node, rows, summed, columns, has_weights=has_weights)
-
-
-def _indices(term: str, rank: int) -> list[str]:
-    """Return the indices of a term of an einsum. Raises ValueError for one that has another form.
-
-    >>> _indices("b...c", 4)
-    ['b', '...2', '...1', 'c']
-    """
-    before, dots, after = term.partition("...")
-    if not all(letter.isascii() and letter.isalpha() for letter in before + after):
-        raise ValueError(term)
-    inner = rank - len(before) - len(after) if dots else 0
-    return [*before, *(f"...{i}" for i in range(inner, 0, -1)), *after]
 
 
 def _recurrent(reader: Reader, node: Node) -> OnnxOperator:
     """Return a recurrent layer as its products: of the rows of all steps with the weights of all gates."""
     x, w, r = (reader.shapes[name] for name in node.inputs[:3])
     directions, c_out, from_input = w
-    steps, batch, _ = x
+    steps, batch, given = x
+    if given != from_input:
+        raise ValueError(f"weights for {from_input} channels")
     has_weights = node.inputs[1] in reader.graph.constants
     return _matrices(node, steps * batch * directions, from_input + r[2], c_out, has_weights=has_weights)
 

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 Array = npt.NDArray[Any]
 
 LARGEST_VALUE = 1024  # elements of a tensor that is followed: shapes and scalars, not weights
-_NUMBERS = "biuf"  # kinds of numpy: truth values and numbers
+NUMBERS = "biuf"  # kinds of numpy: truth values and numbers
 # What numpy and onnx raise for operands that do not fit an operator.
 _MISFITS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
@@ -48,14 +48,14 @@ def evaluate(node: Node, inputs: Sequence[Array | None]) -> Array | None:
     given = [value for value in inputs if value is not None]
     if apply is None or sum(v.size for v in given) > 4 * LARGEST_VALUE:
         return None
-    if any(v.dtype.kind not in _NUMBERS or v.size > LARGEST_VALUE for v in given):
+    if any(v.dtype.kind not in NUMBERS or v.size > LARGEST_VALUE for v in given):
         return None
     try:
         with np.errstate(all="ignore"):
             value = np.asarray(apply(node, *inputs))
     except _MISFITS:  # not a value that the operator takes, so that there is no result to follow
         return None
-    return value if value.dtype.kind in _NUMBERS and value.size <= LARGEST_VALUE else None
+    return value if value.dtype.kind in NUMBERS and value.size <= LARGEST_VALUE else None
 
 
 def _checked(sizes: Iterable[Any]) -> tuple[int, ...]:
