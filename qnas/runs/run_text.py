@@ -1,6 +1,7 @@
 """The output of `pareto`, `explain`, `compare` and `train-subnet`: text of at most 80 columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from qnas.common.units import format_count, format_ms
@@ -167,6 +168,7 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     lines = [
         field(run.label, f"{run.run}: {run.space}{asked}") for run, asked in zip(c.runs, within, strict=True)
     ]
+    lines += [field("", reason) for reason in dict.fromkeys(chain(*(run.unchecked for run in c.runs)))]
     for names in c.same_network:
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:
