@@ -105,7 +105,9 @@ def card_document(
         },
         "limits": found.document.get("limits", []),
         "predicted_px": found.space.input.resolution_px,
-        "certificate": found.document.get("certificate"),
+        # a latency that could not be recomputed is not certified
+        "certificate": None if found.unchecked else found.document.get("certificate"),
+        "unchecked": list(found.unchecked),
         "weights_sha256": weights,
         "versions": config.get("versions", {}),
         "files": {**kept_files(former, weights), **entries},
@@ -171,6 +173,7 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
             if limit["unit"] == "ms"
             else f"- {limit['name']}: {show(limit['amount'])} of at most {show(limit['budget'])}"
         )
+    yield from (f"- Note: {reason}" for reason in card.get("unchecked", ()))
     certificate = card["certificate"]
     if certificate:
         yield (

@@ -128,7 +128,7 @@ def _check_resumable(
     texts = {name: content.decode(errors="replace") for name, content in kept.items()}
     changed = describe_changes(read_config(folder), request, texts, copies)
     if changed:
-        words = one_line("; ".join(changed), LINE_CHARACTERS - 50)
+        words = one_line("; ".join(changed), LINE_CHARACTERS - 100)
         raise CheckpointError(f"{folder}: cannot resume, changed since it started: {words}")
 
 

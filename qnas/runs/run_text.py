@@ -179,6 +179,7 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     lines = [
         field(run.label, f"{run.run}: {run.space}{asked}") for run, asked in zip(c.runs, within, strict=True)
     ]
+    lines += [field("", reason) for reason in dict.fromkeys(chain(*(run.unchecked for run in c.runs)))]
     for names in c.same_network:
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:

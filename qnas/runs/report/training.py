@@ -69,13 +69,10 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     names, found = tuple(map(shown, result["classes"])), read_predictions(path)
-    right = int((found.labels == found.predicted).sum())
-    if (len(found.labels), right) != (
-        result["test_images"],
-        round(result["test_accuracy"] * len(found.labels)),
-    ):
+    n, right = len(found.labels), int((found.labels == found.predicted).sum())
+    if (n, right) != (result["test_images"], round(result["test_accuracy"] * n)):
         raise CheckpointError(
-            f"{path}: {right} of {len(found.labels)} images are right, but {RESULT_FILE} says "
+            f"{path}: {right} of {n} images are right, but {RESULT_FILE} says "
             f"{result['test_accuracy']} of {result['test_images']}"
         )
     counts = confusion(found, len(names))
