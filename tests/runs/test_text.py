@@ -45,8 +45,7 @@ def test_what_is_drawn_of_a_space_fits_a_terminal_and_breaks_no_name(
         assert len(shown) == list(map(short_name, arch.choices)).count(choice), choice
     for position in space.positions:
         assert all(
-            any(name in line for line in described.splitlines())
-            for name in map(short_name, position.names)
+            any(name in line for line in described.splitlines()) for name in map(short_name, position.names)
         )
 
 
