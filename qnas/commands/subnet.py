@@ -37,7 +37,7 @@ TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:TrainConfig",
         panels={
-            RECIPE: ("loss", "metric"),
+            RECIPE: ("loss", "metric", "class_weights", "sampler"),
             options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
     ),

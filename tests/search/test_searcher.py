@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 
 from qnas.common.errors import (
     ArchError,
@@ -508,7 +509,7 @@ def simulated(
 
     monkeypatch.setattr(supernet, "forward", task_loss)
     monkeypatch.setattr("qnas.search.searcher.mean_loss", lambda function, loss, labels: loss)
-    monkeypatch.setattr("qnas.search.searcher._share_right", lambda loss, labels: torch.zeros(()))
+    monkeypatch.setattr("qnas.search.searcher._count_right", lambda loss, labels: torch.ones(2, 1))
     monkeypatch.setattr(supernet, "train", lambda: supernet)
     monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: 1.0)
     nothing = itertools.repeat((torch.empty(0), torch.empty(0)))
@@ -631,20 +632,21 @@ def test_only_the_multiplier_settles(
     assert rows[-1]["expected_ms"] == float(searcher.state.expected[0])
 
 
-def test_the_held_out_accuracy_is_the_share_of_the_steps_batch_that_is_right(
+def test_the_held_out_accuracies_are_those_of_the_steps_batch(
     tiny_space: SearchSpace, table: LatencyTable, digits: ImageData
 ) -> None:
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
     said: list[torch.Tensor] = []
     searcher.state.supernet.register_forward_hook(lambda module, inputs, output: said.append(output.detach()))
     images = digits.heldout.read(torch.arange(64)).float() / 255
-    _, right = searcher._arch_step(images, digits.heldout.labels[:64])
+    labels = digits.heldout.labels[:64]
+    figures = searcher._arch_step(images, labels)
     (logits,) = said
-    expected = sum(
-        int(row.argmax()) == label
-        for row, label in zip(logits, digits.heldout.labels.tolist()[:64], strict=True)
-    )
-    assert right == pytest.approx(expected / 64)
+    predicted = [int(row.argmax()) for row in logits]
+    right = sum(found == label for found, label in zip(predicted, labels.tolist(), strict=True))
+    assert figures["arch_accuracy"] == pytest.approx(right / 64)
+    expected = balanced_accuracy_score(labels.numpy(), predicted)
+    assert figures["arch_balanced_accuracy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("which", "step"), [("_weight_step", 7), ("_arch_step", 9)])
