@@ -9,6 +9,8 @@ from helpers.pictures import load, pack
 
 from qnas.common.errors import DataError
 from qnas.data import significant_bits
+from qnas.data.augmentation import Augmentation
+from qnas.data.batches import batches
 from qnas.data.image_files import OriginalFile
 from qnas.data.significant_bits import bits_for
 from qnas.data.sources import open_dataset
@@ -166,3 +168,14 @@ def test_files_are_looked_at_once_until_one_changes(tmp_path: Path, monkeypatch:
     (root / "class0" / "0.png").write_bytes(flat(4000))
     assert load(root).bits == 12
     assert len(looked) == 24
+
+
+@pytest.mark.parametrize("memory_limit_bytes", [10**9, 0])
+def test_random_crops_have_the_same_levels(memory_limit_bytes: int, tmp_path: Path) -> None:
+    root = data_set(tmp_path, [flat(60), flat(4000)])
+    data = load(root, resolution_px=PX, keep_originals=True, memory_limit_bytes=memory_limit_bytes)
+    crops = Augmentation(2, random_resized_crop=0.5)
+    for images, labels in batches(data.train, 4, seed=0, augment=True, augmentation=crops):
+        pixels = images[:, 0, 2, 2] * data.std[0] * 255 + data.mean[0] * 255
+        for value, label in zip(pixels.tolist(), labels.tolist(), strict=True):
+            assert value == pytest.approx((60 >> 4, 4000 >> 4)[label], abs=0.1)
