@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,21 @@ def test_random_crops_have_the_same_levels(memory_limit_bytes: int, tmp_path: Pa
         pixels = images[:, 0, 2, 2] * data.std[0] * 255 + data.mean[0] * 255
         for value, label in zip(pixels.tolist(), labels.tolist(), strict=True):
             assert value == pytest.approx((60 >> 4, 4000 >> 4)[label], abs=0.1)
+
+
+def test_what_a_failing_disk_hides_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_set(tmp_path, [flat(60), flat(200)])
+    (root / "class0" / "0.png").write_bytes(flat(4000))
+    read = OriginalFile.read
+
+    def fail(self: OriginalFile, most: int | None = None) -> bytes | memoryview:
+        if self.name == "class0/0.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OriginalFile, "read", fail)
+        assert open_dataset(f"imagefolder:{root}").bits == 8
+    assert open_dataset(f"imagefolder:{root}").bits == 12
