@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -110,14 +111,18 @@ def _fail(message: str, code: int) -> NoReturn:
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Print our warnings as lines on stderr; those of other packages stay as they are."""
+    """Print our warnings as lines on stderr; those of other packages stay as they are.
+
+    Pillow's are left out: it warns of damaged metadata, which do not matter, and of images that are too
+    large, which are listed as broken.
+    """
     show = warnings.showwarning
 
-    def show_ours(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    def show_ours(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
         if issubclass(category, QnasWarning):
             print(f"qnas: warning: {as_flags(escaped(str(message)))}", file=sys.stderr)
-        else:
-            show(message, category, *rest)
+        elif Path(filename).parent.name != "PIL":
+            show(message, category, filename, *rest)
 
     warnings.showwarning = show_ours  # type: ignore[assignment]  # called with these by position
     try:

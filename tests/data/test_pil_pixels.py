@@ -71,7 +71,8 @@ def test_a_box_is_drawn_in_the_upright_image(tag: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+    "exif",
+    [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0MM\0*"],
 )
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_damaged_exif_does_not_break_whole_pixels(kind: str, exif: bytes) -> None:

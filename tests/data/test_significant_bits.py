@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from helpers.pictures import load, pack
 
 from qnas.common.errors import DataError
 from qnas.data import significant_bits
+from qnas.data.augmentation import Augmentation
+from qnas.data.batches import batches
 from qnas.data.image_files import OriginalFile
 from qnas.data.significant_bits import bits_for
 from qnas.data.sources import open_dataset
@@ -166,3 +169,32 @@ def test_files_are_looked_at_once_until_one_changes(tmp_path: Path, monkeypatch:
     (root / "class0" / "0.png").write_bytes(flat(4000))
     assert load(root).bits == 12
     assert len(looked) == 24
+
+
+@pytest.mark.parametrize("memory_limit_bytes", [10**9, 0])
+def test_random_crops_have_the_same_levels(memory_limit_bytes: int, tmp_path: Path) -> None:
+    root = data_set(tmp_path, [flat(60), flat(4000)])
+    data = load(root, resolution_px=PX, keep_originals=True, memory_limit_bytes=memory_limit_bytes)
+    crops = Augmentation(2, random_resized_crop=0.5)
+    for images, labels in batches(data.train, 4, seed=0, augment=True, augmentation=crops):
+        pixels = images[:, 0, 2, 2] * data.std[0] * 255 + data.mean[0] * 255
+        for value, label in zip(pixels.tolist(), labels.tolist(), strict=True):
+            assert value == pytest.approx((60 >> 4, 4000 >> 4)[label], abs=0.1)
+
+
+def test_what_a_failing_disk_hides_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_set(tmp_path, [flat(60), flat(200)])
+    (root / "class0" / "0.png").write_bytes(flat(4000))
+    read = OriginalFile.read
+
+    def fail(self: OriginalFile, most: int | None = None) -> bytes | memoryview:
+        if self.name == "class0/0.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OriginalFile, "read", fail)
+        assert open_dataset(f"imagefolder:{root}").bits == 8
+    assert open_dataset(f"imagefolder:{root}").bits == 12

@@ -330,3 +330,25 @@ def test_what_is_not_trained_or_damaged_is_refused(changed: Path, tmp_path: Path
     write_json(path, {"classes": []})
     with pytest.raises(CheckpointError, match=r"result\.json: schema: missing; test_accuracy"):
         export(changed)
+
+
+@pytest.mark.parametrize("bits", [7, 17, "12", 12.0, True, [], "\x1b[31m" * 100])
+def test_damaged_significant_bits_are_refused_in_one_line(bits: Any, changed: Path) -> None:
+    path = changed / SUBNET_FOLDER / RESULT_FILE
+    write_json(path, read_json(path, CheckpointError) | {"significant_bits": bits})
+    with pytest.raises(
+        CheckpointError, match=rf"^{path}: significant_bits: expected 8 to 16, got \S"
+    ) as error:
+        export_trained(changed, None, ExportRequest())
+    assert str(error.value).isprintable()
+
+
+def test_an_earlier_run_without_significant_bits_is_exported(changed: Path, tmp_path: Path) -> None:
+    path = changed / SUBNET_FOLDER / RESULT_FILE
+    result = read_json(path, CheckpointError)
+    assert (result.pop("significant_bits"), result.pop("pads")) == (None, False)
+    write_json(path, result)
+    (file,) = export_trained(changed, tmp_path / "out", ExportRequest())
+    known = {each.key for each in onnx.load(file).metadata_props}
+    assert {"mean", "std", "classes"} <= known
+    assert "significant_bits" not in known
