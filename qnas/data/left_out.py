@@ -6,10 +6,11 @@ Hidden files and those that operating systems leave behind (`.DS_Store`, `Thumbs
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qnas.common.errors import abbreviate
-from qnas.common.files import csv_text
+from qnas.common.files import csv_text, write_text
 from qnas.common.text import shown
 from qnas.data.image_files import unreadable_suffixes
 
@@ -90,10 +91,11 @@ def summary(left_out: Sequence[LeftOut], most: int = 3) -> str:
     return f"{files} file{'s' * (files != 1)} left out: {listed}"
 
 
-def left_out_copies(name: str, left_out: Sequence[LeftOut]) -> dict[str, str]:
-    """Return {name: CSV of the files that are left out}, or an empty dict if there are none.
+def write_left_out(path: Path, left_out: Sequence[LeftOut]) -> None:
+    """Write a CSV of the files that are left out, if there are any.
 
-    Files that are not named are a row with their number.
+    Files that are not named are a row with their number. A run is not refused to resume because of this file:
+    it depends on the images, and not on what lies beside them.
     """
     rows = [
         {"file": file, "reason": each.reason}
@@ -103,7 +105,8 @@ def left_out_copies(name: str, left_out: Sequence[LeftOut]) -> dict[str, str]:
             *([f"... and {each.files - len(each.first)} more"] if each.files > len(each.first) else []),
         )
     ]
-    return {name: csv_text(("file", "reason"), rows)} if rows else {}
+    if rows:
+        write_text(path, csv_text(("file", "reason"), rows))
 
 
 def left_out_facts(left_out: Sequence[LeftOut], split_names: Mapping[str, str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qnas.common.errors import CheckpointError
 from qnas.common.files import write_json
 from qnas.common.progress import Display, silent
 from qnas.data.broken_images import broken_copies
-from qnas.data.left_out import left_out_copies, left_out_facts
+from qnas.data.left_out import left_out_facts, write_left_out
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text
 from qnas.runs import names
@@ -65,10 +65,10 @@ def run_search(
         names.SPACE_FILE: problem.space.to_yaml(),
         **{names.table_file(table.device): table_text(table, problem.space) for table in tables},
         **broken_copies(names.BROKEN_FILE, problem.data.broken),
-        **left_out_copies(names.LEFT_OUT_FILE, problem.data.left_out),
     }
     seed, world = problem.config.seed, problem.world
     with opened(folder, request, copies, result=names.ARCH_FILE, resume=resume, force=force):
+        write_left_out(folder / names.LEFT_OUT_FILE, problem.data.left_out)
         run_to_end(searcher, folder, seed=seed, resume=resume, display=display, world=world)
         return _finish(searcher.state, folder, request, display)
 

@@ -26,7 +26,7 @@ from qnas.data.augmentation import Augmentation
 from qnas.data.batches import batch_count, batches
 from qnas.data.broken_images import broken_copies
 from qnas.data.image_data import ImageData, sample_images
-from qnas.data.left_out import left_out_copies, left_out_facts
+from qnas.data.left_out import left_out_facts, write_left_out
 from qnas.nn.blocks import count_parameters, quadratic_weights, start_linear
 from qnas.nn.subnet import build_subnet
 from qnas.runs import names
@@ -311,10 +311,11 @@ def train_subnet(
         names.ARCH_FILE: json_text(source.document),
         names.RECIPE_FILE: config.recipe.to_yaml(),
         **broken_copies(names.BROKEN_FILE, data.broken),
-        **left_out_copies(names.LEFT_OUT_FILE, data.left_out),
     }
     writes = opened(folder, request, copies, result=names.RESULT_FILE, resume=resume, force=force)
     with writes if world.is_main else nullcontext():
+        if world.is_main:
+            write_left_out(folder / names.LEFT_OUT_FILE, data.left_out)
         try:
             run_to_end(trainer, folder, seed=config.seed, resume=resume, display=display, world=world)
         except TrainingError as error:

@@ -80,6 +80,13 @@ def test_data_that_cannot_be_read_are_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.endswith("nowhere: no such file or folder\n")
 
 
+def test_a_path_cannot_change_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert qnas("check-data", "imagefolder:no\x1b[31m\u202ewhere") == 1
+    err = capsys.readouterr().err
+    assert r"no\x1b[31m\u202ewhere: no such file or folder" in err
+    assert err.removesuffix("\n").isprintable()
+
+
 def test_a_file_of_another_kind_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     photos(Path("photos"))
     Path("mine.html").write_text("mine")
@@ -138,7 +145,7 @@ def test_a_run_lists_what_is_left_out_and_calls_val_val(capsys: pytest.CaptureFi
     assert qnas(*["train-subnet", "run", "--resolution", "16", "--epochs", "1", "-q"]) == 0
     said = capsys.readouterr()
     assert "12 val images" in joined(said.out)
-    assert "1 file: left-out.csv" in joined(said.out)
+    assert "2 files: left-out.csv" in joined(said.out)
     assert qnas(*["export", "run", "--format", "standalone", "--images", "4"]) == 0
     shown = capsys.readouterr().out + said.out
     assert all(character.isprintable() or character == "\n" for character in shown)

@@ -195,6 +195,27 @@ def test_splits_are_called_as_their_folders(val: str, tmp_path: Path) -> None:
         load(root)
 
 
+def test_broken_images_are_those_of_the_split_as_it_is_called(tmp_path: Path) -> None:
+    root = numbered(tmp_path, {"train/a": 5, "train/b": 5, "valid/a": 1, "valid/b": 1})
+    for path in (root / "valid").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"all valid images are broken$"):
+        load(root, max_broken=1)
+
+
+def test_a_class_of_a_tar_whose_name_is_not_text_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO(small_tar())
+    with tarfile.open(fileobj=file, mode="a", format=tarfile.GNU_FORMAT) as tar:
+        for part in ("train", "test"):
+            member = tarfile.TarInfo(f"{part}/k\udce4se/0.png")
+            member.size = len(png((1, 2, 3)))
+            tar.addfile(member, io.BytesIO(png((1, 2, 3))))
+    path = tmp_path / "images.tar.gz"
+    path.write_bytes(gzip.compress(file.getvalue()))
+    with pytest.raises(DataError, match=r"the class k\\xe4se is not named in UTF-8"):
+        read_folder(path)
+
+
 def test_a_class_whose_images_lie_deeper_is_said(tmp_path: Path) -> None:
     numbered(tmp_path, {"a": 5, "b/deeper": 3})
     with pytest.raises(DataError, match=r"class folder 'b' has no images: 3 lie deeper$"):

@@ -1,14 +1,15 @@
 import csv
 import io
+from pathlib import Path
 
 from qnas.data.left_out import (
     NAMED,
     REASONS,
     LeftOutFiles,
     is_hidden,
-    left_out_copies,
     left_out_facts,
     summary,
+    write_left_out,
 )
 
 
@@ -30,16 +31,17 @@ def test_files_are_counted_by_reason_and_the_first_are_named() -> None:
     )
 
 
-def test_the_list_of_a_run_names_them_and_says_how_many_more_there_are() -> None:
+def test_the_list_of_a_run_names_them_and_says_how_many_more_there_are(tmp_path: Path) -> None:
     files = LeftOutFiles()
     for number in range(NAMED + 3):
         files.add("too deep", f"{number}, x.png")
-    text = left_out_copies("left-out.csv", files.found())["left-out.csv"]
-    rows = list(csv.DictReader(io.StringIO(text)))
+    write_left_out(tmp_path / "left-out.csv", files.found())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "left-out.csv").read_text())))
     assert len(rows) == NAMED + 1
     assert rows[0] == {"file": "0, x.png", "reason": "too deep"}
     assert rows[-1]["file"] == "... and 3 more"
-    assert left_out_copies("left-out.csv", ()) == {}
+    write_left_out(tmp_path / "none.csv", ())
+    assert not (tmp_path / "none.csv").exists()
     assert left_out_facts(files.found(), {"test": "val"}) == {
         "left_out": {"too deep": NAMED + 3},
         "split_names": {"test": "val"},
