@@ -172,7 +172,7 @@ def _check_free(out: Path, files: Sequence[str], force: bool) -> None:
 def _check_stale(out: Path, former: FormerExport, force: bool) -> None:
     if former.stale and not force:
         raise CheckpointError(
-            f"{out / former.stale[0]}: of other weights than the network has now: `force=True` removes it, "
+            f"{out / former.stale[0]}: of other weights than those of the network: `force=True` removes it, "
             "or another `out`"
         )
 

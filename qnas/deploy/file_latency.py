@@ -14,7 +14,7 @@ from qnas.latency.device_table import compute_table, load_table
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import SUBNET_FOLDER
+from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER
 from qnas.spaces.space import SearchSpace
 
 
@@ -109,7 +109,7 @@ def _device(found: FoundArch, name: str) -> Device:
 def _asked(folder: Path) -> Iterator[str]:
     """Yield the devices that the run of a trained network was given, by name or path."""
     run = folder.parent if folder.name == SUBNET_FOLDER else folder
-    limits = read_config(run).get("limits")
+    limits = read_config(run).get("limits") if (run / CONFIG_FILE).is_file() else ()
     for entry in limits if isinstance(limits, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("device"), str):
             yield entry["device"]

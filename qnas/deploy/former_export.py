@@ -1,6 +1,7 @@
 """What a folder holds of former exports: files of the same weights, which stay, and those of others."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class _Entry(BaseModel):
 class FormerExport:
     """The files of former exports in a folder."""
 
-    entries: Mapping[str, Any]  # of the card, for unchanged files of the same weights
+    entries: Mapping[str, Any]  # of the card, for files of the same weights that are all unchanged
     stale: tuple[str, ...]  # names of unchanged files of other weights, or of weights that are not known
     reports: tuple[str, ...]  # names of what was written about files that do not stay
 
@@ -78,17 +79,19 @@ def read_former(folder: Path, weights_sha256: str) -> FormerExport:
     listed = listed if isinstance(listed, dict) else {}
     exported: dict[str, bool] = {}  # by the name of a file: whether it is unchanged
     kept: dict[str, Any] = {}
+    staying: set[str] = set()
     for name, entry in listed.items():
         files = dict(_digests(entry))
         unchanged = {file: _is_unchanged(folder / file, sha256) for file, sha256 in files.items()}
         exported |= unchanged
+        if same:
+            staying |= files.keys()
         if same and name in files and all(unchanged.values()) and _is_whole(entry):
             kept[name] = entry
     reports = [path for path in sorted(folder.glob(f"*{PARITY}")) if path.is_file()]
     for path in reports:
         for file, sha256 in _digests(_read(path, "qnas.parity/1")):
             exported.setdefault(file, _is_unchanged(folder / file, sha256))
-    staying = {file for entry in kept.values() for file in entry["files"]}
     return FormerExport(
         kept,
         tuple(sorted(file for file, unchanged in exported.items() if unchanged and file not in staying)),
@@ -131,7 +134,7 @@ def _is_unchanged(path: Path, sha256: str) -> bool:
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:
     try:
-        checked = _Entry.model_validate(entry)
+        checked = _Entry.model_validate_json(json.dumps(entry), strict=True)  # "1" is no number
     except ValidationError:
         return False
     return len(checked.files) == len(checked.digests) == len(dict(_digests(entry)))

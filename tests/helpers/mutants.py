@@ -13,6 +13,7 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -100,8 +101,9 @@ def document_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[An
     rng = Random(seed)
     for _ in range(count):
         changed = copy.deepcopy(document)
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            _change(changed, rng)
+        with suppress(RecursionError):  # of a copy of what is nested deeply
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                _change(changed, rng)
         yield changed
 
 
@@ -133,7 +135,10 @@ def _change(document: Any, rng: Random) -> None:
 def json_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[bytes]:
     """Yield mutants of a JSON file, half of the document and half of its bytes."""
     for changed in document_mutants(document, count - count // 2, seed=seed):
-        yield json.dumps(changed).encode(errors="surrogatepass")
+        try:
+            yield json.dumps(changed).encode(errors="surrogatepass")
+        except RecursionError:  # of what is nested twice
+            yield b"[" * DEEP + b"]" * DEEP
     yield from byte_mutants(json.dumps(document, indent=2).encode(), count // 2, seed=seed)
 
 
