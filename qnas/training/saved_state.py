@@ -72,7 +72,7 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     for place, kept in found["state"].items():
         if type(place) is not int or not 0 <= place < len(weights):
             raise ValueError(f"{where}: the state of weight {place!r} of {len(weights)}")
-        shaped = torch.empty(weights[place].shape, device="meta")
+        shaped = torch.empty_like(weights[place], device="meta")
         fresh = {"step": torch.empty((), device="meta"), **dict.fromkeys(_MOMENTS, shaped)}
         check_form(kept, fresh, f"{where}.{place}")
 
