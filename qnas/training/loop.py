@@ -158,6 +158,8 @@ def _restore(stepper: Stepper, saved: Mapping[str, Any], folder: Path) -> None:
     fresh = {"stepper": stepper.to_dict(), "metrics_bytes": 0, "random": {"cpu": torch.get_rng_state()}}
     try:
         random = saved["random"]
+        if not isinstance(random, dict) or not isinstance(random["cuda"], list):
+            raise TypeError("no random states")
         cuda = random["cuda"][: torch.cuda.device_count()]
         check_form({**saved, "random": {"cpu": random["cpu"]}}, fresh)
         stepper.load(saved["stepper"])
