@@ -37,8 +37,15 @@ TRAIN = TrainConfig(
     recipe=Recipe(resolution_px=8, epochs=3, batch_size=512, learning_rate=5e-3, ema_decay=0.9)
 )
 SEARCH = SearchConfig(
-    **{"preset": "test", "resolution_px": 8, "warmup_epochs": 1, "search_epochs": 2, "batch_size": 512},
-    **{"learning_rate": 5e-3, "arch_learning_rate": 0.1, "arch_every": 1, "random_networks": 0},
+    preset="test",
+    resolution_px=8,
+    warmup_epochs=1,
+    search_epochs=2,
+    batch_size=512,
+    learning_rate=5e-3,
+    arch_learning_rate=0.1,
+    arch_every=1,
+    random_networks=0,
 )
 STEPS = 3  # of the saved states: an epoch of the training has two, the warm-up of the search two
 
@@ -149,8 +156,9 @@ def test_of_the_optimiser_no_other_moments_and_no_other_options(digits: ImageDat
 
     def changed(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         random = {"cpu": torch.get_rng_state(), "cuda": []}
-        saved = copy.deepcopy({"stepper": stepper.to_dict(), "metrics_bytes": 0, "random": random})
-        change(saved["stepper"])
+        state = copy.deepcopy(stepper.to_dict())
+        saved = {"stepper": state, "metrics_bytes": 0, "random": random}
+        change(state)
         return saved
 
     def make() -> Stepper:

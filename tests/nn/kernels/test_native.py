@@ -185,10 +185,14 @@ def test_what_belongs_to_another_user_is_not_loaded(
         assert native.library() is not None
         assert inode(path) != before
         return
-    opened = []
-    monkeypatch.setattr(
-        native, "_open", lambda path, open_=native._open: (opened.append(path), open_(path))[1]
-    )
+    opened: list[Path] = []
+    open_ = native._open
+
+    def watched(path: Path) -> native.Native:
+        opened.append(path)
+        return open_(path)
+
+    monkeypatch.setattr(native, "_open", watched)
     with pytest.warns(
         RuntimeWarning, match=r"belongs to another user \(number 12345\): the C\+\+ kernels are"
     ):
