@@ -91,6 +91,7 @@ def derive(
     details = {
         "latency_source": latency,
         "supernet": os.path.relpath(run.folder / SUPERNET_FILE, folder),
+        "supernet_sha256": run.document.get("supernet_sha256"),
         "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
         "heldout_balanced_accuracy": ranking[0]["heldout_balanced_accuracy"] if ranking else None,
         "ranking": ranking,

@@ -161,6 +161,9 @@ def _cpu_kernels() -> Finding:
         return finding("broken", reason, _build_advice(error, compiler, native.cache_folder()))
     worst = _largest_difference()
     found = f"{library.lanes} floats a vector, by {compiler}, in {library.path}"
+    if refused := native.refused_folder():
+        found = f"{library.lanes} floats a vector, by {compiler}, built anew by every process: {refused}"
+        return finding("broken", found, f"make {native.cache_folder()} a folder that only you can write")
     if worst > 1e-4:
         advice = "set QNAS_KERNELS=0 and report this, with the compiler's version"
         return finding("broken", f"{found}; off by {worst:.1e} from torch's result", advice)

@@ -194,6 +194,7 @@ def export(
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
+    from qnas.deploy.file_latency import describe_latency
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px
@@ -217,6 +218,5 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
             p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
             yield field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {threads}")
     yield field("files", files_in(done.folder))
-    if done.latency_ms is not None and done.budget_ms is not None:
-        took, budget = format_ms(done.latency_ms, round_up=True), format_ms(done.budget_ms)
-        yield field("latency", f"{took} of {budget} on {done.device} at {done.deployed_px} px, as searched")
+    for predicted in done.predicted:
+        yield field("latency", describe_latency(predicted.facts()))

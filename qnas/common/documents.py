@@ -96,7 +96,6 @@ EXPECTATIONS = {
     "tuple_type": "expected a list",
     "list_type": "expected a list",
     "bool_type": "expected true or false",
-    "string_too_long": "expected at most {max_length} characters",
 }
 
 

@@ -67,7 +67,8 @@ def read_bytes(path: Path, error: MakeError, expected: str, *, limit: int = TEXT
     """
     try:
         with open_regular(path) as file:
-            content = file.read(limit + 1)
+            # no more than is there: as many bytes as are asked for are allocated
+            content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except FileNotFoundError:
         raise error(f"{path}: no such file, expected {expected}") from None
     except IsADirectoryError:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Let one process at a time compute the cached result at a path; the others then find it there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_suffix(".lock").open("a")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(path.with_suffix(".lock"), flags, 0o666), "w")
     except OSError:  # the cache cannot be written, so each process computes it
         yield
         return

@@ -1,22 +1,19 @@
 """The model card of a trained network as JSON and Markdown: its task, training, accuracy and files."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qnas.common.errors import ExportError
 from qnas.common.files import write_json, write_text
 from qnas.common.intervals import wilson
-from qnas.common.reading import read_json
 from qnas.common.text import in_markdown
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
+from qnas.deploy.file_latency import FileLatency, describe_latency
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import WEIGHTS_FILE
 from qnas.runs.text import balanced_text, never_text
 from qnas.spaces.lower import count_macs
 
@@ -32,8 +29,14 @@ def _describe_input(found: FoundArch, px: int) -> str:
     )
 
 
-def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[str, str]:
-    """Return the metadata of a file for images of `px` pixels: strings, with lists as JSON."""
+def file_metadata(
+    found: FoundArch, result: Mapping[str, Any], px: int, predicted: Sequence[FileLatency]
+) -> dict[str, str]:
+    """Return the metadata of a file for images of `px` pixels: strings, with lists as JSON.
+
+    Its latency is that of the file, on the first device of the search.
+    """
+    first = predicted[0] if predicted else None
     known = {
         "classes": result["classes"],
         "mean": result["mean"],
@@ -46,10 +49,10 @@ def file_metadata(found: FoundArch, result: Mapping[str, Any], px: int) -> dict[
         "trained_resolution_px": result["resolution_px"],
         "space": found.space.name,
         "choices": list(found.arch.choices),
-        "latency_device": found.document.get("device"),
-        "latency_budget_ms": found.document.get("budget_ms"),
-        "latency_predicted_ms": found.document.get("latency_ms"),
-        "latency_resolution_px": found.space.input.resolution_px,
+        "latency_device": first and first.device,
+        "latency_budget_ms": first and first.budget_ms,
+        "latency_predicted_ms": first and first.latency_ms,
+        "latency_resolution_px": first and first.resolution_px,
     }
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items() if v is not None}
 
@@ -60,15 +63,21 @@ def card_document(
     product: Product,
     files: Sequence[Exported],
     measured: Mapping[str, Mapping[str, Any]],
-    former: Path,
+    predicted: Sequence[FileLatency],
+    weights_sha256: str,
+    kept: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of a card: the network, its training, its accuracy and its files.
 
-    `found` and `result` come from the folder of train-subnet; `former` is the folder of a former card.
+    `found` and `result` come from the folder of train-subnet; `kept` are the entries of files of former
+    exports of the same weights.
     """
     config = read_config(found.folder)
-    weights = hashlib.sha256((found.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    entries = {file.files[0]: {**file.facts(), "measured": measured.get(file.files[0])} for file in files}
+    latencies = [each.facts() for each in predicted]
+    entries = {
+        file.files[0]: {**file.facts(), "measured": measured.get(file.files[0]), "predicted": latencies}
+        for file in files
+    }
     accuracy, n = result["test_accuracy"], result["test_images"]
     split = {"split": name} if (name := result.get("split_names", {}).get("test")) else {}
     return {
@@ -108,24 +117,9 @@ def card_document(
         # a latency that could not be recomputed is not certified
         "certificate": None if found.unchecked else found.document.get("certificate"),
         "unchecked": list(found.unchecked),
-        "weights_sha256": weights,
+        "weights_sha256": weights_sha256,
         "versions": config.get("versions", {}),
-        "files": {**kept_files(former, weights), **entries},
-    }
-
-
-def kept_files(folder: Path, weights_sha256: str) -> dict[str, Any]:
-    """Return the entries of a folder's card for files that still exist and have the same weights."""
-    try:
-        card = read_json(folder / JSON, ExportError)
-    except ExportError:  # no card or a damaged one: a new one is written
-        return {}
-    if card.get("schema") != SCHEMA or card.get("weights_sha256") != weights_sha256:
-        return {}
-    return {
-        name: entry
-        for name, entry in card["files"].items()
-        if all((folder / file).is_file() for file in entry["files"])
+        "files": {**kept, **entries},
     }
 
 
@@ -169,7 +163,7 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
         show = format_ms if limit["unit"] == "ms" else format_count
         yield (
             f"- {limit['name']}: {show(limit['amount'])} predicted for {card['predicted_px']} px, "
-            f"of a budget of {show(limit['budget'])}"
+            f"as searched, of a budget of {show(limit['budget'])}"
             if limit["unit"] == "ms"
             else f"- {limit['name']}: {show(limit['amount'])} of at most {show(limit['budget'])}"
         )
@@ -186,7 +180,7 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
 
 _COLUMNS = (
     *("file", "format", "size", "input", "checked on", "largest difference", "same top-1"),
-    *("accuracy (of the network)", "one image, p50 and p95"),
+    *("accuracy (of the network)", "one image, p50 and p95", "predicted for one image"),
 )
 
 
@@ -203,10 +197,11 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{entry['size_bytes'] / 1e6:.2f} MB",
             f"({batch}, C, {px}, {px})",
             f"{parity['images']} images, {entry['runtime']}",
-            f"{parity['max_difference'] / parity['scale']:.1e} of the largest logit",
+            f"{parity['max_difference'] / (parity['scale'] or 1):.1e} of the largest logit",
             f"{parity['agreement']:.2%}",
             f"{parity['accuracy']:.2%} ({parity['network_accuracy']:.2%})",
             _measured(measured) if measured else "not measured",
+            "; ".join(map(describe_latency, entry.get("predicted", ()))) or "not predicted",
         ]
         yield f"| {' | '.join(cells)} |"
 

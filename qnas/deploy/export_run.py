@@ -1,5 +1,6 @@
 """The export of a run's trained network as files to ship, checked on real images, with a model card."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,22 +10,24 @@ from typing import Any
 import torch
 
 from qnas.common.errors import CheckpointError, DataError, UsageError, abbreviate
-from qnas.common.files import staged
+from qnas.common.staging import one_writer, staged
 from qnas.common.text import shown
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.data.pil_pixels import FULL_BITS
-from qnas.deploy.card import card_document, file_metadata, write_card
+from qnas.deploy.card import JSON, MARKDOWN, card_document, file_metadata, write_card
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import Product, RealImages
+from qnas.deploy.export.product import FilePrecision, Product, RealImages
+from qnas.deploy.file_latency import FileLatency, predict_exported
+from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
 from qnas.runs.finished_run import verify_certificate
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import EXPORT_FOLDER, SAMPLE_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.spaces.lower import check_resolution, lower
-from qnas.training.supernet_weights import build_trained
+from qnas.training.supernet_weights import build_trained, weights_digest
 
 IMAGES = 512  # test images to check a file with
 CALIBRATION_IMAGES = 256  # training images to calibrate int8 with
@@ -57,17 +60,20 @@ class ExportRequest:
 class ExportedFiles(Sequence[Path]):
     """The paths of exported files; `files` has the facts about each and its check.
 
-    Device, budget and latency are those of the search, None for an architecture without a search.
+    `predicted` has the latency of the files on each device of the search; it is empty for an architecture
+    without a search.
     """
 
     folder: Path
     files: tuple[Exported, ...]
     measured: Mapping[str, Mapping[str, Any]]  # by file name; empty if nothing was timed
     channels: int
-    deployed_px: int  # the resolution of the predicted latency
-    device: str | None
-    budget_ms: float | None
-    latency_ms: float | None
+    predicted: tuple[FileLatency, ...]
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The latency of the files on the first device of the search, None if it is not known."""
+        return self.predicted[0].latency_ms if self.predicted else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -77,25 +83,28 @@ class ExportedFiles(Sequence[Path]):
 
     def facts(self) -> dict[str, Any]:
         """Return the same as JSON values."""
+        first = self.predicted[0] if self.predicted else None
         return {
             "folder": str(self.folder),
             "files": [
                 {"path": str(path), **file.facts(), "measured": self.measured.get(path.name)}
                 for path, file in zip(self, self.files, strict=True)
             ],
-            "device": self.device,
-            "budget_ms": self.budget_ms,
-            "latency_ms": self.latency_ms,
-            "latency_resolution_px": self.deployed_px,
+            "device": first and first.device,
+            "budget_ms": first and first.budget_ms,
+            "latency_ms": first and first.latency_ms,
+            "latency_resolution_px": first and first.resolution_px,
+            "predicted": [each.facts() for each in self.predicted],
         }
 
 
 def export_trained(source: Path, out: Path | None, request: ExportRequest) -> ExportedFiles:
     """Export a trained network; `source` is its run, the folder of train-subnet, or the arch.json in it.
 
-    The files and the card are moved into place together, once every file is checked. Raises CheckpointError
-    if there is no trained network or a file exists already, UsageError for an invalid request, DataError
-    if int8 has no images, ExportError if the outputs of a file differ from the network's.
+    The files and the card come into place together, once every file is checked. Files of former exports of
+    the same weights stay, and those of other weights are removed with them. Raises CheckpointError if there
+    is no trained network, another export is at work, or a file exists already, UsageError for an invalid
+    request, DataError if int8 has no images, ExportError if the outputs of a file differ from the network's.
     """
     precision = check_request(request.formats, request.precision)
     folder = source.parent if source.suffix == ".json" else source
@@ -103,59 +112,95 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     if trained is None:
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     out = out or folder / EXPORT_FOLDER
-    _check_free(
-        out, [file for name in request.formats for file in file_names(name, precision)], request.force
-    )
-    found = find_arch(trained)
-    result = read_result(trained, found)
-    verify_certificate(found)
+    _check_folder(out)
+    names = [file for name in request.formats for file in file_names(name, precision)]
+    with one_writer(out, lambda process: CheckpointError(f"{out}: process {process} is exporting to it")):
+        _check_free(out, names, request.force)
+        found = find_arch(trained)
+        result = read_result(trained, found)
+        verify_certificate(found)
+        weights_sha256 = weights_digest(trained)
+        former = read_former(out, weights_sha256)
+        _check_stale(out, former, request.force)
+        return _export(found, result, precision, request, out, weights_sha256, former)
+
+
+def _export(
+    found: FoundArch,
+    result: Mapping[str, Any],
+    precision: FilePrecision,
+    request: ExportRequest,
+    out: Path,
+    weights_sha256: str,
+    former: FormerExport,
+) -> ExportedFiles:
+    """Write the files of a trained network and their card into a folder."""
     px = request.resolution_px or result["resolution_px"]
     check_resolution(found.space, px)
     images, calibration = _checking_images(request, found, result, px)
-    product = _product(found, result, px, request.batch, calibration)
+    predicted = predict_exported(found, px, len(result["classes"]))
+    metadata = file_metadata(found, result, px, predicted)
+    product = _product(found, result, px, metadata, request.batch, calibration, weights_sha256)
     tolerance = TOLERANCES[precision]
     if request.max_drop is not None:
         tolerance = replace(tolerance, drop=request.max_drop)
-    with staged(out) as stage:
+    with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
         files = export_files(
             product, request.formats, precision, stage, images, tolerance=tolerance, shown=out
         )
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
-        write_card(stage, card_document(found, result, product, files, measured, former=out))
-    return ExportedFiles(
-        out,
-        files,
-        measured,
-        product.channels,
-        found.space.input.resolution_px,
-        *(found.document.get(key) for key in ("device", "budget_ms", "latency_ms")),
-    )
+        write_card(
+            stage,
+            card_document(found, result, product, files, measured, predicted, weights_sha256, former.entries),
+        )
+    return ExportedFiles(out, files, measured, product.channels, predicted)
 
 
-def _check_free(out: Path, files: Sequence[str], force: bool) -> None:
+def _check_folder(out: Path) -> None:
     if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
         raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder, found a file")
-    there = [out / file for file in files if (out / file).exists()]
+
+
+def _check_free(out: Path, files: Sequence[str], force: bool) -> None:
+    there = [out / file for file in files if os.path.lexists(out / file)]
     if there and not force:
         raise CheckpointError(f"{there[0]}: exists already: `force=True` replaces it, or another `out`")
+    if folders := [path for path in there if path.is_dir() and not path.is_symlink()]:
+        raise CheckpointError(
+            f"{folders[0]}: expected a file, found a folder: move it away, or another `out`"
+        )
+
+
+def _check_stale(out: Path, former: FormerExport, force: bool) -> None:
+    if former.stale and not force:
+        raise CheckpointError(
+            f"{out / former.stale[0]}: of other weights than those of the network: `force=True` removes it, "
+            "or another `out`"
+        )
 
 
 def _product(
-    found: FoundArch, result: Mapping[str, Any], px: int, batch: int | None, calibration: RealImages | None
+    found: FoundArch,
+    result: Mapping[str, Any],
+    px: int,
+    metadata: Mapping[str, str],
+    batch: int | None,
+    calibration: RealImages | None,
+    weights_sha256: str,
 ) -> Product:
     classes = tuple(result["classes"])
     return Product(
         "qnas_" + re.sub(r"\W", "_", found.space.name),
-        build_trained(found, len(classes)),
+        build_trained(found, len(classes), weights_sha256),
         lower(found.space, found.arch, resolution_px=px, classes=len(classes)),
         classes,
         tuple(result["mean"]),
         tuple(result["std"]),
         found.space.input.channels,
         px,
-        file_metadata(found, result, px),
+        metadata,
         batch,
         result["significant_bits"] or FULL_BITS,
         result.get("pads") is True,

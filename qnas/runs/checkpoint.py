@@ -2,7 +2,7 @@
 
     qnas.checkpoint/2     the format of the file
     SHA-256 of the rest   checked before the rest is read
-    torch.save's bytes
+    torch.save's bytes    of plain values and tensors; nothing else is unpickled
 
 Two checkpoints are kept, and at least one is complete at any time: when a new one is written, the newest is
 renamed to the one before, and the new one takes its name. If the newest is damaged, the one before is used.
@@ -11,19 +11,21 @@ renamed to the one before, and the new one takes its name. If the newest is dama
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qnas.common.errors import CheckpointError
+from qnas.common.errors import CheckpointError, one_line
 from qnas.common.files import atomic_path
+from qnas.common.reading import open_regular
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 _VERSION = 2
 _HEAD = b"qnas.checkpoint/%d\n" % _VERSION
-_UNNAMED = b"PK"  # the first bytes of torch.save: version 1 had no head
+_UNNAMED = b"PK"  # the first bytes of torch.save, a zip archive: version 1 had no head
 
 
 class _Damaged(Exception):  # noqa: N818  # not an error if the other checkpoint can be used
@@ -79,7 +81,8 @@ class Checkpoints:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return a state, or None if there is no file. Raises _Damaged or CheckpointError."""
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:  # such as a disk that fails in the middle of a file
@@ -90,8 +93,24 @@ def _read(path: Path) -> dict[str, Any] | None:
     payload = memoryview(content)[start:]
     if content[len(_HEAD) : start] != _digest(payload):
         raise _Damaged(f"{path} is damaged (its SHA-256 does not match)")
-    state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    assert isinstance(state, dict), "as it was saved"
+    return _state(path, payload)
+
+
+def _state(path: Path, payload: memoryview) -> dict[str, Any]:
+    """Return the state in bytes with a valid digest, which anybody may have written. Raises _Damaged."""
+    if payload[: len(_UNNAMED)] != _UNNAMED:  # else torch tries older formats, and waits for more bytes
+        raise _Damaged(f"{path} holds no state (it is not of torch.save)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about the types that it finds: the error is enough
+            state = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except Exception as error:  # unpickling bytes that torch did not write ends in almost any exception
+        # torch's own words on what is not plain advise to unpickle it nevertheless
+        kind, words = type(error).__name__, one_line(error, 60)
+        problem = "more than values and tensors" if kind == "UnpicklingError" else f"{kind}: {words}"
+        raise _Damaged(f"{path} holds no state ({problem})") from error
+    if not isinstance(state, dict):
+        raise _Damaged(f"{path} holds no state (a {type(state).__name__})")
     return state
 
 

@@ -3,12 +3,10 @@
 `names` lists the files. They are written atomically and can be read without qnas.
 """
 
-import fcntl
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -16,7 +14,7 @@ from typing import Any
 
 from qnas.common.changes import describe_changes
 from qnas.common.errors import CheckpointError, Interrupted, one_line
-from qnas.common.files import write_json, write_text
+from qnas.common.files import holding, is_partial, remove_leftovers, write_json, write_text
 from qnas.common.reading import LINE_CHARACTERS, read_bytes
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
@@ -79,8 +77,7 @@ def opened(
             _check_free(folder, force=force)
             _clear(folder)
             write_json(folder / CONFIG_FILE, request)
-        for partial in _partials(folder):
-            partial.unlink()
+        remove_leftovers(folder)
         for name, text in copies.items():
             write_text(folder / name, text)
         try:
@@ -94,25 +91,12 @@ def interrupted(folder: Path) -> Interrupted:
     return Interrupted(f"the state is saved in {folder}: `resume=True` continues from it")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system releases when the process ends in any way."""
-    path = folder / LOCK_FILE
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise CheckpointError(f"{folder}: process {file.read() or '?'} is working in it") from None
-        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it while we opened it
-            raise CheckpointError(f"{folder}: another process has just finished in it: try again")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _locked(folder: Path, lock: Path | None = None) -> AbstractContextManager[None]:
+    """Hold a folder's lock."""
+    return holding(
+        lock or folder / LOCK_FILE,
+        lambda process: CheckpointError(f"{folder}: process {process} is working in it"),
+    )
 
 
 def _check_resumable(
@@ -135,19 +119,14 @@ def _check_resumable(
 def _check_free(folder: Path, *, force: bool) -> None:
     """Raise CheckpointError if a folder holds anything that must not be replaced, or is in use."""
     holds_run = (folder / CONFIG_FILE).is_file()
-    ours = {folder / LOCK_FILE, *_partials(folder)}
-    if not ours.issuperset(folder.iterdir()) and not (force and holds_run):
+    others = [path for path in folder.iterdir() if path.name != LOCK_FILE and not is_partial(path)]
+    if others and not (force and holds_run):
         found = "already holds a run" if holds_run else "is not empty and holds no run"
         fix = ": `resume=True` continues it, `force=True` replaces it, or another `out`" if holds_run else ""
         raise CheckpointError(f"{folder}: {found}{fix}")
-    for lock in [*folder.glob(f"*/**/{LOCK_FILE}")]:
-        with _locked(lock.parent):  # such as subnet/ during a training
+    for lock in [*folder.glob(f"*/**/{LOCK_FILE}"), *folder.glob("**/.*.lock")]:
+        with _locked(lock.parent, lock):  # such as subnet/ during a training, and an export
             pass
-
-
-def _partials(folder: Path) -> list[Path]:
-    """Return the partial files of a process that was killed while writing (`files.atomic_path`)."""
-    return [*folder.glob(".*.*.partial")]
 
 
 def _clear(folder: Path) -> None:

@@ -1,48 +1,62 @@
 """Named tensors as safetensors files: weights of supernets and of trained networks."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from qnas.common.errors import CheckpointError, first_line
+from qnas.common.errors import CheckpointError, one_line
 from qnas.common.files import write_bytes
+from qnas.runs.tensor_files import (
+    SUPERNET_SCHEMA,
+    TENSORS_SCHEMA,
+    TensorFile,
+    blank_metadata,
+    read_tensor_file,
+    seal,
+)
 
-# version 2: a block's weights belong to its rank among the blocks of the stage, not to a position
-SUPERNET_SCHEMA = "qnas.supernet/2"
+# beside its own: for types that torch lacks, and for shapes that do not fit the bytes
+_ERRORS = (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], schema: str | None = None) -> None:
-    """Write named tensors as safetensors."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], schema: str = TENSORS_SCHEMA) -> str:
+    """Write named tensors as safetensors; return the SHA-256 of the file."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(whole, metadata=None if schema is None else {"schema": schema}))
+    content = seal(save(whole, metadata=blank_metadata(schema)))
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises CheckpointError if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, whose SHA-256 must be the given one if there is one.
+
+    Raises CheckpointError if it is missing, damaged or another.
+    """
+    return _tensors(path, read_tensor_file(path, sha256))
 
 
-def save_supernet(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a supernet's state."""
-    save_tensors(path, state, SUPERNET_SCHEMA)
+def save_supernet(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Write a supernet's state; return the SHA-256 of the file."""
+    return save_tensors(path, state, SUPERNET_SCHEMA)
 
 
-def load_supernet(path: Path) -> dict[str, Tensor]:
-    """Read a supernet's state. Raises CheckpointError if it is missing, damaged or of an older version."""
-    state = load_tensors(path)
-    with safe_open(path, "pt") as file:
-        schema = (file.metadata() or {}).get("schema")
-    if schema != SUPERNET_SCHEMA:
+def load_supernet(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a supernet's state. Raises CheckpointError as `load_tensors`, and for one of an older version."""
+    file = read_tensor_file(path, sha256)
+    if file.schema != SUPERNET_SCHEMA:
         raise CheckpointError(
-            f"{path}: from another version of qnas ({schema or 'an early one'}, expected {SUPERNET_SCHEMA}), "
-            "which stores a block's weights elsewhere: search again"
+            f"{path}: from another version of qnas ({one_line(file.schema or 'an early one', 50)}, expected "
+            f"{SUPERNET_SCHEMA}), which stores a block's weights elsewhere: search again"
         )
-    return state
+    return _tensors(path, file)
+
+
+def _tensors(path: Path, file: TensorFile) -> dict[str, Tensor]:
+    try:
+        return load(file.content)
+    except _ERRORS as error:
+        raise CheckpointError(f"{path}: damaged: {one_line(error)}") from error

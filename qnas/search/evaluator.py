@@ -13,7 +13,7 @@ from qnas.data.batches import batches
 from qnas.data.broken_images import MAX_BROKEN
 from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import GivenData, load_data, reopen
-from qnas.nn.subnet import build_subnet, subnet_state
+from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.search.effects import Losses
@@ -24,7 +24,7 @@ from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
 from qnas.training.losses import LossFunction, Objective, saved_objective
 from qnas.training.scoring import Classified, batch_statistics, classify, recalibrate_on
-from qnas.training.supernet_weights import load_weights
+from qnas.training.supernet_weights import load_inherited
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +68,16 @@ def saved_evaluator(
     space: SearchSpace,
     data: GivenData | None = None,
     loss: LossFunction | None = None,
+    supernet_sha256: str | None = None,
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
     `config` is the folder's config.json. `data` and `loss` are needed where the search used Datasets or a
-    custom loss. Raises CheckpointError where the supernet is missing or damaged, DataError where the data
-    are missing, damaged or not those of the search.
+    custom loss. `supernet_sha256` is that of the supernet's file. Raises CheckpointError where the supernet
+    is missing, damaged or another, DataError where the data are missing, damaged or others.
     """
     path = folder / SUPERNET_FILE
-    tensors = load_supernet(path)
+    tensors = load_supernet(path, supernet_sha256)
     searched = config["search"]
     given, channels = reopen(data, config), space.input.channels
     px, broken = searched["resolution_px"], config.get("max_broken", MAX_BROKEN)
@@ -88,7 +89,7 @@ def saved_evaluator(
 
     def build(arch: Arch) -> nn.Module:
         network = build_subnet(space, arch, len(images.classes))
-        load_weights(network, subnet_state(tensors, space, arch), path)
+        load_inherited(network, tensors, space, arch, path)
         return network
 
     @torch.no_grad()

@@ -81,8 +81,9 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     metrics, plot = read_metrics(folder / names.METRICS_FILE), folder / names.BUDGET_PLOT_FILE
     draw_budget(metrics, plot, multiplier_bound=state.multiplier.bound)
     write_json(folder / names.SEARCH_FILE, found | {"layers": _layers(state.problem, winner.arch, request)})
-    save_supernet(folder / names.SUPERNET_FILE, state.supernet.state_dict())
+    supernet_sha256 = save_supernet(folder / names.SUPERNET_FILE, state.supernet.state_dict())
     details = {
+        "supernet_sha256": supernet_sha256,
         "latency_source": request.get("latency"),
         "supernet_accuracy": found["derived"]["accuracy"],
         "supernet_balanced_accuracy": found["derived"]["balanced_accuracy"],

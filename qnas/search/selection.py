@@ -141,7 +141,9 @@ def rerank_saved(
     More than `keep` networks are screened first. Raises the errors of `saved_evaluator` and `check_rankable`.
     """
     check_rankable(run.folder, run.config)
-    evaluator = saved_evaluator(run.folder, run.config, run.space, data, loss)
+    evaluator = saved_evaluator(
+        run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
+    )
     keep = keep or len(solutions)
     space, images, device = run.space, evaluator.data, evaluator.device
     with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:

@@ -15,6 +15,7 @@ from qnas.solver.solve import Scores
 from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
 from qnas.training.optimizer import make_optimizer, make_schedule
+from qnas.training.saved_state import check_optimizer, check_unchanged
 
 # The second is 0.999 in ProxylessNAS, whose searches have many thousand steps. A short search must forget
 # sooner how strong the pressure was on the way to the budget.
@@ -152,7 +153,12 @@ class SearchState:
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state. Raises ValueError where it is not of this search."""
+        check_optimizer(saved["weight_optimizer"], self.weight_optimizer, "weight_optimizer")
+        check_optimizer(saved["arch_optimizer"], self.arch_optimizer, "arch_optimizer")
+        check_unchanged(saved["schedule"], self.weight_schedule.state_dict(), "schedule")
+        if saved["step"] < 0 or saved["arch_step"] < 0:
+            raise ValueError(f"step {saved['step']}, architecture step {saved['arch_step']}")
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         self.multiplier = Multiplier(**saved["multiplier"])

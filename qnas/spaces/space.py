@@ -309,6 +309,12 @@ class SearchSpace(FilePart):
         content["input"]["resolution_px"] = resolution_px
         return SearchSpace.model_validate(content)
 
+    def with_classes(self, classes: int) -> "SearchSpace":
+        """Return the same space for another number of classes."""
+        content = self._written()
+        content["head"]["classes"] = classes
+        return SearchSpace.model_validate(content)
+
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
         return str(yaml.safe_dump(self._written(), sort_keys=False, allow_unicode=True))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qnas.common.errors import CheckpointError, TrainingError, first_line
+from qnas.common.errors import CheckpointError, TrainingError, one_line
 from qnas.common.progress import Display, silent
 from qnas.data.batches import batch_count, batches
 from qnas.data.image_data import Split
@@ -21,6 +21,10 @@ from qnas.runs.metrics import Metrics
 from qnas.runs.names import METRICS_FILE
 from qnas.runs.run_folder import interrupted, interruptible
 from qnas.training.processes import ALONE, World, joined
+from qnas.training.saved_state import check_form
+
+# of a state that has another form than it should
+_FORM_ERRORS = (LookupError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
 def set_up_process(threads: int) -> None:
@@ -112,14 +116,7 @@ def run_to_end(
         torch.manual_seed(seed)
         saved = world.from_main(checkpoints.load() if resume and world.is_main else None)
         if saved is not None:
-            try:
-                stepper.load(saved["stepper"])
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                text = f"the checkpoint is not of this run: {first_line(error)}"
-                raise CheckpointError(f"{folder}: {text}") from error
-            random = saved["random"]
-            torch.set_rng_state(random["cpu"])
-            torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
+            _restore(stepper, saved, folder)
         if checkpoints.damage:
             step = stepper.steps_done
             progress.warn(f"{checkpoints.damage}: went back to the one before it, of step {step}")
@@ -154,6 +151,25 @@ def run_to_end(
         if world.any(bool(signals)):  # a signal came while the last state was saved
             raise interrupted(folder)
         world.check_same(stepper.to_dict())
+
+
+def _restore(stepper: Stepper, saved: Mapping[str, Any], folder: Path) -> None:
+    """Set a stepper and torch's random states to a saved state. Raises CheckpointError if it is another's."""
+    fresh = {"stepper": stepper.to_dict(), "metrics_bytes": 0, "random": {"cpu": torch.get_rng_state()}}
+    try:
+        random = saved["random"]
+        if not isinstance(random, dict) or not isinstance(random["cuda"], list):
+            raise TypeError("no random states")
+        cuda = random["cuda"][: torch.cuda.device_count()]
+        check_form({**saved, "random": {"cpu": random["cpu"]}}, fresh)
+        stepper.load(saved["stepper"])
+        if not 0 <= stepper.steps_done <= stepper.total_steps or saved["metrics_bytes"] < 0:
+            raise ValueError(f"{stepper.steps_done} of {stepper.total_steps} steps")
+        torch.set_rng_state(random["cpu"])
+        torch.cuda.set_rng_state_all(cuda)
+    except _FORM_ERRORS as error:
+        problem = one_line(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{folder}: the checkpoint is not of this run: {problem}") from error
 
 
 def check_finite(

@@ -43,6 +43,7 @@ from qnas.training.losses import Objective, make_objective
 from qnas.training.optimizer import ReLinear, Teacher, make_optimizer, make_schedule, weight_step
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
+from qnas.training.saved_state import check_form, check_optimizer, check_unchanged
 from qnas.training.scoring import Classified, Score, classify, prediction_tensors
 from qnas.training.supernet_weights import inherit
 
@@ -205,7 +206,12 @@ class SubnetTrainer:
         return states | {name: getattr(self, name) for name in _VALUES}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state. Raises ValueError where it is not of this training."""
+        check_optimizer(saved["optimizer"], self.optimizer, "optimizer")
+        check_unchanged(saved["schedule"], self.schedule.state_dict(), "schedule")
+        if saved["best"]:
+            weights = self.result.state_dict()
+            check_form(saved["best"], {"epoch": 0, "test_accuracy": 0.0, "weights": weights}, "best")
         for name in _PARTS:
             if (part := getattr(self, name)) is not None:
                 part.load_state_dict(saved[name])
@@ -330,7 +336,7 @@ def train_subnet(
 def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Mapping[str, Any]) -> Score:
     """Write the files of a training that has ended; return its score on the test images."""
     network, data, found = trainer.result, trainer.data, trainer.test()
-    save_tensors(folder / names.WEIGHTS_FILE, network.state_dict())
+    weights_sha256 = save_tensors(folder / names.WEIGHTS_FILE, network.state_dict())
     best = dict(trainer.best)
     save_tensors(folder / names.BEST_FILE, best.pop("weights"))
     images, labels = sample_images(data.test, SAMPLE_IMAGES)
@@ -359,6 +365,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "significant_bits": data.bits,
         "pads": data.pads,
         "data": request["data"],
+        "weights_sha256": weights_sha256,
     }
     close_with_report(folder, {names.RESULT_FILE: result})
     # last, since its presence says that the run is complete

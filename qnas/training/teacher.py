@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from qnas.common.errors import UsageError, first_line, one_line
 from qnas.data.image_data import ImageData
-from qnas.nn.subnet import build_subnet, subnet_state
+from qnas.nn.subnet import build_subnet
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import SUPERNET_FILE
-from qnas.runs.tensors import load_supernet
 from qnas.spaces.lower import smallest_and_largest
 from qnas.training.hub import hub_problem, only_cached
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
 from qnas.training.scoring import recalibrate_on
-from qnas.training.supernet_weights import build_trained, load_weights, supernet_file
+from qnas.training.supernet_weights import build_trained, load_inherited, supernet_file, supernet_state
 
 SUPERNET_LARGEST = "supernet-largest"
 TIMM = "timm:"
@@ -87,7 +86,7 @@ def _largest(source: FoundArch, data: ImageData, device: torch.device | str) -> 
         raise UsageError(f"`teacher='{SUPERNET_LARGEST}'`: no {SUPERNET_FILE} in {source.folder}, name a run")
     arch = smallest_and_largest(source.space)[1]
     network = build_subnet(source.space, arch, len(data.classes))
-    load_weights(network, subnet_state(load_supernet(file), source.space, arch), file)
+    load_inherited(network, supernet_state(source), source.space, arch, file)
     # the supernet's batch-norm statistics were gathered while other paths ran
     network = network.to(device).eval()
     recalibrate_on(network, data.train, device)

@@ -83,7 +83,7 @@ def test_from_a_budget_to_a_file_that_runs(
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
         assert word in shown
-    assert "of 1.000 ms on myriad-vpu at 32 px, as searched" in shown
+    assert "of 1.000 ms on myriad-vpu at 16 px, predicted for the file" in shown
 
 
 def test_several_formats_at_once_and_what_does_not_go(

@@ -60,6 +60,22 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytes
     assert "g++" in finding["advice"]
 
 
+def test_a_cache_that_others_can_write_is_told(tmp_path: Path) -> None:
+    if native.find_compiler() is None:
+        pytest.skip("no compiler here")
+    folder = native.cache_folder()
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    native._load.cache_clear()
+    try:
+        finding = findings()["C++ kernels"]
+    finally:
+        native._load.cache_clear()
+    assert finding["state"] == "broken"
+    assert f"{folder}: others can write it" in finding["found"]
+    assert "only you can write" in finding["advice"]
+
+
 def test_kernels_that_compute_something_else_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.library() is None:
         pytest.skip("no compiler here")

@@ -2,7 +2,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qnas.deploy.card import JSON, MARKDOWN, SCHEMA, kept_files, markdown, write_card
+from qnas.deploy.card import JSON, MARKDOWN, SCHEMA, markdown, write_card
+from qnas.deploy.file_latency import FileLatency
 
 CARD: dict[str, Any] = {
     "schema": SCHEMA,
@@ -99,14 +100,20 @@ def test_a_card_without_a_search_or_a_measurement_says_so() -> None:
     assert "not measured" in page
 
 
-def test_a_card_keeps_what_it_said_of_other_files_of_the_same_weights(tmp_path: Path) -> None:
+def test_a_card_written_is_the_card_read(tmp_path: Path) -> None:
     write_card(tmp_path, CARD)
     assert json.loads((tmp_path / JSON).read_text()) == CARD
     assert (tmp_path / MARKDOWN).read_text() == markdown(CARD)
-    assert kept_files(tmp_path, "w") == {}  # the file is gone
-    (tmp_path / "model.onnx").touch()
-    assert kept_files(tmp_path, "w") == CARD["files"]
-    assert kept_files(tmp_path, "of other weights") == {}
-    (tmp_path / JSON).write_text("broken")
-    assert kept_files(tmp_path, "w") == {}
-    assert kept_files(tmp_path / "none", "w") == {}
+
+
+def test_the_page_says_in_words_what_a_file_takes_and_that_it_is_too_much() -> None:
+    entry = CARD["files"]["model.onnx"]
+    over = FileLatency("myriad-vpu", 256, 30.0, 33.0).facts()
+    unknown = FileLatency("mine", 256, 30.0, None, "unknown device 'mine'").facts()
+    page = markdown({**CARD, "files": {"model.onnx": {**entry, "predicted": [over, unknown]}}})
+    assert (
+        "33.00 ms on myriad-vpu at 256 px, predicted for the file: over the budget of 30.00 ms by 10.0%"
+        in page
+    )
+    assert "not predicted on mine at 256 px: unknown device 'mine'" in page
+    assert "| not predicted |" in markdown(CARD)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from hashlib import sha256
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import qnas.deploy.measurement
 from qnas.common.errors import CheckpointError, DataError, ExportError, UsageError
-from qnas.common.files import write_json
+from qnas.common.files import write_json, write_text
 from qnas.common.reading import read_json
 from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
@@ -28,11 +29,15 @@ from qnas.deploy.export.formats import FORMATS
 from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
 from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
+from qnas.deploy.file_latency import describe_latency
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
+from qnas.latency.onnx.networks import read_onnx
+from qnas.latency.prediction import predict_arch, predict_file
 from qnas.runs.folders import read_config
-from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER
+from qnas.runs.found_arch import FoundArch, find_arch
+from qnas.runs.names import ARCH_FILE, EXPORT_FOLDER, RESULT_FILE, SAMPLE_FILE, SUBNET_FOLDER, WEIGHTS_FILE
+from qnas.runs.tensors import load_tensors, save_tensors
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import Solution, solution_document
 from qnas.spaces.arch import Arch
@@ -235,6 +240,130 @@ def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_p
     assert (out / "model.onnx").read_bytes() != before
 
 
+def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_it_is_said(
+    changed: Path, tmp_path: Path
+) -> None:
+    found = find_arch(changed / SUBNET_FOLDER)
+    device = load_device("myriad-vpu")
+    budget_ms = predict_arch("device", device, found.space, found.arch).latency_ms
+    assert found.space.input.resolution_px == 32
+    limit = {"name": "myriad-vpu", "unit": "ms", "amount": budget_ms, "budget": budget_ms}
+    document = {**found.document, **SEARCHED, "limits": [limit], "budget_ms": budget_ms}
+    write_json(changed / SUBNET_FOLDER / ARCH_FILE, document)
+    said = {}
+    for px in (8, 32, 64):
+        out = tmp_path / str(px)
+        done = export(changed, out, resolution_px=px)
+        (latency,) = done.predicted
+        of_file = predict_file("device", device, read_onnx(out / "model.onnx")).latency_ms
+        assert latency.latency_ms == done.latency_ms == pytest.approx(of_file, rel=1e-4)
+        assert done.facts()["latency_resolution_px"] == px
+        said[px] = describe_latency(latency.facts())
+        card = read_json(out / "model-card.json", ExportError)
+        assert card["files"]["model.onnx"]["predicted"] == [latency.facts()]
+        assert said[px] in (out / "model-card.md").read_text()
+        about = {p.key: p.value for p in onnx.load(out / "model.onnx").metadata_props}
+        assert float(about["latency_predicted_ms"]) == latency.latency_ms
+        assert int(about["latency_resolution_px"]) == px
+    assert done.facts()["predicted"][0]["over_budget"]
+    assert "at 64 px, predicted for the file: over the budget of" in said[64]
+    assert "over" not in said[8] + said[32]
+    assert find_arch(changed / SUBNET_FOLDER).space.head.classes == 10
+    assert latency.latency_ms is not None
+    assert latency.latency_ms > budget_ms
+
+
+def test_of_a_device_that_is_gone_it_is_said_that_nothing_is_predicted(changed: Path, tmp_path: Path) -> None:
+    document = read_json(changed / SUBNET_FOLDER / ARCH_FILE, CheckpointError)
+    limit = {"name": "mine", "unit": "ms", "amount": 1.0, "budget": 2.0}
+    write_json(changed / SUBNET_FOLDER / ARCH_FILE, {**document, "device": "mine", "limits": [limit]})
+    (latency,) = export(changed, tmp_path / "out").predicted
+    assert latency.latency_ms is None
+    assert not latency.over_budget
+    assert "not predicted on mine at 8 px: unknown device 'mine'" in describe_latency(latency.facts())
+
+
+def test_an_own_device_is_found_where_the_search_was_given_it(changed: Path, tmp_path: Path) -> None:
+    own = load_device("vpu").model_copy(update={"name": "mine", "aliases": ()})
+    write_text(tmp_path / "mine.json", own.to_json())
+    write_json(changed / "config.json", {"limits": [{"device": str(tmp_path / "mine.json")}]})
+    document = read_json(changed / SUBNET_FOLDER / ARCH_FILE, CheckpointError)
+    limits = [{"name": name, "unit": "ms", "amount": 1.0, "budget": 20.0} for name in ("mine", "myriad-vpu")]
+    write_json(changed / SUBNET_FOLDER / ARCH_FILE, {**document, "device": "mine", "limits": limits})
+    mine, vpu = export(changed, tmp_path / "out").predicted
+    assert mine.latency_ms == pytest.approx(vpu.latency_ms)
+
+
+def other_weights(folder: Path) -> None:
+    """Give a trained network other weights, as another training would."""
+    file = folder / SUBNET_FOLDER / WEIGHTS_FILE
+    state = load_tensors(file)
+    state["head.classifier.bias"] = state["head.classifier.bias"] + 1e-3
+    set_result(folder, weights_sha256=save_tensors(file, state))
+
+
+def test_files_of_older_weights_do_not_stay_beside_new_ones(changed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(changed, out, formats=("onnx", "standalone"))
+    (out / "notes.txt").write_text("mine")
+    (out / "__pycache__").mkdir()
+    other_weights(changed)
+    before = left(out)
+    with pytest.raises(CheckpointError, match=r"out/model\.onnx: of other weights .*`force=True` removes it"):
+        export(changed, out, formats=("torch",))
+    assert left(out) == before
+    export(changed, out, formats=("torch",), force=True)
+    card = ["model-card.json", "model-card.md"]
+    assert left(out) == ["__pycache__", *card, "model.pt2", "model.pt2.parity.json", "notes.txt"]
+    assert set(read_json(out / "model-card.json", ExportError)["files"]) == {"model.pt2"}
+    # those of the same weights stay
+    export(changed, out, formats=("onnx",))
+    assert set(read_json(out / "model-card.json", ExportError)["files"]) == {"model.onnx", "model.pt2"}
+    assert {"model.onnx", "model.pt2", "model.pt2.parity.json"} < set(left(out))
+
+
+def test_a_file_changed_since_its_export_is_somebodys_own(changed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(changed, out, formats=("standalone", "torch"))
+    (out / "model.py").write_text("# mine\n")
+    export(changed, out, formats=("onnx",))
+    assert (out / "model.py").read_text() == "# mine\n"
+    assert set(read_json(out / "model-card.json", ExportError)["files"]) == {"model.onnx", "model.pt2"}
+    assert not (out / "model.py.parity.json").exists()  # it speaks of another file
+
+
+def test_two_exports_to_one_folder_at_once_are_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, load, told = tmp_path / "out", FORMATS["onnx"].load, []
+
+    def meanwhile(path: Path) -> Any:
+        with pytest.raises(CheckpointError) as error:
+            export(trained, out, formats=("torch",))
+        told.append(str(error.value))
+        return load(path)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], load=meanwhile))
+    export(trained, out)
+    assert told == [f"{out}: process {os.getpid()} is exporting to it"]
+    assert "model.pt2" not in left(out)
+    assert left(tmp_path) == ["out"]
+
+
+def test_weights_that_are_not_those_of_the_result_are_refused(changed: Path, tmp_path: Path) -> None:
+    file = changed / SUBNET_FOLDER / WEIGHTS_FILE
+    state = load_tensors(file)
+    save_tensors(file, {**state, "head.classifier.bias": -state["head.classifier.bias"]})
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: SHA-256 .*, expected .*: not the file"):
+        export(changed, tmp_path / "out")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: damaged: its SHA-256"):
+        export(changed, tmp_path / "out")
+    assert left(tmp_path) == ["copy"]
+
+
 @pytest.mark.parametrize("inner", ["", SUBNET_FOLDER, ARCH_FILE, f"{SUBNET_FOLDER}/{ARCH_FILE}"])
 def test_a_run_its_subnet_or_their_arch_json_is_meant(inner: str, changed: Path) -> None:
     source = changed / inner
@@ -242,7 +371,6 @@ def test_a_run_its_subnet_or_their_arch_json_is_meant(inner: str, changed: Path)
     folder = changed if SUBNET_FOLDER not in inner else changed / SUBNET_FOLDER
     assert done.folder == folder / EXPORT_FOLDER
     assert (folder / EXPORT_FOLDER / "model.onnx").is_file()
-    assert done.latency_ms == SEARCHED["latency_ms"]
 
 
 def test_the_card_has_the_search_the_training_and_every_file(trained: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def resumed(folder: Path) -> None:
 def exported(folder: Path) -> None:
     trained = TrainedNetwork.load(folder)
     read_config(trained.folder)
-    file_metadata(trained, trained.result, 8)
+    file_metadata(trained, trained.result, 8, ())
 
 
 READERS: dict[str, Callable[[Path], object]] = {

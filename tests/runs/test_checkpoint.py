@@ -1,13 +1,30 @@
 import errno
+import hashlib
+import io
+import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.mutants import (
+    MUTANTS,
+    attack,
+    bounded,
+    byte_mutants,
+    check_refusal,
+    mutated_bytes,
+    read_or_refuse,
+)
+from helpers.places import SHARED
+from hypothesis import given
 
 from qnas.common.errors import CheckpointError
-from qnas.runs.checkpoint import BEFORE, NEWEST, Checkpoints
+from qnas.runs.checkpoint import _HEAD, BEFORE, NEWEST, Checkpoints
+
+FAULTS = SHARED / "faults"
 
 
 def state(step: int) -> dict[str, Any]:
@@ -110,5 +127,81 @@ def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> N
 
 def test_nothing_but_values_is_unpickled(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save({"path": Path("x")})
-    with pytest.raises(Exception, match=r"weights_only|Unsupported|WeightsUnpickler"):
+    with pytest.raises(CheckpointError, match=r"holds no state \(more than values and tensors\)"):
         Checkpoints(tmp_path).load()
+
+
+def with_digest(payload: bytes) -> bytes:
+    """Return a checkpoint with a valid digest and any content."""
+    return _HEAD + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+
+
+def saved_bytes(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    return Checkpoints(path.parent).load()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(b"", b"P", b"PK", b"PK\x03\x04", b"no zip archive", b"\x80\x02}q\x00.", pickle.dumps({"step": 1})),
+        *(saved_bytes(content) for content in ([1, 2], 5, None, torch.zeros(3))),
+        *(saved_bytes(state(1))[:size] for size in (40, 400, 1000)),
+        saved_bytes(state(1)).replace(b"data.pkl", b"date.pkl"),
+        saved_bytes({"path": Path("x")}),
+    ],
+)
+def test_a_valid_digest_makes_no_state(payload: bytes, tmp_path: Path) -> None:
+    (tmp_path / NEWEST).write_bytes(with_digest(payload))
+    with pytest.raises(CheckpointError, match=r"holds no state \(.+\), and there is no earlier one") as error:
+        load(tmp_path / NEWEST)
+    check_refusal(error.value, tmp_path / NEWEST)
+    (tmp_path / NEWEST).rename(tmp_path / BEFORE)
+    saved(tmp_path, 2)
+    assert step_of(Checkpoints(tmp_path)) == 2
+
+
+def test_a_state_of_another_kind_leaves_the_one_before_it(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    (tmp_path / NEWEST).write_bytes(with_digest(saved_bytes([1])))
+    assert step_of(checkpoints) == 1
+    assert "holds no state (a list)" in checkpoints.damage
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NEWEST)
+    with pytest.raises(CheckpointError, match=f"{NEWEST} cannot be read"):
+        load(tmp_path / NEWEST)
+
+
+@pytest.mark.parametrize("path", sorted(FAULTS.glob("checkpoint__*")), ids=lambda path: path.name[12:30])
+def test_known_faults_are_one_line(path: Path, tmp_path: Path) -> None:
+    (tmp_path / NEWEST).write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path / NEWEST)
+    check_refusal(error.value, tmp_path / NEWEST)
+
+
+@bounded
+@given(content=mutated_bytes(saved_bytes(state(1))))
+def test_any_content_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    read_or_refuse(load, tmp_path / NEWEST, with_digest(content))
+    read_or_refuse(load, tmp_path / NEWEST, content)
+
+
+@pytest.mark.slow
+def test_thousands_of_mutants_are_read_or_refused(tmp_path: Path) -> None:
+    whole, path = saved_bytes(state(1)), tmp_path / NEWEST
+    assert attack(load, path, map(with_digest, byte_mutants(whole, MUTANTS))) == []
+    assert attack(load, path, byte_mutants(with_digest(whole), MUTANTS)) == []
+    # the pickled part alone, which holds the types and the shapes
+    at = whole.index(b"\x80\x02")
+    end = whole.index(b"PK\x07\x08", at)
+    pickled = byte_mutants(whole[at:end], MUTANTS, seed=2)
+    inside = (whole[:at] + (part + whole[end:])[: end - at] + whole[end:] for part in pickled)
+    assert attack(load, path, map(with_digest, inside)) == []

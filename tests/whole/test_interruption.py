@@ -20,6 +20,7 @@ from helpers.pictures import write_digits
 from helpers.tiny import TINY_SPACE
 
 from qnas.commands import cli
+from qnas.common.files import is_partial
 from qnas.runs.checkpoint import BEFORE, NEWEST
 from qnas.runs.metrics import Metrics
 from qnas.runs.names import (
@@ -213,26 +214,37 @@ def test_killed_at_random_moments_of_warm_up_and_search(
 
 
 # what a save does, in order, to the checkpoint that is written and to the two that stay
-SAVING = [("open", ".partial"), ("os.rename", BEFORE), ("open", ".partial"), ("os.rename", NEWEST)]
+SAVING = [
+    *[("open", NEWEST), ("open", NEWEST), ("os.rename", BEFORE)],
+    *[("open", NEWEST), ("os.rename", NEWEST)],
+]
 
 
-@pytest.mark.parametrize("moment", rest_slow(2, 3, 0, 1, fast=2))
+@pytest.mark.parametrize("moment", rest_slow(3, 4, 0, 1, 2, fast=2))
 @pytest.mark.parametrize("saves", rest_slow(9, 1, fast=1))  # in the search, in the warm-up
 def test_killed_while_a_checkpoint_is_written(
     saves: int, moment: int, place: Workplace, whole: Path, out: Path
 ) -> None:
     event, file = SAVING[moment]
-    if event == "open":  # twice a save: written, then brought to the disk
-        file, skip = f"{NEWEST}.{{}}.partial", 2 * saves + (moment > 0)
+    if event == "open":  # three times a save: made, written, and brought to the disk
+        number = sum(name == "open" for name, _ in SAVING[:moment])
+        plan = partial(kill_before_write, file, 3 * saves + number)
     else:
-        skip = saves - (file == BEFORE)  # nothing steps back for the first
-    assert place.search(out, partial(kill_before_write, event, file, skip)) == -signal.SIGKILL, place.said
+        plan = partial(kill_before, event, file, saves - (file == BEFORE))  # nothing steps back for the first
+    assert place.search(out, plan) == -signal.SIGKILL, place.said
     assert place.resume(out) == 0, place.said
     assert_equal_runs(whole, out)
 
 
-def kill_before_write(event: str, file: str, skip: int) -> None:
-    kill_before(event, file.format(os.getpid()), skip)
+def kill_before_write(file: str, skip: int) -> None:
+    """Kill -9 right before the partial file of a file is opened; `skip` openings go through first."""
+    left = itertools.count(skip, -1)
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and is_partial(Path(str(arguments[0])), file) and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 FILES = [ARCH_FILE, CONFIG_FILE, SPACE_FILE, METRICS_FILE, SEARCH_FILE, SUPERNET_FILE, REPORT_FILE]

@@ -5,16 +5,22 @@ extension headers alone takes 18 s. The file's name is a digest of sources, comp
 It is kept in $QNAS_HOME/kernels, or else in qnas/kernels of $XDG_CACHE_HOME or ~/.cache. Importing this
 module builds nothing. If the build fails, there is one warning, and `library` returns None.
 QNAS_KERNELS=0 turns the kernels off.
+
+A library is code that runs with the user's rights. It is only loaded from a folder and a file that belong
+to the user (or root) and that nobody else can write, and if the SHA-256 at its end is that of the rest. From
+any other folder nothing is loaded: there is one warning, and the kernels are built for this process alone.
 """
 
 import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import subprocess
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnas.common.files import atomic_path
+from qnas.common.files import partial_folder, remove_leftovers, sync
 from qnas.common.host import cpu_name
 from qnas.common.resources import user_cache
 
@@ -43,16 +49,22 @@ FLAGS = (
     "-shared",
 )
 BUILD_SECONDS = 600  # a build that takes longer has failed
+_MARK = b"\nqnas-sha256:"  # at a library's end, with the digest of all before it: linkers ignore what follows
+_MOST_BYTES = 100_000_000  # of a library, which has some 200 kB
 
 # arguments of every kernel: sizes, the norm's epsilon, pointers to the inputs and to the outputs
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class _Refused(Exception):  # noqa: N818  # not an error: the kernels are built instead
+    """A file or folder is not to be trusted; the text says why."""
 
 
 @dataclass(frozen=True)
 class Native:
     """The loaded kernels and their file."""
 
-    path: Path
+    path: Path  # gone if the kernels were built for this process alone
     lanes: int  # floats in a vector: 16 with AVX-512
     _library: ctypes.CDLL
 
@@ -81,6 +93,7 @@ def describe() -> dict[str, Any]:
         "file": None if path is None else str(path),
         "built": path is not None and path.exists(),
         "loaded": _load.cache_info().currsize > 0 and _load() is not None,
+        "refused": refused_folder(),
     }
 
 
@@ -105,16 +118,36 @@ def cached_path(compiler: str) -> Path:
     return cache_folder() / f"qnas-{digest.hexdigest()[:24]}.so"
 
 
-def build(compiler: str, path: Path) -> None:
-    """Compile the sources into the shared object `path`, atomically.
+def refused_folder() -> str:
+    """Return why nothing is loaded from the cache's folder; an empty text where it is trusted or missing."""
+    folder = cache_folder()
+    try:
+        _check_folder(folder)
+    except FileNotFoundError:
+        return ""
+    except (OSError, _Refused) as error:
+        return str(error)
+    return ""
 
-    Several processes may build the same file at once: each writes its own, and the last one stays.
-    Raises OSError or subprocess.SubprocessError.
+
+def build(compiler: str, path: Path) -> None:
+    """Compile the sources into the shared object `path`, atomically, with its digest at the end.
+
+    Several processes may build the same file at once: each writes its own, and the last one stays. The
+    folder must be one that only this user can write. Raises OSError or subprocess.SubprocessError.
     """
-    with atomic_path(path) as partial:
+    remove_leftovers(path.parent)
+    with partial_folder(path) as folder:
+        partial = folder / path.name
         sources = [str(source) for source in sorted(FOLDER.glob("*.cpp"))]
         command = [compiler, *FLAGS, *sources, "-o", str(partial)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        content = partial.read_bytes()
+        partial.write_bytes(content + _MARK + hashlib.sha256(content).hexdigest().encode())
+        partial.chmod(0o700)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
 
 
 _failures: list[Exception] = []  # of `_load`, which tries once
@@ -132,23 +165,73 @@ def _load() -> Native | None:
         return None  # not an error: most machines that only run qnas have no compiler
     try:
         path = cached_path(compiler)
-        if not path.exists():
-            build(compiler, path)
         try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError:  # a damaged file
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _check_folder(path.parent)
+        except _Refused as error:
+            _warn(f"{error}: the C++ kernels are built for this process alone")
+            return _built_alone(compiler, path.name)
+        try:
+            return _open(path)
+        except (OSError, _Refused):  # not there yet, damaged, or of others
             build(compiler, path)
-            loaded = ctypes.CDLL(str(path))
-        return Native(path, int(loaded.qnas_lanes()), loaded)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            return _open(path)
+    except (OSError, subprocess.SubprocessError, AttributeError, _Refused) as error:
         _failures.append(error)
-        warnings.warn(
+        _warn(
             f"the C++ kernels could not be built ({_reason(error)}); torch's operators are used instead, "
-            "which is slower. QNAS_KERNELS=0 turns the attempt off",
-            RuntimeWarning,
-            stacklevel=3,
+            "which is slower. QNAS_KERNELS=0 turns the attempt off"
         )
         return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _built_alone(compiler: str, name: str) -> Native:
+    """Build and load the kernels in a folder that is removed at once: a loaded library needs no file."""
+    with tempfile.TemporaryDirectory(prefix="qnas-") as folder:
+        path = Path(folder) / name
+        build(compiler, path)
+        return _open(path)
+
+
+def _open(path: Path) -> Native:
+    """Load a library if it is to be trusted. Raises OSError or _Refused."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_owner(path, os.fstat(handle), stat.S_ISREG)
+        with open(handle, "rb", closefd=False) as file:
+            content = file.read(min(_MOST_BYTES, os.fstat(handle).st_size) + 1)
+        whole, _, digest = content.rpartition(_MARK)
+        if digest != hashlib.sha256(whole).hexdigest().encode():
+            raise _Refused(f"{path}: damaged: its SHA-256 does not match")
+        # the file that was checked, whatever the path names by now; the handle stays open, since the system
+        # takes two libraries of one name for the same
+        checked = Path(f"/proc/self/fd/{handle}")
+        loaded = ctypes.CDLL(str(checked if checked.exists() else path))
+        return Native(path, int(loaded.qnas_lanes()), loaded)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise _Refused if others own a folder or can write it.
+
+    Whoever can write a folder above it could only exchange it for another one of this user.
+    """
+    _check_owner(folder, folder.stat(), stat.S_ISDIR)
+
+
+def _check_owner(path: Path, found: os.stat_result, is_kind: Callable[[int], bool]) -> None:
+    if not is_kind(found.st_mode):
+        raise _Refused(f"{path}: not a {'folder' if is_kind is stat.S_ISDIR else 'regular file'}")
+    if found.st_uid not in (0, os.geteuid()):
+        raise _Refused(f"{path}: belongs to another user (number {found.st_uid})")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _Refused(f"{path}: others can write it (chmod go-w {path})")
 
 
 def call(

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
-from qnas.common.errors import CheckpointError
+from qnas.common.errors import CheckpointError, one_line
 from qnas.common.text import shown
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import METRICS_FILE, PREDICTIONS_FILE, RESULT_FILE
 from qnas.runs.report.charts import Series, chart, photograph, thin
 from qnas.runs.report.commands import training_command
+from qnas.runs.tensor_files import read_tensor_file
 from qnas.runs.text import never_text
 
 MATRIX_CLASSES = 30  # with more classes, the most frequent confusions are listed instead of a matrix
@@ -75,6 +76,9 @@ def _predictions(path: Path, result: Mapping[str, Any]) -> dict[str, Any] | None
             f"{path}: {right} of {n} images are right, but {RESULT_FILE} says "
             f"{result['test_accuracy']} of {result['test_images']}"
         )
+    most = max(int(numbers.max(initial=0)) for numbers in (found.labels, found.predicted))
+    if most >= len(names):
+        raise CheckpointError(f"{path}: has class {most}, the network has {len(names)} classes")
     counts = confusion(found, len(names))
     of_class, of_guess, cells = counts.sum(1).tolist(), counts.sum(0).tolist(), counts.tolist()
     # name, images, recall and precision of each class; None if there are no images to count
@@ -109,15 +113,33 @@ class Predictions:
     confidence: NDArray[np.float32]
     loss: NDArray[np.float32]
     mistakes: NDArray[np.int64]
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # (mistakes, C, H, W)
+
+    def __post_init__(self) -> None:
+        n, mistakes = len(self.labels), len(self.mistakes)
+        for name, kind, shape in (
+            *(("labels", np.int64, (n,)), ("predicted", np.int64, (n,)), ("confidence", np.float32, (n,))),
+            *(("loss", np.float32, (n,)), ("mistakes", np.int64, (mistakes,))),
+            ("images", np.uint8, (mistakes, *self.images.shape[1:])),
+        ):
+            array = getattr(self, name)
+            if array.dtype != kind or array.shape != shape:
+                raise ValueError(f"{name}: {array.dtype} {array.shape}, expected {kind.__name__} {shape}")
+        if self.images.ndim != 4 or self.images.shape[1] not in (1, 3) or 0 in self.images.shape[2:]:
+            raise ValueError(f"images: {self.images.shape}, expected (n, 1 or 3, H, W)")
+        for name, most in (("labels", None), ("predicted", None), ("mistakes", n)):
+            array = getattr(self, name)
+            if (array < 0).any() or (most is not None and (array >= most).any()):
+                raise ValueError(f"{name}: a number outside its range")
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read a file of predictions. Raises CheckpointError if it is damaged."""
+    file = read_tensor_file(path)
     try:
-        return Predictions(**load_file(path))
-    except (SafetensorError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of predictions: {error}") from error
+        return Predictions(**load(file.content))
+    except (SafetensorError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a file of predictions: {one_line(error)}") from error
 
 
 def confusion(predictions: Predictions, classes: int) -> NDArray[np.int64]:

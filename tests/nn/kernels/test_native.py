@@ -128,6 +128,127 @@ def test_damaged_file_in_the_cache_is_built_anew(small: Path) -> None:
         assert native.library() is not None
 
 
+def built(small: Path) -> Path:
+    """Return the path of a library that was built and is not loaded now."""
+    loaded = native.library()
+    assert loaded is not None
+    native._load.cache_clear()
+    return loaded.path
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", [0, 100, -80, -1])
+def test_a_library_with_one_other_bit_is_built_anew(place: int, small: Path) -> None:
+    path = built(small)
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert native.library() is not None
+    assert path.read_bytes() == whole
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_is_built_anew(mode: int, small: Path) -> None:
+    path = built(small)
+    path.chmod(mode)
+    before = inode(path)
+    assert native.library() is not None
+    assert inode(path) != before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@needs_compiler
+def test_a_link_in_the_place_of_a_library_is_not_followed(small: Path, tmp_path: Path) -> None:
+    path = built(small)
+    elsewhere = path.rename(tmp_path / "elsewhere.so")
+    path.symlink_to(elsewhere)
+    assert native.library() is not None
+    assert not path.is_symlink()
+
+
+@needs_compiler
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("which", ["folder", "file"])
+def test_what_belongs_to_another_user_is_not_loaded(
+    which: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = built(small)
+    os.chown(path.parent if which == "folder" else path, 12345, -1)
+    before = inode(path)
+    if which == "file":
+        assert native.library() is not None
+        assert inode(path) != before
+        return
+    opened: list[Path] = []
+    open_ = native._open
+
+    def watched(path: Path) -> native.Native:
+        opened.append(path)
+        return open_(path)
+
+    monkeypatch.setattr(native, "_open", watched)
+    with pytest.warns(
+        RuntimeWarning, match=r"belongs to another user \(number 12345\): the C\+\+ kernels are"
+    ):
+        assert native.library() is not None
+    assert path not in opened
+    assert inode(path) == before
+    assert "belongs to another user" in native.describe()["refused"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_from_a_folder_that_others_can_write_nothing_is_loaded(
+    mode: int, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = native.find_compiler()
+    assert compiler is not None
+    path = native.cached_path(compiler)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"planted")
+    path.parent.chmod(mode)
+    with pytest.warns(
+        RuntimeWarning, match=r"others can write it \(chmod go-w .*for this process alone$"
+    ) as told:
+        loaded = native.library()
+    assert len(told) == 1
+    assert loaded is not None
+    assert loaded.lanes == 4
+    assert loaded.path != path
+    assert not loaded.path.exists()
+    assert path.read_bytes() == b"planted"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@needs_compiler
+def test_new_folders_of_the_cache_are_only_for_the_user(small: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = built(small)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert native.refused_folder() == ""
+
+
+@needs_compiler
+def test_what_a_killed_build_left_is_removed_by_the_next(small: Path) -> None:
+    path = built(small)
+    path.unlink()
+    left = path.with_name(f".{path.name}.0123456789abcdef.partial")
+    left.mkdir()
+    (left / path.name).write_bytes(b"half")
+    assert native.library() is not None
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_without_a_compiler_there_is_no_warning(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with warnings.catch_warnings():
@@ -139,6 +260,7 @@ def test_without_a_compiler_there_is_no_warning(small: Path, monkeypatch: pytest
         "file": None,
         "built": False,
         "loaded": False,
+        "refused": "",
     }
 
 
