@@ -96,7 +96,7 @@ def test_a_network_that_never_predicts_a_class_is_said_in_words(plain: qnas.Trai
     ids=str,
 )
 def test_a_training_that_balances_the_classes_finds_the_rare_one(
-    options: dict[str, str], plain: qnas.TrainedNetwork, tmp_path: Path
+    options: dict[str, Any], plain: qnas.TrainedNetwork, tmp_path: Path
 ) -> None:
     found = train(tmp_path / "run", **options)
     assert found.balanced_accuracy is not None
