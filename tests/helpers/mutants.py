@@ -13,6 +13,7 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -119,8 +120,8 @@ def _change(document: Any, rng: Random) -> None:
         case 1:
             inside.insert(0, inside[key])
         case 2:
-            value = copy.deepcopy(rng.choice(places)[0])
-            inside[key] = value
+            with suppress(RecursionError):  # where an earlier change nested lists
+                inside[key] = copy.deepcopy(rng.choice(places)[0])
         case 3:
             value = []
             for _ in range(rng.choice((3, 70, 900))):
@@ -133,7 +134,8 @@ def _change(document: Any, rng: Random) -> None:
 def json_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[bytes]:
     """Yield mutants of a JSON file, half of the document and half of its bytes."""
     for changed in document_mutants(document, count - count // 2, seed=seed):
-        yield json.dumps(changed).encode(errors="surrogatepass")
+        with suppress(RecursionError):  # two changes nested lists in each other
+            yield json.dumps(changed).encode(errors="surrogatepass")
     yield from byte_mutants(json.dumps(document, indent=2).encode(), count // 2, seed=seed)
 
 
