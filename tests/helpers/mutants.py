@@ -101,8 +101,9 @@ def document_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[An
     rng = Random(seed)
     for _ in range(count):
         changed = copy.deepcopy(document)
-        for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            _change(changed, rng)
+        with suppress(RecursionError):  # of a copy of what is nested deeply
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                _change(changed, rng)
         yield changed
 
 
@@ -120,8 +121,8 @@ def _change(document: Any, rng: Random) -> None:
         case 1:
             inside.insert(0, inside[key])
         case 2:
-            with suppress(RecursionError):  # where an earlier change nested lists
-                inside[key] = copy.deepcopy(rng.choice(places)[0])
+            value = copy.deepcopy(rng.choice(places)[0])
+            inside[key] = value
         case 3:
             value = []
             for _ in range(rng.choice((3, 70, 900))):
@@ -134,8 +135,10 @@ def _change(document: Any, rng: Random) -> None:
 def json_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[bytes]:
     """Yield mutants of a JSON file, half of the document and half of its bytes."""
     for changed in document_mutants(document, count - count // 2, seed=seed):
-        with suppress(RecursionError):  # two changes nested lists in each other
+        try:
             yield json.dumps(changed).encode(errors="surrogatepass")
+        except RecursionError:  # of what is nested twice
+            yield b"[" * DEEP + b"]" * DEEP
     yield from byte_mutants(json.dumps(document, indent=2).encode(), count // 2, seed=seed)
 
 
