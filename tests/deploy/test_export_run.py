@@ -156,7 +156,9 @@ def test_where_the_data_are_gone_the_kept_images_check_a_file_and_int8_is_refuse
 
 
 def test_data_of_other_classes_are_refused(changed: Path) -> None:
-    set_result(changed, classes=[*"abcdefghij"])
+    rows = read_json(changed / SUBNET_FOLDER / RESULT_FILE, CheckpointError)["per_class"]
+    renamed = [{**row, "class": name} for row, name in zip(rows, "abcdefghij", strict=True)]
+    set_result(changed, classes=[*"abcdefghij"], per_class=renamed)
     with pytest.raises(DataError, match=r"classes are 0, 1, 2, 3, 4, \.\.\. \(10\), the network's a, b, c"):
         export(changed, data="digits")
     assert left(changed / EXPORT_FOLDER) == []
