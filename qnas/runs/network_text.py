@@ -57,7 +57,10 @@ def describe_network(space: SearchSpace, blocks: Sequence[BlockSpec]) -> str:
         if columns() < ROOMY:
             indent = " " * (4 if rest else 2)
             counts = f"{shape}, {macs} MACs, {params} params"
-            lines += [wrapped(title.strip(), indent, f"{indent}  "), wrapped(counts, *[f"{indent}  "] * 2)]
+            lines += [
+                wrapped(title.strip(), indent, f"{indent}  "),
+                wrapped(counts, f"{indent}  ", f"{indent}  "),
+            ]
         else:
             lines.append(f"{title:<{18 + width}}{shape:>12} {macs:>8} {params:>8}")
     return "\n".join(lines)
