@@ -103,3 +103,11 @@ def test_a_card_keeps_what_it_said_of_other_files_of_the_same_weights(tmp_path: 
     (tmp_path / JSON).write_text("broken")
     assert kept_files(tmp_path, "w") == {}
     assert kept_files(tmp_path / "none", "w") == {}
+
+
+def test_a_card_says_what_an_accuracy_hides() -> None:
+    hidden = {"top1": 0.95, "balanced": 0.5, "never_predicted": [CARD["task"]["classes"][0]]}
+    text = markdown(CARD | {"accuracy": CARD["accuracy"] | hidden})
+    assert "; balanced accuracy 50.00%, the mean recall of the classes" in text
+    assert "- Warning: the network never predicts 1 of " in text
+    assert "balanced" not in markdown(CARD), "a card of an older version"
