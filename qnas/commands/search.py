@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from qnas.runs.folders import read_config
 from qnas.runs.names import BROKEN_FILE, LEFT_OUT_FILE
 from qnas.runs.text import (
     BALANCING,
+    balanced_beside,
     balanced_text,
     choice_line,
     field,
@@ -158,9 +160,11 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
     if random:
         lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
+        known = [entry["balanced_accuracy"] for entry in found["random"] if "balanced_accuracy" in entry]
+        beside = balanced_beside(mean(random), mean(known)) if known else ""
         yield field(
             "against",
-            f"{mean_and_spread(random)} for {len(random)} random networks of {lowest} or more, "
+            f"{mean_and_spread(random)}{beside} for {len(random)} random networks of {lowest} or more, "
             f"best {max(random):.1%}",
         )
     else:
@@ -174,7 +178,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
         else:
             same = ": the same network" if rival["choices"] == list(result.arch.choices) else ""
             took = f"{format_ms(rival['latency_ms'])}, {format_count(rival['macs'])} MACs"
-            yield field("", f"{rival['accuracy']:.1%} for {what} ({took}){same}")
+            beside = balanced_beside(rival["accuracy"], rival.get("balanced_accuracy"))
+            yield field("", f"{rival['accuracy']:.1%}{beside} for {what} ({took}){same}")
     seeds = found["seeds"]["accuracies"]
     if len(seeds) > 1:
         spread = mean_and_spread([seeds[seed] for seed in sorted(seeds, key=int)])

@@ -86,6 +86,15 @@ def balanced_text(accuracy: float, balanced: float | None, digits: int = 2) -> s
     return f"balanced accuracy {balanced:.{digits}%}, the mean recall of the classes"
 
 
+def balanced_beside(accuracy: float, balanced: float | None) -> str:
+    """Return a balanced accuracy in brackets, to follow an accuracy; empty as in `balanced_text`.
+
+    >>> balanced_beside(0.95, 0.5), balanced_beside(0.95, None)
+    (' (balanced 50.0%)', '')
+    """
+    return f" (balanced {balanced:.1%})" if balanced_text(accuracy, balanced, digits=1) else ""
+
+
 def never_text(names: Sequence[str], classes: int) -> str:
     """Say which classes a network never predicts; empty if there are none.
 
@@ -102,9 +111,7 @@ def choice_line(ranking: Sequence[Mapping[str, Any]], solved: int) -> str:
     """Describe how the first network of a ranking (`ranking_document`) was chosen from those solved for."""
     first, level = ranking[0], sum(entry["level"] for entry in ranking)
     accuracy = f"held-out accuracy {first['heldout_accuracy']:.1%}"
-    balanced = first.get("heldout_balanced_accuracy")  # not in older runs
-    if balanced is not None and balanced_text(first["heldout_accuracy"], balanced, digits=1):
-        accuracy += f" (balanced {balanced:.1%})"
+    accuracy += balanced_beside(first["heldout_accuracy"], first.get("heldout_balanced_accuracy"))
     if solved == 1:
         return f"the only network within the budget; {accuracy}"
     of = f"of the {solved} best within the budget; {accuracy}; number {first['rank']} by score"

@@ -19,7 +19,7 @@ ANSWER_SECONDS = (
 def hub_problem(seconds: float = ANSWER_SECONDS) -> str:
     """Return why the hub cannot be used, in a few words, within some seconds; empty if it answers."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # re-exported without a word
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # its documented place
 
     where = one_line(constants.ENDPOINT, 60)
     if constants.HF_HUB_OFFLINE:

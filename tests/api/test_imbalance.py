@@ -122,7 +122,7 @@ def test_a_training_that_balances_the_classes_finds_the_rare_one(
     ],
     ids=str,
 )
-def test_rare_classes_are_not_made_up_for_twice(options: dict[str, str], tmp_path: Path) -> None:
+def test_rare_classes_are_not_made_up_for_twice(options: dict[str, Any], tmp_path: Path) -> None:
     names = " and ".join(
         f"`{key}='balanced'`" for key in ("loss", "class_weights", "sampler") if key in options
     )
@@ -167,7 +167,7 @@ def test_a_search_says_which_classes_its_network_never_predicts(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("options", [{"sampler": "balanced"}, {"class_weights": "balanced"}], ids=str)
-def test_a_search_that_balances_goes_on_to_the_bit(options: dict[str, str], tmp_path: Path) -> None:
+def test_a_search_that_balances_goes_on_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
     whole = search(tmp_path / "whole", batch_size=32, **options)
 
     stopped = tmp_path / "stopped"

@@ -117,3 +117,11 @@ def test_the_page_says_in_words_what_a_file_takes_and_that_it_is_too_much() -> N
     )
     assert "not predicted on mine at 256 px: unknown device 'mine'" in page
     assert "| not predicted |" in markdown(CARD)
+
+
+def test_a_card_says_what_an_accuracy_hides() -> None:
+    hidden = {"top1": 0.95, "balanced": 0.5, "never_predicted": [CARD["task"]["classes"][0]]}
+    text = markdown(CARD | {"accuracy": CARD["accuracy"] | hidden})
+    assert "; balanced accuracy 50.00%, the mean recall of the classes" in text
+    assert "- Warning: the network never predicts 1 of " in text
+    assert "balanced" not in markdown(CARD), "a card of an older version"
