@@ -25,7 +25,7 @@ from qnas.data.image_files import ImageNumbers, OriginalFile
 from qnas.data.image_formats import readable_formats
 from qnas.data.pil_pixels import FULL_BITS, lacks_bits, orientation, pil_pixels
 
-PIXELS_LIMIT = 89_000_000  # of an image, which takes up to 1 GB to decode; Pillow warns of a little more
+PIXELS_LIMIT = 8192 * 8192  # of an image, which takes up to 1 GB to decode
 _LARGE_PIXELS = 25_000_000  # images from here on are decoded one at a time
 _ONE_LARGE = Lock()
 BATCHES_AHEAD = 2  # batches to decode ahead of the consumer

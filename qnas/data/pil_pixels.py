@@ -45,7 +45,8 @@ def orientation(image: Image.Image) -> Any:
 
 def on_white(image: Image.Image) -> Image.Image:
     """Compose a transparent image on white: colours that nobody sees do not count."""
-    image = image.convert("RGBA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
     whole = Image.new("RGB", image.size, "white")
     whole.paste(image, mask=image)
     return whole
@@ -90,5 +91,6 @@ def pil_pixels(image: Image.Image, bits: int = 16) -> Tensor:
     is_grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = on_white(image)
-    whole: Tensor = tv.pil_to_tensor(image.convert("L" if is_grey else "RGB"))
+    mode = "L" if is_grey else "RGB"
+    whole: Tensor = tv.pil_to_tensor(image if image.mode == mode else image.convert(mode))
     return whole

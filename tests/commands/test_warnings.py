@@ -18,5 +18,5 @@ def test_what_pillow_warns_of_is_listed_by_us_alone(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         data = load_data(f"imagefolder:{root}", resolution_px=8, max_broken=0.1, quiet=True)
         warnings.warn("of another package", UserWarning, stacklevel=1)
-    assert [each.problem for each in data.broken] == ["9999 x 9999 pixels, expected at most 89,000,000"]
+    assert [each.problem for each in data.broken] == ["9999 x 9999 pixels, expected at most 67,108,864"]
     assert [str(each.message) for each in told] == ["of another package"]

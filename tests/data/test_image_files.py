@@ -104,6 +104,7 @@ SIZE = slice(124, 136)
         b"\x80" + b"\xff" * 11,
         b"\x80\0\0\0\x7f" + b"\xff" * 7,
         b"\xff" * 12,
+        b"\xff" * 10 + b"\xfe\0",  # -512: the next header is this one again
         b"\xff" * 11 + b"\0",
         b"77777777777\0",
         b"00000777777\0",
