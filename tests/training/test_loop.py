@@ -337,7 +337,7 @@ class Drawing:
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        if self.steps_done == self.stop_saving:
+        if self.stop_saving and self.steps_done == self.stop_saving:
             self.stop_saving = 0
             os.kill(os.getpid(), signal.SIGTERM)
         self.saved_after.append(self.steps_done)

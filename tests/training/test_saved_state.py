@@ -134,7 +134,7 @@ def attempts(make: Callable[[], Stepper], states: Iterator[Any]) -> tuple[int, i
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(25, id="some"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
+    "count", [pytest.param(25, id="some"), pytest.param(300, id="many", marks=pytest.mark.slow)]
 )
 def test_any_state_is_taken_or_refused_in_one_line(
     count: int, made: tuple[Callable[[], Stepper], dict[str, Any]]
