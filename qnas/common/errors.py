@@ -6,6 +6,8 @@ The message of an error is one line: the place, what was found and what was expe
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from qnas.common.text import shown
+
 HINTED_CHARACTERS, KNOWN_CHARACTERS = 150, 200  # of the names that are known, with and without a near one
 LIST_CHARACTERS = 260  # of a list in a message
 ITEM_CHARACTERS = (200, 90, 60)  # of an item of it: the first that leaves room for all
@@ -119,6 +121,4 @@ def one_line(text: object, most: int = 200) -> str:
     >>> one_line("unknown\\n  name " + 50 * "x", most=20)
     'unknown name xxxx...'
     """
-    words = " ".join(str(text).split()) or type(text).__name__
-    words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[: most + 1])
-    return words if len(words) <= most else f"{words[: most - 3]}..."
+    return shown(" ".join(str(text).split()) or type(text).__name__, most)

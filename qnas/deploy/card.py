@@ -144,7 +144,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"- Training: {trained}; {recipe}",
         f"- Accuracy: {accuracy['top1']:.2%} on {accuracy['images']} {accuracy.get('split', 'test')} images "
         f"(95% interval {low:.1%} to {high:.1%}){f'; {balanced}' if balanced else ''}",
-        *([f"- Warning: the network {never}"] if never else []),
+        *([f"- Warning: the network {in_markdown(never, 500)}"] if never else []),
         f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
         f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
         f"{', '.join(network['choices'])}",

@@ -49,6 +49,9 @@ Seed = Annotated[int, Field(ge=0)]
 Nats = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 LogShare = Annotated[float, Field(ge=-1e6, le=1e-6, allow_inf_nan=False)]
 ClassName = Annotated[str, Field(max_length=1000)]
+ClassNames = Annotated[list[ClassName], Field(max_length=MOST_CLASSES)]
+LeftOut = dict[Text, Count]  # files by the reason
+SplitNames = dict[Literal["train", "heldout", "test"], Annotated[Text, Field(max_length=100)]]
 
 
 # ---- config.json
@@ -189,6 +192,7 @@ class RankedEntry(Document):
     rank: Ordinal
     score: Number
     heldout_accuracy: Share
+    heldout_balanced_accuracy: Share = ABSENT
     heldout_loss: Loss
     level: bool
     params: Count
@@ -218,10 +222,13 @@ class ArchDocument(ArchFields):
     certificate: Certificate = ABSENT
     latency_source: Text | None = None
     supernet_accuracy: Share = ABSENT
+    supernet_balanced_accuracy: Share = ABSENT
     heldout_accuracy: Share | None = None
+    heldout_balanced_accuracy: Share | None = None
     seed: Seed | None = None
     versions: Versions = ABSENT
     supernet: PathText = ABSENT
+    supernet_sha256: Digest | None = None
     ranking: Ranking = ABSENT
     warning: Text | None = None
     measured: Measured = ABSENT
@@ -266,6 +273,8 @@ class Derived(Rival):
     """The derived network."""
 
     heldout_accuracy: Share
+    heldout_balanced_accuracy: Share = ABSENT
+    never_predicted: ClassNames = ABSENT
 
 
 class Seeds(Document):
@@ -294,6 +303,9 @@ class SearchDocument(Document):
     budget_binds: bool
     images: dict[Text, Count]
     broken_images: Count
+    left_out: LeftOut = ABSENT
+    split_names: SplitNames = ABSENT
+    classes: ClassNames = ABSENT
     log_probabilities: list[list[LogShare]]
     effects: Effects | None
     screened: Ordinal
@@ -365,7 +377,9 @@ class ResultDocument(Document):
     file_schema: Literal["qnas.subnet/1"] = Field(alias="schema")
     test_accuracy: Share
     test_balanced_accuracy: Share = ABSENT
-    never_predicted: Annotated[list[ClassName], Field(max_length=MOST_CLASSES)] = ABSENT
+    never_predicted: ClassNames = ABSENT
+    left_out: LeftOut = ABSENT
+    split_names: SplitNames = ABSENT
     test_loss: Loss
     test_images: Annotated[int, Field(ge=1, le=10**12)]
     broken_images: Count
@@ -417,6 +431,7 @@ class FrontPoint(Document):
     heldout_accuracy: Share | None
     heldout_low: Share | None
     heldout_high: Share | None
+    heldout_balanced_accuracy: Share | None = None
     score: Number
     macs: Count
     params: Count
@@ -469,6 +484,7 @@ class MetricsRow(Document):
     # of an architecture step
     arch_loss: Number = ABSENT
     arch_accuracy: Share = ABSENT
+    arch_balanced_accuracy: Share = ABSENT
     expected_ms: Number = ABSENT
     limit_ms: Positive = ABSENT
     multiplier: Number = ABSENT
@@ -482,6 +498,7 @@ class MetricsRow(Document):
     train_loss: Number = ABSENT
     learning_rate: Amount = ABSENT
     test_accuracy: Share = ABSENT
+    test_balanced_accuracy: Share = ABSENT
     test_loss: Loss = ABSENT
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ from pathlib import Path
 from textwrap import fill as fill_text
 from typing import Any
 
-from qnas.common.errors import abbreviate, one_line
+from qnas.common.errors import abbreviate
+from qnas.common.text import shown
 
 WIDEST, NARROWEST = 80, 20  # columns
 ROOMY = 72  # columns that tables and trees are laid out for; with fewer, their lines are divided
@@ -103,7 +104,7 @@ def never_text(names: Sequence[str], classes: int) -> str:
     """
     if not names:
         return ""
-    listed = abbreviate([one_line(name, NAME_SHOWN) for name in names])
+    listed = abbreviate([shown(name, NAME_SHOWN) for name in names])
     return f"never predicts {len(names)} of {classes} classes: {listed}"
 
 
