@@ -142,6 +142,7 @@ def test_a_run_lists_what_is_left_out_and_calls_val_val(capsys: pytest.CaptureFi
     found = json.loads(Path("run/search.json").read_text())
     assert found["left_out"] == {".txt files": 1}
     assert found["split_names"] == {"train": "train", "test": "val"}
+    (Path("photos") / "more.txt").write_text("x")  # changes nothing for a run
     assert qnas(*["train-subnet", "run", "--resolution", "16", "--epochs", "1", "-q"]) == 0
     said = capsys.readouterr()
     assert "12 val images" in joined(said.out)
