@@ -72,7 +72,7 @@ def test_a_network_without_mistakes_has_none(digits: ImageData) -> None:
 
 def test_a_damaged_file_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="not a file of predictions"):
+    with pytest.raises(CheckpointError, match="damaged: not a safetensors file"):
         read_predictions(tmp_path / "p")
     save_tensors(tmp_path / "p", {"labels": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="not a file of predictions"):
