@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from qnas.api.results import find_source
 from qnas.common.arguments import check_arguments
+from qnas.common.errors import UsageError
 from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, Prediction, predict_arch
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.network_prediction import predict_network
+from qnas.runs.network_prediction import predict_network, read_network
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
@@ -23,6 +24,7 @@ def predict(
     device: str | Path | Device,
     *,
     example_input: "Tensor | None" = None,
+    resolution_px: int | None = None,
     latency: str = DEVICE,
 ) -> Prediction:
     """Predict the latency of a network for one image, with the latency of each of its layers.
@@ -30,7 +32,8 @@ def predict(
     `network` is a result of qnas, a run's folder, an arch.json, a fixed space by name, a space with an
     architecture of it, an ONNX file, or a torch.nn.Module together with an `example_input` (B, C, H, W).
     Operators that the device does not know are priced by their multiply-adds, or without any as passes over
-    their feature maps; the prediction's `note` names and counts them. `latency` is "device" or "nn-meter".
+    their feature maps; the prediction's `note` names and counts them. `resolution_px` is for an ONNX file
+    that leaves the image size open. `latency` is "device" or "nn-meter".
 
     Raises TableError if the device is unknown or cannot price the network, ArchError, SpaceError or
     ExportError if the network cannot be read.
@@ -39,12 +42,15 @@ def predict(
     >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"
     '56.1 ms, 88% from measurements'
     """
+    check_arguments(resolution_px=resolution_px)
     known = load_device(device)
+    if resolution_px is not None and not isinstance(network, str | Path):
+        raise UsageError(f"`resolution_px={resolution_px}`: for ONNX files only")
     if isinstance(network, FoundArch | tuple):
         found = find_source(network)
         return predict_arch(latency, known, found.space, found.arch)
     if isinstance(network, str | Path):
-        return predict_network(network, known, latency=latency)
+        return predict_network(read_network(network, resolution_px=resolution_px), known, latency=latency)
     if not callable(network):
         check_arguments(network=network)
     from qnas.deploy.module_latency import predict_module
