@@ -126,7 +126,9 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
             known = _known_keys(model, loc[:-1])
             message += f" ({nearest(str(loc[-1]), known)})" if known else ""
         elif kind not in ("missing", "too_short", "too_long") and not isinstance(problem["input"], dict):
-            message += f", got {_show(problem['input'])}"
+            # before the list of known names, which a short line has no room for
+            told, bracket, known_names = message.partition(" (")
+            message = f"{told}, got {_show(problem['input'])}{bracket}{known_names}"
         key = _key(loc)
         lines.append(f"{quote}{key}{quote}: {message}" if key else message)
     return abbreviate(list(dict.fromkeys(lines)), "; ", most=len(lines))

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
-from qnas.common.errors import BrokenImageError, DataError, abbreviate
+from qnas.common.errors import BrokenImageError, DataError
 from qnas.common.files import csv_text
 from qnas.common.resources import user_cache
 from qnas.common.text import escaped, shown
@@ -89,10 +89,10 @@ def read_each(
 def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> None:
     """Raise DataError if more than a share `most` of the images is broken."""
     if len(broken) > most * images:
-        each = [f"{escaped(image.file)}: {shown(image.problem)}" for _, image in sorted(broken.items())]
+        first = broken[min(broken)]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
-            f"{abbreviate(each, '; ', most=3)}"
+            f"first {escaped(first.file)}: {shown(first.problem, 200)}"
         )
 
 

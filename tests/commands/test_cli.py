@@ -328,7 +328,7 @@ def test_an_arch_of_another_space_or_schema_is_refused(
     path = searched / "arch.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "schema": "qnas.arch/0"}))
-    assert "expected schema 'qnas.arch/1', got 'qnas.arch/0'" in complaint(capsys, "describe", searched)
+    assert "schema: expected 'qnas.arch/1', got 'qnas.arch/0'" in complaint(capsys, "describe", searched)
     path.write_text(json.dumps(document))
     said = complaint(capsys, "describe", path, "--space", "quadranet-mobile")
     assert "belongs to space 'tiny'" in said
@@ -563,7 +563,9 @@ def test_a_search_is_solved_again_for_another_device_and_trained(
         capsys, "derive", folder, "--device", "cpu", "--budget", "1ms"
     )
     (searched / "search.json").write_text("{}")
-    assert "search again" in complaint(capsys, "derive", searched, "--device", "cpu", "--budget", "2ms")
+    assert "search.json: schema: missing" in complaint(
+        capsys, "derive", searched, "--device", "cpu", "--budget", "2ms"
+    )
 
 
 def test_several_devices_and_counts_all_hold(

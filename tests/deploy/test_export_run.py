@@ -18,7 +18,7 @@ from helpers.tiny import TINY_SPACE
 from torch import Tensor
 
 import qnas.deploy.measurement
-from qnas.common.errors import CheckpointError, DataError, ExportError, UsageError
+from qnas.common.errors import CheckpointError, DataError, ExportError, QnasWarning, UsageError
 from qnas.common.files import write_json, write_text
 from qnas.common.reading import read_json
 from qnas.data.loading import load_data
@@ -30,7 +30,7 @@ from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import RealImages
 from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
 from qnas.deploy.file_latency import describe_latency
-from qnas.latency.device import load_device
+from qnas.latency.device import Device, load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.onnx.networks import read_onnx
 from qnas.latency.prediction import predict_arch, predict_file
@@ -88,6 +88,13 @@ def set_result(folder: Path, **entries: Any) -> None:
 
 def export(source: Path, out: Path | None = None, **options: Any) -> ExportedFiles:
     return export_trained(source, out, ExportRequest(**options))
+
+
+def search_on(folder: Path, *devices: Device, budget_ms: float = 20.0) -> None:
+    """Write the arch.json that a search on these devices would have written."""
+    limits = tuple(latency_limit(compute_table(device, SPACE), budget_ms) for device in devices)
+    solution = Solution(ARCH.indices(SPACE), -1.5, limits, -1.5, 1, 20)
+    write_json(folder / SUBNET_FOLDER / ARCH_FILE, solution_document(SPACE, solution, {}))
 
 
 def left(folder: Path) -> list[str]:
@@ -159,7 +166,7 @@ def test_data_of_other_classes_are_refused(changed: Path) -> None:
     rows = read_json(changed / SUBNET_FOLDER / RESULT_FILE, CheckpointError)["per_class"]
     renamed = [{**row, "class": name} for row, name in zip(rows, "abcdefghij", strict=True)]
     set_result(changed, classes=[*"abcdefghij"], per_class=renamed)
-    with pytest.raises(DataError, match=r"classes are 0, 1, 2, 3, 4, \.\.\. \(10\), the network's a, b, c"):
+    with pytest.raises(DataError, match=r"classes are 0, 1, 2, 3, 4, and 5 more \(10\), the network's a"):
         export(changed, data="digits")
     assert left(changed / EXPORT_FOLDER) == []
 
@@ -249,9 +256,7 @@ def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_i
     device = load_device("myriad-vpu")
     budget_ms = predict_arch("device", device, found.space, found.arch).latency_ms
     assert found.space.input.resolution_px == 32
-    limit = {"name": "myriad-vpu", "unit": "ms", "amount": budget_ms, "budget": budget_ms}
-    document = {**found.document, **SEARCHED, "limits": [limit], "budget_ms": budget_ms}
-    write_json(changed / SUBNET_FOLDER / ARCH_FILE, document)
+    search_on(changed, device, budget_ms=budget_ms)
     said = {}
     for px in (8, 32, 64):
         out = tmp_path / str(px)
@@ -276,10 +281,9 @@ def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_i
 
 
 def test_of_a_device_that_is_gone_it_is_said_that_nothing_is_predicted(changed: Path, tmp_path: Path) -> None:
-    document = read_json(changed / SUBNET_FOLDER / ARCH_FILE, CheckpointError)
-    limit = {"name": "mine", "unit": "ms", "amount": 1.0, "budget": 2.0}
-    write_json(changed / SUBNET_FOLDER / ARCH_FILE, {**document, "device": "mine", "limits": [limit]})
-    (latency,) = export(changed, tmp_path / "out").predicted
+    search_on(changed, load_device("vpu").model_copy(update={"name": "mine"}))
+    with pytest.warns(QnasWarning, match="the latency on mine is not recomputed"):
+        (latency,) = export(changed, tmp_path / "out").predicted
     assert latency.latency_ms is None
     assert not latency.over_budget
     assert "not predicted on mine at 8 px: unknown device 'mine'" in describe_latency(latency.facts())
@@ -289,10 +293,9 @@ def test_an_own_device_is_found_where_the_search_was_given_it(changed: Path, tmp
     own = load_device("vpu").model_copy(update={"name": "mine", "aliases": ()})
     write_text(tmp_path / "mine.json", own.to_json())
     write_json(changed / "config.json", {"limits": [{"device": str(tmp_path / "mine.json")}]})
-    document = read_json(changed / SUBNET_FOLDER / ARCH_FILE, CheckpointError)
-    limits = [{"name": name, "unit": "ms", "amount": 1.0, "budget": 20.0} for name in ("mine", "myriad-vpu")]
-    write_json(changed / SUBNET_FOLDER / ARCH_FILE, {**document, "device": "mine", "limits": limits})
-    mine, vpu = export(changed, tmp_path / "out").predicted
+    search_on(changed, own, load_device("vpu"))
+    with pytest.warns(QnasWarning, match="the latency on mine is not recomputed"):
+        mine, vpu = export(changed, tmp_path / "out").predicted
     assert mine.latency_ms == pytest.approx(vpu.latency_ms)
 
 
@@ -462,13 +465,11 @@ def test_what_is_not_trained_or_damaged_is_refused(changed: Path, tmp_path: Path
         export(changed)
 
 
-@pytest.mark.parametrize("bits", [7, 17, "12", 12.0, True, [], "\x1b[31m" * 100])
+@pytest.mark.parametrize("bits", [7, 17, "12", 12.5, True, [], "\x1b[31m" * 100])
 def test_damaged_significant_bits_are_refused_in_one_line(bits: Any, changed: Path) -> None:
     path = changed / SUBNET_FOLDER / RESULT_FILE
     write_json(path, read_json(path, CheckpointError) | {"significant_bits": bits})
-    with pytest.raises(
-        CheckpointError, match=rf"^{path}: significant_bits: expected 8 to 16, got \S"
-    ) as error:
+    with pytest.raises(CheckpointError, match=rf"^{path}: significant_bits: expected .*, got \S") as error:
         export_trained(changed, None, ExportRequest())
     assert str(error.value).isprintable()
 
