@@ -92,7 +92,7 @@ def check_broken(broken: BrokenImages, images: int, most: float, where: str) -> 
         first = broken[min(broken)]
         raise DataError(
             f"{where}: {len(broken)} of {images} images are broken, more than `max_broken={most:g}` allows: "
-            f"first {escaped(first.file)}: {shown(first.problem, 200)}"
+            f"{'the first: ' if len(broken) > 1 else ''}{escaped(first.file)}: {shown(first.problem, 200)}"
         )
 
 

@@ -202,7 +202,7 @@ def _product(
         px,
         metadata,
         batch,
-        result["significant_bits"] or FULL_BITS,
+        result.get("significant_bits") or FULL_BITS,
         result.get("pads") is True,
         calibration,
     )
@@ -250,7 +250,7 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
         channels=found.space.input.channels,
         memory_limit_bytes=0,  # so that only the images that are used are decoded
         max_broken=None,  # broken images among them are left out
-        bits=result["significant_bits"] or FULL_BITS,
+        bits=result.get("significant_bits") or FULL_BITS,
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):

@@ -109,7 +109,5 @@ def _device(found: FoundArch, name: str) -> Device:
 def _asked(folder: Path) -> Iterator[str]:
     """Yield the devices that the run of a trained network was given, by name or path."""
     run = folder.parent if folder.name == SUBNET_FOLDER else folder
-    limits = read_config(run).get("limits") if (run / CONFIG_FILE).is_file() else ()
-    for entry in limits if isinstance(limits, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("device"), str):
-            yield entry["device"]
+    limits = read_config(run).get("limits", ()) if (run / CONFIG_FILE).is_file() else ()
+    yield from (entry["device"] for entry in limits if "device" in entry)

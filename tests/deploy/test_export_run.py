@@ -292,7 +292,8 @@ def test_of_a_device_that_is_gone_it_is_said_that_nothing_is_predicted(changed: 
 def test_an_own_device_is_found_where_the_search_was_given_it(changed: Path, tmp_path: Path) -> None:
     own = load_device("vpu").model_copy(update={"name": "mine", "aliases": ()})
     write_text(tmp_path / "mine.json", own.to_json())
-    write_json(changed / "config.json", {"limits": [{"device": str(tmp_path / "mine.json")}]})
+    asked = {"name": "mine", "budget": "20ms", "device": str(tmp_path / "mine.json")}
+    write_json(changed / "config.json", {"command": "search", "search": {}, "limits": [asked]})
     search_on(changed, own, load_device("vpu"))
     with pytest.warns(QnasWarning, match="the latency on mine is not recomputed"):
         mine, vpu = export(changed, tmp_path / "out").predicted
