@@ -5,6 +5,7 @@ the other kinds. A problem with a data set raises a DataError that names the fil
 """
 
 import gzip
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,6 +61,10 @@ def parse_data_spec(text: str) -> DataSpec:
     'digits'
     """
     kind, _, folder = text.partition(":")
+    if kind not in KINDS and os.path.exists(text):  # Path.exists raises for some texts
+        raise DataError(
+            f"unknown data {quoted(text)}: for a folder of photos, imagefolder:{one_line(text, 100)}"
+        )
     try:
         return DataSpec(kind, Path(folder).expanduser().resolve() if folder else None)
     except (OSError, RuntimeError, ValueError) as error:  # "~nobody", a loop of links, a zero byte

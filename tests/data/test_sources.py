@@ -305,3 +305,10 @@ def test_a_path_or_kind_that_cannot_be_is_one_line(data: str) -> None:
     with pytest.raises(DataError) as error:
         open_dataset(data)
     check_refusal(error.value)
+
+
+def test_a_folder_without_its_kind_is_told_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"for a folder of photos, imagefolder:{tmp_path}$"):
+        parse_data_spec(str(tmp_path))
+    with pytest.raises(DataError, match="unknown data 'photos': known: cifar10"):
+        parse_data_spec("photos")
