@@ -132,7 +132,7 @@ def _change(document: Any, rng: Random) -> None:
                 value = [value]
             inside[key] = value
         case _:
-            inside[key] = rng.choice(_VALUES)
+            inside[key] = copy.deepcopy(rng.choice(_VALUES))  # they may be changed in turn
 
 
 def json_mutants(document: Any, count: int, *, seed: int = 0) -> Iterator[bytes]:

@@ -182,8 +182,8 @@ ALL_BROKEN: dict[str, Any] = {
         (
             "candidates",
             [
-                "candidates.block: unknown block (did you mean mbconv? known: identity, mbconv, quadra, or "
-                "one that a `plugin` registers first), got 'mbconf'",
+                "candidates.block: unknown block, got 'mbconf' (did you mean mbconv? known: identity, "
+                "mbconv, quadra, or one that a `plugin` registers first)",
                 "candidates.expansion: expected at most 16, got 17",
                 "candidates.kernel: expected an odd number, got 4",
             ],
