@@ -18,6 +18,7 @@ def export(
     formats: str | Sequence[str] = ("onnx",),
     *,
     precision: str = "fp32",
+    opset: int | None = None,
     resolution_px: int | None = None,
     batch: int | None = None,
     data: "GivenData | None" = None,
@@ -31,6 +32,7 @@ def export(
     """Write a trained network as files that run without qnas, each checked against the network.
 
     `formats` are of "onnx", "openvino", "torch" and "standalone"; `precision` is "fp32", "fp16" or "int8".
+    `opset` is of ONNX, 13 to 20, for runtimes that read no newer one.
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
     the training's data); its accuracy may be lower by at most `max_drop`. `measure` times the files on this
@@ -42,11 +44,17 @@ def export(
     from qnas.deploy.export_run import IMAGES, ExportRequest, export_trained
 
     check_arguments(
-        resolution_px=resolution_px, batch=batch, images=images, max_drop=max_drop, threads=threads
+        opset=opset,
+        resolution_px=resolution_px,
+        batch=batch,
+        images=images,
+        max_drop=max_drop,
+        threads=threads,
     )
     request = ExportRequest(
         formats=(formats,) if isinstance(formats, str) else tuple(formats),
         precision=precision,
+        opset=opset,
         resolution_px=resolution_px,
         batch=batch,
         data=data,

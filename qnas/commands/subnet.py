@@ -151,6 +151,9 @@ def export(
             complete=completion.one_of("fp32", "fp16", "int8"),
         ),
     ] = "fp32",
+    opset: Annotated[
+        int | None, option("ONNX opset, 13 to 20, for runtimes that read no newer one.", least=1)
+    ] = None,
     resolution: Annotated[
         int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
@@ -180,6 +183,7 @@ def export(
         source or latest_run(),
         formats or ("onnx",),
         precision=precision,
+        opset=opset,
         resolution_px=resolution,
         batch=batch,
         data=data,

@@ -23,7 +23,7 @@ _MS: Rule = (f"milliseconds, 0 to {MOST_MS:g}", lambda v: type(v) in (int, float
 _SOURCES = ("measured", "fitted", "estimated")  # of a latency
 _NEEDED = (_PATH[0], _NAME[0], _MS[0])  # where None is wrong too
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("batch", "images", "k_best", "resolution_px", "threads"), _at_least(1)),
+    **dict.fromkeys(("batch", "images", "k_best", "opset", "resolution_px", "threads"), _at_least(1)),
     "points": _at_least(2),
     **dict.fromkeys(("max_broken", "max_drop"), _SHARE),
     **dict.fromkeys(("loss", "metric"), _PART),

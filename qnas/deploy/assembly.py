@@ -19,7 +19,8 @@ from onnx import numpy_helper
 from onnxscript.optimizer import optimize
 from torch import nn
 
-from qnas.deploy.export.tracing import INPUT, OPSET, OUTPUT, trace_onnx
+from qnas.deploy.export.opset import TRACED_OPSET
+from qnas.deploy.export.tracing import INPUT, OUTPUT, trace_onnx
 from qnas.nn.blocks import build_block
 from qnas.spaces.lower import BlockSpec
 
@@ -82,7 +83,7 @@ def assemble(
         weights,
     )
     of_blocks = graphs[run[0].unnamed]
-    assert [entry.version for entry in of_blocks.opset_import if entry.domain == ""] == [OPSET]
+    assert [entry.version for entry in of_blocks.opset_import if entry.domain == ""] == [TRACED_OPSET]
     model = onnx.helper.make_model(
         graph, opset_imports=of_blocks.opset_import, ir_version=of_blocks.ir_version, producer_name="qnas"
     )

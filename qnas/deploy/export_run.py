@@ -5,20 +5,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
-from qnas.common.errors import CheckpointError, DataError, UsageError, abbreviate
+from qnas.common.errors import CheckpointError, DataError, UsageError, abbreviate, nearest
 from qnas.common.staging import one_writer, staged
 from qnas.common.text import shown
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.data.pil_pixels import FULL_BITS
 from qnas.deploy.card import JSON, MARKDOWN, card_document, file_metadata, write_card
-from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
+from qnas.deploy.export.formats import (
+    FORMATS,
+    Exported,
+    check_request,
+    export_files,
+    file_names,
+    optional_names,
+)
+from qnas.deploy.export.opset import check_opset
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import FilePrecision, Product, RealImages
+from qnas.deploy.export.product import Product, Ranges, RealImages, Variant
 from qnas.deploy.file_latency import FileLatency, predict_exported
 from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
@@ -39,6 +47,9 @@ class ExportRequest:
 
     formats: Sequence[str] = ("onnx",)
     precision: str = "fp32"
+    opset: int | None = None  # of ONNX; None: each format's own
+    ranges: str = "minmax"  # int8: how the range of a map is found
+    symmetric: bool = False  # int8: maps with a zero point of zero
     resolution_px: int | None = None  # None: as in training
     batch: int | None = None  # None: any batch size
     data: GivenData | None = None  # None: the data of the training
@@ -54,6 +65,15 @@ class ExportRequest:
             raise UsageError(f"`measure=True` times one image: leave out `batch={self.batch}`")
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise UsageError(f"`max_drop={self.max_drop}`: expected a share of the images, 0 to 1")
+
+    def variant(self) -> Variant:
+        """Return how the files are written. Raises UsageError for what is unknown or does not fit."""
+        precision = check_request(self.formats, self.precision, self.batch)
+        if self.opset is not None:
+            check_opset(self.opset)
+        if self.ranges not in get_args(Ranges):
+            raise UsageError(f"`ranges={self.ranges!r}`: {nearest(self.ranges, get_args(Ranges))}")
+        return Variant(precision, self.opset, cast(Ranges, self.ranges), self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -106,14 +126,18 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     is no trained network, another export is at work, or a file exists already, UsageError for an invalid
     request, DataError if int8 has no images, ExportError if the outputs of a file differ from the network's.
     """
-    precision = check_request(request.formats, request.precision)
+    variant = request.variant()
     folder = source.parent if source.suffix == ".json" else source
     trained = trained_folder(folder)
     if trained is None:
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     out = out or folder / EXPORT_FOLDER
     _check_folder(out)
-    names = [file for name in request.formats for file in file_names(name, precision)]
+    names = [
+        file
+        for name in request.formats
+        for file in (*file_names(name, variant), *optional_names(name, variant))
+    ]
     with one_writer(out, lambda process: CheckpointError(f"{out}: process {process} is exporting to it")):
         _check_free(out, names, request.force)
         found = find_arch(trained)
@@ -122,13 +146,13 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
         weights_sha256 = weights_digest(trained)
         former = read_former(out, weights_sha256)
         _check_stale(out, former, request.force)
-        return _export(found, result, precision, request, out, weights_sha256, former)
+        return _export(found, result, variant, request, out, weights_sha256, former)
 
 
 def _export(
     found: FoundArch,
     result: Mapping[str, Any],
-    precision: FilePrecision,
+    variant: Variant,
     request: ExportRequest,
     out: Path,
     weights_sha256: str,
@@ -141,13 +165,11 @@ def _export(
     predicted = predict_exported(found, px, len(result["classes"]))
     metadata = file_metadata(found, result, px, predicted)
     product = _product(found, result, px, metadata, request.batch, calibration, weights_sha256)
-    tolerance = TOLERANCES[precision]
+    tolerance = TOLERANCES[variant.precision]
     if request.max_drop is not None:
         tolerance = replace(tolerance, drop=request.max_drop)
     with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
-        files = export_files(
-            product, request.formats, precision, stage, images, tolerance=tolerance, shown=out
-        )
+        files = export_files(product, request.formats, variant, stage, images, tolerance=tolerance, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         write_card(
             stage,
@@ -157,7 +179,8 @@ def _export(
 
 
 def _check_folder(out: Path) -> None:
-    if out.suffix in {suffix for known in FORMATS.values() for suffix in known.suffixes}:
+    endings = tuple(ending for known in FORMATS.values() for ending in known.endings)
+    if out.name.endswith(endings):
         raise UsageError(f"`out={out}`: expected a folder, in which qnas names the files")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: expected a folder, found a file")

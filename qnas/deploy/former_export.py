@@ -47,6 +47,8 @@ class _Entry(BaseModel):
     resolution_px: int
     batch: int | None
     parity: Parity
+    runs_on: str = ""
+    checks: list[str] = []
     measured: _Measured | None
     predicted: list[_Predicted] = []
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qnas.common.errors import UsageError
 from qnas.deploy.export import standalone
 from qnas.deploy.export.folding import fold_norms
+from qnas.deploy.export.product import Variant
 from qnas.nn.blocks import QuadraBlock, build_block, quadratic_weights, start_linear
 from qnas.nn.subnet import build_network
 from qnas.spaces.arch import make_arch
@@ -115,7 +116,7 @@ def _check_file(name: str, norm: str, path: Path) -> None:
     blocks = lower(space, arch, resolution_px=PX, classes=10)
     network = _randomised(build_network(blocks))
     assert isinstance(network, nn.Sequential)
-    standalone.write(replace(trained(), network=network, blocks=blocks), "fp32", path, "file")
+    standalone.write(replace(trained(), network=network, blocks=blocks), Variant(), path, "file")
     images = digits(16).take(range(16))
     with torch.no_grad():
         expected = network(images)

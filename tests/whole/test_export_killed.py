@@ -105,7 +105,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, scene: Scene) -> None:
     scene.export()
     shutil.copy(scene.out / "model.onnx", made)
 
-    def write(product: object, precision: str, path: Path, where: str) -> None:
+    def write(product: object, variant: object, path: Path, where: str) -> None:
         path.write_bytes(made.read_bytes())
 
     monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=write))

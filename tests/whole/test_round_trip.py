@@ -18,6 +18,7 @@ from PIL import Image
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.formats import FORMATS, file_names
+from qnas.deploy.export.product import Variant
 from qnas.runs.names import EXPORT_FOLDER, PREDICTIONS_FILE, RESULT_FILE, SUBNET_FOLDER
 from qnas.runs.report.training import read_predictions
 
@@ -155,7 +156,7 @@ def test_a_network_is_the_same_from_its_search_to_every_format(kind: str, tmp_pa
     np.save(tmp_path / "images.npy", data.test.read(torch.arange(len(data.test))).contiguous().numpy())
     assert set(READERS) == {*FORMATS, "timm"}
     for name in READERS:
-        file = folder / EXPORT_FOLDER / file_names("standalone" if name == "timm" else name, "fp32")[0]
+        file = folder / EXPORT_FOLDER / file_names("standalone" if name == "timm" else name, Variant())[0]
         classes, predicted = read_alone(name, file, tmp_path / "images.npy", tmp_path / f"{name}.npz")
         assert tuple(classes) == data.classes
         np.testing.assert_array_equal(predicted, trained.predicted)

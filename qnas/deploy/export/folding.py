@@ -1,10 +1,15 @@
-"""Folding of batch normalisation into the preceding convolution, as for deployment."""
+"""Folding of norms into the convolutions beside them, as for deployment.
+
+Batch norms are folded into the convolution before them, scale and shift of layer norms into the one behind.
+"""
+
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from qnas.nn.blocks import QuadraBlock
+from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
 
@@ -54,3 +59,30 @@ def fold_norms(module: nn.Module) -> None:
                     setattr(parent, role, fuse_conv_bn_eval(convolution, child))
                     setattr(parent, name, nn.Identity())
             before = name, child
+
+
+def fold_affine(module: nn.Module) -> None:
+    """Fold each layer norm's scale and shift into the convolution or linear layer behind it, in place.
+
+    W (s . x + t) + b = (W s) . x + (W t + b). It is exact where nothing is padded: a shift would reach into
+    the border. The norm keeps neither scale nor shift. In a QuadraBlock, that is its second norm.
+    """
+    for parent in module.modules():
+        if not isinstance(parent, QuadraBlock | nn.Sequential):
+            continue
+        children = list(parent.children())
+        pairs = [(parent.norm2, parent.expand)] if isinstance(parent, QuadraBlock) else pairwise(children)
+        for norm, layer in pairs:
+            if isinstance(norm, ChannelLayerNorm) and isinstance(layer, nn.Linear | nn.Conv2d):
+                _fold_into(norm, layer)
+
+
+@torch.no_grad()
+def _fold_into(norm: nn.LayerNorm, layer: nn.Linear | nn.Conv2d) -> None:
+    if norm.weight is None or (isinstance(layer, nn.Conv2d) and (any(layer.padding) or layer.groups > 1)):
+        return
+    rest = (1,) * (layer.weight.ndim - 2)
+    shift = (layer.weight * norm.bias.view(1, -1, *rest)).flatten(1).sum(1)
+    layer.weight *= norm.weight.view(1, -1, *rest)
+    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+    norm.weight = norm.bias = None  # type: ignore[assignment]  # as torch has it without them

@@ -10,34 +10,69 @@ from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
 from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
-from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run
+from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
+
+
+def _nothing(*_: object) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
 class Format:
     """The functions that write a format and read it back.
 
-    `write` gets the path of the format's first file, whose suffix is the first of `suffixes`, and a name
+    `write` gets the path of the format's first file, whose ending is the first of `endings`, and a name
     for messages. `runtime` returns the reader with its version, and raises UsageError if it is missing.
+    `check`, of the product, its variant, that path, real images and that name, checks what outputs on a CPU
+    do not show; it returns what it saw, a sentence each, and raises ExportError.
     """
 
-    suffixes: tuple[str, ...]
+    endings: tuple[str, ...]  # of its files' names, after the stem
     precisions: tuple[FilePrecision, ...]
-    write: Callable[[Product, FilePrecision, Path, str], None]
+    write: Callable[[Product, Variant, Path, str], None]
     load: Callable[[Path], Run]
     runtime: Callable[[], str]
+    runs_on: str  # devices, runtimes and versions
+    check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
+    batch: int | None = None  # the only batch size of its files
+    optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
 
 
 _ALL: tuple[FilePrecision, ...] = get_args(FilePrecision)
+_STATIC: tuple[FilePrecision, ...] = ("fp32", "fp16", "int8")
 FORMATS: dict[str, Format] = {
-    "onnx": Format((".onnx",), _ALL, onnx_format.write, onnx_format.load, onnx_format.runtime),
-    "openvino": Format(
-        (".xml", ".bin"), _ALL, openvino_format.write, openvino_format.load, openvino_format.version
+    "onnx": Format(
+        (".onnx",),
+        _STATIC,
+        onnx_format.write,
+        onnx_format.load,
+        onnx_format.runtime,
+        "runtimes of ONNX and its opset: onnxruntime 1.17 or newer, TensorRT, OpenVINO 2024.0 or newer",
     ),
-    "torch": Format((".pt2",), ("fp32", "fp16"), torch_format.write, torch_format.load, torch_format.runtime),
+    "openvino": Format(
+        (".xml", ".bin"),
+        _STATIC,
+        openvino_format.write,
+        openvino_format.load,
+        openvino_format.version,
+        "Intel CPUs, GPUs and NPUs by OpenVINO 2022.1 or newer",
+    ),
+    "torch": Format(
+        (".pt2",),
+        ("fp32", "fp16"),
+        torch_format.write,
+        torch_format.load,
+        torch_format.runtime,
+        "CPUs and GPUs by torch, of the version that wrote it or newer",
+    ),
     "standalone": Format(
-        (".py", standalone.WEIGHTS), ("fp32", "fp16"), standalone.write, standalone.load, torch_format.runtime
+        (".py", standalone.WEIGHTS),
+        ("fp32", "fp16"),
+        standalone.write,
+        standalone.load,
+        torch_format.runtime,
+        "CPUs and GPUs by torch, of any version since 2.0",
     ),
 }
 
@@ -57,37 +92,46 @@ class Exported:
     resolution_px: int
     batch: int | None
     parity: Parity
+    runs_on: str  # devices, runtimes and versions
+    checks: tuple[str, ...]  # what else was seen, a sentence each
 
     def facts(self) -> dict[str, Any]:
         """Return the same as JSON values."""
         return asdict(self)
 
 
-def check_request(formats: Sequence[str], precision: str) -> FilePrecision:
+def check_request(formats: Sequence[str], precision: str, batch: int | None = None) -> FilePrecision:
     """Return the precision, checked. Raises UsageError for what is unknown, missing or unsupported."""
     if precision not in _ALL:
         raise UsageError(f"`precision={precision!r}`: {nearest(precision, _ALL)}")
     for name in formats:
         if name not in FORMATS:
             raise UsageError(f"`formats={name!r}`: {nearest(name, FORMATS)}")
-        if precision not in FORMATS[name].precisions:
+        known = FORMATS[name]
+        if precision not in known.precisions:
             able = " or ".join(other for other in FORMATS if precision in FORMATS[other].precisions)
-            own = " or ".join(FORMATS[name].precisions)
+            own = " or ".join(known.precisions)
             raise UsageError(f"format {name} has no {precision}: take {own}, or the format {able}")
-        FORMATS[name].runtime()
+        if known.batch is not None and batch not in (None, known.batch):
+            raise UsageError(f"`batch={batch}`: files of the format {name} take a batch of {known.batch}")
+        known.runtime()
     return next(p for p in _ALL if p == precision)
 
 
-def file_names(name: str, precision: FilePrecision) -> tuple[str, ...]:
+def file_names(name: str, variant: Variant) -> tuple[str, ...]:
     """Return the names of a format's files: `model.onnx`, `model_int8.onnx`."""
-    stem = "model" if precision == "fp32" else f"model_{precision}"
-    return tuple(f"{stem}{suffix}" for suffix in FORMATS[name].suffixes)
+    return tuple(f"{variant.stem}{ending}" for ending in FORMATS[name].endings)
+
+
+def optional_names(name: str, variant: Variant) -> tuple[str, ...]:
+    """Return the names of the files that a format writes where their tool is at hand."""
+    return tuple(f"{variant.stem}{ending}" for ending in FORMATS[name].optional)
 
 
 def export_files(
     product: Product,
     formats: Sequence[str],
-    precision: FilePrecision,
+    variant: Variant,
     folder: Path,
     images: RealImages,
     *,
@@ -100,30 +144,35 @@ def export_files(
     precision; messages name `shown` instead of the folder if the files are moved there later. Raises
     ExportError if a file cannot be written or its outputs differ; the caller then discards the folder.
     """
-    tolerance, shown = tolerance or TOLERANCES[precision], shown or folder
+    tolerance, shown = tolerance or TOLERANCES[variant.precision], shown or folder
     exported = []
     for name in dict.fromkeys(formats):
-        names, kind = file_names(name, precision), FORMATS[name]
-        where, path = str(shown / names[0]), folder / names[0]
-        kind.write(product, precision, path, where)
+        kind = FORMATS[name]
+        first = file_names(name, variant)[0]
+        where, path = str(shown / first), folder / first
+        batch = kind.batch or product.batch
+        kind.write(product, variant, path, where)
         with told_as(f"{where}: {kind.runtime()} cannot load the file"):
             run = kind.load(path)
-        noise = precision == "fp32"
-        parity = compare(
-            product.network, run, images, tolerance, where=where, batch=product.batch, noise=noise
-        )
+        noise = variant.precision == "fp32"
+        parity = compare(product.network, run, images, tolerance, where=where, batch=batch, noise=noise)
+        checks = kind.check(product, variant, path, images, where)
+        optional = (file for file in optional_names(name, variant) if (folder / file).is_file())
+        names = (*file_names(name, variant), *optional)
         contents = [(folder / file).read_bytes() for file in names]
         written = Exported(
             name,
-            precision,
+            variant.precision,
             kind.runtime(),
             names,
             tuple(sha256(content).hexdigest() for content in contents),
             sum(map(len, contents)),
             product.resolution_px,
-            product.batch,
+            batch,
             parity,
+            kind.runs_on,
+            checks,
         )
-        write_json(folder / f"{names[0]}{PARITY}", {"schema": "qnas.parity/1", **written.facts()})
+        write_json(folder / f"{first}{PARITY}", {"schema": "qnas.parity/1", **written.facts()})
         exported.append(written)
     return tuple(exported)

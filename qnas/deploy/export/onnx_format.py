@@ -10,17 +10,22 @@ import torch
 from onnxruntime import quantization as ort
 from torch import Tensor
 
-from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run
+from qnas.deploy.export.lowering import ARITHMETIC, OPERATORS, Forms
+from qnas.deploy.export.opset import FIRST_OPSETS, TRACED_OPSET
+from qnas.deploy.export.product import Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import BATCH, INPUT, OUTPUT, check_form, silence, told_as, trace_onnx
 
 QUANTISED = ("Conv", "Gemm", "MatMul")  # the operators that int8 changes
 _BATCH = 32  # of calibration images
 
 
-def graph_of(product: Product, precision: FilePrecision, where: str) -> onnx.ModelProto:
-    """Return a product as a checked graph. Raises ExportError."""
-    model = trace_onnx(product.deployed(precision), product.shape, where)
-    if precision == "int8":
+def graph_of(product: Product, variant: Variant, where: str, forms: Forms = OPERATORS) -> onnx.ModelProto:
+    """Return a product as a checked graph, in these forms where the opset has them. Raises ExportError."""
+    opset = variant.opset or TRACED_OPSET
+    forms = _within(forms, opset)
+    network = product.deployed(variant.precision, forms)
+    model = trace_onnx(network, product.shape, where, forms=forms, opset=opset)
+    if variant.precision == "int8":
         assert product.calibration is not None, "int8 needs calibration images"
         model = quantise(model, product.calibration, where)
     if product.batch is not None:
@@ -30,9 +35,9 @@ def graph_of(product: Product, precision: FilePrecision, where: str) -> onnx.Mod
     return model
 
 
-def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
+def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as an ONNX file. Raises ExportError."""
-    path.write_bytes(graph_of(product, precision, where).SerializeToString())
+    path.write_bytes(graph_of(product, variant, where).SerializeToString())
 
 
 def load(path: Path) -> Run:
@@ -52,6 +57,15 @@ def load(path: Path) -> Run:
 def runtime() -> str:
     """Return the runtime of the file, with its version."""
     return f"onnxruntime {onnxruntime.__version__}"
+
+
+def _within(forms: Forms, opset: int) -> Forms:
+    """Return forms without operators that the opset does not have."""
+    return Forms(
+        forms.layer_norm if opset >= FIRST_OPSETS["LayerNormalization"] else ARITHMETIC.layer_norm,
+        forms.gelu if opset >= FIRST_OPSETS["Gelu"] else ARITHMETIC.gelu,
+        forms.hard_swish if opset >= FIRST_OPSETS["HardSwish"] else ARITHMETIC.hard_swish,
+    )
 
 
 def _fix_batch(model: onnx.ModelProto, batch: int) -> None:

@@ -1,6 +1,7 @@
 """OpenVINO IR: the graph in an .xml, its weights in a .bin, by OpenVINO's own ONNX converter."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from qnas.common.errors import UsageError
 from qnas.deploy.export import onnx_format
-from qnas.deploy.export.product import FilePrecision, Product, Run
+from qnas.deploy.export.product import Product, Run, Variant
 from qnas.deploy.export.tracing import told_as
 
 
@@ -26,7 +27,7 @@ def version(who: str = "format openvino") -> str:
     return f"OpenVINO {import_openvino(who).__version__.partition('-')[0]}"
 
 
-def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
+def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as `path`, .xml, with the .bin beside it. Raises ExportError, UsageError.
 
     In fp16 the weights are stored in half precision; the device chooses the precision of computation.
@@ -34,13 +35,14 @@ def write(product: Product, precision: FilePrecision, path: Path, where: str) ->
     openvino = import_openvino("format openvino")
     # a float32 graph: the converter turns its weights into fp16
     source = path.with_suffix(".float.onnx")
-    onnx_format.write(product, "int8" if precision == "int8" else "fp32", source, where)
+    in_floats = replace(variant, precision="fp32") if variant.precision == "fp16" else variant
+    onnx_format.write(product, in_floats, source, where)
     try:
         with told_as(f"{where}: OpenVINO cannot convert this network"):
             model = openvino.convert_model(str(source))
             for key, value in product.metadata.items():
                 model.set_rt_info(value, ["model_info", key])
-            openvino.save_model(model, str(path), compress_to_fp16=precision == "fp16")
+            openvino.save_model(model, str(path), compress_to_fp16=variant.precision == "fp16")
     finally:
         source.unlink(missing_ok=True)
 

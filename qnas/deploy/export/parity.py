@@ -38,6 +38,7 @@ TOLERANCES: dict[FilePrecision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.99, 0.01),
     "fp16": Tolerance(1e-2, 0.98, 0.01),
     "int8": Tolerance(0.5, 0.8, 0.02),
+    "int8-dynamic": Tolerance(0.5, 0.8, 0.02),
 }
 
 

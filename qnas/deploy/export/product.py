@@ -1,6 +1,5 @@
 """A trained network for export, with its classes, preprocessing and metadata."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,11 +10,29 @@ from torchvision.transforms.v2 import functional as tv
 
 from qnas.data.normalisation import normalise
 from qnas.data.pil_pixels import FULL_BITS
-from qnas.deploy.export.folding import fold_norms
+from qnas.deploy.export.lowering import OPERATORS, Forms, lowered
 from qnas.spaces.lower import BlockSpec
 
-FilePrecision = Literal["fp32", "fp16", "int8"]
+# int8-dynamic: weights in int8, with the range of each map found for each image
+FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
+Ranges = Literal["minmax", "percentile", "entropy"]
 Run = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised float32 -> logits (B, classes), float32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a file is written, where its format leaves a choice."""
+
+    precision: FilePrecision = "fp32"
+    opset: int | None = None  # of ONNX; None: the format's own
+    ranges: Ranges = "minmax"  # int8: which values of a map the range covers
+    symmetric: bool = False  # int8: maps with a zero point of zero, as TensorRT needs
+
+    @property
+    def stem(self) -> str:
+        """The name of its files, without suffix: `model`, `model_int8_dynamic`."""
+        suffix = "" if self.precision == "fp32" else f"_{self.precision.replace('-', '_')}"
+        return f"model{suffix}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +100,12 @@ class Product:
         """Channels, height and width of an image."""
         return self.channels, self.resolution_px, self.resolution_px
 
-    def deployed(self, precision: FilePrecision) -> nn.Module:
-        """Return a copy with folded norms, in contiguous memory; fp16 computes in half on float32 images.
+    def deployed(self, precision: FilePrecision = "fp32", forms: Forms = OPERATORS) -> nn.Module:
+        """Return a copy with folded norms in a target's forms; fp16 computes in half on float32 images.
 
         Norms are folded in float32: half precision has no room for the products of scales and weights.
         """
-        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
-        fold_norms(network)
+        network = lowered(self.network, forms)
         return _Half(network) if precision == "fp16" else network
 
 

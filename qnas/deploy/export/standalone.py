@@ -21,7 +21,7 @@ from qnas.common.errors import ExportError
 from qnas.common.text import escaped
 from qnas.deploy.export import plain
 from qnas.deploy.export.copied_source import Copied
-from qnas.deploy.export.product import FilePrecision, Product, Run
+from qnas.deploy.export.product import FilePrecision, Product, Run, Variant
 from qnas.nn.blocks import CLIP_RANGE, BatchNorm2d, ChannelLayerNorm, GlobalAveragePool
 from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
@@ -359,9 +359,9 @@ if __name__ == "__main__":
 '''
 
 
-def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
+def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as `path`, .py, with the .safetensors beside it. Raises ExportError."""
-    path.write_text(source(product, precision), encoding="utf-8")
+    path.write_text(source(product, variant.precision), encoding="utf-8")
     weights = {}
     blocks = {block.name.replace(".", "_"): block for block in product.blocks}
     for key, tensor in product.network.state_dict().items():
@@ -369,7 +369,7 @@ def write(product: Product, precision: FilePrecision, path: Path, where: str) ->
         block = blocks[module]
         in_mixer = block.block == "quadra" and role in _neuron(block).roles
         name = ".".join([attribute(module), *(["mixer"] if in_mixer else []), role, *rest])
-        halved = tensor.to(_DTYPES[precision]) if tensor.is_floating_point() else tensor
+        halved = tensor.to(_DTYPES[variant.precision]) if tensor.is_floating_point() else tensor
         weights[name] = halved.contiguous()
     path.with_suffix(WEIGHTS).write_bytes(save(weights))
 

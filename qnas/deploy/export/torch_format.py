@@ -6,22 +6,21 @@ import torch
 from torch import Tensor
 
 from qnas.common.files import json_text
-from qnas.deploy.export.product import FilePrecision, Product, Run
+from qnas.deploy.export.product import Product, Run, Variant
 from qnas.deploy.export.tracing import BATCH, silence, told_as
-from qnas.nn.quadratic import decompositions
 
 METADATA = "metadata.json"  # among the file's extra files
 _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
 _EXPORTED_BATCH = 3  # of the example images if the batch size is free
 
 
-def write(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
+def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as a .pt2. Raises ExportError."""
     shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
     given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)
     with told_as(f"{where}: torch cannot export this network"), silence(), torch.no_grad():
-        program = torch.export.export(product.deployed(precision), (given,), dynamic_shapes=shapes)
-        program = program.run_decompositions(decompositions())
+        program = torch.export.export(product.deployed(variant.precision), (given,), dynamic_shapes=shapes)
+        program = program.run_decompositions()
         _strip(program)
         torch.export.save(program, path, extra_files={METADATA: json_text(dict(product.metadata))})
 

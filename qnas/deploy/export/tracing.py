@@ -1,11 +1,9 @@
-"""A module as a graph of standard ONNX operators with a free batch size.
+"""A module as a graph of standard ONNX operators with a free batch size, in the forms of a target.
 
-Batch normalisation after a quadratic sum is folded into the convolutions here, which is what the
-latency tables count; the exporter folds those that follow a single convolution, and evaluates
-constants.
+Batch norms are folded into the convolutions (`lowering`), which is what the latency tables count; the
+exporter evaluates constants.
 """
 
-import copy
 import logging
 import os
 import warnings
@@ -17,25 +15,29 @@ import torch
 from torch import nn
 
 from qnas.common.errors import ExportError
-from qnas.deploy.export.folding import fold_quadratic_norms
+from qnas.deploy.export.lowering import OPERATORS, Forms, lowered
+from qnas.deploy.export.opset import TRACED_OPSET, restate
 
 INPUT, OUTPUT = "images", "logits"
 BATCH = "batch"  # the name of the free dimension
-OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes the same operators
 _EXPORTED_BATCH = 3  # not among the checked batch sizes, so that a frozen one is noticed
 
 
 def trace_onnx(
-    reference: nn.Module, shape: tuple[int, ...], where: str, *, batch: int | None = None
+    reference: nn.Module,
+    shape: tuple[int, ...],
+    where: str,
+    *,
+    batch: int | None = None,
+    forms: Forms = OPERATORS,
+    opset: int = TRACED_OPSET,
 ) -> onnx.ModelProto:
     """Return a module's graph, `images` (batch, *shape) -> `logits`, as it is deployed; not checked.
 
     The batch is free unless `batch` is given. The module is not changed; `where` names it in messages.
-    Raises ExportError if torch cannot export it.
+    Raises ExportError if torch cannot export it, or it needs operators that the opset lacks.
     """
-    # contiguous weights: the exporter would write a transposition for each channels_last one
-    network = copy.deepcopy(reference).to(memory_format=torch.contiguous_format)
-    fold_quadratic_norms(network)
+    network = lowered(reference, forms)
     with told_as(f"{where}: torch cannot export this network"), silence():
         program = torch.onnx.export(
             network,
@@ -43,7 +45,7 @@ def trace_onnx(
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim(BATCH)},) if batch is None else None,
-            opset_version=OPSET,
+            opset_version=TRACED_OPSET,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -51,7 +53,7 @@ def trace_onnx(
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _strip(model)
-    return model
+    return restate(model, opset, where)
 
 
 def root_cause(error: BaseException) -> str:

@@ -20,13 +20,13 @@ import torch
 from helpers.exported import METADATA, PX, digits, neural_space, trained
 from torch import Tensor, nn
 
-import qnas.deploy.export.product
+import qnas.deploy.export.lowering
 from qnas.common.errors import ExportError, UsageError
 from qnas.common.reading import read_json
 from qnas.deploy.export import openvino_format, torch_format
 from qnas.deploy.export.formats import FORMATS, Exported, check_request, export_files, file_names
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import FilePrecision, Product, RealImages
+from qnas.deploy.export.product import FilePrecision, Product, RealImages, Variant
 from qnas.nn.blocks import QuadraBlock
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import sample_arch
@@ -47,7 +47,7 @@ ALL = [
 def export(
     name: str, folder: Path, product: Product | None = None, precision: FilePrecision = "fp32"
 ) -> Exported:
-    (done,) = export_files(product or trained(), [name], precision, folder, digits(100))
+    (done,) = export_files(product or trained(), [name], Variant(precision), folder, digits(100))
     return done
 
 
@@ -95,7 +95,7 @@ def test_beside_a_file_stands_how_close_it_is_and_no_more(
     name: str, precision: FilePrecision, written: Written
 ) -> None:
     folder, done = written(name, precision)
-    assert done.files == file_names(name, precision)
+    assert done.files == file_names(name, Variant(precision))
     parity = f"{done.files[0]}.parity.json"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*done.files, parity])
     facts = read_json(folder / parity, ExportError)
@@ -132,8 +132,9 @@ def test_halves_and_int8_are_smaller(name: str, tmp_path: Path) -> None:
     )
     bytes_ = {}
     for precision in FORMATS[name].precisions:
-        FORMATS[name].write(product, precision, tmp_path / file_names(name, precision)[0], "file")
-        bytes_[precision] = sum((tmp_path / file).stat().st_size for file in file_names(name, precision))
+        files = file_names(name, Variant(precision))
+        FORMATS[name].write(product, Variant(precision), tmp_path / files[0], "file")
+        bytes_[precision] = sum((tmp_path / file).stat().st_size for file in files)
     assert bytes_["fp16"] < 0.8 * bytes_["fp32"]
     assert bytes_.get("int8", 0) < bytes_["fp16"]
 
@@ -243,8 +244,8 @@ def test_a_file_of_another_network_is_refused(
 
     monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=wrong))
     with pytest.raises(ExportError, match="not written: ") as error:
-        export_files(trained(), [name], precision, tmp_path, digits(50), shown=Path("elsewhere"))
-    assert str(error.value).startswith(f"{Path('elsewhere') / file_names(name, precision)[0]}: ")
+        export_files(trained(), [name], Variant(precision), tmp_path, digits(50), shown=Path("elsewhere"))
+    assert str(error.value).startswith(f"{Path('elsewhere') / file_names(name, Variant(precision))[0]}: ")
     assert "\n" not in str(error.value)
 
 
@@ -256,7 +257,7 @@ def test_a_wrong_folding_is_noticed(name: str, tmp_path: Path, monkeypatch: pyte
             if isinstance(block, QuadraBlock):
                 block.norm1 = nn.Identity()
 
-    monkeypatch.setattr(qnas.deploy.export.product, "fold_norms", fold_wrongly)
+    monkeypatch.setattr(qnas.deploy.export.lowering, "fold_norms", fold_wrongly)
     with pytest.raises(ExportError, match="differ from torch's"):
         export(name, tmp_path, trained("batchnorm"))
 
@@ -265,7 +266,7 @@ def test_a_wrong_folding_is_noticed(name: str, tmp_path: Path, monkeypatch: pyte
 def test_a_file_that_cannot_be_loaded_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(product: Product, precision: FilePrecision, path: Path, where: str) -> None:
+    def broken(product: Product, variant: Variant, path: Path, where: str) -> None:
         path.write_bytes(b"no such format")
 
     monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], write=broken))
@@ -298,7 +299,7 @@ def test_what_a_format_cannot_express_is_refused_in_one_line(name: str, tmp_path
 
 
 def test_several_formats_are_written_once_each(tmp_path: Path) -> None:
-    done = export_files(trained(), ["torch", "standalone", "torch"], "fp32", tmp_path, digits(20))
+    done = export_files(trained(), ["torch", "standalone", "torch"], Variant(), tmp_path, digits(20))
     assert [file.format for file in done] == ["torch", "standalone"]
 
 
@@ -370,5 +371,5 @@ def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp
         {},
     )
     formats = [name for name in FORMATS if name != "openvino" or HAS_OPENVINO]
-    for done in export_files(product, formats, "fp32", tmp_path, images):
+    for done in export_files(product, formats, Variant(), tmp_path, images):
         assert done.parity.max_difference <= 1e-4 * done.parity.scale, done.format

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from qnas.common.errors import ExportError
 from qnas.deploy.export import onnx_format
 from qnas.deploy.export.onnx_format import QUANTISED, quantise
-from qnas.deploy.export.product import RealImages
+from qnas.deploy.export.product import RealImages, Variant
 from qnas.deploy.export.tracing import check_form
 
 
@@ -17,7 +17,8 @@ from qnas.deploy.export.tracing import check_form
 def graphs() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The same network in float32 and in int8."""
     product = trained()
-    return onnx_format.graph_of(product, "fp32", "file"), onnx_format.graph_of(product, "int8", "file")
+    floats, int8 = (onnx_format.graph_of(product, Variant(p), "file") for p in ("fp32", "int8"))
+    return floats, int8
 
 
 def test_convolutions_and_linear_layers_read_int8_and_all_else_stays(
@@ -57,7 +58,7 @@ def test_weights_are_signed_with_a_scale_for_each_channel_and_as_near_as_a_step(
 
 def test_ranges_are_those_that_the_calibration_images_reach() -> None:
     def input_scale(images: RealImages) -> float:
-        model = quantise(onnx_format.graph_of(trained(), "fp32", "file"), images, "file")
+        model = quantise(onnx_format.graph_of(trained(), Variant(), "file"), images, "file")
         (first,) = [node for node in model.graph.node if node.input and node.input[0] == "images"]
         scales = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         return float(scales[first.input[1]])
@@ -71,7 +72,7 @@ def test_ranges_are_those_that_the_calibration_images_reach() -> None:
 
 
 def test_what_cannot_be_quantised_is_refused_in_one_line() -> None:
-    graph = onnx_format.graph_of(trained(), "fp32", "file")
+    graph = onnx_format.graph_of(trained(), Variant(), "file")
     graph.graph.input[0].name = "photographs"
     with pytest.raises(ExportError, match="file: onnxruntime cannot quantise this network: ") as error:
         quantise(graph, digits(8), "file")

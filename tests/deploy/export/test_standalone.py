@@ -23,7 +23,7 @@ from qnas.data.image_files import OriginalFile
 from qnas.data.lazy_images import LazyImages
 from qnas.data.normalisation import normalise
 from qnas.deploy.export import standalone
-from qnas.deploy.export.product import Product
+from qnas.deploy.export.product import Product, Variant
 from qnas.nn.subnet import build_network
 from qnas.spaces.arch import make_arch, sample_arch
 from qnas.spaces.layer import OPS
@@ -34,7 +34,7 @@ from qnas.spaces.space import load_space, parse_space
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The file, imported as its user does."""
-    standalone.write(trained(), "fp32", tmp_path / "model.py", "file")
+    standalone.write(trained(), Variant(), tmp_path / "model.py", "file")
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("model", None)
     import model  # type: ignore[import-not-found]  # written above
@@ -82,7 +82,7 @@ def test_a_registered_block_is_copied_into_the_file_with_what_it_uses(tmp_path: 
     torch.manual_seed(0)
     network = build_network(blocks).eval()
     path = tmp_path / "model.py"
-    standalone.write(replace(trained(), network=network, blocks=blocks), "fp32", path, "file")
+    standalone.write(replace(trained(), network=network, blocks=blocks), Variant(), path, "file")
     text = path.read_text()
     assert 'stage1_2=Gate(c_in=8, width=3, act="relu6"),' in text.replace("'", '"')
     assert "\nSLOPE = 0.5\n" in text

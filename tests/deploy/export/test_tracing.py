@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import qnas.deploy.export.tracing
 from qnas.common.errors import ExportError
-from qnas.deploy.export.tracing import OPSET, check_form, trace_onnx
+from qnas.deploy.export.opset import TRACED_OPSET
+from qnas.deploy.export.tracing import check_form, trace_onnx
 
 
 class Small(nn.Module):
@@ -53,7 +54,7 @@ def test_the_graph_computes_what_the_network_computes_at_any_batch_size(norm: st
 def test_it_is_one_graph_of_standard_operators_with_a_free_batch() -> None:
     model = trace(trained("batchnorm").network)
     check_form(model, "model.onnx")
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", TRACED_OPSET)]
     assert not model.functions
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
     (given,), (made,) = model.graph.input, model.graph.output

@@ -21,7 +21,7 @@ from torch import nn
 
 from qnas.common.errors import ArchError, TableError
 from qnas.deploy.export.onnx_format import graph_of
-from qnas.deploy.export.product import FilePrecision, Product
+from qnas.deploy.export.product import FilePrecision, Product, Variant
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import predict_blocks
@@ -177,7 +177,7 @@ def test_a_file_of_any_neuron_takes_what_its_arch_takes(
 ) -> None:
     product, space, arch = neural_product(norm)
     assert len(set(arch.choices)) == len(NEURONS)
-    file.write_bytes(graph_of(product, precision, "file").SerializeToString())
+    file.write_bytes(graph_of(product, Variant(precision), "file").SerializeToString())
     found, blocks = read_onnx(file), lower(space, arch)
     assert found.macs == count_macs(blocks)
     assert not found.uncovered
@@ -217,7 +217,7 @@ def test_a_file_of_another_precision_is_priced_as_the_same_network(
     product = trained("batchnorm")
     operators = []
     for each in ("fp32", precision):
-        file.write_bytes(graph_of(product, each, "file").SerializeToString())
+        file.write_bytes(graph_of(product, Variant(each), "file").SerializeToString())
         network = read_onnx(file)
         assert not network.uncovered
         assert (network.changes_of_precision > 0) == (each != "fp32")

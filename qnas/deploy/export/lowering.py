@@ -1,0 +1,142 @@
+"""A trained network lowered for a target: one description, and the form that each target runs.
+
+The same network is written differently for different runtimes: a layer norm as one operator between two
+changes of layout, or as arithmetic on the channels of a map; a GELU as one operator, or by erf. A target's
+`Forms` say which. The lowered network computes the same, and consists of torch's own modules and operators.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qnas.deploy.export import plain
+from qnas.deploy.export.folding import fold_affine, fold_norms
+from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.spaces.neurons import NEURONS
+
+NormForm = Literal["operator", "arithmetic"]
+ActivationForm = Literal["operator", "arithmetic"]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How a target has the operators that not every runtime runs.
+
+    layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions;
+    `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
+    convolution behind it where that is exact. gelu, hard_swish: `operator`, or sums and products with erf or
+    a clip.
+    """
+
+    layer_norm: NormForm = "operator"
+    gelu: ActivationForm = "operator"
+    hard_swish: ActivationForm = "operator"
+
+
+OPERATORS = Forms()
+ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
+
+
+def lowered(network: nn.Module, forms: Forms = OPERATORS) -> nn.Module:
+    """Return a copy in contiguous memory, with folded norms, in a target's forms; in evaluation mode.
+
+    The given network is not changed. Norms are folded in the precision of its weights.
+    """
+    # contiguous weights: an exporter would write a transposition for each channels_last one
+    lower = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    fold_norms(lower)
+    if forms.layer_norm == "arithmetic":
+        fold_affine(lower)
+    return _replace(lower, lambda module: _form(module, forms))
+
+
+def _replace(module: nn.Module, form: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a module in another form, with the modules in it."""
+    for name, child in module.named_children():
+        setattr(module, name, _replace(child, form))
+    return form(module)
+
+
+def _form(module: nn.Module, forms: Forms) -> nn.Module:
+    if isinstance(module, QuadraBlock):
+        return _plain_block(module)
+    if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "arithmetic":
+        return ArithmeticLayerNorm(module)
+    if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
+        return ErfGelu()
+    if isinstance(module, nn.Hardswish) and forms.hard_swish == "arithmetic":
+        return ClipHardSwish()
+    return module
+
+
+class _Mixer(nn.Module):
+    """The formula of a neuron over the convolutions of a block, under their own names."""
+
+    def __init__(self, block: QuadraBlock) -> None:
+        super().__init__()
+        self.formula = NEURONS[block.neuron].formula
+        for role, convolution in zip(block.roles, block.convolutions, strict=True):
+            self.add_module(role, convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.formula(x, *self.children())
+        return y
+
+
+def _plain_block(block: QuadraBlock) -> nn.Module:
+    """Return a block without qnas's own operators, around the same modules."""
+    channels, expansion = block.project.out_channels, block.expand.out_channels // block.expand.in_channels
+    written: nn.Module
+    with torch.device("meta"):  # its own layers give way to the block's
+        if block.is_pre_norm:
+            written = plain.QuadraBlock(channels, expansion, _Mixer(block), block.act)
+        else:
+            clip = block.clip if block.has_clip else nn.Identity()
+            written = plain.QuadraBlockBN(channels, expansion, _Mixer(block), clip, block.act)
+    for name in ("norm1", "norm2", "expand", "project"):
+        setattr(written, name, getattr(block, name))
+    return written.train(block.training)
+
+
+class ArithmeticLayerNorm(nn.Module):
+    """Layer normalisation over the channel axis, in operators that every runtime has.
+
+    `(mean(d * d) + eps) ^ -0.5`: with a square, a root and a division instead, OpenVINO recognises the norm
+    and writes an operator that the Myriad plugin refuses.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) or (B, C), of the same shape."""
+        d = x - x.mean(1, keepdim=True)
+        y = d * ((d * d).mean(1, keepdim=True) + self.eps).pow(-0.5)
+        if self.weight is None:
+            return y
+        channels = (1, -1, *(1,) * (x.ndim - 2))
+        return y * self.weight.view(channels) + self.bias.view(channels)
+
+
+class ErfGelu(nn.Module):
+    """The exact GELU by the error function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the same shape."""
+        return x * (0.5 * (1 + torch.erf(x * math.sqrt(0.5))))
+
+
+class ClipHardSwish(nn.Module):
+    """The hard swish by a clip: x * clip(x + 3, 0, 6) / 6."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the same shape."""
+        return x * (torch.clamp(x + 3, 0, 6) * (1 / 6))

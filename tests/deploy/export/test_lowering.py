@@ -1,0 +1,136 @@
+"""The forms of a lowered network compute what the network computes."""
+
+import copy
+from collections import Counter
+from itertools import product as combinations
+from typing import get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers.exported import PX, digits, neural_space, trained
+from torch import Tensor, nn
+
+from qnas.common.errors import ExportError, UsageError
+from qnas.deploy.export.lowering import ARITHMETIC, OPERATORS, ActivationForm, Forms, NormForm, lowered
+from qnas.deploy.export.opset import OLDEST_OPSET, TRACED_OPSET, check_opset
+from qnas.deploy.export.tracing import check_form, trace_onnx
+from qnas.nn.blocks import ChannelLayerNorm
+from qnas.nn.subnet import build_subnet
+from qnas.spaces.arch import Arch
+
+FORMS = [Forms(*each) for each in combinations(get_args(NormForm), *[get_args(ActivationForm)] * 2)]
+
+
+@torch.no_grad()
+def jitter(network: nn.Module) -> nn.Module:
+    """Give norms other scales, shifts and statistics than at the start, so that to forget one shows."""
+    torch.manual_seed(0)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d | nn.LayerNorm):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def every_neuron(norm: str) -> nn.Module:
+    """Return a network with a block of each neuron."""
+    space = neural_space(norm)
+    return jitter(build_subnet(space, Arch(tuple(p.names[i] for i, p in enumerate(space.positions))), 10))
+
+
+@torch.no_grad()
+def difference(lower: nn.Module, network: nn.Module, images: Tensor) -> float:
+    expected: Tensor = network(images)
+    return float((lower(images) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_every_form_computes_the_same(norm: str, forms: Forms) -> None:
+    torch.manual_seed(1)
+    network = every_neuron(norm)
+    before = copy.deepcopy(network.state_dict())
+    lower = lowered(network, forms)
+    assert difference(lower, network, torch.randn(3, 3, 32, 32)) < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in lower.modules()) or norm == "batchnorm"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_nothing_of_qnas_is_left_in_a_lowered_network() -> None:
+    program = torch.export.export(lowered(every_neuron("layernorm")), (torch.randn(1, 3, 32, 32),))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert operators
+    assert not any("qnas" in operator for operator in operators)
+
+
+def test_scale_and_shift_are_folded_where_nothing_is_padded() -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        *(ChannelLayerNorm(4), nn.Conv2d(4, 6, 3, padding=1), ChannelLayerNorm(6)),
+        *(nn.Conv2d(6, 8, 2, stride=2, bias=False), ChannelLayerNorm(8), nn.GELU(), nn.Conv2d(8, 8, 1)),
+    )
+    network = jitter(chain)
+    lower = lowered(network, ARITHMETIC)
+    folded = [module.weight is None for module in lower.children() if hasattr(module, "eps")]
+    assert folded == [False, True, False]  # behind a padding and a GELU they stay
+    assert difference(lower, network, torch.randn(2, 4, 8, 8)) < 1e-5
+
+
+def test_a_folded_pair_of_pooled_features() -> None:
+    network = jitter(nn.Sequential(nn.Flatten(), ChannelLayerNorm(12), nn.Linear(12, 5)))
+    lower = lowered(network, ARITHMETIC)
+    assert difference(lower, network, torch.randn(4, 3, 2, 2)) < 1e-5
+    assert sum(p.numel() for p in lower.parameters()) == 12 * 5 + 5
+
+
+@pytest.mark.parametrize("opset", range(OLDEST_OPSET, TRACED_OPSET))
+def test_a_graph_in_an_older_opset_computes_the_same(opset: int) -> None:
+    forms = ARITHMETIC if opset < 17 else Forms("operator", "arithmetic")
+    network = trained().network
+    model = trace_onnx(network, (3, PX, PX), "file", forms=forms, opset=opset)
+    check_form(model, "file")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = digits(40).take(range(40))
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = network(images).numpy()
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_an_opset_without_an_operator_is_refused_with_its_name() -> None:
+    with pytest.raises(ExportError, match="file: opset 13 has no Gelu, LayerNormalization as this network"):
+        trace_onnx(trained().network, (3, PX, PX), "file", opset=13)
+
+
+@pytest.mark.parametrize("opset", [0, OLDEST_OPSET - 1, TRACED_OPSET + 1])
+def test_an_opset_that_is_not_written(opset: int) -> None:
+    with pytest.raises(UsageError, match=f"`opset={opset}`: expected {OLDEST_OPSET} to {TRACED_OPSET}"):
+        check_opset(opset)
+
+
+def test_the_arithmetic_forms_have_no_newer_operators() -> None:
+    model = trace_onnx(trained().network, (3, PX, PX), "file", batch=1, forms=ARITHMETIC, opset=13)
+    found = Counter(node.op_type for node in model.graph.node)
+    assert not {"LayerNormalization", "Gelu", "Transpose", "Sqrt", "Div"} & set(found)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    exponents = {float(constants[node.input[1]]) for node in model.graph.node if node.op_type == "Pow"}
+    assert exponents == {-0.5}
+    assert found["Pow"] == sum(isinstance(m, ChannelLayerNorm) for m in trained().network.modules())
+
+
+def test_hard_swish_has_a_form_too() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Hardswish(), nn.Flatten()).eval()
+    images = 4 * torch.randn(5, 3, 4, 4)
+    assert difference(lowered(network, ARITHMETIC), network, images) < 1e-6
+    assert difference(lowered(network, OPERATORS), network, images) == 0
+    model = trace_onnx(network, (3, 4, 4), "file", forms=ARITHMETIC, opset=13)
+    assert "HardSwish" not in {node.op_type for node in model.graph.node}
