@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
-from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
+from qnas.deploy.export import onnx_format, openvino_format, standalone, tflite_format, torch_format
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
@@ -57,6 +57,16 @@ FORMATS: dict[str, Format] = {
         openvino_format.load,
         openvino_format.version,
         "Intel CPUs, GPUs and NPUs by OpenVINO 2022.1 or newer",
+    ),
+    "tflite": Format(
+        (".tflite",),
+        _ALL,
+        tflite_format.write,
+        tflite_format.load,
+        tflite_format.runtime,
+        "Arm and x86 CPUs, and GPUs of phones, by TFLite or LiteRT",
+        tflite_format.check,
+        batch=1,
     ),
     "torch": Format(
         (".pt2",),

@@ -13,14 +13,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qnas.deploy.export import plain
 from qnas.deploy.export.folding import fold_affine, fold_norms
-from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.nn.blocks import ChannelLayerNorm, GlobalAveragePool, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
-NormForm = Literal["operator", "arithmetic"]
+NormForm = Literal["operator", "arithmetic", "convolution"]
 ActivationForm = Literal["operator", "arithmetic"]
+PoolForm = Literal["first", "last"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,20 @@ class Forms:
 
     layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions;
     `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
-    convolution behind it where that is exact. gelu, hard_swish: `operator`, or sums and products with erf or
-    a clip.
+    convolution behind it where that is exact; `convolution` has the mean of the squares as a convolution.
+    gelu, hard_swish: `operator`, or sums and products with erf or a clip. pool: the mean of a map with its
+    channels first, or last.
     """
 
     layer_norm: NormForm = "operator"
     gelu: ActivationForm = "operator"
     hard_swish: ActivationForm = "operator"
+    pool: PoolForm = "first"
 
 
 OPERATORS = Forms()
 ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
+CHANNELS_LAST = Forms("convolution", pool="last")
 
 
 def lowered(network: nn.Module, forms: Forms = OPERATORS) -> nn.Module:
@@ -50,7 +55,7 @@ def lowered(network: nn.Module, forms: Forms = OPERATORS) -> nn.Module:
     # contiguous weights: an exporter would write a transposition for each channels_last one
     lower = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     fold_norms(lower)
-    if forms.layer_norm == "arithmetic":
+    if forms.layer_norm != "operator":
         fold_affine(lower)
     return _replace(lower, lambda module: _form(module, forms))
 
@@ -67,6 +72,10 @@ def _form(module: nn.Module, forms: Forms) -> nn.Module:
         return _plain_block(module)
     if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "arithmetic":
         return ArithmeticLayerNorm(module)
+    if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "convolution":
+        return ConvolutionLayerNorm(module)
+    if isinstance(module, GlobalAveragePool) and forms.pool == "last":
+        return LastAxisPool()
     if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
         return ErfGelu()
     if isinstance(module, nn.Hardswish) and forms.hard_swish == "arithmetic":
@@ -119,11 +128,43 @@ class ArithmeticLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, C), of the same shape."""
         d = x - x.mean(1, keepdim=True)
-        y = d * ((d * d).mean(1, keepdim=True) + self.eps).pow(-0.5)
+        y = d * self.inverse(d * d)
         if self.weight is None:
             return y
         channels = (1, -1, *(1,) * (x.ndim - 2))
         return y * self.weight.view(channels) + self.bias.view(channels)
+
+    def inverse(self, squares: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, 1, ...): one over the standard deviation, from the squared deviations."""
+        return (squares.mean(1, keepdim=True) + self.eps).pow(-0.5)
+
+
+class ConvolutionLayerNorm(ArithmeticLayerNorm):
+    """The same, with the mean of the squares as a convolution to one channel, whose bias is epsilon.
+
+    Six operators in TFLite instead of eight: its converter gives a mean with a sum behind it no channel axis
+    (so that a RESHAPE has to follow), and every runtime fuses a bias.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm)
+        channels = norm.normalized_shape[0]
+        self.mean = nn.Parameter(torch.full((1, channels, 1, 1), 1 / channels))
+        self.shift = nn.Parameter(torch.full((1,), norm.eps))
+
+    def inverse(self, squares: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, 1, ...): one over the standard deviation, from the squared deviations."""
+        if squares.ndim == 2:  # of pooled features
+            return torch.rsqrt(squares.mean(1, keepdim=True) + self.eps)
+        return torch.rsqrt(F.conv2d(squares, self.mean, self.shift))
+
+
+class LastAxisPool(nn.Module):
+    """The mean over the positions of a map, as runtimes with the channels last have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C)."""
+        return x.permute(0, 2, 3, 1).mean((1, 2))
 
 
 class ErfGelu(nn.Module):
