@@ -244,6 +244,14 @@ def accuracy_text(accuracy: float | None, low: float | None, high: float | None)
     return f"{accuracy:.1%}{interval}"
 
 
+def trained_elsewhere(trained_px: int, deployed_px: int) -> str:
+    """Say that a network is trained at another size than its latencies hold for."""
+    return (
+        f"the network is trained at {trained_px} px, and its latency is certified at {deployed_px} px only: "
+        f"qnas train-subnet --resolution {deployed_px} trains it there"
+    )
+
+
 CLASSES_SHOWN = 5  # those with the lowest accuracy
 
 
@@ -256,7 +264,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     sure = f"{result['interval_level']:.0%} interval {interval(result['top1'])}"
     if top := result["top5"]:
         sure += f"; top-5 {top['value']:.2%} ({interval(top)})"
-    deployed = result["deployed"]
+    deployed, px = result["deployed"], result["deployed"]["resolution_px"]
     counts = f"{format_count(deployed['macs'])} MACs, {format_count(deployed['params'])} parameters"
     latencies = ", ".join(
         f"{name} {format_ms(found['ms'], round_up=True)}" for name, found in deployed["latency"].items()
@@ -293,8 +301,9 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
         unused = sum(left_out.values())
         lines.append(field("left out", f"{unused} file{'s' * (unused > 1)}: {LEFT_OUT_FILE}"))
     lines += [
-        field("size", f"{counts}, at {deployed['resolution_px']} px"),
-        *([field("latency", latencies)] if latencies else []),
+        field("size", f"{counts}, at {px} px"),
+        *([field("latency", f"at {px} px: {latencies}")] if latencies else []),
+        *([field("warning", trained_elsewhere(result["resolution_px"], px))] * (result["resolution_px"] != px)),
         field("speed", speed_line),
         field("files", files),
     ]

@@ -373,6 +373,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "params": count_parameters(network),
         "deployed": size_facts(source),
         "resolution_px": trainer.config.resolution_px,
+        "stages": [{"resolution_px": px, "epochs": n} for px, n in trainer.config.recipe.stages],
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
