@@ -187,6 +187,9 @@ def export(
         float | None,
         option("Largest loss of accuracy on these images, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
+    allow_drop: Annotated[
+        bool, option("Write files of a --resolution at which the network is less accurate, too.", "--allow-drop")
+    ] = False,
     measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
     threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
     force: options.Force = False,
@@ -208,6 +211,7 @@ def export(
         data=data,
         images=images,
         max_drop=max_drop,
+        allow_drop=allow_drop,
         measure=measure,
         threads=threads,
         out=out,
@@ -241,5 +245,7 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
             p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
             yield field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {threads}")
     yield field("files", files_in(done.folder))
+    if done.resizing is not None:
+        yield field("resized", done.resizing.describe())
     for predicted in done.predicted:
         yield field("latency", describe_latency(predicted.facts()))
