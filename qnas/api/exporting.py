@@ -26,6 +26,7 @@ def export(
     data: "GivenData | None" = None,
     images: int | None = None,
     max_drop: float | None = None,
+    allow_drop: bool = False,
     measure: bool = False,
     threads: int = 1,
     out: str | Path | None = None,
@@ -39,7 +40,8 @@ def export(
     (default: if a device of the search is a GPU).
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
-    the training's data); its accuracy may be lower by at most `max_drop`. `measure` times the files on this
+    the training's data); its accuracy may be lower by at most `max_drop`. So may that of the network at another
+    resolution than in training, unless `allow_drop`. `measure` times the files on this
     machine. Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each.
 
     Raises CheckpointError if there is no trained network or a file exists already, UsageError for an invalid
@@ -67,6 +69,7 @@ def export(
         data=data,
         images=IMAGES if images is None else images,
         max_drop=max_drop,
+        allow_drop=allow_drop,
         threads=threads if measure else None,
         force=force,
     )

@@ -67,6 +67,10 @@ def run_search(
     of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
+    The budgets hold for images of the space's own resolution. The search trains at that of its preset, or at
+    `resolution_px`: the smaller one of digits and other small images saves time, and `train_subnet` ends at
+    the space's.
+
     The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
     Interrupted) continues with `resume=True` and the same `out`, to the same result as without interruption.
     `progress` is True for a bar on stderr, or a function that is called with a Report after each step.
@@ -94,8 +98,10 @@ def run_search(
     else:
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
     config = config.override(settings | named(loss=loss, metric=metric))
+    px = config.resolution_px or known.input.resolution_px
+    config = config.override({"resolution_px": px})
     is_default = not former and (preset is None or str(preset) in stems(SearchConfig.FOLDER, ".yaml"))
-    check_resolution(known, config.resolution_px)
+    check_resolution(known, px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
     from qnas.api import session
@@ -107,7 +113,7 @@ def run_search(
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), session.display_of(progress)
     with session.threads_set(config.threads):
-        images = session.load_images(data, known, config.resolution_px, broken, progress)
+        images = session.load_images(data, known, px, broken, progress)
         is_asked = settings.get("batch_size") is not None or not is_default
         batch_size = session.fit_batch(config.batch_size, len(images.train), world, asked=is_asked)
         config = config.override({"batch_size": batch_size})

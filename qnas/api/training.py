@@ -1,5 +1,7 @@
 """The training of one network from Python."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +11,26 @@ from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, UsageError, nearest
 from qnas.common.resources import stems
 from qnas.runs.folders import free_folder, latest_run, read_config
+from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
 from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
+    from qnas.data.image_data import ImageData
     from qnas.data.loading import GivenData
     from qnas.training.losses import LossFunction, Metric
+
+
+@dataclass(frozen=True)
+class StartedTraining:
+    """A training that is about to begin: the argument of `on_start` in `train_subnet`."""
+
+    found: FoundArch
+    recipe: Recipe
+    images: "ImageData"
+    folder: Path
 
 
 def train_subnet(
@@ -34,6 +48,7 @@ def train_subnet(
     resume: bool = False,
     force: bool = False,
     progress: "Progress" = False,
+    on_start: Callable[[StartedTraining], None] = lambda started: None,
     **settings: Any,
 ) -> TrainedNetwork:
     """Train one network on its own, from the supernet's weights or from scratch.
@@ -43,8 +58,11 @@ def train_subnet(
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
     recipe and of TrainConfig that override it, such as `epochs`, `learning_rate`, `class_weights` or `seed`.
     `weights` is "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is
-    "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume` and `progress`
-    as in `run_search`.
+    "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume`, `progress` and
+    `on_start` as in `run_search`.
+
+    Unless `resolution_px` is given here or in the recipe, the training starts at the resolution of the
+    search and ends at the space's own, for which the predicted latencies hold.
 
     Writes `out`, by default `RUN/subnet`, or a new folder in runs/ for an architecture without a run.
     Raises QnasError for an invalid request, if possible before anything is trained.
@@ -67,11 +85,13 @@ def train_subnet(
     from_supernet = searched and weights != "scratch"
     former = read_config(supernet_file(found).parent) if searched else {}
     data = reopen(data, former, None if searched else "digits")
-    px = former.get("search", {}).get("resolution_px") if searched else found.space.input.resolution_px
-    if px is None:
+    searched_px = former.get("search", {}).get("resolution_px")
+    if searched and searched_px is None:
         raise CheckpointError(f"{supernet_file(found).parent / CONFIG_FILE}: search.resolution_px: missing")
-    config = _resolve(recipe, kind_of(data), px, settings | named(loss=loss, metric=metric))
-    check_resolution(found.space, config.resolution_px)
+    changes = settings | named(loss=loss, metric=metric)
+    config = _resolve(recipe, kind_of(data), found.space.input.resolution_px, searched_px, changes)
+    for px, _ in config.recipe.stages:
+        check_resolution(found.space, px)
     broken = former.get("max_broken") if max_broken is None else max_broken
     if out is None:
         out = found.folder / SUBNET_FOLDER if searched else free_folder(f"{found.space.name}-{SUBNET_FOLDER}")
@@ -112,6 +132,8 @@ def train_subnet(
             **({"teacher": teacher, "teacher_digest": teacher_digest} if taught else {}),
             "versions": session.versions(),
         }
+        if world.is_main:
+            on_start(StartedTraining(found, config.recipe, images, Path(out)))
         train_in_folder(
             found,
             images,
@@ -136,15 +158,25 @@ def _is_shipped(recipe: str | Path | Recipe | None) -> bool:
     return recipe is None or (not isinstance(recipe, Recipe) and str(recipe) in stems(Recipe.FOLDER, ".yaml"))
 
 
-def _resolve(recipe: str | Path | Recipe | None, kind: str, px: int, changes: dict[str, Any]) -> TrainConfig:
-    """Return the training settings for a kind of data, with changes to the recipe and to the other fields."""
+def _resolve(
+    recipe: str | Path | Recipe | None,
+    kind: str,
+    px: int,
+    searched_px: int | None,
+    changes: dict[str, Any],
+) -> TrainConfig:
+    """Return the training settings for a kind of data, with changes to the recipe and to the other fields.
+
+    Without another request, images have `px` pixels at the end, and at the start those of the search.
+    """
     fields = {*Recipe.model_fields, *TrainConfig.model_fields} - {"recipe", "file_schema"}
     for name in changes.keys() - fields:
         raise UsageError(f"`{name}`: unknown setting ({nearest(name, fields)})")
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
     resolved = base.override({name: value for name, value in changes.items() if name in Recipe.model_fields})
     if resolved.resolution_px is None:
-        resolved = resolved.override({"resolution_px": px})
+        start_px = resolved.start_resolution_px or searched_px
+        resolved = resolved.override({"resolution_px": px, "start_resolution_px": start_px})
     # on feature maps as small as those of digits, more threads cost more than they gain
     config = TrainConfig(recipe=resolved, threads=1 if kind == "digits" else 0)
     return config.override({k: v for k, v in changes.items() if k not in Recipe.model_fields})

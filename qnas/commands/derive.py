@@ -71,7 +71,10 @@ def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, say
     else:
         why = f", not ranked on held-out images: {found.unranked}" if says_why else ""
         yield field("chosen", f"the first network by the search's scores{why}")
-    yield field("searched", f"for {describe_budgets(found.searched.document['limits'])}")
+    yield field(
+        "searched",
+        f"for {describe_budgets(found.searched.document['limits'])}, at {space.input.resolution_px} px",
+    )
     if found.warning:
         yield field("warning", found.warning)
     yield field("files", files_in(found.folder))

@@ -25,6 +25,7 @@ OPTIONS = {
     "formats": "format",
     "networks": "n",
     "resolution_px": "resolution",
+    "start_resolution_px": "start-resolution",
     "search_epochs": "epochs",
 }
 Complete = Callable[[str], completion.Words]

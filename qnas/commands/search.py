@@ -108,13 +108,21 @@ def search(
 
 
 def _announce(started: "Started") -> None:
-    """Print the limits, the images and the folder of a search before it begins."""
+    """Print the limits, the images with their size, and the folder of a search before it begins."""
     from qnas.runs.latency_text import describe_limits
 
     images, folder = started.images, started.folder
     typer.echo(describe_limits(started.space, started.limits))
-    what = f"{shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
+    what = f"trains on {shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
     typer.echo(wrapped(f"{what}; run in {folder}"))
+    deployed_px = started.space.input.resolution_px
+    if images.resolution_px != deployed_px:
+        typer.echo(
+            wrapped(
+                f"the budget holds for images of {deployed_px} px, not of {images.resolution_px} px: "
+                f"qnas train-subnet ends its training at {deployed_px} px"
+            )
+        )
     if images.broken:
         count = f"{len(images.broken)} broken image{'s' * (len(images.broken) > 1)}"
         typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))
@@ -149,7 +157,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     found, random = result.run.found, result.random_accuracies
     tested = found["images"]["test"]
     kind = found.get("split_names", {}).get("test", "test")
-    yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images, with supernet weights")
+    at = f"at {result.run.config['search']['resolution_px']} px"
+    yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images {at}, with supernet weights")
     if balanced := balanced_text(result.accuracy, result.balanced_accuracy, digits=1):
         yield field("", balanced)
     if never := never_text(result.never_predicted, len(found.get("classes", ()))):

@@ -4,15 +4,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from qnas.commands import completion, options
 from qnas.commands.fields import Fields, field_command, takes_fields
 from qnas.commands.options import argument, choice, option
+from qnas.common.text import shown
 from qnas.common.units import format_ms
 from qnas.runs.folders import latest_run
 from qnas.runs.names import SPEED_FILE, SUBNET_FOLDER
-from qnas.runs.text import field, files_in, next_command
+from qnas.runs.text import field, files_in, next_command, wrapped
 
 if TYPE_CHECKING:
+    from qnas.api.training import StartedTraining
     from qnas.deploy.export_run import ExportedFiles
 
 RECIPE = "Recipe"
@@ -20,7 +24,7 @@ TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:Recipe",
         panels={
-            options.DATA: ("resolution_px", "batch_size"),
+            options.DATA: ("resolution_px", "start_resolution_px", "batch_size"),
             "Augmentation": (
                 "random_resized_crop",
                 "randaugment",
@@ -109,6 +113,7 @@ def train_subnet(
         resume=resume,
         force=force,
         progress=options.progress(quiet),
+        on_start=(lambda started: None) if as_json else _announce,
         **changes,
     )
     folder, result = trained.folder, trained.result
@@ -118,11 +123,25 @@ def train_subnet(
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     kind = result.get("split_names", {}).get("test", "test")
     learned = (
-        f"{trained.accuracy:.2%} on {result['test_images']} {kind} images, after {epochs} epochs from {start}"
+        f"{trained.accuracy:.2%} on {result['test_images']} {kind} images at {result['resolution_px']} px, "
+        f"after {epochs} epochs from {start}"
     )
     lines = ["", describe_training(learned, result, speed, files_in(folder))]
     lines.append(next_command(f"qnas export {target}"))
     options.show({"folder": str(folder), **result, "speed": speed}, lines, as_json=as_json)
+
+
+def _announce(started: "StartedTraining") -> None:
+    """Print the images of a training, and the sizes that they have one after another, before it begins."""
+    from qnas.runs.run_text import trained_elsewhere
+
+    images, stages = started.images, started.recipe.stages
+    counts = f"{len(images.train_and_heldout)} training, {len(images.test)} test images"
+    epochs = ", ".join(f"{count} epoch{'s' * (count > 1)} at {px} px" for px, count in stages)
+    typer.echo(wrapped(f"{shown(images.name)}: {counts}; {epochs}; run in {started.folder}"))
+    deployed_px = started.found.space.input.resolution_px
+    if images.resolution_px != deployed_px:
+        typer.echo(wrapped(trained_elsewhere(images.resolution_px, deployed_px)))
 
 
 def export(
@@ -184,6 +203,9 @@ def export(
         float | None,
         option("Largest loss of accuracy on these images, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
+    allow_drop: Annotated[
+        bool, option("Write files of a --resolution at which the network is less accurate, too.", "--allow-drop")
+    ] = False,
     measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
     threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,
     force: options.Force = False,
@@ -207,6 +229,7 @@ def export(
         data=data,
         images=images,
         max_drop=max_drop,
+        allow_drop=allow_drop,
         measure=measure,
         threads=threads,
         out=out,
@@ -245,5 +268,7 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
             p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
             yield field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {threads}")
     yield field("files", files_in(done.folder))
+    if done.resizing is not None:
+        yield field("resized", done.resizing.describe())
     for predicted in done.predicted:
         yield field("latency", describe_latency(predicted.facts()))

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 from qnas.common.errors import DataError
 from qnas.common.text import shown
 from qnas.data.broken_images import BrokenImage, or_broken
-from qnas.data.decoding import in_threads, spread
+from qnas.data.decoding import chunked, in_threads, spread
 from qnas.data.image_files import ImageNumbers
 from qnas.data.lazy_images import LazyImages
 from qnas.data.left_out import LeftOut
@@ -50,6 +51,25 @@ class Split:
         """Return these images (B, C, H, W) as uint8. Raises DataError for a damaged file."""
         found = take(self.images, indices.numpy())
         return found if isinstance(found, Tensor) else torch.stack([found[i] for i in range(len(found))])
+
+    def at(self, resolution_px: int) -> "Split":
+        """Return the same images at another resolution; images in memory are copied at the new size."""
+        if self.images.shape[-1] == resolution_px:
+            return self
+        originals = self.originals and replace(self.originals, resolution_px=resolution_px)
+        return replace(self, images=_resized(self.images, resolution_px), originals=originals)
+
+
+def _resized(images: Images, px: int) -> Images:
+    """Resize images (N, C, H, W) -> (N, C, px, px); in memory they stay uint8, channels last."""
+    if isinstance(images, LazyImages):
+        return replace(images, resolution_px=px)
+    count, channels = images.shape[:2]
+    found = torch.empty((count, px, px, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for chunk in chunked(count):  # as resizing computes in float32, which takes four times the memory
+        part = slice(chunk.start, chunk.stop)
+        found[part] = tv.resize(images[part], [px, px], antialias=True)
+    return found
 
 
 def take(images: Images, places: slice | ImageNumbers) -> Images:

@@ -11,6 +11,7 @@ from qnas.common.text import in_markdown
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
+from qnas.deploy.export.resizing import Resizing
 from qnas.deploy.file_latency import FileLatency, describe_latency
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
@@ -64,6 +65,7 @@ def card_document(
     files: Sequence[Exported],
     measured: Mapping[str, Mapping[str, Any]],
     predicted: Sequence[FileLatency],
+    resizing: Resizing | None,
     weights_sha256: str,
     kept: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -75,7 +77,12 @@ def card_document(
     config = read_config(found.folder)
     latencies = [each.facts() for each in predicted]
     entries = {
-        file.files[0]: {**file.facts(), "measured": measured.get(file.files[0]), "predicted": latencies}
+        file.files[0]: {
+            **file.facts(),
+            "measured": measured.get(file.files[0]),
+            "predicted": latencies,
+            "resizing": resizing and resizing.facts(),
+        }
         for file in files
     }
     accuracy, n = result["test_accuracy"], result["test_images"]
@@ -109,6 +116,7 @@ def card_document(
             "space_digest": found.space.digest,
             "choices": list(found.arch.choices),
             "resolution_px": product.resolution_px,
+            "trained_px": result["resolution_px"],
             "macs": count_macs(product.blocks),
             "params": result.get("params"),
         },
@@ -137,6 +145,8 @@ def markdown(card: Mapping[str, Any]) -> str:
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
     balanced = balanced_text(accuracy["top1"], accuracy.get("balanced"))
     never = never_text(accuracy.get("never_predicted", ()), len(task["classes"]))
+    # None from an older version
+    at = f", trained at {trained_px} px" if (trained_px := network.get("trained_px")) else ""
     facts = [
         f"- Classes: {', '.join(in_markdown(name, 500) for name in task['classes'])}",
         f"- Input: {task['input']}; mean {_numbers(task['mean'])}, std {_numbers(task['std'])}",
@@ -146,7 +156,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"(95% interval {low:.1%} to {high:.1%}){f'; {balanced}' if balanced else ''}",
         *([f"- Warning: the network {in_markdown(never, 500)}"] if never else []),
         f"- Network: space {network['space']}, {format_count(network['macs'])} MACs and "
-        f"{format_count(network['params'])} parameters at {network['resolution_px']} px; "
+        f"{format_count(network['params'])} parameters at {network['resolution_px']} px{at}; "
         f"{', '.join(network['choices'])}",
     ]
     made_with = f"made with qnas {card['versions'].get('qnas', '')}"
@@ -199,7 +209,8 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{parity['images']} images, {entry['runtime']}",
             f"{parity['max_difference'] / (parity['scale'] or 1):.1e} of the largest logit",
             f"{parity['agreement']:.2%}",
-            f"{parity['accuracy']:.2%} ({parity['network_accuracy']:.2%})",
+            f"{parity['accuracy']:.2%} ({parity['network_accuracy']:.2%})"
+            + (f"; {Resizing(**resizing).describe()}" if (resizing := entry.get("resizing")) else ""),
             _measured(measured) if measured else "not measured",
             "; ".join(map(describe_latency, entry.get("predicted", ()))) or "not predicted",
         ]

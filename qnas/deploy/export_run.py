@@ -25,7 +25,9 @@ from qnas.deploy.export.formats import (
     optional_names,
 )
 from qnas.deploy.export.opset import check_opset
+from qnas.deploy.export.parity import tolerance_of
 from qnas.deploy.export.product import Product, Ranges, RealImages, Variant
+from qnas.deploy.export.resizing import Resizing, compare_sizes
 from qnas.deploy.file_latency import FileLatency, devices_of, predict_exported
 from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
@@ -54,6 +56,7 @@ class ExportRequest:
     data: GivenData | None = None  # None: the data of the training
     images: int = IMAGES
     max_drop: float | None = None  # of the accuracy; None: the precision's default
+    allow_drop: bool = False  # at another resolution than that of the training
     threads: int | None = None  # to time the files with; None: they are not timed
     force: bool = False
 
@@ -88,6 +91,7 @@ class ExportedFiles(Sequence[Path]):
     measured: Mapping[str, Mapping[str, Any]]  # by file name; empty if nothing was timed
     channels: int
     predicted: tuple[FileLatency, ...]
+    resizing: Resizing | None = None  # None: the resolution is that of the training
 
     @property
     def latency_ms(self) -> float | None:
@@ -114,6 +118,7 @@ class ExportedFiles(Sequence[Path]):
             "latency_ms": first and first.latency_ms,
             "latency_resolution_px": first and first.resolution_px,
             "predicted": [each.facts() for each in self.predicted],
+            "resizing": self.resizing and self.resizing.facts(),
         }
 
 
@@ -123,7 +128,8 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     The files and the card come into place together, once every file is checked. Files of former exports of
     the same weights stay, and those of other weights are removed with them. Raises CheckpointError if there
     is no trained network, another export is at work, or a file exists already, UsageError for an invalid
-    request, DataError if int8 has no images, ExportError if the outputs of a file differ from the network's.
+    request, DataError if int8 has no images, ExportError if the outputs of a file differ from the network's,
+    or the accuracy is lower at another resolution than that of the training.
     """
     variant = request.variant()
     folder = source.parent if source.suffix == ".json" else source
@@ -158,7 +164,8 @@ def _export(
     former: FormerExport,
 ) -> ExportedFiles:
     """Write the files of a trained network and their card into a folder."""
-    px = request.resolution_px or result["resolution_px"]
+    trained_px = result["resolution_px"]
+    px = request.resolution_px or trained_px
     check_resolution(found.space, px)
     images, calibration = _checking_images(request, found, result, px)
     predicted = predict_exported(found, px, len(result["classes"]))
@@ -166,14 +173,22 @@ def _export(
     product = _product(found, result, px, metadata, request.batch, calibration, weights_sha256)
     if request.symmetric is None and variant.precision == "int8":
         variant = replace(variant, symmetric=needs_symmetric(found))
+    resizing = None
+    if px != trained_px:
+        as_trained, _ = _checking_images(replace(request, precision="fp32"), found, result, trained_px)
+        resizing = compare_sizes(product.network, images, as_trained)
+        if not request.allow_drop:
+            resizing.check(tolerance_of(variant).drop)
     with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
         files = export_files(product, request.formats, variant, stage, images, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         write_card(
             stage,
-            card_document(found, result, product, files, measured, predicted, weights_sha256, former.entries),
+            card_document(
+                found, result, product, files, measured, predicted, resizing, weights_sha256, former.entries
+            ),
         )
-    return ExportedFiles(out, files, measured, product.channels, predicted)
+    return ExportedFiles(out, files, measured, product.channels, predicted, resizing)
 
 
 def needs_symmetric(found: FoundArch) -> bool:

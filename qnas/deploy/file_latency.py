@@ -28,6 +28,7 @@ class FileLatency:
     budget_ms: float
     latency_ms: float | None  # None if it cannot be predicted here
     problem: str = ""  # why it cannot
+    certified: str = ""  # what the certified latency is of, where it is not of the file
 
     @property
     def over_budget(self) -> bool:
@@ -46,10 +47,13 @@ def describe_latency(facts: Mapping[str, Any]) -> str:
     if latency_ms is None:
         return f"not predicted on {where}: {facts['problem']}"
     took = format_ms(latency_ms, round_up=True)
+    certified = facts.get("certified") or ""  # not in a card of an older version
     if facts["over_budget"]:
         excess = latency_ms / facts["budget_ms"] - 1
-        return f"{took} on {where}, predicted for the file: over the budget of {budget} by {excess:.1%}"
-    return f"{took} of {budget} on {where}, predicted for the file"
+        said = f"{took} on {where}, predicted for the file: over the budget of {budget} by {excess:.1%}"
+    else:
+        said = f"{took} of {budget} on {where}, predicted for the file"
+    return f"{said}; certified is {certified}" if certified else said
 
 
 def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tuple[FileLatency, ...]:
@@ -59,28 +63,46 @@ def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tupl
     none for an architecture without a search.
     """
     return tuple(
-        _predict(found, name, budget_ms, resolution_px, classes)
-        for name, budget_ms in _budgets(found.document)
+        _predict(found, name, budget_ms, certified_ms, resolution_px, classes)
+        for name, budget_ms, certified_ms in _budgets(found.document)
     )
 
 
 def devices_of(found: FoundArch) -> Iterator[Device]:
     """Yield the devices of a network's search whose files are there."""
-    for name, _ in _budgets(found.document):
+    for name, *_ in _budgets(found.document):
         with suppress(QnasError, ValidationError):
             yield _device(found, name)
 
 
-def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """Yield each device of a search with its budget and the latency that was certified."""
     limits = [entry for entry in document.get("limits") or () if entry["unit"] == "ms"]
     if limits:
-        yield from ((entry["name"], entry["budget"]) for entry in limits)
+        yield from ((entry["name"], entry["budget"], entry["amount"]) for entry in limits)
     elif document.get("device") is not None and document.get("budget_ms") is not None:
-        yield document["device"], document["budget_ms"]
+        yield document["device"], document["budget_ms"], document.get("latency_ms")
 
 
-def _predict(found: FoundArch, name: str, budget_ms: float, resolution_px: int, classes: int) -> FileLatency:
+def _of_another(found: FoundArch, certified_ms: float | None, resolution_px: int, classes: int) -> str:
+    """Describe the certified network where the file has another size or number of classes; else nothing."""
+    px, of_space = found.space.input.resolution_px, found.space.head.classes
+    if certified_ms is None or (px, of_space) == (resolution_px, classes):
+        return ""
+    took = format_ms(certified_ms, round_up=True)
+    return f"{took} at {px} px with {of_space} classes"
+
+
+def _predict(
+    found: FoundArch,
+    name: str,
+    budget_ms: float,
+    certified_ms: float | None,
+    resolution_px: int,
+    classes: int,
+) -> FileLatency:
     space = found.space
+    certified = _of_another(found, certified_ms, resolution_px, classes)
     source = found.document.get("latency_source") or DEVICE
     try:
         device = _device(found, name)
@@ -90,8 +112,8 @@ def _predict(found: FoundArch, name: str, budget_ms: float, resolution_px: int, 
         )
         latency_ms = table.latency_ms(found.arch.indices(space))
     except (QnasError, ValidationError) as error:  # such as an own device whose file is gone
-        return FileLatency(name, resolution_px, budget_ms, None, one_line(error))
-    return FileLatency(name, resolution_px, budget_ms, latency_ms)
+        return FileLatency(name, resolution_px, budget_ms, None, one_line(error), certified)
+    return FileLatency(name, resolution_px, budget_ms, latency_ms, "", certified)
 
 
 def _table(source: str, device: Device, space: SearchSpace) -> Any:

@@ -14,6 +14,7 @@ from qnas.common.reading import read_json
 from qnas.deploy.card import JSON, MARKDOWN, SCHEMA
 from qnas.deploy.export.formats import PARITY
 from qnas.deploy.export.parity import Parity
+from qnas.deploy.export.resizing import Resizing
 
 
 class _Measured(BaseModel):
@@ -31,6 +32,7 @@ class _Predicted(BaseModel):
     latency_ms: float | None
     over_budget: bool
     problem: str
+    certified: str = ""
 
 
 class _Entry(BaseModel):
@@ -51,6 +53,7 @@ class _Entry(BaseModel):
     checks: list[str] = []
     measured: _Measured | None
     predicted: list[_Predicted] = []
+    resizing: Resizing | None = None
 
 
 @dataclass(frozen=True)

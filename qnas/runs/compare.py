@@ -39,6 +39,7 @@ class Contestant:
     label: str  # A, B, ...
     run: str
     space: str
+    resolution_px: int  # that its latencies hold for
     limits: tuple[dict[str, Any], ...]  # from its arch.json
     choices: tuple[str, ...]
     macs: int
@@ -101,6 +102,7 @@ def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[st
         label,
         str(folder),
         found.space.name,
+        found.space.input.resolution_px,
         tuple(limits),
         found.arch.choices,
         count_macs(blocks),

@@ -361,6 +361,13 @@ class Deployed(Document):
     latency: dict[Name, DeviceLatency]
 
 
+class Stage(Document):
+    """The epochs of a training whose images have one size."""
+
+    resolution_px: Pixels
+    epochs: Count
+
+
 class BestEpoch(Document):
     """The epoch of the best test accuracy."""
 
@@ -392,6 +399,7 @@ class ResultDocument(Document):
     params: Count
     deployed: Deployed
     resolution_px: Pixels
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = ABSENT
     classes: Annotated[list[ClassName], Field(min_length=1, max_length=MOST_CLASSES)]
     mean: Statistics
     std: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
@@ -459,6 +467,7 @@ class ParetoDocument(Document):
 
     file_schema: Literal["qnas.pareto/1"] = Field(alias="schema")
     space_digest: Digest
+    resolution_px: Pixels = ABSENT
     ranked: bool
     unranked: Text = ""
     devices: Annotated[list[Front], Field(min_length=1, max_length=100)]
@@ -495,6 +504,7 @@ class MetricsRow(Document):
     warnings: Annotated[list[Text], Field(max_length=1000)] = ABSENT
     # at the end of an epoch of a training
     epoch: Step = ABSENT
+    resolution_px: Pixels = ABSENT
     train_loss: Number = ABSENT
     learning_rate: Amount = ABSENT
     test_accuracy: Share = ABSENT

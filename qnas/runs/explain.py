@@ -106,6 +106,7 @@ class Explanation:
 
     measured: bool  # whether losses are measured effects or negative log probabilities
     explained: float | None  # share of the variance between networks that the effects explain
+    resolution_px: int  # of the images that latencies are for
     devices: tuple[OnDevice, ...]  # the devices of the search
     positions: tuple[PositionStory, ...]
 
@@ -141,6 +142,7 @@ def explain(run: FinishedRun) -> Explanation:
     return Explanation(
         measured=run.searched.effects is not None,
         explained=effects["explained"] if effects is not None else None,
+        resolution_px=run.space.input.resolution_px,
         devices=devices,
         positions=tuple(_stories(run, own, [device.price for device in devices])),
     )

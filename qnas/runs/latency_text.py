@@ -60,7 +60,8 @@ def latency_lines(
     indices = arch.indices(space)
     for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
         latency_ms = table.latency_ms(indices)
-        took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {table.device}"
+        where = f"{table.device} at {space.input.resolution_px} px"
+        took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {where}"
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
@@ -70,11 +71,11 @@ def latency_lines(
 
 def describe_limits(space: SearchSpace, limits: Limits) -> str:
     """Format the limits of a space, the range of its networks, and warnings about budgets."""
-    lines = []
+    lines, px = [], space.input.resolution_px
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
-        asked = f"{space.name} {where}within {limit.describe(limit.budget)}"
+        asked = f"{space.name} {where}at {px} px within {limit.describe(limit.budget)}"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"

@@ -161,8 +161,14 @@ def fronts_document(
     space: SearchSpace, fronts: Sequence[Mapping[str, Any]], details: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of a pareto.json; `fronts` are the devices' entries (`front_document`)."""
-    known = {"schema": "qnas.pareto/1", "space": space.name, "space_digest": space.digest}
-    return {**known, **details, "devices": list(fronts)}
+    return {
+        "schema": "qnas.pareto/1",
+        "space": space.name,
+        "space_digest": space.digest,
+        "resolution_px": space.input.resolution_px,  # that the latencies hold for
+        **details,
+        "devices": list(fronts),
+    }
 
 
 def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:

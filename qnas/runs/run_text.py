@@ -39,7 +39,7 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        title = f"{front['device']}: networks take {range_}; the expected latency of the search is {expected}"
+        title = f"{front['device']} at {document['resolution_px']} px: networks take {range_}; the expected latency of the search is {expected}"
         header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
         lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
@@ -60,7 +60,10 @@ def describe_explanation(explanation: Explanation) -> str:
     lines = []
     for d in e.devices:
         lines += [
-            wrapped(f"{d.device}, within {format_ms(d.budget_ms)}: latency and loss of each block"),
+            wrapped(
+                f"{d.device} at {e.resolution_px} px, within {format_ms(d.budget_ms)}: latency and loss of each "
+                "block"
+            ),
             table_rows(
                 ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
                 _block_rows(e, d),
@@ -177,7 +180,7 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     c = comparison
     within = [f", within {describe_budgets(run.limits)}" if run.limits else "" for run in c.runs]
     lines = [
-        field(run.label, f"{run.run}: {run.space}{asked}") for run, asked in zip(c.runs, within, strict=True)
+        field(run.label, f"{run.run}: {run.space}, {run.resolution_px} px{asked}") for run, asked in zip(c.runs, within, strict=True)
     ]
     lines += [field("", reason) for reason in dict.fromkeys(chain(*(run.unchecked for run in c.runs)))]
     for names in c.same_network:
@@ -244,6 +247,14 @@ def accuracy_text(accuracy: float | None, low: float | None, high: float | None)
     return f"{accuracy:.1%}{interval}"
 
 
+def trained_elsewhere(trained_px: int, deployed_px: int) -> str:
+    """Say that a network is trained at another size than its latencies hold for."""
+    return (
+        f"the network is trained at {trained_px} px, and its latency is certified at {deployed_px} px only: "
+        f"qnas train-subnet --resolution {deployed_px} trains it there"
+    )
+
+
 CLASSES_SHOWN = 5  # those with the lowest accuracy
 
 
@@ -256,7 +267,7 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     sure = f"{result['interval_level']:.0%} interval {interval(result['top1'])}"
     if top := result["top5"]:
         sure += f"; top-5 {top['value']:.2%} ({interval(top)})"
-    deployed = result["deployed"]
+    deployed, px = result["deployed"], result["deployed"]["resolution_px"]
     counts = f"{format_count(deployed['macs'])} MACs, {format_count(deployed['params'])} parameters"
     latencies = ", ".join(
         f"{name} {format_ms(found['ms'], round_up=True)}" for name, found in deployed["latency"].items()
@@ -293,8 +304,9 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
         unused = sum(left_out.values())
         lines.append(field("left out", f"{unused} file{'s' * (unused > 1)}: {LEFT_OUT_FILE}"))
     lines += [
-        field("size", f"{counts}, at {deployed['resolution_px']} px"),
-        *([field("latency", latencies)] if latencies else []),
+        field("size", f"{counts}, at {px} px"),
+        *([field("latency", f"at {px} px: {latencies}")] if latencies else []),
+        *([field("warning", trained_elsewhere(result["resolution_px"], px))] * (result["resolution_px"] != px)),
         field("speed", speed_line),
         field("files", files),
     ]

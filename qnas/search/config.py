@@ -36,9 +36,10 @@ class SearchConfig(SettingsFile):
         default="qnas.search-preset/1", alias="schema", repr=False
     )
     preset: str = Field(description="Name of the preset that the other fields started from.", repr=False)
-    resolution_px: Count = Field(
+    resolution_px: Count | None = Field(
+        default=None,
         description="Height and width of training images in pixels; latencies are always those of the "
-        "space's own resolution."
+        "space's own resolution. Default: as in the preset, else the space's own.",
     )
     warmup_epochs: Natural = Field(description="Epochs that train weights alone, before the search.")
     search_epochs: Count = Field(description="Epochs of searching, after the warm-up.")

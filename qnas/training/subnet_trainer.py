@@ -4,6 +4,9 @@ It is trained on all training images. The test images are evaluated after every 
 not select the result: that is the last weights, or their moving average where the recipe has one. The weights
 of the best epoch are kept as well, but their accuracy is biased upwards, since it selected them. An unbiased
 selection needs a validation split, and as the rate falls to a hundredth, the last weights are among the best.
+
+Where the recipe starts at a smaller size than it ends with, images are resized between epochs, the test images
+too. Only the epochs at the last size have a best one, as another size is another task.
 """
 
 import math
@@ -47,6 +50,7 @@ from qnas.training.saved_state import check_form, check_optimizer, check_unchang
 from qnas.training.scoring import Classified, Score, classify, prediction_tensors
 from qnas.training.supernet_weights import inherit
 
+TESTED_BATCH = 64  # test images at once; more would take gigabytes at 224 px
 SAMPLE_IMAGES = 16  # test images that are kept for checking an export
 REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
@@ -82,8 +86,9 @@ class SubnetTrainer:
             drop_blocks(network, recipe.stochastic_depth)
         if config.compile:
             compile_blocks(network)
+        assert data.resolution_px == recipe.resolution_px, data.resolution_px
         self.data, self.config, self.world, self.teacher = data, config, world, teacher
-        self.split = data.train_and_heldout
+        self.split, self.test_split = data.train_and_heldout, data.test
         self.objective = objective or make_objective(
             config.loss,
             config.metric,
@@ -98,6 +103,7 @@ class SubnetTrainer:
         check_batch_norms(network, self.batch_size, what, world, parts=recipe.accumulation)
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.sizes_px = [px for px, epochs in recipe.stages for _ in range(epochs)]  # of each epoch
         self.optimizer = make_optimizer(
             network.parameters(), recipe.learning_rate, recipe.weight_decay, _relinear(network, recipe)
         )
@@ -124,7 +130,12 @@ class SubnetTrainer:
     def step(self) -> dict[str, float]:
         """Take a weight step; at the end of an epoch evaluate on the test images."""
         config, recipe = self.config, self.config.recipe
+        epoch = self.steps_done // self.steps_per_epoch
+        px = self.sizes_px[epoch]
         if self._batches is None:
+            self._forward = self.world.parallel(self.network)
+        if self._batches is None or px != self.split.images.shape[-1]:
+            self.split, self.test_split = self.data.train_and_heldout.at(px), self.data.test.at(px)
             self._batches = stream(
                 self.split,
                 self.batch_size,
@@ -136,7 +147,6 @@ class SubnetTrainer:
                 part=self.world.part,
                 balanced=config.sampler == "balanced",
             )
-            self._forward = self.world.parallel(self.network)
         images, labels = next(self._batches)
         self._forward.train()
         # seeds the draws of modules, which differ between processes as their images do
@@ -158,27 +168,30 @@ class SubnetTrainer:
         self.world.average([loss])  # the gradients are averaged already
         check_finite(float(loss), self.steps_done + 1, REMEDY)
         if self.average is not None:
-            _update_average(self.average, self.network, recipe.ema_decay, self.steps_done)
+            # at each size anew: the batch norms' statistics of another size do not fit
+            steps = self.steps_done - self.sizes_px.index(px) * self.steps_per_epoch
+            _update_average(self.average, self.network, recipe.ema_decay, steps)
         row = {"loss": float(loss)}
         self.epoch_loss += float(loss)
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.steps_done += 1
         if self.steps_done % self.steps_per_epoch == 0:
-            row |= self._end_epoch(rate)
+            row |= self._end_epoch(px, rate)
         return row
 
-    def _end_epoch(self, rate: float) -> dict[str, float]:
+    def _end_epoch(self, px: int, rate: float) -> dict[str, float]:
         """Evaluate on the test images, and keep the weights if they are the best so far."""
         score = self.test().score
         self.accuracy, self.balanced_accuracy = score.accuracy, score.balanced_accuracy
         epoch = self.steps_done // self.steps_per_epoch
-        if score.accuracy >= self.best.get("test_accuracy", 0.0):
+        if px == self.sizes_px[-1] and score.accuracy >= self.best.get("test_accuracy", 0.0):
             weights = {name: tensor.detach().clone() for name, tensor in self.result.state_dict().items()}
             self.best = {"epoch": epoch, "test_accuracy": score.accuracy, "weights": weights}
         train_loss, self.epoch_loss = self.epoch_loss / self.steps_per_epoch, 0.0
         return {
             "epoch": epoch,
+            **({"resolution_px": px} if len(set(self.sizes_px)) > 1 else {}),
             "train_loss": train_loss,
             "learning_rate": rate,
             "test_accuracy": score.accuracy,
@@ -187,17 +200,18 @@ class SubnetTrainer:
         }
 
     def test(self) -> Classified:
-        """Classify the test images."""
+        """Classify the test images, at the size of the last step."""
         self.result.eval()
-        images = batches(self.data.test, 256, device=self.acceleration.device)
+        images = batches(self.test_split, TESTED_BATCH, device=self.acceleration.device)
         return classify(self.result, images, self.objective.ranking_loss)
 
     def summary(self, row: Mapping[str, float]) -> str:
         """Describe a step's figures for the progress display."""
+        size = f"{self.split.images.shape[-1]} px, " if len(set(self.sizes_px)) > 1 else ""
         known = "" if math.isnan(self.accuracy) else f", test accuracy {self.accuracy:.2%}"
         if not math.isnan(self.balanced_accuracy):
             known += f" (balanced {self.balanced_accuracy:.2%})"
-        return f"loss {row['loss']:.3f}{known}"
+        return f"{size}loss {row['loss']:.3f}{known}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state between two steps."""
@@ -359,6 +373,7 @@ def _finish(trainer: SubnetTrainer, folder: Path, source: FoundArch, request: Ma
         "params": count_parameters(network),
         "deployed": size_facts(source),
         "resolution_px": trainer.config.resolution_px,
+        "stages": [{"resolution_px": px, "epochs": n} for px, n in trainer.config.recipe.stages],
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),

@@ -29,6 +29,7 @@ from qnas.runs.latency_text import describe_budgets
 from qnas.runs.report.network import block_rows, layer_text
 from qnas.runs.report.searching import search_section
 from qnas.runs.report.training import training_section
+from qnas.runs.run_text import trained_elsewhere
 from qnas.runs.text import short_name
 from qnas.runs.verification import recompute
 from qnas.spaces.arch import arch_of
@@ -125,6 +126,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         blocks=block_rows(folder, space, arch, first, kernels),
         search=search_section(folder, document) if "search" in documents else None,
         training=training,
+        elsewhere=trained_elsewhere(result["resolution_px"], space.input.resolution_px) if result else "",
         unchecked=recomputed.unchecked,
     )
 
