@@ -63,6 +63,18 @@ def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tupl
     )
 
 
+def searched_devices(found: FoundArch) -> tuple[tuple[str, Device | None], ...]:
+    """Return the devices of a network's search by name, in the order of its limits; None if not known here."""
+    return tuple((name, _known(found, name)) for name, _ in _budgets(found.document))
+
+
+def _known(found: FoundArch, name: str) -> Device | None:
+    try:
+        return _device(found, name)
+    except QnasError:  # such as an own device whose file is gone
+        return None
+
+
 def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     limits = [entry for entry in document.get("limits") or () if entry["unit"] == "ms"]
     if limits:
