@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
 
 RECIPE = "Recipe"
+FORMATS = ("vpu", "tflite", "onnx", "openvino", "torch", "aot", "standalone")  # without loading torch
 TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:Recipe",
@@ -157,12 +158,16 @@ def export(
     formats: Annotated[
         list[str] | None,
         option(
-            "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
-            "it.  [default: onnx]",
+            "vpu (Myriad X), tflite, onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); "
+            "several, by repeating it.  [default: what the devices of the search run]",
             "--format",
-            complete=completion.one_of("onnx", "openvino", "torch", "standalone"),
+            complete=completion.one_of(*FORMATS),
         ),
     ] = None,
+    aot: Annotated[
+        bool,
+        option("Also an AOTInductor package: compiled for this processor and this torch.", "--aot"),
+    ] = False,
     precision: Annotated[
         str,
         option(
@@ -171,7 +176,8 @@ def export(
         ),
     ] = "fp32",
     opset: Annotated[
-        int | None, option("ONNX opset, 13 to 20, for runtimes that read no newer one.", least=1)
+        int | None,
+        option("ONNX opset, 13 to 20, for runtimes that read no newer one; makes onnx the default.", least=1),
     ] = None,
     ranges: Annotated[
         str,
@@ -213,13 +219,17 @@ def export(
 ) -> None:
     """Write a trained network as files that run without qnas, each checked against torch on real images.
 
+    Without a format, the devices of the search decide: vpu for a Myriad X, tflite for phones, torch and onnx
+    for an NVIDIA GPU. In place of one that cannot be written here, onnx is written, and the command says so.
+
     Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
     """
     from qnas.api.exporting import export as export_files
 
     done = export_files(
         source or latest_run(),
-        formats or ("onnx",),
+        formats or None,
+        aot=aot,
         precision=precision,
         opset=opset,
         ranges=ranges,
@@ -241,6 +251,7 @@ def export(
 def _exported(done: "ExportedFiles") -> Iterator[str]:
     from qnas.deploy.export.parity import describe_drop
     from qnas.deploy.file_latency import describe_latency
+    from qnas.deploy.targets import describe_device
 
     for file in done.files:
         parity, px = file.parity, file.resolution_px
@@ -262,7 +273,8 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
             f"{describe_drop(parity.drop_interval95)}",
         )
         for seen in file.checks:
-            yield field("seen", seen)
+            yield field("check", seen)
+        yield field("runs on", file.runs_on)
         if measured := done.measured.get(file.files[0]):
             threads = f"{measured['threads']} thread" + "s" * (measured["threads"] > 1)
             p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
@@ -272,3 +284,5 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
         yield field("resized", done.resizing.describe())
     for predicted in done.predicted:
         yield field("latency", describe_latency(predicted.facts()))
+    for device in done.devices:
+        yield field("device", options.as_flags(describe_device(device.facts())))

@@ -13,6 +13,7 @@ from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.product import Product
 from qnas.deploy.export.resizing import Resizing
 from qnas.deploy.file_latency import FileLatency, describe_latency
+from qnas.deploy.targets import DeviceFiles, describe_device
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.text import balanced_text, never_text
@@ -58,25 +59,15 @@ def file_metadata(
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items() if v is not None}
 
 
-def card_document(
-    found: FoundArch,
-    result: Mapping[str, Any],
-    product: Product,
+def file_entries(
     files: Sequence[Exported],
     measured: Mapping[str, Mapping[str, Any]],
     predicted: Sequence[FileLatency],
     resizing: Resizing | None,
-    weights_sha256: str,
-    kept: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the content of a card: the network, its training, its accuracy and its files.
-
-    `found` and `result` come from the folder of train-subnet; `kept` are the entries of files of former
-    exports of the same weights.
-    """
-    config = read_config(found.folder)
+) -> dict[str, dict[str, Any]]:
+    """Return what a card says about each file, by the name of the one to load."""
     latencies = [each.facts() for each in predicted]
-    entries = {
+    return {
         file.files[0]: {
             **file.facts(),
             "measured": measured.get(file.files[0]),
@@ -85,6 +76,22 @@ def card_document(
         }
         for file in files
     }
+
+
+def card_document(
+    found: FoundArch,
+    result: Mapping[str, Any],
+    product: Product,
+    weights_sha256: str,
+    files: Mapping[str, Any],
+    devices: Sequence[DeviceFiles],
+) -> dict[str, Any]:
+    """Return the content of a card: the network, its training, its accuracy and its files.
+
+    `found` and `result` come from the folder of train-subnet; `files` are the entries of all files of these
+    weights (`file_entries`), those of former exports too, and `devices` says which of them run where.
+    """
+    config = read_config(found.folder)
     accuracy, n = result["test_accuracy"], result["test_images"]
     split = {"split": name} if (name := result.get("split_names", {}).get("test")) else {}
     return {
@@ -127,7 +134,8 @@ def card_document(
         "unchecked": list(found.unchecked),
         "weights_sha256": weights_sha256,
         "versions": config.get("versions", {}),
-        "files": {**kept, **entries},
+        "devices": [each.facts() for each in devices],
+        "files": dict(files),
     }
 
 
@@ -161,7 +169,10 @@ def markdown(card: Mapping[str, Any]) -> str:
     ]
     made_with = f"made with qnas {card['versions'].get('qnas', '')}"
     title = f"# {card['name']}\n\nAn image network of {len(task['classes'])} classes, {made_with}."
-    lists = ("", facts), ("## Latency\n\n", _latency(card)), ("## Files\n\n", _files(card["files"]))
+    lists = [("", facts), ("## Latency\n\n", _latency(card)), ("## Files\n\n", _files(card["files"]))]
+    lists += [("", _uses(card["files"]))]
+    if devices := card.get("devices"):
+        lists += [("## Devices of the search\n\n", (f"- {describe_device(each)}" for each in devices))]
     return "\n\n".join([title, *(heading + "\n".join(lines) for heading, lines in lists)]) + "\n"
 
 
@@ -215,6 +226,15 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             "; ".join(map(describe_latency, entry.get("predicted", ()))) or "not predicted",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _uses(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield where each file runs and how that was checked."""
+    for name, entry in files.items():
+        parity = entry["parity"]
+        checked = (f"run in {entry['runtime']} on {parity['images']} images", *entry.get("checks", ()))
+        runs_on = entry.get("runs_on") or "not recorded"  # by an older version
+        yield f"- {name}: runs on {runs_on}. Checked: {'; '.join(checked)}."
 
 
 def _measured(measured: Mapping[str, Any]) -> str:

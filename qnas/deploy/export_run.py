@@ -15,7 +15,7 @@ from qnas.common.text import shown
 from qnas.data.image_data import ImageData, Split, sample_images
 from qnas.data.loading import GivenData, load_data, reopen
 from qnas.data.pil_pixels import FULL_BITS
-from qnas.deploy.card import JSON, MARKDOWN, card_document, file_metadata, write_card
+from qnas.deploy.card import JSON, MARKDOWN, card_document, file_entries, file_metadata, write_card
 from qnas.deploy.export.formats import (
     FORMATS,
     Exported,
@@ -28,9 +28,10 @@ from qnas.deploy.export.opset import check_opset
 from qnas.deploy.export.parity import tolerance_of
 from qnas.deploy.export.product import Product, Ranges, RealImages, Variant
 from qnas.deploy.export.resizing import Resizing, compare_sizes
-from qnas.deploy.file_latency import FileLatency, devices_of, predict_exported
+from qnas.deploy.file_latency import FileLatency, predict_exported
 from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
+from qnas.deploy.targets import DEFAULT, Choice, DeviceFiles, choose_formats, device_files, targets_of
 from qnas.runs.finished_run import verify_certificate
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import EXPORT_FOLDER, SAMPLE_FILE
@@ -46,7 +47,8 @@ CALIBRATION_IMAGES = 256  # training images to calibrate int8 with
 class ExportRequest:
     """The formats to write, the images to check them with, and the threads to time them with."""
 
-    formats: Sequence[str] = ("onnx",)
+    formats: Sequence[str] | None = None  # None: what the devices of the search run
+    aot: bool = False  # also an AOTInductor package
     precision: str = "fp32"
     opset: int | None = None  # of ONNX; None: each format's own
     ranges: str = "minmax"  # int8: how the range of a map is found
@@ -61,7 +63,7 @@ class ExportRequest:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if not self.formats:
+        if self.formats is not None and not self.formats:
             raise UsageError("`formats`: expected at least one")
         if self.threads is not None and self.batch not in (None, 1):
             raise UsageError(f"`measure=True` times one image: leave out `batch={self.batch}`")
@@ -70,20 +72,37 @@ class ExportRequest:
 
     def variant(self) -> Variant:
         """Return how the files are written. Raises UsageError for what is unknown or does not fit."""
-        precision = check_request(self.formats, self.precision, self.batch)
+        given = (*(self.formats or ()), *(["aot"] if self.aot else []))
+        precision = check_request(given, self.precision, self.batch)
         if self.opset is not None:
             check_opset(self.opset)
         if self.ranges not in get_args(Ranges):
             raise UsageError(f"`ranges={self.ranges!r}`: {nearest(self.ranges, get_args(Ranges))}")
         return Variant(precision, self.opset, cast(Ranges, self.ranges), bool(self.symmetric), self.max_drop)
 
+    def choice(self, found: FoundArch) -> Choice:
+        """Return the formats to write of an architecture. Raises UsageError if none can be written."""
+        if self.formats is not None:
+            choice = Choice(tuple(self.formats), {})
+        elif self.opset is not None:  # of ONNX alone
+            choice = Choice((DEFAULT,), {})
+        else:
+            choice = choose_formats(targets_of(found), self.precision, self.batch)
+        return replace(choice, formats=(*choice.formats, "aot")) if self.aot else choice
+
+    def command(self, source: Path, out: Path | None) -> str:
+        """Return the command that exports a network to the same folder, without a format."""
+        parts = [f"qnas export {source}"]
+        parts += [f"--resolution {self.resolution_px}"] if self.resolution_px is not None else []
+        return " ".join([*parts, f"--out {out}"] if out is not None else parts)
+
 
 @dataclass(frozen=True)
 class ExportedFiles(Sequence[Path]):
     """The paths of exported files; `files` has the facts about each and its check.
 
-    `predicted` has the latency of the files on each device of the search; it is empty for an architecture
-    without a search.
+    `predicted` has the latency of the files on each device of the search, and `devices` the files that run
+    there, those of former exports too; both are empty for an architecture without a search.
     """
 
     folder: Path
@@ -91,6 +110,7 @@ class ExportedFiles(Sequence[Path]):
     measured: Mapping[str, Mapping[str, Any]]  # by file name; empty if nothing was timed
     channels: int
     predicted: tuple[FileLatency, ...]
+    devices: tuple[DeviceFiles, ...]
     resizing: Resizing | None = None  # None: the resolution is that of the training
 
     @property
@@ -119,6 +139,7 @@ class ExportedFiles(Sequence[Path]):
             "latency_resolution_px": first and first.resolution_px,
             "predicted": [each.facts() for each in self.predicted],
             "resizing": self.resizing and self.resizing.facts(),
+            "devices": [each.facts() for each in self.devices],
         }
 
 
@@ -136,22 +157,24 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     trained = trained_folder(folder)
     if trained is None:
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
+    found = find_arch(trained)
+    choice = request.choice(found)
+    command = request.command(source, out)
     out = out or folder / EXPORT_FOLDER
     _check_folder(out)
     names = [
         file
-        for name in request.formats
+        for name in choice.formats
         for file in (*file_names(name, variant), *optional_names(name, variant))
     ]
     with one_writer(out, lambda process: CheckpointError(f"{out}: process {process} is exporting to it")):
         _check_free(out, names, request.force)
-        found = find_arch(trained)
         result = read_result(trained, found)
         verify_certificate(found)
         weights_sha256 = weights_digest(trained)
         former = read_former(out, weights_sha256)
         _check_stale(out, former, request.force)
-        return _export(found, result, variant, request, out, weights_sha256, former)
+        return _export(found, result, variant, request, choice, out, weights_sha256, former, command)
 
 
 def _export(
@@ -159,9 +182,11 @@ def _export(
     result: Mapping[str, Any],
     variant: Variant,
     request: ExportRequest,
+    choice: Choice,
     out: Path,
     weights_sha256: str,
     former: FormerExport,
+    command: str,
 ) -> ExportedFiles:
     """Write the files of a trained network and their card into a folder."""
     trained_px = result["resolution_px"]
@@ -180,15 +205,12 @@ def _export(
         if not request.allow_drop:
             resizing.check(tolerance_of(variant).drop)
     with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
-        files = export_files(product, request.formats, variant, stage, images, shown=out)
+        files = export_files(product, choice.formats, variant, stage, images, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
-        write_card(
-            stage,
-            card_document(
-                found, result, product, files, measured, predicted, resizing, weights_sha256, former.entries
-            ),
-        )
-    return ExportedFiles(out, files, measured, product.channels, predicted, resizing)
+        entries = former.entries | file_entries(files, measured, predicted, resizing)
+        devices = device_files(targets_of(found), entries, choice.unable, command)
+        write_card(stage, card_document(found, result, product, weights_sha256, entries, devices))
+    return ExportedFiles(out, files, measured, product.channels, predicted, devices, resizing)
 
 
 def needs_symmetric(found: FoundArch) -> bool:
@@ -196,7 +218,7 @@ def needs_symmetric(found: FoundArch) -> bool:
 
     A device whose file is gone says nothing.
     """
-    return any("CUDA" in device.runtime or "TensorRT" in device.runtime for device in devices_of(found))
+    return any("CUDA" in target.runtime or "TensorRT" in target.runtime for target in targets_of(found))
 
 
 def _check_folder(out: Path) -> None:

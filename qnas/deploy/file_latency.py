@@ -1,7 +1,6 @@
 """The predicted latency of an exported file, for its classes and resolution, on the devices of the search."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,16 @@ def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tupl
     )
 
 
-def devices_of(found: FoundArch) -> Iterator[Device]:
-    """Yield the devices of a network's search whose files are there."""
-    for name, *_ in _budgets(found.document):
-        with suppress(QnasError, ValidationError):
-            yield _device(found, name)
+def searched_devices(found: FoundArch) -> tuple[tuple[str, Device | None], ...]:
+    """Return the devices of a network's search by name, in the order of its limits; None if not known here."""
+    return tuple((name, _known(found, name)) for name, *_ in _budgets(found.document))
+
+
+def _known(found: FoundArch, name: str) -> Device | None:
+    try:
+        return _device(found, name)
+    except (QnasError, ValidationError):  # such as an own device whose file is gone
+        return None
 
 
 def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:

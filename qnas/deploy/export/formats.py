@@ -9,6 +9,7 @@ from typing import Any, get_args
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
 from qnas.deploy.export import (
+    aot_format,
     onnx_format,
     onnx_runtime,
     openvino_format,
@@ -16,6 +17,7 @@ from qnas.deploy.export import (
     tflite_format,
     torch_format,
 )
+from qnas.deploy.export.opset import TRACED_OPSET, readers
 from qnas.deploy.export.parity import Parity, Tolerance, compare, tolerance_of
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
@@ -40,10 +42,17 @@ class Format:
     write: Callable[[Product, Variant, Path, str], None]
     load: Callable[[Path], Run]
     runtime: Callable[[], str]
-    runs_on: str  # devices, runtimes and versions
+    runs_on: str | Callable[[Variant], str]  # devices, runtimes and versions
     check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
     batch: int | None = None  # the only batch size of its files
     optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
+
+
+def _onnx_runs_on(variant: Variant) -> str:
+    opset = variant.opset or TRACED_OPSET
+    if variant.precision == "int8" and not variant.symmetric:
+        return f"{readers(opset, without=('TensorRT',))}; not TensorRT, which reads symmetric int8 alone"
+    return readers(opset)
 
 
 _ALL: tuple[FilePrecision, ...] = get_args(FilePrecision)
@@ -55,7 +64,7 @@ FORMATS: dict[str, Format] = {
         onnx_format.write,
         onnx_format.load,
         onnx_runtime.runtime,
-        "runtimes of ONNX and its opset: onnxruntime 1.17 or newer, TensorRT, OpenVINO 2024.0 or newer",
+        _onnx_runs_on,
         onnx_format.check,
     ),
     "openvino": Format(
@@ -84,6 +93,14 @@ FORMATS: dict[str, Format] = {
         torch_format.load,
         torch_format.runtime,
         "CPUs and GPUs by torch, of the version that wrote it or newer",
+    ),
+    "aot": Format(
+        ("_aot.pt2",),
+        ("fp32", "fp16"),
+        aot_format.write,
+        aot_format.load,
+        aot_format.runtime,
+        aot_format.runs_on,
     ),
     "standalone": Format(
         (".py", standalone.WEIGHTS),
@@ -189,7 +206,7 @@ def export_files(
             product.resolution_px,
             batch,
             parity,
-            kind.runs_on,
+            kind.runs_on if isinstance(kind.runs_on, str) else kind.runs_on(variant),
             checks,
         )
         write_json(folder / f"{first}{PARITY}", {"schema": "qnas.parity/1", **written.facts()})

@@ -15,6 +15,21 @@ TRACED_OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes t
 OLDEST_OPSET = 13
 # The IR version of the onnx release that introduced an opset: older readers refuse newer ones.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9}
+# opset -> the first release of a runtime that reads it, by the runtimes' own tables
+_READERS = {
+    "onnxruntime": {
+        13: "1.6",
+        14: "1.8",
+        15: "1.10",
+        16: "1.11",
+        17: "1.12",
+        18: "1.14",
+        19: "1.15",
+        20: "1.17",
+    },
+    "TensorRT": {13: "8.0", **dict.fromkeys((14, 15, 16, 17), "8.5"), 18: "9.2", 19: "9.2", 20: "10.0"},
+    "OpenVINO": {**dict.fromkeys(range(13, 17), "2022.1"), **dict.fromkeys(range(17, 21), "2024.0")},
+}
 FIRST_OPSETS = {"LayerNormalization": 17, "Gelu": 20, "HardSwish": 14}  # of the operators that have forms
 
 
@@ -22,6 +37,16 @@ def check_opset(opset: int) -> None:
     """Raise UsageError for an opset that cannot be written."""
     if not OLDEST_OPSET <= opset <= TRACED_OPSET:
         raise UsageError(f"`opset={opset}`: expected {OLDEST_OPSET} to {TRACED_OPSET}")
+
+
+def readers(opset: int, without: tuple[str, ...] = ()) -> str:
+    """Return the runtimes that read an opset, each with its first release.
+
+    >>> readers(13, without=("OpenVINO",))
+    'onnxruntime 1.6 or newer, TensorRT 8.0 or newer, and others that read opset 13'
+    """
+    known = [f"{name} {first[opset]} or newer" for name, first in _READERS.items() if name not in without]
+    return f"{', '.join(known)}, and others that read opset {opset}"
 
 
 def restate(model: onnx.ModelProto, opset: int, where: str) -> onnx.ModelProto:

@@ -14,14 +14,21 @@ _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "tor
 _EXPORTED_BATCH = 3  # of the example images if the batch size is free
 
 
-def write(product: Product, variant: Variant, path: Path, where: str) -> None:
-    """Write a product as a .pt2. Raises ExportError."""
+def program_of(product: Product, variant: Variant, where: str) -> torch.export.ExportedProgram:
+    """Return a product as a program of torch's operators, without notes. Raises ExportError."""
     shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
     given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)
     with told_as(f"{where}: torch cannot export this network"), silence(), torch.no_grad():
         program = torch.export.export(product.deployed(variant.precision), (given,), dynamic_shapes=shapes)
         program = program.run_decompositions()
-        _strip(program)
+    _strip(program)
+    return program
+
+
+def write(product: Product, variant: Variant, path: Path, where: str) -> None:
+    """Write a product as a .pt2. Raises ExportError."""
+    program = program_of(product, variant, where)
+    with told_as(f"{where}: torch cannot save this network"), silence():
         torch.export.save(program, path, extra_files={METADATA: json_text(dict(product.metadata))})
 
 
