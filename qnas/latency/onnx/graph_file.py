@@ -18,6 +18,9 @@ from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
 from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
+from qnas.latency.onnx.openvino_ir import read_ir
+from qnas.latency.onnx.tflite_file import read_tflite
+from qnas.latency.onnx.torch_program import read_program
 from qnas.latency.onnx.values import LARGEST_VALUE, NUMBERS, Array, Node, evaluate
 
 Shape = tuple[int, ...]
@@ -45,6 +48,10 @@ _ONNX_ERRORS = (
 )
 
 
+# Other formats, stated as ONNX graphs.
+_MODELS = {".xml": read_ir, ".tflite": read_tflite, ".pt2": read_program}
+
+
 def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     """Read an ONNX file for a batch of one image.
 
@@ -52,7 +59,7 @@ def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     the file is no ONNX file, has other inputs than one image, a batch of more than one, branches, or tensors
     whose shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
-    model = read_model(path)
+    model = _MODELS.get(path.suffix, read_model)(path)
     graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
         graph.add(proto)
