@@ -1,8 +1,9 @@
 """An OpenVINO IR, the .xml of a network whose weights lie in a .bin, stated as an ONNX graph.
 
-OpenVINO itself is not needed. Of the .bin only small constants are read: axes, sizes and scalars.
+OpenVINO itself is not needed. Of the .bin only axes, sizes and scalars are read.
 """
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,8 @@ from qnas.latency.onnx.values import LARGEST_VALUE, Array
 
 _CHARACTERS = 64_000_000  # limit for the .xml; a network of a hundred layers has half a million
 _ELEMENTS = 1_000_000  # limit for the elements in it
-_TYPES = {
-    **{"f32": np.float32, "f16": np.float16, "f64": np.float64, "boolean": np.bool_},
-    **{f"{kind}{bits}": f"{kind}{bits // 8}" for kind in "iu" for bits in (8, 16, 32, 64)},
-}
+_SCALARS = {"f32": np.float32, "f16": np.float16, "f64": np.float64}
+_WHOLE = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "boolean": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,12 @@ def _parse(path: Path) -> ET.Element:
 def _state_constant(statement: Statement, layer: _Layer) -> None:
     (output,), (shape,) = layer.outputs, layer.out_shapes
     kind = layer.data["element_type"]
-    if kind not in _TYPES or np.prod(shape, dtype=float) > LARGEST_VALUE:
+    size = math.prod(shape)
+    if (kind in _WHOLE and size <= LARGEST_VALUE) or (kind in _SCALARS and size == 1):
+        value = _stored(statement.path, layer, np.dtype({**_SCALARS, **_WHOLE}[kind])).reshape(shape)
+        statement.constant(value, output, dtype=np.float32 if value.dtype.kind == "f" else value.dtype)
+    else:
         statement.weight(output, shape)
-        return
-    value = _stored(statement.path, layer, np.dtype(_TYPES[kind])).reshape(shape)
-    statement.constant(value, output, dtype=np.float32 if value.dtype.kind == "f" else value.dtype)
 
 
 def _stored(path: Path, layer: _Layer, dtype: np.dtype[np.generic]) -> Array:

@@ -44,7 +44,7 @@ class Statement:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._weights: list[onnx.SparseTensorProto] = []
-        self._stated: list[onnx.ValueInfoProto] = []
+        self._stated: dict[str, list[int]] = {}  # shapes by tensor
         self._made = 0
 
     def fresh(self) -> str:
@@ -100,7 +100,7 @@ class Statement:
 
     def state(self, tensor: str, shape: Sequence[int]) -> None:
         """State the shape of a tensor."""
-        self._stated.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, list(shape)))
+        self._stated[tensor] = list(shape)
 
     def layer_norm(self, x: str, channels: int, *, output: str = "", name: str = "") -> str:
         """State a layer norm over the last dimension, without a scale of its own."""
@@ -122,13 +122,14 @@ class Statement:
 
     def model(self, inputs: Sequence[tuple[str, Sequence[int]]], outputs: Sequence[str]) -> onnx.ModelProto:
         """Return the graph. A size below zero is free."""
+        stated = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in self._stated.items()]
         graph = helper.make_graph(
             self._nodes,
             "stated",
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n, shape in inputs],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, self._stated.get(n)) for n in outputs],
             self._constants,
-            value_info=self._stated,
+            value_info=stated,
             sparse_initializer=self._weights,
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(self.form, 1)]

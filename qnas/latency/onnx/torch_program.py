@@ -286,7 +286,7 @@ def _rsqrt(to: Statement, call: _Call) -> None:
     to.add("Reciprocal", to.add("Sqrt", call.x), output=call.outputs[0], name=call.name)
 
 
-_VIEWS = ("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze")
+_VIEWS = ("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze", "as_strided")
 _COPIES = ("clone", "alias", "dropout", "contiguous", "detach", "lift_fresh_copy")
 _NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 

@@ -7,12 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from helpers.exported import CHOICES, neural_product, product_of, trained
-from helpers.mutants import MUTANTS, attack, bounded, byte_mutants, mutated_bytes, read_or_refuse
 from helpers.tiny import TINY_SPACE
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qnas.common.errors import ArchError, UsageError
+from qnas.common.errors import UsageError
 from qnas.deploy.export.formats import FORMATS, file_names
 from qnas.deploy.export.lowering import ARITHMETIC, Forms
 from qnas.deploy.export.product import FilePrecision, Product, Variant
@@ -22,7 +19,6 @@ from qnas.latency.device_table import predict_blocks
 from qnas.latency.onnx.graph_file import READERS
 from qnas.latency.onnx.networks import read_onnx
 from qnas.latency.prediction import DEVICE, predict_arch, predict_file, predict_onnx
-from qnas.runs.network_prediction import read_network
 from qnas.spaces.arch import Arch, sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space, parse_space
@@ -124,28 +120,3 @@ def test_the_forms_of_a_target_change_no_latency(
     path = tmp_path / "forms.onnx"
     onnx.save(trace_onnx(product.network, product.shape, "file", batch=1, forms=forms, opset=opset), path)
     check_file(path, product, known, arch)
-
-
-# Files of other forms than ONNX that are damaged.
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The contents of small files by their endings. Of the .pt2 only its graph matters."""
-    folder, product = tmp_path_factory.mktemp("files"), trained()
-    found = {}
-    for name in READ:
-        try:
-            FORMATS[name].runtime()
-        except UsageError:
-            continue
-        path = folder / file_names(name, Variant())[0]
-        if path.suffix != ".onnx":  # tests/latency/onnx has its mutants
-            FORMATS[name].write(product, Variant(), path, "file")
-            found[path.suffix] = path.read_bytes()
-    return found
-
-
-def predict(path: Path) -> None:
-    latency_ms = predict_file(DEVICE, load_device("cpu"), read_onnx(path)).latency_ms
-    assert latency_ms > 0
