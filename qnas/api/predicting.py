@@ -30,10 +30,11 @@ def predict(
     """Predict the latency of a network for one image, with the latency of each of its layers.
 
     `network` is a result of qnas, a run's folder, an arch.json, a fixed space by name, a space with an
-    architecture of it, an ONNX file, or a torch.nn.Module together with an `example_input` (B, C, H, W).
+    architecture of it, a file (.onnx, OpenVINO's .xml, .tflite, .pt2), or a torch.nn.Module together
+    with an `example_input` (B, C, H, W).
     Operators that the device does not know are priced by their multiply-adds, or without any as passes over
-    their feature maps; the prediction's `note` names and counts them. `resolution_px` is for an ONNX file
-    that leaves the image size open. `latency` is "device" or "nn-meter".
+    their feature maps; the prediction's `note` names and counts them. `resolution_px` is for a file that
+    leaves the image size open. `latency` is "device" or "nn-meter".
 
     Raises TableError if the device is unknown or cannot price the network, ArchError, SpaceError or
     ExportError if the network cannot be read.
@@ -45,7 +46,7 @@ def predict(
     check_arguments(resolution_px=resolution_px)
     known = load_device(device)
     if resolution_px is not None and not isinstance(network, str | Path):
-        raise UsageError(f"`resolution_px={resolution_px}`: for ONNX files only")
+        raise UsageError(f"`resolution_px={resolution_px}`: for files of networks only")
     if isinstance(network, FoundArch | tuple):
         found = find_source(network)
         return predict_arch(latency, known, found.space, found.arch)

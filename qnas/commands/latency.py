@@ -47,8 +47,8 @@ def predict(
     target: Annotated[
         str,
         argument(
-            "A run's folder, an arch.json, an ONNX file or a fixed space.",
-            "ARCH|ONNX|SPACE",
+            "A run's folder, an arch.json, a file (.onnx, .xml, .tflite, .pt2) or a fixed space.",
+            "ARCH|FILE|SPACE",
             completion.networks,
         ),
     ],
@@ -58,7 +58,7 @@ def predict(
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
-        int | None, option("Input size in pixels, for an ONNX file without one.", least=1)
+        int | None, option("Input size in pixels, for a file without one.", least=1)
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,9 +1,10 @@
-"""The latency of any network: a run, an arch.json, a fixed space or an ONNX file."""
+"""The latency of any network: a run, an arch.json, a fixed space or a file of a network."""
 
 from pathlib import Path
 
 from qnas.common.errors import ArchError, UsageError
 from qnas.latency.device import Device, load_device
+from qnas.latency.onnx.graph_file import READERS
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
 from qnas.latency.prediction import DEVICE, Prediction, predict_arch, predict_file
 from qnas.runs.found_arch import find_network
@@ -12,19 +13,30 @@ from qnas.spaces.space import SearchSpace
 
 Network = OnnxNetwork | tuple[SearchSpace, Arch]
 
+# Files of networks that are not read, and what to give instead.
+_UNREAD = {
+    ".py": "a program, which is not run for a prediction: give the run's folder, or model.onnx of the same run",
+    ".blob": "compiled for a Myriad X, without its graph: give the .onnx or .xml that it was compiled from",
+    ".pte": "compiled for ExecuTorch, without its graph: give the run's folder, or model.onnx of the same run",
+    ".bin": "the weights of an OpenVINO IR: give the .xml beside it",
+}
+
 
 def read_network(
     target: str | Path, *, space: str | None = None, resolution_px: int | None = None
 ) -> Network:
-    """Read the network of an ONNX file, a run's folder, an arch.json, or a fixed space by name or path.
+    """Read the network of a file, a run's folder, an arch.json, or a fixed space by name or path.
 
-    `space` is for an arch.json without a copy of its space, `resolution_px` for an ONNX file that leaves the
-    image size open. Raises ArchError or SpaceError if there is no such network.
+    Files are an .onnx, an OpenVINO .xml, a .tflite and a .pt2. `space` is for an arch.json without a copy of
+    its space, `resolution_px` for a file that leaves the image size open. Raises ArchError or SpaceError if there is no such network.
     """
-    if Path(target).suffix == ".onnx":
+    suffix = Path(target).suffix
+    if suffix in _UNREAD:
+        raise ArchError(f"{target}: {_UNREAD[suffix]}")
+    if suffix in READERS:
         return read_onnx(Path(target), resolution_px=resolution_px)
     if resolution_px is not None:
-        raise UsageError(f"`resolution_px={resolution_px}`: for ONNX files only, not for {target}")
+        raise UsageError(f"`resolution_px={resolution_px}`: for files of networks only, not for {target}")
     found, arch = find_network(target, space)
     if arch is None:
         raise ArchError(f"space {found.name} has many networks: give a run's folder or an arch.json")

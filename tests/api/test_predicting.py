@@ -22,7 +22,7 @@ def test_an_onnx_file_that_leaves_the_image_size_open_takes_a_resolution(tmp_pat
 
 
 def test_other_networks_have_their_own_resolution() -> None:
-    with pytest.raises(UsageError, match=r"^`resolution_px=64`: for ONNX files only"):
+    with pytest.raises(UsageError, match=r"^`resolution_px=64`: for files of networks only"):
         qnas.predict("quadranet25-xxs", "cpu", resolution_px=64)
     with pytest.raises(UsageError, match=r"^`resolution_px=0`: expected a whole number from 1$"):
         qnas.predict("quadranet25-xxs", "cpu", resolution_px=0)

@@ -1,9 +1,11 @@
 """A small network trained on digits at 8 px, for export, and a space of all neurons."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import torch
+from helpers.networks import all_candidates
 from helpers.tiny import TINY_SPACE
 from torch import nn
 from torch.nn import functional as F
@@ -80,3 +82,29 @@ def neural_space(norm: str) -> SearchSpace:
         "head": {"classes": 10},
     }
     return parse_space(json.dumps(content), "neurons.yaml")
+
+
+def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:
+    """Return a network whose norms do something, so that none folds away unseen."""
+    torch.manual_seed(0)
+    network = build_subnet(space, arch, 10)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            nn.init.normal_(norm.running_mean, std=0.1)
+    return network.eval()
+
+
+def neural_product(norm: str) -> tuple[Product, SearchSpace, Arch]:
+    space = neural_space(norm)
+    arch = all_candidates(space)
+    return product_of(space, arch, space.input.resolution_px), space, arch
+
+
+def product_of(space: SearchSpace, arch: Arch, px: int) -> Product:
+    """Return an untrained network of ten classes for export."""
+    blocks = lower(space, arch, resolution_px=px, classes=10)
+    network = settled(space, arch)
+    return replace(
+        trained(), network=network, blocks=blocks, resolution_px=px, calibration=digits(128, "train").at(px)
+    )

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace
 
@@ -35,3 +35,14 @@ def same_network(space: SearchSpace, indices: tuple[int, ...]) -> object:
 
 def all_networks(space: SearchSpace) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(len(p.candidates)) for p in space.positions))
+
+
+def all_candidates(space: SearchSpace) -> Arch:
+    """Return a network in which every kind of candidate occurs where positions allow it."""
+    turns: dict[int, itertools.count[int]] = {}
+    return arch_from_indices(
+        space,
+        tuple(
+            next(turns.setdefault(len(p.names), itertools.count())) % len(p.names) for p in space.positions
+        ),
+    )

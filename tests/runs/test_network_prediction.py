@@ -11,6 +11,6 @@ def test_a_missing_network_is_not_taken_for_a_space() -> None:
 
 def test_a_resolution_is_for_onnx_files_only() -> None:
     with pytest.raises(
-        UsageError, match=r"^`resolution_px=64`: for ONNX files only, not for quadranet25-xxs$"
+        UsageError, match=r"^`resolution_px=64`: for files of networks only, not for quadranet25-xxs$"
     ):
         read_network("quadranet25-xxs", resolution_px=64)

@@ -117,7 +117,7 @@ def _is_composable(reader: Reader, node: Node) -> bool:
 @cache
 def _sample(rank: int) -> tuple[Array, tuple[tuple[str, Array], ...]]:
     """Return random numbers, and what the functions give for them."""
-    shape = (2, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank
+    shape = (1, 7, 5, 6)[:rank] if rank <= 4 else (2,) * rank  # one image, as everywhere here
     sample = 4 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x = sample.astype(np.float64)
     return np.asarray(sample), tuple((kind, np.asarray(of(x))) for kind, of in _FUNCTIONS)

@@ -1,12 +1,14 @@
 """An ONNX file as a graph for one image: the nodes that run, and the shape of every tensor.
 
+OpenVINO's IRs, TFLite files and programs of torch.export are stated as ONNX graphs first.
+
 A node whose inputs are all constants (weights, arithmetic on shapes) is computed when a runtime loads
 the file, not for each image, and is left out. Such values are followed as far as shapes depend on them.
 Weights are never read, so a file whose weights lie in another file is priced without them.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import open_regular
 from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.model_file import VALUE_BYTES, read_model
+from qnas.latency.onnx.openvino_ir import read_ir
+from qnas.latency.onnx.tflite_file import read_tflite
+from qnas.latency.onnx.torch_program import read_program
 from qnas.latency.onnx.values import LARGEST_VALUE, NUMBERS, Array, Node, evaluate
 
 Shape = tuple[int, ...]
@@ -38,6 +43,14 @@ _CONSTANT_VALUES = {  # attribute of a Constant -> its type, and that of the ele
     "value_string": (onnx.AttributeProto.STRING, None),
     "value_strings": (onnx.AttributeProto.STRINGS, None),
 }
+_ONNX = ".onnx"
+# The ending of a file -> its reader, and what it is called; other endings are read as ONNX.
+READERS: dict[str, tuple[Callable[[Path], onnx.ModelProto], str]] = {
+    _ONNX: (read_model, "ONNX graph"),
+    ".xml": (read_ir, "OpenVINO IR"),
+    ".tflite": (read_tflite, "TFLite graph"),
+    ".pt2": (read_program, "graph of torch.export"),
+}
 # What onnx's functions in C++ and in Python raise for a node or a tensor that is not valid.
 _ONNX_ERRORS = (
     *(onnx.checker.ValidationError, onnx.defs.SchemaError, shape_inference.InferenceError),
@@ -46,13 +59,14 @@ _ONNX_ERRORS = (
 
 
 def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
-    """Read an ONNX file for a batch of one image.
+    """Read an ONNX file, or one of another form in READERS, for a batch of one image.
 
     `resolution_px` is used for a height and width that the file leaves free. Raises ArchError where
-    the file is no ONNX file, has other inputs than one image, a batch of more than one, branches, or tensors
+    the file is none of its form, has other inputs than one image, a batch of more than one, branches, or tensors
     whose shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
-    model = read_model(path)
+    read, _ = READERS.get(path.suffix, READERS[_ONNX])
+    model = read(path)
     graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
         graph.add(proto)
@@ -94,7 +108,8 @@ class Graph:
 
     def error(self, problem: str) -> ArchError:
         """Return the error of a graph that is not valid."""
-        return ArchError(f"{self.path}: not a valid ONNX graph: {one_line(problem)}")
+        _, form = READERS.get(self.path.suffix, READERS[_ONNX])
+        return ArchError(f"{self.path}: not a valid {form}: {one_line(problem)}")
 
     def _set_shape(self, name: str, shape: Iterable[int], element: int, *, least: int) -> None:
         """Set a tensor's shape, of sizes of at least `least`, and the type of its elements."""

@@ -15,7 +15,8 @@ import onnx
 import pytest
 import torch
 import torchvision
-from helpers.exported import digits, neural_space, trained
+from helpers.exported import neural_product, neural_space, trained
+from helpers.networks import all_candidates
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -103,17 +104,6 @@ def made_device(fusion: str = "edge", **launch_ms: float) -> Device:
     return parse_device(json.dumps(content), "made")
 
 
-def all_candidates(space: SearchSpace) -> Arch:
-    """Return a network in which every kind of candidate occurs where positions allow it."""
-    turns: dict[int, itertools.count[int]] = {}
-    return arch_from_indices(
-        space,
-        tuple(
-            next(turns.setdefault(len(p.names), itertools.count())) % len(p.names) for p in space.positions
-        ),
-    )
-
-
 def check_export_equals_arch(space: SearchSpace, arch: Arch, file: Path, resolution_px: int) -> None:
     network = build_subnet(space, arch, space.head.classes)
     shape = (space.input.channels, resolution_px, resolution_px)
@@ -140,27 +130,6 @@ def test_an_exported_network_takes_what_its_arch_takes(name: str, file: Path) ->
     arch = all_candidates(space)
     assert set(arch.choices) == {c for p in space.positions for c in p.names}
     check_export_equals_arch(space, arch, file, 32 if name == "quadranet-small" else 64)
-
-
-def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:
-    """Return a network whose norms do something, so that none folds away unseen."""
-    torch.manual_seed(0)
-    network = build_subnet(space, arch, space.head.classes)
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            assert norm.running_mean is not None
-            nn.init.normal_(norm.running_mean, std=0.1)
-    return network.eval()
-
-
-def neural_product(norm: str) -> tuple[Product, SearchSpace, Arch]:
-    space = neural_space(norm)
-    arch = all_candidates(space)
-    px = space.input.resolution_px
-    blocks = lower(space, arch, resolution_px=px, classes=10)
-    images, network = digits(128, "train").at(px), settled(space, arch)
-    product = replace(trained(), network=network, blocks=blocks, resolution_px=px, calibration=images)
-    return product, space, arch
 
 
 @pytest.mark.parametrize(
