@@ -13,28 +13,22 @@ import pytest
 import torch
 from helpers.exported import PX, digits, trained
 from helpers.odd_images import write_all_kinds
+from helpers.photographed import train_on_photos
 from helpers.places import ROOT
-from helpers.tiny import TINY_SPACE
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch.utils.flop_counter import FlopCounterMode
 
 from qnas.common.errors import UsageError
-from qnas.common.files import write_json
 from qnas.data.image_files import OriginalFile
 from qnas.data.lazy_images import LazyImages
-from qnas.data.loading import load_data
 from qnas.deploy.export.formats import FORMATS, export_files
 from qnas.deploy.export.product import Variant
 from qnas.deploy.export_run import ExportRequest, export_trained
 from qnas.nn.supernet import Supernet
-from qnas.runs.found_arch import FoundArch
-from qnas.spaces.arch import arch_document, make_arch
+from qnas.spaces.arch import make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
-from qnas.spaces.space import parse_space
-from qnas.training.recipe import Recipe, TrainConfig
-from qnas.training.subnet_trainer import train_subnet
 
 EXAMPLES = ROOT / "examples"
 INSTALL = "QNAS_TEST_INSTALL"  # set: the example installs this checkout into a new environment
@@ -109,28 +103,10 @@ def test_the_example_prepares_images_as_the_training_does(
 
 @pytest.fixture(scope="module", params=[(12, 13), (16, 8)])
 def photographed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images of every kind in `photos`, and a network trained on them in `run`."""
     bits, px = request.param
     folder = tmp_path_factory.mktemp("photographed")
-    for part in ("train", "test"):
-        write_all_kinds(folder / "photos" / part, bits)
-    space = parse_space(TINY_SPACE, "tiny.yaml")
-    arch = make_arch(space, ("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))
-    run, given = folder / "run", f"imagefolder:{folder / 'photos'}"
-    document = arch_document(space, arch, {})
-    write_json(run / "arch.json", document)
-    data = load_data(given, resolution_px=px, quiet=True)
-    assert data.bits == bits
-    recipe = Recipe(epochs=3, resolution_px=px, batch_size=32, learning_rate=1e-2, warmup_epochs=1)
-    train_subnet(
-        FoundArch(space, arch, document, run),
-        data,
-        TrainConfig(recipe=recipe),
-        run / "subnet",
-        {"data": given, "data_digest": data.digest, "versions": {}},
-        from_supernet=False,
-    )
-    assert json.loads((run / "subnet" / "result.json").read_text())["significant_bits"] == bits
+    train_on_photos(folder, bits, px)
+    assert json.loads((folder / "run" / "subnet" / "result.json").read_text())["significant_bits"] == bits
     return folder
 
 
