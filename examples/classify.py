@@ -1,18 +1,21 @@
-"""Classify one image with an exported network: onnxruntime, NumPy and Pillow, no qnas.
+"""Classify one image with an exported network: NumPy, Pillow and the file's own runtime, no qnas.
 
-python examples/classify.py MODEL.onnx IMAGE
+python examples/classify.py MODEL IMAGE
 
-The image becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
+MODEL is an .onnx, .xml (OpenVINO), .tflite (LiteRT) or .pt2 (torch); model.py classifies by itself. The image
+becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
 `pillow_heif.register_heif_opener()` before.
 """
 
+import importlib
 import json
 import math
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 # by the orientations 2 to 8
@@ -22,18 +25,96 @@ TURNS = (
 )
 
 
-def classify(session: onnxruntime.InferenceSession, image: str | Path) -> list[tuple[float, str]]:
-    """Return each class with its probability, the most probable first."""
+class Network(NamedTuple):
+    """A loaded file: the shape of its input, what it says of itself, and the function that it computes."""
+
+    shape: tuple[int, int, int]  # channels, height and width of an image
+    known: Mapping[str, str]  # its metadata; lists as JSON
+    run: Callable[[np.ndarray], np.ndarray]  # (1, C, H, W), normalised float32 -> logits (1, classes)
+
+
+def read_onnx(path: Path) -> Network:
+    """Load an .onnx with onnxruntime."""
+    runtime = importlib.import_module("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (wanted,) = session.get_inputs()
-    _, channels, px, _ = wanted.shape  # (batch, C, H, W)
-    known = {"significant_bits": "16", "pads": "false"} | session.get_modelmeta().custom_metadata_map
+    known = session.get_modelmeta().custom_metadata_map
+    return Network(tuple(wanted.shape[1:]), known, lambda images: session.run(None, {wanted.name: images})[0])
+
+
+def read_openvino(path: Path) -> Network:
+    """Load an .xml, with the .bin beside it, with OpenVINO."""
+    core = importlib.import_module("openvino").Core()
+    model = core.read_model(str(path))
+    shape = tuple(size.get_length() for size in list(model.input(0).partial_shape)[1:])
+    known = {key: value.astype(str) for key, value in model.rt_info["model_info"].items()}
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return Network(shape, known, lambda images: compiled(images)[0])
+
+
+def read_tflite(path: Path) -> Network:
+    """Load a .tflite with LiteRT; its input is (1, H, W, C)."""
+    interpreter = importlib.import_module("ai_edge_litert.interpreter").Interpreter(str(path))
+    interpreter.allocate_tensors()
+    (wanted,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+    schema = importlib.import_module("ai_edge_litert.schema_py_generated")
+    model = schema.Model.GetRootAs(path.read_bytes())
+    entries = (model.Metadata(number) for number in range(model.MetadataLength()))
+    (entry,) = (entry for entry in entries if entry.Name() == b"qnas")
+    known = json.loads(model.Buffers(entry.Buffer()).DataAsNumpy().tobytes())
+
+    def run(images: np.ndarray) -> np.ndarray:
+        interpreter.set_tensor(wanted["index"], images.transpose(0, 2, 3, 1))
+        interpreter.invoke()
+        logits: np.ndarray = interpreter.get_tensor(given["index"])
+        return logits
+
+    _, height, width, channels = wanted["shape"].tolist()
+    return Network((channels, height, width), known, run)
+
+
+def read_torch(path: Path) -> Network:
+    """Load a .pt2 with torch."""
+    torch = importlib.import_module("torch")
+    extra = {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    (wanted,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    module = program.module()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = module(torch.from_numpy(images)).numpy()
+        return logits
+
+    return Network(tuple(wanted.meta["val"].shape[1:]), json.loads(extra["metadata.json"]), run)
+
+
+READERS: dict[str, Callable[[Path], Network]] = {
+    ".onnx": read_onnx,
+    ".xml": read_openvino,
+    ".tflite": read_tflite,
+    ".pt2": read_torch,
+}
+
+
+def read(path: Path) -> Network:
+    """Load an exported file with the runtime of its format."""
+    if path.suffix not in READERS:
+        raise SystemExit(f"{path}: expected a file that ends in {', '.join(READERS)}")
+    return READERS[path.suffix](path)
+
+
+def classify(network: Network, image: str | Path) -> list[tuple[float, str]]:
+    """Return each class with its probability, the most probable first."""
+    channels, px, _ = network.shape
+    known = {"significant_bits": "16", "pads": "false"} | dict(network.known)
     keys = ("classes", "mean", "std", "significant_bits", "pads")
     classes, mean, std, bits, pads = (json.loads(known[key]) for key in keys)
     with Image.open(image) as picture:
         pixels = prepare(picture, px, channels, bits, pads).astype(np.float32) / 255
     pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
-    (logits,) = session.run(None, {wanted.name: pixels.transpose(2, 0, 1)[None]})
-    shares = np.exp(logits[0] - logits[0].max())
+    logits = network.run(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))[0]
+    shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     return sorted(zip(shares.tolist(), classes, strict=True), reverse=True)
 
@@ -122,10 +203,9 @@ def resize(pixels: np.ndarray, px: int) -> np.ndarray:
 
 def main(model: str, image: str) -> None:
     """Print the three most probable classes."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    for share, name in classify(session, image)[:3]:
+    for share, name in classify(read(Path(model)), image)[:3]:
         print(f"{share:7.2%}  {name}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

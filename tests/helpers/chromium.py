@@ -62,23 +62,29 @@ class Page:
             self._loaded = True
         return found
 
-    def open(self, path: Path, *, width: int, dark: bool) -> None:
-        """Show a file at a width in CSS pixels, in the light or the dark scheme."""
+    def open(self, page: Path | str, *, width: int = 820, dark: bool = False) -> None:
+        """Show a file or an address at a width in CSS pixels, in the light or the dark scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not self._loaded:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Return the value of a JavaScript expression in the page, that of a promise once it is kept."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in an input of the page, as a person does."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        found = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=found, files=[str(path.resolve())])
 
     def screenshot(self, path: Path) -> None:
         """Write a picture of the whole page."""
