@@ -19,6 +19,8 @@ def export(
     *,
     precision: str = "fp32",
     opset: int | None = None,
+    ranges: str = "minmax",
+    symmetric: bool | None = None,
     resolution_px: int | None = None,
     batch: int | None = None,
     data: "GivenData | None" = None,
@@ -32,7 +34,9 @@ def export(
     """Write a trained network as files that run without qnas, each checked against the network.
 
     `formats` are of "onnx", "openvino", "torch" and "standalone"; `precision` is "fp32", "fp16" or "int8".
-    `opset` is of ONNX, 13 to 20, for runtimes that read no newer one.
+    `opset` is of ONNX, 13 to 20, for runtimes that read no newer one. In int8, `ranges` of maps are found by
+    "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as TensorRT needs
+    (default: if a device of the search is a GPU).
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
     the training's data); its accuracy may be lower by at most `max_drop`. `measure` times the files on this
@@ -45,6 +49,7 @@ def export(
 
     check_arguments(
         opset=opset,
+        symmetric=symmetric,
         resolution_px=resolution_px,
         batch=batch,
         images=images,
@@ -55,6 +60,8 @@ def export(
         formats=(formats,) if isinstance(formats, str) else tuple(formats),
         precision=precision,
         opset=opset,
+        ranges=ranges,
+        symmetric=symmetric,
         resolution_px=resolution_px,
         batch=batch,
         data=data,

@@ -154,6 +154,22 @@ def export(
     opset: Annotated[
         int | None, option("ONNX opset, 13 to 20, for runtimes that read no newer one.", least=1)
     ] = None,
+    ranges: Annotated[
+        str,
+        choice(
+            "minmax",
+            "percentile",
+            "entropy",
+            note=" How int8 finds the range of a map on the calibration images.",
+        ),
+    ] = "minmax",
+    symmetric: Annotated[
+        bool | None,
+        option(
+            "int8 with zero points of 0, as TensorRT needs.  [default: if a device of the search is a GPU]",
+            "--symmetric/--no-symmetric",
+        ),
+    ] = None,
     resolution: Annotated[
         int | None, option("Input size in pixels. Default: that of training.", least=1)
     ] = None,
@@ -184,6 +200,8 @@ def export(
         formats or ("onnx",),
         precision=precision,
         opset=opset,
+        ranges=ranges,
+        symmetric=symmetric,
         resolution_px=resolution,
         batch=batch,
         data=data,
@@ -198,6 +216,7 @@ def export(
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
+    from qnas.deploy.export.parity import describe_drop
     from qnas.deploy.file_latency import describe_latency
 
     for file in done.files:
@@ -215,8 +234,12 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
             f"{parity.mean_difference / parity.scale:.1e}; the same class for {parity.agreement:.2%}",
         )
         yield field(
-            "accuracy", f"{parity.accuracy:.2%} on them, {parity.network_accuracy:.2%} before the export"
+            "accuracy",
+            f"{parity.accuracy:.2%} on them, {parity.network_accuracy:.2%} before the export"
+            f"{describe_drop(parity.drop_interval95)}",
         )
+        for seen in file.checks:
+            yield field("seen", seen)
         if measured := done.measured.get(file.files[0]):
             threads = f"{measured['threads']} thread" + "s" * (measured["threads"] > 1)
             p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])

@@ -29,7 +29,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("loss", "metric"), _PART),
     **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "trained"), _PATH),
     "name": _NAME,
-    **dict.fromkeys(("keeps_shape", "needs_batchnorm"), _BOOL),
+    **dict.fromkeys(("keeps_shape", "needs_batchnorm", "symmetric"), _BOOL),
     **dict.fromkeys(("layers", "parameters"), ("a mapping", lambda value: isinstance(value, Mapping))),
     "fixed_ms": _MS,
     "kind": (f"one of {', '.join(_SOURCES)}", lambda v: isinstance(v, str) and v in _SOURCES),

@@ -25,9 +25,8 @@ from qnas.deploy.export.formats import (
     optional_names,
 )
 from qnas.deploy.export.opset import check_opset
-from qnas.deploy.export.parity import TOLERANCES
 from qnas.deploy.export.product import Product, Ranges, RealImages, Variant
-from qnas.deploy.file_latency import FileLatency, predict_exported
+from qnas.deploy.file_latency import FileLatency, devices_of, predict_exported
 from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
 from qnas.runs.finished_run import verify_certificate
@@ -49,7 +48,7 @@ class ExportRequest:
     precision: str = "fp32"
     opset: int | None = None  # of ONNX; None: each format's own
     ranges: str = "minmax"  # int8: how the range of a map is found
-    symmetric: bool = False  # int8: maps with a zero point of zero
+    symmetric: bool | None = None  # int8: maps with a zero point of zero; None: where a device needs it
     resolution_px: int | None = None  # None: as in training
     batch: int | None = None  # None: any batch size
     data: GivenData | None = None  # None: the data of the training
@@ -73,7 +72,7 @@ class ExportRequest:
             check_opset(self.opset)
         if self.ranges not in get_args(Ranges):
             raise UsageError(f"`ranges={self.ranges!r}`: {nearest(self.ranges, get_args(Ranges))}")
-        return Variant(precision, self.opset, cast(Ranges, self.ranges), self.symmetric)
+        return Variant(precision, self.opset, cast(Ranges, self.ranges), bool(self.symmetric), self.max_drop)
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,24 @@ def _export(
     predicted = predict_exported(found, px, len(result["classes"]))
     metadata = file_metadata(found, result, px, predicted)
     product = _product(found, result, px, metadata, request.batch, calibration, weights_sha256)
-    tolerance = TOLERANCES[variant.precision]
-    if request.max_drop is not None:
-        tolerance = replace(tolerance, drop=request.max_drop)
+    if request.symmetric is None and variant.precision == "int8":
+        variant = replace(variant, symmetric=needs_symmetric(found))
     with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
-        files = export_files(product, request.formats, variant, stage, images, tolerance=tolerance, shown=out)
+        files = export_files(product, request.formats, variant, stage, images, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         write_card(
             stage,
             card_document(found, result, product, files, measured, predicted, weights_sha256, former.entries),
         )
     return ExportedFiles(out, files, measured, product.channels, predicted)
+
+
+def needs_symmetric(found: FoundArch) -> bool:
+    """Return whether a device of the search runs int8 with zero points of 0 alone: a GPU, by TensorRT.
+
+    A device whose file is gone says nothing.
+    """
+    return any("CUDA" in device.runtime or "TensorRT" in device.runtime for device in devices_of(found))
 
 
 def _check_folder(out: Path) -> None:

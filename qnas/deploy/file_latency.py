@@ -1,6 +1,7 @@
 """The predicted latency of an exported file, for its classes and resolution, on the devices of the search."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tupl
         _predict(found, name, budget_ms, resolution_px, classes)
         for name, budget_ms in _budgets(found.document)
     )
+
+
+def devices_of(found: FoundArch) -> Iterator[Device]:
+    """Yield the devices of a network's search whose files are there."""
+    for name, _ in _budgets(found.document):
+        with suppress(QnasError, ValidationError):
+            yield _device(found, name)
 
 
 def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qnas.common.errors import ArchError, UsageError, first_line, nearest, one_line
-from qnas.deploy.export import onnx_format, openvino_format, torch_format
+from qnas.deploy.export import onnx_runtime, openvino_format, torch_format
 from qnas.deploy.export.folding import fold_norms
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.deploy.timing import Call, Maker, Stopwatch, host_stopwatch
@@ -254,7 +254,7 @@ SESSIONS: dict[str, Callable[[Path | bytes, int], Call]] = {
 RUNTIMES: dict[str, tuple[Callable[[], str], str]] = {
     "torch": (torch_format.runtime, "eager, inference mode, channels_last"),
     "onnxruntime": (
-        onnx_format.runtime,
+        onnx_runtime.runtime,
         "CPU provider, all graph optimisations, sequential, no spinning between runs",
     ),
     "openvino": (

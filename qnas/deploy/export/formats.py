@@ -8,8 +8,15 @@ from typing import Any, get_args
 
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
-from qnas.deploy.export import onnx_format, openvino_format, standalone, tflite_format, torch_format
-from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
+from qnas.deploy.export import (
+    onnx_format,
+    onnx_runtime,
+    openvino_format,
+    standalone,
+    tflite_format,
+    torch_format,
+)
+from qnas.deploy.export.parity import Parity, Tolerance, compare, tolerance_of
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
 
@@ -47,8 +54,9 @@ FORMATS: dict[str, Format] = {
         _STATIC,
         onnx_format.write,
         onnx_format.load,
-        onnx_format.runtime,
+        onnx_runtime.runtime,
         "runtimes of ONNX and its opset: onnxruntime 1.17 or newer, TensorRT, OpenVINO 2024.0 or newer",
+        onnx_format.check,
     ),
     "openvino": Format(
         (".xml", ".bin"),
@@ -57,6 +65,7 @@ FORMATS: dict[str, Format] = {
         openvino_format.load,
         openvino_format.version,
         "Intel CPUs, GPUs and NPUs by OpenVINO 2022.1 or newer",
+        openvino_format.check,
     ),
     "tflite": Format(
         (".tflite",),
@@ -154,7 +163,7 @@ def export_files(
     precision; messages name `shown` instead of the folder if the files are moved there later. Raises
     ExportError if a file cannot be written or its outputs differ; the caller then discards the folder.
     """
-    tolerance, shown = tolerance or TOLERANCES[variant.precision], shown or folder
+    tolerance, shown = tolerance or tolerance_of(variant), shown or folder
     exported = []
     for name in dict.fromkeys(formats):
         kind = FORMATS[name]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qnas.common.errors import UsageError
 from qnas.deploy.export import onnx_format
-from qnas.deploy.export.product import Product, Run, Variant
+from qnas.deploy.export.product import Product, RealImages, Run, Variant
+from qnas.deploy.export.quantisation import METADATA, precision_facts
 from qnas.deploy.export.tracing import told_as
 
 
@@ -36,15 +37,23 @@ def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     # a float32 graph: the converter turns its weights into fp16
     source = path.with_suffix(".float.onnx")
     in_floats = replace(variant, precision="fp32") if variant.precision == "fp16" else variant
-    onnx_format.write(product, in_floats, source, where)
+    graph = onnx_format.graph_of(product, in_floats, where)
+    source.write_bytes(graph.SerializeToString())
     try:
         with told_as(f"{where}: OpenVINO cannot convert this network"):
             model = openvino.convert_model(str(source))
-            for key, value in product.metadata.items():
+            for key, value in onnx_format.metadata_of(graph).items():
                 model.set_rt_info(value, ["model_info", key])
             openvino.save_model(model, str(path), compress_to_fp16=variant.precision == "fp16")
     finally:
         source.unlink(missing_ok=True)
+
+
+def check(product: Product, variant: Variant, path: Path, images: RealImages, where: str) -> tuple[str, ...]:
+    """Return what a file says of its own precision, a sentence each."""
+    model = import_openvino("format openvino").Core().read_model(str(path))
+    entry = ["model_info", METADATA]
+    return precision_facts({METADATA: model.get_rt_info(entry).value} if model.has_rt_info(entry) else {})
 
 
 def load(path: Path) -> Run:

@@ -27,6 +27,7 @@ class Variant:
     opset: int | None = None  # of ONNX; None: the format's own
     ranges: Ranges = "minmax"  # int8: which values of a map the range covers
     symmetric: bool = False  # int8: maps with a zero point of zero, as TensorRT needs
+    max_drop: float | None = None  # of the accuracy; None: the precision's default
 
     @property
     def stem(self) -> str:
