@@ -1,5 +1,7 @@
 """int8: an ONNX graph with convolutions and linear layers in 8 bits, by onnxruntime's static quantisation.
 
+What does not depend on ONNX is here for TFLite too: the search for layers that stay in float, and the ranges.
+
 Ranges of maps come from calibration images, and weights are signed with a scale for each output channel.
 Sums, products of maps, norms and activations stay in float32: with these in int8 too, the logits of a
 quadratic network were two to three times as far off and nothing was faster. The operators are the standard
@@ -15,7 +17,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 import torch
@@ -26,8 +28,8 @@ from torch import Tensor
 
 from qnas.common.errors import ExportError, abbreviate
 from qnas.deploy.export.onnx_runtime import running
-from qnas.deploy.export.parity import Parity, Tolerance, measure, refusal, tolerance_of
-from qnas.deploy.export.product import Ranges, RealImages, Variant
+from qnas.deploy.export.parity import Parity, measure, refusal, tolerance_of
+from qnas.deploy.export.product import Ranges, RealImages, Run, Variant
 from qnas.deploy.export.tracing import INPUT, silence, told_as
 
 QUANTISED = ("Conv", "Gemm", "MatMul")  # the operators that int8 changes
@@ -37,7 +39,7 @@ _EFFECT_IMAGES = 64  # on which the effect of each layer is measured
 _BATCH_PIXELS = 32 * 64**2  # of calibration images, so that their maps fit into memory
 # The bins of entropy's histograms: with onnxruntime's 128 it has a single range to choose from, and its
 # time grows with their square.
-_METHODS: dict[Ranges, tuple[ort.CalibrationMethod, dict[str, Any]]] = {
+METHODS: dict[Ranges, tuple[ort.CalibrationMethod, dict[str, Any]]] = {
     "minmax": (ort.CalibrationMethod.MinMax, {}),
     "percentile": (ort.CalibrationMethod.Percentile, {"num_bins": 2048, "percentile": 99.99}),
     "entropy": (ort.CalibrationMethod.Entropy, {"num_bins": 512, "num_quantized_bins": 128}),
@@ -46,9 +48,9 @@ _METHODS: dict[Ranges, tuple[ort.CalibrationMethod, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Quantised:
-    """A graph in int8; `in_float` are the layers that stayed in float, the most sensitive first."""
+    """A graph or file in int8; `in_float` are the layers that stayed in float, the most sensitive first."""
 
-    model: onnx.ModelProto
+    model: Any
     layers: int
     in_float: tuple[str, ...]
     variant: Variant
@@ -88,17 +90,55 @@ def quantise(model: onnx.ModelProto, calibration: RealImages, variant: Variant, 
     the logits most go back to float one after another, up to a third of them. Raises ExportError if the
     graph is certainly worse even so, or cannot be quantised.
     """
-    tolerance = tolerance_of(variant)
     with told_as(f"{where}: onnxruntime cannot quantise this network"), silence():
         graph = _Calibrated(model, calibration, variant.ranges, variant.symmetric)
-        result, in_float, parity = _within(graph, calibration, tolerance)
-    found = Quantised(result, len(graph.layers), in_float, variant)
-    if reason := refusal(parity, tolerance):
-        some = f"{len(in_float)} of {found.layers} layers in float ({abbreviate(in_float, most=2)})"
-        raise ExportError(f"{where}: not written: even with {some}, on calibration images {reason}")
+        found, parity = quantise_within(graph, calibration, variant)
+    check_quantised(found, parity, where)
     if variant.symmetric:
         _check_symmetric(found.model, where)
     return found
+
+
+class Calibrated(Protocol):
+    """A float model, of which parts can be put into int8."""
+
+    @property
+    def model(self) -> Any:
+        """The float model."""
+
+    @property
+    def layers(self) -> Mapping[str, str]:
+        """The names of its layers as people read them, by those of their operators."""
+
+    def in_int8(self, nodes: Collection[str]) -> Any:
+        """Return a copy with these operators in int8."""
+
+    def running(self, model: Any) -> Run:
+        """Return a model as a function of images."""
+
+
+def quantise_within(graph: Calibrated, images: RealImages, variant: Variant) -> tuple[Quantised, Parity]:
+    """Return a model with as few layers in float as the tolerance needs, and its parity on images."""
+    tolerance = tolerance_of(variant)
+    expected = _logits(graph, graph.model, images, len(images))
+    order: list[str] = []
+    for in_float in range(int(MOST_IN_FLOAT * len(graph.layers)) + 1):
+        if in_float == 1:
+            order = _by_effect(graph, images, expected)
+        model = graph.in_int8(graph.layers.keys() - order[:in_float])
+        parity = measure(_logits(graph, model, images, len(images)), expected, images)
+        if parity.seems_within(tolerance):
+            break
+    names = tuple(graph.layers[node] for node in order[:in_float])
+    return Quantised(model, len(graph.layers), names, variant), parity
+
+
+def check_quantised(found: Quantised, parity: Parity, where: str) -> None:
+    """Raise ExportError if a model in int8 is certainly worse than its tolerance on calibration images."""
+    if reason := refusal(parity, tolerance_of(found.variant)):
+        some = f"{len(found.in_float)} of {found.layers} layers in float"
+        names = abbreviate(found.in_float, most=2)
+        raise ExportError(f"{where}: not written: even with {some} ({names}), on calibration images {reason}")
 
 
 class _Calibrated:
@@ -112,7 +152,7 @@ class _Calibrated:
             for node in model.graph.node
             if node.op_type in QUANTISED and not constants.isdisjoint(node.input)
         }
-        method, options = _METHODS[ranges]
+        method, options = METHODS[ranges]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "float.onnx"
             source.write_bytes(model.SerializeToString())
@@ -148,36 +188,24 @@ class _Calibrated:
         _read_floats(quantised, nodes)
         return quantised
 
-
-def _within(
-    graph: _Calibrated, images: RealImages, tolerance: Tolerance
-) -> tuple[onnx.ModelProto, tuple[str, ...], Parity]:
-    """Return a graph with as few layers in float as the tolerance needs, their names, and its parity."""
-    expected = _logits(graph.model, images, len(images))
-    order: list[str] = []
-    for in_float in range(int(MOST_IN_FLOAT * len(graph.layers)) + 1):
-        if in_float == 1:
-            order = _by_effect(graph, images, expected)
-        model = graph.in_int8(graph.layers.keys() - order[:in_float])
-        parity = measure(_logits(model, images, len(images)), expected, images)
-        if parity.seems_within(tolerance):
-            break
-    return model, tuple(graph.layers[node] for node in order[:in_float]), parity
+    def running(self, model: onnx.ModelProto) -> Run:
+        """Return a graph as a function of images."""
+        return running(model.SerializeToString())
 
 
-def _by_effect(graph: _Calibrated, images: RealImages, expected: Tensor) -> list[str]:
+def _by_effect(graph: Calibrated, images: RealImages, expected: Tensor) -> list[str]:
     """Return the nodes by the change of the logits when each alone is in int8, largest first."""
     some = min(len(images), _EFFECT_IMAGES)
 
     def effect(node: str) -> float:
-        change = _logits(graph.in_int8([node]), images, some) - expected[:some]
+        change = _logits(graph, graph.in_int8([node]), images, some) - expected[:some]
         return float(change.square().mean().nan_to_num(float("inf")))
 
     return sorted(graph.layers, key=effect, reverse=True)
 
 
-def _logits(model: onnx.ModelProto, images: RealImages, count: int) -> Tensor:
-    run = running(model.SerializeToString())
+def _logits(graph: Calibrated, model: Any, images: RealImages, count: int) -> Tensor:
+    run = graph.running(model)
     return torch.cat([run(batch) for batch in _batches(images, count)])
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
-from onnxruntime.quantization.calibrate import HistogramCollector
+from onnxruntime.quantization.calibrate import CalibrationMethod, HistogramCollector
 from torch import Tensor, nn
 
 from qnas.common.errors import UsageError
@@ -33,19 +33,14 @@ from qnas.common.files import json_text
 from qnas.common.text import escaped
 from qnas.deploy.export.lowering import CHANNELS_LAST, ConvolutionLayerNorm
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
+from qnas.deploy.export.quantisation import METHODS, check_quantised, precision_facts, quantise_within
 from qnas.deploy.export.tracing import INPUT, OUTPUT, silence, told_as
 
 METADATA, LABELS = "qnas", "labels.txt"
-SIGNATURE = "serving_default"
-WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")  # the operators with weights
-# Operators whose weights a precision changes; the sums, products and norms between them stay in float32.
-# XNNPACK has no depthwise convolution with a range for each image: it would fall back to a slow kernel.
-CHANGED: dict[FilePrecision, tuple[str, ...]] = {
-    "fp32": (),
-    "fp16": WEIGHTED,
-    "int8": WEIGHTED,
-    "int8-dynamic": ("CONV_2D", "FULLY_CONNECTED"),
-}
+DEPTHWISE = "DEPTHWISE_CONV_2D"
+WEIGHTED = ("CONV_2D", DEPTHWISE, "FULLY_CONNECTED")  # the operators with weights
+LARGEST_DEPTHWISE = 5  # kernel that XNNPACK has code for
+_OLDEST = "min_runtime_version"  # the converter's metadata entry
 _MODULES = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
 _NORM = re.compile(rf"\b{ConvolutionLayerNorm.__name__}_")  # its convolution only computes a mean
 _SAMPLE = 2**14  # values of a map of an image, for its histogram
@@ -61,17 +56,31 @@ def runtime(who: str = "format tflite") -> str:
 
 def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as a TFLite file. Raises ExportError, UsageError."""
-    content = quantised(convert(product, where), variant, product.calibration, where)
-    path.write_bytes(_described(content, product))
+    content, metadata = convert(product, where), dict(product.metadata)
+    if variant.precision != "fp32":
+        with told_as(f"{where}: ai-edge-quantizer cannot quantise this network"), _quiet():
+            if variant.precision == "fp16":
+                content = _half(content)
+            else:
+                assert product.calibration is not None, "int8 needs calibration images"
+                graph = _Calibrated(content, product.calibration, variant)
+                found, parity = quantise_within(graph, product.calibration, variant)
+        if variant.precision != "fp16":
+            check_quantised(found, parity, where)
+            content, metadata = found.model, metadata | found.metadata()
+    path.write_bytes(_described(content, product, metadata))
 
 
 def load(path: Path) -> Run:
     """Return a TFLite file as a function, by XNNPACK on the CPU; images run one after another."""
     with _quiet():
-        interpreter = _interpreter(str(path))
+        return _running(_interpreter(str(path)))
+
+
+def _running(interpreter: Any) -> Run:
+    (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def run(images: Tensor) -> Tensor:
-        (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
         logits = []
         for image in images.permute(0, 2, 3, 1).numpy():
             interpreter.set_tensor(given["index"], image[None])
@@ -80,6 +89,16 @@ def load(path: Path) -> Run:
         return torch.from_numpy(np.stack(logits))
 
     return run
+
+
+def check(product: Product, variant: Variant, path: Path, images: RealImages, where: str) -> tuple[str, ...]:
+    """Return the oldest runtime of a file, its operators, and its precision, a sentence each."""
+    content = path.read_bytes()
+    oldest = _metadata(content)[_OLDEST].rstrip(b"\0").decode()
+    return (
+        f"its operators are those of TFLite {oldest} or newer; {len(operators(content))} operators",
+        *precision_facts(read_metadata(content)),
+    )
 
 
 def convert(product: Product, where: str) -> bytes:
@@ -107,11 +126,13 @@ class _ChannelsLast(nn.Module):
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of a TFLite file; maps and weights by name, the output's name is the operator's own."""
+    """An operator of a TFLite file. Its name is that of its output, `source` that of its first input."""
 
     kind: str
     name: str
     source: str
+    layer: str  # the module that it is from, as far as its weights say
+    kernel: int  # height, of convolutions
 
 
 def operators(content: bytes) -> list[Operator]:
@@ -121,103 +142,138 @@ def operators(content: bytes) -> list[Operator]:
     kinds = {number: name for name, number in vars(schema.BuiltinOperator).items()}
     (graph,) = model.subgraphs
     names = [tensor.name.decode() for tensor in graph.tensors]
+
+    def read(operator: Any) -> Operator:
+        kind = kinds[model.operatorCodes[operator.opcodeIndex].builtinCode]
+        name, source = names[operator.outputs[0]], names[operator.inputs[0]]
+        if kind not in WEIGHTED:
+            return Operator(kind, name, source, "", 0)
+        weights = operator.inputs[1]
+        return Operator(kind, name, source, _layer(names[weights]), int(graph.tensors[weights].shape[1]))
+
+    return [read(operator) for operator in graph.operators]
+
+
+def _layer(name: str) -> str:
+    """Return the module of a tensor, by the path that litert-torch names tensors after.
+
+    >>> _layer("a.b._Wide/torch.nn.Sequential_network/a.Block_1_1/a._Mixer_mixer/torch.nn.Conv2d_conv_a;1")
+    '1_1.mixer.conv_a'
+    """
+    parts = [part.rpartition(".")[2].lstrip("_").partition("_")[2] for part in name.split(";")[0].split("/")]
+    return ".".join(filter(None, parts)).removeprefix("network.")
+
+
+def changed(content: bytes, precision: FilePrecision) -> list[Operator]:
+    """Return the operators of a float32 file whose weights a precision changes.
+
+    Sums, products, activations and norms stay in float32. So do depthwise convolutions in int8: XNNPACK has
+    none with a range for each image, and with a fixed range they lost time. But it has no good kernel for
+    those above 5x5 in any precision; in int8, with a range for each image, TFLite's own runs them in a
+    fifth of the time (a network with 15 of 7x7: 14.6 ms, with them in float32 28.6 ms, in int8 with fixed
+    ranges 134 ms).
+    """
+    int8 = precision != "fp16"
     return [
-        Operator(
-            kinds[model.operatorCodes[o.opcodeIndex].builtinCode], names[o.outputs[0]], names[o.inputs[0]]
-        )
-        for o in graph.operators
+        each
+        for each in operators(content)
+        if each.kind in WEIGHTED
+        and not _NORM.search(each.name)
+        and not (int8 and each.kind == DEPTHWISE and each.kernel <= LARGEST_DEPTHWISE)
     ]
 
 
-def quantised(
-    content: bytes,
-    variant: Variant,
-    calibration: RealImages | None,
-    where: str,
-    floats: Collection[str] = (),
-) -> bytes:
-    """Return a float32 TFLite file in the precision of a variant, by ai-edge-quantizer.
-
-    Weights have a scale for each output channel and no zero point. `floats` are operators that stay in
-    float32, by name. Raises ExportError.
-    """
-    if variant.precision == "fp32":
-        return content
-    every = [each for each in operators(content) if each.kind in CHANGED[variant.precision]]
-    changed = [each for each in every if each.name not in floats and not _NORM.search(each.name)]
-    with told_as(f"{where}: ai-edge-quantizer cannot quantise this network"), _quiet():
-        quantizer = importlib.import_module("ai_edge_quantizer.quantizer").Quantizer(content)
-        algorithm, config = _rule(variant)
-        for each in changed:
-            quantizer.update_quantization_recipe(f"^{re.escape(each.name)};?$", each.kind, config, algorithm)
-        ranges = None
-        if variant.precision == "int8":
-            assert calibration is not None, "int8 needs calibration images"
-            ranges = _ranges(content, {n for o in changed for n in (o.name, o.source)}, calibration, variant)
-        result = quantizer.quantize(ranges, enable_progress_report=False)
-        return bytes(result.quantized_model)
+def _quantised(content: bytes, rules: Mapping[Operator, Any], ranges: Any = None) -> bytes:
+    """Return a float32 file with the weights of these operators in other types, by ai-edge-quantizer."""
+    quantizer = importlib.import_module("ai_edge_quantizer.quantizer").Quantizer(content)
+    for each, (algorithm, config) in rules.items():
+        quantizer.update_quantization_recipe(f"^{re.escape(each.name)};?$", each.kind, config, algorithm)
+    return bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
 
 
-def _rule(variant: Variant) -> tuple[str, Any]:
-    """Return the algorithm and the configuration of an operator in ai-edge-quantizer."""
+def _half(content: bytes) -> bytes:
+    """Return a float32 file with weights in half precision, which the runtime widens when it loads them."""
     types = importlib.import_module("ai_edge_quantizer.qtyping")
-    if variant.precision == "fp16":
-        half = types.TensorQuantizationConfig(16, dtype=types.TensorDataType.FLOAT)
-        return "float_casting", types.OpQuantizationConfig(
-            weight_tensor_config=half,
-            compute_precision=types.ComputePrecision.FLOAT,
-            explicit_dequantize=True,
-        )
-    channels = types.TensorQuantizationConfig(8, granularity=types.QuantGranularity.CHANNELWISE)
-    maps = types.TensorQuantizationConfig(8, symmetric=variant.symmetric)
-    return "min_max_uniform_quantize", types.OpQuantizationConfig(
-        activation_tensor_config=maps if variant.precision == "int8" else None,
-        weight_tensor_config=channels,
-        compute_precision=types.ComputePrecision.INTEGER,
-        explicit_dequantize=False,
+    config = types.OpQuantizationConfig(
+        weight_tensor_config=types.TensorQuantizationConfig(16, dtype=types.TensorDataType.FLOAT),
+        compute_precision=types.ComputePrecision.FLOAT,
+        explicit_dequantize=True,
     )
+    return _quantised(content, dict.fromkeys(changed(content, "fp16"), ("float_casting", config)))
 
 
-def _ranges(
-    content: bytes, names: Collection[str], calibration: RealImages, variant: Variant
-) -> dict[str, dict[str, Any]]:
-    """Return the lowest and highest value of maps on images, as ai-edge-quantizer wants them.
+class _Calibrated:
+    """A float32 file with the ranges of its maps, of which parts can be put into int8."""
 
-    The histograms are onnxruntime's, with its settings. Of a large map they have every n-th value.
-    """
-    interpreter = _interpreter(content=content, experimental_preserve_all_tensors=True)
-    (given,) = interpreter.get_input_details()
-    found = {
-        each["name"]: each["index"] for each in interpreter.get_tensor_details() if each["name"] in names
-    }
-    lowest, highest = dict.fromkeys(found, np.inf), dict.fromkeys(found, -np.inf)
-    bins = {"percentile": 2048, "entropy": 128}.get(variant.ranges, 1)
-    collector = HistogramCollector(variant.ranges, variant.symmetric, bins, 128, 99.999, None)
-    for place in range(len(calibration)):
-        interpreter.set_tensor(given["index"], calibration.take([place]).permute(0, 2, 3, 1).numpy())
-        interpreter.invoke()
-        maps = {name: interpreter.get_tensor(index).ravel() for name, index in found.items()}
-        if variant.ranges != "minmax":
-            collector.collect({name: values[:: len(values) // _SAMPLE + 1] for name, values in maps.items()})
-            continue
-        for name, values in maps.items():
-            lowest[name] = min(lowest[name], values.min())
-            highest[name] = max(highest[name], values.max())
-    if variant.ranges != "minmax":
-        limits = collector.compute_collection_result()
-        lowest, highest = ({name: limits[name][end] for name in found} for end in (0, 1))
-    return {name: {"min": np.reshape(lowest[name], 1), "max": np.reshape(highest[name], 1)} for name in found}
+    def __init__(self, model: bytes, images: RealImages, variant: Variant) -> None:
+        self.model, self.variant = model, variant
+        self.operators = {each.name: each for each in changed(model, variant.precision)}
+        self.layers = {name: each.layer for name, each in self.operators.items()}
+        self.ranges = None if variant.precision == "int8-dynamic" else self._find_ranges(images)
+
+    def in_int8(self, nodes: Collection[str]) -> bytes:
+        """Return a file with these operators in int8, with a scale for each output channel of weights."""
+        return _quantised(self.model, {self.operators[node]: self._rule(node) for node in nodes}, self.ranges)
+
+    def running(self, model: bytes) -> Run:
+        """Return a file as a function of images."""
+        return _running(_interpreter(content=model))
+
+    def _rule(self, node: str) -> tuple[str, Any]:
+        types = importlib.import_module("ai_edge_quantizer.qtyping")
+        is_fixed = self.variant.precision == "int8" and self.operators[node].kind != DEPTHWISE
+        maps = types.TensorQuantizationConfig(8, symmetric=self.variant.symmetric) if is_fixed else None
+        return "min_max_uniform_quantize", types.OpQuantizationConfig(
+            activation_tensor_config=maps,
+            weight_tensor_config=types.TensorQuantizationConfig(
+                8, granularity=types.QuantGranularity.CHANNELWISE
+            ),
+            compute_precision=types.ComputePrecision.INTEGER,
+            explicit_dequantize=False,
+        )
+
+    def _find_ranges(self, images: RealImages) -> dict[str, Any]:
+        """Return the lowest and highest value of each map, by its name; of a large map, every n-th value."""
+        interpreter = _interpreter(content=self.model, experimental_preserve_all_tensors=True)
+        (given,) = interpreter.get_input_details()
+        names = {name for each in self.operators.values() for name in (each.name, each.source)}
+        maps = {m["name"]: m["index"] for m in interpreter.get_tensor_details() if m["name"] in names}
+        limits = {name: (np.float32("inf"), np.float32("-inf")) for name in maps}
+        method, settings = METHODS[self.variant.ranges]
+        histograms = HistogramCollector(
+            self.variant.ranges,
+            self.variant.symmetric,
+            settings.get("num_bins"),
+            settings.get("num_quantized_bins"),
+            settings.get("percentile"),
+            None,
+        )
+        for place in range(len(images)):
+            interpreter.set_tensor(given["index"], images.take([place]).permute(0, 2, 3, 1).numpy())
+            interpreter.invoke()
+            values = {name: interpreter.get_tensor(index).ravel() for name, index in maps.items()}
+            if method == CalibrationMethod.MinMax:
+                for name, (low, high) in limits.items():
+                    limits[name] = min(low, values[name].min()), max(high, values[name].max())
+            else:
+                histograms.collect({name: v[:: len(v) // _SAMPLE + 1] for name, v in values.items()})
+        if method != CalibrationMethod.MinMax:
+            limits = histograms.compute_collection_result()
+        return {
+            name: {"min": np.reshape(ends[0], 1), "max": np.reshape(ends[1], 1)}
+            for name, ends in limits.items()
+        }
 
 
-def _described(content: bytes, product: Product) -> bytes:
-    """Return a TFLite file with the product's metadata, and its classes in an archive behind it."""
+def _described(content: bytes, product: Product, metadata: Mapping[str, str]) -> bytes:
+    """Return a TFLite file with metadata, and the classes in an archive behind it."""
     schema, flatbuffers = _schema(), importlib.import_module("flatbuffers")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     entry, buffer = schema.MetadataT(), schema.BufferT()
     entry.name, entry.buffer = METADATA, len(model.buffers)
-    buffer.data = np.frombuffer(json_text(dict(product.metadata)).encode(), np.uint8)
+    buffer.data = np.frombuffer(json_text(dict(metadata)).encode(), np.uint8)
     model.buffers.append(buffer)
-    model.metadata = [*(model.metadata or []), entry]
+    model.metadata.append(entry)
     model.description = product.name
     builder = flatbuffers.Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -229,10 +285,13 @@ def _described(content: bytes, product: Product) -> bytes:
 
 def read_metadata(content: bytes) -> dict[str, str]:
     """Return the metadata that a TFLite file was written with."""
-    model = _schema().ModelT.InitFromPackedBuf(content, 0)
-    found = {entry.name.decode(): bytes(model.buffers[entry.buffer].data) for entry in model.metadata}
-    known: dict[str, str] = json.loads(found[METADATA])
+    known: dict[str, str] = json.loads(_metadata(content)[METADATA])
     return known
+
+
+def _metadata(content: bytes) -> dict[str, bytes]:
+    model = _schema().ModelT.InitFromPackedBuf(content, 0)
+    return {entry.name.decode(): bytes(model.buffers[entry.buffer].data) for entry in model.metadata}
 
 
 def _schema() -> Any:
@@ -263,7 +322,3 @@ def _quiet() -> Iterator[None]:
             os.dup2(before, number)
             os.close(before)
         os.close(nowhere)
-
-
-def check(*_: object) -> tuple[str, ...]:
-    return ()
