@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from helpers.exported import digits, trained
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
-from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
-from qnas.deploy.export.product import FilePrecision, RealImages, Run
+from qnas.common.intervals import paired_drop
+from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare, tolerance_of
+from qnas.deploy.export.product import FilePrecision, RealImages, Run, Variant
 
 
 def run_of(network: nn.Module, change: Callable[[Tensor], Tensor] = lambda logits: logits) -> Run:
@@ -125,23 +127,94 @@ def test_a_file_that_is_right_on_the_images_alone_is_noticed_under_noise() -> No
         check(run, noise=True)
 
 
+class _Marked(nn.Module):
+    """A network whose logits are one for the class that an image's first pixel says."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        said = (images[:, 0, 0, 0] * 255).round().long()
+        return nn.functional.one_hot(said, 10).float()
+
+
+def marked(lost: int, won: int, n: int, changed: int = 0) -> tuple[nn.Module, Run, RealImages]:
+    """Return a network, a file and images: `lost` are right with the network alone, `won` with the file.
+
+    Both are right for all other images, but for `changed`, which both get wrong, and in different ways.
+    """
+    pixels = torch.zeros(n, 3, 2, 2, dtype=torch.uint8)
+    pixels[:, 0] = torch.arange(n).remainder(10).view(-1, 1, 1)  # the class that the network says
+    pixels[: lost + won + changed, 1] = 1  # the file says the class after it
+    labels = pixels[:, 0, 0, 0].long()
+    labels[lost : lost + won] = (labels[lost : lost + won] + 1) % 10
+    labels[lost + won : lost + won + changed] = (labels[lost + won : lost + won + changed] + 2) % 10
+
+    def run(given: Tensor) -> Tensor:
+        logits = _Marked()(given)
+        turned = given[:, 1, 0, 0] > 0
+        return torch.where(turned[:, None], logits.roll(1, 1), logits)
+
+    return _Marked(), run, RealImages(pixels, labels, (0.0,) * 3, (1.0,) * 3, "marked")
+
+
+def judge(tolerance: Tolerance, *counts: int) -> Parity:
+    network, run, images = marked(*counts)
+    return compare(network, run, images, tolerance, where="file")
+
+
 def test_too_many_other_classes_are_refused_whatever_the_logits_tolerance() -> None:
     network = trained().network
-    with pytest.raises(ExportError, match=r"file: not written: it gives 0\.0% of 40 images the class"):
+    with pytest.raises(ExportError, match=r"file: not written: it gives 0\.0% of 40 images \(95% interval 0"):
         compare(network, run_of(network, torch.neg), digits(40), Tolerance(10.0, 0.8, 1.0), where="file")
 
 
-def test_a_loss_of_accuracy_is_refused_and_a_gain_is_not() -> None:
-    network, images = trained().network, digits(100)
-    with torch.no_grad():
-        ours = network(images.take(range(100))).argmax(1)
-    right = RealImages(images.pixels, ours, images.mean, images.std, "as the network says")
-    wrong = RealImages(images.pixels, (ours + 1) % 10, images.mean, images.std, "otherwise")
-    turn = run_of(network, lambda y: y.roll(1, 1))  # each image gets the class after the network's
-    loose = Tolerance(10.0, 0.0, 0.02)
-    with pytest.raises(ExportError, match=r"0\.0% of 100 images are right, of the network 100\.0%"):
-        compare(network, turn, right, loose, where="file")
-    assert compare(network, turn, wrong, loose, where="file").accuracy == 1.0
+def test_other_classes_are_refused_where_their_interval_excludes_the_tolerance() -> None:
+    tolerance = Tolerance(1.0, 0.8, 0.02)
+    assert judge(tolerance, 0, 0, 40, 12).agreement == 0.7  # at most 82% by its interval
+    with pytest.raises(ExportError, match=r" 70\.0% of 400 images \(95% interval 65\.3% to 74\.3%\)"):
+        judge(tolerance, 0, 0, 400, 120)
+
+
+def test_a_drop_is_refused_only_where_its_interval_excludes_the_tolerance() -> None:
+    tolerance = Tolerance(1.0, 0.8, 0.02)
+    one = judge(tolerance, 1, 0, 36)  # 2.8%, of a single image
+    assert one.drop == pytest.approx(1 / 36)
+    assert one.drop_interval95 == paired_drop(1, 0, 36)
+    with pytest.raises(
+        ExportError,
+        match=r"^file: not written: 95\.0% of 1000 images are right, of the network 100\.0%: a drop of 5\.0% "
+        r"\(95% interval 3\.8% to 6\.5%\), expected at most 2\.0%$",
+    ):
+        judge(tolerance, 50, 0, 1000)
+
+
+def test_the_images_that_only_the_file_gets_right_count_against_those_that_it_loses() -> None:
+    tolerance = Tolerance(1.0, 0.8, 0.02)
+    assert judge(tolerance, 50, 45, 1000).drop == pytest.approx(0.005)
+    assert judge(tolerance, 0, 50, 1000).drop_interval95 == paired_drop(0, 50, 1000)  # a gain
+
+
+def test_borderline_drops_are_told_apart_by_one_image() -> None:
+    tolerance = Tolerance(1.0, 0.8, 0.02)
+    lows = [paired_drop(lost, 0, 512)[0] for lost in range(40)]
+    most = max(lost for lost, low in enumerate(lows) if low <= 0.02)
+    assert 12 < most < 25  # more than 2% of the images
+    judge(tolerance, most, 0, 512)
+    with pytest.raises(ExportError, match=r"\(95% interval 2\.\d%"):
+        judge(tolerance, most + 1, 0, 512)
+
+
+def test_what_seems_within_is_judged_by_the_values_themselves() -> None:
+    tolerance, loose = Tolerance(1.0, 0.8, 0.02), Tolerance(1.0, 0.0, 1.0)
+    assert judge(loose, 10, 0, 512).seems_within(tolerance)
+    assert not judge(loose, 11, 0, 512).seems_within(tolerance)  # 2.15%
+    assert judge(loose, 1, 0, 20).seems_within(tolerance)  # one image may always change class
+    assert not judge(loose, 2, 0, 20).seems_within(tolerance)
+    assert not judge(loose, 0, 0, 100, 21).seems_within(tolerance)
+    assert not judge(loose, 1, 0, 512).seems_within(Tolerance(0.5, 0.8, 0.02))  # by its logits
+
+
+def test_the_largest_drop_may_be_asked_for() -> None:
+    assert tolerance_of(Variant("int8")) == TOLERANCES["int8"]
+    assert tolerance_of(Variant("int8", max_drop=0.1)) == replace(TOLERANCES["int8"], drop=0.1)
 
 
 def test_a_network_that_computes_no_numbers_is_refused() -> None:
