@@ -180,7 +180,8 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     c = comparison
     within = [f", within {describe_budgets(run.limits)}" if run.limits else "" for run in c.runs]
     lines = [
-        field(run.label, f"{run.run}: {run.space}, {run.resolution_px} px{asked}") for run, asked in zip(c.runs, within, strict=True)
+        field(run.label, f"{run.run}: {run.space}, {run.resolution_px} px{asked}")
+        for run, asked in zip(c.runs, within, strict=True)
     ]
     lines += [field("", reason) for reason in dict.fromkeys(chain(*(run.unchecked for run in c.runs)))]
     for names in c.same_network:
@@ -306,7 +307,10 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     lines += [
         field("size", f"{counts}, at {px} px"),
         *([field("latency", f"at {px} px: {latencies}")] if latencies else []),
-        *([field("warning", trained_elsewhere(result["resolution_px"], px))] * (result["resolution_px"] != px)),
+        *(
+            [field("warning", trained_elsewhere(result["resolution_px"], px))]
+            * (result["resolution_px"] != px)
+        ),
         field("speed", speed_line),
         field("files", files),
     ]

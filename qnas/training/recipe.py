@@ -95,7 +95,6 @@ class Recipe(SettingsFile):
         default=1.0, description="Temperature that softens the teacher's outputs."
     )
 
-
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
         """The sizes in pixels that images have one after another, each with its number of epochs.
