@@ -36,9 +36,9 @@ def export(
     `opset` is of ONNX, 13 to 20, for runtimes that read no newer one.
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
-    the training's data); its accuracy may be lower by at most `max_drop`. So may that of the network at another
-    resolution than in training, unless `allow_drop`. `measure` times the files on this
-    machine. Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each.
+    the training's data); its accuracy may be lower by at most `max_drop`. The same holds for the network at
+    another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
+    Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each.
 
     Raises CheckpointError if there is no trained network or a file exists already, UsageError for an invalid
     request, ExportError if the outputs of a file differ from the network's; then nothing is written.

@@ -39,7 +39,8 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        title = f"{front['device']} at {document['resolution_px']} px: networks take {range_}; the expected latency of the search is {expected}"
+        where = f"{front['device']} at {document['resolution_px']} px"
+        title = f"{where}: networks take {range_}; the expected latency of the search is {expected}"
         header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
         lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
@@ -61,8 +62,8 @@ def describe_explanation(explanation: Explanation) -> str:
     for d in e.devices:
         lines += [
             wrapped(
-                f"{d.device} at {e.resolution_px} px, within {format_ms(d.budget_ms)}: latency and loss of each "
-                "block"
+                f"{d.device} at {e.resolution_px} px, within {format_ms(d.budget_ms)}: latency and loss of "
+                "each block"
             ),
             table_rows(
                 ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),

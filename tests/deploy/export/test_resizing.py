@@ -8,7 +8,7 @@ from qnas.deploy.export.resizing import compare_sizes
 
 
 class FirstPixel(nn.Module):
-    """Classifies an image by its first pixel, 0 or 255; large images with a number in the second are mistaken."""
+    """Classifies an image by its first pixel, 0 or 255; a large one with 255 in the second is mistaken."""
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, 2)."""
