@@ -10,7 +10,7 @@
 #   DEVICE      the target device (qnas devices), or `here`, which measures this machine
 #   BUDGET      the latency budget on the device
 #   SPACE       the search space, which also sets the resolution of the deployed network
-#   RESOLUTION  the resolution of the images in search and training, in pixels
+#   RESOLUTION  the resolution of the images in the search, in pixels; the training ends at the space's
 #
 # The defaults are for small pictures: about 5 minutes on two cores. For photographs:
 #   DEVICE=vpu BUDGET=30ms SPACE=quadranet-mobile RESOLUTION=128 examples/own_photos.sh IMAGES
@@ -44,7 +44,7 @@ fi
 qnas search --space "$SPACE" --device "$DEVICE" --budget "$BUDGET" \
     --data "imagefolder:$images" --resolution "$RESOLUTION" --out "$run"
 qnas explain "$run"
-qnas train-subnet "$run" --resolution "$RESOLUTION"
+qnas train-subnet "$run"
 
 # a file, compared with the network on real images, and its latency on this machine
 qnas export "$run"

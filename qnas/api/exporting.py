@@ -43,8 +43,8 @@ def export(
     have zero points of 0, as TensorRT needs (default: if a device of the search is a GPU).
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
-    the training's data); its accuracy may be lower by at most `max_drop`. So may that of the network at
-    another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
+    the training's data); its accuracy may be lower by at most `max_drop`. The same holds for the network
+    at another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
     Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each, and in
     `devices` which file runs on which device of the search.
 

@@ -210,7 +210,8 @@ def export(
         option("Largest loss of accuracy on these images, as a share.  [default: 0.01, int8 0.02]"),
     ] = None,
     allow_drop: Annotated[
-        bool, option("Write files of a --resolution at which the network is less accurate, too.", "--allow-drop")
+        bool,
+        option("Write files of a --resolution at which the network is less accurate, too.", "--allow-drop"),
     ] = False,
     measure: Annotated[bool, option("Time the files on this machine.", "--measure")] = False,
     threads: Annotated[int, option("CPU threads of the runtimes that --measure times.", least=1)] = 1,

@@ -39,7 +39,8 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        title = f"{front['device']} at {document['resolution_px']} px: networks take {range_}; the expected latency of the search is {expected}"
+        where = f"{front['device']} at {document['resolution_px']} px"
+        title = f"{where}: networks take {range_}; the expected latency of the search is {expected}"
         header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
         lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
@@ -61,8 +62,8 @@ def describe_explanation(explanation: Explanation) -> str:
     for d in e.devices:
         lines += [
             wrapped(
-                f"{d.device} at {e.resolution_px} px, within {format_ms(d.budget_ms)}: latency and loss of each "
-                "block"
+                f"{d.device} at {e.resolution_px} px, within {format_ms(d.budget_ms)}: latency and loss of "
+                "each block"
             ),
             table_rows(
                 ("block", "choice", "latency", "share", "nats", "at other budgets, ms"),
@@ -180,7 +181,8 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
     c = comparison
     within = [f", within {describe_budgets(run.limits)}" if run.limits else "" for run in c.runs]
     lines = [
-        field(run.label, f"{run.run}: {run.space}, {run.resolution_px} px{asked}") for run, asked in zip(c.runs, within, strict=True)
+        field(run.label, f"{run.run}: {run.space}, {run.resolution_px} px{asked}")
+        for run, asked in zip(c.runs, within, strict=True)
     ]
     lines += [field("", reason) for reason in dict.fromkeys(chain(*(run.unchecked for run in c.runs)))]
     for names in c.same_network:
@@ -306,7 +308,10 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     lines += [
         field("size", f"{counts}, at {px} px"),
         *([field("latency", f"at {px} px: {latencies}")] if latencies else []),
-        *([field("warning", trained_elsewhere(result["resolution_px"], px))] * (result["resolution_px"] != px)),
+        *(
+            [field("warning", trained_elsewhere(result["resolution_px"], px))]
+            * (result["resolution_px"] != px)
+        ),
         field("speed", speed_line),
         field("files", files),
     ]

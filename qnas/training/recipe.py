@@ -95,17 +95,18 @@ class Recipe(SettingsFile):
         default=1.0, description="Temperature that softens the teacher's outputs."
     )
 
-
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
         """The sizes in pixels that images have one after another, each with its number of epochs.
 
-        Sizes double from `start_resolution_px` on and end at `resolution_px`. Each takes about the same time,
-        which grows with the square of the size, but at least one epoch; with too few epochs, the smallest
-        sizes are left out. Progressive resizing: Howard, DAWNBench 2018; EfficientNetV2, arXiv 2104.00298.
+        Sizes double from `start_resolution_px` on and end at `resolution_px`. The epochs of each are in
+        inverse proportion to it, but at least one; with too few epochs, the smallest sizes are left out. An
+        epoch's time grows with the square of the size, so the last size still takes the most time.
+        Progressive resizing: fast.ai in DAWNBench, 2018; EfficientNetV2, arXiv 2104.00298.
 
-        >>> Recipe(epochs=40, batch_size=64, learning_rate=0, resolution_px=224, start_resolution_px=32).stages
-        ((32, 30), (64, 8), (128, 1), (224, 1))
+        >>> recipe = Recipe(epochs=14, batch_size=32, learning_rate=2e-3, resolution_px=224)
+        >>> recipe.override({"start_resolution_px": 64}).stages
+        ((64, 8), (128, 4), (224, 2))
         """
         last = self.resolution_px
         assert last is not None, "the resolution is not resolved"
@@ -113,7 +114,7 @@ class Recipe(SettingsFile):
         while sizes[-1] * 2 < 0.75 * last:  # so that the last step is not a small one
             sizes.append(sizes[-1] * 2)
         sizes = [px for px in sizes if px < last] + [last]
-        shares = [1 / px**2 for px in sizes]
+        shares = [1 / px for px in sizes]
         stages, left = [], self.epochs
         for px, share in zip(sizes[:0:-1], shares[:0:-1], strict=True):
             epochs = min(left, max(1, round(self.epochs * share / sum(shares))))

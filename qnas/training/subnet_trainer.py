@@ -5,8 +5,8 @@ not select the result: that is the last weights, or their moving average where t
 of the best epoch are kept as well, but their accuracy is biased upwards, since it selected them. An unbiased
 selection needs a validation split, and as the rate falls to a hundredth, the last weights are among the best.
 
-Where the recipe starts at a smaller size than it ends with, images are resized between epochs, the test images
-too. Only the epochs at the last size have a best one, as another size is another task.
+Where the recipe starts at a smaller size than it ends with, images are resized between epochs, the test
+images too. Only the epochs at the last size have a best one, as another size is another task.
 """
 
 import math

@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,11 +81,74 @@ def test_from_a_budget_to_a_file_that_runs(
     before = Path(facts["path"]).read_bytes()
     assert "exists already: --force replaces it" in complaint(capsys, "export", searched)
     assert Path(facts["path"]).read_bytes() == before
-    assert qnas("export", searched, "--force", "--resolution", "16") == 0
+    assert qnas("export", searched, "--force", "--resolution", "16", "--allow-drop") == 0
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
         assert word in shown
-    assert "of 1.000 ms on myriad-vpu at 16 px, predicted for the file" in shown
+    assert "of 1.000 ms on myriad-vpu at 16 px, predicted for the file; certified is" in shown
+    assert "resized trained at 8 px: " in shown
+
+
+def latencies_without_px(shown: str) -> list[str]:
+    """Return the fields and sentences of an output that name a latency, but no resolution."""
+    fields: list[str] = []
+    for line in shown.splitlines():
+        if line[:1].isspace() and fields and line[:12].strip() == "":
+            fields[-1] += " " + line.strip()
+        else:
+            fields.append(line)
+    return [field for field in fields if re.search(r"\d ms\b", field) and not re.search(r"\d px\b", field)]
+
+
+def test_every_printed_latency_names_its_resolution(
+    tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert latencies_without_px("latency     1.0 ms\n            of 2 ms") == ["latency     1.0 ms of 2 ms"]
+    assert latencies_without_px("latency     1.0 ms\n            at 8 px") == []
+    assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", run) == 0
+    shown = capsys.readouterr().out
+    first = " ".join(shown.partition("stage 1")[0].split())
+    assert "tiny on myriad-vpu at 32 px within 1.000 ms" in first
+    assert "trains on digits at 8 px: 1151 train" in first
+    assert (
+        "the budget holds for images of 32 px, not of 8 px: qnas train-subnet ends its training at" in first
+    )
+    assert "test images at 8 px, with supernet weights" in " ".join(shown.split())
+    outputs = {"search": shown}
+    for command in (
+        ["train-subnet", "--epochs", "2", "-q"],
+        ["export"],
+        ["derive", "--device", "vpu", "--budget", "1ms", "-q"],
+        ["pareto", "--points", "2", "-q"],
+    ):
+        assert qnas(command[0], run, *command[1:]) == 0
+        outputs[command[0]] = capsys.readouterr().out
+    for name, shown in outputs.items():
+        assert re.search(r"\d ms\b", shown), name
+        assert not latencies_without_px(shown), name
+    assert "digits: 1438 training, 359 test images; 2 epochs at 32 px; run in" in " ".join(
+        outputs["train-subnet"].split()
+    )
+    assert "certified" not in outputs["train-subnet"] + outputs["export"]
+    assert qnas("explain", run) == 0
+    assert "myriad-vpu at 32 px, within 1.000 ms" in capsys.readouterr().out
+    assert qnas("compare", run, run) == 0
+    assert "tiny, 32 px" in capsys.readouterr().out
+
+
+def test_a_network_trained_at_another_size_is_said_not_to_be_the_certified_one(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert qnas("train-subnet", searched, "--epochs", "3", "--resolution", "16", "-q") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    said = "the network is trained at 16 px, and its latency is certified at 32 px only"
+    assert shown.count(said) == 2, "before and after the training"
+    assert said in html.unescape((searched / "report.html").read_text())
+    assert "--allow-drop writes it nevertheless" in complaint(
+        capsys, "export", searched, "--resolution", "64"
+    )
+    assert not (searched / "export").exists()
 
 
 def test_several_formats_at_once_and_what_does_not_go(
@@ -168,12 +233,12 @@ def test_a_recipe_is_overridden_by_flags_and_kept_in_the_run(
     asked = json.loads((searched / "subnet" / "config.json").read_text())
     recipe = asked["train"]["recipe"]
     assert (recipe["epochs"], recipe["batch_size"], recipe["mixup"], recipe["cutmix"]) == (1, 100, 0.5, 1.0)
-    assert recipe["resolution_px"] == 8, "that of the search"
+    assert (recipe["start_resolution_px"], recipe["resolution_px"]) == (8, 32), "of the search, of the space"
     assert asked["teacher"] == "supernet-largest"
     shown = " ".join(capsys.readouterr().out.split())
     result = json.loads((searched / "subnet" / "result.json").read_text())
     assert f"95% interval {result['top1']['low']:.2%} to {result['top1']['high']:.2%}" in shown
-    assert "images/s here at 8 px" in shown
+    assert "images/s here at 32 px" in shown
     # what the run wrote is a recipe that asks for the same
     again = (
         "train-subnet",
@@ -777,7 +842,7 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     assert measured["runtime"].startswith("onnxruntime")
     file = searched / measured["file"]
     assert measured["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert qnas("export", searched, "--resolution", "8", "--force") == 0
+    assert qnas("export", searched, "--resolution", "8", "--allow-drop", "--force") == 0
     assert "--resolution 32 --force" in complaint(capsys, "measure", searched)
     file.unlink()
     assert "run qnas export" in complaint(capsys, "measure", searched)

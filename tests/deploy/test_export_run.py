@@ -21,6 +21,7 @@ import qnas.deploy.measurement
 from qnas.common.errors import CheckpointError, DataError, ExportError, QnasWarning, UsageError
 from qnas.common.files import write_json, write_text
 from qnas.common.reading import read_json
+from qnas.common.units import format_ms
 from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
@@ -179,7 +180,7 @@ def test_data_given_must_be_there(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("px", [8, 16])
 def test_kept_images_follow_the_resolution(px: int, changed: Path) -> None:
     set_result(changed, data="cifar10:/gone")
-    (file,) = export(changed, resolution_px=px).files
+    (file,) = export(changed, resolution_px=px, allow_drop=True).files
     assert file.resolution_px == px
 
 
@@ -245,7 +246,7 @@ def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_p
         export(trained, out, formats=("standalone", "onnx"))
     assert (out / "model.onnx").read_bytes() == before
     assert not (out / "model.py").exists()
-    export(trained, out, resolution_px=16, force=True)
+    export(trained, out, resolution_px=16, allow_drop=True, force=True)
     assert (out / "model.onnx").read_bytes() != before
 
 
@@ -260,12 +261,14 @@ def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_i
     said = {}
     for px in (8, 32, 64):
         out = tmp_path / str(px)
-        done = export(changed, out, resolution_px=px)
+        done = export(changed, out, resolution_px=px, allow_drop=True)
         (latency,) = done.predicted
         of_file = predict_file("device", device, read_onnx(out / "model.onnx")).latency_ms
         assert latency.latency_ms == done.latency_ms == pytest.approx(of_file, rel=1e-4)
         assert done.facts()["latency_resolution_px"] == px
         said[px] = describe_latency(latency.facts())
+        certified = f"; certified is {format_ms(budget_ms, round_up=True)} at 32 px with 10 classes"
+        assert said[px].endswith(certified) == (px != 32), "the certified network is that of the space's size"
         card = read_json(out / "model-card.json", ExportError)
         assert card["files"]["model.onnx"]["predicted"] == [latency.facts()]
         assert said[px] in (out / "model-card.md").read_text()
@@ -278,6 +281,39 @@ def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_i
     assert find_arch(changed / SUBNET_FOLDER).space.head.classes == 10
     assert latency.latency_ms is not None
     assert latency.latency_ms > budget_ms
+
+
+def test_another_size_is_refused_where_the_accuracy_surely_drops_unless_that_is_allowed(
+    trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
+    with pytest.raises(ExportError, match=r"^not written: at 64 px .* of 359 images are right") as refused:
+        export(trained, out, resolution_px=64)
+    assert len(str(refused.value)) <= 300
+    assert not out.exists()
+    done = export(trained, out, resolution_px=64, allow_drop=True)
+    found = done.resizing
+    assert found is not None
+    assert (found.resolution_px, found.trained_px, found.images) == (64, 8, 359)
+    assert found.trained_accuracy == result["test_accuracy"]
+    (file,) = done.files
+    assert found.accuracy == file.parity.network_accuracy < found.trained_accuracy
+    drop = found.trained_accuracy - found.accuracy
+    assert 0.01 < found.least_drop < drop < found.most_drop
+    card = read_json(out / "model-card.json", ExportError)
+    assert card["files"]["model.onnx"]["resizing"] == done.facts()["resizing"] == found.facts()
+    page = (out / "model-card.md").read_text()
+    assert found.describe() in page
+    assert ", trained at 8 px" in page
+    # files of former exports keep what was said about them
+    export(trained, out, formats=("standalone",))
+    assert found.describe() in (out / "model-card.md").read_text()
+    export(trained, tmp_path / "tolerant", resolution_px=64, max_drop=1.0)
+
+
+def test_the_size_of_the_training_is_not_compared_with_itself(trained: Path, tmp_path: Path) -> None:
+    assert export(trained, tmp_path / "out", resolution_px=8).resizing is None
 
 
 def test_of_a_device_that_is_gone_it_is_said_that_nothing_is_predicted(changed: Path, tmp_path: Path) -> None:

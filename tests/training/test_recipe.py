@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 from helpers.mutants import check_refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.main import get_command
 
 from qnas.commands import cli
@@ -19,10 +21,41 @@ def test_every_shipped_recipe_can_be_read_and_written_back() -> None:
         assert Recipe.parse(recipe.to_yaml(), name) == recipe
 
 
-def test_every_kind_of_data_has_a_recipe() -> None:
+def test_every_kind_of_data_has_a_recipe_that_ends_at_the_resolution_of_the_space() -> None:
     assert set(DEFAULTS) == set(KINDS)
-    for name in DEFAULTS.values():
-        assert Recipe.load(name).resolution_px is not None
+    for kind, name in DEFAULTS.items():
+        recipe = Recipe.load(name)
+        assert recipe.resolution_px is None, "left to the space"
+        # pictures of few pixels start small; photographs have the space's size throughout
+        assert (recipe.start_resolution_px is None) == (kind in ("imagefolder", "shards"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    epochs=st.integers(1, 400),
+    start=st.none() | st.integers(1, 512),
+    last=st.integers(1, 512),
+)
+def test_sizes_grow_to_the_last_one_with_epochs_in_inverse_proportion(
+    epochs: int, start: int | None, last: int
+) -> None:
+    recipe = Recipe(
+        epochs=epochs, batch_size=8, learning_rate=0, resolution_px=last, start_resolution_px=start
+    )
+    sizes, counts = zip(*recipe.stages, strict=True)
+    assert sum(counts) == epochs
+    assert min(counts) >= 1
+    assert sizes[-1] == last
+    assert list(sizes) == sorted(set(sizes))
+    first = start or last
+    if first >= last:
+        assert sizes == (last,)
+        return
+    assert all(px == last or (px % first == 0 and (px // first).bit_count() == 1) for px in sizes), "doubled"
+    if epochs >= 8 * last / first:  # long enough for several epochs of the largest
+        assert sizes[0] == first
+        shown = [count * px for px, count in recipe.stages]
+        assert max(shown) < 1.5 * min(shown)
 
 
 def test_the_recipe_for_imagenet_is_the_papers() -> None:

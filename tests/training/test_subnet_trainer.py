@@ -126,6 +126,83 @@ def test_training_with_everything_goes_on_to_the_bit(
         assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
 
 
+GROWING: dict[str, Any] = {"start_resolution_px": 4, "resolution_px": 16, "epochs": 3, "ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def larger() -> ImageData:
+    return load_data(parse_data_spec("digits"), resolution_px=16, keep_originals=True, quiet=True)
+
+
+@pytest.mark.parametrize("step", [3, 11, 14, 22, 30, 33])
+def test_a_training_that_grows_goes_on_to_the_bit_from_each_size(
+    step: int, source: FoundArch, larger: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = config(**GROWING, random_resized_crop=0.3)
+    assert how.recipe.stages == ((4, 1), (8, 1), (16, 1))
+    whole = train(source, larger, tmp_path / "whole", how)
+    take = SubnetTrainer.step
+
+    def step_and_stop(self: SubnetTrainer) -> dict[str, float]:
+        row = take(self)
+        if self.steps_done == step:  # of 33, 11 an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(SubnetTrainer, "step", step_and_stop)
+        with pytest.raises(Interrupted):
+            train(source, larger, folder, how)
+    train(source, larger, folder, how, resume=True)
+    for file in (WEIGHTS_FILE, BEST_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE):
+        assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_each_epoch_has_images_of_its_size_and_only_those_of_the_last_size_have_a_best(
+    source: FoundArch, larger: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    forward = nn.Sequential.forward
+
+    def watch(self: nn.Sequential, x: Tensor) -> Any:
+        if x.shape[1] == 3:
+            seen.append((self.training, x.shape[-1]))
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Sequential, "forward", watch)
+    trainer = trainer_of(source, larger, **GROWING)
+    rows = [trainer.step() for _ in range(trainer.total_steps)]
+    assert [px for trains, px in seen if trains] == [4] * 11 + [8] * 11 + [16] * 11
+    assert [px for trains, px in seen if not trains] == [4] * 6 + [8] * 6 + [16] * 6, "359 images"
+    assert [row["resolution_px"] for row in rows if "epoch" in row] == [4, 8, 16]
+    assert trainer.best["epoch"] == 3
+    assert trainer.test().score.accuracy == rows[-1]["test_accuracy"]
+    monkeypatch.undo()
+    folder = train(source, larger, tmp_path / "run", config(**GROWING))
+    result = json.loads((folder / RESULT_FILE).read_text())
+    assert result["resolution_px"] == 16
+    assert result["stages"] == [{"resolution_px": px, "epochs": 1} for px in (4, 8, 16)]
+
+
+def test_an_average_starts_anew_at_each_size(source: FoundArch, larger: ImageData) -> None:
+    """Statistics of another size would remain in it."""
+    trainer = trainer_of(source, larger, **GROWING)
+    while trainer.steps_done < 11:
+        trainer.step()
+    before = [p.detach().clone() for p in trainer.result.parameters()]
+    trainer.step()
+    for old, average, weight in zip(
+        before, trainer.result.parameters(), trainer.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, old.lerp(weight.detach(), 0.9))
+
+
+def test_a_network_is_not_trained_at_another_size_than_its_data(source: FoundArch, larger: ImageData) -> None:
+    with pytest.raises(AssertionError):
+        trainer_of(source, larger, resolution_px=8)
+
+
 def test_the_resolved_recipe_is_in_the_run(source: FoundArch, digits: ImageData, tmp_path: Path) -> None:
     how = config(epochs=1, mixup=0.2)
     folder = train(source, digits, tmp_path / "run", how)

@@ -45,10 +45,11 @@ class Resizing:
 
     def describe(self) -> str:
         """Say in words how the accuracy at the resolution compares with that at the trained one."""
+        least, most = (f"{100 * end:.1f}" for end in (self.least_drop, self.most_drop))
         return (
             f"trained at {self.trained_px} px: {self.trained_accuracy:.2%} there, {self.accuracy:.2%} at "
-            f"{self.resolution_px} px on the same {self.images} images (a drop of {100 * self.least_drop:.1f} "
-            f"to {100 * self.most_drop:.1f} points, {LEVEL:.0%} interval)"
+            f"{self.resolution_px} px on the same {self.images} images, a drop of {least} to "
+            f"{most} points ({LEVEL:.0%} interval)"
         )
 
 
