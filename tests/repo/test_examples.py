@@ -128,7 +128,7 @@ def test_the_example_gives_the_class_of_the_training_for_every_test_image(
         from_supernet=False,
     )
     assert json.loads((run / "subnet" / "result.json").read_text())["significant_bits"] == bits
-    (file,) = export_trained(run, None, ExportRequest())
+    (file,) = export_trained(run, None, ExportRequest(("onnx",)))
     session = onnxruntime.InferenceSession(file)
     classify = runpy.run_path(str(EXAMPLES / "classify.py"))["classify"]
     predicted = load_file(run / "subnet" / "predictions.safetensors")

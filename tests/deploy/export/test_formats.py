@@ -35,7 +35,10 @@ from qnas.spaces.space import load_space
 from qnas.training.scoring import recalibrate
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-NEEDS = {"openvino": pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed")}
+NEEDS = {
+    "openvino": pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed"),
+    "aot": pytest.mark.slow,  # compiles for a minute
+}
 NAMES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in FORMATS]
 ALL = [
     pytest.param(name, precision, marks=NEEDS.get(name, ()))
