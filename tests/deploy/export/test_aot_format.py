@@ -36,10 +36,12 @@ def test_a_package_needs_nothing_but_torch(tmp_path: Path) -> None:
             assert str(Path(aot_format.__file__).parent).encode() not in content, name
 
 
-def test_a_missing_compiler_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_told_in_one_line() -> None:
     assert aot_format.runtime() == f"torch {torch.__version__}, AOTInductor"
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match=r"^format aot: torch finds no C\+\+ compiler: install g\+\+, or"):
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(UsageError, match=r"^format aot: torch finds no C\+\+ compiler: install g\+\+, or"),
+    ):
         check_request(["onnx", "aot"], "fp32")
 
 
