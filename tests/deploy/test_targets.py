@@ -8,6 +8,7 @@ import pytest
 
 from qnas.common.errors import UsageError
 from qnas.deploy.export.formats import FORMATS
+from qnas.deploy.export.product import FilePrecision
 from qnas.deploy.runtimes import RUNTIMES
 from qnas.deploy.targets import (
     DeviceFiles,
@@ -70,7 +71,7 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             raise UsageError(missing)
         return "a runtime"
 
-    def make(name: str, missing: str = "", precisions: tuple[str, ...] = ("fp32",)) -> None:
+    def make(name: str, missing: str = "", precisions: tuple[FilePrecision, ...] = ("fp32",)) -> None:
         kind = replace(FORMATS["onnx"], precisions=precisions, runtime=partial(runtime, missing))
         monkeypatch.setitem(FORMATS, name, kind)
 
@@ -100,7 +101,7 @@ def test_onnx_stands_in_for_what_cannot_be_written_here(formats: Callable[..., N
 def test_a_precision_that_neither_has_is_refused(formats: Callable[..., None]) -> None:
     formats("vpu")
     formats("tflite", precisions=("fp32", "int8-dynamic"))
-    with pytest.raises(UsageError, match="format onnx has no int8-dynamic: take .* or the format .*tflite"):
+    with pytest.raises(UsageError, match=r"format onnx has no int8-dynamic: take .* or the format .*tflite"):
         choose_formats((VPU,), "int8-dynamic", None)
     assert choose_formats((PHONE,), "int8-dynamic", None).formats == ("tflite",)
 
