@@ -32,9 +32,9 @@ def export(
 ) -> "ExportedFiles":
     """Write a trained network as files that run without qnas, each checked against the network.
 
-    `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot" and "standalone"; the default is
-    what the devices of the search run, with "onnx" for one that cannot be written here or is not known.
-    `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16" or "int8".
+    `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch" and "standalone";
+    the default is what the devices of the search run, with "onnx" for what cannot be written here or is not
+    known. `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16" or "int8".
     `opset` is of ONNX, 13 to 20, for runtimes that read no newer one; "onnx" is the default with it.
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of

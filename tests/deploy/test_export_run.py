@@ -49,7 +49,7 @@ FORMATS_HERE = tuple(
     name
     for name in FORMATS
     if name != "aot"  # compiles for a minute: test_aot_format.py
-    and (name != "openvino" or importlib.util.find_spec("openvino") is not None)
+    and (name not in ("openvino", "executorch") or importlib.util.find_spec(name) is not None)
 )
 SPACE = parse_space(TINY_SPACE, "tiny.yaml")
 ARCH = Arch(("quadra_k3_e2", "quadra_k5_e4", "quadra_k3_e2", "identity"))

@@ -43,6 +43,7 @@ def test_every_shipped_device_has_its_formats() -> None:
         ("openvino 2022.3, MYRIAD", ("vpu",)),
         ("LiteRT 2.3, XNNPACK", ("tflite",)),
         ("torch 2.14.1, NVIDIA H200, CUDA 13.0", ("torch", "onnx")),
+        ("ExecuTorch 1.5, XNNPACK", ("executorch",)),
         ("TensorRT 10.0, CUDA 12", ("onnx",)),
         ("not said", ("onnx",)),
         ("", ("onnx",)),

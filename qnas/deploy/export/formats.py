@@ -8,7 +8,14 @@ from typing import Any, get_args
 
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
-from qnas.deploy.export import aot_format, onnx_format, openvino_format, standalone, torch_format
+from qnas.deploy.export import (
+    aot_format,
+    executorch_format,
+    onnx_format,
+    openvino_format,
+    standalone,
+    torch_format,
+)
 from qnas.deploy.export.opset import TRACED_OPSET, readers
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
@@ -81,6 +88,16 @@ FORMATS: dict[str, Format] = {
         aot_format.load,
         aot_format.runtime,
         aot_format.runs_on,
+    ),
+    "executorch": Format(
+        (".pte",),
+        ("fp32",),
+        executorch_format.write,
+        executorch_format.load,
+        executorch_format.runtime,
+        "CPUs of phones (Android, iOS) and boards, by ExecuTorch of the version that wrote it or newer, with "
+        "its XNNPACK backend",
+        batch=1,
     ),
     "standalone": Format(
         (".py", standalone.WEIGHTS),
