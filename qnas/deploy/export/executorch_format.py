@@ -24,7 +24,7 @@ def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     """Write a product as a .pte for single images. Raises ExportError, UsageError."""
     runtime()
     given = torch.zeros(1, *product.shape)
-    with told_as(f"{where}: ExecuTorch cannot convert this network"), silence(), torch.no_grad():
+    with told_as(f"{where}: ExecuTorch cannot export this network"), silence(), torch.no_grad():
         lower: Any = import_module("executorch.exir").to_edge_transform_and_lower
         partitioners: Any = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         program = lower(
@@ -43,8 +43,8 @@ def load(path: Path) -> Run:
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        (logits,) = method.execute([images])
-        return torch.Tensor.clone(logits)  # the method writes the next ones to the same place
+        logits: Tensor = method.execute([images])[0].clone()  # the next ones come to the same place
+        return logits
 
     return run
 
