@@ -225,7 +225,8 @@ RUNNERS = {
     "y = m(numpy.zeros((4, 3, PX, PX), numpy.float32))[0]",
     "aot": "import torch; y = torch._inductor.aoti_load_package(FILE)(torch.zeros(4, 3, PX, PX))",
     "executorch": "import torch; from executorch.runtime import Runtime; "
-    "p = Runtime.get().load_program(FILE); y = p.load_method('forward').execute([torch.zeros(1, 3, PX, PX)])[0]",
+    "method = Runtime.get().load_program(FILE).load_method('forward'); "
+    "y = method.execute([torch.zeros(1, 3, PX, PX)])[0]",
     "torch": "import torch; y = torch.export.load(FILE).module()(torch.zeros(4, 3, PX, PX))",
     "standalone": "import torch; sys.path.insert(0, FOLDER); import model; "
     "y = model.load()(torch.zeros(4, 3, PX, PX))",
