@@ -129,7 +129,7 @@ def second_part(space: SearchSpace, options: argparse.Namespace, held_out: Seque
             }
             qnas("search", *(word for key, value in asked.items() for word in (f"--{key}", value)), "--force")
             qnas("train-subnet", run, "--epochs", 1, "--force")
-            qnas("export", run, "--force")
+            qnas("export", run, "--format", "onnx", "--force")
         searched[budget_ms] = run / "export" / "model.onnx"
     used_up = write_used_up(space, table, budgets_ms, out / "used-up", options.seed)
     chosen = held_out[:: max(1, len(held_out) // REFERENCES)]

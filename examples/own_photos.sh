@@ -47,7 +47,7 @@ qnas explain "$run"
 qnas train-subnet "$run"
 
 # a file, compared with the network on real images, and its latency on this machine
-qnas export "$run"
+qnas export "$run" --format onnx
 qnas measure "$run"
 echo "page        $run/report.html"
 

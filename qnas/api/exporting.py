@@ -35,9 +35,9 @@ def export(
 ) -> "ExportedFiles":
     """Write a trained network as files that run without qnas, each checked against the network.
 
-    `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot" and "standalone"; the default is
-    what the devices of the search run, with "onnx" for one that cannot be written here or is not known.
-    `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16", "int8" or
+    `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch" and "standalone"; the
+    default is what the devices of the search run, with "onnx" for what cannot be written here or is not
+    known. `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16", "int8" or
     "int8-dynamic". `opset` is of ONNX, 13 to 20, for runtimes that read no newer one; "onnx" is the default
     with it. In int8, `ranges` of maps are found by "minmax", "percentile" or "entropy", and `symmetric` maps
     have zero points of 0, as TensorRT needs (default: if a device of the search is a GPU).

@@ -27,6 +27,7 @@ State = Literal["ok", "off", "missing", "broken"]
 _PACKAGES = {
     "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
     "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
+    "executorch": ("qnas export --format executorch", "executorch"),
     "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
     "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
 }

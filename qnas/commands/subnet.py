@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qnas.deploy.export_run import ExportedFiles
 
 RECIPE = "Recipe"
-FORMATS = ("vpu", "tflite", "onnx", "openvino", "torch", "aot", "standalone")  # without loading torch
+# known without loading torch, for completion
+FORMATS = ("vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch", "standalone")
 TrainSubnetCommand = field_command(
     Fields(
         "qnas.training.recipe:Recipe",
@@ -158,7 +159,8 @@ def export(
     formats: Annotated[
         list[str] | None,
         option(
-            "vpu (Myriad X), tflite, onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); "
+            "vpu (Myriad X), tflite, onnx, openvino, torch (torch.export's .pt2), executorch or standalone "
+            "(model.py); "
             "several, by repeating it.  [default: what the devices of the search run]",
             "--format",
             complete=completion.one_of(*FORMATS),

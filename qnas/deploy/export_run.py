@@ -207,9 +207,12 @@ def _export(
     with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
         files = export_files(product, choice.formats, variant, stage, images, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
-        entries = former.entries | file_entries(files, measured, predicted, resizing)
-        devices = device_files(targets_of(found), entries, choice.unable, command)
-        write_card(stage, card_document(found, result, product, weights_sha256, entries, devices))
+        entries = {**former.entries, **file_entries(files, measured, predicted, resizing)}
+        targets = targets_of(found)
+        devices = device_files(targets, entries, choice.unable, command)
+        # the card goes to other machines: without what is missing here, and where the run lies
+        on_card = device_files(targets, entries, {}, "qnas export RUN")
+        write_card(stage, card_document(found, result, product, weights_sha256, entries, on_card))
     return ExportedFiles(out, files, measured, product.channels, predicted, devices, resizing)
 
 

@@ -68,7 +68,7 @@ def predict_exported(found: FoundArch, resolution_px: int, classes: int) -> tupl
 
 
 def searched_devices(found: FoundArch) -> tuple[tuple[str, Device | None], ...]:
-    """Return the devices of a network's search by name, in the order of its limits; None if not known here."""
+    """Return the devices of a network's search by name, in the order of its limits; None if unknown here."""
     return tuple((name, _known(found, name)) for name, *_ in _budgets(found.document))
 
 

@@ -130,7 +130,7 @@ def measure_exported(folder: Path, *, runtime: str, threads: int, repeats: int) 
     found = find_arch(folder)
     file = folder / EXPORT_FOLDER / MODEL
     px = found.space.input.resolution_px
-    fix = f"qnas export {folder} --resolution {px}"
+    fix = f"qnas export {folder} --format onnx --resolution {px}"
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file: run {fix} first")
     network = read_onnx(file)

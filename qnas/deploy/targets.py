@@ -22,6 +22,7 @@ _FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # releases before 2022 read neither the IR nor the ONNX operators of the format openvino
     (r"myriad|openvino.20(18|19|20|21)", ("vpu",)),
     (r"openvino", ("openvino",)),
+    (r"executorch", ("executorch",)),
     (r"torch.*cuda", ("torch", "onnx")),  # onnx for TensorRT
     (r"torch", ("torch",)),
 )

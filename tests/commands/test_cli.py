@@ -69,7 +69,7 @@ def test_from_a_budget_to_a_file_that_runs(
     weights = load_file(searched / "subnet" / "weights.safetensors")
     assert sum(w.size for w in weights.values()) == result["params"]
 
-    assert qnas("export", searched, "--json") == 0
+    assert qnas("export", searched, "--json", "--format", "onnx") == 0
     (facts,) = json.loads(capsys.readouterr().out)["files"]
     model = onnx.load(facts["path"])
     metadata = {p.key: p.value for p in model.metadata_props}
@@ -79,9 +79,10 @@ def test_from_a_budget_to_a_file_that_runs(
     assert logits.shape == (7, 10)
     # what stands is not overwritten without being asked to
     before = Path(facts["path"]).read_bytes()
-    assert "exists already: --force replaces it" in complaint(capsys, "export", searched)
+    assert "exists already: --force replaces it" in complaint(capsys, "export", searched, "--format", "onnx")
     assert Path(facts["path"]).read_bytes() == before
-    assert qnas("export", searched, "--force", "--resolution", "16", "--allow-drop") == 0
+    onnx = ("--force", "--format", "onnx", "--allow-drop")
+    assert qnas("export", searched, "--resolution", "16", *onnx) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
         assert word in shown
@@ -194,7 +195,7 @@ def test_the_latest_run_needs_no_name(
     searched.rename(tmp_path / "runs" / "mine")
     assert "no trained network here: run qnas train-subnet" in complaint(capsys, "export")
     assert qnas("train-subnet", "--epochs", "1", "--resolution", "8", "-q") == 0
-    assert qnas("export") == 0
+    assert qnas("export", "--format", "onnx") == 0
     assert (tmp_path / "runs" / "mine" / "export" / "model.onnx").is_file()
 
 
@@ -508,7 +509,7 @@ def test_broken_images_up_to_a_limit_are_left_out_and_listed(
         assert json.loads((folder / result).read_text())["broken_images"] == 1
     assert qnas("derive", run, "--device", "vpu", "--budget", "1.2ms", "--out", tmp_path / "derived") == 0
     assert "not ranked" not in " ".join(capsys.readouterr().out.split())
-    assert qnas("export", run) == 0  # which looks at the images that it needs alone
+    assert qnas("export", run, "--format", "onnx") == 0  # which looks at the images that it needs alone
     assert "test images of photos" in " ".join(capsys.readouterr().out.split())
 
 
@@ -821,7 +822,7 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert qnas("train-subnet", searched, "--epochs", "1", "-q") == 0
-    assert qnas("export", searched, "--resolution", "32") == 0
+    assert qnas("export", searched, "--resolution", "32", "--format", "onnx") == 0
     capsys.readouterr()
     facts = []
     for target in (searched, searched / "export" / "model.onnx"):
@@ -842,7 +843,8 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     assert measured["runtime"].startswith("onnxruntime")
     file = searched / measured["file"]
     assert measured["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert qnas("export", searched, "--resolution", "8", "--allow-drop", "--force") == 0
+    onnx = ("--force", "--format", "onnx", "--allow-drop")
+    assert qnas("export", searched, "--resolution", "8", *onnx) == 0
     assert "--resolution 32 --force" in complaint(capsys, "measure", searched)
     file.unlink()
     assert "run qnas export" in complaint(capsys, "measure", searched)

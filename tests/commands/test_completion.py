@@ -10,7 +10,7 @@ import pytest
 import typer
 from helpers.command_line import commands
 
-from qnas.commands import completion
+from qnas.commands import completion, subnet
 from qnas.latency.device import load_device
 from qnas.spaces.space import load_space
 from qnas.training.recipe import Recipe
@@ -117,3 +117,9 @@ def test_a_shell_completes_by_its_script(shell: str, here: Path) -> None:
         name = () if shell == "fish" else (shell,)
         shown = run(found, *plain, PRESS_TAB[shell], *name, typed, SCRIPT=script)
         assert offered in shown, typed
+
+
+def test_every_export_format_is_offered() -> None:
+    from qnas.deploy.export.formats import FORMATS
+
+    assert set(FORMATS) <= set(subnet.FORMATS)

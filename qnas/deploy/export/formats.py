@@ -10,6 +10,7 @@ from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
 from qnas.deploy.export import (
     aot_format,
+    executorch_format,
     onnx_format,
     onnx_runtime,
     openvino_format,
@@ -101,6 +102,16 @@ FORMATS: dict[str, Format] = {
         aot_format.load,
         aot_format.runtime,
         aot_format.runs_on,
+    ),
+    "executorch": Format(
+        (".pte",),
+        ("fp32",),
+        executorch_format.write,
+        executorch_format.load,
+        executorch_format.runtime,
+        "CPUs of phones (Android, iOS) and boards, by ExecuTorch of the version that wrote it or newer, with "
+        "its XNNPACK backend",
+        batch=1,
     ),
     "standalone": Format(
         (".py", standalone.WEIGHTS),

@@ -19,8 +19,8 @@ def program_of(product: Product, variant: Variant, where: str) -> torch.export.E
     shapes = ({0: torch.export.Dim(BATCH)},) if product.batch is None else None
     given = torch.zeros(product.batch or _EXPORTED_BATCH, *product.shape)
     with told_as(f"{where}: torch cannot export this network"), silence(), torch.no_grad():
-        program = torch.export.export(product.deployed(variant.precision), (given,), dynamic_shapes=shapes)
-        program = program.run_decompositions()
+        traced = torch.export.export(product.deployed(variant.precision), (given,), dynamic_shapes=shapes)
+        program: torch.export.ExportedProgram = traced.run_decompositions()
     _strip(program)
     return program
 

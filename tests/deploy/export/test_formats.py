@@ -35,7 +35,14 @@ from qnas.spaces.space import load_space
 from qnas.training.scoring import recalibrate
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-NEEDS = {"openvino": pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed")}
+NEEDS = {
+    "openvino": pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed"),
+    "executorch": pytest.mark.skipif(
+        importlib.util.find_spec("executorch") is None, reason="executorch is not installed"
+    ),
+    "aot": pytest.mark.slow,  # compiles for a minute
+}
+DERIVED = ("openvino", "aot", "executorch")  # made of the files, or of the program, of another format
 NAMES = [pytest.param(name, marks=NEEDS.get(name, ())) for name in FORMATS]
 ALL = [
     pytest.param(name, precision, marks=NEEDS.get(name, ()))
@@ -66,6 +73,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return write
 
 
+def run_all(name: str, folder: Path, done: Exported, images: Tensor) -> Tensor:
+    """Return a file's logits of images, in batches that it takes."""
+    run = FORMATS[name].load(folder / done.files[0])
+    return torch.cat([run(some) for some in images.split(FORMATS[name].batch or len(images))])
+
+
 def top1(logits: Tensor) -> list[int]:
     return logits.argmax(1).tolist()
 
@@ -76,11 +89,10 @@ def test_a_file_that_is_read_back_computes_what_the_network_computes(
     name: str, precision: FilePrecision, norm: str, written: Written
 ) -> None:
     folder, done = written(name, precision, norm)
-    run, product = FORMATS[name].load(folder / done.files[0]), trained(norm)
     images = digits(359).take(range(359))
     with torch.no_grad():
-        expected = product.network(images)
-    got = run(images)
+        expected = trained(norm).network(images)
+    got = run_all(name, folder, done, images)
     same = sum(a == b for a, b in zip(top1(got), top1(expected), strict=True)) / len(images)
     assert same >= {"fp32": 1.0, "fp16": 0.99, "int8": 0.9}[precision]
     error = float((got - expected).abs().max() / expected.abs().max())
@@ -120,7 +132,9 @@ def test_reading_a_file_back_leaves_nothing_beside_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [each for each in NAMES if "fp16" in FORMATS[str(each.values[0])].precisions]
+)
 def test_halves_and_int8_are_smaller(name: str, tmp_path: Path) -> None:
     space = load_space("quadranet-small")  # of some size, so that weights are most of a file
     torch.manual_seed(0)
@@ -148,7 +162,7 @@ def test_a_file_says_nothing_of_this_machine(name: str, written: Written) -> Non
             assert private.encode() not in content, file
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [each for each in NAMES if FORMATS[str(each.values[0])].batch is None])
 def test_a_fixed_batch_size_is_the_only_one(name: str, tmp_path: Path) -> None:
     done = export(name, tmp_path, replace(trained(), batch=4))
     assert done.batch == 4
@@ -192,6 +206,12 @@ def test_classes_and_preprocessing_are_in_the_file(name: str, written: Written) 
         extra = {torch_format.METADATA: ""}
         torch.export.load(path, extra_files=extra)
         assert json.loads(extra[torch_format.METADATA]) == METADATA
+    elif name == "aot":
+        metadata = torch._inductor.aoti_load_package(str(path)).get_metadata()
+        assert {key: metadata[key] for key in METADATA} == METADATA
+    elif name == "executorch":
+        program = importlib.import_module("executorch.runtime").Runtime.get().load_program(path)
+        assert {key: program.load_method(key).execute([])[0] for key in METADATA} == METADATA
     else:
         text = path.read_text(encoding="utf-8")
         assert f"MEAN = {trained().mean}" in text
@@ -203,6 +223,10 @@ RUNNERS = {
     "import numpy; y = s.run(None, {'images': numpy.zeros((4, 3, PX, PX), numpy.float32)})[0]",
     "openvino": "import numpy, openvino; m = openvino.Core().compile_model(FILE, 'CPU'); "
     "y = m(numpy.zeros((4, 3, PX, PX), numpy.float32))[0]",
+    "aot": "import torch; y = torch._inductor.aoti_load_package(FILE)(torch.zeros(4, 3, PX, PX))",
+    "executorch": "import torch; from executorch.runtime import Runtime; "
+    "method = Runtime.get().load_program(FILE).load_method('forward'); "
+    "y = method.execute([torch.zeros(1, 3, PX, PX)])[0]",
     "torch": "import torch; y = torch.export.load(FILE).module()(torch.zeros(4, 3, PX, PX))",
     "standalone": "import torch; sys.path.insert(0, FOLDER); import model; "
     "y = model.load()(torch.zeros(4, 3, PX, PX))",
@@ -216,7 +240,7 @@ def test_a_file_runs_without_qnas(name: str, tmp_path: Path, written: Written) -
     code = (
         f"import sys\nFILE, FOLDER, PX = {str(path)!r}, {str(folder)!r}, {PX}\n"
         f"sys.modules['qnas'] = None  # so that to import it fails\n{RUNNERS[name]}\n"
-        "assert tuple(y.shape) == (4, 10)\n"
+        f"assert tuple(y.shape) == ({FORMATS[name].batch or 4}, 10)\n"
     )
     if name in ("onnx", "openvino"):
         code += "assert 'torch' not in sys.modules"
@@ -232,7 +256,8 @@ def spoil(product: Product) -> Product:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [(name, "fp32") for name in FORMATS if name != "openvino"] + [("onnx", "int8")]
+    ("name", "precision"),
+    [(name, "fp32") for name in FORMATS if name not in DERIVED] + [("onnx", "int8")],
 )
 def test_a_file_of_another_network_is_refused(
     name: str, precision: FilePrecision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -370,6 +395,7 @@ def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp
         px,
         {},
     )
-    formats = [name for name in FORMATS if name != "openvino" or HAS_OPENVINO]
+    formats = [name for name in FORMATS if name not in ("aot", "executorch")]
+    formats = [name for name in formats if name != "openvino" or HAS_OPENVINO]
     for done in export_files(product, formats, Variant(), tmp_path, images):
         assert done.parity.max_difference <= 1e-4 * done.parity.scale, done.format
