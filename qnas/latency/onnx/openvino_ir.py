@@ -279,9 +279,7 @@ def _gather(to: Statement, layer: _Layer) -> None:
 def _split(to: Statement, layer: _Layer) -> None:
     (axis,) = to.numbers(layer.inputs[1])
     sizes: Sequence[int] = [shape[axis] for shape in layer.out_shapes]
-    to.add_all(
-        "Split", [layer.inputs[0], to.constant(sizes)], layer.outputs, name=layer.name, axis=axis
-    )
+    to.add_all("Split", [layer.inputs[0], to.constant(sizes)], layer.outputs, name=layer.name, axis=axis)
 
 
 # The operators that have a name in ONNX.

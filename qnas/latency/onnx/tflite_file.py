@@ -301,7 +301,9 @@ def _linear(to: _Stating, operator: _Operator) -> None:
     bias = operator.names[2] if len(operator.names) > 2 else ""
 
     def write(y: str) -> str:
-        product = to.add("MatMul", source, to.add("Transpose", weight.name, perm=[1, 0]), name=operator.y.name)
+        product = to.add(
+            "MatMul", source, to.add("Transpose", weight.name, perm=[1, 0]), name=operator.y.name
+        )
         return to.add("Add", product, bias, output=y) if bias else to.add("Identity", product, output=y)
 
     _with_activation(to, operator, 0, write)
