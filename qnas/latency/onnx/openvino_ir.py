@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -105,12 +106,15 @@ def _parse(path: Path) -> ET.Element:
     text = read_text(path, ArchError, "an OpenVINO IR", limit=_CHARACTERS)
     if "<!DOCTYPE" in text:  # its entities can stand for gigabytes
         raise ValueError("a document type, which no IR has")
-    parser, count = ET.XMLPullParser(["start"]), 0
+    parser: ET.XMLPullParser[ET.Element] = ET.XMLPullParser(["start"])
     root: ET.Element | None = None
+    count = 0
     try:
         for at in range(0, len(text), 2**16):
             parser.feed(text[at : at + 2**16])
-            for _, element in parser.read_events():
+            for event in parser.read_events():
+                element = event[1]
+                assert isinstance(element, ET.Element)
                 root, count = root if root is not None else element, count + 1
             if count > _ELEMENTS:
                 raise ArchError(f"{path}: more than {_ELEMENTS:,} elements, expected a network of images")
@@ -157,7 +161,7 @@ def _as(op: str) -> _State:
     return lambda to, layer: to.add_all(op, layer.inputs, layer.outputs, name=layer.name)
 
 
-def _padding(layer: _Layer) -> dict[str, object]:
+def _padding(layer: _Layer) -> dict[str, Any]:
     kind = layer.data.get("auto_pad", "explicit").upper()
     if kind != "EXPLICIT":
         return {"auto_pad": kind}
@@ -251,7 +255,7 @@ def _clamp(to: Statement, layer: _Layer) -> None:
     to.clip(layer.inputs[0], *bounds, output=layer.outputs[0], name=layer.name)
 
 
-def _with(op: str, **attributes: object) -> _State:
+def _with(op: str, **attributes: Any) -> _State:
     """State an operator of the first input under ONNX's name, with these attributes."""
     return lambda to, layer: to.add(
         op, layer.inputs[0], output=layer.outputs[0], name=layer.name, **attributes

@@ -1,7 +1,7 @@
 """A TFLite file stated as an ONNX graph: a flatbuffer with channels last, read without any runtime.
 
-A pad before a convolution is the convolution's own, as XNNPACK fuses it. Numbers of fields, types and operators
-are those of TensorFlow's schema.fbs, where they never change.
+A pad before a convolution is the convolution's own, as XNNPACK fuses it. Numbers of fields, types and
+operators are those of TensorFlow's schema.fbs, where they never change.
 """
 
 import math
@@ -111,7 +111,7 @@ class _Tensor:
         if not is_small or not len(content):
             to.weight(self.name, self.shape)
             return
-        value = np.frombuffer(content.tobytes(), _TYPES[self._kind]).reshape(self.shape)
+        value: Array = np.frombuffer(content.tobytes(), _TYPES[self._kind]).reshape(self.shape)
         scale, zero = self._scales.numbers(2, np.float32), self._scales.numbers(3, np.int64)
         if self._kind in _FLOATS:
             to.constant(value.astype(np.float32), self.name)
