@@ -130,7 +130,9 @@ def _state_constant(statement: Statement, layer: _Layer) -> None:
     (output,), (shape,) = layer.outputs, layer.out_shapes
     kind = layer.data["element_type"]
     size = math.prod(shape)
-    if (kind in _WHOLE and size <= LARGEST_VALUE) or (kind in _SCALARS and size == 1):
+    # the weights of a convolution to one channel tell whether it is a mean
+    is_read = kind in _SCALARS and (size == 1 or (shape[:1] == (1,) and shape[2:] == (1, 1)))
+    if size <= LARGEST_VALUE and (kind in _WHOLE or is_read):
         value = _stored(statement.path, layer, np.dtype({**_SCALARS, **_WHOLE}[kind])).reshape(shape)
         statement.constant(value, output, dtype=np.float32 if value.dtype.kind == "f" else value.dtype)
     else:

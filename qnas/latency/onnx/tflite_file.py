@@ -17,7 +17,7 @@ import onnx
 from qnas.common.errors import ArchError
 from qnas.common.reading import read_bytes
 from qnas.latency.onnx.statement import TO_FIRST, TO_LAST, Statement, damage
-from qnas.latency.onnx.values import LARGEST_VALUE, Array
+from qnas.latency.onnx.values import LARGEST_VALUE, Array, is_mean
 
 _FILE_BYTES = 512_000_000  # limit for a file
 _MOST_TABLES = 100_000  # limit for a list of tables
@@ -249,6 +249,10 @@ def _convolution(to: _Stating, operator: _Operator) -> None:
     later = int(is_depthwise)  # its options have the multiplier before the activation
     stride = [options.number(2, default=1), options.number(1, default=1)]
     dilation = [options.number(5 + later, default=1), options.number(4 + later, default=1)]
+    values = to.values.get(weight.name)
+    if values is not None and values.ndim == 4 and is_mean(values.transpose(TO_FIRST)) and not is_depthwise:
+        _mean(to, operator)
+        return
     source, pads = x.name, None
     is_same = options.number(0, "<b") == _SAME_PADDING
     if not is_same and source in to.pads:
@@ -272,6 +276,18 @@ def _convolution(to: _Stating, operator: _Operator) -> None:
         return to.add("Transpose", result, output=y, perm=TO_LAST)
 
     _with_activation(to, operator, 3 + later, write)
+
+
+def _mean(to: _Stating, operator: _Operator) -> None:
+    """State a convolution that takes the mean over channels as that mean, with its bias."""
+    bias = operator.names[2] if len(operator.names) > 2 else ""
+
+    def write(y: str) -> str:
+        axes = to.constant([3])
+        mean = to.add("ReduceMean", operator.x.name, axes, output="" if bias else y, name=operator.y.name)
+        return to.add("Add", mean, bias, output=y) if bias else mean
+
+    _with_activation(to, operator, 3, write)
 
 
 def _pool(op: str) -> _State:
@@ -357,6 +373,14 @@ def _bound(to: _Stating, operator: _Operator) -> None:
     to.clip(source, low, high, output=operator.y.name)
 
 
+def _dequantise(to: _Stating, operator: _Operator) -> None:
+    """State a tensor in steps, which is stated as what it stands for, under another name."""
+    if operator.x.name in to.values:
+        to.constant(to.values[operator.x.name], operator.y.name)
+    else:
+        to.add("Identity", operator.x.name, output=operator.y.name)
+
+
 def _squared_difference(to: _Stating, operator: _Operator) -> None:
     difference = to.add("Sub", *operator.names, name=operator.y.name)
     to.add("Mul", difference, difference, output=operator.y.name)
@@ -400,6 +424,6 @@ _OPERATORS: dict[int, _State] = {
     39: _transpose,
     34: _pad,
     2: _concatenation,
-    6: lambda to, operator: to.add("Identity", operator.x.name, output=operator.y.name),  # DEQUANTIZE
+    6: _dequantise,
     114: lambda to, operator: to.requantised(operator.x.name, output=operator.y.name),  # QUANTIZE
 }
