@@ -15,9 +15,9 @@ Network = OnnxNetwork | tuple[SearchSpace, Arch]
 
 # Files of networks that are not read, and what to give instead.
 _UNREAD = {
-    ".py": "a program, which is not run for a prediction: give the run's folder, or model.onnx of the same run",
+    ".py": "a program, which is not run for a prediction: give the run's folder, or its model.onnx",
     ".blob": "compiled for a Myriad X, without its graph: give the .onnx or .xml that it was compiled from",
-    ".pte": "compiled for ExecuTorch, without its graph: give the run's folder, or model.onnx of the same run",
+    ".pte": "compiled for ExecuTorch, without its graph: give the run's folder, or its model.onnx",
     ".bin": "the weights of an OpenVINO IR: give the .xml beside it",
 }
 
@@ -28,7 +28,8 @@ def read_network(
     """Read the network of a file, a run's folder, an arch.json, or a fixed space by name or path.
 
     Files are an .onnx, an OpenVINO .xml, a .tflite and a .pt2. `space` is for an arch.json without a copy of
-    its space, `resolution_px` for a file that leaves the image size open. Raises ArchError or SpaceError if there is no such network.
+    its space, `resolution_px` for a file that leaves the image size open. Raises ArchError or SpaceError if
+    there is no such network.
     """
     suffix = Path(target).suffix
     if suffix in _UNREAD:

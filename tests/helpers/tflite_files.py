@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flatbuffers
+import flatbuffers  # type: ignore[import-untyped]  # without types
 import numpy as np
 
 # Fields are those of TensorFlow's schema.fbs, numbered from 0.
@@ -57,7 +57,11 @@ def tflite_file(
         codes.append(_table(file, {k: _text(file, v) if isinstance(v, str) else v for k, v in named.items()}))
         ins = [numbers.get(name, -1) for name in inputs.split()]
         outs = [numbers[name] for name in outputs.split()]
-        fields = {0: i, 1: _numbers(file, np.array(ins, np.int32)), 2: _numbers(file, np.array(outs, np.int32))}
+        fields = {
+            0: i,
+            1: _numbers(file, np.array(ins, np.int32)),
+            2: _numbers(file, np.array(outs, np.int32)),
+        }
         if options:
             fields[4] = _table(file, options[0])
         operators.append(_table(file, fields))

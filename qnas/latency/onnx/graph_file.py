@@ -62,11 +62,11 @@ def read_graph(path: Path, *, resolution_px: int | None = None) -> "Graph":
     """Read an ONNX file, or one of another form in READERS, for a batch of one image.
 
     `resolution_px` is used for a height and width that the file leaves free. Raises ArchError where
-    the file is none of its form, has other inputs than one image, a batch of more than one, branches, or tensors
-    whose shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
+    the file is none of its form, has other inputs than one image, a batch of more than one, branches, or
+    tensors whose shape depends on data; and where free sizes need a resolution, or fixed ones differ from it.
     """
-    read, _ = READERS.get(path.suffix, READERS[_ONNX])
-    model = read(path)
+    reader, _ = READERS.get(path.suffix, READERS[_ONNX])
+    model = reader(path)
     graph = Graph(model, path, resolution_px)
     for proto in model.graph.node:
         graph.add(proto)

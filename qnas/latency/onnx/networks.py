@@ -74,8 +74,8 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
     """Read an ONNX file, an OpenVINO .xml, a .tflite or a .pt2 as operators for one image.
 
     Weights are not read. `resolution_px` is for files whose height and width are free. Raises ArchError where
-    the file is none of its form, has other inputs than one batch of images, or has shapes that no resolution determines; and
-    where nothing in it computes, or operators whose work is not known.
+    the file is none of its form, has other inputs than one batch of images, or has shapes that no
+    resolution determines; and where nothing in it computes, or operators whose work is not known.
     """
     graph = read_graph(path, resolution_px=resolution_px)
     shape = graph.shapes[graph.input]

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -105,12 +106,15 @@ def _parse(path: Path) -> ET.Element:
     text = read_text(path, ArchError, "an OpenVINO IR", limit=_CHARACTERS)
     if "<!DOCTYPE" in text:  # its entities can stand for gigabytes
         raise ValueError("a document type, which no IR has")
-    parser, count = ET.XMLPullParser(["start"]), 0
+    parser: ET.XMLPullParser[ET.Element] = ET.XMLPullParser(["start"])
     root: ET.Element | None = None
+    count = 0
     try:
         for at in range(0, len(text), 2**16):
             parser.feed(text[at : at + 2**16])
-            for _, element in parser.read_events():
+            for event in parser.read_events():
+                element = event[1]
+                assert isinstance(element, ET.Element)
                 root, count = root if root is not None else element, count + 1
             if count > _ELEMENTS:
                 raise ArchError(f"{path}: more than {_ELEMENTS:,} elements, expected a network of images")
@@ -126,7 +130,9 @@ def _state_constant(statement: Statement, layer: _Layer) -> None:
     (output,), (shape,) = layer.outputs, layer.out_shapes
     kind = layer.data["element_type"]
     size = math.prod(shape)
-    if (kind in _WHOLE and size <= LARGEST_VALUE) or (kind in _SCALARS and size == 1):
+    # the weights of a convolution to one channel tell whether it is a mean
+    is_read = kind in _SCALARS and (size == 1 or (shape[:1] == (1,) and shape[2:] == (1, 1)))
+    if size <= LARGEST_VALUE and (kind in _WHOLE or is_read):
         value = _stored(statement.path, layer, np.dtype({**_SCALARS, **_WHOLE}[kind])).reshape(shape)
         statement.constant(value, output, dtype=np.float32 if value.dtype.kind == "f" else value.dtype)
     else:
@@ -157,7 +163,7 @@ def _as(op: str) -> _State:
     return lambda to, layer: to.add_all(op, layer.inputs, layer.outputs, name=layer.name)
 
 
-def _padding(layer: _Layer) -> dict[str, object]:
+def _padding(layer: _Layer) -> dict[str, Any]:
     kind = layer.data.get("auto_pad", "explicit").upper()
     if kind != "EXPLICIT":
         return {"auto_pad": kind}
@@ -251,7 +257,7 @@ def _clamp(to: Statement, layer: _Layer) -> None:
     to.clip(layer.inputs[0], *bounds, output=layer.outputs[0], name=layer.name)
 
 
-def _with(op: str, **attributes: object) -> _State:
+def _with(op: str, **attributes: Any) -> _State:
     """State an operator of the first input under ONNX's name, with these attributes."""
     return lambda to, layer: to.add(
         op, layer.inputs[0], output=layer.outputs[0], name=layer.name, **attributes
@@ -279,9 +285,7 @@ def _gather(to: Statement, layer: _Layer) -> None:
 def _split(to: Statement, layer: _Layer) -> None:
     (axis,) = to.numbers(layer.inputs[1])
     sizes: Sequence[int] = [shape[axis] for shape in layer.out_shapes]
-    to.add_all(
-        "Split", [layer.inputs[0], to.constant(sizes)], layer.outputs, name=layer.name, axis=axis
-    )
+    to.add_all("Split", [layer.inputs[0], to.constant(sizes)], layer.outputs, name=layer.name, axis=axis)
 
 
 # The operators that have a name in ONNX.

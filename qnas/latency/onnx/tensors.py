@@ -6,13 +6,15 @@ Changes of precision are free too, since a device's figures are for one precisio
 network in it.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 import onnx
+from onnx import helper
 
 from qnas.latency.onnx.graph_file import Graph
-from qnas.latency.onnx.values import Array, Node
+from qnas.latency.onnx.values import Array, Node, is_mean
 
 # They rename or reshape a tensor and move no data.
 FREE = ("Identity", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
@@ -32,7 +34,7 @@ class Reader:
         self.nodes: list[Node] = []
         self.writer: dict[str, int] = {}  # tensor -> position of the node
         self.readers: dict[str, set[int]] = {}
-        for node in graph.nodes:
+        for node in itertools.chain.from_iterable(map(self._means, graph.nodes)):
             sources = self.activations(node)
             if self._is_free(node):
                 self._same[node.outputs[0]] = self.root(sources[0])
@@ -88,6 +90,21 @@ class Reader:
             return False
         before, after = (self.graph.types[name] for name in (node.inputs[0], node.outputs[0]))
         return before != after and before in _FLOATS and after in _FLOATS
+
+    def _means(self, node: Node) -> Sequence[Node]:
+        """Return a convolution that is a mean over channels, as some norms are written, as that mean."""
+        weights = self.graph.values.get(node.inputs[1]) if node.op == "Conv" else None
+        if weights is None or not is_mean(weights) or weights.shape[1] != self.shapes[node.inputs[0]][1]:
+            return (node,)
+        (x, _, *bias), (y,) = node.inputs, node.outputs
+        mean = f"{y} without its bias" if bias else y
+        proto = helper.make_node("ReduceMean", [x], [mean], name=node.name, axes=[1], keepdims=1)
+        means = Node(node.name, "ReduceMean", (x,), (mean,), proto)
+        if not bias:
+            return (means,)
+        self.shapes[mean] = self.shapes[y]
+        proto = helper.make_node("Add", [mean, *bias], [y], name=node.name)
+        return means, Node(node.name, "Add", (mean, *bias), (y,), proto)
 
     def _is_free(self, node: Node) -> bool:
         given = self.activations(node)

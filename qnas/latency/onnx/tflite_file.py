@@ -1,7 +1,7 @@
 """A TFLite file stated as an ONNX graph: a flatbuffer with channels last, read without any runtime.
 
-A pad before a convolution is the convolution's own, as XNNPACK fuses it. Numbers of fields, types and operators
-are those of TensorFlow's schema.fbs, where they never change.
+A pad before a convolution is the convolution's own, as XNNPACK fuses it. Numbers of fields, types and
+operators are those of TensorFlow's schema.fbs, where they never change.
 """
 
 import math
@@ -17,7 +17,7 @@ import onnx
 from qnas.common.errors import ArchError
 from qnas.common.reading import read_bytes
 from qnas.latency.onnx.statement import TO_FIRST, TO_LAST, Statement, damage
-from qnas.latency.onnx.values import LARGEST_VALUE, Array
+from qnas.latency.onnx.values import LARGEST_VALUE, Array, is_mean
 
 _FILE_BYTES = 512_000_000  # limit for a file
 _MOST_TABLES = 100_000  # limit for a list of tables
@@ -111,7 +111,7 @@ class _Tensor:
         if not is_small or not len(content):
             to.weight(self.name, self.shape)
             return
-        value = np.frombuffer(content.tobytes(), _TYPES[self._kind]).reshape(self.shape)
+        value: Array = np.frombuffer(content.tobytes(), _TYPES[self._kind]).reshape(self.shape)
         scale, zero = self._scales.numbers(2, np.float32), self._scales.numbers(3, np.int64)
         if self._kind in _FLOATS:
             to.constant(value.astype(np.float32), self.name)
@@ -249,6 +249,10 @@ def _convolution(to: _Stating, operator: _Operator) -> None:
     later = int(is_depthwise)  # its options have the multiplier before the activation
     stride = [options.number(2, default=1), options.number(1, default=1)]
     dilation = [options.number(5 + later, default=1), options.number(4 + later, default=1)]
+    values = to.values.get(weight.name)
+    if values is not None and values.ndim == 4 and is_mean(values.transpose(TO_FIRST)) and not is_depthwise:
+        _mean(to, operator)
+        return
     source, pads = x.name, None
     is_same = options.number(0, "<b") == _SAME_PADDING
     if not is_same and source in to.pads:
@@ -272,6 +276,18 @@ def _convolution(to: _Stating, operator: _Operator) -> None:
         return to.add("Transpose", result, output=y, perm=TO_LAST)
 
     _with_activation(to, operator, 3 + later, write)
+
+
+def _mean(to: _Stating, operator: _Operator) -> None:
+    """State a convolution that takes the mean over channels as that mean, with its bias."""
+    bias = operator.names[2] if len(operator.names) > 2 else ""
+
+    def write(y: str) -> str:
+        axes = to.constant([3])
+        mean = to.add("ReduceMean", operator.x.name, axes, output="" if bias else y, name=operator.y.name)
+        return to.add("Add", mean, bias, output=y) if bias else mean
+
+    _with_activation(to, operator, 3, write)
 
 
 def _pool(op: str) -> _State:
@@ -301,7 +317,9 @@ def _linear(to: _Stating, operator: _Operator) -> None:
     bias = operator.names[2] if len(operator.names) > 2 else ""
 
     def write(y: str) -> str:
-        product = to.add("MatMul", source, to.add("Transpose", weight.name, perm=[1, 0]), name=operator.y.name)
+        product = to.add(
+            "MatMul", source, to.add("Transpose", weight.name, perm=[1, 0]), name=operator.y.name
+        )
         return to.add("Add", product, bias, output=y) if bias else to.add("Identity", product, output=y)
 
     _with_activation(to, operator, 0, write)
@@ -355,6 +373,14 @@ def _bound(to: _Stating, operator: _Operator) -> None:
     to.clip(source, low, high, output=operator.y.name)
 
 
+def _dequantise(to: _Stating, operator: _Operator) -> None:
+    """State a tensor in steps, which is stated as what it stands for, under another name."""
+    if operator.x.name in to.values:
+        to.constant(to.values[operator.x.name], operator.y.name)
+    else:
+        to.add("Identity", operator.x.name, output=operator.y.name)
+
+
 def _squared_difference(to: _Stating, operator: _Operator) -> None:
     difference = to.add("Sub", *operator.names, name=operator.y.name)
     to.add("Mul", difference, difference, output=operator.y.name)
@@ -398,6 +424,6 @@ _OPERATORS: dict[int, _State] = {
     39: _transpose,
     34: _pad,
     2: _concatenation,
-    6: lambda to, operator: to.add("Identity", operator.x.name, output=operator.y.name),  # DEQUANTIZE
+    6: _dequantise,
     114: lambda to, operator: to.requantised(operator.x.name, output=operator.y.name),  # QUANTIZE
 }

@@ -4,6 +4,7 @@ Only the JSON of its graph is read. torch.export.load also reads pickles, which 
 used, and torch is not needed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,12 +208,11 @@ def _batch_norm(to: Statement, call: _Call) -> None:
 
 
 def _clamp(to: Statement, call: _Call) -> None:
-    low, high = (call.get(key, call.get(f"{key}_val")) for key in ("min", "max"))
-    is_hardtanh = call.op.startswith("hardtanh")  # it has both bounds by default
-    low, high = (-1.0 if low is None and is_hardtanh else low), (1.0 if high is None and is_hardtanh else high)
-    infinite = float("inf")
-    bounds = -infinite if low is None else float(low), infinite if high is None else float(high)
-    to.clip(call.x, *bounds, output=call.outputs[0], name=call.name, dtype=call.dtype)
+    if call.op.startswith("hardtanh"):
+        low, high = call.get("min_val", -1.0), call.get("max_val", 1.0)
+    else:
+        low, high = call.get("min", -math.inf), call.get("max", math.inf)
+    to.clip(call.x, float(low), float(high), output=call.outputs[0], name=call.name, dtype=call.dtype)
 
 
 def _product(to: Statement, call: _Call) -> None:
@@ -232,9 +232,7 @@ def _product(to: Statement, call: _Call) -> None:
 def _reduction(op: str) -> _State:
     def state(to: Statement, call: _Call) -> None:
         axes, keeps = call.get("dim", []), int(call.get("keepdim", False))
-        to.add(
-            *(op, call.x, to.constant(axes)), output=call.outputs[0], name=call.name, keepdims=keeps
-        )
+        to.add(*(op, call.x, to.constant(axes)), output=call.outputs[0], name=call.name, keepdims=keeps)
 
     return state
 
@@ -286,7 +284,10 @@ def _rsqrt(to: Statement, call: _Call) -> None:
     to.add("Reciprocal", to.add("Sqrt", call.x), output=call.outputs[0], name=call.name)
 
 
-_VIEWS = ("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze", "as_strided")
+_VIEWS = (
+    *("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze"),
+    "as_strided",
+)
 _COPIES = ("clone", "alias", "dropout", "contiguous", "detach", "lift_fresh_copy")
 _NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 
@@ -317,7 +318,10 @@ _OPERATORS: dict[str, _State] = {
     **_overloads(_of_one("HardSigmoid", alpha=1 / 6, beta=0.5), "hardsigmoid"),
     **_overloads(_silu, "silu", "silu_"),
     **_overloads(_rsqrt, "rsqrt"),
-    **{f"{op.lower()}.default": _of_one(op) for op in ("Gelu", "Sigmoid", "Tanh", "Erf", "Exp", "Sqrt", "Neg")},
+    **{
+        f"{op.lower()}.default": _of_one(op)
+        for op in ("Gelu", "Sigmoid", "Tanh", "Erf", "Exp", "Sqrt", "Neg")
+    },
     **_overloads(_of_one("Reciprocal"), "reciprocal"),
     **_overloads(_of_two("Add"), "add.Tensor", "add.Scalar", "add_.Tensor"),
     **_overloads(_of_two("Sub"), "sub.Tensor", "sub.Scalar"),

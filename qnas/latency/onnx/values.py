@@ -39,6 +39,14 @@ class Node:
         return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
+def is_mean(weights: Array) -> bool:
+    """Whether a convolution with these weights (O, I, H, W) takes a mean over channels, to half a percent."""
+    channels = weights.size
+    if weights.ndim != 4 or channels < 2 or weights.shape != (1, channels, 1, 1):
+        return False
+    return bool(np.allclose(weights.astype(np.float64) * channels, 1, atol=0.005))
+
+
 def evaluate(node: Node, inputs: Sequence[Array | None]) -> Array | None:
     """Return a node's only output for these inputs, None where it is unknown or large.
 

@@ -94,9 +94,7 @@ def test_a_file_of_every_neuron_takes_what_its_network_takes(name: str, norm: st
 @SLOW
 @pytest.mark.parametrize("name", ["quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile"])
 @pytest.mark.parametrize("form", READ)
-def test_a_file_of_a_shipped_space_takes_what_its_network_takes(
-    name: str, form: str, tmp_path: Path
-) -> None:
+def test_a_file_of_a_shipped_space_takes_what_its_network_takes(name: str, form: str, tmp_path: Path) -> None:
     space = load_space(name)
     arch = sample_arch(space, np.random.default_rng(0))
     product = product_of(space, arch, space.input.resolution_px)

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ import torchvision
 from helpers.exported import neural_product, neural_space, trained
 from helpers.networks import all_candidates
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from qnas.common.errors import ArchError, TableError
 from qnas.deploy.export.onnx_format import graph_of
-from qnas.deploy.export.product import FilePrecision, Product, Variant
+from qnas.deploy.export.product import FilePrecision, Variant
 from qnas.deploy.export.tracing import trace_onnx
 from qnas.latency.device import Device, device_names, load_device, parse_device
 from qnas.latency.device_table import predict_blocks
@@ -30,7 +28,7 @@ from qnas.latency.kernels import Kernel
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
 from qnas.latency.prediction import predict_file, predict_onnx
 from qnas.nn.subnet import build_subnet
-from qnas.spaces.arch import Arch, arch_from_indices, sample_arch
+from qnas.spaces.arch import Arch, sample_arch
 from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import SearchSpace, load_space

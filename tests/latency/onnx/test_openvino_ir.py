@@ -63,7 +63,9 @@ def ir(layers: Sequence[Layer]) -> tuple[bytes, bytes]:
             edges.append(
                 f'<edge from-layer="{source}" from-port="{from_port}" to-layer="{i}" to-port="{n}"/>'
             )
-    text = f'<net name="n" version="11"><layers>{"".join(texts)}</layers><edges>{"".join(edges)}</edges></net>'
+    text = (
+        f'<net name="n" version="11"><layers>{"".join(texts)}</layers><edges>{"".join(edges)}</edges></net>'
+    )
     return text.encode(), content
 
 
@@ -118,7 +120,8 @@ def test_the_layers_of_an_ir_are_those_of_our_names(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "kind"), [([1], "layernorm"), ([3], "layernorm"), ([2, 3], "elementwise"), ([1, 2], "elementwise")]
+    ("axes", "kind"),
+    [([1], "layernorm"), ([3], "layernorm"), ([2, 3], "elementwise"), ([1, 2], "elementwise")],
 )
 def test_a_norm_over_channels_alone_is_a_layer_norm(axes: list[int], kind: str, file: Path) -> None:
     layers: list[Layer] = [IMAGE, ("Const", (), axes), ("MVN", (0, 1), (-1, 4, 8, 8))]

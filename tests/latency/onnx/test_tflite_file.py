@@ -182,7 +182,7 @@ def test_an_operator_without_a_name_of_ours_is_named(file: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"TFL3", b"\x1c\0\0\0TFL3", b"\xff" * 4 + b"TFL3" + b"\xff" * 99])
 def test_a_file_that_is_no_tflite_is_refused(content: bytes, file: Path) -> None:
     file.write_bytes(content)
-    with pytest.raises(ArchError, match="not a (valid )?TFLite file"):
+    with pytest.raises(ArchError, match=r"not a (valid )?TFLite file"):
         read_onnx(file)
     with pytest.raises(ArchError, match="no such file, expected a TFLite file"):
         read_onnx(file.with_name("other.tflite"))

@@ -1,4 +1,4 @@
-"""Programs of torch.export are read as the operators that they run, without a pickle, or refused in one line."""
+"""Programs of torch.export are read as the operators that they run, without a pickle, or refused."""
 
 import io
 import json
@@ -50,7 +50,8 @@ class Mixed(nn.Module):
 
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.det(x.relu()[..., :8])
+        y: Tensor = torch.linalg.det(x.relu()[..., :8])
+        return y
 
 
 @cache
