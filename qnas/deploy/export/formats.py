@@ -1,14 +1,18 @@
 """The export formats of a trained network, behind one interface."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
-from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format
+from qnas.deploy.export import onnx_format, openvino_format, standalone, torch_format, vpu_format
+from qnas.deploy.export.halves import check_halves
+from qnas.deploy.export.lowering import MYRIAD, lowered
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
@@ -16,6 +20,14 @@ from qnas.deploy.export.tracing import told_as
 
 def _nothing(*_: object) -> tuple[str, ...]:
     return ()
+
+
+def _deployed(product: Product, variant: Variant) -> nn.Module:
+    return product.deployed()
+
+
+def _deployed_onnx(product: Product, variant: Variant) -> nn.Module:
+    return product.deployed(forms=onnx_format.forms_in(variant))
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,9 @@ class Format:
     check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
     batch: int | None = None  # the only batch size of its files
     optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
+    # the network as the files state it, in float32: what is emulated in halves
+    computed: Callable[[Product, Variant], nn.Module] = _deployed
+    in_halves: bool = False  # whether the device computes in halves, whatever the precision of the file
 
 
 _ALL: tuple[FilePrecision, ...] = get_args(FilePrecision)
@@ -49,6 +64,7 @@ FORMATS: dict[str, Format] = {
         onnx_format.load,
         onnx_format.runtime,
         "runtimes of ONNX and its opset: onnxruntime 1.17 or newer, TensorRT, OpenVINO 2024.0 or newer",
+        computed=_deployed_onnx,
     ),
     "openvino": Format(
         (".xml", ".bin"),
@@ -57,6 +73,7 @@ FORMATS: dict[str, Format] = {
         openvino_format.load,
         openvino_format.version,
         "Intel CPUs, GPUs and NPUs by OpenVINO 2022.1 or newer",
+        computed=_deployed_onnx,
     ),
     "torch": Format(
         (".pt2",),
@@ -73,6 +90,20 @@ FORMATS: dict[str, Format] = {
         standalone.load,
         torch_format.runtime,
         "CPUs and GPUs by torch, of any version since 2.0",
+        computed=lambda product, _: lowered(product.network, fold=False),
+    ),
+    "vpu": Format(
+        vpu_format.FILES,
+        ("fp32",),
+        vpu_format.write,
+        onnx_format.load,
+        vpu_format.runtime,
+        "Myriad X (Neural Compute Stick 2) by OpenVINO 2021.3 to 2022.1",
+        vpu_format.check,
+        vpu_format.BATCH,
+        vpu_format.OPTIONAL,
+        computed=lambda product, _: product.deployed(forms=MYRIAD),
+        in_halves=True,
     ),
 }
 
@@ -156,7 +187,11 @@ def export_files(
             run = kind.load(path)
         noise = variant.precision == "fp32"
         parity = compare(product.network, run, images, tolerance, where=where, batch=batch, noise=noise)
-        checks = kind.check(product, variant, path, images, where)
+        checks: tuple[str, ...] = ()
+        if kind.in_halves or variant.precision == "fp16":
+            halves = replace(TOLERANCES["fp16"], drop=tolerance.drop)
+            checks = (check_halves(kind.computed(product, variant), product.network, images, where, halves),)
+        checks += kind.check(product, variant, path, images, where)
         optional = (file for file in optional_names(name, variant) if (folder / file).is_file())
         names = (*file_names(name, variant), *optional)
         contents = [(folder / file).read_bytes() for file in names]

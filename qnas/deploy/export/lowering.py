@@ -19,7 +19,7 @@ from qnas.deploy.export.folding import fold_affine, fold_norms
 from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
-NormForm = Literal["operator", "arithmetic"]
+NormForm = Literal["operator", "arithmetic", "convolution"]
 ActivationForm = Literal["operator", "arithmetic"]
 
 
@@ -29,7 +29,8 @@ class Forms:
 
     layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions;
     `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
-    convolution behind it where that is exact. gelu, hard_swish: `operator`, or sums and products with erf or
+    convolution behind it where that is exact; `convolution` is the same with the mean over channels of a map
+    as a convolution with one output. gelu, hard_swish: `operator`, or sums and products with erf or
     a clip.
     """
 
@@ -40,17 +41,19 @@ class Forms:
 
 OPERATORS = Forms()
 ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
+MYRIAD = Forms("convolution", "arithmetic", "arithmetic")
 
 
-def lowered(network: nn.Module, forms: Forms = OPERATORS) -> nn.Module:
+def lowered(network: nn.Module, forms: Forms = OPERATORS, *, fold: bool = True) -> nn.Module:
     """Return a copy in contiguous memory, with folded norms, in a target's forms; in evaluation mode.
 
-    The given network is not changed. Norms are folded in the precision of its weights.
+    The given network is not changed. Norms are folded in the precision of its weights, with `fold`.
     """
     # contiguous weights: an exporter would write a transposition for each channels_last one
     lower = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    fold_norms(lower)
-    if forms.layer_norm == "arithmetic":
+    if fold:
+        fold_norms(lower)
+    if fold and forms.layer_norm != "operator":
         fold_affine(lower)
     return _replace(lower, lambda module: _form(module, forms))
 
@@ -65,8 +68,8 @@ def _replace(module: nn.Module, form: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def _form(module: nn.Module, forms: Forms) -> nn.Module:
     if isinstance(module, QuadraBlock):
         return _plain_block(module)
-    if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "arithmetic":
-        return ArithmeticLayerNorm(module)
+    if isinstance(module, ChannelLayerNorm) and forms.layer_norm != "operator":
+        return (ArithmeticLayerNorm if forms.layer_norm == "arithmetic" else ConvolvedLayerNorm)(module)
     if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
         return ErfGelu()
     if isinstance(module, nn.Hardswish) and forms.hard_swish == "arithmetic":
@@ -118,12 +121,36 @@ class ArithmeticLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, C), of the same shape."""
-        d = x - x.mean(1, keepdim=True)
-        y = d * ((d * d).mean(1, keepdim=True) + self.eps).pow(-0.5)
+        d = x - self.mean(x)
+        y = d * (self.mean(d * d) + self.eps).pow(-0.5)
         if self.weight is None:
             return y
         channels = (1, -1, *(1,) * (x.ndim - 2))
         return y * self.weight.view(channels) + self.bias.view(channels)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, 1, ...)."""
+        return x.mean(1, keepdim=True)
+
+
+class ConvolvedLayerNorm(ArithmeticLayerNorm):
+    """The same with the mean over the channels of a map as a convolution with equal weights.
+
+    The compiler for the Myriad X turns a mean over channels into a pooling of a map of one channel: it runs
+    in software, and for maps of 56 px it is not compiled ("unable to satisfy requirements for stage ... with
+    type AvgPool"). A convolution runs in hardware at all sizes.
+    """
+
+    share: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm)
+        (channels,) = norm.normalized_shape
+        self.register_buffer("share", torch.full((1, channels, 1, 1), 1 / channels), persistent=False)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) or (B, C) -> (B, 1, ...)."""
+        return nn.functional.conv2d(x, self.share) if x.ndim == 4 else super().mean(x)
 
 
 class ErfGelu(nn.Module):

@@ -59,6 +59,11 @@ def runtime() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
+def forms_in(variant: Variant) -> Forms:
+    """Return the forms of a file's operators."""
+    return _within(OPERATORS, variant.opset or TRACED_OPSET)
+
+
 def _within(forms: Forms, opset: int) -> Forms:
     """Return forms without operators that the opset does not have."""
     return Forms(
