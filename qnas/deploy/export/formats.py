@@ -1,10 +1,12 @@
 """The export formats of a trained network, behind one interface."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
+
+from torch import nn
 
 from qnas.common.errors import UsageError, nearest
 from qnas.common.files import write_json
@@ -17,15 +19,26 @@ from qnas.deploy.export import (
     standalone,
     tflite_format,
     torch_format,
+    vpu_format,
 )
+from qnas.deploy.export.halves import check_halves
+from qnas.deploy.export.lowering import CHANNELS_LAST, MYRIAD, lowered
 from qnas.deploy.export.opset import TRACED_OPSET, readers
-from qnas.deploy.export.parity import Parity, Tolerance, compare, tolerance_of
+from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare, tolerance_of
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.tracing import told_as
 
 
 def _nothing(*_: object) -> tuple[str, ...]:
     return ()
+
+
+def _deployed(product: Product, variant: Variant) -> nn.Module:
+    return product.deployed()
+
+
+def _deployed_onnx(product: Product, variant: Variant) -> nn.Module:
+    return product.deployed(forms=onnx_format.forms_in(variant))
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class Format:
     check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
     batch: int | None = None  # the only batch size of its files
     optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
+    # the network as the files state it, in float32: what is emulated in halves
+    computed: Callable[[Product, Variant], nn.Module] = _deployed
+    in_halves: bool = False  # whether the device computes in halves, whatever the precision of the file
 
 
 def _onnx_runs_on(variant: Variant) -> str:
@@ -67,6 +83,7 @@ FORMATS: dict[str, Format] = {
         onnx_runtime.runtime,
         _onnx_runs_on,
         onnx_format.check,
+        computed=_deployed_onnx,
     ),
     "openvino": Format(
         (".xml", ".bin"),
@@ -76,6 +93,7 @@ FORMATS: dict[str, Format] = {
         openvino_format.version,
         "Intel CPUs, GPUs and NPUs by OpenVINO 2022.1 or newer",
         openvino_format.check,
+        computed=_deployed_onnx,
     ),
     "tflite": Format(
         (".tflite",),
@@ -86,6 +104,7 @@ FORMATS: dict[str, Format] = {
         "Arm and x86 CPUs, and GPUs of phones, by TFLite or LiteRT",
         tflite_format.check,
         batch=1,
+        computed=lambda product, _: product.deployed(forms=CHANNELS_LAST),
     ),
     "torch": Format(
         (".pt2",),
@@ -120,6 +139,20 @@ FORMATS: dict[str, Format] = {
         standalone.load,
         torch_format.runtime,
         "CPUs and GPUs by torch, of any version since 2.0",
+        computed=lambda product, _: lowered(product.network, fold=False),
+    ),
+    "vpu": Format(
+        vpu_format.FILES,
+        ("fp32",),
+        vpu_format.write,
+        onnx_format.load,
+        vpu_format.runtime,
+        "Myriad X (Neural Compute Stick 2) by OpenVINO 2021.3 to 2022.1",
+        vpu_format.check,
+        vpu_format.BATCH,
+        vpu_format.OPTIONAL,
+        computed=lambda product, _: product.deployed(forms=MYRIAD),
+        in_halves=True,
     ),
 }
 
@@ -203,7 +236,11 @@ def export_files(
             run = kind.load(path)
         noise = variant.precision == "fp32"
         parity = compare(product.network, run, images, tolerance, where=where, batch=batch, noise=noise)
-        checks = kind.check(product, variant, path, images, where)
+        checks: tuple[str, ...] = ()
+        if kind.in_halves or variant.precision == "fp16":
+            halves = replace(TOLERANCES["fp16"], drop=tolerance.drop)
+            checks = (check_halves(kind.computed(product, variant), product.network, images, where, halves),)
+        checks += kind.check(product, variant, path, images, where)
         optional = (file for file in optional_names(name, variant) if (folder / file).is_file())
         names = (*file_names(name, variant), *optional)
         contents = [(folder / file).read_bytes() for file in names]

@@ -20,7 +20,7 @@ from qnas.deploy.export.folding import fold_affine, fold_norms
 from qnas.nn.blocks import ChannelLayerNorm, GlobalAveragePool, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
-NormForm = Literal["operator", "arithmetic", "convolution"]
+NormForm = Literal["operator", "arithmetic", "convolution", "convolutions"]
 ActivationForm = Literal["operator", "arithmetic"]
 PoolForm = Literal["first", "last"]
 
@@ -31,9 +31,9 @@ class Forms:
 
     layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions;
     `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
-    convolution behind it where that is exact; `convolution` has the mean of the squares as a convolution.
-    gelu, hard_swish: `operator`, or sums and products with erf or a clip. pool: the mean of a map with its
-    channels first, or last.
+    convolution behind it where that is exact. `convolution` is the same with the mean of the squares as a
+    convolution to one channel, `convolutions` with both means so. gelu, hard_swish: `operator`, or sums and
+    products with erf or a clip. pool: the mean of a map with its channels first, or last.
     """
 
     layer_norm: NormForm = "operator"
@@ -44,18 +44,20 @@ class Forms:
 
 OPERATORS = Forms()
 ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
-CHANNELS_LAST = Forms("convolution", pool="last")
+CHANNELS_LAST = Forms("convolution", pool="last")  # of TFLite
+MYRIAD = Forms("convolutions", "arithmetic", "arithmetic")
 
 
-def lowered(network: nn.Module, forms: Forms = OPERATORS) -> nn.Module:
+def lowered(network: nn.Module, forms: Forms = OPERATORS, *, fold: bool = True) -> nn.Module:
     """Return a copy in contiguous memory, with folded norms, in a target's forms; in evaluation mode.
 
-    The given network is not changed. Norms are folded in the precision of its weights.
+    The given network is not changed. Norms are folded in the precision of its weights, with `fold`.
     """
     # contiguous weights: an exporter would write a transposition for each channels_last one
     lower = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    fold_norms(lower)
-    if forms.layer_norm != "operator":
+    if fold:
+        fold_norms(lower)
+    if fold and forms.layer_norm != "operator":
         fold_affine(lower)
     return _replace(lower, lambda module: _form(module, forms))
 
@@ -70,10 +72,8 @@ def _replace(module: nn.Module, form: Callable[[nn.Module], nn.Module]) -> nn.Mo
 def _form(module: nn.Module, forms: Forms) -> nn.Module:
     if isinstance(module, QuadraBlock):
         return _plain_block(module)
-    if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "arithmetic":
-        return ArithmeticLayerNorm(module)
-    if isinstance(module, ChannelLayerNorm) and forms.layer_norm == "convolution":
-        return ConvolutionLayerNorm(module)
+    if isinstance(module, ChannelLayerNorm) and forms.layer_norm != "operator":
+        return _NORMS[forms.layer_norm](module)
     if isinstance(module, GlobalAveragePool) and forms.pool == "last":
         return LastAxisPool()
     if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
@@ -127,16 +127,20 @@ class ArithmeticLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, C), of the same shape."""
-        d = x - x.mean(1, keepdim=True)
+        d = x - self.mean(x)
         y = d * self.inverse(d * d)
         if self.weight is None:
             return y
         channels = (1, -1, *(1,) * (x.ndim - 2))
         return y * self.weight.view(channels) + self.bias.view(channels)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, 1, ...)."""
+        return x.mean(1, keepdim=True)
+
     def inverse(self, squares: Tensor) -> Tensor:
         """(B, C, ...) -> (B, 1, ...): one over the standard deviation, from the squared deviations."""
-        return (squares.mean(1, keepdim=True) + self.eps).pow(-0.5)
+        return (self.mean(squares) + self.eps).pow(-0.5)
 
 
 class ConvolutionLayerNorm(ArithmeticLayerNorm):
@@ -149,14 +153,41 @@ class ConvolutionLayerNorm(ArithmeticLayerNorm):
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__(norm)
         channels = norm.normalized_shape[0]
-        self.mean = nn.Parameter(torch.full((1, channels, 1, 1), 1 / channels))
+        self.share = nn.Parameter(torch.full((1, channels, 1, 1), 1 / channels))
         self.shift = nn.Parameter(torch.full((1,), norm.eps))
 
     def inverse(self, squares: Tensor) -> Tensor:
         """(B, C, ...) -> (B, 1, ...): one over the standard deviation, from the squared deviations."""
         if squares.ndim == 2:  # of pooled features
             return torch.rsqrt(squares.mean(1, keepdim=True) + self.eps)
-        return torch.rsqrt(F.conv2d(squares, self.mean, self.shift))
+        return torch.rsqrt(F.conv2d(squares, self.share, self.shift))
+
+
+class MyriadLayerNorm(ArithmeticLayerNorm):
+    """The same, with both means over the channels of a map as a convolution with equal weights.
+
+    The compiler for the Myriad X turns a mean over channels into a pooling of a map of one channel: it runs
+    in software, and for maps of 56 px it is not compiled ("unable to satisfy requirements for stage ... with
+    type AvgPool"). A convolution runs in hardware at all sizes.
+    """
+
+    share: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm)
+        (channels,) = norm.normalized_shape
+        self.register_buffer("share", torch.full((1, channels, 1, 1), 1 / channels), persistent=False)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) or (B, C) -> (B, 1, ...)."""
+        return F.conv2d(x, self.share) if x.ndim == 4 else super().mean(x)
+
+
+_NORMS: dict[str, Callable[[nn.LayerNorm], nn.Module]] = {
+    "arithmetic": ArithmeticLayerNorm,
+    "convolution": ConvolutionLayerNorm,
+    "convolutions": MyriadLayerNorm,
+}
 
 
 class LastAxisPool(nn.Module):

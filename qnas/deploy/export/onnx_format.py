@@ -50,6 +50,11 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def forms_in(variant: Variant) -> Forms:
+    """Return the forms of a file's operators."""
+    return _within(OPERATORS, variant.opset or TRACED_OPSET)
+
+
 def _within(forms: Forms, opset: int) -> Forms:
     """Return forms without operators that the opset does not have."""
     return Forms(

@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from qnas.common.errors import ExportError
+from qnas.common.errors import ExportError, QnasError
 from qnas.deploy.export.lowering import OPERATORS, Forms, lowered
 from qnas.deploy.export.opset import TRACED_OPSET, restate
 
@@ -69,6 +69,8 @@ def told_as(problem: str) -> Iterator[None]:
     """Raise any exception as an ExportError: exporters and runtimes have many kinds."""
     try:
         yield
+    except QnasError:  # it says more
+        raise
     except Exception as error:
         raise ExportError(f"{problem}: {root_cause(error)}") from error
 
