@@ -81,8 +81,8 @@ def test_from_a_budget_to_a_file_that_runs(
     before = Path(facts["path"]).read_bytes()
     assert "exists already: --force replaces it" in complaint(capsys, "export", searched, "--format", "onnx")
     assert Path(facts["path"]).read_bytes() == before
-    onnx = ("--force", "--format", "onnx", "--allow-drop")
-    assert qnas("export", searched, "--resolution", "16", *onnx) == 0
+    again = ("--force", "--format", "onnx", "--allow-drop")
+    assert qnas("export", searched, "--resolution", "16", *again) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
         assert word in shown
@@ -843,8 +843,8 @@ def test_an_exported_file_is_predicted_as_its_architecture_and_measured(
     assert measured["runtime"].startswith("onnxruntime")
     file = searched / measured["file"]
     assert measured["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    onnx = ("--force", "--format", "onnx", "--allow-drop")
-    assert qnas("export", searched, "--resolution", "8", *onnx) == 0
+    again = ("--force", "--format", "onnx", "--allow-drop")
+    assert qnas("export", searched, "--resolution", "8", *again) == 0
     assert "--resolution 32 --force" in complaint(capsys, "measure", searched)
     file.unlink()
     assert "run qnas export" in complaint(capsys, "measure", searched)
