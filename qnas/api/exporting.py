@@ -33,7 +33,8 @@ def export(
 ) -> "ExportedFiles":
     """Write a trained network as files that run without qnas, each checked against the network.
 
-    `formats` are of "onnx", "openvino", "torch" and "standalone"; `precision` is "fp32", "fp16" or "int8".
+    `formats` are of "onnx", "openvino", "tflite", "torch" and "standalone"; `precision` is "fp32", "fp16",
+    "int8" or "int8-dynamic" (weights in int8, the ranges of maps found for each image).
     `opset` is of ONNX, 13 to 20, for runtimes that read no newer one. In int8, `ranges` of maps are found by
     "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as TensorRT needs
     (default: if a device of the search is a GPU).

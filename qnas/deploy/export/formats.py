@@ -43,6 +43,7 @@ class Format:
     runs_on: str  # devices, runtimes and versions
     check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
     batch: int | None = None  # the only batch size of its files
+    channels_last: bool = False  # images as (B, H, W, C)
     optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
 
 
@@ -73,9 +74,10 @@ FORMATS: dict[str, Format] = {
         tflite_format.write,
         tflite_format.load,
         tflite_format.runtime,
-        "Arm and x86 CPUs, and GPUs of phones, by TFLite or LiteRT",
+        "Arm and x86 CPUs, and GPUs of phones, by LiteRT or TFLite 2.9 or newer; without GELU 2.0 or newer",
         tflite_format.check,
         batch=1,
+        channels_last=True,
     ),
     "torch": Format(
         (".pt2",),
