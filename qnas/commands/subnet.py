@@ -173,8 +173,9 @@ def export(
     precision: Annotated[
         str,
         option(
-            "fp32, fp16, or int8 (onnx and openvino; calibrated on training images).",
-            complete=completion.one_of("fp32", "fp16", "int8"),
+            "fp32, fp16, int8 (onnx, openvino and tflite; calibrated on training images) or int8-dynamic "
+            "(tflite).",
+            complete=completion.one_of("fp32", "fp16", "int8", "int8-dynamic"),
         ),
     ] = "fp32",
     opset: Annotated[
@@ -252,6 +253,7 @@ def export(
 
 
 def _exported(done: "ExportedFiles") -> Iterator[str]:
+    from qnas.deploy.export.formats import FORMATS
     from qnas.deploy.export.parity import describe_drop
     from qnas.deploy.file_latency import describe_latency
     from qnas.deploy.targets import describe_device
@@ -261,9 +263,12 @@ def _exported(done: "ExportedFiles") -> Iterator[str]:
         names = " + ".join(file.files)
         yield field("file", f"{done.folder / names} ({file.size_bytes / 1e6:.1f} MB, {file.precision})")
         batch = file.batch or "batch"
-        yield field(
-            "input", f"images ({batch}, {done.channels}, {px}, {px}), float32, normalised as its metadata say"
+        image = (
+            f"{px}, {px}, {done.channels}"
+            if FORMATS[file.format].channels_last
+            else f"{done.channels}, {px}, {px}"
         )
+        yield field("input", f"images ({batch}, {image}), float32, normalised as its metadata say")
         yield field(
             "check",
             f"{file.runtime} on {parity.source}: differs from the network by at most "

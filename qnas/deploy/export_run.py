@@ -284,7 +284,7 @@ def _checking_images(
 
     If the data of the training are missing, the check uses the few test images that the training kept.
     """
-    is_int8 = request.precision == "int8"
+    is_int8 = request.precision.startswith("int8")
 
     def real(pixels: torch.Tensor, labels: torch.Tensor, source: str) -> RealImages:
         return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)

@@ -59,6 +59,7 @@ class Format:
     runs_on: str | Callable[[Variant], str]  # devices, runtimes and versions
     check: Callable[[Product, Variant, Path, RealImages, str], tuple[str, ...]] = _nothing
     batch: int | None = None  # the only batch size of its files
+    channels_last: bool = False  # images as (B, H, W, C)
     optional: tuple[str, ...] = ()  # endings of files that are written where their tool is at hand
     # the network as the files state it, in float32: what is emulated in halves
     computed: Callable[[Product, Variant], nn.Module] = _deployed
@@ -101,10 +102,11 @@ FORMATS: dict[str, Format] = {
         tflite_format.write,
         tflite_format.load,
         tflite_format.runtime,
-        "Arm and x86 CPUs, and GPUs of phones, by TFLite or LiteRT",
+        "Arm and x86 CPUs, and GPUs of phones, by LiteRT or TFLite 2.9 or newer; without GELU 2.0 or newer",
         tflite_format.check,
         batch=1,
         computed=lambda product, _: product.deployed(forms=CHANNELS_LAST),
+        channels_last=True,
     ),
     "torch": Format(
         (".pt2",),

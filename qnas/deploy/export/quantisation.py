@@ -60,7 +60,7 @@ class Quantised:
         known = {
             "layers": self.layers,
             "in_float": self.in_float,
-            "ranges": self.variant.ranges,
+            "ranges": "image" if self.variant.precision == "int8-dynamic" else self.variant.ranges,
             "symmetric": self.variant.symmetric,
         }
         return {METADATA: json.dumps(known)}

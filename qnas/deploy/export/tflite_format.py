@@ -95,10 +95,15 @@ def check(product: Product, variant: Variant, path: Path, images: RealImages, wh
     """Return the oldest runtime of a file, its operators, and its precision, a sentence each."""
     content = path.read_bytes()
     oldest = _metadata(content)[_OLDEST].rstrip(b"\0").decode()
-    return (
-        f"its operators are those of TFLite {oldest} or newer; {len(operators(content))} operators",
-        *precision_facts(read_metadata(content)),
-    )
+    kinds = [each.kind for each in operators(content)]
+    facts = [f"{len(kinds)} operators, in float32 of TFLite {oldest} or newer"]
+    if variant.precision.startswith("int8"):
+        facts += precision_facts(read_metadata(content))[:1]  # biases are in int32
+        if DEPTHWISE in kinds:
+            facts.append(
+                f"depthwise convolutions of up to {LARGEST_DEPTHWISE}x{LARGEST_DEPTHWISE} in float32"
+            )
+    return tuple(facts)
 
 
 def convert(product: Product, where: str) -> bytes:

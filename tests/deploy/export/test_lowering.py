@@ -14,7 +14,15 @@ from helpers.exported import PX, digits, neural_space, trained
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError, UsageError
-from qnas.deploy.export.lowering import ARITHMETIC, OPERATORS, ActivationForm, Forms, NormForm, lowered
+from qnas.deploy.export.lowering import (
+    ARITHMETIC,
+    CHANNELS_LAST,
+    OPERATORS,
+    ActivationForm,
+    Forms,
+    NormForm,
+    lowered,
+)
 from qnas.deploy.export.opset import OLDEST_OPSET, TRACED_OPSET, check_opset
 from qnas.deploy.export.tracing import check_form, trace_onnx
 from qnas.nn.blocks import ChannelLayerNorm
@@ -22,6 +30,7 @@ from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
 
 FORMS = [Forms(*each) for each in combinations(get_args(NormForm), *[get_args(ActivationForm)] * 2)]
+FORMS.append(CHANNELS_LAST)
 
 
 @torch.no_grad()
