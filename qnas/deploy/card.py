@@ -10,6 +10,7 @@ from qnas.common.intervals import wilson
 from qnas.common.text import in_markdown
 from qnas.common.units import format_count, format_ms
 from qnas.deploy.export.formats import Exported
+from qnas.deploy.export.parity import describe_drop
 from qnas.deploy.export.product import Product
 from qnas.deploy.export.resizing import Resizing
 from qnas.deploy.file_latency import FileLatency, describe_latency
@@ -221,6 +222,7 @@ def _files(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{parity['max_difference'] / (parity['scale'] or 1):.1e} of the largest logit",
             f"{parity['agreement']:.2%}",
             f"{parity['accuracy']:.2%} ({parity['network_accuracy']:.2%})"
+            + describe_drop(parity.get("drop_interval95"))
             + (f"; {Resizing(**resizing).describe()}" if (resizing := entry.get("resizing")) else ""),
             _measured(measured) if measured else "not measured",
             "; ".join(map(describe_latency, entry.get("predicted", ()))) or "not predicted",

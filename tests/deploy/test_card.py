@@ -51,6 +51,7 @@ CARD: dict[str, Any] = {
                 "agreement": 0.98,
                 "accuracy": 0.87,
                 "network_accuracy": 0.88,
+                "drop_interval95": [-0.012, 0.034],
             },
             "measured": {
                 "p50_ms": 1.25,
@@ -77,6 +78,7 @@ def test_the_page_says_all_that_a_user_needs() -> None:
             "1.23 MB",
             "(batch, C, 8, 8)",
             "99 images",
+            "87.00% (88.00%) (95% interval of the drop -1.2% to 3.4%)",
             "5.0e-02",
             "98.00%",
             "87.00% (88.00%)",

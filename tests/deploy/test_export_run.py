@@ -25,10 +25,11 @@ from qnas.common.units import format_ms
 from qnas.data.loading import load_data
 from qnas.data.normalisation import normalise
 from qnas.data.sources import parse_data_spec
-from qnas.deploy.export import onnx_format
+from qnas.deploy.export import quantisation
 from qnas.deploy.export.formats import FORMATS
 from qnas.deploy.export.parity import TOLERANCES
-from qnas.deploy.export.product import RealImages
+from qnas.deploy.export.product import RealImages, Variant
+from qnas.deploy.export.quantisation import Quantised
 from qnas.deploy.export_run import CALIBRATION_IMAGES, ExportedFiles, ExportRequest, export_trained
 from qnas.deploy.file_latency import describe_latency
 from qnas.latency.device import Device, load_device
@@ -127,11 +128,11 @@ def test_int8_is_calibrated_with_training_images_and_its_accuracy_is_told_before
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    right = onnx_format.quantise
+    right = quantisation.quantise
 
-    def quantise(model: onnx.ModelProto, images: RealImages, where: str) -> onnx.ModelProto:
+    def quantise(model: onnx.ModelProto, images: RealImages, variant: Variant, where: str) -> Quantised:
         seen.append(images)
-        return right(model, images, where)
+        return right(model, images, variant, where)
 
     monkeypatch.setattr("qnas.deploy.export.onnx_format.quantise", quantise)
     (file,) = export(trained, tmp_path / "out", precision="int8").files
@@ -234,11 +235,29 @@ def test_a_loss_of_accuracy_beyond_what_is_allowed_is_refused(
     monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], load=lossy))
     loose = replace(TOLERANCES["int8"], difference=10.0, agreement=0.5)
     monkeypatch.setitem(TOLERANCES, "int8", loose)
-    with pytest.raises(ExportError, match=r"expected at most 2\.0% fewer"):
+    with pytest.raises(ExportError, match=r"a drop of .* \(95% interval .*\), expected at most 2\.0%$"):
         export(trained, tmp_path / "out", precision="int8")
     assert not (tmp_path / "out").exists()
     (file,) = export(trained, tmp_path / "out", precision="int8", max_drop=0.3).files
     assert file.parity.accuracy < file.parity.network_accuracy - 0.02
+
+
+def test_int8_is_symmetric_where_a_device_of_the_search_is_a_gpu(changed: Path, tmp_path: Path) -> None:
+    def symmetric(name: str, **options: Any) -> bool:
+        (file,) = export(changed, tmp_path / name, precision="int8", images=20, **options).files
+        return "all zero points are 0, and biases are in float" in file.checks
+
+    assert not symmetric("vpu")
+    search_on(changed, load_device("cortex-a76"), load_device("a100"))
+    assert symmetric("gpu")
+    assert not symmetric("gpu, but not", symmetric=False)
+    search_on(changed, load_device("cortex-a76"))
+    assert symmetric("asked for", symmetric=True, ranges="percentile")
+
+
+def test_ranges_that_are_unknown_are_refused(trained: Path) -> None:
+    with pytest.raises(UsageError, match=r"`ranges='percent'`: did you mean percentile\?"):
+        export(trained, precision="int8", ranges="percent")
 
 
 def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_path: Path) -> None:

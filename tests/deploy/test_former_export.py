@@ -57,6 +57,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("interval", [[-0.01, 0.02], None])
+def test_the_interval_of_a_drop_stays_with_its_entry(folder: Path, interval: list[float] | None) -> None:
+    kept = {**ENTRIES["model.onnx"], "parity": {**PARITY, "drop_interval95": interval}}
+    write_json(folder / JSON, {**CARD, "files": {**ENTRIES, "model.onnx": kept}})
+    assert read_former(folder, "w").entries["model.onnx"] == kept
+    broken = {**kept, "parity": {**PARITY, "drop_interval95": [0.1, "high"]}}
+    write_json(folder / JSON, {**CARD, "files": {**ENTRIES, "model.onnx": broken}})
+    assert "model.onnx" not in read_former(folder, "w").entries
+
+
 def test_files_of_the_same_weights_stay_with_their_entries(folder: Path) -> None:
     former = read_former(folder, "w")
     assert former.entries == ENTRIES

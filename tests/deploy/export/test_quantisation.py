@@ -12,15 +12,16 @@ import pytest
 import torch
 from helpers.exported import digits, trained
 from onnx import numpy_helper
+from onnxruntime import quantization as ort
 from torch import nn
 
 from qnas.common.errors import ExportError
 from qnas.deploy.export import onnx_format, quantisation
 from qnas.deploy.export.formats import export_files
-from qnas.deploy.export.lowering import ARITHMETIC
+from qnas.deploy.export.lowering import ARITHMETIC, OPERATORS
 from qnas.deploy.export.onnx_runtime import running
 from qnas.deploy.export.product import Product, RealImages, Variant
-from qnas.deploy.export.quantisation import METADATA, QUANTISED, quantise
+from qnas.deploy.export.quantisation import METADATA, QUANTISED, Quantised, precision_facts, quantise
 from qnas.deploy.export.tracing import check_form
 
 INT8 = Variant("int8")
@@ -50,8 +51,8 @@ def constants(graph: onnx.ModelProto) -> dict[str, np.ndarray[Any, Any]]:
 
 def layer_of(node: onnx.NodeProto) -> str:
     """Return the name of a layer, in float or in int8."""
-    names = (name.removesuffix("_DequantizeLinear_Output") for name in node.input)
-    return next(name for name in names if name.endswith(".weight")).removesuffix(".weight")
+    (name,) = [name for name in node.input if ".weight" in name]
+    return str(name.partition(".weight")[0])
 
 
 def in_int8(graph: onnx.ModelProto) -> set[str]:
@@ -156,12 +157,12 @@ def test_symmetric_zero_points_are_all_zero_and_signed_and_biases_are_in_float(n
 
 
 def test_what_is_not_symmetric_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = quantisation.ort.QDQQuantizer
+    right = ort.QDQQuantizer
 
     def older(*given: object) -> object:  # one that quantises biases whatever is asked for
         return right(*given[:-1], {"ActivationSymmetric": True})
 
-    monkeypatch.setattr(quantisation.ort, "QDQQuantizer", older)
+    monkeypatch.setattr(ort, "QDQQuantizer", older)
     with pytest.raises(ExportError, match=r"^file: not written: onnxruntime left .*bias.* asymmetric$"):
         quantise(floats(), digits(32, "train"), replace(INT8, symmetric=True), "file")
 
@@ -186,9 +187,7 @@ def test_graphs_of_other_opsets_and_of_a_fixed_batch_are_quantised(
 ) -> None:
     product = replace(trained(), batch=batch)
     variant = Variant("int8", opset, symmetric=symmetric)
-    graph = onnx_format.graph_of(
-        product, variant, "file", ARITHMETIC if opset == 13 else onnx_format.OPERATORS
-    )
+    graph = onnx_format.graph_of(product, variant, "file", ARITHMETIC if opset == 13 else OPERATORS)
     assert graph.opset_import[0].version == opset
     assert len(in_int8(graph)) == json.loads(onnx_format.metadata_of(graph)[METADATA])["layers"] == 13
     images = digits(3).take(range(3))
@@ -251,15 +250,16 @@ def test_a_file_that_keeps_layers_in_float_says_which(tmp_path: Path) -> None:
     assert (stored["layers"], stored["ranges"], stored["symmetric"]) == (13, "minmax", False)
 
 
-def test_a_file_of_int8_says_how_it_was_made(tmp_path: Path) -> None:
+def test_the_metadata_of_int8_say_how_it_was_made() -> None:
     variant = Variant("int8", ranges="percentile", symmetric=True)
-    (done,) = export_files(trained(), ["onnx"], variant, tmp_path, digits(40))
-    assert done.checks == (
+    assert precision_facts(Quantised(floats(), 13, (), variant).metadata()) == (
         "13 of 13 layers in int8, ranges by percentile",
         "all zero points are 0, and biases are in float",
     )
-    (plain,) = export_files(trained(), ["onnx"], Variant(), tmp_path, digits(40))
-    assert plain.checks == ()
+    assert precision_facts(Quantised(floats(), 13, ("stem.conv", "head"), INT8).metadata()) == (
+        "11 of 13 layers in int8, ranges by minmax; left in float: stem.conv, head",
+    )
+    assert precision_facts(onnx_format.metadata_of(floats())) == ()
 
 
 def test_too_many_spoilt_layers_are_refused_with_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
