@@ -54,6 +54,7 @@ def restate(model: onnx.ModelProto, opset: int, where: str) -> onnx.ModelProto:
 
     Raises ExportError with all operators that mean something else there, or do not exist.
     """
+    model.ir_version = _IR_VERSIONS[opset]  # torch writes a newer one, which onnxruntime 1.17 refuses
     if opset == TRACED_OPSET:
         return model
     graph = model.graph
@@ -73,7 +74,6 @@ def restate(model: onnx.ModelProto, opset: int, where: str) -> onnx.ModelProto:
         raise ExportError(f"{where}: opset {opset} has no {needed} as this network needs it")
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", opset))
-    model.ir_version = _IR_VERSIONS[opset]
     read = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
