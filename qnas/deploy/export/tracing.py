@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qnas.common.errors import ExportError, QnasError
+from qnas.deploy.export.lean import cancel_transpositions
 from qnas.deploy.export.lowering import OPERATORS, Forms, lowered
 from qnas.deploy.export.opset import TRACED_OPSET, restate
 
@@ -53,7 +54,7 @@ def trace_onnx(
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _strip(model)
-    return restate(model, opset, where)
+    return restate(cancel_transpositions(model), opset, where)
 
 
 def root_cause(error: BaseException) -> str:

@@ -1,1 +1,1 @@
-"""ONNX files read as operators, for prediction."""
+"""Files of networks read as operators, for prediction: ONNX, and others that are stated as ONNX."""

@@ -135,7 +135,7 @@ class Reader:
             is_free = node.outputs[0] in self._same
             is_last = not was_last if is_free and was_last is not None else None
         elif node.op == "Reshape":  # rows of tokens may become a map
-            same = self.shapes[node.outputs[0]][-1] == self.shapes[sources[0]][-1]
+            same = self.shapes[node.outputs[0]][-1:] == self.shapes[sources[0]][-1:]
             is_last = True if same and len(self.shapes[sources[0]]) == 3 else None
         else:
             known = [self._is_last[source] for source in sources if source in self._is_last]

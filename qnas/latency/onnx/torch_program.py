@@ -43,7 +43,8 @@ class _Call:
     @property
     def x(self) -> str:
         """The first tensor."""
-        return str(next(iter(self.arguments.values())))
+        first, *_ = self.arguments.values()
+        return str(first)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -288,7 +289,7 @@ _VIEWS = (
     *("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze"),
     "as_strided",
 )
-_COPIES = ("clone", "alias", "dropout", "contiguous", "detach", "lift_fresh_copy")
+_COPIES = ("clone", "alias", "dropout", "dropout_", "contiguous", "detach", "lift_fresh_copy")
 _NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 
 

@@ -796,3 +796,34 @@ def test_reading_needs_neither_torch_nor_onnxruntime(file: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_number_may_become_a_map(file: Path) -> None:
+    steps = [
+        ("ReduceMean", "x", "m", {"keepdims": 0}),
+        ("Reshape", "m s", "r"),
+        ("Relu", "r", "y"),
+    ]
+    network = read_onnx(write(file, steps, weights={"s": np.array([1, 1, 1, 1])}))
+    assert kinds(network) == ["elementwise", "relu"]
+
+
+@pytest.mark.parametrize(
+    ("share", "bias", "kind"),
+    [(1 / 4, [1e-6], "layernorm"), (1 / 3, [1e-6], "conv"), (1 / 4, None, "layernorm")],
+)
+def test_a_mean_over_channels_may_be_a_convolution(
+    share: float, bias: list[float] | None, kind: str, file: Path
+) -> None:
+    steps = [
+        ("Conv", "x w", "m"),
+        ("Sub", "x m", "d"),
+        ("Mul", "d d", "s"),
+        ("Conv", "s w b" if bias else "s w", "v"),
+        ("Pow", "v p", "r"),
+        ("Mul", "d r", "y"),
+    ]
+    weights = {"w": np.full((1, 4, 1, 1), share, np.float32), "p": number(-0.5)}
+    if bias:
+        weights["b"] = np.array(bias, np.float32)
+    assert kinds(read_onnx(write(file, steps, weights=weights)))[0] == kind
