@@ -2,10 +2,12 @@
 
 python examples/classify.py MODEL IMAGE
 
-MODEL is an .onnx (onnxruntime), .xml (openvino), .tflite (ai-edge-litert) or .pt2 (torch); model.py classifies by
-itself. The image becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
+MODEL is .onnx (onnxruntime), .xml (openvino), .tflite (ai-edge-litert) or .pt2 (torch); model.py classifies
+by itself. The image becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
 `pillow_heif.register_heif_opener()` before.
 """
+
+from __future__ import annotations  # Python 3.9, the last with a plugin for the Neural Compute Stick
 
 import importlib
 import json
