@@ -2,10 +2,12 @@
 
 python examples/classify.py MODEL IMAGE
 
-MODEL is an .onnx, .xml (OpenVINO), .tflite (LiteRT) or .pt2 (torch); model.py classifies by itself. The image
-becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
+MODEL is .onnx (onnxruntime), .xml (openvino), .tflite (ai-edge-litert) or .pt2 (torch); model.py classifies
+by itself. The image becomes the same pixels as in the training. HEIC needs the package pillow-heif, and
 `pillow_heif.register_heif_opener()` before.
 """
+
+from __future__ import annotations  # Python 3.9, the last with a plugin for the Neural Compute Stick
 
 import importlib
 import json
@@ -13,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -75,33 +77,48 @@ def read_tflite(path: Path) -> Network:
 
 def read_torch(path: Path) -> Network:
     """Load a .pt2 with torch."""
-    torch = importlib.import_module("torch")
     extra = {"metadata.json": ""}
-    program = torch.export.load(path, extra_files=extra)
+    program = importlib.import_module("torch").export.load(path, extra_files=extra)
     (wanted,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-    module = program.module()
+    known = json.loads(extra["metadata.json"])
+    return Network(tuple(wanted.meta["val"].shape[1:]), known, by_torch(program.module()))
+
+
+def read_aot(path: Path) -> Network:
+    """Load an _aot.pt2, which is compiled for one kind of processor, with torch."""
+    compiled = importlib.import_module("torch._inductor").aoti_load_package(str(path))
+    known = compiled.get_metadata()
+    px = int(known["input"].removesuffix(" px").rpartition(" ")[2])  # it does not tell its shapes
+    return Network((len(json.loads(known["mean"])), px, px), known, by_torch(compiled))
+
+
+def by_torch(network: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function of arrays that computes what a function of tensors does."""
+    torch = importlib.import_module("torch")
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            logits: np.ndarray = module(torch.from_numpy(images)).numpy()
+            logits: np.ndarray = network(torch.from_numpy(images)).numpy()
         return logits
 
-    return Network(tuple(wanted.meta["val"].shape[1:]), json.loads(extra["metadata.json"]), run)
+    return run
 
 
 READERS: dict[str, Callable[[Path], Network]] = {
     ".onnx": read_onnx,
     ".xml": read_openvino,
     ".tflite": read_tflite,
+    "_aot.pt2": read_aot,
     ".pt2": read_torch,
 }
 
 
 def read(path: Path) -> Network:
     """Load an exported file with the runtime of its format."""
-    if path.suffix not in READERS:
-        raise SystemExit(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    return READERS[path.suffix](path)
+    for ending, reader in READERS.items():
+        if path.name.endswith(ending):
+            return reader(path)
+    raise SystemExit(f"{path}: expected a file that ends in {', '.join(READERS)}")
 
 
 def classify(network: Network, image: str | Path) -> list[tuple[float, str]]:

@@ -252,7 +252,13 @@ def test_the_list_of_commands_says_all_of_each(
 # what is run elsewhere or not at all, by how it begins, each with where or why
 ELSEWHERE = {
     "make ": "sets up an environment first",
-    "pip install": "installs",
+    "pip ": "installs",
+    **dict.fromkeys(("stick/bin/pip", "python3.9 -m venv", "python -m zipfile", "chmod"), "installs"),
+    "export QNAS_MYRIAD_COMPILE": "needs what was installed",
+    "adb ": "needs a phone",
+    "python classify.py": "on another machine; test_examples.py",
+    "trtexec ": "needs TensorRT",
+    **dict.fromkeys(("cp examples/browser", "npm ", "python -m http.server"), "test_browser_example.py"),
     "examples/own_photos.sh": "test_examples.py",
     "DEVICE=": "test_examples.py",
     "python examples/": "test_examples.py",
@@ -275,6 +281,7 @@ SMALL = (
     ("--epochs 60", ""),
     ("^qnas export", "qnas export --images 20 --force"),
     ("int8 --resolution 224", "int8 --resolution 32"),
+    ("--resolution 224 --force", r"\g<0> --allow-drop"),
     ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
     ("^qnas profile", "qnas profile --repeats 1"),
     ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),

@@ -112,10 +112,8 @@ def photographed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 CLASSIFY = runpy.run_path(str(EXAMPLES / "classify.py"))
 # formats that it reads, by the ending of their first file
-READ = [
-    name for name, known in FORMATS.items() if Path(f"model{known.endings[0]}").suffix in CLASSIFY["READERS"]
-]
-SLOW = ("tflite", "vpu")
+READ = [name for name, known in FORMATS.items() if known.endings[0].endswith(tuple(CLASSIFY["READERS"]))]
+SLOW = ("tflite", "vpu", "aot")  # to write
 
 
 @pytest.mark.parametrize(
