@@ -31,7 +31,8 @@ def export(
 ) -> "ExportedFiles":
     """Write a trained network as files that run without qnas, each checked against the network.
 
-    `formats` are of "onnx", "openvino", "torch" and "standalone"; `precision` is "fp32", "fp16" or "int8".
+    `formats` are of "onnx", "openvino", "torch", "standalone" and "vpu"; `precision` is "fp32", "fp16" or
+    "int8", for the Myriad X ("vpu") "fp32".
     `opset` is of ONNX, 13 to 20, for runtimes that read no newer one.
     Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of

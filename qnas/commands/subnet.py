@@ -138,10 +138,10 @@ def export(
     formats: Annotated[
         list[str] | None,
         option(
-            "onnx, openvino, torch (torch.export's .pt2) or standalone (model.py); several, by repeating "
-            "it.  [default: onnx]",
+            "onnx, openvino, torch (torch.export's .pt2), standalone (model.py) or vpu (Myriad X: ONNX, IR "
+            "and blob); several, by repeating it.  [default: onnx]",
             "--format",
-            complete=completion.one_of("onnx", "openvino", "torch", "standalone"),
+            complete=completion.one_of("onnx", "openvino", "torch", "standalone", "vpu"),
         ),
     ] = None,
     precision: Annotated[
