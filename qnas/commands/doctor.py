@@ -18,7 +18,7 @@ from typing import Literal
 import typer
 
 from qnas.commands.options import Json, show
-from qnas.common.errors import TableError, one_line
+from qnas.common.errors import TableError, UsageError, one_line
 from qnas.common.host import cpu_name, load
 from qnas.runs.text import wrapped
 
@@ -26,8 +26,15 @@ State = Literal["ok", "off", "missing", "broken"]
 # package -> the commands that need it, and its pip name; a plain install may lack all but the first
 _PACKAGES = {
     "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
+<<<<<<< HEAD
     "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
     "executorch": ("qnas export --format executorch", "executorch"),
+=======
+    "openvino": (
+        "qnas profile --runtime openvino, qnas export --format openvino, an IR for --format vpu",
+        "openvino",
+    ),
+>>>>>>> vpu
     "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
     "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
 }
@@ -79,6 +86,7 @@ def examine() -> Iterator[Finding]:
         yield from _machine()
         yield _cpu_kernels()
         yield _gpu()
+        yield _myriad_compiler()
     yield from _packages()
     yield from _latency_sources()
 
@@ -273,6 +281,24 @@ def _no_gpu(said: str) -> Finding:
     else:
         advice = "where this machine has one: install a torch that is built for it (pytorch.org, Get started)"
     return Finding("GPU", "missing", found, advice)
+
+
+def _myriad_compiler() -> Finding:
+    """Return the program that compiles files for the Myriad X, which is optional."""
+    from qnas.deploy.export import myriad_compiler
+
+    finding = partial(Finding, myriad_compiler.PROGRAM)
+    try:
+        compiler = myriad_compiler.find_compiler()
+        version = compiler and myriad_compiler.compiler_version(compiler)
+    except UsageError as error:
+        return finding("broken", str(error), f"get it so: {myriad_compiler.HOW_TO_GET}")
+    if compiler is None:
+        found = (
+            "none: qnas export --format vpu writes no blob, and does not check that the stick takes the file"
+        )
+        return finding("missing", found, myriad_compiler.HOW_TO_GET)
+    return finding("ok", f"{compiler}, version {version or 'unknown'}")
 
 
 def _packages() -> Iterator[Finding]:

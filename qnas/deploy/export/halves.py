@@ -93,7 +93,7 @@ class Halves:
         largest = max(-float(end) if end < 0 else float(end) for end in torch.aminmax(tensor.detach()))
         if not largest <= LARGEST:  # so that what is not a number is refused too
             raise ExportError(
-                f"{self.where}: not written: {what} {largest:.4g}, and half precision ends at {LARGEST:.0f}"
+                f"{self.where}: not written: {what} {largest:.5g}, and half precision ends at {LARGEST:.0f}"
             )
         return _round(tensor), largest
 
@@ -140,7 +140,7 @@ class _Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         aliases = [each.alias_info for each in func._schema.returns]
         if any(alias is not None and not alias.is_write for alias in aliases):
             return results  # a view
-        operator = func.overloadpacket.__name__
+        operator = func.overloadpacket.__name__.removesuffix("_")
         if operator == "mul" and args[0] is args[1]:
             operator = "square"
         if isinstance(results, Tensor):
