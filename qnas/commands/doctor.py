@@ -26,15 +26,11 @@ State = Literal["ok", "off", "missing", "broken"]
 # package -> the commands that need it, and its pip name; a plain install may lack all but the first
 _PACKAGES = {
     "onnxruntime": ("checking and timing of ONNX files", "onnxruntime"),
-<<<<<<< HEAD
-    "openvino": ("qnas profile --runtime openvino, qnas export --format openvino", "openvino"),
-    "executorch": ("qnas export --format executorch", "executorch"),
-=======
     "openvino": (
         "qnas profile --runtime openvino, qnas export --format openvino, an IR for --format vpu",
         "openvino",
     ),
->>>>>>> vpu
+    "executorch": ("qnas export --format executorch", "executorch"),
     "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
     "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
 }

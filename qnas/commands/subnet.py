@@ -159,18 +159,11 @@ def export(
     formats: Annotated[
         list[str] | None,
         option(
-<<<<<<< HEAD
-            "vpu (Myriad X), tflite, onnx, openvino, torch (torch.export's .pt2), executorch or standalone "
-            "(model.py); "
-            "several, by repeating it.  [default: what the devices of the search run]",
+            "vpu (Myriad X: ONNX, IR and blob), tflite, onnx, openvino, torch (torch.export's .pt2), "
+            "executorch or standalone (model.py); several, by repeating it.  "
+            "[default: what the devices of the search run]",
             "--format",
             complete=completion.one_of(*FORMATS),
-=======
-            "onnx, openvino, torch (torch.export's .pt2), standalone (model.py) or vpu (Myriad X: ONNX, IR "
-            "and blob); several, by repeating it.  [default: onnx]",
-            "--format",
-            complete=completion.one_of("onnx", "openvino", "torch", "standalone", "vpu"),
->>>>>>> vpu
         ),
     ] = None,
     aot: Annotated[
