@@ -35,17 +35,18 @@ def export(
 ) -> "ExportedFiles":
     """Write a trained network as files that run without qnas, each checked against the network.
 
-        `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch" and "standalone"; the
+    `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch" and "standalone"; the
     default is what the devices of the search run, with "onnx" for what cannot be written here or is not
     known. `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16", "int8" or
     "int8-dynamic" (weights in int8, the ranges of maps found for each image). `opset` is of ONNX, 13 to 20,
-    for runtimes that read no newer one; "onnx" is the default with it. In int8, `ranges` of maps are found by
-    "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as TensorRT needs
-    (default: if a device of the search is a GPU).
-        Images are `resolution_px` high and wide (default: as in training), in batches of any size or of `batch`.
+    for runtimes that read no newer one; "onnx" is the default with it. In int8, `ranges` of maps are found
+    by "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as TensorRT needs
+    (default: if a device of the search is a GPU). Images are `resolution_px` high and wide (default: as in
+    training), in batches of any size or of `batch`.
+
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
-    the training's data); its accuracy may be lower by at most `max_drop`. The same holds for the network
-    at another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
+    the training's data); its accuracy may be lower by at most `max_drop`. The same holds for the network at
+    another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
     Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each, and in
     `devices` which file runs on which device of the search.
 

@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from qnas.common.errors import ExportError, UsageError
-from qnas.deploy.export import onnx_format, openvino_format
+from qnas.deploy.export import onnx_runtime, openvino_format
 from qnas.deploy.export.lowering import MYRIAD
 from qnas.deploy.export.myriad_compiler import PROGRAM, compile_blob, compiler_version, find_compiler
 from qnas.deploy.export.parity import TOLERANCES, compare
@@ -52,7 +52,7 @@ def write(product: Product, variant: Variant, path: Path, where: str) -> None:
 def runtime() -> str:
     """Return the runtime that checks the file. Raises UsageError for a compiler that is no program."""
     find_compiler()
-    return onnx_format.runtime()
+    return onnx_runtime.runtime()
 
 
 def check(product: Product, variant: Variant, path: Path, images: RealImages, where: str) -> tuple[str, ...]:
