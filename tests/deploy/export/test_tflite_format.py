@@ -17,7 +17,7 @@ from helpers.exported import METADATA, PX, digits, neural_space, trained
 from helpers.tflite_files import converted
 from torch import nn
 
-from qnas.common.errors import ExportError, UsageError
+from qnas.common.errors import UsageError
 from qnas.deploy.export import quantisation, tflite_format
 from qnas.deploy.export.formats import check_request, export_files
 from qnas.deploy.export.product import Product, Variant
@@ -185,19 +185,18 @@ def test_ranges_are_those_that_the_calibration_images_reach() -> None:
     assert input_range() == (float(images.min()), float(images.max()))
 
 
-def test_a_percentile_and_entropy_leave_out_the_ends_of_a_map() -> None:
-    graphs = [
-        tflite_format._Calibrated(converted(trained()), digits(40, "train"), Variant("int8", ranges=ranges))
-        for ranges in ("minmax", "percentile", "entropy")
-    ]
+def test_a_percentile_leaves_out_the_ends_of_a_map() -> None:
+    full, percentile = (
+        tflite_format._Calibrated(
+            converted(trained()), digits(40, "train"), Variant("int8", ranges=ranges)
+        ).ranges
+        for ranges in ("minmax", "percentile")
+    )
     widths = [
-        [float(ends["max"][0] - ends["min"][0]) for _, ends in sorted(graph.ranges.items())]
-        for graph in graphs
+        [float(ends[name]["max"][0] - ends[name]["min"][0]) for name in full] for ends in (full, percentile)
     ]
-    full, percentile, entropy = widths
-    assert all(b <= a * 1.001 for a, b in zip(full, percentile, strict=True))
-    assert sum(percentile) < sum(full)
-    assert sum(entropy) < 0.95 * sum(full)
+    assert all(part <= 1.01 * whole for whole, part in zip(*widths, strict=True))
+    assert sum(widths[1]) < sum(widths[0])
 
 
 def test_symmetric_maps_have_a_zero_point_of_zero() -> None:
@@ -244,14 +243,20 @@ def test_the_layers_that_an_outlier_spoils_stay_in_float_and_the_file_says_so(
     stored = json.loads(read_metadata(path.read_bytes())["int8"])
     assert set(stored["in_float"]) <= {"1_1.expand", "1_1.project"}
     assert any("left in float: " in sentence and "1_1.project" in sentence for sentence in said)
+    images, right = (
+        digits(50).take(range(50)),
+        tflite_format._running(tflite_format._interpreter(content=file)),
+    )
+    error = (tflite_format.load(path)(images) - right(images)).abs().max()
     monkeypatch.setattr(quantisation, "MOST_IN_FLOAT", 0.0)
-    with pytest.raises(ExportError, match=r"^file: not written: even with 0 of 7 layers in float"):
-        tflite_format.write(trained(), Variant("int8"), path, "file")
+    tflite_format.write(trained(), Variant("int8", max_drop=1.0), path, "file")
+    assert (tflite_format.load(path)(images) - right(images)).abs().max() > 3 * error
 
 
 def test_checks_say_the_oldest_runtime_of_the_operators(tmp_path: Path) -> None:
     (done,) = export_files(trained(), ["tflite"], Variant(), tmp_path, digits(20))
-    assert done.checks == ("87 operators, in float32 of TFLite 2.9.0 or newer",)  # GELU came with 2.9
+    total = sum(expected_operators(trained()).values())
+    assert done.checks == (f"{total} operators, in float32 of TFLite 2.9.0 or newer",)  # GELU came with 2.9
     assert (done.batch, done.files) == (1, ("model.tflite",))
 
 
