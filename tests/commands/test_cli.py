@@ -18,6 +18,8 @@ from helpers.pickled_forests import predictor_files, write_zip
 from PIL import Image
 from safetensors.numpy import load_file
 
+from qnas.common.errors import QnasError
+from qnas.deploy.export_run import ExportRequest
 from qnas.latency.device import device_names, load_device
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
@@ -84,6 +86,24 @@ def test_from_a_budget_to_a_file_that_runs(
     for word in ("model.onnx (", "(batch, 3, 16, 16)", "all 359 test images of digits", "before the export"):
         assert word in shown
     assert "of 1.000 ms on myriad-vpu at 16 px, predicted for the file" in shown
+
+
+def test_how_int8_is_made_is_asked_for_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def export(source: Path, out: Path | None, request: ExportRequest) -> None:
+        asked.append((request.ranges, request.symmetric))
+        raise QnasError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qnas.deploy.export_run.export_trained", export)
+        for options in ((), ("--symmetric", "--ranges", "entropy"), ("--no-symmetric",)):
+            complaint(capsys, "export", tmp_path, "--precision", "int8", *options)
+    assert asked == [("minmax", None), ("entropy", True), ("minmax", False)]
+    told = complaint(capsys, "export", tmp_path, "--precision", "int8", "--ranges", "percent")
+    assert "--ranges percent: did you mean percentile?" in told
 
 
 def test_several_formats_at_once_and_what_does_not_go(
