@@ -45,10 +45,11 @@ def export(
     training), in batches of any size or of `batch`.
 
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
-    the training's data); its accuracy may be lower by at most `max_drop`. The same holds for the network at
-    another resolution than in training, unless `allow_drop`. `measure` times the files on this machine.
-    Writes `out`, by default `RUN/export`. Returns the paths of the files, with facts about each, and in
-    `devices` which file runs on which device of the search.
+    the training's data). It is refused if the 95% interval of the drop of its accuracy lies above `max_drop`
+    (default: 0.01, int8 0.02). The same holds for the network at another resolution than in training, unless
+    `allow_drop`. `measure` times the files on this machine. Writes `out`, by default `RUN/export`. Returns
+    the paths of the files, with facts about each, and in `devices` which file runs on which device of the
+    search.
 
     Raises CheckpointError if there is no trained network or a file exists already, UsageError for an invalid
     request, ExportError if the outputs of a file differ from the network's; then nothing is written.

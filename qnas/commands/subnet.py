@@ -210,7 +210,10 @@ def export(
     images: Annotated[int | None, option("Test images to check files with.  [default: 512]", least=1)] = None,
     max_drop: Annotated[
         float | None,
-        option("Largest loss of accuracy on these images, as a share.  [default: 0.01, int8 0.02]"),
+        option(
+            "Largest loss of accuracy, as a share. A file is refused if the 95% interval of its loss lies "
+            "above it.  [default: 0.01, int8 0.02]"
+        ),
     ] = None,
     allow_drop: Annotated[
         bool,

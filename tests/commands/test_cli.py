@@ -20,6 +20,8 @@ from helpers.pickled_forests import predictor_files, write_zip
 from PIL import Image
 from safetensors.numpy import load_file
 
+from qnas.common.errors import QnasError
+from qnas.deploy.export_run import ExportRequest
 from qnas.latency.device import device_names, load_device
 
 SEARCH = ["search", "--device", "vpu", "--resolution", "8", "--epochs", "1", "--warmup-epochs", "1", "-q"]
@@ -150,6 +152,24 @@ def test_a_network_trained_at_another_size_is_said_not_to_be_the_certified_one(
         capsys, "export", searched, "--resolution", "64"
     )
     assert not (searched / "export").exists()
+
+
+def test_how_int8_is_made_is_asked_for_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def export(source: Path, out: Path | None, request: ExportRequest) -> None:
+        asked.append((request.ranges, request.symmetric))
+        raise QnasError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qnas.deploy.export_run.export_trained", export)
+        for options in ((), ("--symmetric", "--ranges", "entropy"), ("--no-symmetric",)):
+            complaint(capsys, "export", tmp_path, "--precision", "int8", *options)
+    assert asked == [("minmax", None), ("entropy", True), ("minmax", False)]
+    told = complaint(capsys, "export", tmp_path, "--precision", "int8", "--ranges", "percent")
+    assert "--ranges percent: did you mean percentile?" in told
 
 
 def test_several_formats_at_once_and_what_does_not_go(

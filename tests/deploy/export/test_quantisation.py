@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.exported import digits, trained
+from helpers.exported import digits, neural_space, trained
 from onnx import numpy_helper
 from onnxruntime import quantization as ort
 from torch import nn
@@ -20,9 +20,14 @@ from qnas.deploy.export import onnx_format, quantisation
 from qnas.deploy.export.formats import export_files
 from qnas.deploy.export.lowering import ARITHMETIC, OPERATORS
 from qnas.deploy.export.onnx_runtime import running
+from qnas.deploy.export.parity import TOLERANCES, Tolerance
 from qnas.deploy.export.product import Product, RealImages, Variant
 from qnas.deploy.export.quantisation import METADATA, QUANTISED, Quantised, precision_facts, quantise
-from qnas.deploy.export.tracing import check_form
+from qnas.deploy.export.tracing import check_form, trace_onnx
+from qnas.nn.subnet import build_subnet
+from qnas.spaces.arch import sample_arch
+from qnas.spaces.space import load_space
+from qnas.training.scoring import recalibrate
 
 INT8 = Variant("int8")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -279,3 +284,36 @@ def test_what_cannot_be_quantised_is_refused_in_one_line() -> None:
     with pytest.raises(ExportError, match="file: onnxruntime cannot quantise this network: ") as error:
         quantise(graph, digits(8), INT8, "file")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "space",
+    ["quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "all neurons", "all neurons, batch norm"],
+)
+def test_networks_of_every_space_are_quantised(
+    space: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the networks are not trained: their classes say nothing
+    monkeypatch.setitem(TOLERANCES, "int8", Tolerance(10.0, 0.0, 1.0))
+    if space.startswith("all neurons"):
+        found = neural_space("batchnorm" if "batch" in space else "layernorm")
+    else:
+        found = load_space(space)
+    torch.manual_seed(1)
+    arch = sample_arch(found, np.random.default_rng(1))
+    network = build_subnet(found, arch, 10).eval()
+    pixels = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    images = RealImages(pixels, torch.zeros(24, dtype=torch.int64), (0.5,) * 3, (0.29,) * 3, "noise")
+    recalibrate(network, [(images.take(range(24)), images.labels)])
+    graph = trace_onnx(network.eval(), (3, 32, 32), "file")
+    result = quantise(graph, images, Variant("int8", symmetric=symmetric), "file")
+    check_form(result.model, "file")
+    every = {layer_of(node) for node in graph.graph.node if node.op_type in QUANTISED}
+    assert in_int8(result.model) == every
+    with torch.no_grad():
+        expected = network(images.take(range(24)))
+    logits = running(result.model.SerializeToString())(images.take(range(24)))
+    error = float((logits - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.3
