@@ -140,9 +140,10 @@ def test_every_printed_latency_names_its_resolution(
 def test_a_network_trained_at_another_size_is_said_not_to_be_the_certified_one(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert qnas("train-subnet", searched, "--epochs", "3", "--resolution", "16", "-q") == 0
+    rate = ("--epochs", "6", "--learning-rate", "1e-2", "--weights", "scratch")
+    assert qnas("train-subnet", searched, *rate, "--resolution", "8", "-q") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    said = "the network is trained at 16 px, and its latency is certified at 32 px only"
+    said = "the network is trained at 8 px, and its latency is certified at 32 px only"
     assert shown.count(said) == 2, "before and after the training"
     assert said in html.unescape((searched / "report.html").read_text())
     assert "--allow-drop writes it nevertheless" in complaint(
