@@ -154,7 +154,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
-    found, random = result.run.found, result.random_accuracies
+    found, random, px = result.run.found, result.random_accuracies, result.space.input.resolution_px
     tested = found["images"]["test"]
     kind = found.get("split_names", {}).get("test", "test")
     at = f"at {result.run.config['search']['resolution_px']} px"
@@ -173,8 +173,8 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
         beside = balanced_beside(mean(random), mean(known)) if known else ""
         yield field(
             "against",
-            f"{mean_and_spread(random)}{beside} for {len(random)} random networks of {lowest} or more, "
-            f"best {max(random):.1%}",
+            f"{mean_and_spread(random)}{beside} for {len(random)} random networks of {lowest} or more at "
+            f"{px} px, best {max(random):.1%}",
         )
     else:
         yield field("against", "no random networks to compare with")
@@ -186,7 +186,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
             yield field("", f"{what}: none is within the budget")
         else:
             same = ": the same network" if rival["choices"] == list(result.arch.choices) else ""
-            took = f"{format_ms(rival['latency_ms'])}, {format_count(rival['macs'])} MACs"
+            took = f"{format_ms(rival['latency_ms'])} at {px} px, {format_count(rival['macs'])} MACs"
             beside = balanced_beside(rival["accuracy"], rival.get("balanced_accuracy"))
             yield field("", f"{rival['accuracy']:.1%}{beside} for {what} ({took}){same}")
     seeds = found["seeds"]["accuracies"]

@@ -177,14 +177,15 @@ class SubnetTrainer:
         self.schedule.step()
         self.steps_done += 1
         if self.steps_done % self.steps_per_epoch == 0:
-            row |= self._end_epoch(px, rate)
+            row |= self._end_epoch(rate)
         return row
 
-    def _end_epoch(self, px: int, rate: float) -> dict[str, float]:
+    def _end_epoch(self, rate: float) -> dict[str, float]:
         """Evaluate on the test images, and keep the weights if they are the best so far."""
         score = self.test().score
         self.accuracy, self.balanced_accuracy = score.accuracy, score.balanced_accuracy
         epoch = self.steps_done // self.steps_per_epoch
+        px = self.sizes_px[epoch - 1]
         if px == self.sizes_px[-1] and score.accuracy >= self.best.get("test_accuracy", 0.0):
             weights = {name: tensor.detach().clone() for name, tensor in self.result.state_dict().items()}
             self.best = {"epoch": epoch, "test_accuracy": score.accuracy, "weights": weights}

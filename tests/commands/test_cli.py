@@ -59,7 +59,7 @@ def test_from_a_budget_to_a_file_that_runs(
     document = json.loads((searched / "arch.json").read_text())
     assert document["latency_ms"] <= document["budget_ms"] == 1.0
     for word in ("stage 1", "of 1.000 ms", "from measurements", "MACs", "parameters", "random networks"):
-        assert word in shown
+        assert word in " ".join(shown.split())
     assert f"next qnas train-subnet {searched}" in joined(shown)
 
     assert qnas("train-subnet", searched, "--epochs", "2", "--resolution", "8", "-q") == 0
@@ -96,7 +96,7 @@ def latencies_without_px(shown: str) -> list[str]:
     """Return the fields and sentences of an output that name a latency, but no resolution."""
     fields: list[str] = []
     for line in shown.splitlines():
-        if line[:1].isspace() and fields and line[:12].strip() == "":
+        if line[:1].isspace() and fields:
             fields[-1] += " " + line.strip()
         else:
             fields.append(line)
@@ -123,7 +123,6 @@ def test_every_printed_latency_names_its_resolution(
         ["train-subnet", "--epochs", "2", "-q"],
         ["export"],
         ["derive", "--device", "vpu", "--budget", "1ms", "-q"],
-        ["pareto", "--points", "2", "-q"],
     ):
         assert qnas(command[0], run, *command[1:]) == 0
         outputs[command[0]] = capsys.readouterr().out
@@ -134,6 +133,9 @@ def test_every_printed_latency_names_its_resolution(
         outputs["train-subnet"].split()
     )
     assert "certified" not in outputs["train-subnet"] + outputs["export"]
+    # tables have the resolution in their title
+    assert qnas("pareto", run, "--points", "2", "-q") == 0
+    assert "myriad-vpu at 32 px: networks take" in capsys.readouterr().out
     assert qnas("explain", run) == 0
     assert "myriad-vpu at 32 px, within 1.000 ms" in capsys.readouterr().out
     assert qnas("compare", run, run) == 0
@@ -143,9 +145,10 @@ def test_every_printed_latency_names_its_resolution(
 def test_a_network_trained_at_another_size_is_said_not_to_be_the_certified_one(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert qnas("train-subnet", searched, "--epochs", "3", "--resolution", "16", "-q") == 0
+    rate = ("--epochs", "6", "--learning-rate", "1e-2", "--weights", "scratch")
+    assert qnas("train-subnet", searched, *rate, "--resolution", "8", "-q") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    said = "the network is trained at 16 px, and its latency is certified at 32 px only"
+    said = "the network is trained at 8 px, and its latency is certified at 32 px only"
     assert shown.count(said) == 2, "before and after the training"
     assert said in html.unescape((searched / "report.html").read_text())
     assert "--allow-drop writes it nevertheless" in complaint(

@@ -134,7 +134,7 @@ def larger() -> ImageData:
     return load_data(parse_data_spec("digits"), resolution_px=16, keep_originals=True, quiet=True)
 
 
-@pytest.mark.parametrize("step", [3, 11, 14, 22, 30, 33])
+@pytest.mark.parametrize("step", [3, 11, 14, 30])
 def test_a_training_that_grows_goes_on_to_the_bit_from_each_size(
     step: int, source: FoundArch, larger: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,25 +160,22 @@ def test_a_training_that_grows_goes_on_to_the_bit_from_each_size(
 
 
 def test_each_epoch_has_images_of_its_size_and_only_those_of_the_last_size_have_a_best(
-    source: FoundArch, larger: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: FoundArch, larger: ImageData, tmp_path: Path
 ) -> None:
     seen: list[tuple[bool, int]] = []
-    forward = nn.Sequential.forward
 
-    def watch(self: nn.Sequential, x: Tensor) -> Any:
-        if x.shape[1] == 3:
-            seen.append((self.training, x.shape[-1]))
-        return forward(self, x)
+    def watch(network: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append((network.training, given[0].shape[-1]))
 
-    monkeypatch.setattr(nn.Sequential, "forward", watch)
     trainer = trainer_of(source, larger, **GROWING)
+    for each in (trainer.network, trainer.result):
+        each.register_forward_pre_hook(watch)
     rows = [trainer.step() for _ in range(trainer.total_steps)]
     assert [px for trains, px in seen if trains] == [4] * 11 + [8] * 11 + [16] * 11
     assert [px for trains, px in seen if not trains] == [4] * 6 + [8] * 6 + [16] * 6, "359 images"
     assert [row["resolution_px"] for row in rows if "epoch" in row] == [4, 8, 16]
     assert trainer.best["epoch"] == 3
     assert trainer.test().score.accuracy == rows[-1]["test_accuracy"]
-    monkeypatch.undo()
     folder = train(source, larger, tmp_path / "run", config(**GROWING))
     result = json.loads((folder / RESULT_FILE).read_text())
     assert result["resolution_px"] == 16

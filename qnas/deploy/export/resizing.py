@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
 from qnas.common.intervals import LEVEL, paired_drop
+from qnas.data.decoding import chunked
 from qnas.deploy.export.product import RealImages
 
 _BATCH = 32  # images at once
@@ -72,6 +73,5 @@ def compare_sizes(network: nn.Module, resized: RealImages, trained: RealImages) 
 @torch.no_grad()
 def _right(network: nn.Module, images: RealImages) -> Tensor:
     """Return whether each image is classified correctly, (n,) bool."""
-    places = torch.arange(len(images)).split(_BATCH)
-    predicted = [network(images.take(part.tolist())).argmax(1) for part in places]
+    predicted = [network(images.take(part)).argmax(1) for part in chunked(len(images), _BATCH)]
     return torch.cat(predicted) == images.labels
