@@ -116,6 +116,8 @@ def test_a_device_has_files_or_the_command_that_writes_one() -> None:
         DeviceFiles("cpu", PHONE.runtime, (), "not installed", f"{command} --format tflite"),
         DeviceFiles("gpu", GPU.runtime, ("model.onnx", "model.pt2"), "", ""),
     )
+    (without,) = device_files((GPU,), {}, {}, command)
+    assert without.command == f"{command} --format torch", "the first, which its latencies are of"
     assert [describe_device(each.facts()) for each in told] == [
         "vpu (OpenVINO 2019R2): no file that runs there; write one with qnas export runs/x --format vpu",
         "cpu (TFLite 2.1): no file that runs there: not installed; then qnas export runs/x --format tflite",

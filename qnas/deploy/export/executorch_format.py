@@ -38,8 +38,9 @@ def write(product: Product, variant: Variant, path: Path, where: str) -> None:
 
 def load(path: Path) -> Run:
     """Return a program as a function of single images."""
-    program: Any = import_module("executorch.runtime").Runtime.get().load_program(path)
-    method = program.load_method(_RUN)
+    with silence():  # it warns that its interface may change
+        program: Any = import_module("executorch.runtime").Runtime.get().load_program(path)
+        method = program.load_method(_RUN)
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ TRACED_OPSET = 20  # the first with Gelu; pinned, so that a newer torch writes t
 OLDEST_OPSET = 13
 # The IR version of the onnx release that introduced an opset: older readers refuse newer ones.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9}
-# opset -> the first release of a runtime that reads it, by the runtimes' own tables
+# opset -> a release of a runtime that reads it, as do newer ones: of onnxruntime and TensorRT by their own
+# tables (onnxruntime 1.15 to 1.17 tried), of OpenVINO as tried (2024.1 refuses 18)
 _READERS = {
     "onnxruntime": {
         13: "1.6",
@@ -28,7 +29,7 @@ _READERS = {
         20: "1.17",
     },
     "TensorRT": {13: "8.0", **dict.fromkeys((14, 15, 16, 17), "8.5"), 18: "9.2", 19: "9.2", 20: "10.0"},
-    "OpenVINO": {**dict.fromkeys(range(13, 17), "2022.1"), **dict.fromkeys(range(17, 21), "2024.0")},
+    "OpenVINO": {**dict.fromkeys(range(13, 18), "2023.3"), **dict.fromkeys(range(18, 21), "2024.3")},
 }
 FIRST_OPSETS = {"LayerNormalization": 17, "Gelu": 20, "HardSwish": 14}  # of the operators that have forms
 
