@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.made_tflite import CONV, DEPTHWISE, LINEAR, RELU, RELU6, SAME, VALID, Step, tflite_file
 from helpers.mutants import MUTANTS, attack, bounded, byte_mutants, mutated_bytes, read_or_refuse
-from helpers.tflite_files import CONV, DEPTHWISE, LINEAR, RELU, RELU6, SAME, VALID, Step, tflite_file
 from hypothesis import given
 
 from qnas.common.errors import ArchError
