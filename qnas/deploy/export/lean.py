@@ -1,7 +1,6 @@
 """Nodes that a graph does not need: transpositions that cancel each other."""
 
 import onnx
-from onnx import helper
 
 
 def cancel_transpositions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -37,10 +36,11 @@ def cancel_transpositions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _cancel(first: onnx.NodeProto, second: onnx.NodeProto) -> bool:
-    orders = [
-        next((helper.get_attribute_value(a) for a in node.attribute if a.name == "perm"), None)
-        for node in (first, second)
-    ]
-    if None in orders:  # reversed dimensions, of any number
-        return orders == [None, None]
-    return [orders[0][place] for place in orders[1]] == list(range(len(orders[0])))
+    before, after = (_order(node) for node in (first, second))
+    if before is None or after is None:  # dimensions reversed
+        return before is after
+    return [before[place] for place in after] == list(range(len(before)))
+
+
+def _order(node: onnx.NodeProto) -> list[int] | None:
+    return next((list(a.ints) for a in node.attribute if a.name == "perm"), None)

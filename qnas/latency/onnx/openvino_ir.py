@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -113,8 +113,7 @@ def _parse(path: Path) -> ET.Element:
         for at in range(0, len(text), 2**16):
             parser.feed(text[at : at + 2**16])
             for event in parser.read_events():
-                element = event[1]
-                assert isinstance(element, ET.Element)
+                _, element = cast(tuple[str, ET.Element], event)
                 root, count = root if root is not None else element, count + 1
             if count > _ELEMENTS:
                 raise ArchError(f"{path}: more than {_ELEMENTS:,} elements, expected a network of images")
@@ -178,7 +177,9 @@ def _convolution(to: Statement, layer: _Layer) -> None:
         weight = to.add("Reshape", weight, to.constant([groups * columns, *rest]))
     strides, dilations = layer.whole("strides"), layer.whole("dilations")
     to.add(
-        *("Conv", x, weight),
+        "Conv",
+        x,
+        weight,
         output=layer.outputs[0],
         name=layer.name,
         group=groups,
@@ -190,10 +191,11 @@ def _convolution(to: Statement, layer: _Layer) -> None:
 
 def _pool(op: str) -> _State:
     def state(to: Statement, layer: _Layer) -> None:
-        window = {"kernel_shape": layer.whole("kernel"), "strides": layer.whole("strides")}
+        window: dict[str, Any] = {"kernel_shape": layer.whole("kernel"), "strides": layer.whole("strides")}
         ceil = int(layer.data.get("rounding_type", "floor") != "floor")
         to.add(
-            *(op, layer.inputs[0]),
+            op,
+            layer.inputs[0],
             output=layer.outputs[0],
             name=layer.name,
             ceil_mode=ceil,

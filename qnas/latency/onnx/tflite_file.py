@@ -296,7 +296,8 @@ def _pool(op: str) -> _State:
 
         def write(y: str) -> str:
             pooled = to.add(
-                *(op, to.add("Transpose", operator.x.name, perm=TO_FIRST)),
+                op,
+                to.add("Transpose", operator.x.name, perm=TO_FIRST),
                 name=operator.y.name,
                 strides=[options.number(2, default=1), options.number(1, default=1)],
                 kernel_shape=[options.number(4, default=1), options.number(3, default=1)],

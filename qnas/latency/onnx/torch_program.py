@@ -233,7 +233,7 @@ def _product(to: Statement, call: _Call) -> None:
 def _reduction(op: str) -> _State:
     def state(to: Statement, call: _Call) -> None:
         axes, keeps = call.get("dim", []), int(call.get("keepdim", False))
-        to.add(*(op, call.x, to.constant(axes)), output=call.outputs[0], name=call.name, keepdims=keeps)
+        to.add(op, call.x, to.constant(axes), output=call.outputs[0], name=call.name, keepdims=keeps)
 
     return state
 
@@ -259,7 +259,8 @@ def _pool(op: str) -> _State:
     def state(to: Statement, call: _Call) -> None:
         window, padding = call.get("kernel_size"), call.get("padding", [0, 0])
         to.add(
-            *(op, call.x),
+            op,
+            call.x,
             output=call.outputs[0],
             name=call.name,
             kernel_shape=window,
