@@ -168,7 +168,9 @@ def _export(
     tolerance = TOLERANCES[variant.precision]
     if request.max_drop is not None:
         tolerance = replace(tolerance, drop=request.max_drop)
-    with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
+    # where a tool is not at hand any more, what it wrote of another file does not stay
+    optional = (file for name in request.formats for file in optional_names(name, variant))
+    with staged(out, without=(*former.replaced, *optional), last=(JSON, MARKDOWN)) as stage:
         files = export_files(product, request.formats, variant, stage, images, tolerance=tolerance, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         write_card(

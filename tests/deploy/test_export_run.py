@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -247,6 +248,23 @@ def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_p
     assert not (out / "model.py").exists()
     export(trained, out, resolution_px=16, force=True)
     assert (out / "model.onnx").read_bytes() != before
+
+
+def test_a_blob_does_not_stay_beside_another_file(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    compiler, out = tmp_path / "compiler", tmp_path / "out"
+    compiler.write_text('#!/bin/sh\n[ "$1" = -h ] || echo blob > "$4"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("QNAS_MYRIAD_COMPILE", str(compiler))
+    export(trained, out, formats=("vpu",), images=4)
+    assert (out / "model_vpu.blob").read_text() == "blob\n"
+    monkeypatch.delenv("QNAS_MYRIAD_COMPILE")
+    monkeypatch.setenv("PATH", "")
+    export(trained, out, formats=("vpu",), images=4, resolution_px=16, force=True)
+    assert (out / "model_vpu.onnx").exists()
+    assert not (out / "model_vpu.blob").exists()
 
 
 def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_it_is_said(
