@@ -204,7 +204,9 @@ def _export(
         resizing = compare_sizes(product.network, images, as_trained)
         if not request.allow_drop:
             resizing.check(tolerance_of(variant).drop)
-    with staged(out, without=former.replaced, last=(JSON, MARKDOWN)) as stage:
+    # where a tool is not at hand any more, what it wrote of another file does not stay
+    optional = (file for name in choice.formats for file in optional_names(name, variant))
+    with staged(out, without=(*former.replaced, *optional), last=(JSON, MARKDOWN)) as stage:
         files = export_files(product, choice.formats, variant, stage, images, shown=out)
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         entries = {**former.entries, **file_entries(files, measured, predicted, resizing)}

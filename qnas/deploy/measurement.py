@@ -155,7 +155,8 @@ def time_exported(
 ) -> dict[str, dict[str, Any]]:
     """Time exported files on one image, in interleaved rounds; return the facts by file name."""
     open_runtime("torch", threads=threads)  # checks the threads
-    sessions = {"onnx": SESSIONS["onnxruntime"], "openvino": SESSIONS["openvino"]}
+    graphs = dict.fromkeys(("onnx", "vpu"), SESSIONS["onnxruntime"])
+    sessions = {**graphs, "openvino": SESSIONS["openvino"]}
 
     def open_file(file: Exported) -> Call:
         path = folder / file.files[0]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from qnas.commands import doctor
 from qnas.commands.cli import app
+from qnas.deploy.export import myriad_compiler
 from qnas.latency.nn_meter import predictors
 from qnas.nn.kernels import native
 
@@ -337,3 +338,26 @@ def test_predictors_are_advised_by_the_cause(tmp_path: Path, monkeypatch: pytest
     assert finding.state == "broken"
     assert finding.found.endswith(")")
     assert finding.advice.startswith("import the predictors again, or run: qnas predictors remove")
+
+
+def test_the_compiler_for_the_myriad_x_is_told_and_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(myriad_compiler.VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", "")
+    finding = doctor._myriad_compiler()
+    assert (finding.topic, finding.state) == ("myriad_compile", "missing")
+    for part in ("openvino==2021.3.0", "--abi cp38", "chmod +x", "QNAS_MYRIAD_COMPILE"):
+        assert part in finding.advice
+    program = tmp_path / "myriad_compile"
+    program.write_text("#!/bin/sh\necho 'Build .................. 2021.3.0-3029'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._myriad_compiler().found == f"{program}, version 2021.3.0"
+    assert doctor._myriad_compiler().state == "ok"
+    program.write_text("#!/bin/sh\necho 'libtbb.so.2: cannot open shared object file' >&2; exit 127\n")
+    finding = doctor._myriad_compiler()
+    assert finding.state == "broken"
+    assert "libtbb.so.2" in finding.found
+    monkeypatch.setenv(myriad_compiler.VARIABLE, str(tmp_path / "none"))
+    assert doctor._myriad_compiler().found.startswith("QNAS_MYRIAD_COMPILE=")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -123,7 +124,8 @@ def test_every_format_read_back_has_the_accuracy_of_the_training_on_all_test_ima
     assert result["test_accuracy"] > 0.7
     for file in done.files:
         load = FORMATS[file.format].load(tmp_path / "out" / file.files[0])
-        right = int((load(images).argmax(1) == data.test.labels).sum())
+        logits = torch.cat([load(some) for some in torch.split(images, file.batch or len(images))])
+        right = int((logits.argmax(1) == data.test.labels).sum())
         assert right == round(result["test_accuracy"] * result["test_images"]), file.format
         assert file.parity.images == len(data.test)
         assert file.parity.accuracy == file.parity.network_accuracy == result["test_accuracy"]
@@ -278,6 +280,23 @@ def test_what_stands_is_not_replaced_without_being_asked_to(trained: Path, tmp_p
     assert not (out / "model.py").exists()
     export(trained, out, resolution_px=16, allow_drop=True, force=True)
     assert (out / "model.onnx").read_bytes() != before
+
+
+def test_a_blob_does_not_stay_beside_another_file(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    compiler, out = tmp_path / "compiler", tmp_path / "out"
+    compiler.write_text('#!/bin/sh\n[ "$1" = -h ] || echo blob > "$4"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("QNAS_MYRIAD_COMPILE", str(compiler))
+    export(trained, out, formats=("vpu",), images=4)
+    assert (out / "model_vpu.blob").read_text() == "blob\n"
+    monkeypatch.delenv("QNAS_MYRIAD_COMPILE")
+    monkeypatch.setenv("PATH", "")
+    export(trained, out, formats=("vpu",), images=4, resolution_px=16, force=True)
+    assert (out / "model_vpu.onnx").exists()
+    assert not (out / "model_vpu.blob").exists()
 
 
 def test_the_latency_is_that_of_the_file_at_its_resolution_and_over_the_budget_it_is_said(

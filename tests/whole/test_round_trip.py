@@ -76,6 +76,13 @@ import model
 classes, mean, std, network = list(model.CLASSES), model.MEAN, model.STD, model.load()
 predict = lambda x: network(torch.from_numpy(x)).detach().numpy()
 """,
+    "vpu": """
+import json, numpy, onnxruntime
+session = onnxruntime.InferenceSession(FILE, providers=["CPUExecutionProvider"])
+about = session.get_modelmeta().custom_metadata_map
+classes, mean, std = (json.loads(about[key]) for key in ("classes", "mean", "std"))
+predict = lambda x: numpy.concatenate([session.run(None, {"images": one[None]})[0] for one in x])
+""",
     # the same file after the documented line
     "timm": """
 import os, timm, torch

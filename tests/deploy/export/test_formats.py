@@ -91,8 +91,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def run_all(name: str, folder: Path, done: Exported, images: Tensor) -> Tensor:
     """Return a file's logits of images, in batches that it takes."""
     run = FORMATS[name].load(folder / done.files[0])
-    size = FORMATS[name].batch or len(images)
-    return torch.cat([run(images[start : start + size]) for start in range(0, len(images), size)])
+    return torch.cat([run(some) for some in torch.split(images, FORMATS[name].batch or len(images))])
 
 
 def top1(logits: Tensor) -> list[int]:

@@ -329,7 +329,7 @@ def test_the_compiler_refuses_the_norm_as_a_mean_of_a_map_of_56_px(tmp_path: Pat
     onnx.save(model, tmp_path / "model.onnx")
     compiler = find_compiler()
     assert compiler is not None
-    with pytest.raises(ExportError, match="Memory allocation failed: .* AvgPool"):
+    with pytest.raises(ExportError, match=r"Memory allocation failed: .* AvgPool"):
         compile_blob(compiler, tmp_path / "model.onnx", tmp_path / "model.blob", "file")
     assert compiled(network, 56, tmp_path) > 1000
     assert FORMATS["vpu"].in_halves
