@@ -424,11 +424,11 @@ def test_the_best_weights_are_those_of_the_best_epoch(
     # the last epoch spoils what the first two have learnt
     end = SubnetTrainer._end_epoch
 
-    def spoil(self: SubnetTrainer, px: int, rate: float) -> dict[str, float]:
+    def spoil(self: SubnetTrainer, rate: float) -> dict[str, float]:
         if self.steps_done == self.total_steps:
             with torch.no_grad():
                 next(self.network.parameters()).zero_()
-        return end(self, px, rate)
+        return end(self, rate)
 
     monkeypatch.setattr(SubnetTrainer, "_end_epoch", spoil)
     folder = train(source, digits, tmp_path / "run", config(epochs=3))
