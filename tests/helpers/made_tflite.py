@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flatbuffers  # type: ignore[import-untyped]  # without types
+import flatbuffers
 import numpy as np
 
 # Fields are those of TensorFlow's schema.fbs, numbered from 0.

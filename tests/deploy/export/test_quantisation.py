@@ -43,7 +43,10 @@ def floats(norm: str = "layernorm", opset: int | None = None) -> onnx.ModelProto
 @cache
 def int8(norm: str = "layernorm", symmetric: bool = False) -> onnx.ModelProto:
     """Return the same in int8: not to be changed."""
-    return quantise(floats(norm), digits(128, "train"), replace(INT8, symmetric=symmetric), "file").model
+    model: onnx.ModelProto = quantise(
+        floats(norm), digits(128, "train"), replace(INT8, symmetric=symmetric), "file"
+    ).model
+    return model
 
 
 def makers(graph: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

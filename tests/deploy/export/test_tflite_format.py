@@ -175,6 +175,7 @@ def test_half_precision_changes_all_weights_but_those_of_norms(tmp_path: Path) -
 
 def input_range(**settings: Any) -> tuple[float, float]:
     graph = tflite_format._Calibrated(converted(trained()), digits(40, "train"), Variant("int8", **settings))
+    assert graph.ranges is not None
     (first,) = (o for o in operators(graph.model) if o.layer == "stem.conv")
     limits = graph.ranges[first.source]
     return float(limits["min"][0]), float(limits["max"][0])
@@ -192,6 +193,8 @@ def test_a_percentile_leaves_out_the_ends_of_a_map() -> None:
         ).ranges
         for ranges in ("minmax", "percentile")
     )
+    assert full is not None
+    assert percentile is not None
     widths = [
         [float(ends[name]["max"][0] - ends[name]["min"][0]) for name in full] for ends in (full, percentile)
     ]
