@@ -148,9 +148,9 @@ class _Calibrated:
         self.model, self.symmetric = model, symmetric
         constants = {tensor.name for tensor in model.graph.initializer}
         self.layers = {  # the name of a node: that of its layer
-            node.name: next(name for name in node.input if name in constants).removesuffix(".weight")
+            node.name: node.input[1].removesuffix(".weight")
             for node in model.graph.node
-            if node.op_type in QUANTISED and not constants.isdisjoint(node.input)
+            if node.op_type in QUANTISED and node.input[1] in constants
         }
         method, options = METHODS[ranges]
         with tempfile.TemporaryDirectory() as folder:
