@@ -1,7 +1,8 @@
 """AOTInductor: a torch.export program compiled to machine code for this kind of processor.
 
 torch loads it without Python's compiler and without tracing: `torch._inductor.aoti_load_package(FILE)`. The
-code is for the instructions of the processor that compiled it, and calls the libraries of its torch.
+code is for the instructions of the processor that compiled it, and calls the libraries of its torch. The
+package names the folders of that machine's torch and Python, in the compiler's debugging notes.
 """
 
 import platform

@@ -1,4 +1,4 @@
-"""A compiled package: what the network computes, and nothing of the machine that compiled it."""
+"""A compiled package: what the network computes, and nothing of the run that it is of."""
 
 import zipfile
 from pathlib import Path
