@@ -90,9 +90,7 @@ def test_the_first_result_beyond_the_range_is_named(formula: str, layer: str, va
 
 
 def test_the_largest_value_is_reported_with_its_layer() -> None:
-    network = nn.Sequential(
-        Formula("[y := 200 * x, y * y][1].view(1, 1, 2, 2)"), nn.Flatten(), nn.Linear(4, 2)
-    )
+    network = nn.Sequential(Formula("[y := 200 * x, y * y][1]"), nn.Flatten())
     halves = Halves(network, "file")
     halves(ones())
     assert (halves.largest, halves.largest_in) == (40000, "0: square")
