@@ -214,11 +214,13 @@ class _Calibrated:
         self.model, self.variant = model, variant
         self.operators = {each.name: each for each in changed(model, variant.precision)}
         self.layers = {name: each.layer for name, each in self.operators.items()}
-        self.ranges = None if variant.precision == "int8-dynamic" else self._find_ranges(images)
+        self.ranges = {} if variant.precision == "int8-dynamic" else self._find_ranges(images)
 
     def in_int8(self, nodes: Collection[str]) -> bytes:
         """Return a file with these operators in int8, with a scale for each output channel of weights."""
-        return _quantised(self.model, {self.operators[node]: self._rule(node) for node in nodes}, self.ranges)
+        return _quantised(
+            self.model, {self.operators[node]: self._rule(node) for node in nodes}, self.ranges or None
+        )
 
     def running(self, model: bytes) -> Run:
         """Return a file as a function of images."""
