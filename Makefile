@@ -14,7 +14,7 @@ UV = $(OLDEST)/uv/bin/uv
 .PHONY: help install demo test test-slow test-oldest lint docs format lock tables clean
 
 help:
-	@echo "make demo       set up, then search, train and export on the embedded data (some 5 minutes)"
+	@echo "make demo       set up, then search, train and export on the embedded data (some 6 minutes)"
 	@echo "make test       set up, then the tests"
 	@echo "make test-slow  the tests that take up to minutes each, an hour in all on two cores"
 	@echo "make test-oldest  the tests with the lowest versions that pyproject.toml allows, on Python $(PYTHONS)"
