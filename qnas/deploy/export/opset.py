@@ -93,4 +93,5 @@ _STATED: dict[str, Callable[[onnx.NodeProto, dict[str, onnx.TensorProto]], None]
     **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"), _axes_as_attribute),
     "Reshape": _without("allowzero"),
     "AveragePool": _without("dilations"),
+    "BatchNormalization": _without("training_mode"),
 }
