@@ -124,3 +124,16 @@ def test_the_forms_of_a_target_change_no_latency(
     path = tmp_path / "forms.onnx"
     onnx.save(trace_onnx(product.network, product.shape, "file", batch=1, forms=forms, opset=opset), path)
     check_file(path, product, known, arch)
+
+
+def test_an_ir_for_cpus_has_no_transpositions_and_one_in_halves_no_squares(tmp_path: Path) -> None:
+    product, _, _ = tiny("layernorm")
+    precisions: tuple[FilePrecision, ...] = ("fp32", "fp16")
+    for precision in precisions:
+        (tmp_path / precision).mkdir()
+    in_floats, in_halves = (
+        written(product, "openvino", tmp_path / precision, precision)[0].read_text()
+        for precision in precisions
+    )
+    assert 'type="Transpose"' not in in_floats
+    assert 'type="MVN"' in in_halves
