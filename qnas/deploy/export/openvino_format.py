@@ -1,6 +1,7 @@
 """OpenVINO IR: the graph in an .xml, its weights in a .bin, by OpenVINO's own ONNX converter."""
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,16 @@ def write(product: Product, variant: Variant, path: Path, where: str) -> None:
     try:
         with told_as(f"{where}: OpenVINO cannot convert this network"):
             model = openvino.convert_model(str(source))
-            for key, value in onnx_format.metadata_of(graph).items():
-                model.set_rt_info(value, ["model_info", key])
+            describe(model, onnx_format.metadata_of(graph))
             openvino.save_model(model, str(path), compress_to_fp16=variant.precision == "fp16")
     finally:
         source.unlink(missing_ok=True)
+
+
+def describe(model: Any, metadata: Mapping[str, str]) -> None:
+    """Put metadata into an OpenVINO model, where an IR keeps them."""
+    for key, value in metadata.items():
+        model.set_rt_info(value, ["model_info", key])
 
 
 def check(product: Product, variant: Variant, path: Path, images: RealImages, where: str) -> tuple[str, ...]:

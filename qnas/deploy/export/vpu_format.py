@@ -116,6 +116,7 @@ def _write_ir(product: Product, source: Path, images: RealImages, where: str, co
     path, shown = source.with_suffix(".xml"), str(Path(where).with_suffix(".xml"))
     with told_as(f"{shown}: OpenVINO cannot convert this network"):
         model = openvino.convert_model(str(source))
+        openvino_format.describe(model, product.metadata)
         openvino.save_model(model, str(path), compress_to_fp16=False)
     text, relabelled = re.subn(
         r'(<net [^>]*version=)"\d+"', r'\1"10"', path.read_text(encoding="utf-8"), count=1
