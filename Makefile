@@ -73,7 +73,8 @@ $(VENV)/.installed-docs: $(STAMP)
 	touch $@
 
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+# not --quiet, which would hide the warnings from --strict too
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ becomes notebooks/NAME.md with its outputs, and needs an entry in the navigation
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def _options(command: Any) -> str:
         else:
             group = getattr(parameter, "rich_help_panel", None) or "Options"
             shown = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-        help_text = " ".join((parameter.help or "").split()).replace("|", "\\|")
+        # brackets would be links
+        help_text = re.sub(r"([|\[\]])", r"\\\1", " ".join((parameter.help or "").split()))
         default = parameter.default
         if parameter.show_default is True and isinstance(default, int | float | str) and default is not False:
             help_text += f" Default: `{default}`."
