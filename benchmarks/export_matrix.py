@@ -2,10 +2,11 @@
 
     python benchmarks/export_matrix.py [--networks NAME ...] [--formats NAME ...] [--write]
 
-Each network is drawn at random from its space and trained on the embedded digits. It is then exported as users
-export it. A row has the number of operators in the file, its size, the largest difference of its outputs from the
-network's, the share of images with the same class, the accuracy, what else was checked, and the seconds that the
-export took with all its checks. What is refused has its message instead.
+Each network is drawn at random from its space and trained on the embedded digits, then exported as users do
+it. A row has the number of operators in the file, its size, the largest difference of its outputs from the
+network's, the share of images with the same class, the accuracy, what else was checked, and the seconds of
+the export with all its checks. What is refused has its message instead. Formats whose runtime is not
+installed are left out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from experiments import OUT, RESULTS, markdown_table, write_section
 import qnas
 from qnas.common.errors import QnasError
 from qnas.deploy.export.formats import FORMATS
-from qnas.spaces.arch import Arch, sample_arch
+from qnas.spaces.arch import sample_arch
 from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import SearchSpace, load_space, make_space
 from qnas.training.loop import set_up_process
@@ -87,7 +88,7 @@ def neuron_space(neuron: str, norm: str) -> SearchSpace:
 
 def exports(trained: Any, formats: list[str]) -> Iterator[dict[str, Any]]:
     """Export a trained network in each format and precision."""
-    for name in formats:
+    for name in filter(_is_here, formats):
         for precision in FORMATS[name].precisions:
             row: dict[str, Any] = {"format": name, "precision": precision}
             start = time.perf_counter()
@@ -98,7 +99,8 @@ def exports(trained: Any, formats: list[str]) -> Iterator[dict[str, Any]]:
                     yield row | {"refused": str(error).replace(str(Path(folder)), "")}
                     continue
                 seconds = time.perf_counter() - start
-                operators = OPERATORS[Path(done.files[0]).suffix](Path(folder) / "out" / done.files[0])
+                count = OPERATORS.get(name, lambda _: Counter())
+                operators = count(Path(folder) / "out" / done.files[0])
             yield row | {
                 "operators": sum(operators.values()),
                 "most": dict(operators.most_common(6)),
@@ -111,6 +113,14 @@ def exports(trained: Any, formats: list[str]) -> Iterator[dict[str, Any]]:
                 "checks": list(done.checks),
                 "seconds": seconds,
             }
+
+
+def _is_here(name: str) -> bool:
+    try:
+        FORMATS[name].runtime()
+    except QnasError:
+        return False
+    return True
 
 
 def _of_onnx(path: Path) -> Counter[str]:
@@ -144,12 +154,13 @@ def _of_source(path: Path) -> Counter[str]:
 
 
 OPERATORS: dict[str, Callable[[Path], Counter[str]]] = {
-    ".onnx": _of_onnx,
-    ".xml": _of_ir,
-    ".pt2": _of_program,
-    ".tflite": _of_tflite,
-    ".py": _of_source,
-}
+    "onnx": _of_onnx,
+    "vpu": _of_onnx,
+    "openvino": _of_ir,
+    "tflite": _of_tflite,
+    "torch": _of_program,
+    "standalone": _of_source,
+}  # aot and executorch: machine code, and programs that nothing here reads
 
 
 def section(rows: list[dict[str, Any]]) -> str:
@@ -163,7 +174,7 @@ def section(rows: list[dict[str, Any]]) -> str:
                 [*[""] * 6, f"refused: {row['refused']}"]
                 if "refused" in row
                 else [
-                    str(row["operators"]),
+                    str(row["operators"] or "-"),
                     f"{row['mb']:.2f}",
                     f"{row['difference']:.1e}",
                     f"{row['agreement']:.1%}",
@@ -178,8 +189,8 @@ def section(rows: list[dict[str, Any]]) -> str:
     how = (
         "Each network is drawn at random and trained on the embedded digits for "
         f"{TRAINING['epochs']} epochs, those of the mobile spaces at {MOBILE_PX} px, those of one neuron at "
-        f"{NEURON_PX} px. The difference is the largest of any output, as a share of the largest output; same class and "
-        "accuracy are over the test images. Seconds are those of the whole export with its checks."
+        f"{NEURON_PX} px. The difference is the largest of any output, as a share of the largest output; same "
+        "class and accuracy are over the test images. Seconds are those of the whole export with its checks."
     )
     return "\n\n".join(["## What is exported, and how it was checked", how, markdown_table(header, table)])
 

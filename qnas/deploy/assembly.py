@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from onnxscript.optimizer import optimize
 from torch import nn
 
+from qnas.deploy.export.lean import cancel_transpositions
 from qnas.deploy.export.opset import TRACED_OPSET
 from qnas.deploy.export.tracing import INPUT, OUTPUT, trace_onnx
 from qnas.nn.blocks import build_block
@@ -87,8 +88,7 @@ def assemble(
     model = onnx.helper.make_model(
         graph, opset_imports=of_blocks.opset_import, ir_version=of_blocks.ir_version, producer_name="qnas"
     )
-    optimised: onnx.ModelProto = optimize(model)
-    return optimised
+    return cancel_transpositions(optimize(model))
 
 
 def _drawn(template: onnx.TensorProto, name: str, rng: np.random.Generator) -> onnx.TensorProto:

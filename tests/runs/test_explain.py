@@ -200,7 +200,7 @@ def test_it_is_said_in_words_within_80_columns(tmp_path: Path) -> None:
             assert f"{story.name} " in shown
         said = " ".join(shown.split())
         for d in e.devices:
-            assert f"{d.device}, within " in said
+            assert f"{d.device} at {space.input.resolution_px} px, within " in said
             assert f"{d.price:.3g} nats a millisecond" in said
         assert ("90% of the variance between networks" in said) == e.measured
         differs = any(story.solved != story.choice for story in e.positions)

@@ -251,7 +251,7 @@ RUNNERS = {
     "y = method.execute([torch.zeros(1, 3, PX, PX)])[0]",
     "tflite": "import numpy; from ai_edge_litert.interpreter import Interpreter; "
     "r = Interpreter(FILE).get_signature_runner(); x = numpy.zeros((1, PX, PX, 3), numpy.float32); "
-    "y = numpy.repeat(r(images=x)['logits'], 4, 0)",
+    "y = r(images=x)['logits']",
     "torch": "import torch; y = torch.export.load(FILE).module()(torch.zeros(4, 3, PX, PX))",
     "standalone": "import torch; sys.path.insert(0, FOLDER); import model; "
     "y = model.load()(torch.zeros(4, 3, PX, PX))",
@@ -356,7 +356,7 @@ def test_several_formats_are_written_once_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "precision", "message"),
     [
-        (["onyx"], "fp32", r"`formats='onyx'`: did you mean onnx\? known: onnx, openvino"),
+        (["onyx"], "fp32", r"`formats='onyx'`: did you mean onnx\? known: aot, executorch"),
         (["onnx"], "fp8", r"`precision='fp8'`: did you mean fp32 or fp16\? known"),
         (
             ["onnx", "torch"],
