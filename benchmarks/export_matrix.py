@@ -189,8 +189,8 @@ def section(rows: list[dict[str, Any]]) -> str:
     how = (
         "Each network is drawn at random and trained on the embedded digits for "
         f"{TRAINING['epochs']} epochs, those of the mobile spaces at {MOBILE_PX} px, those of one neuron at "
-        f"{NEURON_PX} px. The difference is the largest of any output, as a share of the largest output; same "
-        "class and accuracy are over the test images. Seconds are those of the whole export with its checks."
+        f"{NEURON_PX} px. The difference is the largest of any output, as a share of the largest output; "
+        "same class and accuracy are over the test images. Seconds are those of the export with its checks."
     )
     return "\n\n".join(["## What is exported, and how it was checked", how, markdown_table(header, table)])
 
