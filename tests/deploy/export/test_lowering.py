@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from itertools import product as combinations
 from typing import get_args
 
 import numpy as np
@@ -17,8 +16,8 @@ from qnas.common.errors import ExportError, UsageError
 from qnas.deploy.export.lowering import (
     ARITHMETIC,
     CHANNELS_LAST,
+    MYRIAD,
     OPERATORS,
-    ActivationForm,
     Forms,
     NormForm,
     lowered,
@@ -29,8 +28,11 @@ from qnas.nn.blocks import ChannelLayerNorm
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
 
-FORMS = [Forms(*each) for each in combinations(get_args(NormForm), *[get_args(ActivationForm)] * 2)]
-FORMS.append(CHANNELS_LAST)
+FORMS = [
+    *(OPERATORS, ARITHMETIC, CHANNELS_LAST, MYRIAD),
+    *(Forms(norm) for norm in get_args(NormForm)),
+    Forms(gelu="arithmetic"),
+]
 
 
 @torch.no_grad()
@@ -143,3 +145,10 @@ def test_hard_swish_has_a_form_too() -> None:
     assert difference(lowered(network, OPERATORS), network, images) == 0
     model = trace_onnx(network, (3, 4, 4), "file", forms=ARITHMETIC, opset=13)
     assert "HardSwish" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("form", get_args(NormForm))
+def test_a_norm_of_equal_channels_is_zero(form: NormForm) -> None:
+    lower = lowered(nn.Sequential(ChannelLayerNorm(4, eps=1e-6)).eval(), Forms(form))
+    for images in (torch.ones(2, 4, 3, 3), torch.ones(2, 4)):
+        assert torch.equal(lower(images), torch.zeros_like(images))
