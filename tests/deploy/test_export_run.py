@@ -499,6 +499,7 @@ def test_the_card_keeps_where_the_data_lay_to_itself(changed: Path) -> None:
         assert b"somebody" not in path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_every_format_can_be_timed_on_one_image(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
