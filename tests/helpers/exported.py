@@ -92,6 +92,11 @@ def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:
         if isinstance(norm, nn.BatchNorm2d):
             assert norm.running_mean is not None
             nn.init.normal_(norm.running_mean, std=0.1)
+    with torch.no_grad():
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):  # equal scales would be written as one number
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.1)
     return network.eval()
 
 

@@ -276,6 +276,10 @@ def _described(content: bytes, product: Product, metadata: Mapping[str, str]) ->
     """Return a TFLite file with metadata, and the classes in an archive behind it."""
     schema, flatbuffers = _schema(), importlib.import_module("flatbuffers")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for weights in model.buffers:
+        if weights.offset > 1:  # the quantiser puts those of a large file behind the graph
+            weights.data = np.frombuffer(content, np.uint8, weights.size, weights.offset)
+            weights.offset = weights.size = 0
     entry, buffer = schema.MetadataT(), schema.BufferT()
     entry.name, entry.buffer = METADATA, len(model.buffers)
     buffer.data = np.frombuffer(json_text(dict(metadata)).encode(), np.uint8)

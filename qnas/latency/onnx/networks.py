@@ -109,6 +109,12 @@ def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
         if chain is not None and composition is None and _is_absorbed(reader, node, chain[-1]):
             last = chain[-1]
             chain[-1] = replace(last, name=f"{last.name}+{node.name}", op=f"{last.op}+{node.op}")
+        elif chain is not None and composition is None and _is_norm(reader, node, chain[-1]):
+            last = chain[-1]
+            kernel = replace(last.kernel, kind="batchnorm")
+            chain[-1] = replace(
+                last, name=f"{last.name}+{node.name}", op=f"{last.op}+{node.op}", kernel=kernel
+            )
         else:
             if chain is None:
                 chain = []
@@ -133,6 +139,19 @@ def _only_writer(
     (source,) = sources
     is_only_reader = reader.readers[source] <= positions and source not in reader.outputs
     return tail.get(source) if is_only_reader else None
+
+
+def _is_norm(reader: Reader, node: Node, before: OnnxOperator) -> bool:
+    """Whether a node and the one before it are a batch norm that was not folded: Mul, Add, by channel."""
+    if (before.op, node.op) != ("Mul", "Add"):
+        return False
+    (source,) = reader.sources([node])
+    pair = (reader.nodes[reader.writer[source]], node)
+    constants = [[name for name in each.inputs if name in reader.graph.constants] for each in pair]
+    return all(
+        len(names) == 1 and is_per_channel(reader, names[0], each.outputs[0])
+        for each, names in zip(pair, constants, strict=True)
+    )
 
 
 def _is_absorbed(reader: Reader, node: Node, before: OnnxOperator) -> bool:

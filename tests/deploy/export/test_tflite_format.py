@@ -324,3 +324,25 @@ def test_shipped_spaces_and_every_neuron_convert_without_a_copy(space: str, px: 
     found = Counter(each.kind for each in operators((tmp_path / "model.tflite").read_bytes()))
     found.pop("PAD", None)  # in front of strides: TFLite pads the other side
     assert found == +expected_operators(product)  # activations of convolutions are part of them
+
+
+def test_weights_behind_the_graph_are_taken_into_it(tmp_path: Path) -> None:
+    import flatbuffers
+
+    # the quantiser writes files of some megabytes so, and their places change with the metadata
+    schema, content = tflite_format._schema(), converted(trained())
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    largest = max(model.buffers, key=lambda each: 0 if each.data is None else len(each.data))
+    weights, largest.data = bytes(largest.data), None
+    largest.size, largest.offset = len(weights), 2
+    for _ in range(2):  # the second has the place that the first has found
+        builder = flatbuffers.Builder(len(content))
+        builder.Finish(model.Pack(builder), b"TFL3")
+        graph = bytes(builder.Output())
+        largest.offset = -len(graph) % 16 + len(graph)
+    behind = graph.ljust(largest.offset, b"\0") + weights
+    (tmp_path / "model.tflite").write_bytes(tflite_format._described(behind, trained(), trained().metadata))
+    images = digits(4).take(range(4))
+    with torch.no_grad():
+        expected = trained().network(images)
+    assert float((tflite_format.load(tmp_path / "model.tflite")(images) - expected).abs().max()) < 1e-4
