@@ -21,6 +21,7 @@ from qnas.nn.blocks import ChannelLayerNorm, GlobalAveragePool, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
 NormForm = Literal["operator", "arithmetic", "convolution", "convolutions"]
+BatchNormForm = Literal["operator", "scale"]
 ActivationForm = Literal["operator", "arithmetic"]
 PoolForm = Literal["first", "last"]
 
@@ -33,18 +34,20 @@ class Forms:
     `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
     convolution behind it where that is exact. `convolution` is the same with the mean of the squares as a
     convolution to one channel, `convolutions` with both means so. gelu, hard_swish: `operator`, or sums and
-    products with erf or a clip. pool: the mean of a map with its channels first, or last.
+    products with erf or a clip. pool: the mean of a map with its channels first, or last. batch_norm (where
+    it does not fold): `operator`, or one product and one sum (a `scale`).
     """
 
     layer_norm: NormForm = "operator"
     gelu: ActivationForm = "operator"
     hard_swish: ActivationForm = "operator"
     pool: PoolForm = "first"
+    batch_norm: BatchNormForm = "operator"
 
 
 OPERATORS = Forms()
 ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
-CHANNELS_LAST = Forms("convolution", pool="last")  # of TFLite
+CHANNELS_LAST = Forms("convolution", pool="last", batch_norm="scale")  # of TFLite
 MYRIAD = Forms("convolutions", "arithmetic", "arithmetic")
 
 
@@ -74,6 +77,8 @@ def _form(module: nn.Module, forms: Forms) -> nn.Module:
         return _plain_block(module)
     if isinstance(module, ChannelLayerNorm) and forms.layer_norm != "operator":
         return _NORMS[forms.layer_norm](module)
+    if isinstance(module, nn.BatchNorm2d) and forms.batch_norm == "scale":
+        return module if module.running_mean is None else ScaleNorm(module)
     if isinstance(module, GlobalAveragePool) and forms.pool == "last":
         return LastAxisPool()
     if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
@@ -188,6 +193,32 @@ _NORMS: dict[str, Callable[[nn.LayerNorm], nn.Module]] = {
     "convolution": ConvolutionLayerNorm,
     "convolutions": MyriadLayerNorm,
 }
+
+
+class ScaleNorm(nn.Module):
+    """A batch normalisation by its running statistics, as one product and one sum for each channel.
+
+    TFLite has no operator for it: its converter writes the formula's four steps, each a pass over the map.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = torch.rsqrt(variance + norm.eps)
+        shift = -mean * scale
+        if norm.affine:
+            scale, shift = norm.weight.detach() * scale, norm.weight.detach() * shift + norm.bias.detach()
+        self.register_buffer("scale", scale.view(-1, 1, 1))
+        self.register_buffer("shift", shift.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), of the same shape."""
+        return x * self.scale + self.shift
 
 
 class LastAxisPool(nn.Module):

@@ -71,8 +71,25 @@ def test_every_form_computes_the_same(norm: str, forms: Forms) -> None:
     before = copy.deepcopy(network.state_dict())
     lower = lowered(network, forms)
     assert difference(lower, network, torch.randn(3, 3, 32, 32)) < 1e-5
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in lower.modules()) or norm == "batchnorm"
+    kept = any(isinstance(module, nn.BatchNorm2d) for module in lower.modules())
+    assert kept == (norm == "batchnorm" and forms.batch_norm == "operator")
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_is_one_product_and_one_sum(affine: bool) -> None:
+    norm = jitter(nn.BatchNorm2d(4)) if affine else nn.BatchNorm2d(4, affine=False).eval()
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    norm.running_mean.normal_()
+    lower = lowered(nn.Sequential(nn.ReLU(), norm), CHANNELS_LAST)
+    images = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(lower(images), norm(images.relu()))
+    program = torch.export.export(lower, (images,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called == ["aten.relu.default", "aten.mul.Tensor", "aten.add.Tensor"]
+    bare = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
+    assert isinstance(lowered(bare, CHANNELS_LAST)[0], nn.BatchNorm2d)  # type: ignore[index]
 
 
 def test_nothing_of_qnas_is_left_in_a_lowered_network() -> None:

@@ -95,12 +95,7 @@ def test_a_file_of_any_precision_takes_what_its_network_takes(
 @SLOW
 @pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
 @pytest.mark.parametrize("name", READ)
-def test_a_file_of_every_neuron_takes_what_its_network_takes(
-    name: str, norm: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if (name, norm) == ("tflite", "batchnorm"):
-        reason = "of batch norms that do not fold, TFLite has scales and shifts that are priced beside them"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_a_file_of_every_neuron_takes_what_its_network_takes(name: str, norm: str, tmp_path: Path) -> None:
     product, space, arch = neural_product(norm)
     for path in written(product, name, tmp_path):
         check_file(path, product, space, arch)
