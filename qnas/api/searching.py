@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qnas.api.limits import AskedLimits, Budgets, named
 from qnas.api.results import SearchResult
 from qnas.common.arguments import check_arguments
-from qnas.common.errors import CheckpointError, QnasWarning, UsageError
+from qnas.common.errors import CheckpointError, InfeasibleBudgetError, QnasWarning, TableError, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
 from qnas.runs.folders import free_folder, latest_run, read_config
@@ -18,7 +18,7 @@ from qnas.search.config import PRESET_OF_DATA, SearchConfig
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_searchable
 from qnas.spaces.lower import check_resolution
-from qnas.spaces.space import SearchSpace, load_space
+from qnas.spaces.space import FEWEST_CLASSES, SearchSpace, load_space
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
@@ -67,9 +67,10 @@ def run_search(
     of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
-    The budgets hold for images of the space's own resolution. The search trains at that of its preset, or at
-    `resolution_px`: the smaller one of digits and other small images saves time, and `train_subnet` ends at
-    the space's.
+    The budgets hold for images of the space's own resolution, and for as many classes as the data have: the
+    run's space is the given one with such a head, except where a device's table was measured with fewer
+    classes. The search trains at the resolution of its preset, or at `resolution_px`: the smaller one of
+    digits and other small images saves time, and `train_subnet` ends at the space's.
 
     The run's folder is `out`, by default a new one in runs/. An interrupted search (Ctrl-C raises
     Interrupted) continues with `resume=True` and the same `out`, to the same result as without interruption.
@@ -85,7 +86,7 @@ def run_search(
     asked = AskedLimits.of(budgets, max_params, max_macs, former)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
-    check_searchable(known, limits)
+    _check_early(known, limits, asked, source)
 
     # these modules import torch, which takes seconds: all checks that need no torch are done above
     from qnas.data.loading import kind_of, reopen
@@ -114,6 +115,8 @@ def run_search(
     world, display = world_of_environment(), session.display_of(progress)
     with session.threads_set(config.threads):
         images = session.load_images(data, known, px, broken, progress)
+        known, limits = _of_data(known, limits, len(images.classes), asked, source, former)
+        check_searchable(known, limits)
         is_asked = settings.get("batch_size") is not None or not is_default
         batch_size = session.fit_batch(config.batch_size, len(images.train), world, asked=is_asked)
         config = config.override({"batch_size": batch_size})
@@ -148,6 +151,48 @@ def run_search(
         }
         search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)
     return SearchResult.load(folder)
+
+
+def _check_early(space: SearchSpace, limits: Limits, asked: AskedLimits, source: str) -> None:
+    """Check limits before the data are opened: these may have fewer classes, so that networks take less."""
+    try:
+        check_searchable(space, limits)
+    except InfeasibleBudgetError:
+        least = _limits_with(space, FEWEST_CLASSES, asked, source)
+        if least is None:
+            raise
+        try:
+            check_searchable(*least)
+        except InfeasibleBudgetError:
+            pass
+        else:
+            return
+        raise
+
+
+def _of_data(
+    space: SearchSpace,
+    limits: Limits,
+    classes: int,
+    asked: AskedLimits,
+    source: str,
+    former: Mapping[str, Any],
+) -> tuple[SearchSpace, Limits]:
+    """Return the space with the classes of the data, and its limits; a run that goes on keeps its own."""
+    if classes == space.head.classes or former.get("space_digest") == space.digest:
+        return space, limits
+    return _limits_with(space, classes, asked, source) or (space, limits)
+
+
+def _limits_with(
+    space: SearchSpace, classes: int, asked: AskedLimits, source: str
+) -> tuple[SearchSpace, Limits] | None:
+    """Return a space for a number of classes with its limits; None where a table was measured for fewer."""
+    own = space.with_classes(classes)
+    try:
+        return own, asked.limits(own, source)
+    except TableError:
+        return None
 
 
 def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str | Path | None) -> SearchSpace:

@@ -123,6 +123,14 @@ def _announce(started: "Started") -> None:
                 f"qnas train-subnet ends its training at {deployed_px} px"
             )
         )
+    classes = len(images.classes)
+    if started.space.head.classes != classes:
+        typer.echo(
+            wrapped(
+                f"the budget holds for {started.space.head.classes} classes, not for the {classes} of the "
+                "data: a device's table was measured with fewer"
+            )
+        )
     if images.broken:
         count = f"{len(images.broken)} broken image{'s' * (len(images.broken) > 1)}"
         typer.echo(wrapped(f"{count} left out, listed in {folder / BROKEN_FILE}"))

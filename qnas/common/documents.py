@@ -50,6 +50,7 @@ Amount = Annotated[float, Field(ge=0, le=1e40, allow_inf_nan=False)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e40, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
+ABSENT: Any = None  # the default of a key that may be missing, but not null
 Scalar = str | bool | int | float | None
 Scalars = dict[str, Scalar]
 

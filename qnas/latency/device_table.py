@@ -11,7 +11,7 @@ from qnas.common.errors import TableError
 from qnas.common.resources import stems
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table, read_table
+from qnas.latency.table import DECIMALS, RUNTIME, Cell, LatencyTable, parse_table, read_own_table
 from qnas.spaces.lower import BlockSpec, all_blocks
 from qnas.spaces.space import SearchSpace, load_space
 
@@ -89,15 +89,15 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
     """Return the table of a space on a device: given in Python, from its CSV, or from the device's model.
 
     A shipped table is for the shipped space of its name; another space of that name does not use it. A
-    table beside your own device file must fit the space. Raises TableError where it does not, and where
-    there is neither table nor model.
+    table beside your own device file must fit the space, or the space with more classes. Raises TableError
+    where it does not, and where there is neither table nor model.
     """
     if device.table_function is not None:
         return _calibrated(device.table_function(device, space), device)
     file = _table_file(device, space)
     if file is not None:
         if isinstance(file, Path):
-            return _calibrated(read_table(file, space, device=device.name), device)
+            return _calibrated(read_own_table(file, space, device=device.name), device)
         text = file.read_text(encoding="utf-8")  # of a package that is not unpacked
         return _calibrated(parse_table(text, space, where=str(file), device=device.name), device)
     if not device.prices_kernels:

@@ -24,7 +24,15 @@ from qnas.latency.device_table import build_table
 from qnas.latency.evaluation import Array, figures
 from qnas.latency.fitting.own_device import CROSS_VALIDATED, FOLDS, constant_error_pct, folds
 from qnas.latency.kernels import Kernel
-from qnas.latency.table import DECIMALS, RUNTIME, TABLE_BYTES, Cell, LatencyTable, table_from_rows
+from qnas.latency.table import (
+    DECIMALS,
+    RUNTIME,
+    TABLE_BYTES,
+    Cell,
+    LatencyTable,
+    table_from_rows,
+    with_fewer_classes,
+)
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.space import SearchSpace
@@ -119,7 +127,7 @@ def device_from_blocks(
     }
     rows = ((f"row {number}", row) for number, row in enumerate(records, 1))
     table = table_from_rows(rows, space, where=where, device=name, default=default)
-    return _with_table(device, table)
+    return _with_table(device, table, space)
 
 
 def _check_space(space: object) -> None:
@@ -150,16 +158,17 @@ def _cell(device: Device, latency_ms: float, source: str) -> Cell:
     return Cell(latency_ms, estimated_ms, f"{device.kind}: {source}")
 
 
-def _with_table(device: Device, table: LatencyTable) -> Device:
-    """Return the device of one table."""
+def _with_table(device: Device, table: LatencyTable, measured: SearchSpace) -> Device:
+    """Return the device of one table, that of the `measured` space."""
 
     def load(of: Device, space: SearchSpace) -> LatencyTable:
-        if space.digest != table.space_digest:
+        found = with_fewer_classes(table, measured, space)
+        if found is None:
             raise TableError(
                 f"device {of.name}: its latencies are of space {table.space}, digest {table.space_digest}; "
                 f"for space {space.name}, digest {space.digest}, make another device"
             )
-        return table
+        return found
 
     return device.with_functions(table=load)
 
@@ -203,7 +212,7 @@ def _fit_blocks(device: Device, network: Callable[[Arch], float], space: SearchS
     device = device.model_copy(update={"source": source, "accuracy": entry})
     table = build_table(device, space, _cell(device, fixed_ms, source), lambda _: _cell(device, 0.0, source))
     cells = tuple(tuple(_cell(device, float(ms - row.min()), source) for ms in row) for row in rows)
-    return _with_table(device, replace(table, cells=cells))
+    return _with_table(device, replace(table, cells=cells), space)
 
 
 def _design(space: SearchSpace) -> tuple[np.ndarray[Any, np.dtype[np.int64]], bool]:

@@ -27,8 +27,8 @@ from qnas.common.reading import LINE_CHARACTERS, csv_rows, read_text
 from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.device import Device
 from qnas.spaces.layer import LayerSpec
-from qnas.spaces.lower import all_blocks
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.lower import HEAD, all_blocks
+from qnas.spaces.space import MOST_CLASSES, SearchSpace
 
 RUNTIME = "runtime"  # the row for the latency of every network besides its kernels
 TABLE_BYTES = 16_000_000  # of a file: twice that of the largest space
@@ -213,6 +213,36 @@ def read_table(path: Path, space: SearchSpace, *, device: str | None = None) -> 
     """
     text = read_text(path, TableError, f"the latency table of space {space.name}", limit=TABLE_BYTES)
     return parse_table(text, space, where=str(path), device=device or path.parent.name)
+
+
+def read_own_table(path: Path, space: SearchSpace, *, device: str) -> LatencyTable:
+    """Read a table, perhaps of the same space with more classes. Raises TableError as `read_table` does."""
+    text = read_text(path, TableError, f"the latency table of space {space.name}", limit=TABLE_BYTES)
+    rows = csv_rows(text, str(path), TableError, COLUMNS)
+    classes = next((values["c_out"] or "" for _, values in rows if values["position"] == HEAD), "")
+    has_more = classes.isdecimal() and space.head.classes < int(classes) <= MOST_CLASSES
+    measured = space.with_classes(int(classes)) if has_more else space
+    table = parse_table(text, measured, where=str(path), device=device)
+    return with_fewer_classes(table, measured, space) or table
+
+
+def with_fewer_classes(table: LatencyTable, measured: SearchSpace, space: SearchSpace) -> LatencyTable | None:
+    """Return the table of a space by that of the same space with at least as many classes; else None.
+
+    The head's latency is kept: it is an upper bound.
+    """
+    classes = space.head.classes
+    if measured.head.classes < classes or measured.with_classes(classes).digest != space.digest:
+        return None
+    if measured.head.classes == classes:
+        return table
+
+    def cell(name: str, given: Cell) -> Cell:
+        more = f"{given.source}, with {measured.head.classes} classes".lstrip(", ")
+        return replace(given, source=more) if name == HEAD else given
+
+    fixed = tuple((name, cell(name, given)) for name, given in table.fixed)
+    return replace(table, fixed=fixed, space_digest=space.digest)
 
 
 def parse_table(text: str, space: SearchSpace, *, where: str, device: str) -> LatencyTable:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qnas.common.documents import (
+    ABSENT,
     Amount,
     Count,
     Digest,
@@ -36,7 +37,6 @@ MOST_NETWORKS = 100_000  # of a ranking
 MOST_CLASSES = 100_000
 MOST_PX = 16_384
 
-ABSENT: Any = None  # the default of a key that may be missing, but not null
 
 Versions = dict[Text, Text]
 Choices = Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=MOST_POSITIONS)]

@@ -38,6 +38,9 @@ def find_arch(path: Path, space: str | None = None) -> FoundArch:
     document = read_arch_facts(file)
     beside = file.parent / SPACE_FILE
     found = load_space(space or (beside if beside.is_file() else document["space"]))
+    classes = document.get("classes", found.head.classes)
+    if document["space_digest"] != found.digest:  # a search has its space with the classes of its data
+        found = found.with_classes(classes)
     arch = arch_of(document, found, file)
     unchecked = recompute(document, found, arch, file).unchecked
     for reason in unchecked:

@@ -71,11 +71,11 @@ def latency_lines(
 
 def describe_limits(space: SearchSpace, limits: Limits) -> str:
     """Format the limits of a space, the range of its networks, and warnings about budgets."""
-    lines, px = [], space.input.resolution_px
+    lines, px, classes = [], space.input.resolution_px, f"{space.head.classes} classes"
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
-        asked = f"{space.name} {where}at {px} px within {limit.describe(limit.budget)}"
+        asked = f"{space.name} {where}at {px} px, {classes}, within {limit.describe(limit.budget)}"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from qnas.common.documents import Digest, Document, Name, check_content
+from qnas.common.documents import ABSENT, Digest, Document, Name, check_content
 from qnas.common.errors import ArchError, nearest, one_line
 from qnas.common.reading import LINE_CHARACTERS, read_json
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.space import FEWEST_CLASSES, MOST_CLASSES, SearchSpace
 
 SCHEMA = "qnas.arch/1"
 MOST_POSITIONS = 10_000
@@ -76,6 +76,7 @@ def arch_document(space: SearchSpace, arch: Arch, details: Mapping[str, Any]) ->
         "schema": SCHEMA,
         "space": space.name,
         "space_digest": space.digest,
+        "classes": space.head.classes,
         "choices": list(arch.choices),
         **details,
     }
@@ -87,6 +88,7 @@ class ArchFields(Document):
     file_schema: Literal["qnas.arch/1"] = Field(alias="schema")
     space: Name
     space_digest: Digest
+    classes: int = Field(ABSENT, ge=FEWEST_CLASSES, le=MOST_CLASSES)
     choices: list[Annotated[str, Field(max_length=200)]] = Field(max_length=MOST_POSITIONS)
 
 

@@ -16,6 +16,8 @@ from qnas.spaces.blocks import BLOCKS, Place, Value
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
+HEAD = "head"  # the name of the last block
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -110,7 +112,7 @@ def skeleton(
             blocks.append(Slot(position, px))
             px = -(-px // position.stride)
         channels = stage.channels
-    add_fixed("head", "head", head_layers(space, channels, classes or space.head.classes, px))
+    add_fixed(HEAD, "head", head_layers(space, channels, classes or space.head.classes, px))
     return tuple(blocks)
 
 

@@ -33,7 +33,7 @@ MOST_CANDIDATES = 64  # of a position
 MOST_STAGES = 100
 MOST_POSITIONS = 1_000
 MOST_IN_ALL = 10_000  # candidates of all positions together
-MOST_CLASSES = 1_000_000
+FEWEST_CLASSES, MOST_CLASSES = 2, 1_000_000
 
 Channels = Annotated[int, Field(ge=1, le=16384)]
 
@@ -175,7 +175,7 @@ class Stage(FilePart):
 class Head(FilePart):
     """Pooling and classifier, after a pointwise convolution to `channels` where that is given."""
 
-    classes: Annotated[int, Field(ge=2, le=MOST_CLASSES)]
+    classes: Annotated[int, Field(ge=FEWEST_CLASSES, le=MOST_CLASSES)]
     channels: Channels | None = None
 
 
