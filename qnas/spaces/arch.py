@@ -108,6 +108,9 @@ def arch_of(document: Mapping[str, Any], space: SearchSpace, path: Path) -> Arch
             f"{path}: belongs to space {one_line(document['space'], 60)!r}, digest "
             f"{document['space_digest']}{same}, expected {space.name!r}, digest {space.digest}"
         )
+    classes, of_space = document.get("classes"), space.head.classes
+    if classes not in (None, of_space):
+        raise ArchError(f"{path}: classes: {classes}, the head of its space has {of_space}")
     return make_arch(space, tuple(document["choices"]), str(path))
 
 

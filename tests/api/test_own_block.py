@@ -25,7 +25,7 @@ def test_a_registered_block_is_searched_trained_and_derived(
         stem={"channels": 8, "kernel": 2, "stride": 2},
         candidates=[{"block": "gate", "width": [1, 2]}],
         stages=[{"channels": 8, "positions": 2, "stride": 1}],
-        head={"classes": 10},
+        head={"classes": 3},
     )
     fastest = qnas.predict((space, qnas.Arch(("gate_w1", "gate_w1"))), "cpu").latency_ms
     result = qnas.run_search(

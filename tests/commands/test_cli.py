@@ -112,7 +112,7 @@ def test_every_printed_latency_names_its_resolution(
     assert qnas(*SEARCH, "--space", tiny_yaml, "--budget", "1ms", "--out", run) == 0
     shown = capsys.readouterr().out
     first = " ".join(shown.partition("stage 1")[0].split())
-    assert "tiny on myriad-vpu at 32 px within 1.000 ms" in first
+    assert "tiny on myriad-vpu at 32 px, 10 classes, within 1.000 ms" in first
     assert "trains on digits at 8 px: 1151 train" in first
     assert (
         "the budget holds for images of 32 px, not of 8 px: qnas train-subnet ends its training at" in first

@@ -45,6 +45,7 @@ def test_a_document_holds_what_is_needed_to_read_it_without_qnas() -> None:
         "schema": "qnas.arch/1",
         "space": "quadranet-small",
         "space_digest": SPACE.digest,
+        "classes": 10,
         "choices": list(ARCH.choices),
         "device": "vpu",
     }
@@ -60,6 +61,8 @@ def test_a_document_holds_what_is_needed_to_read_it_without_qnas() -> None:
             f"belongs to space 'quadranet-gpu', digest 0123, "
             f"expected 'quadranet-small', digest {SPACE.digest}",
         ),
+        ({"classes": 1000}, "classes: 1000, the head of its space has 10"),
+        ({"classes": 1}, "classes: expected at least 2, got 1"),
         (
             {"space_digest": "0123"},
             f"belongs to space 'quadranet-small', digest 0123 (another version of it), "
