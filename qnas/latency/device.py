@@ -43,6 +43,10 @@ Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
 # measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
 
+# latency: of a network that runs for `batch` images by itself; throughput: the time of a batch divided by its
+# images, where the device is full and a batch may begin before the last one is done
+Quantity = Literal["latency", "throughput"]
+
 
 class KernelModel(FilePart):
     """The cost of one kind of kernel, in one of three forms.
@@ -115,6 +119,7 @@ class Device(FilePart):
     precision: str
     batch: Annotated[int, Field(ge=1)]
     unit: Literal["ms"]
+    quantity: Quantity = "latency"
     kind: Source
     source: str
     date: Day
@@ -195,6 +200,11 @@ class Device(FilePart):
                 one_line(f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: {known}", 300)
             )
         return self.model[kernel.kind]
+
+    @property
+    def per_image(self) -> str:
+        """What follows a printed latency of a throughput device: `an image at batch 256`; else empty."""
+        return f"an image at batch {self.batch}" if self.quantity == "throughput" else ""
 
     @property
     def network_ms(self) -> float:
