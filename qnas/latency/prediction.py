@@ -26,6 +26,8 @@ from qnas.spaces.space import SearchSpace
 # Sources of latencies.
 DEVICE = "device"
 NN_METER = "nn-meter"
+# Kinds of parts that rest on measurements; the others make coverage less than 1.
+FROM_MEASUREMENTS = ("measured", "fitted", "direct")
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         raise TableError(
             f"device {device.name}: {network.path} takes {total} ms in all, expected more than 0 and an end"
         )
-    unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
+    unknown = math.fsum(p.latency_ms for p in parts if p.kind not in FROM_MEASUREMENTS)
     return Prediction(
         device.name,
         total,
@@ -173,7 +175,7 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     or lacks the kinds by which other operators are priced.
     """
     return tuple(
-        _price(device, chain[part], kernel)
+        price_part(device, chain[part], kernel)
         for chain in network.chains
         for part, kernel in fused_parts([operator.kernel for operator in chain], device.fusion)
     )
@@ -196,7 +198,8 @@ def _products(kernel: Kernel) -> Iterable[Kernel]:
     return replace(alike, kind="conv1x1"), replace(alike, kind="conv"), replace(rows, kind="linear")
 
 
-def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
+def price_part(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
+    """Return the latency of the kernel that a part of a chain becomes. Raises TableError as predict_onnx."""
     source, status = _known(device, kernel), part[0].status
     if source is not None and status != "uncovered":
         priced_as, kind = kernel, "estimated" if status == "stand-in" else source
