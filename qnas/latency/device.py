@@ -27,6 +27,7 @@ from qnas.common.resources import shipped, stems
 from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
+from qnas.latency.intervals import Errors, Uncertainty
 from qnas.latency.kernels import FUSIONS, Kernel
 from qnas.spaces.space import SearchSpace
 
@@ -129,6 +130,7 @@ class Device(FilePart):
     fixed_ms: Milliseconds = 0.0
     model: dict[str, KernelModel] = Field(default={}, max_length=1_000)
     calibration: Calibration | None = None
+    uncertainty: Uncertainty | None = None  # of predictions, after the calibration if there is one
 
     _tables: Traversable | None = PrivateAttr(default=None)
     _shipped: bool = PrivateAttr(default=False)
@@ -215,6 +217,15 @@ class Device(FilePart):
     def margin(self) -> float:
         """The share by which a measurement may exceed a prediction; 0 without a calibration."""
         return self.calibration.margin if self.calibration else 0.0
+
+    @property
+    def known_uncertainty(self) -> Uncertainty | None:
+        """The uncertainty of predictions; that of a calibration without one is its margin, None without."""
+        if self.uncertainty is not None or self.calibration is None:
+            return self.uncertainty
+        c = self.calibration
+        at_most = Errors(level=c.level, low=-1.0, high=c.margin)
+        return Uncertainty(source=c.source, networks=c.n, errors=(at_most,))
 
     def calibrated(self, latency_ms: float, *, offset: bool = False) -> float:
         """Return a latency of the model or a table after calibration; the offset is added per network."""

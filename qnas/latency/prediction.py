@@ -13,6 +13,7 @@ from typing import Any
 from qnas.common.errors import TableError, UsageError, abbreviate, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
+from qnas.latency.intervals import Interval
 from qnas.latency.kernels import Kernel, fused_parts
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
@@ -62,6 +63,7 @@ class Prediction:
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
     note: str = ""  # on the sources of the parts
     per_image: str = ""  # of a throughput device: "an image at batch 256"
+    interval: Interval | None = None  # of a measurement; None where the device has no errors to tell from
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -78,6 +80,7 @@ class Prediction:
     def facts(self, dearest: int) -> dict[str, Any]:
         """Return the prediction as JSON values, with the most expensive layers in place of the parts."""
         facts = {name: value for name, value in vars(self).items() if name != "parts"}
+        facts["interval"] = vars(self.interval) if self.interval is not None else None
         return facts | {"dearest": [vars(layer) for layer in self.layers[:dearest]]}
 
 
@@ -119,7 +122,8 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         tuple(parts),
         batchnorm_ms,
         source_note(latency, device, space, arch),
-        device.per_image,
+        per_image=device.per_image,
+        interval=table.interval(indices),
     )
 
 
@@ -157,6 +161,7 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
             f"device {device.name}: {network.path} takes {total} ms in all, expected more than 0 and an end"
         )
     unknown = math.fsum(p.latency_ms for p in parts if p.kind not in FROM_MEASUREMENTS)
+    uncertainty = device.known_uncertainty if latency == DEVICE else None
     return Prediction(
         device.name,
         total,
@@ -165,6 +170,7 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         tuple(parts),
         note="; ".join(notes),
         per_image=device.per_image,
+        interval=uncertainty.widest(total, unknown) if uncertainty is not None else None,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Figures, load_device
+from qnas.latency.intervals import describe_interval
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import Limits
@@ -18,8 +19,9 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
     for p in predictions:
         with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
         took = f"{format_ms(p.latency_ms)} {p.per_image}".rstrip()
-        rows.append((p.device, took, f"{p.coverage:.0%}", with_norm))
-    lines = [table_rows(("device", "latency", "from measurements", "with batch norm"), rows)]
+        rows.append((p.device, took, describe_interval(p.interval), f"{p.coverage:.0%}", with_norm))
+    header = ("device", "latency", "interval", "from measurements", "with batch norm")
+    lines = [table_rows(header, rows)]
     for p in predictions:
         lines += ["", f"{p.device}: the slowest layers"]
         for layer in p.layers[:dearest]:
