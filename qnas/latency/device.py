@@ -218,6 +218,10 @@ class Device(FilePart):
         """The share by which a measurement may exceed a prediction; 0 without a calibration."""
         return self.calibration.margin if self.calibration else 0.0
 
+    def limit_ms(self, budget_ms: float) -> float:
+        """Return the highest prediction for which a measurement within the margin meets the budget."""
+        return budget_ms / (1.0 + self.margin)
+
     @property
     def known_uncertainty(self) -> Uncertainty | None:
         """The uncertainty of predictions; that of a calibration without one is its margin, None without."""

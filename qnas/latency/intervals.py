@@ -48,10 +48,15 @@ class Interval:
         >>> Interval(27.123, 33.001, 0.9).describe(), Interval(0.0, 0.8, 0.95).describe()
         ('27.1-33.1 ms 90%', 'up to 0.800 ms 95%')
         """
+        return f"{self.ends} ms {100 * self.level:g}%"
+
+    @property
+    def ends(self) -> str:
+        """The same without the unit and the level, for a table whose header has them."""
         digits = max(0, 2 - math.floor(math.log10(self.high_ms))) if self.high_ms > 0 else 0
         scale = 10.0**digits
         # minus a little, so that what is round already stays
-        high = f"{math.ceil(self.high_ms * scale - 1e-6) / scale:.{digits}f} ms {100 * self.level:g}%"
+        high = f"{math.ceil(self.high_ms * scale - 1e-6) / scale:.{digits}f}"
         if self.low_ms <= 0:
             return f"up to {high}"
         return f"{math.floor(self.low_ms * scale + 1e-6) / scale:.{digits}f}-{high}"

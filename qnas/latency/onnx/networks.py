@@ -89,7 +89,7 @@ def read_onnx(path: Path, *, resolution_px: int | None = None) -> OnnxNetwork:
 
 
 # Operators with their own scale and bias, which absorb those after them.
-AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
+_AFFINE = ("conv", "dwconv", "linear", "layernorm", "batchnorm")
 _MOST_ABSORBED = 16  # nodes by one operator
 
 
@@ -156,7 +156,7 @@ def _is_norm(reader: Reader, node: Node, before: OnnxOperator) -> bool:
 
 def _is_absorbed(reader: Reader, node: Node, before: OnnxOperator) -> bool:
     """Whether a node scales or shifts each channel by a constant, after an operator that does so itself."""
-    if node.op not in ("Add", "Sub", "Mul", "Div") or before.kernel.kind not in AFFINE:
+    if node.op not in ("Add", "Sub", "Mul", "Div") or before.kernel.kind not in _AFFINE:
         return False
     if before.op.count("+") >= _MOST_ABSORBED:
         return False
