@@ -20,7 +20,7 @@ _MOST_OPERATORS = 6  # named in a line
 def describe_rivals(rivals: Rivals, top: int | None) -> str:
     """Format the first `top` networks as a table, the front marked, and explain their figures."""
     shown = rivals.networks[:top]
-    lines = [wrapped(_title(rivals)), table_rows(*_table(rivals, shown), keys=2)]
+    lines = [wrapped(_title(rivals)), table_rows(*_table(rivals, shown), keys=3)]
     if len(shown) < len(rivals.networks):
         lines.append(wrapped(f"and {len(rivals.networks) - len(shown)} more: --top {len(rivals.networks)}"))
     lines += ["", field(FRONT, "no other network within the limits is as accurate and as fast")]
@@ -52,8 +52,8 @@ def _table(rivals: Rivals, shown: Sequence[Rival]) -> tuple[list[str], list[list
     """Return the header, the rows and the columns to align to the left."""
     header = ["", "network", "px", "top-1"]
     for budget, latency in zip(rivals.budgets, shown[0].latencies, strict=True):
-        level = f"{100 * latency.interval.level:g}% in ms" if latency.interval is not None else "interval"
-        header += ["latency" if len(rivals.budgets) == 1 else budget.device.name, level, "known"]
+        took = "latency" if len(rivals.budgets) == 1 else budget.device.name
+        header += [took, interval_header(latency), "known"]
     header += ["params", "MACs"]
     return header, [_row(rival) for rival in shown], (0, 1)
 
@@ -69,6 +69,11 @@ def _row(rival: Rival) -> list[str]:
             f"{latency.coverage:.0%}",
         ]
     return [*cells, format_count(network.params), format_count(network.macs)]
+
+
+def interval_header(latency: DeviceLatency) -> str:
+    """Return the header of a column of `interval_cell`: the share of networks, which is equal for all."""
+    return "interval" if latency.interval is None else f"{100 * latency.interval.level:g}%, ms"
 
 
 def interval_cell(latency: DeviceLatency) -> str:
