@@ -11,6 +11,7 @@ networks compare there, not what they reach on other data: no scale has both.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,7 @@ def _rows(rival: Rival) -> Iterator[dict[str, Any]]:
         }
 
 
+@lru_cache(maxsize=8)  # a run's page and its Pareto fronts ask for the same devices
 def price_public_networks(device: Device) -> tuple[DeviceLatency, ...]:
     """Return the latency of each public network on a device, in the order of `public_networks`.
 

@@ -196,8 +196,8 @@ def test_what_the_guides_show_is_what_the_commands_print(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown_blocks = blocks("docs/guides/devices.md", "console")
-    assert len(shown_blocks) == 2
+    shown_blocks = [*blocks("docs/guides/devices.md", "console"), *blocks("docs/guides/rivals.md", "console")]
+    assert len(shown_blocks) == 3
     for block in shown_blocks:
         command, _, shown = block.partition("\n")
         assert qnas(*shlex.split(command)[2:]) == 0
