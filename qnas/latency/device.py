@@ -90,6 +90,7 @@ class Figures(FilePart):
     rmspe_pct: Finite  # root of the mean squared relative error
     within_5_pct: Finite
     within_10_pct: Finite
+    within_15_pct: Finite | None = None
     bias_pct: Finite  # mean relative error: above 0 where predictions are too high
     spearman: Finite | None = None  # rank correlation; None where undefined, as for one network
 
