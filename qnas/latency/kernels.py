@@ -47,6 +47,8 @@ class Kernel:
         return self.batch * self.out_px**2
 
 
+GROUPED = "gconv"  # a grouped convolution, which few devices know
+
 # Names of operators that runtimes do not distinguish, or that other graphs name differently.
 SAME_AS = {
     "relu6": "relu",
@@ -62,7 +64,7 @@ SAME_AS = {
 _FOLDS: dict[tuple[str, ...], str] = {(kind, "batchnorm"): kind for kind in ("conv", "dwconv", "gconv")}
 _CHAINS: dict[tuple[str, ...], str] = {
     **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},
-    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "linear", "batchnorm", "mul", "scale")},
+    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "gconv", "linear", "batchnorm", "mul", "scale")},
     ("add", "relu"): "addrelu",
     ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
     ("add_scalar", "relu", "mul_scalar"): "hsigmoid",
@@ -128,13 +130,32 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
                 first = operators[i]
-                if kind == "conv" and first.kernel == first.stride:
-                    kind = "conv1x1" if first.kernel == 1 else "patch"
+                kind = _convolution_kind(first) if kind == "conv" else kind
                 if fusion in ("cuda", "inductor"):
                     kind = _on_tensor_cores(kind, first)
                 yield slice(i, i + length), replace(first, kind=kind)
                 i += length
                 break
+
+
+def operators_ahead(fusion: str) -> int | None:
+    """Return how many operators decide what the first of them fuses with; None where all may."""
+    return None if fusion == "inductor" else max(map(len, FUSIONS[fusion]))
+
+
+def _convolution_kind(kernel: Kernel) -> str:
+    if kernel.kernel != kernel.stride:
+        return "conv"
+    return "conv1x1" if kernel.kernel == 1 else "patch"
+
+
+def of_one_group(kernel: Kernel) -> Kernel:
+    """Return a grouped convolution as one with the input channels of one group.
+
+    It has the multiply-adds and weights of all groups together, and one launch; reads of the other groups'
+    input channels are not counted.
+    """
+    return replace(kernel, kind=_convolution_kind(kernel), c_in=kernel.c_in // kernel.groups, groups=1)
 
 
 def _on_tensor_cores(kind: str, first: Kernel) -> str:

@@ -8,6 +8,7 @@ pass over its larger map. Which output an operator reads is not recorded: a sequ
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import as_file
@@ -19,8 +20,8 @@ from scipy import sparse
 
 from qnas.common.arrays import open_arrays
 from qnas.common.resources import shipped
-from qnas.latency.kernels import FUSIONS, Kernel, fused_parts
-from qnas.latency.onnx.onnx_operator import UNCOVERED, OnnxOperator, Status
+from qnas.latency.kernels import GROUPED, Kernel, fuse_operators, fused_parts, operators_ahead
+from qnas.latency.onnx.onnx_operator import OnnxOperator, Status
 
 FILE = "timm.npz"
 _MOST_BYTES = 20_000_000  # of all arrays; those that ship have 4 million
@@ -44,8 +45,8 @@ COLUMNS = ("op", "h_in", "c_in", "h_out", "c_out", "kernel", "stride", "groups")
 
 PRODUCTS = ("conv", "dwconv", "gconv", "linear")
 _POOLS = ("maxpool", "avgpool")
-# Operators that no latency model knows.
-_UNCOVERED = ("gn", "leakyrelu", "pad", "upsample")
+# Operators that few devices know -> kinds of kernels.
+_UNCOVERED = {"gn": "groupnorm", "leakyrelu": "leakyrelu", "pad": "pad", "upsample": "upsample"}
 
 
 @dataclass(frozen=True)
@@ -79,31 +80,41 @@ class PublicNetworks:
 
     def fused(self, fusion: str) -> "FusedNetworks":
         """Return the kernels of all networks by a kind of runtime."""
-        longest = max(map(len, FUSIONS[fusion]))
-        found: dict[tuple[int, ...], tuple[int, int]] = {}  # operators -> how many fuse, column
-        columns: dict[tuple[Kernel, Status, bool], int] = {}
+        column: dict[tuple[int, ...], int] = {}  # by the operators that fuse
+        alike: dict[tuple[Kernel, Status, bool], int] = {}
         parts: list[tuple[tuple[OnnxOperator, ...], Kernel]] = []
-        rows, kernels = [], []
+        rows, columns = [], []
+        for row, numbers in self._parts(fusion):
+            if numbers not in column:
+                part = tuple(self.operators[i] for i in numbers)
+                (kernel,) = fuse_operators([operator.kernel for operator in part], fusion)
+                # all that a price depends on
+                key = kernel, part[0].status, any(operator.macs for operator in part)
+                column[numbers] = alike.setdefault(key, len(parts))
+                if alike[key] == len(parts):
+                    parts.append((part, kernel))
+            rows.append(row)
+            columns.append(column[numbers])
+        shape = len(self.networks), len(parts)
+        return FusedNetworks(tuple(parts), sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape))
+
+    def _parts(self, fusion: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield each network's position with the positions of operators that become one kernel."""
+        ahead = operators_ahead(fusion)
+        lengths: dict[tuple[int, ...], int] = {}  # by the operators that decide it
         for row, indices in enumerate(self.of_network):
             numbers, at = tuple(indices.tolist()), 0
+            if ahead is None:
+                kernels = [self.operators[i].kernel for i in numbers]
+                yield from ((row, numbers[part]) for part, _ in fused_parts(kernels, fusion))
+                continue
             while at < len(numbers):
-                ahead = numbers[at : at + longest]
-                if ahead not in found:
-                    operators = [self.operators[i] for i in ahead]
-                    part, kernel = next(fused_parts([o.kernel for o in operators], fusion))
-                    # all that a price depends on
-                    key = kernel, operators[0].status, any(o.macs for o in operators[part])
-                    if key not in columns:
-                        columns[key] = len(parts)
-                        parts.append((tuple(operators[part]), kernel))
-                    found[ahead] = part.stop, columns[key]
-                length, column = found[ahead]
-                rows.append(row)
-                kernels.append(column)
-                at += length
-        shape = len(self.networks), len(parts)
-        counts = sparse.csr_matrix((np.ones(len(rows)), (rows, kernels)), shape)
-        return FusedNetworks(tuple(parts), counts)
+                window = numbers[at : at + ahead]
+                if window not in lengths:
+                    kernels = [self.operators[i].kernel for i in window]
+                    lengths[window] = next(fused_parts(kernels, fusion))[0].stop
+                yield row, window[: lengths[window]]
+                at += lengths[window]
 
 
 @dataclass(frozen=True)
@@ -172,18 +183,18 @@ class _Recorded:
             return OnnxOperator(self.op, self.op, self._windowed(self.op, self.c_in))
         if self.op in _UNCOVERED:
             larger = max((self.h_in, self.c_in), (self.h_out, self.c_out), key=lambda m: m[0] ** 2 * m[1])
-            return OnnxOperator(self.op, self.op, _pass(UNCOVERED, *larger), status="uncovered")
+            return OnnxOperator(self.op, self.op, _pass(_UNCOVERED[self.op], *larger), status="uncovered")
         return OnnxOperator(self.op, self.op, _pass(self.op, self.h_in, self.c_in))
 
     def _product(self) -> OnnxOperator:
-        is_depthwise = self.groups == self.c_in > 1
-        kind, c_in = ("dwconv", self.c_in) if is_depthwise else ("conv", self.c_in // self.groups)
         macs = self.h_out**2 * self.kernel**2 * (self.c_in // self.groups) * self.c_out
-        status: Status = "stand-in" if self.groups > 1 and not is_depthwise else "direct"
+        is_grouped = 1 < self.groups < self.c_in
         if self.op == "linear" and self.h_out == 1:
             kernel = Kernel("linear", 1, self.c_in, self.c_out)
         else:
-            kernel = self._windowed(kind, c_in)
+            kind = GROUPED if is_grouped else "dwconv" if self.groups > 1 else "conv"
+            kernel = replace(self._windowed(kind, self.c_in), groups=self.groups if is_grouped else 1)
+        status: Status = "stand-in" if is_grouped else "direct"
         return OnnxOperator(self.op, self.op, kernel, macs, status)
 
     def _windowed(self, kind: str, c_in: int) -> Kernel:

@@ -8,7 +8,6 @@ The accuracy is that of published weights on ImageNet, some trained on more imag
 networks compare there, not what they reach on other data: no scale has both.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +21,7 @@ from qnas.common.files import csv_text
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Device
 from qnas.latency.intervals import Interval
-from qnas.latency.prediction import FROM_MEASUREMENTS, price_part
+from qnas.latency.prediction import FROM_MEASUREMENTS, not_known, price_part
 from qnas.latency.public_networks import PublicNetwork, fused_networks, public_networks
 
 SCHEMA = "qnas.rivals/1"
@@ -185,9 +184,10 @@ def find_rivals(
     if not within:
         raise InfeasibleBudgetError(_nothing_within(limits, max_params, max_macs, latencies))
     ms = np.array([[found.latency_ms for found in latencies[i]] for i in within])
+    devices = [limit.device for limit in limits]
     top1 = np.array([public.networks[i].imagenet_top1 or np.nan for i in within])
     rivals = [
-        Rival(public.networks[i], latencies[i], bool(best), *_not_known(i))
+        Rival(public.networks[i], latencies[i], bool(best), *not_known(devices, public.sequence(i)))
         for i, best in zip(within, on_front(ms, top1), strict=True)
     ]
     rivals.sort(key=lambda r: (not r.on_front, -(r.network.imagenet_top1 or 0.0), r.latency_ms))
@@ -207,13 +207,6 @@ def on_front(latency_ms: npt.NDArray[np.float64], top1: npt.NDArray[np.float64])
     as_good = (costs[:, None] <= costs[None]).all(axis=2)  # (by, of); false with NaN
     better = (costs[:, None] < costs[None]).any(axis=2)
     return ~np.isnan(top1) & ~(as_good & better).any(axis=0)
-
-
-def _not_known(network: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Count the operators of a network that no latency model knows: stand-ins, and those uncovered."""
-    operators = public_networks().sequence(network)
-    kinds = [Counter(o.op for o in operators if o.status == status) for status in ("stand-in", "uncovered")]
-    return dict(kinds[0]), dict(kinds[1])
 
 
 def _nothing_within(
