@@ -18,7 +18,7 @@ from qnas.deploy.export.tracing import silence, told_as
 from qnas.latency.onnx.networks import OnnxNetwork, read_onnx
 from qnas.latency.public_networks import public_networks
 
-CHANNELS = 3
+CHANNELS, USUAL_PX = 3, 224
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _timm(name: str) -> _Model:
     if not timm.is_model(name):
         raise ArchError(f"timm has no model {one_line(name, 60)!r}: {nearest(name, timm.list_models())}")
     about = timm.get_pretrained_cfg(name)
-    size = about.input_size if about is not None else (CHANNELS, 224, 224)
+    size = about.input_size if about is not None else (CHANNELS, USUAL_PX, USUAL_PX)
     return _Model(lambda: timm.create_model(name, pretrained=False), size[-1])
 
 
@@ -89,10 +89,10 @@ def _built(model: _Model) -> nn.Module:
 
 
 def _as_shipped(target: str, name: str, resolution_px: int | None) -> OnnxNetwork:
-    """Return a model from the networks that ship with qnas, at the least resolution if none is given."""
+    """Return a model from the networks that ship with qnas, at the usual resolution if none is given."""
     public = public_networks()
     sizes = {n.resolution_px: i for i, n in enumerate(public.networks) if n.name == name}
-    px = min(sizes, default=0) if resolution_px is None else resolution_px
+    px = resolution_px or min(sizes, key=lambda size: (size != USUAL_PX, size), default=0)
     if px not in sizes:
         known = f"; known without it at {', '.join(map(str, sorted(sizes)))} px" if sizes else ""
         raise UsageError(f"{one_line(target, 60)}: needs timm: pip install 'quadranet-nas[timm]'{known}")

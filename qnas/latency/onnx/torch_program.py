@@ -301,8 +301,13 @@ def _roll(to: Statement, call: _Call) -> None:
         x = to.add("Concat", *parts, output=call.outputs[0] if axis == dims[-1] else "", axis=axis)
 
 
+def _sizes(to: Statement, call: _Call) -> str:
+    """Return the sizes of the first output as a constant; what is free is the batch, of one image here."""
+    return to.constant([max(1, size) for size in call.shape], dtype=np.int64)
+
+
 def _expansion(to: Statement, call: _Call) -> None:
-    to.add("Expand", call.x, to.constant(call.shape, dtype=np.int64), output=call.outputs[0], name=call.name)
+    to.add("Expand", call.x, _sizes(to, call), output=call.outputs[0], name=call.name)
 
 
 def _pad(to: Statement, call: _Call) -> None:
@@ -315,7 +320,7 @@ def _pad(to: Statement, call: _Call) -> None:
 
 
 def _resize(to: Statement, call: _Call) -> None:
-    to.add("Resize", call.x, "", "", to.constant(call.shape), output=call.outputs[0], name=call.name)
+    to.add("Resize", call.x, "", "", _sizes(to, call), output=call.outputs[0], name=call.name)
 
 
 def _attention(to: Statement, call: _Call) -> None:
