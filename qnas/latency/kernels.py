@@ -121,8 +121,7 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
     while i < len(names):
         if fusion == "inductor" and names[i] in POINTWISE:
             length = _chain_length(names, i)
-            kind = chain_kind(names[i : i + length])
-            yield slice(i, i + length), replace(operators[i], kind=kind)
+            yield slice(i, i + length), replace(operators[i], kind=chain_kind(names[i : i + length]))
             i += length
             continue
         for length in range(min(longest, len(names) - i), 0, -1):

@@ -60,7 +60,7 @@ class Parts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(self.stem(x), (1, 2, 0, 1))[:, :, :16, 1:17]
         a, b, c = x.chunk(3, 1)
-        x = torch.cat([torch.roll(a, (2, 1), (2, 3)), b * c, x.split([4, 8], 1)[0]], 1)
+        x = torch.cat([torch.roll(a, (2, 1), (2, 3)), b * c, torch.split(x, [4, 8], 1)[0]], 1)
         x = nn.functional.adaptive_avg_pool2d(nn.functional.interpolate(x, scale_factor=2.0), 8)
         q, k, v = (
             self.qkv(x.flatten(2).transpose(1, 2)).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
