@@ -17,6 +17,7 @@ from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scale
 from fitting.forms import FORMS
 from fitting.layernorm import Block, fit_layernorm, read_blocks
 from fitting.operators import MS_PER_ELEMENT, fit_operators, read_operators
+from fitting.published import PUBLISHED, fit_published, published_model
 
 from qnas.common.resources import stems
 from qnas.latency.device import SCHEMA, Device, Figures, KernelModel, load_device
@@ -86,6 +87,49 @@ ABOUT: dict[str, dict[str, object]] = {
             "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT)"
         ),
         "fusion": "eager",
+    },
+}
+
+TIMM_SOURCE = (
+    "fitted to throughputs of whole networks published with timm "
+    "(github.com/huggingface/pytorch-image-models, Apache-2.0)"
+)
+_GPU = {"precision": "float16 by AMP", "quantity": "throughput", "batch": 1024, "source": TIMM_SOURCE}
+ABOUT |= {
+    "rtx4090": {
+        **_GPU,
+        "aliases": ["rtx4090-nchw"],
+        "title": "NVIDIA GeForce RTX 4090, large batches, every operator launched by itself",
+        "runtime": "PyTorch 2.9 eager, CUDA 12.8, contiguous",
+        "fusion": "cuda",
+    },
+    "rtx4090-compiled": {
+        **_GPU,
+        "title": "NVIDIA GeForce RTX 4090, large batches, compiled",
+        "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
+        "fusion": "inductor",
+    },
+    "rtx3090": {
+        **_GPU,
+        "aliases": ["rtx3090-nhwc"],
+        "title": "NVIDIA GeForce RTX 3090, large batches, every operator launched by itself",
+        "runtime": "PyTorch 2.4 eager, CUDA 12.4, channels_last",
+        "fusion": "cuda",
+    },
+    "rtx5090": {
+        **_GPU,
+        "aliases": ["rtx5090-compiled"],
+        "title": "NVIDIA GeForce RTX 5090, large batches, compiled",
+        "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
+        "fusion": "inductor",
+    },
+    "i7-12700h": {
+        "aliases": ["i7-12700h-compiled", "desktop"],
+        "title": "Intel Core i7-12700H, all cores",
+        "runtime": "PyTorch 2.4 torch.compile",
+        "precision": "float32",
+        "source": TIMM_SOURCE,
+        "fusion": "inductor",
     },
 }
 
@@ -215,8 +259,8 @@ def make_device(
         {
             "schema": SCHEMA,
             "name": name,
-            **ABOUT[name],
             "batch": 1,
+            **ABOUT[name],
             "unit": "ms",
             "kind": "fitted",
             "date": date,
@@ -266,6 +310,19 @@ def fit_devices(data: Path, date: str) -> list[Device]:
     ]
     grids, accuracy = fit_operators(*read_operators(data / "a100_ops.csv"))
     devices.append(make_device("a100", gpu_model(grids), date, accuracy=accuracy))
+    return [*devices, *fit_desktops(data, date)]
+
+
+def fit_desktops(data: Path, date: str) -> list[Device]:
+    """Fit the GPUs and desktop CPUs to the networks that timm publishes."""
+    networks = read_networks(data / "gpu_desktop_models.npz")
+    fusions = {fusion for _, fusion, _ in PUBLISHED.values()}
+    fused = {fusion: networks.fused(fusion) for fusion in sorted(fusions)}
+    devices = []
+    for name, (column, fusion, form) in PUBLISHED.items():
+        fit, accuracy = fit_published(networks, column, design(form, *fused[fusion]))
+        model = published_model(fit)
+        devices.append(make_device(name, model, date, fixed_ms=fit.fixed_ms, accuracy=accuracy))
     return devices
 
 
@@ -288,7 +345,8 @@ def print_accuracy(device: Device) -> None:
             print(
                 f"{device.name:12} {held_out:16} {group:17} n {f.n:5}  RMSPE {f.rmspe_pct:5.1f}%  "
                 f"within 5% {f.within_5_pct:5.1f}%  within 10% {f.within_10_pct:5.1f}%  "
-                f"bias {f.bias_pct:+5.1f}%"
+                + ("" if f.within_15_pct is None else f"within 15% {f.within_15_pct:5.1f}%  ")
+                + f"bias {f.bias_pct:+5.1f}%"
             )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qnas.api.exporting import export
     from qnas.api.predicting import predict
     from qnas.api.results import DerivedNetwork, SearchResult, TrainedNetwork
+    from qnas.api.rivals import rivals
     from qnas.api.searching import load_run, run_search
     from qnas.api.training import train_subnet
     from qnas.common.errors import Interrupted, QnasError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qnas.latency.device import Device, load_device
     from qnas.latency.own_latency import device_from_blocks, device_from_function
     from qnas.latency.prediction import Prediction
+    from qnas.latency.rivals import Rivals
     from qnas.spaces.arch import Arch
     from qnas.spaces.blocks import register_block
     from qnas.spaces.neurons import register_neuron
@@ -46,6 +48,7 @@ _OFFERED = {
     "qnas.api.exporting": ("export",),
     "qnas.api.predicting": ("predict",),
     "qnas.api.results": ("DerivedNetwork", "SearchResult", "TrainedNetwork"),
+    "qnas.api.rivals": ("rivals",),
     "qnas.api.searching": ("load_run", "run_search"),
     "qnas.api.training": ("train_subnet",),
     "qnas.common.errors": ("Interrupted", "QnasError"),
@@ -54,6 +57,7 @@ _OFFERED = {
     "qnas.latency.device": ("Device", "load_device"),
     "qnas.latency.own_latency": ("device_from_blocks", "device_from_function"),
     "qnas.latency.prediction": ("Prediction",),
+    "qnas.latency.rivals": ("Rivals",),
     "qnas.spaces.arch": ("Arch",),
     "qnas.spaces.blocks": ("register_block",),
     "qnas.spaces.neurons": ("register_neuron",),
@@ -72,6 +76,7 @@ __all__ = [
     "ParetoFronts",
     "Prediction",
     "QnasError",
+    "Rivals",
     "SearchResult",
     "SearchSpace",
     "TrainedNetwork",
@@ -90,6 +95,7 @@ __all__ = [
     "predict",
     "register_block",
     "register_neuron",
+    "rivals",
     "run_search",
     "train_subnet",
 ]

@@ -140,7 +140,8 @@ def pareto(
 
     `devices` defaults to those of the search; `points` is the number of budgets per device. The search's
     limits on parameters and MACs still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`;
-    by default that is `RUN/pareto`, and the run's page is rewritten too. Raises the errors of `derive`.
+    by default that is `RUN/pareto`, and the run's page is rewritten too. Beside each device's front is that
+    of public networks, by their accuracy on ImageNet. Raises the errors of `derive`.
     """
     check_arguments(points=points, k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
@@ -169,7 +170,8 @@ def pareto(
     for limit, of_budgets in zip(limits, solved, strict=True):
         own_ms = searched_for.get(limit.name)
         of_device = budget_fronts.front_points(run, of_budgets, accuracies, own_ms)
-        fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms))
+        device = limit.table.origin if limit.table is not None and latency == DEVICE else None
+        fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms, device))
     details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
     document = budget_fronts.fronts_document(run.space, fronts, details)
     write_text(folder / "pareto.csv", budget_fronts.fronts_csv(document))

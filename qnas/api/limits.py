@@ -74,16 +74,26 @@ class AskedLimits:
         """The devices, loaded. Raises TableError for an unknown one."""
         return tuple(load_device(device) for device, _ in self.devices)
 
+    @property
+    def budgets_ms(self) -> tuple[float, ...]:
+        """The budget on each device in milliseconds."""
+        return tuple(parse_latency(budget) for _, budget in self.devices)
+
+    @property
+    def most(self) -> dict[Count, float]:
+        """The largest counts that are allowed. Raises UsageError for one that is no number."""
+        return {name: parse_count(most, f"`max_{name}`") for name, most in self.counts.items()}
+
     def limits(self, space: "SearchSpace", latency: str) -> Limits:
         """Return the limits on networks of a space, with latencies from this source.
 
         Raises UsageError for an invalid value, TableError if a device has no table for the space.
         """
-        counts = [(name, parse_count(most, f"`max_{name}`")) for name, most in self.counts.items()]
+        counts = self.most
         tables = [table_from(latency, device, space) for device in self.known]
         return (
-            *map(latency_limit, tables, (parse_latency(budget) for _, budget in self.devices)),
-            *(count_limit(space, name, most) for name, most in counts),
+            *map(latency_limit, tables, self.budgets_ms),
+            *(count_limit(space, name, most) for name, most in counts.items()),
         )
 
     def entries(self, limits: Limits) -> list[dict[str, Any]]:

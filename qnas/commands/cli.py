@@ -25,6 +25,7 @@ from qnas.commands import (
     own_device,
     predictors,
     profile,
+    rivals,
     search,
     subnet,
 )
@@ -86,6 +87,7 @@ app.command(short_help="Write a run's metrics for TensorBoard.")(look.tensorboar
 # networks and devices
 app.command()(latency.describe)
 app.command(short_help="A network's latency on known devices, by layer.")(latency.predict)
+app.command(short_help="The public networks within a budget, by accuracy.")(rivals.rivals)
 app.command(short_help="List the devices whose latencies are known.")(latency.devices)
 app.command("eval-latency", short_help="Compare a device's predictions with measurements.")(
     latency.eval_latency

@@ -47,8 +47,9 @@ def predict(
     target: Annotated[
         str,
         argument(
-            "A run's folder, an arch.json, a file (.onnx, .xml, .tflite, .pt2) or a fixed space.",
-            "ARCH|FILE|SPACE",
+            "A run's folder, an arch.json, a file (.onnx, .xml, .tflite, .pt2), a fixed space, or a public "
+            "model: timm:NAME, torchvision:NAME.",
+            "ARCH|FILE|SPACE|MODEL",
             completion.networks,
         ),
     ],
@@ -58,7 +59,8 @@ def predict(
     latency: Latency = "device",
     space: Space = None,
     resolution: Annotated[
-        int | None, option("Input size in pixels, for a file without one.", least=1)
+        int | None,
+        option("Input size in pixels, for a file without one. Default of a public model: its own.", least=1),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,11 +68,12 @@ def predict(
 
     Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
     """
+    from qnas.api.predicting import read_any
     from qnas.latency.device import device_names, load_device
     from qnas.latency.onnx.networks import OnnxNetwork
     from qnas.latency.prediction import can_predict, check_source
     from qnas.runs.latency_text import describe_predictions
-    from qnas.runs.network_prediction import predict_network, read_network
+    from qnas.runs.network_prediction import predict_network
 
     chosen = [load_device(name) for name in (device_names() if device == "all" else [device])]
     if device == "all":
@@ -80,7 +83,7 @@ def predict(
             raise TableError(
                 "no nn-Meter predictors are imported: qnas predictors list says what to download"
             )
-    network = read_network(target, space=space, resolution_px=resolution)
+    network = read_any(target, space=space, resolution_px=resolution)
     if isinstance(network, OnnxNetwork):
         title = f"{target} at {network.height_px} x {network.width_px} px"
     else:
@@ -108,8 +111,9 @@ def devices(
 def _device_lines(device: "KnownDevice") -> Iterator[str]:
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
     yield from wrap(f"{device.name}{aliases}: {device.title}", columns())
+    batch = f"ms {device.per_image}" if device.per_image else f"batch {device.batch}"
     facts = [
-        f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
+        f"{device.kind}, {device.runtime}, {device.precision}, {batch}, {device.date}",
         f"source: {device.source}",
     ]
     for held_out, figures in device.accuracy.items():

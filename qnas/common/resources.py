@@ -1,4 +1,4 @@
-"""The files that ship with qnas (search spaces, recipes and latency tables), and the user's cache.
+"""The files that ship with qnas (spaces, recipes, latency tables, public networks), and the user's cache.
 
 In a wheel, shipped files are inside the package; in a source tree they are the folders beside it.
 """
@@ -17,7 +17,7 @@ YAML_BYTES = 4 * YAML_CHARACTERS
 
 
 def shipped(folder: str) -> Traversable:
-    """Return a folder of shipped data: `search_spaces`, `recipes` or `latency_tables`."""
+    """Return a folder of shipped data: `search_spaces`, `recipes`, `latency_tables` or `public_networks`."""
     inside = files("qnas").joinpath(folder)
     if inside.is_dir():
         return inside

@@ -27,6 +27,7 @@ from qnas.common.resources import shipped, stems
 from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
+from qnas.latency.intervals import Errors, Uncertainty
 from qnas.latency.kernels import FUSIONS, Kernel
 from qnas.spaces.space import SearchSpace
 
@@ -42,6 +43,10 @@ Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
 
 # measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
+
+# latency: of a network that runs for `batch` images by itself; throughput: the time of a batch divided by its
+# images, where the device is full and a batch may begin before the last one is done
+Quantity = Literal["latency", "throughput"]
 
 
 class KernelModel(FilePart):
@@ -85,6 +90,7 @@ class Figures(FilePart):
     rmspe_pct: Finite  # root of the mean squared relative error
     within_5_pct: Finite
     within_10_pct: Finite
+    within_15_pct: Finite | None = None
     bias_pct: Finite  # mean relative error: above 0 where predictions are too high
     spearman: Finite | None = None  # rank correlation; None where undefined, as for one network
 
@@ -115,6 +121,7 @@ class Device(FilePart):
     precision: str
     batch: Annotated[int, Field(ge=1)]
     unit: Literal["ms"]
+    quantity: Quantity = "latency"
     kind: Source
     source: str
     date: Day
@@ -124,6 +131,7 @@ class Device(FilePart):
     fixed_ms: Milliseconds = 0.0
     model: dict[str, KernelModel] = Field(default={}, max_length=1_000)
     calibration: Calibration | None = None
+    uncertainty: Uncertainty | None = None  # of predictions, after the calibration if there is one
 
     _tables: Traversable | None = PrivateAttr(default=None)
     _shipped: bool = PrivateAttr(default=False)
@@ -197,6 +205,11 @@ class Device(FilePart):
         return self.model[kernel.kind]
 
     @property
+    def per_image(self) -> str:
+        """What follows a printed latency of a throughput device: `an image at batch 256`; else empty."""
+        return f"an image at batch {self.batch}" if self.quantity == "throughput" else ""
+
+    @property
     def network_ms(self) -> float:
         """The latency that every network has besides its kernels, calibrated."""
         return self.calibrated(self.fixed_ms, offset=True)
@@ -205,6 +218,19 @@ class Device(FilePart):
     def margin(self) -> float:
         """The share by which a measurement may exceed a prediction; 0 without a calibration."""
         return self.calibration.margin if self.calibration else 0.0
+
+    def limit_ms(self, budget_ms: float) -> float:
+        """Return the highest prediction for which a measurement within the margin meets the budget."""
+        return budget_ms / (1.0 + self.margin)
+
+    @property
+    def known_uncertainty(self) -> Uncertainty | None:
+        """The uncertainty of predictions; that of a calibration without one is its margin, None without."""
+        if self.uncertainty is not None or self.calibration is None:
+            return self.uncertainty
+        c = self.calibration
+        at_most = Errors(level=c.level, low=-1.0, high=c.margin)
+        return Uncertainty(source=c.source, networks=c.n, errors=(at_most,))
 
     def calibrated(self, latency_ms: float, *, offset: bool = False) -> float:
         """Return a latency of the model or a table after calibration; the offset is added per network."""

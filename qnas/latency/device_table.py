@@ -75,7 +75,7 @@ def compute_table(device: Device, space: SearchSpace) -> LatencyTable:
     source = f"{device.kind}: what every network takes besides its kernels"
     runtime = Cell(round(device.network_ms, DECIMALS), 0.0, source)
     table = build_table(device, space, runtime, lambda block: price(block.unnamed))
-    return replace(table, margin=device.margin)
+    return replace(table, margin=device.margin, uncertainty=device.known_uncertainty)
 
 
 def cell_of(rows: Sequence[KernelRow], source: str) -> Cell:
@@ -111,7 +111,7 @@ def load_table(device: Device, space: SearchSpace) -> LatencyTable:
 
 def _calibrated(table: LatencyTable, device: Device) -> LatencyTable:
     """Apply the device's calibration to a measured table."""
-    table = replace(table, origin=device)
+    table = replace(table, origin=device, uncertainty=device.known_uncertainty)
     if device.calibration is None:
         return table
 

@@ -6,8 +6,8 @@ networks as sequences of single operators, not fused, with their latency on some
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import dataclass, replace
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from qnas.latency.kernels import Kernel, fuse_operators
 Array = npt.NDArray[np.float64]
 
 OPERATOR_COLUMNS = ("op", "h_in", "c_in", "h_out", "c_out", "kernel", "stride", "broadcast")
+GROUPS = "groups"  # a ninth column, of files with grouped convolutions
 _MOST_BYTES = 100_000_000  # of all arrays: three times what the 17,257 networks of nn-Meter take
 _MOST_OPERATORS = 500_000  # different ones, of which those networks have 101,049
-_MOST_SIZE = 65_536  # of an operator's pixels and channels
+_MOST_SIZE = 1_048_576  # of an operator's pixels and channels; a linear layer may have that many
 
 # array -> kind of its values, number of dimensions
 _ARRAYS: dict[str, tuple[str, int]] = {
@@ -51,6 +52,7 @@ class Networks:
     operators: tuple[Kernel, ...]
     of_network: Sequence[npt.NDArray[np.int64]]  # operator numbers of each network, in running order
     latency_ms: Mapping[str, Array]
+    names: npt.NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.families)
@@ -59,7 +61,8 @@ class Networks:
         """Return the networks for which `chosen`, (networks,), is true."""
         of_network = tuple(compress(self.of_network, chosen))
         latency_ms = {device: ms[chosen] for device, ms in self.latency_ms.items()}
-        return Networks(self.families[chosen], self.operators, of_network, latency_ms)
+        names = None if self.names is None else self.names[chosen]
+        return Networks(self.families[chosen], self.operators, of_network, latency_ms, names)
 
     def fused(self, fusion: str) -> tuple[tuple[Kernel, ...], sparse.csr_matrix]:
         """Return the distinct kernels, and how often each occurs in each network: (networks, kernels)."""
@@ -81,14 +84,66 @@ def read_networks(path: Path) -> Networks:
     arrays = _load(path)
     count = len(arrays["family"])
     _check(path, arrays, count)
-    names, operators = arrays["op_names"].tolist(), []
-    for op, h_in, c_in, _, c_out, kernel, stride, broadcast in arrays["ops"].tolist():
-        # a product with one value per channel is a different operator from one of two maps
-        kind = "scale" if names[op] == "mul" and broadcast else names[op]
-        operators.append(Kernel(kind, h_in, c_in, c_out, kernel, stride))
+    op_names = arrays["op_names"].tolist()
+    operators = [_operator(op_names[row[0]], *row[1:]) for row in arrays["ops"].tolist()]
     of_network = np.split(arrays["indices"], arrays["indptr"][1:-1])
+    if arrays["ops"].shape[1] > len(OPERATOR_COLUMNS):
+        of_network = [_with_weight_norms(numbers, operators) for numbers in of_network]
     latency_ms = dict(zip(arrays["devices"].tolist(), arrays["latency_ms"].T, strict=True))
-    return Networks(arrays["family"], tuple(operators), of_network, latency_ms)
+    return Networks(arrays["family"], tuple(operators), of_network, latency_ms, arrays.get("name"))
+
+
+# An operation with one value for each channel is a different operator from one of two maps.
+_BROADCAST = {"mul": "scale", "add": "shift"}
+
+
+def _operator(
+    name: str,
+    h_in: int,
+    c_in: int,
+    h_out: int,
+    c_out: int,
+    kernel: int,
+    stride: int,
+    broadcast: int,
+    groups: int | None = None,
+) -> Kernel:
+    """Return an operator as a kernel of its own name, whose output has the size that was recorded."""
+    if groups is None:
+        return Kernel(
+            _BROADCAST[name] if name == "mul" and broadcast else name, h_in, c_in, c_out, kernel, stride
+        )
+    if name in _BROADCAST:  # the first operand may be the smaller one
+        smaller = broadcast or (h_in, c_in) != (h_out, c_out)
+        kind = "scalar" if h_out == c_out == 1 else _BROADCAST[name] if smaller else name
+        return Kernel(kind, h_out, c_out, c_out)
+    if name == "linear" and h_out > 1:  # a row of a matrix is an image of one pixel
+        return Kernel(name, 1, c_in, c_out, batch=h_out**2)
+    if name == "upsample":
+        return Kernel(name, h_out, c_in, c_out)
+    if name == "pad" and h_in % 2 == 0 and h_out - h_in == 2:
+        name = "reflect_pad"  # of blur pools; others make up for an odd number of pixels
+    if name in ("maxpool", "avgpool"):  # neither kernel nor stride was recorded
+        stride = max(1, round(h_in / h_out))
+    if -(-h_in // stride) != h_out and name not in ("gap", "linear", "pad", "reflect_pad"):
+        h_in = h_out * stride  # a convolution without padding
+    return Kernel(name, h_in, c_in, c_out, kernel, stride, groups=1 if name == "dwconv" else groups)
+
+
+def _with_weight_norms(numbers: npt.NDArray[np.int64], operators: list[Kernel]) -> npt.NDArray[np.int64]:
+    """Rename batch normalisations of the weights of the next convolution, which cost nothing for each image.
+
+    They have a channel for each weight of an output. Renamed operators are appended to `operators`.
+    """
+    numbers = numbers.copy()
+    for i, (this, following) in enumerate(pairwise(numbers.tolist())):
+        norm, conv = operators[this], operators[following]
+        of_map = (norm.resolution_px, norm.c_in) == (conv.resolution_px, conv.c_in)
+        weights = conv.kernel**2 * conv.c_in // conv.groups
+        if norm.kind == "bn" and conv.kind in ("conv", "gconv") and not of_map and norm.c_in == weights:
+            numbers[i] = len(operators)
+            operators.append(replace(norm, kind="weight_norm"))
+    return numbers
 
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -103,14 +158,17 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
                 )
             columns = _array(path, content, "op_columns", "text", 1) if "op_columns" in content else None
             arrays = {name: _array(path, content, name, *form) for name, form in _ARRAYS.items()}
+            if "name" in content:
+                arrays["name"] = _array(path, content, "name", "text", 1)
     except (FileNotFoundError, IsADirectoryError):
         raise TableError(f"{path}: no such file, expected the measured networks") from None
     except OSError as error:
         raise TableError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
     except DAMAGE as error:
         raise TableError(f"{path}: not an {what}: {one_line(error)}") from error
-    if columns is not None and tuple(map(str, columns)) != OPERATOR_COLUMNS:
-        raise TableError(f"{path}: op_columns: expected {', '.join(OPERATOR_COLUMNS)}")
+    known = (OPERATOR_COLUMNS, (*OPERATOR_COLUMNS, GROUPS))
+    if columns is not None and tuple(map(str, columns)) not in known:
+        raise TableError(f"{path}: op_columns: expected {', '.join(OPERATOR_COLUMNS)}, and {GROUPS} or not")
     return arrays
 
 
@@ -140,12 +198,20 @@ def _check(path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int) -> No
     fine = np.all(np.isnan(measured) | ((measured >= LEAST_MS) & (measured <= MOST_MS)))
     expect("latency_ms", fine, "milliseconds above 0, or NaN where nothing was measured")
     columns = len(OPERATOR_COLUMNS)
-    expect("ops", ops.shape[1] == columns, f"{columns} columns ({', '.join(OPERATOR_COLUMNS)})")
+    expect(
+        "ops",
+        ops.shape[1] in (columns, columns + 1),
+        f"{columns} columns ({', '.join(OPERATOR_COLUMNS)}), and {GROUPS} or not",
+    )
     fine = np.all((ops[:, 0] >= 0) & (ops[:, 0] < len(arrays["op_names"])))
     expect("ops", fine, f"column op within 0 and {len(arrays['op_names']) - 1}, as op_names")
     expect("ops", len(ops) <= _MOST_OPERATORS, f"at most {_MOST_OPERATORS:,} operators")
     fine = np.all((ops[:, 1:7] >= 1) & (ops[:, 1:7] <= _MOST_SIZE))
     expect("ops", fine, f"sizes, kernels and strides of 1 to {_MOST_SIZE}")
+    fine = np.all((ops[:, columns:] >= 1) & (ops[:, 2:3] % np.maximum(1, ops[:, columns:]) == 0))
+    expect("ops", fine, "groups that divide the input channels")
+    if "name" in arrays:
+        expect("name", arrays["name"].shape == (count,), f"shape {(count,)}")
     expect("indptr", len(start) == count + 1, f"shape {(count + 1,)}")
     fine = start[0] == 0 and start[-1] == len(of_network) and np.all(np.diff(start) >= 0)
     expect("indptr", fine, f"rising numbers from 0 to {len(of_network)}, the length of indices")

@@ -5,7 +5,7 @@ equal stride; with weights at or above zero a prediction has the same properties
 Counts are in thousands (`k`) or millions (`m`), so that the weights in a device file are readable.
 
 `_c32` rounds channels up to full tiles, whose unused part is computed too, `_r4` output pixels,
-`_t16x8` the sides of the output. `_above_256` counts from where a tensor outgrows a cache or a launch.
+`_t16x8` the sides of the output, `_i8` input channels. `_above_256` counts from where a tensor outgrows a cache or a launch.
 `_k5` counts kernels of 5 and more only: a step, so that a fit can follow how an implementation
 treats its kernel sizes without ever falling with them.
 
@@ -15,6 +15,7 @@ allow wider tiles, so that fewer border pixels are computed twice.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from qnas.latency import myriad
 from qnas.latency.kernels import Kernel
@@ -26,7 +27,7 @@ def _up(value: int, tile: int) -> int:
 
 def _channels_in(k: Kernel) -> int:
     """Input channels summed into one output channel."""
-    return 1 if k.kind == "dwconv" else k.c_in
+    return 1 if k.kind == "dwconv" else k.c_in // k.groups
 
 
 def _fan_in(k: Kernel, tile: int = 1) -> int:
@@ -35,7 +36,24 @@ def _fan_in(k: Kernel, tile: int = 1) -> int:
 
 
 def _mmacs(k: Kernel, row_tile: int = 1, in_tile: int = 1, out_tile: int = 1) -> float:
-    return _up(k.rows, row_tile) * _fan_in(k, in_tile) * _up(k.c_out, out_tile) / 1e6
+    columns = k.groups * _up(k.c_out // k.groups, out_tile)
+    return _up(k.rows, row_tile) * _fan_in(k, in_tile) * columns / 1e6
+
+
+def _mmacs_pow2(k: Kernel) -> float:
+    """Multiply-adds with the channels of a group filled up to a power of two."""
+    per_group = (_channels_in(k), k.c_out // k.groups)
+    c_in, c_out = (1 << (max(1, channels) - 1).bit_length() for channels in per_group)
+    return k.rows * k.kernel**2 * k.groups * c_in * c_out / 1e6
+
+
+def _roof(intensity: int) -> "Count":
+    """Return multiply-adds in tiles, or, where it is more, `intensity` for each element read or written.
+
+    Of a processor that does so many multiply-adds while it moves one element, this is the time (the roofline
+    model, Williams et al. 2009). Several intensities together make a smooth corner.
+    """
+    return lambda k: max(_mmacs(k, 1, 8, 32), intensity * (_kin(k) + _kout(k)) / 1e3)
 
 
 def _kin(k: Kernel) -> float:
@@ -95,8 +113,17 @@ FEATURES: dict[str, Count] = {
     "mmacs_t16x8": lambda k: (
         k.batch * _up(k.out_px, 16) * _up(k.out_px, 8) * _fan_in(k, 4) * _up(k.c_out, 4) / 1e6
     ),
+    "mmacs_pow2": _mmacs_pow2,
+    **{
+        f"mmacs_i{i}_c{c}": partial(_mmacs, in_tile=i, out_tile=c)
+        for i, c in ((8, 32), (16, 16), (16, 64), (32, 32), (32, 64), (64, 128), (64, 256))
+    },
+    "mmacs_r14_i16_c16": lambda k: _mmacs(k, 14, 16, 16),
+    "mmacs_r28_i16_c64": lambda k: _mmacs(k, 28, 16, 64),
+    **{f"mmacs_roof_{r}": _roof(r) for r in (32, 64, 128, 256)},
     "mmacs_k5": _from_kernel(5, _mmacs),
     "mmacs_k7": _from_kernel(7, _mmacs),
+    "mmacs_k9": _from_kernel(9, _mmacs),
     "mmacs_beyond_c512": lambda k: k.rows * _fan_in(k) * max(0, k.c_out - 512) / 1e6,
     "mmacs_row": lambda k: k.rows * k.kernel * _channels_in(k) * k.c_out / 1e6,
     # memory
@@ -109,9 +136,14 @@ FEATURES: dict[str, Count] = {
     "kelements_out_k3": _from_kernel(3, _kout),
     "kelements_out_k5": _from_kernel(5, _kout),
     "kelements_out_k7": _from_kernel(7, _kout),
+    "kelements_out_k9": _from_kernel(9, _kout),
+    "kelements_in_above_4096": _above(4096, _kin),
+    "kelements_out_above_4096": _above(4096, _kout),
     "kweights": _kweights,
     "kweights_above_64": _above(64, _kweights),
+    "kweights_above_256": _above(256, _kweights),
     "kweights_above_1024": _above(1024, _kweights),
+    "kweights_above_4096": _above(4096, _kweights),
     "kcolumns": lambda k: k.rows * _fan_in(k) / 1e3,  # the matrix of im2col
     # loops
     "kfan_in": lambda k: _fan_in(k) / 1e3,  # the length of one sum
@@ -124,7 +156,9 @@ FEATURES: dict[str, Count] = {
     "kchannels_out_k3": _from_kernel(3, _kchannels),
     "kchannels_out_k5": _from_kernel(5, _kchannels),
     # strides
+    "strided_mmacs": _strided(_mmacs),
     "strided_kelements_in": _strided(_kin),
+    "strided_kelements_out": _strided(_kout),
     "strided_kelements_out_k3": _strided(_from_kernel(3, _kout)),
     "strided_kelements_out_k5": _strided(_from_kernel(5, _kout)),
     "strided_kchannels_out_k3": _strided(_from_kernel(3, _kchannels)),

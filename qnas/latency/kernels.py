@@ -20,7 +20,7 @@ class Kernel:
     """A kernel that runs on square maps of `batch` images; `resolution_px` is that of its input.
 
     `kind` is the kind of a convolution (`conv1x1`: a matrix product at every pixel; `patch`: kernel =
-    stride; `conv`: any other; `dwconv`), or the name of the operator.
+    stride; `conv`: any other; `dwconv`; `gconv`: in groups), or the name of the operator.
     """
 
     kind: str
@@ -30,6 +30,7 @@ class Kernel:
     kernel: int = 1
     stride: int = 1
     batch: int = 1
+    groups: int = 1  # of a grouped convolution; a depthwise one is a kind of its own
 
     @property
     def out_px(self) -> int:
@@ -46,16 +47,24 @@ class Kernel:
         return self.batch * self.out_px**2
 
 
-# Names of operators that runtimes do not distinguish, or that other graphs name differently.
-SAME_AS = {"relu6": "relu", "bn": "batchnorm", "fc": "linear"}
+GROUPED = "gconv"  # a grouped convolution, which few devices know
 
-_FOLDS: dict[tuple[str, ...], str] = {
-    ("conv", "batchnorm"): "conv",
-    ("dwconv", "batchnorm"): "dwconv",
+# Names of operators that runtimes do not distinguish, or that other graphs name differently.
+SAME_AS = {
+    "relu6": "relu",
+    "bn": "batchnorm",
+    "ln": "layernorm",
+    "gn": "groupnorm",
+    "fc": "linear",
+    "silu": "swish",
+    "permute": "transpose",
+    "other": "elementwise",
 }
+
+_FOLDS: dict[tuple[str, ...], str] = {(kind, "batchnorm"): kind for kind in ("conv", "dwconv", "gconv")}
 _CHAINS: dict[tuple[str, ...], str] = {
     **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},
-    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "linear", "batchnorm", "mul", "scale")},
+    **{(kind, "relu"): kind for kind in ("conv", "dwconv", "gconv", "linear", "batchnorm", "mul", "scale")},
     ("add", "relu"): "addrelu",
     ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
     ("add_scalar", "relu", "mul_scalar"): "hsigmoid",
@@ -66,8 +75,24 @@ _CHAINS: dict[tuple[str, ...], str] = {
 # operator. The longest sequence that fits is taken.
 FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     "edge": {**_FOLDS, **_CHAINS},  # TFLite, OpenVINO
-    "eager": _FOLDS,  # PyTorch without a compiler: batch normalisation folded by hand, nothing else
+    # PyTorch without a compiler: batch normalisation folded by hand, nothing else. Where it is not folded,
+    # it passes over the map as the bias of a convolution without one does, and costs as much.
+    "eager": _FOLDS,
+    "cuda": _FOLDS,  # the same with the tensor cores of a GPU, whose kinds _on_tensor_cores names
+    "inductor": {},  # torch.compile: chains of elementwise operators, no convolution (POINTWISE)
 }
+
+# Elementwise operators that torch.compile fuses with their neighbours into one pass -> maps that each reads
+# besides the one before it. A chain ends after additions and the activation that follows them, so that it does
+# not depend on the next block; a pooling of the whole map after it joins it.
+POINTWISE: dict[str, int] = {
+    **dict.fromkeys(("batchnorm", "relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "elementwise"), 0),
+    **dict.fromkeys(("swish", "hswish", "gelu", "square", "scale", "shift", "add_scalar", "mul_scalar"), 0),
+    **dict.fromkeys(("add", "mul", "sub"), 1),
+}
+_ACTIVATIONS = ("relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "swish", "hswish", "gelu")
+LEAST_CHANNELS = 8  # that fill the reads of a matrix unit
+MOST_MAPS = 3  # that the name of a chain counts
 
 
 def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...]:
@@ -90,17 +115,74 @@ def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[K
 def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slice, Kernel]]:
     """Yield the kernels of `fuse_operators`, each with the part of the operators that it stands for."""
     rules = FUSIONS[fusion]
-    longest = max(map(len, rules))
+    longest = max(map(len, rules), default=1)
     names = [SAME_AS.get(op.kind, op.kind) for op in operators]
     i = 0
     while i < len(names):
+        if fusion == "inductor" and names[i] in POINTWISE:
+            length = _chain_length(names, i)
+            yield slice(i, i + length), replace(operators[i], kind=chain_kind(names[i : i + length]))
+            i += length
+            continue
         for length in range(min(longest, len(names) - i), 0, -1):
             sequence = tuple(names[i : i + length])
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
                 first = operators[i]
-                if kind == "conv" and first.kernel == first.stride:
-                    kind = "conv1x1" if first.kernel == 1 else "patch"
+                kind = _convolution_kind(first) if kind == "conv" else kind
+                if fusion in ("cuda", "inductor"):
+                    kind = _on_tensor_cores(kind, first)
                 yield slice(i, i + length), replace(first, kind=kind)
                 i += length
                 break
+
+
+def operators_ahead(fusion: str) -> int | None:
+    """Return how many operators decide what the first of them fuses with; None where all may."""
+    return None if fusion == "inductor" else max(map(len, FUSIONS[fusion]))
+
+
+def _convolution_kind(kernel: Kernel) -> str:
+    if kernel.kernel != kernel.stride:
+        return "conv"
+    return "conv1x1" if kernel.kernel == 1 else "patch"
+
+
+def of_one_group(kernel: Kernel) -> Kernel:
+    """Return a grouped convolution as one with the input channels of one group.
+
+    It has the multiply-adds and weights of all groups together, and one launch; reads of the other groups'
+    input channels are not counted.
+    """
+    return replace(kernel, kind=_convolution_kind(kernel), c_in=kernel.c_in // kernel.groups, groups=1)
+
+
+def _on_tensor_cores(kind: str, first: Kernel) -> str:
+    """Name the kinds that matrix units treat differently: channels of images, and one row for each image."""
+    if kind in ("conv", "patch") and first.c_in < LEAST_CHANNELS:
+        return "stem"
+    return "vector" if kind in ("conv1x1", "linear") and first.rows == 1 else kind
+
+
+def _chain_length(names: Sequence[str], start: int) -> int:
+    """Return how many operators from `start` on are one pass."""
+    end, added = start, False
+    while end < len(names) and names[end] in POINTWISE:
+        if added and names[end] != "add" and names[end] not in _ACTIVATIONS:
+            break
+        end += 1
+        if added and names[end - 1] in _ACTIVATIONS:
+            break
+        added = added or names[end - 1] == "add"
+    return end + (end < len(names) and names[end] == "gap") - start
+
+
+def chain_kind(names: Sequence[str]) -> str:
+    """Name a chain by what its cost depends on: further maps, the dearest function, a pooling at its end.
+
+    >>> chain_kind(["batchnorm", "add", "relu"]), chain_kind(["batchnorm", "swish", "gap"])
+    ('pass+1', 'pass-swish-gap')
+    """
+    maps = min(MOST_MAPS, sum(POINTWISE.get(name, 0) for name in names))
+    function = "-gelu" if "gelu" in names else "-swish" if {"swish", "hswish"} & set(names) else ""
+    return f"pass{f'+{maps}' if maps else ''}{function}{'-gap' if names[-1] == 'gap' else ''}"

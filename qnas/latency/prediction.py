@@ -6,6 +6,7 @@ parts are the device's kernels where it has a model of kernels, otherwise the ta
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 from qnas.common.errors import TableError, UsageError, abbreviate, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
-from qnas.latency.kernels import Kernel, fused_parts
+from qnas.latency.intervals import Interval
+from qnas.latency.kernels import GROUPED, Kernel, fused_parts, of_one_group
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.onnx.networks import OnnxNetwork
-from qnas.latency.onnx.onnx_operator import OnnxOperator
+from qnas.latency.onnx.onnx_operator import NAMED, OnnxOperator
 from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
@@ -26,6 +28,8 @@ from qnas.spaces.space import SearchSpace
 # Sources of latencies.
 DEVICE = "device"
 NN_METER = "nn-meter"
+# Kinds of parts that rest on measurements; the others make coverage less than 1.
+FROM_MEASUREMENTS = ("measured", "fitted", "direct")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Prediction:
     parts: tuple[Part, ...]
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
     note: str = ""  # on the sources of the parts
+    per_image: str = ""  # of a throughput device: "an image at batch 256"
+    interval: Interval | None = None  # of a measurement; None where the device has no errors to tell from
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -75,6 +81,7 @@ class Prediction:
     def facts(self, dearest: int) -> dict[str, Any]:
         """Return the prediction as JSON values, with the most expensive layers in place of the parts."""
         facts = {name: value for name, value in vars(self).items() if name != "parts"}
+        facts["interval"] = vars(self.interval) if self.interval is not None else None
         return facts | {"dearest": [vars(layer) for layer in self.layers[:dearest]]}
 
 
@@ -116,6 +123,8 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         tuple(parts),
         batchnorm_ms,
         source_note(latency, device, space, arch),
+        per_image=device.per_image,
+        interval=table.interval(indices),
     )
 
 
@@ -139,10 +148,11 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         parts = [part for part in parts if part.kind == "uncovered"] + _parts(mapped)
         runtime_ms = 0.0
         notes.append(_describe(nn_meter.cover(mapped)))
-    if network.stand_ins:
-        notes.append(f"estimated, each priced by its multiply-adds: {_counted(network.stand_ins)}")
-    if network.uncovered:
-        notes.append(f"uncovered, each priced as a pass over its map: {_counted(network.uncovered)}")
+    stand_ins, uncovered = not_known([device], network.operators)
+    if stand_ins:
+        notes.append(f"estimated, each priced by its multiply-adds: {_counted(stand_ins)}")
+    if uncovered:
+        notes.append(f"uncovered, each priced as a pass over its map: {_counted(uncovered)}")
     if network.changes_of_precision:
         notes.append(
             f"{network.changes_of_precision} changes of precision, not priced: all as in {device.precision}"
@@ -152,9 +162,17 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         raise TableError(
             f"device {device.name}: {network.path} takes {total} ms in all, expected more than 0 and an end"
         )
-    unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
+    unknown = math.fsum(p.latency_ms for p in parts if p.kind not in FROM_MEASUREMENTS)
+    uncertainty = device.known_uncertainty if latency == DEVICE else None
     return Prediction(
-        device.name, total, 1.0 - unknown / total, device.margin, tuple(parts), note="; ".join(notes)
+        device.name,
+        total,
+        1.0 - unknown / total,
+        device.margin,
+        tuple(parts),
+        note="; ".join(notes),
+        per_image=device.per_image,
+        interval=uncertainty.widest(total, unknown) if uncertainty is not None else None,
     )
 
 
@@ -165,7 +183,7 @@ def predict_onnx(device: Device, network: OnnxNetwork) -> tuple[KernelRow, ...]:
     or lacks the kinds by which other operators are priced.
     """
     return tuple(
-        _price(device, chain[part], kernel)
+        price_part(device, chain[part], kernel)
         for chain in network.chains
         for part, kernel in fused_parts([operator.kernel for operator in chain], device.fusion)
     )
@@ -188,10 +206,14 @@ def _products(kernel: Kernel) -> Iterable[Kernel]:
     return replace(alike, kind="conv1x1"), replace(alike, kind="conv"), replace(rows, kind="linear")
 
 
-def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
+def price_part(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> KernelRow:
+    """Return the latency of the kernel that a part of a chain becomes. Raises TableError as predict_onnx."""
+    if kernel.kind == GROUPED and _known(device, kernel) is None:
+        kernel = of_one_group(kernel)
     source, status = _known(device, kernel), part[0].status
-    if source is not None and status != "uncovered":
-        priced_as, kind = kernel, "estimated" if status == "stand-in" else source
+    by_name = kernel.kind in _OF_FEW
+    if source is not None and (status != "uncovered" or by_name):
+        priced_as, kind = kernel, "estimated" if status == "stand-in" and not by_name else source
     else:
         # what multiplies is never priced as a pass
         if any(operator.macs for operator in part):
@@ -200,6 +222,26 @@ def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> Kern
             others = [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
         priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
     return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
+
+
+# Kinds that few devices know: a stand-in or uncovered where they do not.
+_OF_FEW = (GROUPED, *NAMED.values())
+
+
+def not_known(
+    devices: Sequence[Device], operators: Iterable[OnnxOperator]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Count the operators by name that a device prices as stand-ins, and those that are uncovered on one."""
+    counts: dict[str, Counter[str]] = {"stand-in": Counter(), "uncovered": Counter()}
+    for operator in operators:
+        by_name = operator.kernel.kind in _OF_FEW
+        if operator.status in counts and not (by_name and _all_know(devices, operator.kernel)):
+            counts[operator.status][operator.op] += 1
+    return dict(counts["stand-in"]), dict(counts["uncovered"])
+
+
+def _all_know(devices: Sequence[Device], kernel: Kernel) -> bool:
+    return all(_known(device, kernel) is not None for device in devices)
 
 
 def _known(device: Device, kernel: Kernel) -> str | None:

@@ -26,6 +26,7 @@ from qnas.common.files import write_text
 from qnas.common.reading import LINE_CHARACTERS, csv_rows, read_text
 from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.device import Device
+from qnas.latency.intervals import LEVEL, Interval, Uncertainty
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import HEAD, all_blocks
 from qnas.spaces.space import MOST_CLASSES, SearchSpace
@@ -57,6 +58,7 @@ class LatencyTable:
     fixed: tuple[tuple[str, Cell], ...]  # the runtime and the fixed blocks, by name, in order
     cells: tuple[tuple[Cell, ...], ...]  # by position and candidate, in the space's order
     margin: float = 0.0  # share by which a measurement may exceed a prediction
+    uncertainty: Uncertainty | None = field(default=None, compare=False)  # None: unknown
     # the device that the table was computed from; None where it was read from a run's folder
     origin: Device | None = field(default=None, compare=False, repr=False)
 
@@ -89,6 +91,13 @@ class LatencyTable:
         total = self.latency_ms(arch_indices)
         estimated = math.fsum([self.fixed_estimated_ms, *_chosen(self.estimated_ms, arch_indices)])
         return 1.0 - estimated / total if total > 0 else 1.0
+
+    def interval(self, arch_indices: Sequence[int], level: float = LEVEL) -> Interval | None:
+        """Return the interval of a network's latency as `Uncertainty.widest` does; None: unknown."""
+        if self.uncertainty is None:
+            return None
+        estimated = math.fsum([self.fixed_estimated_ms, *_chosen(self.estimated_ms, arch_indices)])
+        return self.uncertainty.widest(self.latency_ms(arch_indices), estimated, level)
 
     def limit_ms(self, budget_ms: float) -> float:
         """Return the highest prediction for which a measurement within the margin meets the budget."""

@@ -448,6 +448,19 @@ class FrontPoint(Document):
     own_budget: bool
 
 
+class PublicPoint(Document):
+    """A public network of the front of accuracy on ImageNet and latency on a device."""
+
+    name: Name
+    resolution_px: Pixels
+    imagenet_top1: Share
+    latency_ms: Positive
+    low_ms: Amount | None
+    high_ms: Positive | None
+    macs: Count
+    params: Count
+
+
 class Front(Document):
     """The best networks on a device."""
 
@@ -460,6 +473,7 @@ class Front(Document):
     own_latency_ms: Positive
     own_accuracy: Share | None
     points: Annotated[list[FrontPoint], Field(min_length=1, max_length=MOST_NETWORKS)]
+    public: Annotated[list[PublicPoint], Field(max_length=MOST_NETWORKS)] = ABSENT  # not in older versions
 
 
 class ParetoDocument(Document):

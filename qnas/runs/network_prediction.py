@@ -13,6 +13,9 @@ from qnas.spaces.space import SearchSpace
 
 Network = OnnxNetwork | tuple[SearchSpace, Arch]
 
+# Libraries of public models, as in timm:NAME; `qnas.deploy.public_models` reads them, with torch.
+LIBRARIES = ("timm", "torchvision")
+
 # Files of networks that are not read, and what to give instead.
 _UNREAD = {
     ".py": "a program, which is not run for a prediction: give the run's folder, or its model.onnx",
@@ -20,6 +23,12 @@ _UNREAD = {
     ".pte": "compiled for ExecuTorch, without its graph: give the run's folder, or its model.onnx",
     ".bin": "the weights of an OpenVINO IR: give the .xml beside it",
 }
+
+
+def library_of(target: str | Path) -> str:
+    """Return the library that a target such as `timm:NAME` is of; empty for any other target."""
+    library, colon, _ = str(target).partition(":")
+    return library if colon and library in LIBRARIES else ""
 
 
 def read_network(

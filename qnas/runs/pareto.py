@@ -14,8 +14,10 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.files import csv_text
 from qnas.common.intervals import wilson
+from qnas.latency.device import Device
 from qnas.runs.budget_curve import LEAST_MS
 from qnas.runs.finished_run import FinishedRun
+from qnas.runs.public_front import public_front
 from qnas.solver.limits import Limit, Limits, expected_amount, far_from_searched, near_searched
 from qnas.solver.solve import CandidateIndices, Solution, solve_best
 from qnas.spaces.arch import arch_from_indices
@@ -139,9 +141,16 @@ def _mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def front_document(
-    run: FinishedRun, limit: Limit, points: Sequence[Point], own_ms: float | None
+    run: FinishedRun,
+    limit: Limit,
+    points: Sequence[Point],
+    own_ms: float | None,
+    device: Device | None = None,
 ) -> dict[str, Any]:
-    """Return a device's entry in a pareto.json; `own_ms` is its budget in the search, if it had one."""
+    """Return a device's entry in a pareto.json; `own_ms` is its budget in the search, if it had one.
+
+    With the device, it has the front of the public networks that take as long.
+    """
     log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
     return {
         "device": limit.name,
@@ -154,6 +163,7 @@ def front_document(
         "own_latency_ms": limit.amount(run.indices),  # of the network that the search derived
         "own_accuracy": run.found["derived"].get("heldout_accuracy"),
         "points": [_entry(run.space, limit.name, point) for point in points],
+        "public": public_front(device, limit.least, limit.most),
     }
 
 

@@ -9,8 +9,10 @@ from qnas.common.files import write_bytes
 from qnas.runs.metrics import OF_LIMIT
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NAMED_APART = 1.3  # times the latency of the last public network that was named
 UNSETTLED = 0.03  # share of the limit: at the end, an expected amount should not be further away
 
 
@@ -51,15 +53,18 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
     """Draw the points of a pareto.json as a PNG, accuracy over latency, with one panel per device.
 
     Small points are not on the front; hollow points are far from what was searched for. If networks were not
-    ranked on images, the score replaces the accuracy.
+    ranked on images, the score replaces the accuracy. Public networks have panels of their own below, since
+    their accuracy is on ImageNet.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
     devices = document["devices"]
-    figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6), layout="constrained")
+    rows = 2 if any(front.get("public") for front in devices) else 1
+    figure = Figure(figsize=(2 + 3.8 * len(devices), 4.6 + 2.4 * (rows - 1)), layout="constrained")
     ranked = document["ranked"]
-    for axes, front in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
+    panels = figure.subplots(rows, len(devices), squeeze=False, sharex="col", height_ratios=[3, 2][:rows])
+    for axes, front in zip(panels[0], devices, strict=True):
         points = front["points"]
         value = "heldout_accuracy" if ranked else "score"
         low, high = front["trusted_ms"]
@@ -96,6 +101,9 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
         if ranked:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_title(front["device"])
+    for axes, front in zip(panels[1] if rows > 1 else (), devices, strict=rows > 1):
+        _draw_public(axes, front)
+    for axes in panels[-1]:
         axes.set_xlabel("latency, ms")
     figure.axes[0].set_ylabel("accuracy on held-out images" if ranked else "score")
     handles = {
@@ -103,6 +111,35 @@ def draw_fronts(document: dict[str, Any], path: Path) -> None:
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
     _write_png(figure, path)
+
+
+def _draw_public(axes: "Axes", front: dict[str, Any]) -> None:
+    """Draw the public networks of a device, named where there is room."""
+    from matplotlib.ticker import PercentFormatter
+
+    points = front.get("public") or []
+    ms, top1 = ([point[key] for point in points] for key in ("latency_ms", "imagenet_top1"))
+    axes.step(ms, top1, where="post", color="C1", lw=1)
+    axes.scatter(ms, top1, s=16, color="C1", label="public networks, on ImageNet" if points else None)
+    if front["own_budget_ms"] is not None:
+        axes.axvline(front["own_budget_ms"], color="0.4", linestyle=":")
+    axes.margins(y=0.15)  # room for the names
+    named_ms = 0.0
+    for point in points:
+        if point["latency_ms"] >= NAMED_APART * named_ms:
+            named_ms = point["latency_ms"]
+            is_left = named_ms**2 < front["fastest_ms"] * front["slowest_ms"]
+            axes.annotate(
+                point["name"],
+                (named_ms, point["imagenet_top1"]),
+                xytext=(5, -3) if is_left else (-5, 3),  # beside the steps, which rise to the right
+                textcoords="offset points",
+                fontsize=6,
+                ha="left" if is_left else "right",
+                va="top" if is_left else "bottom",
+            )
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("ImageNet top-1")
 
 
 def _write_png(figure: "Figure", path: Path) -> None:

@@ -29,6 +29,7 @@ QUICK = {
     "describe": "proxyless-mobile",
     "predict": f"{RUN} --device all",
     "devices": "",
+    "rivals": "--device vpu --budget 30ms --device adreno-630 --budget 40ms --max-params 5M",
     "eval-latency": "networks.npz --device vpu",
     "table": "quadranet-small --device cpu",
     "predictors list": "",

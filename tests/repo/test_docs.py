@@ -192,12 +192,13 @@ def test_every_setting_is_in_the_file_formats() -> None:
             assert name == "file_schema" or f"`{name}`" in section, name
 
 
+@pytest.mark.parametrize(("page", "count"), [("devices", 2), ("rivals", 1)])
 def test_what_the_guides_show_is_what_the_commands_print(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown_blocks = blocks("docs/guides/devices.md", "console")
-    assert len(shown_blocks) == 2
+    shown_blocks = blocks(f"docs/guides/{page}.md", "console")
+    assert len(shown_blocks) == count
     for block in shown_blocks:
         command, _, shown = block.partition("\n")
         assert qnas(*shlex.split(command)[2:]) == 0

@@ -20,6 +20,8 @@ def test_the_wheel_holds_spaces_and_tables(tmp_path: Path) -> None:
         "recipes/imagenet.yaml",
         "recipes/search/digits.yaml",
         "latency_tables/myriad-vpu.json",
+        "public_networks/timm.npz",
+        "public_networks/README.md",
         "runs/report/page.html",
         "runs/report/style.css",
         "nn/kernels/quadratic.cpp",

@@ -24,6 +24,7 @@ from qnas.common.errors import CheckpointError, TableError
 from qnas.common.files import write_text
 from qnas.latency.device import Calibration, Device, Figures, parse_device
 from qnas.latency.evaluation import figures
+from qnas.latency.intervals import Uncertainty, of_sample
 
 CALIBRATED = "calibrated"  # the key in a device's accuracy
 
@@ -34,9 +35,13 @@ MOST_MARGIN = 1.0  # more would halve every budget: not a correction of this dev
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration, and the accuracy before and after it on the networks that gave the margin."""
+    """A calibration, the intervals after it, and the accuracy before and after it.
+
+    Intervals and accuracy are of the networks that gave the margin.
+    """
 
     calibration: Calibration
+    uncertainty: Uncertainty | None
     before: Figures
     after: Figures
 
@@ -108,7 +113,8 @@ def calibrate(
             "stands in its network's row, and that the device is the one that was measured"
         )
     corrected = scale * predicted[last] + offset_ms
-    margin = conformal_margin(measured[last] / corrected - 1.0, level)
+    errors = measured[last] / corrected - 1.0
+    margin = conformal_margin(errors, level)
     calibration = Calibration(
         scale=scale,
         offset_ms=offset_ms,
@@ -119,7 +125,10 @@ def calibrate(
         source=source,
     )
     return Calibrated(
-        calibration, figures(predicted[last], measured[last]), figures(corrected, measured[last])
+        calibration,
+        of_sample(errors, source=source),
+        figures(predicted[last], measured[last]),
+        figures(corrected, measured[last]),
     )
 
 
@@ -155,6 +164,7 @@ def write_calibrated(
         "title": f"{device.title}, calibrated",
         "accuracy": {**device.accuracy, CALIBRATED: {"all": found.after}},
         "calibration": found.calibration,
+        "uncertainty": found.uncertainty,
     }
     text = parse_device(device.model_copy(update=changes).to_json(), str(path)).to_json()
     for table in tables:

@@ -14,6 +14,8 @@ from qnas.latency.onnx.values import Node
 Status = Literal["direct", "stand-in", "uncovered"]
 
 UNCOVERED = "elementwise"
+# Uncovered operators that some devices know by these names; the others price them as UNCOVERED.
+NAMED = {"LeakyRelu": "leakyrelu", "GroupNormalization": "groupnorm", "Pad": "pad", "Resize": "upsample"}
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ def pass_over(reader: Reader, node: Node, kind: str, tensor: str, status: Status
 
 
 def uncovered(reader: Reader, node: Node) -> OnnxOperator:
-    """Return an operator that no latency model knows: a pass over the largest of its tensors."""
+    """Return an operator that few latency models know: a pass over the largest of its tensors."""
     tensors = [*reader.activations(node), *filter(None, node.outputs)]
     largest = max(tensors, key=lambda name: math.prod(reader.shapes[name]))
-    return pass_over(reader, node, UNCOVERED, largest, "uncovered")
+    return pass_over(reader, node, NAMED.get(node.op, UNCOVERED), largest, "uncovered")
 
 
 def windowed(
@@ -63,13 +65,14 @@ def windowed(
     c_in: int | None = None,
     macs: int = 0,
     status: Status = "direct",
+    groups: int = 1,
 ) -> OnnxOperator:
     """Return an operator of windows, with the resolution that gives its output for any padding."""
     x, y = reader.shapes[node.inputs[0]], reader.shapes[node.outputs[0]]
     strides: list[int] = node.attribute("strides") or [1] * len(window)
     stride = max(1, round(float(math.prod(strides) ** (1 / len(window)))))
     px, out_px = side(math.prod(x[2:])), side(math.prod(y[2:]))
-    kernel = Kernel(kind, px, c_in or x[1], y[1], side(math.prod(window)), stride, max(1, x[0]))
+    kernel = Kernel(kind, px, c_in or x[1], y[1], side(math.prod(window)), stride, max(1, x[0]), groups)
     if kernel.out_px != out_px:
         kernel = replace(kernel, resolution_px=out_px * stride)
     return operator_of(node, kernel, macs, status)

@@ -7,7 +7,7 @@ as a convolution or a product of as many.
 import math
 from collections.abc import Callable
 
-from qnas.latency.kernels import Kernel
+from qnas.latency.kernels import GROUPED, Kernel
 from qnas.latency.onnx.einsum import parse_einsum
 from qnas.latency.onnx.onnx_operator import OnnxOperator, Status, operator_of, side, uncovered, windowed
 from qnas.latency.onnx.tensors import Reader
@@ -15,24 +15,21 @@ from qnas.latency.onnx.values import Node
 
 
 def _convolution(reader: Reader, node: Node) -> OnnxOperator:
-    """Return a convolution; a grouped one has the input channels of one group.
-
-    It has the multiply-adds and weights of all groups together, and one launch. Reads of the other
-    groups' input channels are not counted, so it is a stand-in. So are convolutions of integers, and
-    deformed ones.
-    """
+    """Return a convolution; one of integers or deformed is a stand-in, on most devices also one in groups."""
     weights = node.inputs[_RIGHT.get(node.op, 1)]
     x, weight, y = (reader.shapes[name] for name in (node.inputs[0], weights, node.outputs[0]))
     groups = node.attribute("group", 1)
     if groups < 1 or weight[1] * groups != x[1]:
         raise ValueError(f"weights for {weight[1] * groups} channels")
-    is_depthwise = groups == x[1] > 1
-    kind, c_in = ("dwconv", x[1]) if is_depthwise else ("conv", weight[1])
-    macs = math.prod(y) * math.prod(weight[1:])
     dilations = node.attribute("dilations") or [1]
-    is_direct = node.op == "Conv" and (groups == 1 or is_depthwise) and len(x) == 4 and set(dilations) == {1}
-    status: Status = "direct" if is_direct else "stand-in"
-    return windowed(reader, node, kind, weight[2:], c_in=c_in, macs=macs, status=status)
+    is_plain = node.op == "Conv" and len(x) == 4 and set(dilations) == {1}
+    macs, c_in = math.prod(y) * math.prod(weight[1:]), weight[1]
+    status: Status = "direct" if is_plain else "stand-in"
+    if groups == x[1] > 1:
+        return windowed(reader, node, "dwconv", weight[2:], macs=macs, status=status)
+    if is_plain and groups > 1:
+        return windowed(reader, node, GROUPED, weight[2:], macs=macs, status="stand-in", groups=groups)
+    return windowed(reader, node, "conv", weight[2:], c_in=c_in, macs=macs, status=status)
 
 
 def _transposed_convolution(reader: Reader, node: Node) -> OnnxOperator:

@@ -19,7 +19,7 @@ from qnas.common.errors import ArchError, one_line
 from qnas.latency.onnx.model_file import NODES
 from qnas.latency.onnx.values import LARGEST_VALUE, Array
 
-OPSET = 20
+OPSET = 21  # the first whose GroupNormalization is not deprecated
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)  # transpositions between (N, H, W, C) and (N, C, H, W)
 
 # What wrong numbers and missing parts of a file raise while it is read.

@@ -19,6 +19,7 @@ from qnas.common.errors import ArchError, one_line
 from qnas.common.reading import parse_json
 from qnas.latency.onnx.statement import Statement, damage
 
+_END = 2**31 - 1  # an end beyond any dimension
 _GRAPH = "/models/model.json"  # the member of the archive, in a folder of any name
 _GRAPH_BYTES = 32_000_000  # limit; a network of a hundred layers has half a million
 _HALF = 6  # torch's number of the type
@@ -183,13 +184,17 @@ def _convolution(to: Statement, call: _Call) -> None:
         raise ValueError("a transposed convolution, which is not supported")
     operands = [call.get(key) for key in ("input", "weight", "bias")]
     padding = call.get("padding", [0, 0])
+    is_same = padding == "same"
+    if isinstance(padding, str):
+        padding = [0, 0]
     to.add(
         *("Conv", *[name for name in operands if name]),
         output=call.outputs[0],
         name=call.name,
         strides=call.get("stride"),
         dilations=call.get("dilation"),
-        pads=[*padding, *padding],
+        pads=None if is_same else [*padding, *padding],
+        auto_pad="SAME_UPPER" if is_same else None,
         group=call.get("groups", 1),
     )
 
@@ -239,11 +244,121 @@ def _reduction(op: str) -> _State:
 
 
 def _reshape(to: Statement, call: _Call) -> None:
-    to.add("Reshape", call.x, to.constant(call.shape), output=call.outputs[0], name=call.name)
+    to.add("Reshape", call.x, to.constant(call.shape, dtype=np.int64), output=call.outputs[0], name=call.name)
 
 
 def _permute(to: Statement, call: _Call) -> None:
     to.add("Transpose", call.x, output=call.outputs[0], name=call.name, perm=call.get("dims"))
+
+
+def _exchange(to: Statement, call: _Call) -> None:
+    """State a transposition of two dimensions."""
+    _, a, b, *_ = call.arguments.values()
+    order = list(range(len(call.shape)))
+    order[a], order[b] = order[b], order[a]
+    to.add("Transpose", call.x, output=call.outputs[0], name=call.name, perm=order)
+
+
+def _slice(to: Statement, call: _Call) -> None:
+    ends = (call.get("start", 0), call.get("end", _END), call.get("dim", 0), call.get("step", 1))
+    to.add("Slice", call.x, *(to.constant([end]) for end in ends), output=call.outputs[0], name=call.name)
+
+
+def _selection(to: Statement, call: _Call) -> None:
+    index = to.constant(call.get("index", 0))
+    to.add("Gather", call.x, index, output=call.outputs[0], name=call.name, axis=call.get("dim", 0))
+
+
+def _split(to: Statement, call: _Call) -> None:
+    axis = call.get("dim", 0)
+    if len(call.outputs) == 1:
+        to.add("Identity", call.x, output=call.outputs[0], name=call.name)
+        return
+    sizes = to.constant([call.shapes[output][axis] for output in call.outputs])
+    to.add_all("Split", [call.x, sizes], call.outputs, name=call.name, axis=axis)
+
+
+def _unbind(to: Statement, call: _Call) -> None:
+    axis = call.get("dim", 0)
+    parts = [to.fresh() for _ in call.outputs]
+    to.add_all("Split", [call.x, to.constant([1] * len(parts))], parts, name=call.name, axis=axis)
+    for part, output in zip(parts, call.outputs, strict=True):
+        to.add("Squeeze", part, to.constant([axis]), output=output)
+
+
+def _stack(to: Statement, call: _Call) -> None:
+    axis = call.get("dim", 0)
+    parts = [to.add("Unsqueeze", tensor, to.constant([axis])) for tensor in call.get("tensors")]
+    to.add("Concat", *parts, output=call.outputs[0], name=call.name, axis=axis)
+
+
+def _roll(to: Statement, call: _Call) -> None:
+    """State a roll as exporters write it: along each dimension, two slices that change places."""
+    x, dims = call.x, call.get("dims", [])
+    for shift, axis in zip(call.get("shifts"), dims, strict=True):
+        first, second = [-shift, _END], [0, -shift]
+        parts = [to.add("Slice", x, *(to.constant([n]) for n in (*ends, axis))) for ends in (first, second)]
+        x = to.add("Concat", *parts, output=call.outputs[0] if axis == dims[-1] else "", axis=axis)
+
+
+def _sizes(to: Statement, call: _Call) -> str:
+    """Return the sizes of the first output as a constant; what is free is the batch, of one image here."""
+    return to.constant([max(1, size) for size in call.shape], dtype=np.int64)
+
+
+def _expansion(to: Statement, call: _Call) -> None:
+    to.add("Expand", call.x, _sizes(to, call), output=call.outputs[0], name=call.name)
+
+
+def _pad(to: Statement, call: _Call) -> None:
+    """State a padding: torch lists its sizes from the last dimension on, before and after each."""
+    given, rank = call.get("pad"), len(call.shape)
+    before, after = given[::2], given[1::2]
+    unpadded = [0] * (rank - len(before))
+    sizes = to.constant([*unpadded, *reversed(before), *unpadded, *reversed(after)])
+    to.add("Pad", call.x, sizes, output=call.outputs[0], name=call.name)
+
+
+def _resize(to: Statement, call: _Call) -> None:
+    to.add("Resize", call.x, "", "", _sizes(to, call), output=call.outputs[0], name=call.name)
+
+
+def _attention(to: Statement, call: _Call) -> None:
+    """State attention as its products, with the scores between them."""
+    query, key, value = (call.get(name) for name in ("query", "key", "value"))
+    order = list(range(len(call.shapes[key])))
+    turned = to.add("Transpose", key, perm=[*order[:-2], order[-1], order[-2]])
+    scores = to.add("MatMul", query, turned, name=call.name)
+    if call.get("attn_mask"):
+        scores = to.add("Add", scores, call.get("attn_mask"))
+    to.add("MatMul", to.add("Softmax", scores, axis=-1), value, output=call.outputs[0])
+
+
+def _softmax(op: str) -> _State:
+    return lambda to, call: to.add(
+        op, call.x, output=call.outputs[0], name=call.name, axis=call.get("dim", -1)
+    )
+
+
+def _einsum(to: Statement, call: _Call) -> None:
+    equation = call.get("equation").replace(" ", "")
+    to.add("Einsum", *call.get("tensors"), output=call.outputs[0], name=call.name, equation=equation)
+
+
+def _group_norm(to: Statement, call: _Call) -> None:
+    channels = call.shapes[call.x][1:2]
+    operands = [call.get(key) or to.weight(to.fresh(), channels) for key in ("weight", "bias")]
+    groups = call.get("num_groups", call.get("group", 1))
+    to.add("GroupNormalization", call.x, *operands, output=call.outputs[0], name=call.name, num_groups=groups)
+
+
+def _square(to: Statement, call: _Call) -> None:
+    to.add("Mul", call.x, call.x, output=call.outputs[0], name=call.name)
+
+
+def _made(to: Statement, call: _Call) -> None:
+    """State a tensor of which only the size may depend on the image."""
+    to.weight(call.outputs[0], call.shape)
 
 
 def _cast(to: Statement, call: _Call) -> None:
@@ -272,10 +387,22 @@ def _pool(op: str) -> _State:
     return state
 
 
-def _adaptive_pool(to: Statement, call: _Call) -> None:
-    if call.shape[2:] != (1, 1):
-        raise ValueError("an adaptive pooling to more than one pixel, which is not supported")
-    to.add("GlobalAveragePool", call.x, output=call.outputs[0], name=call.name)
+def _adaptive_pool(kind: str) -> _State:
+    """State a pooling to a size, as one of windows of the same size, over the whole map, or as none."""
+
+    def state(to: Statement, call: _Call) -> None:
+        before, after = call.shapes[call.x][2:], call.shape[2:]
+        if after == (1, 1):
+            to.add(f"Global{kind}", call.x, output=call.outputs[0], name=call.name)
+        elif before == after:
+            to.add("Identity", call.x, output=call.outputs[0], name=call.name)
+        elif all(n % m == 0 for n, m in zip(before, after, strict=True)):
+            window = [n // m for n, m in zip(before, after, strict=True)]
+            to.add(kind, call.x, output=call.outputs[0], name=call.name, kernel_shape=window, strides=window)
+        else:
+            raise ValueError("an adaptive pooling whose windows differ in size, which is not supported")
+
+    return state
 
 
 def _silu(to: Statement, call: _Call) -> None:
@@ -288,9 +415,21 @@ def _rsqrt(to: Statement, call: _Call) -> None:
 
 _VIEWS = (
     *("view", "_unsafe_view", "reshape", "flatten.using_ints", "squeeze.dims", "squeeze.dim", "unsqueeze"),
-    "as_strided",
+    *("as_strided", "unflatten.int", "reshape_as", "view_as"),
 )
-_COPIES = ("clone", "alias", "dropout", "dropout_", "contiguous", "detach", "lift_fresh_copy")
+_RESIZES = tuple(
+    f"upsample_{kind}2d{form}" for kind in ("nearest", "bilinear", "bicubic") for form in ("", ".vec")
+)
+_COPIES = (
+    "clone",
+    "alias",
+    "dropout",
+    "dropout_",
+    "feature_dropout",
+    "contiguous",
+    "detach",
+    "lift_fresh_copy",
+)
 _NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 
 
@@ -300,34 +439,71 @@ def _overloads(state: _State, *names: str) -> dict[str, _State]:
 
 # The operators that have a name in ONNX; an overload is `default` where none is named.
 _OPERATORS: dict[str, _State] = {
-    **_overloads(_convolution, "convolution", "conv2d"),
+    **_overloads(_convolution, "convolution", "conv2d", "conv2d.padding"),
+    **_overloads(_attention, "scaled_dot_product_attention"),
+    **_overloads(_einsum, "einsum"),
     **_overloads(_layer_norm, "native_layer_norm", "layer_norm"),
     **_overloads(_batch_norm, *_NORMS),
-    **_overloads(_clamp, "clamp", "hardtanh", "hardtanh_"),
+    **_overloads(_group_norm, "group_norm", "native_group_norm"),
+    **_overloads(_clamp, "clamp", "clamp_", "clamp_min", "hardtanh", "hardtanh_"),
     **_overloads(_product, "linear", "addmm", "mm", "bmm", "matmul"),
     **_overloads(_reduction("ReduceMean"), "mean.dim"),
     **_overloads(_reduction("ReduceSum"), "sum.dim_IntList"),
+    **_overloads(_reduction("ReduceMax"), "amax"),
+    **_overloads(_reduction("ReduceL2"), "linalg_vector_norm"),
+    **_overloads(_softmax("Softmax"), "softmax.int", "_softmax"),
+    **_overloads(_softmax("LogSoftmax"), "log_softmax.int", "_log_softmax"),
     **_overloads(_reshape, *_VIEWS),
+    **_overloads(_expansion, "expand", "expand_as"),
     **_overloads(_of_one("Identity"), *_COPIES),
     **_overloads(_permute, "permute"),
+    **_overloads(_exchange, "transpose.int", "swapaxes", "swapdims"),
+    **_overloads(_slice, "slice.Tensor"),
+    **_overloads(_selection, "select.int"),
+    **_overloads(_split, "split.Tensor", "split_with_sizes", "chunk", "split.sizes"),
+    **_overloads(_unbind, "unbind.int"),
+    **_overloads(_stack, "stack"),
+    **_overloads(_roll, "roll"),
+    **_overloads(_pad, "pad", "constant_pad_nd", "reflection_pad2d"),
+    **_overloads(_resize, *_RESIZES),
+    **_overloads(_made, "new_zeros", "new_ones", "zeros_like", "zeros", "ones", "arange", "full", "eye.m"),
     **_overloads(_cast, "_to_copy", "to.dtype"),
     **_overloads(_concatenation, "cat"),
     **_overloads(_pool("AveragePool"), "avg_pool2d"),
     **_overloads(_pool("MaxPool"), "max_pool2d_with_indices", "max_pool2d"),
-    **_overloads(_adaptive_pool, "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
+    **_overloads(_adaptive_pool("AveragePool"), "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
+    **_overloads(_adaptive_pool("MaxPool"), "adaptive_max_pool2d"),
     **_overloads(_of_one("Relu"), "relu", "relu_"),
     **_overloads(_of_one("HardSwish"), "hardswish", "hardswish_"),
     **_overloads(_of_one("HardSigmoid", alpha=1 / 6, beta=0.5), "hardsigmoid"),
     **_overloads(_silu, "silu", "silu_"),
     **_overloads(_rsqrt, "rsqrt"),
+    **_overloads(_square, "square"),
+    **_overloads(_of_one("LeakyRelu"), "leaky_relu", "leaky_relu_"),
+    **_overloads(_of_one("Gelu"), "gelu_"),
+    **_overloads(_of_one("Sigmoid"), "sigmoid_"),
+    **_overloads(_of_one("HardSigmoid", alpha=1 / 6, beta=0.5), "hardsigmoid_"),
     **{
         f"{op.lower()}.default": _of_one(op)
-        for op in ("Gelu", "Sigmoid", "Tanh", "Erf", "Exp", "Sqrt", "Neg")
+        for op in (
+            "Gelu",
+            "Sigmoid",
+            "Tanh",
+            "Erf",
+            "Exp",
+            "Sqrt",
+            "Neg",
+            "Elu",
+            "Mish",
+            "Softplus",
+            "Abs",
+            "Log",
+        )
     },
     **_overloads(_of_one("Reciprocal"), "reciprocal"),
     **_overloads(_of_two("Add"), "add.Tensor", "add.Scalar", "add_.Tensor"),
-    **_overloads(_of_two("Sub"), "sub.Tensor", "sub.Scalar"),
-    **_overloads(_of_two("Mul"), "mul.Tensor", "mul.Scalar"),
-    **_overloads(_of_two("Div"), "div.Tensor", "div.Scalar"),
+    **_overloads(_of_two("Sub"), "sub.Tensor", "sub.Scalar", "sub_.Tensor"),
+    **_overloads(_of_two("Mul"), "mul.Tensor", "mul.Scalar", "mul_.Tensor"),
+    **_overloads(_of_two("Div"), "div.Tensor", "div.Scalar", "div_.Tensor"),
     **_overloads(_of_two("Pow"), "pow.Tensor_Scalar", "pow.Tensor_Tensor"),
 }

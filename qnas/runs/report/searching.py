@@ -16,8 +16,10 @@ from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import OF_LIMIT, read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
 from qnas.runs.plots import UNSETTLED
+from qnas.runs.public_front import point_title, rivals_of, table_of
 from qnas.runs.report.charts import Band, Level, Mark, Series, chart, heat_map, thin
 from qnas.runs.report.commands import search_command
+from qnas.runs.rivals_text import NOT_YOUR_DATA, interval_header
 from qnas.runs.run_text import identity_line, other_budgets, price_lines, solved_line, what_loss_is
 from qnas.runs.text import mean_and_spread, never_text, short_name
 from qnas.solver.limits import near_searched
@@ -50,6 +52,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "loss_note": what_loss_is(e),
         "identities": [(s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None],
         "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json", run.space)),
+        "public": _public(run),
     }
 
 
@@ -94,6 +97,22 @@ def _rivals(run: FinishedRun) -> Iterator[tuple[str, str, str]]:
                 low, high = wilson(entry["accuracy"], images)
                 interval = f"{100 * low:.1f}\N{EN DASH}{high:.1%}"
             yield name, f"search.{key}", interval
+
+
+def _public(run: FinishedRun) -> dict[str, Any]:
+    """Return the table of the public networks within the run's limits, or why there is none."""
+    rivals, why = rivals_of(run)
+    if rivals is None:
+        return {"rows": [], "why": why}
+    return {
+        "rows": list(table_of(rivals)),
+        "within": len(rivals.networks),
+        "known": rivals.known,
+        "devices": [budget.device.name for budget in rivals.budgets],
+        "levels": [interval_header(latency) for latency in rivals.networks[0].latencies],
+        "meaning": NOT_YOUR_DATA,
+        "source": rivals.source,
+    }
 
 
 def _random(run: FinishedRun) -> str:
@@ -232,3 +251,23 @@ def _pareto_charts(path: Path, space: SearchSpace) -> Iterator[Markup]:
             log_x=True,
             percent=ranked,
         )
+        yield _public_chart(front)
+
+
+def _public_chart(front: Mapping[str, Any]) -> Markup:
+    """Draw the public networks of a device, by their accuracy on ImageNet; nothing without any."""
+    points = front.get("public") or []
+    places = [(point["latency_ms"], point["imagenet_top1"]) for point in points]
+    budget = front["own_budget_ms"]
+    return chart(
+        [
+            Series("", places, 3, "step"),
+            Series("public networks", places, 3, "dots", list(map(point_title, points))),
+        ],
+        title=f"{front['device']}: public networks, by accuracy on ImageNet, not on these images",
+        x_label="ms, each at its own resolution",
+        y_label="ImageNet top-1",
+        levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
+        log_x=True,
+        percent=True,
+    )

@@ -567,7 +567,7 @@ OPERATORS: dict[str, tuple[list[Step], dict[str, Any], Kernel, int]] = {
     "in groups": (
         [("Conv", "x w", "y", {**CONV, "group": 2})],
         {"w": (6, 2, 3, 3)},
-        Kernel("conv", 8, 2, 6, 3),
+        Kernel("gconv", 8, 4, 6, 3, groups=2),
         64 * 9 * 2 * 6,
     ),
     "kernel of 1 x 3": (
@@ -778,7 +778,18 @@ def test_a_product_of_activations_costs_its_multiply_adds_and_is_an_estimate(fil
 def test_a_stand_in_is_an_estimate(file: Path) -> None:
     steps, weights, *_ = OPERATORS["in groups"]
     (row,) = predict_onnx(made_device(add=1, conv=1), read_onnx(write(file, steps, weights=weights)))
-    assert (row.kernel.kind, row.kind) == ("conv", "estimated")
+    assert row.kernel == Kernel("conv", 8, 2, 6, 3)  # of one group
+    assert row.kind == "estimated"
+
+
+def test_a_device_that_knows_grouped_convolutions_prices_them_itself(file: Path) -> None:
+    steps, weights, *_ = OPERATORS["in groups"]
+    found, device = read_onnx(write(file, steps, weights=weights)), made_device(add=1, conv=1, gconv=5)
+    (row,) = predict_onnx(device, found)
+    assert row.kernel == Kernel("gconv", 8, 4, 6, 3, groups=2)
+    assert row.kind != "estimated"
+    assert predict_file("device", device, found).note == ""
+    assert "Conv (1)" in predict_file("device", made_device(add=1, conv=1), found).note
 
 
 def test_a_device_without_a_model_is_refused(file: Path) -> None:

@@ -48,6 +48,29 @@ class Mixed(nn.Module):
         return y
 
 
+class Parts(nn.Module):
+    """Operators that take tensors apart and put them together, attention, and what resizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding="same"), nn.GroupNorm(3, 12), nn.LeakyReLU())
+        self.qkv = nn.Linear(12, 36)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.stem(x), (1, 2, 0, 1))[:, :, :16, 1:17]
+        a, b, c = x.chunk(3, 1)
+        x = torch.cat([torch.roll(a, (2, 1), (2, 3)), b * c, torch.split(x, [4, 8], 1)[0]], 1)
+        x = nn.functional.adaptive_avg_pool2d(nn.functional.interpolate(x, scale_factor=2.0), 8)
+        q, k, v = (
+            self.qkv(x.flatten(2).transpose(1, 2)).unflatten(2, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        x = nn.functional.scaled_dot_product_attention(q, k, v).swapaxes(1, 2).flatten(2)
+        x = torch.stack([x, x.square()], 1).select(1, 0) + torch.einsum("bnc,bnc->bnc", x, x)
+        y: Tensor = self.head(x.mul_(2).mean(1))
+        return y
+
+
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.linalg.det(x.relu()[..., :8])
@@ -83,6 +106,21 @@ def test_a_program_takes_what_its_module_takes(
     device = load_device("cpu")
     ours, theirs = (predict_file(DEVICE, device, each).latency_ms for each in (module, found))
     assert theirs == pytest.approx(ours, rel=0.01)
+
+
+def test_a_program_of_many_parts_is_read_whole(file: Path) -> None:
+    """All multiply-adds are counted, and nothing that moves data is free."""
+    file.write_bytes(program(Parts, 16, decomposed=False))
+    found = read_onnx(file)
+    assert found.macs == 256 * 27 * 12 + 64 * 12 * 36 + 2 * 2 * 64 * 64 * 6 + 12 * 5
+    assert dict.fromkeys(found.uncovered) == dict.fromkeys(
+        ["GroupNormalization", "LeakyRelu", "Pad", "Resize", "Softmax", "Einsum"]
+    )
+    kinds = [operator.kernel.kind for operator in found.operators]
+    assert kinds.count("split") == 5  # chunk, split, unbind, and the slices of a roll along each dimension
+    assert kinds.count("concat") == 4  # two of the roll, cat, stack
+    assert kinds.count("matmul") == 2
+    assert {"avgpool", "transpose", "slice", "square", "mul", "add", "mul_scalar"} < set(kinds)
 
 
 def test_an_operator_without_a_name_of_ours_is_named(file: Path) -> None:

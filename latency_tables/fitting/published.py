@@ -1,0 +1,95 @@
+"""Devices fitted to networks of which only the whole was timed, and published with its name (timm's results).
+
+Networks of one name at several resolutions are alike, so a network is left out of a fit with all of its name. The
+families that are left out whole are those of timm's files.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from fitting.desktop import CHIPS, compiled, desktop_cpu, eager
+from fitting.fit import HELD_OUT, SEED, Design, Fit, Form, fit_networks, fit_robust
+from qnas.latency.device import Figures, KernelModel
+from qnas.latency.evaluation import Array, Networks, figures
+from qnas.latency.kernels import POINTWISE, chain_kind
+
+Mask = npt.NDArray[np.bool_]
+
+# device -> its name in the file of the measurements, the fusion of its runtime, and its terms
+PUBLISHED: dict[str, tuple[str, str, Form]] = {
+    "rtx4090": ("rtx4090-nchw", "cuda", eager(CHIPS["rtx4090"].floors(2))),
+    "rtx4090-compiled": ("rtx4090-compiled", "inductor", compiled(CHIPS["rtx4090"].floors(2))),
+    "rtx3090": ("rtx3090-nhwc", "cuda", eager(CHIPS["rtx3090"].floors(2))),
+    "rtx5090": ("rtx5090-compiled", "inductor", compiled(CHIPS["rtx5090"].floors(2))),
+    "i7-12700h": ("i7-12700h-compiled", "inductor", desktop_cpu()),
+}
+# Families whose figures are given one by one.
+NAMED = (
+    "convnext",
+    "convformer",
+    "poolformer",
+    "gmlp",
+    "mobilenet",
+    "efficientnet",
+    "regnety",
+    "resnet",
+    "nfnet",
+)
+
+# A kind that no measured network has -> the kind that costs as much.
+_ALIKE: dict[str, str] = {
+    **dict.fromkeys(("clip", "square", "add_scalar", "mul_scalar"), "relu"),
+    "sub": "add",
+    **dict.fromkeys(("reshape", "slice"), "transpose"),
+    "shuffle": "concat",
+}
+
+
+def fit_published(networks: Networks, column: str, of: Design) -> tuple[Fit, dict[str, dict[str, Figures]]]:
+    """Fit a device to all networks measured on it, and return the accuracy of fits that left some out.
+
+    The figures are of a random fifth by name, of every family left out in turn, and of some of these by name.
+    """
+    latency_ms = networks.latency_ms[column]
+    known = np.isfinite(latency_ms)
+    assert networks.names is not None
+    names, index = np.unique(networks.names, return_inverse=True)
+    fifth = (np.random.default_rng(SEED).random(len(names)) < HELD_OUT)[index]
+    families = networks.families.tolist()
+    left_out = {family: known & (networks.families == family) for family in sorted(set(families))}
+    predicted = _predict_unseen(of, latency_ms, known, list(left_out.values()))
+
+    def within_15(rows: Mask) -> Figures:
+        error = np.abs(predicted[rows] / latency_ms[rows] - 1.0)
+        share = round(100 * float(np.mean(error <= 0.15)), 1)
+        return figures(predicted[rows], latency_ms[rows]).model_copy(update={"within_15_pct": share})
+
+    unseen = _predict_unseen(of, latency_ms, known, [known & fifth])
+    random = known & fifth
+    accuracy = {
+        "unseen networks": {"all": figures(unseen[random], latency_ms[random])},
+        "each family unseen": {"all": within_15(known)},
+        "unseen family": {name: within_15(left_out[name]) for name in NAMED if left_out[name].any()},
+    }
+    return fit_networks(of, latency_ms, known), accuracy
+
+
+def _predict_unseen(of: Design, latency_ms: Array, known: Mask, parts: list[Mask]) -> Array:
+    """Predict each part by a fit to the other networks."""
+    predicted = np.full(len(latency_ms), np.nan)
+    for part in parts:
+        if part.any():
+            seen = known & ~part
+            weights = fit_robust(of.matrix[seen], latency_ms[seen], of.lowest)
+            predicted[part] = of.matrix[part] @ weights
+    return predicted
+
+
+def published_model(fit: Fit) -> dict[str, KernelModel]:
+    """Return the models of all kinds of kernels, including operators that a fit did not see by themselves."""
+    model = {kind: KernelModel(kind="fitted", terms=terms) for kind, terms in fit.terms.items()}
+    fused = {name: chain_kind([name]) for name in POINTWISE}
+    for kind, other in {**_ALIKE, **({} if "relu" in model else fused)}.items():
+        note = f"not timed by itself: as {other}"
+        model[kind] = KernelModel(kind="estimated", note=note, like=other)
+    return dict(sorted(model.items()))
