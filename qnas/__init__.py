@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qnas.api.checking import check_data
     from qnas.api.deriving import Derivation, ParetoFronts, derive, pareto
     from qnas.api.exporting import export
+    from qnas.api.measuring import measure
     from qnas.api.predicting import predict
     from qnas.api.results import DerivedNetwork, SearchResult, TrainedNetwork
     from qnas.api.searching import load_run, run_search
@@ -44,6 +45,7 @@ _OFFERED = {
     "qnas.api.checking": ("check_data",),
     "qnas.api.deriving": ("Derivation", "ParetoFronts", "derive", "pareto"),
     "qnas.api.exporting": ("export",),
+    "qnas.api.measuring": ("measure",),
     "qnas.api.predicting": ("predict",),
     "qnas.api.results": ("DerivedNetwork", "SearchResult", "TrainedNetwork"),
     "qnas.api.searching": ("load_run", "run_search"),
@@ -85,6 +87,7 @@ __all__ = [
     "load_run",
     "load_space",
     "make_space",
+    "measure",
     "open_dataset",
     "pareto",
     "predict",

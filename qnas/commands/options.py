@@ -27,6 +27,7 @@ OPTIONS = {
     "resolution_px": "resolution",
     "start_resolution_px": "start-resolution",
     "search_epochs": "epochs",
+    "timeout_s": "timeout",
 }
 Complete = Callable[[str], completion.Words]
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")

@@ -42,6 +42,8 @@ Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
 
 # measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
+# int8-dynamic: weights in int8, with the range of each map found for each image
+FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
 
 class KernelModel(FilePart):
@@ -112,7 +114,10 @@ class Device(FilePart):
     aliases: Annotated[tuple[str, ...], BeforeValidator(to_tuples)] = ()
     title: str
     runtime: str
-    precision: str
+    precision: str  # of the computation, in words
+    # the files whose latency this is: their format where `runtime` does not tell it, and their precision
+    file_format: Annotated[str, Field(pattern="^[a-z]*$", max_length=20)] = ""
+    file_precision: FilePrecision = "fp32"
     batch: Annotated[int, Field(ge=1)]
     unit: Literal["ms"]
     kind: Source

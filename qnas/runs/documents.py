@@ -176,12 +176,12 @@ class Certificate(Document):
 
 
 class Measured(Document):
-    """The latency of an exported file on this machine."""
+    """The latency of an exported file on this machine, or elsewhere by a command, `runtime`."""
 
     p50_ms: Amount
     p95_ms: Amount
     runtime: Text
-    threads: Threads
+    threads: Threads = ABSENT
     machine: Text
 
 

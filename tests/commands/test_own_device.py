@@ -104,8 +104,8 @@ def test_a_name_that_is_none_writes_nothing(board: Path) -> None:
 def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
     with pytest.raises(UsageError, match=r"--level 90: expected a share"):
         calibrate(board, "cpu", "mine", 90.0, None, None, force=False)
-    with pytest.raises(UsageError, match="--format 'tflite': expected onnx or arch"):
-        sample(SPACE, 40, "cpu", "tflite", board)
+    with pytest.raises(UsageError, match="--format 'tflight': did you mean tflite"):
+        sample(SPACE, 40, "cpu", "tflight", board)
     for command in (measure, lambda csv: fit_latency(csv, "mine")):
         with pytest.raises(
             UsageError, match=r"^nope: no such file, expected the CSV that qnas sample writes"
