@@ -108,8 +108,9 @@ def devices(
 def _device_lines(device: "KnownDevice") -> Iterator[str]:
     aliases = f" ({', '.join(device.aliases)})" if device.aliases else ""
     yield from wrap(f"{device.name}{aliases}: {device.title}", columns())
+    batch = f"ms {device.per_image}" if device.per_image else f"batch {device.batch}"
     facts = [
-        f"{device.kind}, {device.runtime}, {device.precision}, batch {device.batch}, {device.date}",
+        f"{device.kind}, {device.runtime}, {device.precision}, {batch}, {device.date}",
         f"source: {device.source}",
     ]
     for held_out, figures in device.accuracy.items():

@@ -45,6 +45,10 @@ Source = Literal["measured", "fitted", "estimated"]
 # int8-dynamic: weights in int8, with the range of each map found for each image
 FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
+# latency: of a network that runs for `batch` images by itself; throughput: the time of a batch divided by its
+# images, where the device is full and a batch may begin before the last one is done
+Quantity = Literal["latency", "throughput"]
+
 
 class KernelModel(FilePart):
     """The cost of one kind of kernel, in one of three forms.
@@ -120,6 +124,7 @@ class Device(FilePart):
     file_precision: FilePrecision = "fp32"
     batch: Annotated[int, Field(ge=1)]
     unit: Literal["ms"]
+    quantity: Quantity = "latency"
     kind: Source
     source: str
     date: Day
@@ -200,6 +205,11 @@ class Device(FilePart):
                 one_line(f"device {self.name} has no cost for {quoted(kernel.kind)} kernels: {known}", 300)
             )
         return self.model[kernel.kind]
+
+    @property
+    def per_image(self) -> str:
+        """What follows a printed latency of a throughput device: `an image at batch 256`; else empty."""
+        return f"an image at batch {self.batch}" if self.quantity == "throughput" else ""
 
     @property
     def network_ms(self) -> float:

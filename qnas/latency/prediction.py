@@ -59,6 +59,7 @@ class Prediction:
     parts: tuple[Part, ...]
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
     note: str = ""  # on the sources of the parts
+    per_image: str = ""  # of a throughput device: "an image at batch 256"
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -116,6 +117,7 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         tuple(parts),
         batchnorm_ms,
         source_note(latency, device, space, arch),
+        device.per_image,
     )
 
 
@@ -154,7 +156,13 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         )
     unknown = math.fsum(p.latency_ms for p in parts if p.kind not in ("measured", "fitted", "direct"))
     return Prediction(
-        device.name, total, 1.0 - unknown / total, device.margin, tuple(parts), note="; ".join(notes)
+        device.name,
+        total,
+        1.0 - unknown / total,
+        device.margin,
+        tuple(parts),
+        note="; ".join(notes),
+        per_image=device.per_image,
     )
 
 

@@ -17,7 +17,8 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
     rows = []
     for p in predictions:
         with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
-        rows.append((p.device, format_ms(p.latency_ms), f"{p.coverage:.0%}", with_norm))
+        took = f"{format_ms(p.latency_ms)} {p.per_image}".rstrip()
+        rows.append((p.device, took, f"{p.coverage:.0%}", with_norm))
     lines = [table_rows(("device", "latency", "from measurements", "with batch norm"), rows)]
     for p in predictions:
         lines += ["", f"{p.device}: the slowest layers"]
@@ -61,7 +62,8 @@ def latency_lines(
     for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
         latency_ms = table.latency_ms(indices)
         where = f"{table.device} at {space.input.resolution_px} px"
-        took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {where}"
+        budget = f"{format_ms(budget_ms)} {load_device(name).per_image}".rstrip()
+        took = f"{format_ms(latency_ms, round_up=True)} of {budget} on {where}"
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")

@@ -119,6 +119,15 @@ def test_an_unknown_kind_of_kernel_is_an_error_not_zero() -> None:
         load_device("cpu").kernel_ms(Kernel("convv", 7, 8, 8))
 
 
+def test_a_device_of_throughput_says_what_its_milliseconds_are_of() -> None:
+    throughput = parse_device(json.dumps({**OWN, "quantity": "throughput", "batch": 256}), "mine")
+    assert throughput.per_image == "an image at batch 256"
+    assert parse_device(json.dumps(OWN), "mine").quantity == "latency"
+    assert parse_device(json.dumps(OWN), "mine").per_image == ""
+    with pytest.raises(TableError, match="quantity: expected 'latency' or 'throughput', got 'speed'"):
+        parse_device(json.dumps({**OWN, "quantity": "speed"}), "mine")
+
+
 def test_all_problems_of_a_device_file_come_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     bad = {
