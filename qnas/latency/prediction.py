@@ -13,7 +13,8 @@ from typing import Any
 from qnas.common.errors import TableError, UsageError, abbreviate, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
-from qnas.latency.kernels import Kernel, fused_parts
+from qnas.latency.energy import network_mj
+from qnas.latency.kernels import Kernel, fuse, fused_parts
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.onnx.networks import OnnxNetwork
@@ -60,6 +61,7 @@ class Prediction:
     batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
     note: str = ""  # on the sources of the parts
     per_image: str = ""  # of a throughput device: "an image at batch 256"
+    energy_mj: float | None = None  # None where the device's file states no energies
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -109,15 +111,18 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     batchnorm_ms = None
     if space.norm != "batchnorm" and device.prices_kernels:
         batchnorm_ms = table_from(latency, device, space.with_norm("batchnorm")).latency_ms(indices)
+    latency_ms = table.latency_ms(indices)
+    kernels = (kernel for block in lower(space, arch) for kernel in fuse(block.layers, device.fusion))
     return Prediction(
         table.device,
-        table.latency_ms(indices),
+        latency_ms,
         table.coverage(indices),
         table.margin,
         tuple(parts),
         batchnorm_ms,
         source_note(latency, device, space, arch),
         device.per_image,
+        network_mj(device, kernels, latency_ms),
     )
 
 
@@ -163,6 +168,7 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         tuple(parts),
         note="; ".join(notes),
         per_image=device.per_image,
+        energy_mj=network_mj(device, (row.priced_as or row.kernel for row in rows), total),
     )
 
 
@@ -207,7 +213,8 @@ def _price(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> Kern
         else:
             others = [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
         priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
-    return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
+    name = "+".join(o.name for o in part)
+    return KernelRow(name, kernel, device.kernel_ms(priced_as), kind, priced_as=priced_as)
 
 
 def _known(device: Device, kernel: Kernel) -> str | None:
