@@ -1,4 +1,4 @@
-"""Limits on a network: milliseconds, parameters, multiply-adds, millijoules; how far they are from a search's.
+"""Limits on a network: milliseconds, counts or millijoules; and their distance from those of a search.
 
 Each limit has a fixed part and a cell for each position and candidate, like a latency table, so that one
 solver, one expected value and one penalty serve all of them. A network has to meet all limits at once.
