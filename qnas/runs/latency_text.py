@@ -95,6 +95,9 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"
             lines.append(wrapped(f"the budget does not bind: the {what} of the space is within it"))
+        if (origin := limit.table.origin if limit.table else None) and origin.file_precision != "fp32":
+            of_files = f"the latencies on {limit.name} are of files in {origin.file_precision}"
+            lines.append(wrapped(f"{of_files}: training is in float, and qnas export checks such a file"))
         if limit.table and limit.table.margin:
             most_ms = limit.describe(limit.limit)
             lines.append(

@@ -285,13 +285,13 @@ SMALL = (
     ("--resolution 224 --force", r"\g<0> --allow-drop"),
     ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
     ("^qnas profile", "qnas profile --repeats 1"),
-    ("^qnas measure (board|check|phone|gpu|desk|RUN)", r"qnas measure --repeats 2 \1"),
+    ("^qnas measure (board|check|phone|gpu|desk|quick|RUN)", r"qnas measure --repeats 2 \1"),
     ("--n (100|60)", "--n 24"),
     # a space of few blocks, of which each is exported and timed
     ("(profile|sample)(.*) --space quadranet-small", r"\1\2 --space tiny.yaml"),
     # what a machine takes is not what the author's took
     (
-        r"(local-onnxruntime|board-sure)(\.json) --budget \S+ --space \S+",
+        r"(local-onnxruntime|board-sure|quick)(\.json) --budget \S+ --space \S+",
         r"\1\2 --budget 10s --space tiny.yaml",
     ),
     # forests of noise stand in for the published ones
