@@ -116,7 +116,7 @@ def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
     alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     Path("board", "space.yaml").unlink()
     with pytest.raises(
-        UsageError, match=r"no space\.yaml beside it: name the space of the networks with --space"
+        UsageError, match=r"no space\.yaml beside it: name the space of the networks with `space`"
     ):
         fit_latency(board, "mine", None, None, force=False)
     fit_latency(alone, "mine", SPACE, None, force=False)

@@ -44,7 +44,6 @@ TOLERANCES: dict[FilePrecision, Tolerance] = {
     "int8": Tolerance(0.5, 0.8, 0.02),
     "int8-dynamic": Tolerance(0.5, 0.8, 0.02),
 }
-ANY = Tolerance(1e30, 0.0, 1.0)  # of files that are only timed
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,6 @@ class Parity:
 
 def tolerance_of(variant: Variant) -> Tolerance:
     """Return the tolerance of a precision, with the largest drop that was asked for."""
-    if variant.every_layer:
-        return ANY
     tolerance = TOLERANCES[variant.precision]
     return tolerance if variant.max_drop is None else replace(tolerance, drop=variant.max_drop)
 
