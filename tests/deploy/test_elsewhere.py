@@ -1,5 +1,6 @@
 """Commands that run files elsewhere: a script plays the board, which is slow or noisy, or dies midway."""
 
+import hashlib
 import os
 import shlex
 import sys
@@ -12,10 +13,12 @@ from helpers.command_line import qnas as run_qnas
 
 import qnas
 from qnas.common.errors import CheckpointError, Interrupted, MeasurementError, UsageError
+from qnas.common.files import write_json
 from qnas.common.reading import read_json
 from qnas.deploy.elsewhere import Elsewhere
 from qnas.latency.fitting.measurements import Measured, read_measured, write_measured
-from qnas.spaces.arch import Arch
+from qnas.runs.found_arch import find_arch
+from qnas.spaces.arch import Arch, arch_document
 from qnas.spaces.space import SearchSpace
 
 PYTHON = shlex.quote(sys.executable)
@@ -262,3 +265,47 @@ def test_the_command_line_names_its_options(sample: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "1.700 ms to 36.00 ms" in shown
     assert "3 networks; tflite fp32: " in " ".join(shown.split())
+
+
+@pytest.fixture
+def exported(sample: Path, tiny_space: SearchSpace) -> Path:
+    """A run's folder with an exported file, as far as a measurement reads it."""
+    arch = read_measured(sample / "latencies.csv", tiny_space)[0].arch
+    write_json(sample / "arch.json", arch_document(tiny_space, arch, {}))
+    file = sample / "export" / "model_int8.tflite"
+    file.parent.mkdir()
+    file.write_bytes(CONTENTS["b"])
+    digest = hashlib.sha256(CONTENTS["b"]).hexdigest()
+    about = {"digests": [digest], "resolution_px": tiny_space.input.resolution_px}
+    write_json(Path(f"{file}.parity.json"), about)
+    return sample
+
+
+def test_an_exported_file_is_timed_into_its_arch_json(exported: Path) -> None:
+    options = {"pattern": PATTERN, "format": "tflite", "precision": "int8", "repeats": 2}
+    done = qnas.measure(exported, command=played(exported / "log"), **options)  # type: ignore[arg-type]
+    measured = find_arch(exported).document["measured"]
+    assert measured == done.document["measured"]
+    assert measured["p50_ms"] == pytest.approx(board.time_us(CONTENTS["b"]) / 1e3, rel=1e-4)
+    assert (measured["runs"], measured["file"]) == (2, "export/model_int8.tflite")
+    assert "board.py" in measured["runtime"]
+    before = (exported / "arch.json").read_bytes()
+    with pytest.raises(MeasurementError, match="device offline"):
+        qnas.measure(exported, command=played(exported / "log", "--dies-at", "3"), **options)  # type: ignore[arg-type]
+    assert (exported / "arch.json").read_bytes() == before
+    with pytest.raises(
+        CheckpointError, match=r"model\.tflite: no such file: run qnas export .*--format tflite "
+    ):
+        qnas.measure(exported, command="cat {file}", pattern=PATTERN, format="tflite")
+    (exported / "export" / "model_int8.tflite").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match=r"changed since its export: .* --precision int8 .* --force"):
+        qnas.measure(exported, command="cat {file}", **options)  # type: ignore[arg-type]
+
+
+def test_an_exported_file_of_another_resolution_is_refused(exported: Path) -> None:
+    about = exported / "export" / "model_int8.tflite.parity.json"
+    write_json(about, {**read_json(about, CheckpointError), "resolution_px": 8})
+    with pytest.raises(
+        CheckpointError, match="its input has 8 px, the prediction is for 32 px: run qnas export"
+    ):
+        qnas.measure(exported, command="cat {file}", pattern=PATTERN, format="tflite", precision="int8")
