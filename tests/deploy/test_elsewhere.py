@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shlex
 import sys
 import time
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers import board
+from helpers.command_line import commands
 from helpers.command_line import qnas as run_qnas
+from helpers.pages import BLOCK, PAGES
+from helpers.played_programs import write_programs
 
 import qnas
 from qnas.common.errors import CheckpointError, Interrupted, MeasurementError, UsageError
@@ -309,3 +313,29 @@ def test_an_exported_file_of_another_resolution_is_refused(exported: Path) -> No
         CheckpointError, match="its input has 8 px, the prediction is for 32 px: run qnas export"
     ):
         qnas.measure(exported, command="cat {file}", pattern=PATTERN, format="tflite", precision="int8")
+
+
+def shown_on_pages() -> list[str]:
+    shown = (block.replace("\\\n", " ") for text in PAGES.values() for _, block in BLOCK.findall(text))
+    lines = {line for block in shown for line in block.splitlines() if line.startswith("qnas measure ")}
+    return sorted(line for line in lines if "--command" in line)
+
+
+@pytest.mark.parametrize("line", shown_on_pages())
+def test_the_commands_of_the_pages_find_the_times_of_real_outputs(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_programs(tmp_path / "programs")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}{os.pathsep}{os.environ['PATH']}")
+    words = shlex.split(line)[2:]
+    given = commands()["measure"].make_context("measure", [*words]).params
+    file = tmp_path / "model"
+    file.write_bytes(b"x")
+    asked = Elsewhere(given["command"], given["pattern"], given["unit"], given["push"])
+    expected = {"adb": 18.0505, "trtexec": 1.19}.get(words[words.index("--command") + 1].split()[0], 5.17)
+    assert asked.time_ms([file]) == pytest.approx(48.9 if "-api sync" in line else expected)
+
+
+def test_the_pages_show_commands_for_phones_gpus_and_boards() -> None:
+    programs = {re.sub(r".*--command '(\w+) .*", r"\1", line) for line in shown_on_pages()}
+    assert programs == {"adb", "ssh", "trtexec"}

@@ -19,7 +19,7 @@ NETWORKS = (
     Measured("one", Arch(("quadra_k3_e2", "identity", "quadra_k3_e2", "identity"))),
     Measured("two", Arch(("quadra_k3_e2", "identity", "identity", "identity"))),
 )
-QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("onnx", "fp16"), ("vpu", "fp32"), ("torch", "fp16")]
+QUICK = [("onnx", "fp32"), ("onnx", "int8")]
 ALL = [(name, precision) for name in TIMED_FORMATS for precision in FORMATS[name].precisions]
 
 
