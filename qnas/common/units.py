@@ -118,9 +118,17 @@ def format_per_image(latency_ms: float, *, round_up: bool = False) -> str:
     >>> format_per_image(0.2)
     '0.2000 ms an image (5,000 img/s)'
     """
+    return f"{format_ms(latency_ms, round_up=round_up)} an image ({format_rate(latency_ms)})"
+
+
+def format_rate(latency_ms: float) -> str:
+    """Write the images per second of an image's milliseconds.
+
+    >>> format_rate(0.08), format_rate(30.0)
+    ('12,500 img/s', '33.33 img/s')
+    """
     rate = 1e3 / latency_ms if latency_ms else math.inf
-    digits = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
-    return f"{format_ms(latency_ms, round_up=round_up)} an image ({digits} img/s)"
+    return f"{rate:,.0f} img/s" if rate >= 1000 else f"{rate:.4g} img/s"
 
 
 def _four_digits(value: float, round_up: bool) -> str:

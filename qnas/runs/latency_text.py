@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qnas.common.units import format_count, format_mj, format_ms, format_per_image
+from qnas.common.units import format_count, format_mj, format_ms, format_per_image, format_rate
 from qnas.latency.device import Figures, load_device
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
@@ -19,13 +19,13 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
         with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
         took = format_ms(p.latency_ms)
         if p.per_image:
-            took = f"{format_per_image(p.latency_ms)} {p.per_image.removeprefix('an image ')}"
+            took += f" ({format_rate(p.latency_ms)})"
         energy = [] if not metered else ["-" if p.energy_mj is None else format_mj(p.energy_mj)]
         rows.append((p.device, took, *energy, f"{p.coverage:.0%}", with_norm))
     heads = ("device", "latency", *(["energy"] * metered), "from measurements", "with batch norm")
     lines = [table_rows(heads, rows)]
     for p in predictions:
-        lines += ["", f"{p.device}: the slowest layers"]
+        lines += ["", f"{p.device}: the slowest layers{f', in ms {p.per_image}' if p.per_image else ''}"]
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
             begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "

@@ -91,6 +91,11 @@ def test_the_energy_shows_in_every_text(
     capsys.readouterr()
     assert run_qnas("predict", str(limited.folder), "--device", "bench.json") == 0
     assert " mJ " in capsys.readouterr().out
+    assert run_qnas("predict", str(limited.folder), "--device", "full.json") == 0
+    shown = capsys.readouterr().out
+    assert " img/s)" in shown
+    assert "full: the slowest layers, in ms an image at batch 64" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     budgets = ("--device", "bench.json", "--budget", "10ms", "--device", "full.json", "--budget", "200img/s")
     words = ("derive", str(limited.folder), *budgets, "--max-energy", "1J", "--out", "derived", "-q")
     assert run_qnas(*words) == 0, capsys.readouterr().err
