@@ -27,8 +27,9 @@ import numpy as np
 from qnas.common import host
 from qnas.common.files import write_bytes, write_text
 from qnas.deploy.assembly import assemble, export_block
-from qnas.deploy.measurement import measure_sample, time_files
+from qnas.deploy.measurement import Here, measure_sample, time_files
 from qnas.deploy.sampling import CSV_FILE, choose_networks, write_sample
+from qnas.deploy.timed_files import PLAIN
 from qnas.deploy.timing import Timing
 from qnas.latency.device import load_device
 from qnas.latency.device_table import load_table
@@ -72,8 +73,8 @@ def first_part(space: SearchSpace, out: Path, repeats: int, seed: int) -> list[M
     if not file.exists():
         table = load_table(load_device("cpu"), space)
         networks = choose_networks(space, table, NETWORKS, seed)
-        write_sample(space, networks, file.parent, onnx=True, seed=seed)
-    measure_sample(file, space, runtime="onnxruntime", threads=1, repeats=repeats)
+        write_sample(space, networks, file.parent, kind=PLAIN, seed=seed)
+    measure_sample(file, space, Here("onnxruntime", threads=1), repeats=repeats)
     rows = read_measured(file, space)
     order = np.random.default_rng(seed).permutation(len(rows))
     fitted, held_out = [rows[i] for i in order[:FITTED]], [rows[i] for i in order[FITTED:]]

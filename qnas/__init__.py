@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qnas.api.checking import check_data
     from qnas.api.deriving import Derivation, ParetoFronts, derive, pareto
     from qnas.api.exporting import export
+    from qnas.api.measuring import measure
     from qnas.api.predicting import predict
     from qnas.api.results import DerivedNetwork, SearchResult, TrainedNetwork
     from qnas.api.rivals import rivals
@@ -46,6 +47,7 @@ _OFFERED = {
     "qnas.api.checking": ("check_data",),
     "qnas.api.deriving": ("Derivation", "ParetoFronts", "derive", "pareto"),
     "qnas.api.exporting": ("export",),
+    "qnas.api.measuring": ("measure",),
     "qnas.api.predicting": ("predict",),
     "qnas.api.results": ("DerivedNetwork", "SearchResult", "TrainedNetwork"),
     "qnas.api.rivals": ("rivals",),
@@ -90,6 +92,7 @@ __all__ = [
     "load_run",
     "load_space",
     "make_space",
+    "measure",
     "open_dataset",
     "pareto",
     "predict",

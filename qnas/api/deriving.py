@@ -50,6 +50,7 @@ def derive(
     *,
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
+    max_energy: str | None = None,
     latency: str = DEVICE,
     k_best: int | None = None,
     rerank: bool | None = None,
@@ -72,7 +73,7 @@ def derive(
     check_arguments(k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, space = searched.run, searched.space
-    asked = AskedLimits.of(budgets, max_params, max_macs)
+    asked = AskedLimits.of(budgets, max_params, max_macs, max_energy=max_energy)
     limits = asked.limits(space, latency)
     folder = Path(out) if out is not None else run.folder / DERIVED_FOLDER / asked.label
     _check_free(folder / ARCH_FILE, force=force)

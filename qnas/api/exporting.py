@@ -18,7 +18,7 @@ def export(
     formats: str | Sequence[str] | None = None,
     *,
     aot: bool = False,
-    precision: str = "fp32",
+    precision: str | None = None,
     opset: int | None = None,
     ranges: str = "minmax",
     symmetric: bool | None = None,
@@ -38,11 +38,12 @@ def export(
     `formats` are of "vpu", "tflite", "onnx", "openvino", "torch", "aot", "executorch" and "standalone"; the
     default is what the devices of the search run, with "onnx" for what cannot be written here or is not
     known. `aot` adds an AOTInductor package for this processor. `precision` is "fp32", "fp16", "int8" or
-    "int8-dynamic" (weights in int8, the ranges of maps found for each image). `opset` is of ONNX, 13 to 20,
-    for runtimes that read no newer one; "onnx" is the default with it. In int8, `ranges` of maps are found
-    by "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as TensorRT needs
-    (default: if a device of the search is a GPU). Images are `resolution_px` high and wide (default: as in
-    training), in batches of any size or of `batch`.
+    "int8-dynamic" (weights in int8, the ranges of maps found for each image); the default is "fp32", or
+    without `formats` that of the files which the latencies of the search's devices are of. `opset` is of
+    ONNX, 13 to 20, for runtimes that read no newer one; "onnx" is the default with it. In int8, `ranges` of
+    maps are found by "minmax", "percentile" or "entropy", and `symmetric` maps have zero points of 0, as
+    TensorRT needs (default: if a device of the search is a GPU). Images are `resolution_px` high and wide
+    (default: as in training), in batches of any size or of `batch`.
 
     Each file is compared with the network on up to `images` test images of `data` (default: 512 images of
     the training's data). It is refused if the 95% interval of the drop of its accuracy lies above `max_drop`

@@ -19,7 +19,7 @@ from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import REPORT_FILE, RESULT_FILE
 from qnas.runs.verification import read_limits
-from qnas.solver.limits import Limits
+from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
 from qnas.spaces.arch import Arch, arch_document, make_arch
 from qnas.spaces.space import SearchSpace
 
@@ -51,6 +51,12 @@ class DerivedNetwork(FoundArch):
     def latencies_ms(self) -> dict[str, float]:
         """The predicted latency on each device with a budget, in milliseconds."""
         return {e["name"]: float(e["amount"]) for e in self.document["limits"] if e["unit"] == "ms"}
+
+    @property
+    def energies_mj(self) -> dict[str, float]:
+        """The energy on each device where it was limited, in millijoules."""
+        entries = (e for e in self.document["limits"] if e["unit"] == ENERGY_UNIT)
+        return {e["name"].removeprefix(f"{ENERGY}-"): float(e["amount"]) for e in entries}
 
     @cached_property
     def limits(self) -> Limits:

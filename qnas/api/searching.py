@@ -47,6 +47,7 @@ def run_search(
     out: str | Path | None = None,
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
+    max_energy: str | None = None,
     latency: str | None = None,
     max_broken: float | None = None,
     preset: str | Path | None = None,
@@ -62,9 +63,11 @@ def run_search(
 
     `space` is a shipped space by name, a YAML file, or a SearchSpace (default: quadranet-mobile). `budgets`
     maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
-    `max_params` and `max_macs` limit the network further ("2.5M"). `data` is `digits`, `cifar10:DIR`,
-    `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default: digits). `settings` are fields
-    of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
+    `max_params` and `max_macs` limit the network further ("2.5M"), and `max_energy` ("30mJ") its energy on
+    each of the devices whose file states energies. A throughput device also takes "5000img/s". `data` is
+    `digits`, `cifar10:DIR`, `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default:
+    digits). `settings` are fields of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`,
+    that override the `preset`.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
     The budgets hold for images of the space's own resolution, and for as many classes as the data have: the
@@ -83,7 +86,7 @@ def run_search(
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
-    asked = AskedLimits.of(budgets, max_params, max_macs, former)
+    asked = AskedLimits.of(budgets, max_params, max_macs, former, max_energy=max_energy)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
     _check_early(known, limits, asked, source)

@@ -18,6 +18,7 @@ def derive(
     budget: options.Budgets = None,
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
+    max_energy: options.MaxEnergy = None,
     source: options.Run = None,
     latency: options.Latency = "device",
     k_best: Annotated[
@@ -45,6 +46,7 @@ def derive(
         pairs,
         max_params=max_params,
         max_macs=max_macs,
+        max_energy=max_energy,
         latency=latency,
         k_best=k_best,
         rerank=rerank,
@@ -58,12 +60,13 @@ def derive(
 
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
-    from qnas.runs.latency_text import describe_budgets, latency_lines
+    from qnas.runs.latency_text import describe_budgets, energy_lines, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 
     space, arch, limits = found.space, found.arch, found.limits
     yield from (choices_by_stage(space, arch), "")
     yield from latency_lines(limits, space, arch, latency, devices)
+    yield from energy_lines(limits, arch.indices(space))
     yield field("size", size_line(space, limits, found.macs, found.params))
     yield field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s")
     if ranking := found.document["ranking"]:

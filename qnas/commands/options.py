@@ -27,6 +27,7 @@ OPTIONS = {
     "resolution_px": "resolution",
     "start_resolution_px": "start-resolution",
     "search_epochs": "epochs",
+    "timeout_s": "timeout",
 }
 Complete = Callable[[str], completion.Words]
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
@@ -119,7 +120,8 @@ Devices = Annotated[
 Budgets = Annotated[
     list[str] | None,
     option(
-        "The latency that the network may take on the device, with its unit: 30ms, 800us.",
+        "The latency that the network may take on the device, with its unit: 30ms, 800us; of a throughput "
+        "device also 5000img/s.",
         "--budget",
         panel=BUDGET,
     ),
@@ -127,6 +129,13 @@ Budgets = Annotated[
 MaxParams = Annotated[str | None, option("Parameters that the network may have: 2.5M.", panel=BUDGET)]
 MaxMacs = Annotated[
     str | None, option("Multiply-adds per image that the network may take: 300M.", panel=BUDGET)
+]
+MaxEnergy = Annotated[
+    str | None,
+    option(
+        "Energy per image that the network may take, on each device whose file states energies: 30mJ.",
+        panel=BUDGET,
+    ),
 ]
 Rerank = Annotated[
     bool | None, option("Rank networks by the supernet's accuracy on held-out images. Default: if possible.")

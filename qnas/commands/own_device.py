@@ -1,12 +1,13 @@
 """Your own device from measured networks: `sample`, `measure`, `fit-latency`, `calibrate`."""
 
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion
-from qnas.commands.options import Force, Json, Quiet, Seed, Space, Threads, argument, choice, option, show
-from qnas.common.errors import CheckpointError, UsageError
+from qnas.commands.options import Force, Json, Quiet, Seed, Space, argument, choice, option, show
+from qnas.common.errors import CheckpointError, UsageError, nearest
 from qnas.common.files import write_text
 from qnas.common.resources import stems
 from qnas.common.units import format_ms
@@ -14,13 +15,22 @@ from qnas.runs.names import ARCH_FILE, SPACE_FILE
 from qnas.runs.text import field, next_command
 
 if TYPE_CHECKING:
+    from qnas.deploy.measurement import Measurement
+    from qnas.deploy.timed_files import FileKind
     from qnas.latency.device import Figures
     from qnas.spaces.space import SearchSpace
 
 Times = Annotated[Path, argument("The CSV that qnas sample wrote, with latencies, or its folder.", "CSV")]
 DeviceName = Annotated[str, option("Name of the new device; its file is NAME.json.")]
 DeviceFile = Annotated[Path | None, option("Default: NAME.json in this folder.")]
-FORMATS = ("onnx", "arch")
+ELSEWHERE = "Elsewhere"
+# known without loading torch, for completion
+FORMATS = ("onnx", "tflite", "openvino", "vpu", "torch", "executorch")
+ARCH = "arch"
+PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
+FilePrecision = Annotated[
+    str, option("Of the files: fp32, fp16, int8 or int8-dynamic.", complete=completion.one_of(*PRECISIONS))
+]
 
 
 def sample(
@@ -34,12 +44,13 @@ def sample(
     file_format: Annotated[
         str,
         option(
-            "onnx: also the networks as files. arch: the choices only.",
+            "Also the networks as files: onnx, tflite, openvino, vpu, torch or executorch. arch: none.",
             "--format",
-            complete=completion.one_of(*FORMATS),
+            complete=completion.one_of(*FORMATS, ARCH),
         ),
     ] = "onnx",
     out: Annotated[Path | None, option("A folder. Default: samples/SPACE.")] = None,
+    precision: FilePrecision = "fp32",
     seed: Seed = 0,
     force: Force = False,
     quiet: Quiet = False,
@@ -56,24 +67,32 @@ def sample(
     from qnas.latency.device_table import load_table
     from qnas.spaces.space import load_space
 
-    if file_format not in FORMATS:
-        raise UsageError(f"--format {file_format!r}: expected {' or '.join(FORMATS)}")
+    if file_format not in (*FORMATS, ARCH):
+        raise UsageError(f"--format {file_format!r}: {nearest(file_format, (*FORMATS, ARCH))}")
     found = load_space(space)
     table = load_table(load_device(device), found)
     networks = choose_networks(found, table, n, seed)
     folder = out or Path("samples") / found.name
-    onnx = file_format == "onnx"
-    path = write_sample(found, networks, folder, onnx=onnx, seed=seed, force=force, quiet=quiet)
+    kind = None if file_format == ARCH else _file_kind(file_format, precision)
+    path = write_sample(found, networks, folder, kind=kind, seed=seed, force=force, quiet=quiet)
+    written = [] if kind is None else [file.name for file in kind.files(folder, "NAME")]
     times = [table.latency_ms(indices) for indices in networks]
     spread = f"{format_ms(min(times))} to {format_ms(max(times))} on {table.device}"
     lines = [
         field("networks", f"{n} of {found.name}, {spread}"),
-        field("files", f"{folder}/: NAME.json{', NAME.onnx' if onnx else ''}, {path.name}"),
-        field("fill in", f"latency_ms in {path}, one network at a time; on this machine: qnas measure"),
+        field("files", f"{folder}/: {', '.join(['NAME.json', *written, path.name])}"),
+        field("fill in", f"latency_ms in {path}, one network at a time; or run qnas measure"),
         next_command(f"qnas fit-latency {path} --device-name NAME"),
     ]
-    content = {"csv": str(path), "networks": n, "format": file_format, "seed": seed}
+    content = {"csv": str(path), "networks": n, "format": file_format, "precision": precision, "seed": seed}
     show(content, lines, as_json=as_json)
+
+
+def _file_kind(file_format: str, precision: str) -> "FileKind":
+    from qnas.deploy.timed_files import FileKind
+
+    given: Any = precision  # checked by FileKind
+    return FileKind(file_format, given)
 
 
 def measure(
@@ -85,55 +104,116 @@ def measure(
             completion.runs,
         ),
     ],
-    runtime: Annotated[str, choice("onnxruntime", "openvino")] = "onnxruntime",
-    threads: Threads = 1,
-    repeats: Annotated[int, option("Runs of each network; noisy ones get more.", least=2)] = 50,
+    runtime: Annotated[
+        str | None, choice("onnxruntime", "openvino", note=" Of this machine.  [default: onnxruntime]")
+    ] = None,
+    threads: Annotated[int | None, option("CPU threads of the runtime.  [default: 1]", least=1)] = None,
+    command: Annotated[
+        str | None,
+        option(
+            "A command that runs a file elsewhere and prints its time. {file} is the file's path, {name} the "
+            "last part of it, {files} all files of the format. No shell is started here.",
+            panel=ELSEWHERE,
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        option(
+            "Regular expression whose one group is the time; its last match counts: avg=([0-9.]+)",
+            panel=ELSEWHERE,
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        option(
+            "Unit of that time: us, ms or s.  [default: as printed behind the number, else ms]",
+            panel=ELSEWHERE,
+            complete=completion.one_of("us", "ms", "s"),
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        option("A command that copies {file} there, before each run.", panel=ELSEWHERE),
+    ] = None,
+    timeout: Annotated[
+        float | None, option("Seconds that a run may take.  [default: 600]", panel=ELSEWHERE)
+    ] = None,
+    file_format: Annotated[
+        str,
+        option(
+            "onnx, tflite, openvino, vpu, torch or executorch; a sample's missing files are written.",
+            "--format",
+            complete=completion.one_of(*FORMATS),
+        ),
+    ] = "onnx",
+    precision: FilePrecision = "fp32",
+    repeats: Annotated[
+        int | None,
+        option("Runs of each network; noisy ones get more.  [default: 50, of a --command 5]", least=2),
+    ] = None,
     space: Space = None,
     force: Annotated[bool, option("Also measure networks that already have a latency.", "--force")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Time networks on this machine: a sample's, into its CSV, or an exported one, into its arch.json.
+    """Time networks: a sample's, into its CSV, or a run's exported file, into its arch.json.
 
-    An interrupted measurement of a sample continues where it stopped.
+    They run on this machine, or elsewhere by a --command. An interrupted measurement of a sample continues
+    where it stopped, also after a command failed.
 
     Example: qnas measure board --runtime onnxruntime --threads 1
     """
-    from qnas.deploy.measurement import measure_sample
+    from qnas.api.measuring import measure as time_networks
+    from qnas.deploy.sampling import CSV_FILE
 
-    if (target / ARCH_FILE).is_file():
-        _measure_exported(target, runtime, threads, repeats, as_json=as_json)
-        return
-    file, found = _open(target, space)
-    done = measure_sample(
-        file, found, runtime=runtime, threads=threads, repeats=repeats, force=force, quiet=quiet
+    done = time_networks(
+        target,
+        runtime=runtime,
+        threads=threads,
+        command=command,
+        pattern=pattern,
+        unit=unit,
+        push=push,
+        timeout_s=timeout,
+        format=file_format,
+        precision=precision,
+        repeats=repeats,
+        space=space,
+        force=force,
+        quiet=quiet,
     )
+    if done.document:
+        show(done.document["measured"], _measured_export(done.document, target), as_json=as_json)
+        return
+    file = target / CSV_FILE if target.is_dir() else target
+    timings = {name: vars(timing) for name, timing in done.timings.items()}
+    content = {"csv": str(file), "runtime": done.runtime, "noisy": list(done.noisy), "timings": timings}
+    show(content, _measured_sample(done, file), as_json=as_json)
+
+
+def _measured_sample(done: "Measurement", file: Path) -> Iterator[str]:
     kept = f", {done.kept} already had a latency" if done.kept else ""
-    lines = [field("measured", f"{len(done.timings)} networks{kept}; {done.runtime}")]
+    yield field("measured", f"{len(done.timings)} networks{kept}; {done.runtime}")
+    if done.timings:
+        medians = [timing.median_ms for timing in done.timings.values()]
+        yield field("latencies", f"{format_ms(min(medians))} to {format_ms(max(medians))}")
     if done.noisy:
         worst = done.timings[done.noisy[0]].spread
         names = ", ".join(done.noisy[:3]) + (", ..." if len(done.noisy) > 3 else "")
-        lines.append(field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}"))
-    lines.append(next_command(f"qnas fit-latency {file} --device-name NAME"))
-    timings = {name: vars(timing) for name, timing in done.timings.items()}
-    content = {"csv": str(file), "runtime": done.runtime, "noisy": list(done.noisy), "timings": timings}
-    show(content, lines, as_json=as_json)
+        yield field("noisy", f"{len(done.noisy)}, the worst +-{worst:.1%}: {names}")
+    yield next_command(f"qnas fit-latency {file} --device-name NAME")
 
 
-def _measure_exported(folder: Path, runtime: str, threads: int, repeats: int, *, as_json: bool) -> None:
-    from qnas.deploy.measurement import measure_exported
-
-    document = measure_exported(folder, runtime=runtime, threads=threads, repeats=repeats)
+def _measured_export(document: Mapping[str, Any], folder: Path) -> Iterator[str]:
     measured = document["measured"]
     p50, p95 = format_ms(measured["p50_ms"]), format_ms(measured["p95_ms"])
-    lines = [field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {measured['machine']}")]
+    yield field("measured", f"{p50} (p95 {p95}), {measured['runtime']}, {measured['machine']}")
     if document.get("latency_ms"):
         ratio = measured["p50_ms"] / document["latency_ms"] - 1.0
         predicted = f"{format_ms(document['latency_ms'])} for {document['device']}"
-        lines.append(field("predicted", f"{predicted}: the measurement is {ratio:+.1%} from it"))
-        lines.append(field("budget", f"{format_ms(document['budget_ms'])}, margin {document['margin']:.1%}"))
-    lines.append(field("file", f"recorded in {folder / 'arch.json'}"))
-    show(measured, lines, as_json=as_json)
+        yield field("predicted", f"{predicted}: the measurement is {ratio:+.1%} from it")
+        yield field("budget", f"{format_ms(document['budget_ms'])}, margin {document['margin']:.1%}")
+    yield field("file", f"recorded in {folder / ARCH_FILE}")
 
 
 def fit_latency(
@@ -141,6 +221,14 @@ def fit_latency(
     device_name: DeviceName,
     space: Space = None,
     out: DeviceFile = None,
+    precision: Annotated[
+        str | None,
+        option(
+            "Of the files that were timed: fp32, fp16, int8 or int8-dynamic.  [default: as the CSV says, "
+            "else fp32]",
+            complete=completion.one_of(*PRECISIONS),
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -151,22 +239,37 @@ def fit_latency(
 
     Example: qnas fit-latency board/latencies.csv --device-name board
     """
-    from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
+    from qnas.deploy.sampling import open_sample
+    from qnas.latency.fitting.measurements import file_precision, measured_only, read_measured, the_one
     from qnas.latency.fitting.own_device import fit_own, own_device
     from qnas.runs.latency_text import figures_facts
 
-    file, found = _open(csv, space)
+    file, found = open_sample(csv, space)
     path = _free_file(device_name, out, force)
     networks = measured_only(read_measured(file, found), file)
-    runtime = one_runtime(networks, file)
+    runtime = the_one("runtime", networks, file)
+    file_format = the_one("format", networks, file)
+    of_files = file_precision(precision, networks, file)
     fit = fit_own(found, [n.arch for n in networks], [n.latency_ms or 0.0 for n in networks], str(file))
     device = own_device(
-        fit, name=device_name, space=found, networks=len(networks), runtime=runtime, day=date.today()
+        fit,
+        name=device_name,
+        space=found,
+        networks=len(networks),
+        runtime=runtime,
+        day=date.today(),
+        file_format=file_format,
+        file_precision=of_files,
     )
     write_text(path, device.to_json())
-    facts = {"device": device.name, "file": str(path), "networks": len(networks)}
+    facts = {
+        "device": device.name,
+        "file": str(path),
+        "networks": len(networks),
+        "file_precision": of_files,
+    }
     lines = [
-        field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}"),
+        field("device", f"{device.name}, fitted to {len(networks)} networks of {found.name}, in {of_files}"),
         field("accuracy", f"{_say(fit.accuracy)}, in cross-validation"),
         field("file", str(path)),
         _next_search(path, space, found, file),
@@ -196,21 +299,22 @@ def calibrate(
 
     Example: qnas calibrate board/latencies.csv --device cpu --device-name my-phone
     """
+    from qnas.deploy.sampling import open_sample
     from qnas.latency.device import load_device
     from qnas.latency.device_table import load_table
     from qnas.latency.fitting.calibration import calibrate as fit
     from qnas.latency.fitting.calibration import check_margin, write_calibrated
-    from qnas.latency.fitting.measurements import measured_only, one_runtime, read_measured
+    from qnas.latency.fitting.measurements import measured_only, read_measured, the_one
     from qnas.latency.table import RUNTIME
     from qnas.runs.latency_text import figures_facts
 
     if not 0 < level < 1:
         raise UsageError(f"--level {level:g}: expected a share above 0 and below 1, such as 0.9")
-    file, found = _open(csv, space)
+    file, found = open_sample(csv, space)
     path = _free_file(device_name, out, force)
     raw = load_device(device).model_copy(update={"calibration": None})
     networks = measured_only(read_measured(file, found), file)
-    one_runtime(networks, file)
+    the_one("runtime", networks, file)
     table = load_table(raw, found)
     done = fit(
         [table.latency_ms(n.arch.indices(found)) for n in networks],
@@ -244,20 +348,6 @@ def calibrate(
         _next_search(path, space, found, file),
     ]
     show(content, lines, as_json=as_json)
-
-
-def _open(csv: Path, space: str | None) -> "tuple[Path, SearchSpace]":
-    """Return a sample's CSV and its space: the one named, else the copy beside the CSV."""
-    from qnas.deploy.sampling import CSV_FILE
-    from qnas.spaces.space import load_space
-
-    file = csv / CSV_FILE if csv.is_dir() else csv
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file, expected the CSV that qnas sample writes")
-    beside = file.with_name(SPACE_FILE)
-    if space is None and not beside.is_file():
-        raise UsageError(f"{file}: no {SPACE_FILE} beside it: name the space of the networks with --space")
-    return file, load_space(space or beside)
 
 
 def _next_search(device: Path, given: str | None, found: "SearchSpace", csv: Path) -> str:

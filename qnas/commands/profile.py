@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Threads, choice, option, show
@@ -28,6 +28,13 @@ def profile(
     cuda_graph: Annotated[
         bool, option("Replay a CUDA graph instead of launching every kernel.", "--cuda-graph")
     ] = False,
+    precision: Annotated[
+        str,
+        option(
+            "fp32, or int8 (onnxruntime and openvino): a device of files in int8.",
+            complete=completion.one_of("fp32", "int8"),
+        ),
+    ] = "fp32",
     threads: Threads = 1,
     repeats: Annotated[
         int | None, option("Runs of every block; noisy ones get up to 4 times as many.", least=1)
@@ -51,8 +58,10 @@ def profile(
     from qnas.deploy.profiling import REPEATS, profile_space
     from qnas.deploy.runtimes import open_runtime
 
-    opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph)
+    given: Any = precision  # checked by open_runtime
+    opened = open_runtime(runtime, target=target, threads=threads, cuda_graph=cuda_graph, precision=given)
     suffix = "-cuda-graph" if cuda_graph else "-cuda" if target == "cuda" else ""
+    suffix += "" if precision == "fp32" else f"-{precision}"
     measured = profile_space(
         searched,
         opened,

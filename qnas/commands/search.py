@@ -50,6 +50,7 @@ def search(
     budget: options.Budgets = None,
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
+    max_energy: options.MaxEnergy = None,
     space: options.Space = None,
     latency: Annotated[
         str | None,
@@ -91,6 +92,7 @@ def search(
         out=out,
         max_params=max_params,
         max_macs=max_macs,
+        max_energy=max_energy,
         latency=latency,
         max_broken=max_broken,
         preset=preset,
@@ -144,7 +146,7 @@ def _announce(started: "Started") -> None:
 
 def _lines(result: "SearchResult") -> Iterator[str]:
     from qnas.runs.finished_run import asked_devices
-    from qnas.runs.latency_text import latency_lines
+    from qnas.runs.latency_text import energy_lines, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 
     run, space, arch = result.run, result.space, result.arch
@@ -154,6 +156,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
+    yield from energy_lines(run.limits, arch.indices(space))
     yield field("size", size_line(space, run.limits, result.macs, result.params))
     yield from _comparison(result)
     yield field("files", files_in(result.folder))

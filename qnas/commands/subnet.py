@@ -171,13 +171,13 @@ def export(
         option("Also an AOTInductor package: compiled for this processor and this torch.", "--aot"),
     ] = False,
     precision: Annotated[
-        str,
+        str | None,
         option(
             "fp32, fp16, int8 (onnx, openvino and tflite; calibrated on training images) or int8-dynamic "
-            "(tflite).",
+            "(tflite).  [default: without --format what the devices of the search measure, else fp32]",
             complete=completion.one_of("fp32", "fp16", "int8", "int8-dynamic"),
         ),
-    ] = "fp32",
+    ] = None,
     opset: Annotated[
         int | None,
         option("ONNX opset, 13 to 20, for runtimes that read no newer one; makes onnx the default.", least=1),

@@ -23,11 +23,13 @@ _MS: Rule = (f"milliseconds, 0 to {MOST_MS:g}", lambda v: type(v) in (int, float
 _SOURCES = ("measured", "fitted", "estimated")  # of a latency
 _NEEDED = (_PATH[0], _NAME[0], _MS[0])  # where None is wrong too
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("batch", "images", "k_best", "opset", "resolution_px", "threads"), _at_least(1)),
+    **dict.fromkeys(
+        ("batch", "images", "k_best", "opset", "repeats", "resolution_px", "threads"), _at_least(1)
+    ),
     "points": _at_least(2),
     **dict.fromkeys(("max_broken", "max_drop"), _SHARE),
     **dict.fromkeys(("loss", "metric"), _PART),
-    **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "trained"), _PATH),
+    **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "target", "trained"), _PATH),
     "name": _NAME,
     **dict.fromkeys(("aot", "keeps_shape", "needs_batchnorm", "symmetric"), _BOOL),
     **dict.fromkeys(("layers", "parameters"), ("a mapping", lambda value: isinstance(value, Mapping))),

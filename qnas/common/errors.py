@@ -60,6 +60,10 @@ class ExportError(QnasError):
     """An exported file does not compute what the network computes."""
 
 
+class MeasurementError(QnasError):
+    """A command that should time a file elsewhere failed, or printed no time."""
+
+
 class TrainingError(QnasError):
     """Training reached a state from which it cannot continue."""
 

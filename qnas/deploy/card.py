@@ -8,7 +8,7 @@ from typing import Any
 from qnas.common.files import write_json, write_text
 from qnas.common.intervals import wilson
 from qnas.common.text import in_markdown
-from qnas.common.units import format_count, format_ms
+from qnas.common.units import format_count, format_mj, format_ms
 from qnas.deploy.export.formats import Exported
 from qnas.deploy.export.parity import describe_drop
 from qnas.deploy.export.product import Product
@@ -18,6 +18,7 @@ from qnas.deploy.targets import DeviceFiles, describe_device
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.text import balanced_text, never_text
+from qnas.solver.limits import ENERGY_UNIT
 from qnas.spaces.lower import count_macs
 
 JSON, MARKDOWN = "model-card.json", "model-card.md"
@@ -182,7 +183,7 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
         yield "The network does not come from a search, so it has no device and no budget."
         return
     for limit in card["limits"]:
-        show = format_ms if limit["unit"] == "ms" else format_count
+        show = {"ms": format_ms, ENERGY_UNIT: format_mj}.get(limit["unit"], format_count)
         yield (
             f"- {limit['name']}: {show(limit['amount'])} predicted for {card['predicted_px']} px, "
             f"as searched, of a budget of {show(limit['budget'])}"

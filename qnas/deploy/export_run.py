@@ -31,7 +31,15 @@ from qnas.deploy.export.resizing import Resizing, compare_sizes
 from qnas.deploy.file_latency import FileLatency, predict_exported
 from qnas.deploy.former_export import FormerExport, read_former
 from qnas.deploy.measurement import time_exported
-from qnas.deploy.targets import DEFAULT, Choice, DeviceFiles, choose_formats, device_files, targets_of
+from qnas.deploy.targets import (
+    DEFAULT,
+    Choice,
+    DeviceFiles,
+    choose_formats,
+    device_files,
+    precisions_of,
+    targets_of,
+)
 from qnas.runs.finished_run import verify_certificate
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import EXPORT_FOLDER, SAMPLE_FILE
@@ -49,7 +57,7 @@ class ExportRequest:
 
     formats: Sequence[str] | None = None  # None: what the devices of the search run
     aot: bool = False  # also an AOTInductor package
-    precision: str = "fp32"
+    precision: str | None = None  # None: what the devices' latencies are of, fp32 where `formats` are given
     opset: int | None = None  # of ONNX; None: each format's own
     ranges: str = "minmax"  # int8: how the range of a map is found
     symmetric: bool | None = None  # int8: maps with a zero point of zero; None: where a device needs it
@@ -70,24 +78,33 @@ class ExportRequest:
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise UsageError(f"`max_drop={self.max_drop}`: expected a share of the images, 0 to 1")
 
-    def variant(self) -> Variant:
+    def variant(self, precision: str) -> Variant:
         """Return how the files are written. Raises UsageError for what is unknown or does not fit."""
         given = (*(self.formats or ()), *(["aot"] if self.aot else []))
-        precision = check_request(given, self.precision, self.batch)
+        precision = check_request(given, precision, self.batch)
         if self.opset is not None:
             check_opset(self.opset)
         if self.ranges not in get_args(Ranges):
             raise UsageError(f"`ranges={self.ranges!r}`: {nearest(self.ranges, get_args(Ranges))}")
         return Variant(precision, self.opset, cast(Ranges, self.ranges), bool(self.symmetric), self.max_drop)
 
-    def choice(self, found: FoundArch) -> Choice:
+    def precisions(self, found: FoundArch) -> tuple[str, ...]:
+        """Return the precisions to write an architecture in."""
+        if self.precision is not None:
+            return (self.precision,)
+        return precisions_of(targets_of(found)) if self.formats is None else ("fp32",)
+
+    def choice(self, found: FoundArch, precision: str) -> Choice:
         """Return the formats to write of an architecture. Raises UsageError if none can be written."""
         if self.formats is not None:
             choice = Choice(tuple(self.formats), {})
         elif self.opset is not None:  # of ONNX alone
             choice = Choice((DEFAULT,), {})
         else:
-            choice = choose_formats(targets_of(found), self.precision, self.batch)
+            targets = targets_of(found)
+            if self.precision is None:
+                targets = tuple(target for target in targets if target.precision == precision)
+            choice = choose_formats(targets, precision, self.batch)
         return replace(choice, formats=(*choice.formats, "aot")) if self.aot else choice
 
     def command(self, source: Path, out: Path | None) -> str:
@@ -152,18 +169,19 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
     request, DataError if int8 has no images, ExportError if the outputs of a file differ from the network's,
     or the accuracy is lower at another resolution than that of the training.
     """
-    variant = request.variant()
+    request.variant(request.precision or "fp32")
     folder = source.parent if source.suffix == ".json" else source
     trained = trained_folder(folder)
     if trained is None:
         raise CheckpointError(f"{source}: no trained network here: run qnas train-subnet {source} first")
     found = find_arch(trained)
-    choice = request.choice(found)
+    plans = [(request.variant(p), request.choice(found, p)) for p in request.precisions(found)]
     command = request.command(source, out)
     out = out or folder / EXPORT_FOLDER
     _check_folder(out)
     names = [
         file
+        for variant, choice in plans
         for name in choice.formats
         for file in (*file_names(name, variant), *optional_names(name, variant))
     ]
@@ -174,15 +192,14 @@ def export_trained(source: Path, out: Path | None, request: ExportRequest) -> Ex
         weights_sha256 = weights_digest(trained)
         former = read_former(out, weights_sha256)
         _check_stale(out, former, request.force)
-        return _export(found, result, variant, request, choice, out, weights_sha256, former, command)
+        return _export(found, result, plans, request, out, weights_sha256, former, command)
 
 
 def _export(
     found: FoundArch,
     result: Mapping[str, Any],
-    variant: Variant,
+    plans: Sequence[tuple[Variant, Choice]],
     request: ExportRequest,
-    choice: Choice,
     out: Path,
     weights_sha256: str,
     former: FormerExport,
@@ -192,26 +209,33 @@ def _export(
     trained_px = result["resolution_px"]
     px = request.resolution_px or trained_px
     check_resolution(found.space, px)
-    images, calibration = _checking_images(request, found, result, px)
+    is_int8 = any(variant.precision.startswith("int8") for variant, _ in plans)
+    images, calibration = _checking_images(request, found, result, px, is_int8=is_int8)
     predicted = predict_exported(found, px, len(result["classes"]))
     metadata = file_metadata(found, result, px, predicted)
     product = _product(found, result, px, metadata, request.batch, calibration, weights_sha256)
-    if request.symmetric is None and variant.precision == "int8":
-        variant = replace(variant, symmetric=needs_symmetric(found))
+    if request.symmetric is None and any(variant.precision == "int8" for variant, _ in plans):
+        symmetric = needs_symmetric(found)
+        plans = [(replace(v, symmetric=symmetric and v.precision == "int8"), choice) for v, choice in plans]
     resizing = None
     if px != trained_px:
-        as_trained, _ = _checking_images(replace(request, precision="fp32"), found, result, trained_px)
+        as_trained, _ = _checking_images(request, found, result, trained_px, is_int8=False)
         resizing = compare_sizes(product.network, images, as_trained)
         if not request.allow_drop:
-            resizing.check(tolerance_of(variant).drop)
+            resizing.check(min(tolerance_of(variant).drop for variant, _ in plans))
     # where a tool is not at hand any more, what it wrote of another file does not stay
-    optional = (file for name in choice.formats for file in optional_names(name, variant))
+    optional = (file for v, choice in plans for name in choice.formats for file in optional_names(name, v))
     with staged(out, without=(*former.replaced, *optional), last=(JSON, MARKDOWN)) as stage:
-        files = export_files(product, choice.formats, variant, stage, images, shown=out)
+        files = tuple(
+            file
+            for variant, choice in plans
+            for file in export_files(product, choice.formats, variant, stage, images, shown=out)
+        )
+        unable = {name: why for _, choice in plans for name, why in choice.unable.items()}
         measured = {} if request.threads is None else time_exported(files, stage, product, request.threads)
         entries = {**former.entries, **file_entries(files, measured, predicted, resizing)}
         targets = targets_of(found)
-        devices = device_files(targets, entries, choice.unable, command)
+        devices = device_files(targets, entries, unable, command)
         # the card goes to other machines: without what is missing here, and where the run lies
         on_card = device_files(targets, entries, {}, "qnas export RUN")
         write_card(stage, card_document(found, result, product, weights_sha256, entries, on_card))
@@ -280,13 +304,12 @@ def _product(
 
 
 def _checking_images(
-    request: ExportRequest, found: FoundArch, result: Mapping[str, Any], px: int
+    request: ExportRequest, found: FoundArch, result: Mapping[str, Any], px: int, *, is_int8: bool
 ) -> tuple[RealImages, RealImages | None]:
     """Return the test images to check files with, and for int8 the training images to calibrate with.
 
     If the data of the training are missing, the check uses the few test images that the training kept.
     """
-    is_int8 = request.precision.startswith("int8")
 
     def real(pixels: torch.Tensor, labels: torch.Tensor, source: str) -> RealImages:
         return RealImages(pixels, labels, tuple(result["mean"]), tuple(result["std"]), source)

@@ -28,6 +28,7 @@ class FileLatency:
     latency_ms: float | None  # None if it cannot be predicted here
     problem: str = ""  # why it cannot
     certified: str = ""  # what the certified latency is of, where it is not of the file
+    precision: str = "fp32"  # of the files that the device's latencies are of
 
     @property
     def over_budget(self) -> bool:
@@ -42,6 +43,8 @@ class FileLatency:
 def describe_latency(facts: Mapping[str, Any]) -> str:
     """Write the facts of a FileLatency in words."""
     where, budget = f"{facts['device']} at {facts['resolution_px']} px", format_ms(facts["budget_ms"])
+    if facts.get("precision", "fp32") != "fp32":  # not in a card of an older version
+        where += f", for files in {facts['precision']}"
     latency_ms = facts["latency_ms"]
     if latency_ms is None:
         return f"not predicted on {where}: {facts['problem']}"
@@ -117,7 +120,9 @@ def _predict(
         latency_ms = table.latency_ms(found.arch.indices(space))
     except (QnasError, ValidationError) as error:  # such as an own device whose file is gone
         return FileLatency(name, resolution_px, budget_ms, None, one_line(error), certified)
-    return FileLatency(name, resolution_px, budget_ms, latency_ms, "", certified)
+    return FileLatency(
+        name, resolution_px, budget_ms, latency_ms, "", certified, precision=device.file_precision
+    )
 
 
 def _table(source: str, device: Device, space: SearchSpace) -> Any:

@@ -32,6 +32,7 @@ from qnas.common import host
 from qnas.common.errors import CheckpointError
 from qnas.common.files import write_text
 from qnas.deploy.runtimes import Runtime, Shape
+from qnas.deploy.timed_files import draw_norms
 from qnas.deploy.timing import TOLERANCE, Maker, Timing, noisy, time_all
 from qnas.latency.device import SCHEMA, Device, load_device, parse_device
 from qnas.latency.device_table import build_table
@@ -48,7 +49,6 @@ COPIES = 4  # blocks per chain
 LOADS = 3  # per chain
 REPEATS = 150  # visits per chain, over all loads
 NETWORKS = 8  # whole networks to compare with
-_JITTER = 0.1  # standard deviation of the noise on norms and biases
 _OUTLIER = 3.0  # standard errors by which an outlier is faster than a smaller block
 
 
@@ -68,7 +68,7 @@ class DistinctBlock:
 
     def build(self) -> nn.Module:
         """Build the chain, with weights drawn from torch's generator."""
-        return _draw_norms(nn.Sequential(*(build_block(self.block) for _ in range(self.copies))))
+        return draw_norms(nn.Sequential(*(build_block(self.block) for _ in range(self.copies))))
 
 
 def distinct_blocks(space: SearchSpace) -> dict[BlockSpec, DistinctBlock]:
@@ -82,17 +82,6 @@ def distinct_blocks(space: SearchSpace) -> dict[BlockSpec, DistinctBlock]:
             fits_itself = (first.c_in, first.resolution_px) == (last.c_out, last.out_px)
             parts[key] = DistinctBlock(name, block, COPIES if fits_itself else 1)
     return parts
-
-
-def _draw_norms(module: nn.Module) -> nn.Module:
-    """Add noise to norms and biases, in place, so that none is exactly one or zero."""
-    with torch.no_grad():
-        for parameter in (p for p in module.parameters() if p.ndim == 1):
-            parameter.add_(_JITTER * torch.randn_like(parameter))
-        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
-            assert norm.running_mean is not None
-            norm.running_mean.normal_(0.0, _JITTER)
-    return module
 
 
 @dataclass(frozen=True)
@@ -194,7 +183,8 @@ def _this_device(runtime: Runtime, name: str, repeats: int) -> Device:
         "name": name,
         "title": f"{host.cpu_name()}, {threads}",
         "runtime": f"{runtime.version}, {runtime.settings}",
-        "precision": "float32",
+        "precision": "float32" if runtime.precision == "fp32" else "int8 layers; the rest in float32",
+        "file_precision": runtime.precision,
         "batch": 1,
         "unit": "ms",
         "kind": "measured",
@@ -272,7 +262,7 @@ def _maker(runtime: Runtime, build: Callable[[], nn.Module], shape: Shape) -> Ma
 
 
 def _build(space: SearchSpace, indices: CandidateIndices) -> nn.Module:
-    return _draw_norms(build_network(lower(space, arch_from_indices(space, indices))))
+    return draw_norms(build_network(lower(space, arch_from_indices(space, indices))))
 
 
 def _measured_table(

@@ -1,7 +1,8 @@
 """Modules and ONNX files as calls on a runtime of this machine, for timing.
 
 A call computes one image that is already in the runtime's memory. It copies nothing from or to Python,
-as a block inside a network does not either. All compute in float32. Modules are timed as they are
+as a block inside a network does not either. All compute in float32, or as ONNX files in int8 do: with float32
+inputs, sums and norms between int8 layers. Modules are timed as they are
 deployed, with batch normalisation folded. ONNX files run with a free batch size, as they are exported.
 
 The settings are the runtimes' own for the lowest latency, unless they disturb other calls; all are
@@ -27,8 +28,12 @@ from torch import nn
 from qnas.common.errors import ArchError, UsageError, first_line, nearest, one_line
 from qnas.deploy.export import onnx_runtime, openvino_format, torch_format
 from qnas.deploy.export.folding import fold_norms
+from qnas.deploy.export.product import Variant
+from qnas.deploy.export.quantisation import QUANTISED, quantise
 from qnas.deploy.export.tracing import trace_onnx
+from qnas.deploy.timed_files import random_images
 from qnas.deploy.timing import Call, Maker, Stopwatch, host_stopwatch
+from qnas.latency.device import FilePrecision
 from qnas.latency.onnx.model_file import read_model
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
@@ -51,13 +56,22 @@ class Runtime:
     settings: str  # everything else that a latency depends on
     compile: Callable[[nn.Module, Shape], Maker]
     stopwatch: Stopwatch
+    precision: FilePrecision = "fp32"  # of the files that modules become
 
 
-def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph: bool = False) -> Runtime:
+def open_runtime(
+    name: str,
+    *,
+    target: str = "cpu",
+    threads: int = 1,
+    cuda_graph: bool = False,
+    precision: FilePrecision = "fp32",
+) -> Runtime:
     """Return a runtime by name: `torch`, `onnxruntime` or `openvino`. Sets torch's threads.
 
-    With `cuda_graph`, torch replays a graph instead of launching every kernel. Raises UsageError if
-    the runtime is unknown, not installed, or lacks the target on this machine.
+    With `cuda_graph`, torch replays a graph instead of launching every kernel. In int8, modules run as ONNX
+    files in int8 do. Raises UsageError if the runtime is unknown, not installed, lacks the target on this
+    machine, or the precision.
     """
     if name not in RUNTIMES:
         raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
@@ -73,6 +87,9 @@ def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph
             raise UsageError(f"runtime {name} runs on the target cpu only: take runtime torch for cuda")
         if not torch.cuda.is_available():
             raise UsageError(f"target cuda: torch {torch.__version__} finds no CUDA device on this machine")
+    if precision not in (("fp32",) if name == "torch" else ("fp32", "int8")):
+        able = "onnxruntime or openvino" if precision == "int8" else "fp32 or int8"
+        raise UsageError(f"runtime {name} measures no {precision}: take {able}")
     torch.set_num_threads(threads)
     if target == "cuda":
         return _cuda(threads, cuda_graph)
@@ -80,8 +97,10 @@ def open_runtime(name: str, *, target: str = "cpu", threads: int = 1, cuda_graph
     if name == "torch":
         compile_ = partial(_torch_maker, device="cpu")
     else:
-        compile_ = partial(_onnx_maker, session=SESSIONS[name], threads=threads)
-    return Runtime(name, target, threads, version(), settings, compile_, host_stopwatch())
+        compile_ = partial(_onnx_maker, session=SESSIONS[name], threads=threads, precision=precision)
+    if precision == "int8":
+        settings = f"{settings.replace('float32 inference', 'int8 inference')}, files in int8"
+    return Runtime(name, target, threads, version(), settings, compile_, host_stopwatch(), precision)
 
 
 def onnx_session(file: Path | bytes, threads: int = 1) -> Call:
@@ -239,9 +258,16 @@ def _cuda(threads: int, cuda_graph: bool) -> Runtime:
 
 
 def _onnx_maker(
-    module: nn.Module, shape: Shape, session: Callable[[bytes, int], Call], threads: int
+    module: nn.Module,
+    shape: Shape,
+    session: Callable[[bytes, int], Call],
+    threads: int,
+    precision: FilePrecision,
 ) -> Maker:
     model: onnx.ModelProto = trace_onnx(copy.deepcopy(module).eval(), shape, "block")
+    if precision == "int8" and any(node.op_type in QUANTISED for node in model.graph.node):
+        variant = Variant("int8", every_layer=True)
+        model = quantise(model, random_images(shape, count=1), variant, "block").model
     return partial(session, cast(bytes, model.SerializeToString()), threads)
 
 

@@ -17,21 +17,24 @@ over the whole range to 0.6%. Drawn from the windows at random, the networks giv
 import math
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qnas.common.errors import CheckpointError, UsageError
 from qnas.common.files import write_json, write_text
-from qnas.common.progress import Progress
 from qnas.latency.fitting.measurements import Measured, write_measured
 from qnas.latency.table import LatencyTable
 from qnas.runs.names import SPACE_FILE
 from qnas.solver.distributions import sample_near
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import arch_document, arch_from_indices
-from qnas.spaces.lower import BlockSpec, fill, lower, skeleton
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.lower import BlockSpec, fill, skeleton
+from qnas.spaces.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from qnas.deploy.timed_files import FileKind
 
 CSV_FILE = "latencies.csv"
 
@@ -102,12 +105,12 @@ def write_sample(
     networks: list[CandidateIndices],
     folder: Path,
     *,
-    onnx: bool,
+    kind: "FileKind | None",
     seed: int,
     force: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Write networks as NAME.json, with `onnx` also as NAME.onnx, the space, and a CSV to fill in.
+    """Write networks as NAME.json, with a kind also as files of it, the space, and a CSV to fill in.
 
     The CSV is written last, so its presence means that the sample is complete. Returns its path. Raises
     CheckpointError if it exists already and `force` is not set.
@@ -124,24 +127,23 @@ def write_sample(
     write_text(folder / SPACE_FILE, space.to_yaml())
     for row in rows:
         write_json(folder / f"{row.name}.json", arch_document(space, row.arch, {"name": row.name}))
-    if onnx:
-        _write_onnx(space, rows, folder, seed, quiet)
+    if kind is not None:
+        from qnas.deploy.timed_files import write_timed  # loads torch
+
+        write_timed(space, rows, folder, kind, seed, quiet)
     write_measured(path, rows)
     return path
 
 
-def _write_onnx(space: SearchSpace, rows: list[Measured], folder: Path, seed: int, quiet: bool) -> None:
-    from qnas.common.files import write_bytes
-    from qnas.deploy.assembly import assemble, export_block
+def open_sample(csv: Path, space: str | Path | None) -> tuple[Path, SearchSpace]:
+    """Return a sample's CSV, given by its path or folder, and its space: the one named, else the copy there.
 
-    lowered = [lower(space, row.arch) for row in rows]
-    distinct = {block.unnamed: block for blocks in lowered for block in blocks if block.layers}
-    with Progress(len(distinct) + len(rows), "export", quiet=quiet) as progress:
-        graphs = {}
-        for key, block in distinct.items():
-            graphs[key] = export_block(block)
-            progress.step(f"block {block.name}")
-        for i, (row, blocks) in enumerate(zip(rows, lowered, strict=True)):
-            model = assemble(blocks, graphs, np.random.default_rng([seed, i]))
-            write_bytes(folder / f"{row.name}.onnx", model.SerializeToString())
-            progress.step(row.name)
+    Raises UsageError if one of the two is missing.
+    """
+    file = csv / CSV_FILE if csv.is_dir() else csv
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file, expected the CSV that qnas sample writes")
+    beside = file.with_name(SPACE_FILE)
+    if space is None and not beside.is_file():
+        raise UsageError(f"{file}: no {SPACE_FILE} beside it: name the space of the networks with `space`")
+    return file, load_space(space or beside)

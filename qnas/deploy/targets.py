@@ -12,6 +12,7 @@ from typing import Any
 from qnas.common.errors import UsageError, one_line
 from qnas.deploy.export.formats import check_request
 from qnas.deploy.file_latency import searched_devices
+from qnas.latency.device import FilePrecision
 from qnas.runs.found_arch import FoundArch
 
 DEFAULT = "onnx"  # for runtimes that are not listed, and in place of a format that cannot be written
@@ -43,17 +44,37 @@ class Target:
 
     device: str
     runtime: str
+    format: str = ""  # of the files that its latencies are of, where the device says it
+    precision: FilePrecision = "fp32"  # of these files
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats of the files that run there."""
-        return formats_of(self.runtime)
+        return (self.format,) if self.format else formats_of(self.runtime)
+
+    def runs(self, entry: Mapping[str, Any]) -> bool:
+        """Return whether a file of a card runs there, in the precision that its latencies are of.
+
+        Files of any precision run where they are of float32 files.
+        """
+        is_other = self.precision != "fp32" and entry.get("precision") != self.precision
+        return entry["format"] in self.formats and not is_other
 
 
 def targets_of(found: FoundArch) -> tuple[Target, ...]:
     """Return the devices of an architecture's search, in the order of its limits; none without a search."""
     known = searched_devices(found)
-    return tuple(Target(name, "" if device is None else device.runtime) for name, device in known)
+    return tuple(
+        Target(name, "")
+        if device is None
+        else Target(name, device.runtime, device.file_format, device.file_precision)
+        for name, device in known
+    )
+
+
+def precisions_of(targets: Iterable[Target]) -> tuple[FilePrecision, ...]:
+    """Return the precisions of the files that latencies are of, fp32 without a device."""
+    return tuple(dict.fromkeys(target.precision for target in targets)) or ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -106,15 +127,16 @@ def device_files(
     """Return which of a card's files run on each device; `command` exports them, without a format."""
     found = []
     for target in targets:
-        names = tuple(name for name, entry in entries.items() if entry["format"] in target.formats)
+        names = tuple(name for name, entry in entries.items() if target.runs(entry))
         missing = target.formats[0]
+        precision = "" if target.precision == "fp32" else f" --precision {target.precision}"
         found.append(
             DeviceFiles(
                 target.device,
                 target.runtime,
                 names,
                 "" if names else unable.get(missing, ""),
-                "" if names else f"{command} --format {missing}",
+                "" if names else f"{command} --format {missing}{precision}",
             )
         )
     return tuple(found)

@@ -10,7 +10,9 @@ each call is made, visited and dropped before the next load starts; a latency is
 of all loads. Calls that are noisy after that get further loads, since more visits of the same instances
 would not help if instances disagree. Samples are saved, so that a session can be resumed after Ctrl-C.
 
-The clock is a parameter: the host's, or events on an accelerator's stream (`qnas.deploy.runtimes`).
+The clock is a parameter: the host's, or events on an accelerator's stream (`qnas.deploy.runtimes`). Runs of a
+program that reports its own time (`qnas.deploy.elsewhere`) come in the same rounds. Each is a load of one
+sample: the program warms up and repeats by itself.
 """
 
 import math
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.changes import describe_changes
-from qnas.common.errors import CheckpointError, Interrupted, one_line
+from qnas.common.errors import CheckpointError, Interrupted, MeasurementError, one_line
 from qnas.common.files import write_json
 from qnas.common.progress import Progress
 from qnas.common.reading import read_json
@@ -35,6 +37,7 @@ Call = Callable[[], object]
 Maker = Callable[[], Call]  # makes an instance of a timed call
 Stopwatch = Callable[[Call, int], float]  # runs a call n times; returns the total milliseconds
 Samples = dict[str, list[Sequence[float]]]  # name -> load -> milliseconds of each call
+TimedRun = Callable[[], float]  # runs a program; returns the milliseconds that it reports
 
 WARM_UP = 10
 TOLERANCE = 0.01  # a call with a larger spread is noisy
@@ -150,32 +153,93 @@ def time_all(
     SIGTERM, once the samples are saved; CheckpointError if the samples to resume are missing, damaged, or
     of another request.
     """
-    request = {**(request or {}), "loads": loads}
-    samples: Samples = {name: [] for name in makers}
+    visits = math.ceil(repeats / loads)
+    return _sampled(
+        makers,
+        lambda samples: _visit_all(makers, samples, loads, visits, tolerance, stopwatch, quiet),
+        state_file,
+        {**(request or {}), "loads": loads},
+        resume,
+        go_on,
+    )
+
+
+def time_runs(
+    runs: Mapping[str, TimedRun],
+    *,
+    repeats: int,
+    tolerance: float,
+    state_file: Path | None = None,
+    request: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    go_on: str = "`resume=True`",
+    quiet: bool = False,
+) -> dict[str, Timing]:
+    """Return the latency of each program, from `repeats` runs, of noisy ones up to MOST_REPEATS as many.
+
+    State and interruption are as in `time_all`. A MeasurementError of a run is raised once the samples
+    so far are saved, too, and says so.
+    """
+    return _sampled(
+        runs,
+        lambda samples: _run_all(runs, samples, repeats, tolerance, quiet),
+        state_file,
+        {**(request or {}), "loads": "runs"},
+        resume,
+        go_on,
+    )
+
+
+def _sampled(
+    names: Mapping[str, object],
+    visiting: Callable[[Samples], Iterator[None]],
+    state_file: Path | None,
+    request: Mapping[str, Any],
+    resume: bool,
+    go_on: str,
+) -> dict[str, Timing]:
+    """Collect samples until `visiting` ends, which adds to them between its steps; save them as it goes."""
+    samples: Samples = {name: [] for name in names}
     if resume:
         assert state_file is not None
         samples |= _read(state_file, request)
+
+    def save() -> str:
+        if state_file is None:
+            return "nothing is saved"
+        write_json(state_file, {"schema": SCHEMA, "request": request, "samples": samples})
+        return f"the samples are saved in {state_file}: {go_on} goes on from them"
+
     saved = time.monotonic()
     with interruptible() as signals:
-        for _ in _visit_all(makers, samples, loads, math.ceil(repeats / loads), tolerance, stopwatch, quiet):
-            if state_file is not None and (signals or time.monotonic() - saved > _SAVE_SECONDS):
-                write_json(state_file, {"schema": SCHEMA, "request": request, "samples": samples})
-                saved = time.monotonic()
-            if signals:
-                where = f"the samples are saved in {state_file}: {go_on} goes on from them"
-                raise Interrupted(where if state_file else "nothing is saved")
+        try:
+            for _ in visiting(samples):
+                if signals:
+                    break
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        except MeasurementError as error:
+            if not signals:
+                raise MeasurementError(
+                    f"{error}; {save()}" if any(samples.values()) else str(error)
+                ) from error
+        if signals:
+            raise Interrupted(save())
     if state_file is not None:
         state_file.unlink(missing_ok=True)
-    return _timings(samples, makers)
+    return _timings(samples, names)
 
 
 def pool(loads: Sequence[Sequence[float]]) -> Timing:
     """Summarise the samples of several loads.
 
     The spread combines that of the samples and that of the loads' medians. Each of the two ignores a slow
-    phase of the machine.
+    phase of the machine. Loads of one sample each have no spread of their own.
     """
     together = summarise([value for values in loads for value in values])
+    if all(len(values) == 1 for values in loads):
+        return together
     between = spread([statistics.median(values) for values in loads])
     return replace(together, spread=math.hypot(together.spread, between))
 
@@ -212,6 +276,23 @@ def _visit_all(
                 for name, values in newer.items():
                     samples[name][load : load + 1] = [values]
                 progress.step()
+                yield
+
+
+def _run_all(
+    runs: Mapping[str, TimedRun], samples: Samples, repeats: int, tolerance: float, quiet: bool
+) -> Iterator[None]:
+    """Bring each program to `repeats` runs, in rounds of a new random order; yield after each run."""
+    for number in range(MOST_REPEATS * repeats):
+        names = runs if number < repeats else noisy(_timings(samples, runs), tolerance)
+        due = [name for name in names if len(samples[name]) <= number]
+        if not due:
+            continue
+        phase = f"run {number + 1} of {repeats}" if number < repeats else f"repeat {len(due)} noisy"
+        with Progress(len(due), phase, quiet=quiet) as progress:
+            for name in random.Random(number).sample(due, len(due)):
+                samples[name].append([runs[name]()])
+                progress.step(name)
                 yield
 
 

@@ -37,12 +37,17 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 # Finite numbers whose sums and products stay finite. No shape has a feature above 1e20.
 Milliseconds = Annotated[float, Field(ge=0, le=MOST_MS, allow_inf_nan=False)]
+# of the user's own measurements; the largest supercomputer takes 3e7 W
+Watts = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Millijoules = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=f"^{NAME}$", max_length=100)]
 Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
 
 # measured: timed itself; fitted: from a model of such measurements; estimated: never timed
 Source = Literal["measured", "fitted", "estimated"]
+# int8-dynamic: weights in int8, with the range of each map found for each image
+FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 
 # latency: of a network that runs for `batch` images by itself; throughput: the time of a batch divided by its
 # images, where the device is full and a batch may begin before the last one is done
@@ -54,6 +59,9 @@ class KernelModel(FilePart):
 
     `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
     by themselves; `like`: the cost of a kernel of another kind and the same shape.
+
+    Its energy may be stated in one of two forms. `energy_mj`: millijoules for each unit of each feature;
+    `power_w`: of the device while it runs, which is multiplied by its latency.
     """
 
     kind: Source
@@ -61,6 +69,21 @@ class KernelModel(FilePart):
     terms: dict[str, Milliseconds] | None = None
     grid: Grid | None = None
     like: str | None = None
+    energy_mj: dict[str, Millijoules] | None = None
+    power_w: Watts | None = None
+
+    @model_validator(mode="after")
+    def _check_energy(self) -> Self:
+        if self.energy_mj is not None and self.power_w is not None:
+            raise ValueError("expected one of energy_mj and power_w")
+        unknown = [name for name in self.energy_mj or () if name not in FEATURES]
+        if unknown:
+            raise ValueError(
+                f"energy_mj: unknown feature {quoted(unknown[0])}: {nearest(unknown[0], FEATURES)}"
+            )
+        if self.energy_mj is not None and not any(self.energy_mj.values()):
+            raise ValueError("energy_mj must have a term above 0, so that no kernel is free")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +141,10 @@ class Device(FilePart):
     aliases: Annotated[tuple[str, ...], BeforeValidator(to_tuples)] = ()
     title: str
     runtime: str
-    precision: str
+    precision: str  # of the computation, in words
+    # the files whose latency this is: their format where `runtime` does not tell it, and their precision
+    file_format: Annotated[str, Field(pattern="^[a-z]*$", max_length=20)] = ""
+    file_precision: FilePrecision = "fp32"
     batch: Annotated[int, Field(ge=1)]
     unit: Literal["ms"]
     quantity: Quantity = "latency"
@@ -132,6 +158,9 @@ class Device(FilePart):
     model: dict[str, KernelModel] = Field(default={}, max_length=1_000)
     calibration: Calibration | None = None
     uncertainty: Uncertainty | None = None  # of predictions, after the calibration if there is one
+    # energy, where the user states it: of what has no figure of its own, and of each network in all
+    power_w: Watts | None = None
+    fixed_mj: Millijoules | None = None
 
     _tables: Traversable | None = PrivateAttr(default=None)
     _shipped: bool = PrivateAttr(default=False)
@@ -208,6 +237,44 @@ class Device(FilePart):
     def per_image(self) -> str:
         """What follows a printed latency of a throughput device: `an image at batch 256`; else empty."""
         return f"an image at batch {self.batch}" if self.quantity == "throughput" else ""
+
+    @property
+    def states_kernel_energy(self) -> bool:
+        """Whether the file states the energy or the power of some kind of kernel."""
+        return any(m.energy_mj is not None or m.power_w is not None for m in self.model.values())
+
+    @property
+    def states_energy(self) -> bool:
+        """Whether the file states energies at all."""
+        return self.power_w is not None or self.states_kernel_energy
+
+    @property
+    def network_mj(self) -> float:
+        """The energy that every network has besides its kernels. Raises TableError where it is not stated."""
+        if self.fixed_mj is not None:
+            return self.fixed_mj
+        if self.power_w is None and self.network_ms > 0:
+            raise TableError(
+                f"device {self.name}: its networks take {self.network_ms:g} ms besides their kernels, of "
+                "unknown energy: add fixed_mj, or power_w of the device, to its file"
+            )
+        return (self.power_w or 0.0) * self.network_ms
+
+    def kernel_mj(self, kernel: Kernel) -> float:
+        """Return the energy of a kernel in millijoules. Raises TableError where it is not stated."""
+        own = self.model.get(kernel.kind)
+        for stated in (own, self.model.get(own.like or "") if own is not None else None):
+            if stated is not None and stated.energy_mj is not None:
+                return math.fsum(weight * FEATURES[name](kernel) for name, weight in stated.energy_mj.items())
+            if stated is not None and stated.power_w is not None:
+                return stated.power_w * self.kernel_ms(kernel)
+        if self.power_w is None:
+            known = [kind for kind, model in self.model.items() if model.energy_mj or model.power_w]
+            raise TableError(
+                f"device {self.name} states no energy of {quoted(kernel.kind)} kernels, only of "
+                f"{one_line(', '.join(known), 120)}: add theirs, or power_w of the device, to its file"
+            )
+        return self.power_w * self.kernel_ms(kernel)
 
     @property
     def network_ms(self) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +28,7 @@ class KernelRow:
     kernel: Kernel
     latency_ms: float
     kind: str
+    priced_as: Kernel | None = field(default=None, kw_only=True)  # the kernel that stands in for it
 
 
 def predict_blocks(device: Device, blocks: Iterable[BlockSpec]) -> tuple[KernelRow, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 from qnas.common.errors import TableError, UsageError, abbreviate, one_line
 from qnas.latency.device import Device
 from qnas.latency.device_table import KernelRow, load_table, predict_blocks
+from qnas.latency.energy import network_mj
 from qnas.latency.intervals import Interval
-from qnas.latency.kernels import GROUPED, Kernel, fused_parts, of_one_group
+from qnas.latency.kernels import GROUPED, Kernel, fuse, fused_parts, of_one_group
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter import tables as nn_meter
 from qnas.latency.onnx.networks import OnnxNetwork
@@ -65,6 +66,7 @@ class Prediction:
     note: str = ""  # on the sources of the parts
     per_image: str = ""  # of a throughput device: "an image at batch 256"
     interval: Interval | None = None  # of a measurement; None where the device has no errors to tell from
+    energy_mj: float | None = None  # None where the device's file states no energies
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -115,16 +117,19 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     batchnorm_ms = None
     if space.norm != "batchnorm" and device.prices_kernels:
         batchnorm_ms = table_from(latency, device, space.with_norm("batchnorm")).latency_ms(indices)
+    latency_ms = table.latency_ms(indices)
+    kernels = (kernel for block in lower(space, arch) for kernel in fuse(block.layers, device.fusion))
     return Prediction(
         table.device,
-        table.latency_ms(indices),
+        latency_ms,
         table.coverage(indices),
         table.margin,
         tuple(parts),
         batchnorm_ms,
         source_note(latency, device, space, arch),
-        per_image=device.per_image,
+        device.per_image,
         interval=table.interval(indices),
+        energy_mj=network_mj(device, kernels, latency_ms),
     )
 
 
@@ -173,6 +178,7 @@ def predict_file(latency: str, device: Device, network: OnnxNetwork) -> Predicti
         note="; ".join(notes),
         per_image=device.per_image,
         interval=uncertainty.widest(total, unknown) if uncertainty is not None else None,
+        energy_mj=network_mj(device, (row.priced_as or row.kernel for row in rows), total),
     )
 
 
@@ -221,7 +227,8 @@ def price_part(device: Device, part: Sequence[OnnxOperator], kernel: Kernel) -> 
         else:
             others = [(replace(kernel, kind=k, kernel=1, stride=1), "uncovered") for k in _PASSES]
         priced_as, kind = next((o for o in others if _known(device, o[0]) is not None), others[-1])
-    return KernelRow("+".join(o.name for o in part), kernel, device.kernel_ms(priced_as), kind)
+    name = "+".join(o.name for o in part)
+    return KernelRow(name, kernel, device.kernel_ms(priced_as), kind, priced_as=priced_as)
 
 
 # Kinds that few devices know: a stand-in or uncovered where they do not.

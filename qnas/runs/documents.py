@@ -30,7 +30,7 @@ from qnas.common.documents import (
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.common.reading import read_json
 from qnas.runs.names import ARCH_FILE, RESULT_FILE, SEARCH_FILE
-from qnas.solver.limits import LABEL
+from qnas.solver.limits import ENERGY, ENERGY_UNIT, LABEL
 from qnas.spaces.arch import MOST_POSITIONS, ArchFields, read_arch_document
 
 MOST_NETWORKS = 100_000  # of a ranking
@@ -38,6 +38,8 @@ MOST_CLASSES = 100_000
 MOST_PX = 16_384
 
 
+MOST_CELLS = 10_000  # candidates of a position
+MOST_ROWS = Field(max_length=MOST_POSITIONS)
 Versions = dict[Text, Text]
 Choices = Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=MOST_POSITIONS)]
 Loss = float  # a diverged network's may be infinite or NaN
@@ -65,6 +67,8 @@ class AskedLimit(Document):
     limit: Positive = ABSENT
     device: PathText = ABSENT
     table_digest: Digest = ABSENT
+    energy_of: Name = ABSENT
+    cells_digest: Digest = ABSENT
 
 
 class SearchSettings(Document):
@@ -135,7 +139,7 @@ class LimitEntry(Document):
     """A limit that a network meets."""
 
     name: Name
-    unit: Literal["ms", "parameters", "MACs"]
+    unit: Literal["ms", "parameters", "MACs", "mJ"]
     budget: Positive
     limit: Positive
     amount: Amount
@@ -145,10 +149,16 @@ class LimitEntry(Document):
     most: Amount
     table_digest: Digest = ABSENT
     coverage: Share = ABSENT
+    quantity: Literal["latency", "throughput"] = ABSENT
+    cells: Annotated[list[Annotated[list[Amount], Field(max_length=MOST_CELLS)]], MOST_ROWS] = ABSENT
+    cells_digest: Digest = ABSENT
 
     @model_validator(mode="after")
     def _check_unit(self) -> Self:
-        if self.unit != "ms" and LABEL.get(self.name) != self.unit:
+        if self.unit == ENERGY_UNIT:
+            if not self.name.startswith(f"{ENERGY}-") or self.cells is None or self.cells_digest is None:
+                raise ValueError(f"expected {ENERGY}-DEVICE with cells and cells_digest, as it is an energy")
+        elif self.unit != "ms" and LABEL.get(self.name) != self.unit:
             raise ValueError(f"expected one of {', '.join(LABEL)} with its unit, or a device with ms")
         if self.unit == "ms" and (self.table_digest is None or self.coverage is None):
             raise ValueError("expected table_digest and coverage, as it is a device's")
@@ -176,12 +186,12 @@ class Certificate(Document):
 
 
 class Measured(Document):
-    """The latency of an exported file on this machine."""
+    """The latency of an exported file on this machine, or elsewhere by a command, `runtime`."""
 
     p50_ms: Amount
     p95_ms: Amount
     runtime: Text
-    threads: Threads
+    threads: Threads = ABSENT
     machine: Text
 
 

@@ -3,27 +3,31 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qnas.common.units import format_count, format_ms
+from qnas.common.units import format_count, format_mj, format_ms, format_per_image, format_rate
 from qnas.latency.device import Figures, load_device
 from qnas.latency.intervals import describe_interval
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
-from qnas.solver.limits import Limits
+from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
 
 def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str:
     """Format the latency on each device, then the slowest layers on each device."""
-    rows = []
+    rows, metered = [], any(p.energy_mj is not None for p in predictions)
     for p in predictions:
         with_norm = format_ms(p.batchnorm_ms) if p.batchnorm_ms is not None else "-"
-        took = f"{format_ms(p.latency_ms)} {p.per_image}".rstrip()
-        rows.append((p.device, took, describe_interval(p.interval), f"{p.coverage:.0%}", with_norm))
-    header = ("device", "latency", "interval", "from measurements", "with batch norm")
-    lines = [table_rows(header, rows)]
+        took = format_ms(p.latency_ms)
+        if p.per_image:
+            took += f" ({format_rate(p.latency_ms)})"
+        energy = [] if not metered else ["-" if p.energy_mj is None else format_mj(p.energy_mj)]
+        interval = describe_interval(p.interval)
+        rows.append((p.device, took, interval, *energy, f"{p.coverage:.0%}", with_norm))
+    heads = ("device", "latency", "interval", *(["energy"] * metered), "from measurements", "with batch norm")
+    lines = [table_rows(heads, rows)]
     for p in predictions:
-        lines += ["", f"{p.device}: the slowest layers"]
+        lines += ["", f"{p.device}: the slowest layers{f', in ms {p.per_image}' if p.per_image else ''}"]
         for layer in p.layers[:dearest]:
             share = f"{layer.latency_ms / p.latency_ms:>4.0%}"
             begin = f"  {share} {format_ms(layer.latency_ms):>10}  {len(layer.where):>3} x "
@@ -59,13 +63,13 @@ def latency_lines(
     limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
 ) -> Iterator[str]:
     """Yield lines with a network's latency on each device and, where known, the source of the prediction."""
-    tables = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    tables = [(limit, limit.table) for limit in limits if limit.table is not None]
     indices = arch.indices(space)
-    for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
-        latency_ms = table.latency_ms(indices)
+    for i, ((limit, table), name) in enumerate(zip(tables, devices, strict=True)):
+        latency_ms, budget_ms = table.latency_ms(indices), limit.budget
         where = f"{table.device} at {space.input.resolution_px} px"
-        budget = f"{format_ms(budget_ms)} {load_device(name).per_image}".rstrip()
-        took = f"{format_ms(latency_ms, round_up=True)} of {budget} on {where}"
+        where += f", batch {load_device(name).batch}" if limit.throughput else ""
+        took = f"{limit.describe(latency_ms, round_up=True)} of {limit.describe(budget_ms)} on {where}"
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
@@ -73,17 +77,29 @@ def latency_lines(
             yield field("", note)
 
 
+def energy_lines(limits: Limits, indices: Sequence[int]) -> Iterator[str]:
+    """Yield a line with a network's energy on each device where it is limited."""
+    for limit in (each for each in limits if each.energy_of):
+        amount = limit.amount(indices)
+        took = f"{format_mj(amount, round_up=True)} of {limit.describe(limit.budget)}"
+        yield field("energy", f"{took} ({amount / limit.budget:.1%}), by the device's file")
+
+
 def describe_limits(space: SearchSpace, limits: Limits) -> str:
     """Format the limits of a space, the range of its networks, and warnings about budgets."""
     lines, px, classes = [], space.input.resolution_px, f"{space.head.classes} classes"
     for limit in limits:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
-        where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
+        where = f"on {limit.name} " if limit.table else ""
+        verb = "take" if limit.table or limit.energy_of else "have"
         asked = f"{space.name} {where}at {px} px, {classes}, within {limit.describe(limit.budget)}"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"
             lines.append(wrapped(f"the budget does not bind: the {what} of the space is within it"))
+        if (origin := limit.table.origin if limit.table else None) and origin.file_precision != "fp32":
+            of_files = f"the latencies on {limit.name} are of files in {origin.file_precision}"
+            lines.append(wrapped(f"{of_files}: training is in float, and qnas export checks such a file"))
         if limit.table and limit.table.margin:
             most_ms = limit.describe(limit.limit)
             lines.append(
@@ -98,9 +114,13 @@ def describe_budgets(entries: Sequence[Mapping[str, Any]]) -> str:
     >>> describe_budgets([{"name": "vpu", "unit": "ms", "budget": 30}])
     '30.00 ms on vpu'
     """
-    return " and ".join(
-        f"{format_ms(entry['budget'])} on {entry['name']}"
-        if entry["unit"] == "ms"
-        else f"{format_count(entry['budget'])} {entry['unit']}"
-        for entry in entries
-    )
+    return " and ".join(map(_describe_budget, entries))
+
+
+def _describe_budget(entry: Mapping[str, Any]) -> str:
+    if entry["unit"] == "ms":
+        is_rate = entry.get("quantity") == "throughput"
+        return f"{(format_per_image if is_rate else format_ms)(entry['budget'])} on {entry['name']}"
+    if entry["unit"] == ENERGY_UNIT:
+        return f"{format_mj(entry['budget'])} on {entry['name'].removeprefix(f'{ENERGY}-')}"
+    return f"{format_count(entry['budget'])} {entry['unit']}"

@@ -19,12 +19,23 @@ from typing import Any
 
 from qnas.common.errors import ArchError, CheckpointError, InfeasibleBudgetError, TableError, UsageError
 from qnas.common.intervals import wilson
-from qnas.common.units import parse_count, parse_latency
+from qnas.common.units import parse_count, parse_energy, parse_latency
 from qnas.latency.device import device_names, load_device
+from qnas.latency.energy import EnergyTable
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table import DECIMALS, LatencyTable, read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SEARCH_FILE, table_file
-from qnas.solver.limits import COUNTS, Limit, Limits, count_limit, expected_amount, latency_limit
+from qnas.solver.limits import (
+    COUNTS,
+    ENERGY,
+    ENERGY_UNIT,
+    Limit,
+    Limits,
+    count_limit,
+    energy_limit,
+    expected_amount,
+    latency_limit,
+)
 from qnas.solver.solve import Scores, limit_entry, solve_best
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.lower import count_macs, count_params, lower
@@ -61,7 +72,11 @@ def recompute(document: Mapping[str, Any], space: SearchSpace, arch: Arch, path:
             if table is not None:
                 limit, exact = _device_limit(table, entry), table.digest == entry["table_digest"]
         else:
-            limit = _count_limit(entry, space)
+            limit = (
+                _energy_limit(entry, space, where)
+                if entry["unit"] == ENERGY_UNIT
+                else _count_limit(entry, space)
+            )
         if limit is None:
             _check_sum(where, entry, space)
             unchecked.append(
@@ -85,6 +100,8 @@ def read_limits(folder: Path, document: Mapping[str, Any], space: SearchSpace) -
         if entry["unit"] == "ms":
             margin = _margin(entry, document["margin"] if at == 0 else None, str(folder / ARCH_FILE))
             limits.append(_device_limit(_read_table(folder, entry, margin, space), entry))
+        elif entry["unit"] == ENERGY_UNIT:
+            limits.append(_energy_limit(entry, space, f"{folder / ARCH_FILE}: limits[{at}]"))
         else:
             limits.append(_count_limit(entry, space))
     return tuple(limits)
@@ -145,7 +162,21 @@ def _device_limit(table: LatencyTable, entry: Mapping[str, Any]) -> Limit:
     slowest_ms = max(chain((cell.latency_ms for _, cell in table.fixed), *table.ms))
     if slowest_ms > MOST_MS:
         raise TableError(f"the table of {table.device}: a block takes {slowest_ms:g} ms")
-    return replace(latency_limit(table, entry["budget"]), limit=entry["limit"])
+    is_rate = entry.get("quantity") == "throughput"  # the copy of a table does not say
+    return replace(latency_limit(table, entry["budget"]), limit=entry["limit"], throughput=is_rate)
+
+
+def _energy_limit(entry: Mapping[str, Any], space: SearchSpace, where: str) -> Limit:
+    """Return an energy limit from its recorded cells. Raises ArchError if they are not the search's."""
+    sizes = [len(position.candidates) for position in space.positions]
+    if [len(row) for row in entry["cells"]] != sizes:
+        raise ArchError(f"{where}.cells: not one for each candidate of each position of {space.name}")
+    device = entry["name"].removeprefix(f"{ENERGY}-")
+    energies = EnergyTable(device, entry["fixed"], tuple(map(tuple, entry["cells"])))
+    limit = energy_limit(energies, entry["budget"])
+    if limit.cells_digest != entry["cells_digest"]:
+        raise ArchError(f"{where}.cells: their digest is {limit.cells_digest}, not {entry['cells_digest']}")
+    return replace(limit, limit=entry["limit"])
 
 
 def _count_limit(entry: Mapping[str, Any], space: SearchSpace) -> Limit:
@@ -248,19 +279,21 @@ def check_request(config: Mapping[str, Any], document: Mapping[str, Any], folder
     )
     for at, (entry, limit) in enumerate(zip(entries, document["limits"], strict=True)):
         where = f"{path}: limits[{at}]"
-        parse = (
-            parse_latency
-            if limit["unit"] == "ms"
-            else lambda text, where=where: parse_count(text, f"{where}.budget")
-        )
         try:
-            budget = parse(entry["budget"])
+            budget = _budget(entry["budget"], limit["unit"], f"{where}.budget")
         except UsageError as cause:
             raise CheckpointError(f"{where}: {cause}") from cause
         _compare(f"{where}.budget in numbers", budget, limit["budget"], error=CheckpointError)
-        for key in ("limit", "table_digest"):
+        for key in ("limit", "table_digest", "cells_digest"):
             if key in entry:
                 _compare(f"{where}.{key}", entry[key], limit.get(key), error=CheckpointError)
+
+
+def _budget(text: str, unit: str, where: str) -> float:
+    """Return the number of a budget as it was asked for."""
+    if unit == "ms":
+        return parse_latency(text)
+    return parse_energy(text, where) if unit == ENERGY_UNIT else parse_count(text, where)
 
 
 def check_search(

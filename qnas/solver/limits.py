@@ -1,9 +1,11 @@
-"""Limits on a network: milliseconds, parameters or multiply-adds; and their distance from those of a search.
+"""Limits on a network: milliseconds, counts or millijoules; and their distance from those of a search.
 
 Each limit has a fixed part and a cell for each position and candidate, like a latency table, so that one
 solver, one expected value and one penalty serve all of them. A network has to meet all limits at once.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from qnas.common.errors import InfeasibleBudgetError
-from qnas.common.units import format_count, format_ms
+from qnas.common.units import format_count, format_mj, format_ms, format_per_image
+from qnas.latency.energy import EnergyTable
 from qnas.latency.table import LatencyTable
 from qnas.spaces.lower import BlockSpec, count_macs, count_params, fill, skeleton
 from qnas.spaces.space import SearchSpace
@@ -21,6 +24,7 @@ from qnas.spaces.space import SearchSpace
 Rows = Sequence[Sequence[float]]  # [position][candidate]
 Count = Literal["params", "macs"]
 COUNTS: tuple[Count, ...] = ("params", "macs")
+ENERGY, ENERGY_UNIT = "energy", "mJ"
 LABEL: dict[str, str] = {"params": "parameters", "macs": "MACs"}
 # An expected amount further than this share from its limit is far from the search. A search ends within 3%
 # of its budget, and exchanging one block changes a network in the middle of a shipped space by at most 7 to
@@ -33,12 +37,14 @@ FAR = 0.25
 class Limit:
     """The largest amount of one resource that a network may take."""
 
-    name: str  # a device's, "params" or "macs"
-    budget: float  # as the user gave it: milliseconds on a device, else a count
+    name: str  # a device's, "params", "macs", or "energy-DEVICE"
+    budget: float  # as the user gave it: milliseconds or millijoules on a device, else a count
     limit: float  # largest sum: the budget minus the device's margin
     fixed: float  # amount that every network of the space has
     cells: tuple[tuple[float, ...], ...]  # [position][candidate]
-    table: LatencyTable | None = None  # for a device
+    table: LatencyTable | None = None  # for the latency on a device
+    energy_of: str = ""  # the device whose energy this is
+    throughput: bool = False  # whether the milliseconds are those of an image in a batch on a full device
 
     def amount(self, indices: Sequence[int]) -> float:
         """Return the amount of the network with these candidate numbers."""
@@ -57,7 +63,15 @@ class Limit:
     @property
     def unit(self) -> str:
         """The unit of amounts."""
+        if self.energy_of:
+            return ENERGY_UNIT
         return "ms" if self.table is not None else LABEL[self.name]
+
+    @cached_property
+    def cells_digest(self) -> str:
+        """The identity of the amounts, for a limit whose cells a run records."""
+        content = json.dumps([self.name, self.fixed, self.cells])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def binds(self) -> bool:
@@ -65,9 +79,11 @@ class Limit:
         return self.limit < self.most
 
     def describe(self, amount: float, *, round_up: bool = False) -> str:
-        """Write an amount of this resource: `29.5 ms`, `1.2M parameters`."""
+        """Write an amount of this resource: `29.5 ms`, `1.2M parameters`, `25.1 mJ on bench`."""
+        if self.energy_of:
+            return f"{format_mj(amount, round_up=round_up)} on {self.energy_of}"
         if self.table is not None:
-            return format_ms(amount, round_up=round_up)
+            return (format_per_image if self.throughput else format_ms)(amount, round_up=round_up)
         return f"{format_count(amount)} {LABEL[self.name]}"
 
 
@@ -76,7 +92,15 @@ Limits = tuple[Limit, ...]  # at least one; the first limit of a search is a dev
 
 def latency_limit(table: LatencyTable, budget_ms: float) -> Limit:
     """Return a device's limit: its table, and the budget minus its margin."""
-    return Limit(table.device, budget_ms, table.limit_ms(budget_ms), table.fixed_ms, table.ms, table)
+    limit_ms, origin = table.limit_ms(budget_ms), table.origin
+    is_rate = origin is not None and origin.quantity == "throughput"
+    return Limit(table.device, budget_ms, limit_ms, table.fixed_ms, table.ms, table, throughput=is_rate)
+
+
+def energy_limit(energies: EnergyTable, most_mj: float) -> Limit:
+    """Return the limit on the energy of a network on a device."""
+    name = f"{ENERGY}-{energies.device}"
+    return Limit(name, most_mj, most_mj, energies.fixed_mj, energies.mj, energy_of=energies.device)
 
 
 def count_limit(space: SearchSpace, name: Count, most: float) -> Limit:
@@ -99,11 +123,12 @@ def check_limits(limits: Limits) -> None:
             continue
         least, table = limit.describe(limit.least, round_up=True), limit.table
         if table is None:
-            problem = f"no network has at most {limit.describe(limit.budget)}: the smallest has {least}"
+            verb = "takes" if limit.energy_of else "has"
+            problem = f"no network {verb} at most {limit.describe(limit.budget)}: the smallest {verb} {least}"
         else:
             margin = f", and {table.margin:.1%} of margin" if table.margin else ""
             problem = (
-                f"no network of {table.space} runs in {format_ms(limit.budget)} on {limit.name}: "
+                f"no network of {table.space} runs in {limit.describe(limit.budget)} on {limit.name}: "
                 f"the fastest takes {least}{margin}"
             )
         raise InfeasibleBudgetError(problem)

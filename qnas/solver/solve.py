@@ -179,6 +179,10 @@ def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
         of_device = {"table_digest": table.digest, "coverage": table.coverage(indices)}
         if table.copy_digest != table.digest:
             of_device["copy_digest"] = table.copy_digest
+        if limit.throughput:
+            of_device["quantity"] = "throughput"
+    if limit.energy_of:  # no file of the run has its cells
+        of_device = {"cells": [list(row) for row in limit.cells], "cells_digest": limit.cells_digest}
     return {
         "name": limit.name,
         "unit": limit.unit,

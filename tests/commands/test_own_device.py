@@ -1,6 +1,7 @@
 """The commands from whole networks to a device, on artificial times from a shipped device's model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def test_a_name_that_is_none_writes_nothing(board: Path) -> None:
 def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
     with pytest.raises(UsageError, match=r"--level 90: expected a share"):
         calibrate(board, "cpu", "mine", 90.0, None, None, force=False)
-    with pytest.raises(UsageError, match="--format 'tflite': expected onnx or arch"):
-        sample(SPACE, 40, "cpu", "tflite", board)
+    with pytest.raises(UsageError, match="--format 'tflight': did you mean tflite"):
+        sample(SPACE, 40, "cpu", "tflight", board)
     for command in (measure, lambda csv: fit_latency(csv, "mine")):
         with pytest.raises(
             UsageError, match=r"^nope: no such file, expected the CSV that qnas sample writes"
@@ -115,10 +116,35 @@ def test_what_is_asked_wrongly_is_refused(board: Path) -> None:
     alone.write_text((board / CSV_FILE).read_text(encoding="utf-8"), encoding="utf-8")
     Path("board", "space.yaml").unlink()
     with pytest.raises(
-        UsageError, match=r"no space\.yaml beside it: name the space of the networks with --space"
+        UsageError, match=r"no space\.yaml beside it: name the space of the networks with `space`"
     ):
         fit_latency(board, "mine", None, None, force=False)
     fit_latency(alone, "mine", SPACE, None, force=False)
     write_measured(alone, [Measured(r.name, r.arch) for r in read_measured(alone, load_space(SPACE))])
     with pytest.raises(TableError, match="latency_ms: empty for"):
         calibrate(alone, "cpu", "other", 0.9, SPACE, None, force=False)
+
+
+def test_a_device_says_of_which_files_its_latencies_are(
+    board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_latency(board, "mine", None, None, precision="int8", as_json=True, force=False)
+    capsys.readouterr()
+    assert load_device("mine.json").file_precision == "int8"
+    space, csv = load_space(SPACE), board / CSV_FILE
+    rows = [replace(row, format="tflite", precision="int8") for row in read_measured(csv, space)]
+    write_measured(csv, rows)
+    fit_latency(board, "quick", None, None, force=False)
+    device = load_device("quick.json")
+    assert (device.file_format, device.file_precision) == ("tflite", "int8")
+    assert "in int8" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"`precision=fp16`: .*latencies\.csv has times of files in int8"):
+        fit_latency(board, "other", None, None, precision="fp16", force=False)
+    with pytest.raises(UsageError, match="`precision='int7'`: did you mean int8"):
+        fit_latency(board, "other", None, None, precision="int7", force=False)
+    write_measured(csv, [*rows[1:], replace(rows[0], precision="fp32")])
+    with pytest.raises(TableError, match="precision: 'fp32' and 'int8': expected one for all networks"):
+        fit_latency(board, "other", None, None, force=False)
+    csv.write_text(csv.read_text(encoding="utf-8").replace(",fp32\n", ",fp23\n"), encoding="utf-8")
+    with pytest.raises(TableError, match="precision: 'fp23': did you mean fp32"):
+        fit_latency(board, "other", None, None, force=False)

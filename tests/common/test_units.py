@@ -4,7 +4,16 @@ import random
 import pytest
 
 from qnas.common.errors import UsageError
-from qnas.common.units import format_count, format_ms, parse_count, parse_latency
+from qnas.common.units import (
+    format_count,
+    format_mj,
+    format_ms,
+    format_per_image,
+    is_rate,
+    parse_count,
+    parse_energy,
+    parse_latency,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +37,8 @@ def test_a_latency_is_read_in_milliseconds(text: str, latency_ms: float) -> None
     ("text", "message"),
     [
         ("30", "budget '30' has no unit: write 30ms, 30us or 30s"),
-        ("30m", "budget '30m': unknown unit 'm', expected us, ms or s"),
-        ("30MS", "budget '30MS': unknown unit 'MS', expected us, ms or s"),
+        ("30m", "budget '30m': unknown unit 'm', expected us, ms or s, or img/s of a throughput device"),
+        ("30MS", "budget '30MS': unknown unit 'MS', expected us, ms or s, or img/s of a throughput device"),
         ("fast", "budget 'fast': expected a number with a unit, such as 30ms, 800us or 0.03s"),
         ("", "budget '': expected a number with a unit, such as 30ms, 800us or 0.03s"),
         ("1 2ms", "budget '1 2ms': expected a number with a unit, such as 30ms, 800us or 0.03s"),
@@ -94,3 +103,37 @@ def test_what_is_no_count_is_refused_with_the_fix(text: str, message: str) -> No
     with pytest.raises(UsageError) as error:
         parse_count(text, "`max_params`")
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "latency_ms"), [("5000img/s", 0.2), ("0.5 images/s", 2000.0), ("1e3img/s", 1.0)]
+)
+def test_a_rate_is_the_time_of_an_image(text: str, latency_ms: float) -> None:
+    assert is_rate(text)
+    assert parse_latency(text) == pytest.approx(latency_ms)
+    assert not is_rate(format_ms(latency_ms))
+
+
+@pytest.mark.parametrize("text", ["0img/s", "-5img/s", "1e999img/s", "5img", "5img/h", "img/s", "5/s"])
+def test_a_rate_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^budget "):
+        parse_latency(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "energy_mj"), [("30mJ", 30.0), ("0.03 J", 30.0), ("800uJ", 0.8), ("8µJ", 0.008)]
+)
+def test_an_energy_is_read_in_its_unit(text: str, energy_mj: float) -> None:
+    assert parse_energy(text) == pytest.approx(energy_mj)
+    assert parse_energy(format_mj(energy_mj, round_up=True)) >= energy_mj
+
+
+@pytest.mark.parametrize("text", ["30", "30ms", "30mj", "0mJ", "-1mJ", "1e999J", "mJ", "30mJ/s"])
+def test_an_energy_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^`max_energy` "):
+        parse_energy(text)
+
+
+def test_a_rate_is_written_beside_its_time() -> None:
+    assert format_per_image(0.08) == "0.08000 ms an image (12,500 img/s)"
+    assert format_per_image(30.0, round_up=True) == "30.00 ms an image (33.33 img/s)"

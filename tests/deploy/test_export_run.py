@@ -649,8 +649,37 @@ def test_what_is_written_without_a_format(
         write_json(path, arch_document(SPACE, ARCH, {}))
     else:
         search_on(changed, load_device(device))
-    choice = ExportRequest(**options).choice(find_arch(changed / SUBNET_FOLDER))
-    assert list(choice.formats) == formats
+    request, found = ExportRequest(**options), find_arch(changed / SUBNET_FOLDER)
+    (precision,) = request.precisions(found)
+    assert list(request.choice(found, precision).formats) == formats
+
+
+def test_a_search_on_an_int8_device_exports_and_checks_int8(changed: Path, tmp_path: Path) -> None:
+    fast = load_device("cpu").model_copy(
+        update={"name": "fast", "aliases": (), "runtime": "onnxruntime", "file_precision": "int8"}
+    )
+    plain = load_device("cpu").model_copy(update={"name": "plain", "aliases": (), "runtime": "onnxruntime"})
+    write_text(tmp_path / "fast.json", fast.to_json())
+    write_text(tmp_path / "plain.json", plain.to_json())
+    search_on(changed, fast, plain)
+    limits = [
+        {"name": d.name, "budget": "20ms", "device": str(tmp_path / f"{d.name}.json")} for d in (fast, plain)
+    ]
+    write_json(changed / "config.json", {"search": {}, "limits": limits})
+    with pytest.warns(QnasWarning, match="is not recomputed"):
+        done = export_trained(changed, tmp_path / "out", ExportRequest(images=40))
+    assert [(file.format, file.precision) for file in done.files] == [("onnx", "int8"), ("onnx", "fp32")]
+    assert done.files[0].parity.accuracy == pytest.approx(done.files[0].parity.network_accuracy, abs=0.1)
+    assert [latency.precision for latency in done.predicted] == ["int8", "fp32"]
+    assert "for files in int8" in describe_latency(done.predicted[0].facts())
+    assert [device.files for device in done.devices] == [
+        ("model_int8.onnx",),
+        ("model_int8.onnx", "model.onnx"),
+    ]
+    with pytest.warns(QnasWarning, match="is not recomputed"):
+        in_floats = export_trained(changed, tmp_path / "floats", ExportRequest(images=40, formats=("onnx",)))
+    assert [file.precision for file in in_floats.files] == ["fp32"]
+    assert in_floats.devices[0].command.endswith("--format onnx --precision int8")
 
 
 def test_aot_is_one_more_format(trained: Path) -> None:

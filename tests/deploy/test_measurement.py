@@ -8,9 +8,10 @@ import qnas.deploy.measurement
 import qnas.deploy.runtimes
 from qnas.common.errors import CheckpointError, Interrupted, UsageError
 from qnas.common.reading import read_json
-from qnas.deploy.measurement import LOADS, measure_sample, time_files
+from qnas.deploy.measurement import LOADS, Here, measure_sample, time_files
 from qnas.deploy.timing import Call, host_stopwatch
 from qnas.latency.fitting.measurements import Measured, read_measured, write_measured
+from qnas.latency.onnx.networks import read_onnx
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
@@ -57,9 +58,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def measure(file: Path, space: SearchSpace, *, threads: int = 1, force: bool = False) -> int:
-    done = measure_sample(
-        file, space, runtime="onnxruntime", threads=threads, repeats=5, tolerance=1e3, force=force, quiet=True
-    )
+    here = Here("onnxruntime", threads)
+    done = measure_sample(file, space, here, repeats=5, tolerance=1e3, force=force, quiet=True)
     return len(done.timings)
 
 
@@ -140,9 +140,13 @@ def test_samples_of_a_sample_that_was_replaced_are_refused(
     assert measure(file, tiny_space, force=True) == 2
 
 
-def test_a_missing_file_and_an_unknown_runtime_are_refused(file: Path, tiny_space: SearchSpace) -> None:
+def test_a_missing_file_is_written_and_no_other(file: Path, tiny_space: SearchSpace, opened: Opened) -> None:
     (file.parent / "b.onnx").unlink()
-    with pytest.raises(UsageError, match=r"b\.onnx: no such file"):
-        measure(file, tiny_space)
+    assert measure(file, tiny_space) == 2
+    assert read_onnx(file.parent / "b.onnx").height_px == tiny_space.input.resolution_px
+    assert (file.parent / "a.onnx").read_bytes() == b""
+
+
+def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown runtime 'onnx': did you mean onnxruntime"):
-        measure_sample(file, tiny_space, runtime="onnx", threads=1)
+        Here("onnx")

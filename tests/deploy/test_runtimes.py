@@ -276,3 +276,31 @@ def test_cuda_runs_what_the_cpu_runs(cuda_graph: bool) -> None:
     want = expected()
     assert isinstance(want, torch.Tensor)
     torch.testing.assert_close(y.cpu(), want, rtol=1e-2, atol=1e-2)  # TF32 in convolutions
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_module_is_timed_as_an_int8_file(name: str) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    opened = open_runtime(name, precision="int8")
+    assert opened.precision == "int8"
+    assert opened.settings.endswith("files in int8")
+    seen = []
+
+    def session(content: bytes, threads: int) -> Any:
+        seen.append({node.op_type for node in onnx.load_from_string(content).graph.node})
+        return lambda: None
+
+    module = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.GELU())
+    keywords = {**opened.compile.keywords, "session": session}  # type: ignore[attr-defined]
+    opened.compile.func(module, (8, 6, 6), **keywords)()  # type: ignore[attr-defined]
+    opened.compile.func(torch.nn.Identity(), (1, 1, 1), **keywords)()  # type: ignore[attr-defined]
+    assert {"QuantizeLinear", "Conv", "DequantizeLinear"} < seen[0]
+    assert "QuantizeLinear" not in seen[1]
+    opened.compile(module, (8, 6, 6))()()
+
+
+@pytest.mark.parametrize(("name", "precision"), [("torch", "int8"), ("onnxruntime", "fp16")])
+def test_a_precision_that_is_not_measured_is_refused(name: str, precision: Any) -> None:
+    with pytest.raises(UsageError, match=f"runtime {name} measures no {precision}: take "):
+        open_runtime(name, precision=precision)

@@ -108,7 +108,7 @@ def test_more_networks_than_there_are_are_refused(tiny_space: SearchSpace) -> No
 def test_a_written_sample_reads_back(
     space: SearchSpace, networks: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
-    file = write_sample(space, networks[:12], tmp_path, onnx=False, seed=0, quiet=True)
+    file = write_sample(space, networks[:12], tmp_path, kind=None, seed=0, quiet=True)
     assert file == tmp_path / CSV_FILE
     rows = read_measured(file, space)
     assert [row.arch.indices(space) for row in rows] == networks[:12]
@@ -122,10 +122,10 @@ def test_a_written_sample_reads_back(
 def test_a_sample_that_may_hold_times_is_not_replaced(
     space: SearchSpace, networks: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
-    file = write_sample(space, networks[:3], tmp_path, onnx=False, seed=0)
+    file = write_sample(space, networks[:3], tmp_path, kind=None, seed=0)
     file.write_text("times", encoding="utf-8")
     with pytest.raises(CheckpointError, match="exists already, perhaps with times: `force=True`"):
-        write_sample(space, networks[:4], tmp_path, onnx=False, seed=0)
+        write_sample(space, networks[:4], tmp_path, kind=None, seed=0)
     assert file.read_text(encoding="utf-8") == "times"
-    write_sample(space, networks[:4], tmp_path, onnx=False, seed=0, force=True)
+    write_sample(space, networks[:4], tmp_path, kind=None, seed=0, force=True)
     assert len(read_measured(file, space)) == 4

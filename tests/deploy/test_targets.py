@@ -17,6 +17,7 @@ from qnas.deploy.targets import (
     describe_device,
     device_files,
     formats_of,
+    precisions_of,
 )
 from qnas.latency.device import device_names, load_device
 
@@ -105,6 +106,26 @@ def test_a_precision_that_neither_has_is_refused(formats: Callable[..., None]) -
     with pytest.raises(UsageError, match=r"format onnx has no int8-dynamic: take .* or the format .*tflite"):
         choose_formats((VPU,), "int8-dynamic", None)
     assert choose_formats((PHONE,), "int8-dynamic", None).formats == ("tflite",)
+
+
+def test_a_device_of_int8_files_runs_those_alone() -> None:
+    entries = {
+        "model.onnx": {"format": "onnx", "precision": "fp32"},
+        "model_int8.onnx": {"format": "onnx", "precision": "int8"},
+        "model_int8.tflite": {"format": "tflite", "precision": "int8"},
+    }
+    fast, plain = Target("fast", "onnxruntime 1.32", precision="int8"), Target("plain", "onnxruntime 1.32")
+    said = Target("said", "adb shell benchmark_model of openvino", "tflite", "int8")
+    found = device_files((fast, plain, said), entries, {}, "qnas export RUN")
+    assert [each.files for each in found] == [
+        ("model_int8.onnx",),
+        ("model.onnx", "model_int8.onnx"),
+        ("model_int8.tflite",),
+    ]
+    (without,) = device_files((said,), {"model.onnx": entries["model.onnx"]}, {}, "qnas export RUN")
+    assert without.command == "qnas export RUN --format tflite --precision int8"
+    assert precisions_of((fast, plain, said)) == ("int8", "fp32")
+    assert precisions_of(()) == ("fp32",)
 
 
 def test_a_device_has_files_or_the_command_that_writes_one() -> None:

@@ -20,6 +20,7 @@ from helpers.pages import BLOCK, PAGES, blocks
 from helpers.pickled_forests import predictor_files, write_zip
 from helpers.pictures import samples, write_tar
 from helpers.places import ROOT
+from helpers.played_programs import write_programs
 from helpers.tiny import TINY_SPACE
 from typer.main import get_command
 
@@ -285,13 +286,13 @@ SMALL = (
     ("--resolution 224 --force", r"\g<0> --allow-drop"),
     ("^qnas pareto", "qnas pareto --points 2 --k-best 1"),
     ("^qnas profile", "qnas profile --repeats 1"),
-    ("^qnas measure (board|check)", r"qnas measure --repeats 2 \1"),
-    ("--n 100", "--n 24"),
+    ("^qnas measure (board|check|phone|gpu|desk|quick|RUN)", r"qnas measure --repeats 2 \1"),
+    ("--n (100|60)", "--n 24"),
     # a space of few blocks, of which each is exported and timed
     ("(profile|sample)(.*) --space quadranet-small", r"\1\2 --space tiny.yaml"),
     # what a machine takes is not what the author's took
     (
-        r"(local-onnxruntime|board-sure)(\.json) --budget \S+ --space \S+",
+        r"(local-onnxruntime|board-sure|quick)(\.json) --budget \S+ --space \S+",
         r"\1\2 --budget 10s --space tiny.yaml",
     ),
     # forests of noise stand in for the published ones
@@ -334,6 +335,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "test"):
         members = samples(place / "digits" / part, map(str, range(10)))
         write_tar(place / "shards" / f"digits-{part}-000000.tar", members)
+    write_programs(place / "programs")
     (place / "tiny.yaml").write_text(TINY_SPACE)
     write_fashion(place / "fashion")
     write_zip(place / "myriadvpu_openvino2019r2.zip", predictor_files("myriad-vpu"))
@@ -358,6 +360,7 @@ def _run(place: Path, lines: Sequence[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
             patch.setenv("QNAS_HOME", str(place / "home"))
+            patch.setenv("PATH", f"{place / 'programs'}{os.pathsep}{os.environ['PATH']}")
             if program == "torchrun":
                 command = [sys.executable, "-m", "torch.distributed.run", *words]
                 assert subprocess.run(command, check=False).returncode == 0, line

@@ -18,7 +18,7 @@ from qnas.common.resources import shipped
 from qnas.latency.device import load_device
 from qnas.latency.device_table import load_table
 from qnas.latency.evaluation import evaluate_networks, read_networks
-from qnas.latency.fitting.measurements import Measured, one_runtime, read_measured, write_measured
+from qnas.latency.fitting.measurements import Measured, read_measured, the_one, write_measured
 from qnas.latency.nn_meter import predictors
 from qnas.latency.nn_meter.pickles import read_forest
 from qnas.latency.own_latency import device_from_blocks
@@ -111,7 +111,7 @@ def measured(tmp_path: Path) -> Loader:
     content = path.read_bytes()
     return Loader(
         path,
-        lambda path: one_runtime(read_measured(path, small), path),
+        lambda path: the_one("runtime", read_measured(path, small), path),
         lambda count, seed: byte_mutants(content, count, seed=seed),
     )
 

@@ -11,10 +11,9 @@ from torchvision.transforms.v2 import functional as tv
 from qnas.data.normalisation import normalise
 from qnas.data.pil_pixels import FULL_BITS
 from qnas.deploy.export.lowering import OPERATORS, Forms, lowered
+from qnas.latency.device import FilePrecision as FilePrecision  # of files, thus offered here too
 from qnas.spaces.lower import BlockSpec
 
-# int8-dynamic: weights in int8, with the range of each map found for each image
-FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 Ranges = Literal["minmax", "percentile", "entropy"]
 Run = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised float32 -> logits (B, classes), float32
 
@@ -28,6 +27,7 @@ class Variant:
     ranges: Ranges = "minmax"  # int8: which values of a map the range covers
     symmetric: bool = False  # int8: maps with a zero point of zero, as TensorRT needs
     max_drop: float | None = None  # of the accuracy; None: the precision's default
+    every_layer: bool = False  # int8: all layers, whatever the outputs become, in files that are only timed
 
     @property
     def stem(self) -> str:

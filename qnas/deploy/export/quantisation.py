@@ -117,8 +117,15 @@ class Calibrated(Protocol):
         """Return a model as a function of images."""
 
 
-def quantise_within(graph: Calibrated, images: RealImages, variant: Variant) -> tuple[Quantised, Parity]:
-    """Return a model with as few layers in float as the tolerance needs, and its parity on images."""
+def quantise_within(
+    graph: Calibrated, images: RealImages, variant: Variant
+) -> tuple[Quantised, Parity | None]:
+    """Return a model with as few layers in float as the tolerance needs, and its parity on images.
+
+    A variant with `every_layer` has none, and no parity: it may be of a block, whose outputs are no logits.
+    """
+    if variant.every_layer:
+        return Quantised(graph.in_int8(graph.layers.keys()), len(graph.layers), (), variant), None
     tolerance = tolerance_of(variant)
     expected = _logits(graph, graph.model, images, len(images))
     order: list[str] = []
@@ -133,8 +140,10 @@ def quantise_within(graph: Calibrated, images: RealImages, variant: Variant) -> 
     return Quantised(model, len(graph.layers), names, variant), parity
 
 
-def check_quantised(found: Quantised, parity: Parity, where: str) -> None:
+def check_quantised(found: Quantised, parity: Parity | None, where: str) -> None:
     """Raise ExportError if a model in int8 is certainly worse than its tolerance on calibration images."""
+    if parity is None:
+        return
     if reason := refusal(parity, tolerance_of(found.variant)):
         some = f"{len(found.in_float)} of {found.layers} layers in float"
         names = abbreviate(found.in_float, most=2)

@@ -1,8 +1,8 @@
 """Measured networks of a space: the CSV that `qnas sample` writes, to be filled with latencies.
 
 A row is a network: its name, the candidate of every position, and its latency in milliseconds, empty
-until it is measured. `p95_ms` and `runtime` (its name and version) may stay empty or be left out;
-other columns are ignored.
+until it is measured. `p95_ms`, `runtime` (its name and version), and `format` and `precision` of the files
+that were timed may stay empty or be left out; other columns are ignored.
 """
 
 import csv
@@ -10,17 +10,19 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from qnas.common.arguments import quoted
-from qnas.common.errors import ArchError, TableError, abbreviate
+from qnas.common.errors import ArchError, TableError, UsageError, abbreviate, nearest
 from qnas.common.files import write_text
 from qnas.common.reading import csv_rows, read_text
 from qnas.common.units import LEAST_MS, MOST_MS, number_or_nan
+from qnas.latency.device import FilePrecision
 from qnas.latency.table import TABLE_BYTES
 from qnas.spaces.arch import Arch, make_arch
 from qnas.spaces.space import SearchSpace
 
-COLUMNS = ("name", "choices", "latency_ms", "p95_ms", "runtime")
+COLUMNS = ("name", "choices", "latency_ms", "p95_ms", "runtime", "format", "precision")
 MOST_PROBLEMS = 100  # after which a file is read no further
 REQUIRED = ("name", "choices", "latency_ms")
 
@@ -34,6 +36,8 @@ class Measured:
     latency_ms: float | None = None
     p95_ms: float | None = None
     runtime: str = ""
+    format: str = ""  # of the file that was timed
+    precision: str = ""
 
 
 def write_measured(path: Path, networks: Iterable[Measured]) -> None:
@@ -45,7 +49,8 @@ def write_measured(path: Path, networks: Iterable[Measured]) -> None:
         choices = " ".join(network.arch.choices)
         times = (network.latency_ms, network.p95_ms)
         shown = ("" if time is None else f"{time:.6g}" for time in times)
-        writer.writerow([network.name, choices, *shown, network.runtime])
+        told = (network.runtime, network.format, network.precision)
+        writer.writerow([network.name, choices, *shown, *told])
     write_text(path, text.getvalue())
 
 
@@ -90,15 +95,29 @@ def measured_only(networks: Sequence[Measured], where: Path) -> tuple[Measured, 
     return tuple(networks)
 
 
-def one_runtime(networks: Iterable[Measured], where: Path) -> str:
-    """Return the runtime of the networks, empty where none is given. Raises TableError for several."""
-    named = {network.runtime for network in networks}
+Told = Literal["runtime", "format", "precision"]
+
+
+def the_one(told: Told, networks: Iterable[Measured], where: Path) -> str:
+    """Return what all rows say in a column, empty where they say nothing. Raises TableError for several."""
+    named = {getattr(network, told) for network in networks}
     if len(named) > 1:
         words = " and ".join(quoted(name) for name in sorted(named)[:2])
-        raise TableError(
-            f"{where}, runtime: {words}: expected one for all networks, since times are compared"
-        )
+        raise TableError(f"{where}, {told}: {words}: expected one for all networks, since times are compared")
     return named.pop() if named else ""
+
+
+def file_precision(given: str | None, networks: Sequence[Measured], where: Path) -> FilePrecision:
+    """Return the precision of the files that were timed: that of the rows, else the given one, else fp32.
+
+    Raises UsageError for an unknown one, and where rows and `given` differ; TableError where rows differ.
+    """
+    if given is not None and given not in get_args(FilePrecision):
+        raise UsageError(f"`precision={given!r}`: {nearest(given, get_args(FilePrecision))}")
+    named = the_one("precision", networks, where)
+    if given is not None and named not in ("", given):
+        raise UsageError(f"`precision={given}`: {where} has times of files in {named}")
+    return cast(FilePrecision, named or given or "fp32")
 
 
 def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | None, list[str]]:
@@ -116,6 +135,10 @@ def _read_row(values: dict[str, str], space: SearchSpace) -> tuple[Measured | No
         times[column] = time = number_or_nan(values[column]) if values[column] else None
         if time is not None and not LEAST_MS <= time <= MOST_MS:
             problems.append(f"{column}: {quoted(values[column])}, expected milliseconds above 0 or nothing")
+    if values["precision"] not in ("", *get_args(FilePrecision)):
+        known = nearest(values["precision"], get_args(FilePrecision))
+        problems.append(f"precision: {quoted(values['precision'])}: {known}")
     if problems or arch is None:
         return None, problems
-    return Measured(values["name"], arch, **times, runtime=values["runtime"]), []
+    told = (values["runtime"], values["format"], values["precision"])
+    return Measured(values["name"], arch, times["latency_ms"], times["p95_ms"], *told), []

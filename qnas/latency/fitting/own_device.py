@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from qnas.common.errors import TableError
-from qnas.latency.device import Device, Figures, KernelModel, Source
+from qnas.latency.device import Device, Figures, FilePrecision, KernelModel, Source
 from qnas.latency.evaluation import figures
 from qnas.latency.features import FEATURES
 from qnas.latency.kernels import Kernel, fuse
@@ -113,15 +113,25 @@ def fit_own(space: SearchSpace, archs: Sequence[Arch], latency_ms: Sequence[floa
 
 
 def own_device(
-    fit: OwnFit, *, name: str, space: SearchSpace, networks: int, runtime: str, day: date
+    fit: OwnFit,
+    *,
+    name: str,
+    space: SearchSpace,
+    networks: int,
+    runtime: str,
+    day: date,
+    file_format: str = "",
+    file_precision: FilePrecision = "fp32",
 ) -> Device:
-    """Return the device of a fit."""
+    """Return the device of a fit to files of a format and precision."""
     return Device(
         schema="qnas.device/1",
         name=name,
         title=f"{name}, from {networks} networks of {space.name}",
         runtime=runtime or "not said",
-        precision="as measured",
+        precision="as measured" if file_precision == "fp32" else f"as measured, of files in {file_precision}",
+        file_format=file_format,
+        file_precision=file_precision,
         batch=1,
         unit="ms",
         kind="fitted",

@@ -15,8 +15,10 @@ def search_command(config: Mapping[str, Any]) -> str:
     for entry in config.get("limits", []):
         if "device" in entry:
             words += ["--device", entry["device"], "--budget", entry["budget"]]
-        else:
+        elif "energy_of" not in entry:
             words += [f"--max-{entry['name']}", entry["budget"]]
+    energies = [entry["budget"] for entry in config.get("limits", []) if "energy_of" in entry]
+    words += ["--max-energy", energies[0]] if energies else []  # one for all devices that state energies
     settings = config.get("search", {})  # all of them, whatever preset they come from
     return shlex.join([*words, *_option_words(settings, [name for name in settings if name != "preset"])])
 

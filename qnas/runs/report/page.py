@@ -20,7 +20,7 @@ from markupsafe import Markup
 from qnas.common.errors import QnasWarning, first_line
 from qnas.common.files import write_text
 from qnas.common.text import escaped
-from qnas.common.units import format_count, format_ms
+from qnas.common.units import format_count, format_mj, format_ms
 from qnas.runs import names
 from qnas.runs.documents import read_arch_facts, read_search_document
 from qnas.runs.folders import read_config
@@ -40,6 +40,8 @@ Files = Mapping[str, Mapping[str, Any]]  # contents of JSON files that are not w
 FORMS: dict[str, Callable[[Any], str]] = {  # formats for values of the run's files
     "ms": format_ms,
     "ms up": lambda value: format_ms(value, round_up=True),
+    "mj": format_mj,
+    "mj up": lambda value: format_mj(value, round_up=True),
     "percent": lambda value: f"{value:.1%}",
     "percent2": lambda value: f"{value:.2%}",
     "count": format_count,

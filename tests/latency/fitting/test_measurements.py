@@ -7,8 +7,8 @@ from qnas.common.errors import TableError
 from qnas.latency.fitting.measurements import (
     Measured,
     measured_only,
-    one_runtime,
     read_measured,
+    the_one,
     write_measured,
 )
 from qnas.spaces.arch import Arch
@@ -89,8 +89,8 @@ def test_networks_without_a_latency_are_named(tmp_path: Path) -> None:
 def test_times_of_two_runtimes_are_refused(tmp_path: Path) -> None:
     rows = [Measured(name, Arch(CHOICES), 1.0, runtime=f"runtime {name}") for name in "ab"]
     with pytest.raises(TableError, match="runtime: 'runtime a' and 'runtime b': expected one"):
-        one_runtime(rows, tmp_path / "x.csv")
-    assert one_runtime(rows[:1], tmp_path / "x.csv") == "runtime a"
+        the_one("runtime", rows, tmp_path / "x.csv")
+    assert the_one("runtime", rows[:1], tmp_path / "x.csv") == "runtime a"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_columns_that_are_there_twice_are_refused(tiny_space: SearchSpace, tmp_p
 def test_runtimes_that_differ_are_one_short_line(tiny_space: SearchSpace, tmp_path: Path) -> None:
     path = written(tmp_path, f"a,{WORDS},1,,{'r' * 5000}", f"b,{WORDS},1,,{'s' * 5000}")
     with pytest.raises(TableError) as error:
-        one_runtime(read_measured(path, tiny_space), path)
+        the_one("runtime", read_measured(path, tiny_space), path)
     check_refusal(error.value, path)
 
 
