@@ -97,7 +97,7 @@ ABOUT: dict[str, dict[str, object]] = {
         "batch": 128,
         "source": (
             "elementwise operators published with NeuSight "
-            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), matrix products by the throughputs of ConvNeXt (arXiv 2201.03545)"
+            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), products by ConvNeXts (arXiv 2201.03545)"
         ),
         "fusion": "eager",
     },

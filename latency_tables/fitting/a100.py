@@ -4,7 +4,7 @@ Operators were timed one at a time, each launched by Python: none takes less tha
 however little it computes, since launching takes that long. What large ones take for each element or
 multiply-add beyond that is the work itself (`Grid.beyond`). Both devices are made of it:
 
-- **latency**: launches overlap with work, as in a CUDA graph. A kernel takes LAUNCH_MS, stated and not fitted,
+- **latency**: launches overlap with work, as in a CUDA graph. A kernel takes LAUNCH_MS, stated, not fitted,
   plus its work. Blocks of twelve kernels, timed as CUDA graphs on an H200, took 29 to 36 microseconds, which
   is 2.4 to 3.0 a kernel.
 - **throughput**: launches are shared by a batch of 128. The published figures are with TF32, whose matrix

@@ -1,14 +1,15 @@
 """The fitted terms of kernel costs on GPUs and desktop CPUs, for the throughputs that timm publishes.
 
 Milliseconds are for one image. On a GPU a batch is large: launches overlap with work and weights are read
-once for hundreds of images, so only arithmetic and maps cost. Tensor cores compute in tiles, so channels count
-as full tiles; several tile sizes are offered, and the fit chooses. A convolution takes the longer of its
-arithmetic and its transfers, with a smooth corner between them (mmacs_roof). All else is passes over maps.
+once for hundreds of images, so only arithmetic and maps cost. Tensor cores compute in tiles, so channels
+count as full tiles; several tile sizes are offered, and the fit chooses. A convolution takes the longer of
+its arithmetic and its transfers, with a smooth corner between them (mmacs_roof). All else is passes over
+maps.
 
 An eager runtime launches every operator. A convolution without batch normalisation has a bias, which cuDNN
 adds in a pass of its own, so a convolution is priced with one pass over its output in either case.
-torch.compile fuses chains of elementwise operators into one pass, whose cost is that of its maps: one read and
-one written, and one more read for each sum or product. A pooling that ends a chain after a swish is slow.
+torch.compile fuses chains of elementwise operators into one pass, whose cost is that of its maps: one read
+and one written, and one more read for each sum or product. A pooling that ends a chain after a swish is slow.
 
 On a CPU at batch 1, every kernel is dispatched by itself, weights stream from memory, and maps that outgrow a
 cache cost more.
