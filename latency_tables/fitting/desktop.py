@@ -148,8 +148,13 @@ def eager(floors: Mapping[str, float]) -> Form:
 
 
 def compiled(floors: Mapping[str, float]) -> Form:
-    """Return the terms of a GPU whose elementwise operators torch.compile has fused."""
-    return Form(own={**_CONVOLUTIONS, **_OTHERS}, shared=_shared_passes(), floors=floors)
+    """Return the terms of a GPU whose elementwise operators torch.compile has fused.
+
+    A layer normalisation reads and writes its map once, as a chain does, so it costs no less.
+    """
+    norm = {f"{kind}.kelements_in": floors["pass.kelements"] for kind in ("layernorm", "groupnorm")}
+    own = {**_CONVOLUTIONS, **_OTHERS}
+    return Form(own=own, shared=_shared_passes(), floors={**floors, **norm})
 
 
 _CACHES = tuple(f"kelements_{side}_above_{size}" for side in ("in", "out") for size in (1024, 4096))

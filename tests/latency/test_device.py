@@ -53,7 +53,7 @@ def test_a_device_file_is_named_as_its_device_and_reads_back(name: str) -> None:
 
 
 def test_an_unknown_device_is_refused_with_the_nearest_names() -> None:
-    with pytest.raises(TableError, match=r"unknown device 'vpo': did you mean vpu\? known: a100, .*cpu.*vpu"):
+    with pytest.raises(TableError, match=r"unknown device 'vpo': did you mean vpu\? known: a100, .*cpu, "):
         load_device("vpo")
     with pytest.raises(TableError, match=r"device nowhere\.json: no such file"):
         load_device("nowhere.json")
