@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from fitting import a100
 from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
 from fitting.forms import FORMS
 from fitting.layernorm import Block, fit_layernorm, read_blocks
@@ -79,6 +80,28 @@ ABOUT: dict[str, dict[str, object]] = {
     },
     "a100": {
         "aliases": ["gpu"],
+        "title": "NVIDIA A100, one image at a time, launches overlapped with work (CUDA graph)",
+        "runtime": "PyTorch 2.1, CUDA 12.1, as a CUDA graph",
+        "precision": "float32",
+        "source": (
+            "the work of operators published with NeuSight "
+            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), and 3 us for each kernel"
+        ),
+        "fusion": "eager",
+    },
+    "a100-throughput": {
+        "title": "NVIDIA A100, batches of 128, TF32, channels_last",
+        "runtime": "PyTorch eager, CUDA",
+        "precision": "float32 with TF32",
+        "quantity": "throughput",
+        "batch": 128,
+        "source": (
+            "elementwise operators published with NeuSight "
+            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), products by ConvNeXts (arXiv 2201.03545)"
+        ),
+        "fusion": "eager",
+    },
+    "a100-eager": {
         "title": "NVIDIA A100, one image at a time, every operator launched and waited for by itself",
         "runtime": "PyTorch 2.1 eager, CUDA 12.1",
         "precision": "float32",
@@ -308,9 +331,21 @@ def fit_devices(data: Path, date: str) -> list[Device]:
     devices = [
         fit_edge(name, networks, design(form, kernels, counts), blocks, date) for name, form in FORMS.items()
     ]
-    grids, accuracy = fit_operators(*read_operators(data / "a100_ops.csv"))
-    devices.append(make_device("a100", gpu_model(grids), date, accuracy=accuracy))
-    return [*devices, *fit_desktops(data, date)]
+    return [*devices, *fit_a100(data, date), *fit_desktops(data, date)]
+
+
+def fit_a100(data: Path, date: str) -> list[Device]:
+    """Fit the A100: operators launched one by one, overlapped at batch 1, and at large batches."""
+    kernels, latency_ms = read_operators(data / "a100_ops.csv")
+    grids, accuracy = fit_operators(kernels, latency_ms)
+    latency, throughput = a100.latency_model(grids), a100.throughput_model(grids)
+    of_operators = a100.operator_accuracy(latency, kernels, latency_ms)
+    of_networks = a100.published_accuracy(throughput)
+    return [
+        make_device("a100-eager", gpu_model(grids), date, accuracy=accuracy),
+        make_device("a100", latency, date, accuracy=of_operators),
+        make_device("a100-throughput", throughput, date, accuracy=of_networks),
+    ]
 
 
 def fit_desktops(data: Path, date: str) -> list[Device]:

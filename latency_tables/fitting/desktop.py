@@ -1,17 +1,18 @@
 """The fitted terms of kernel costs on GPUs and desktop CPUs, for the throughputs that timm publishes.
 
-Milliseconds are for one image. On a GPU a batch is large: launches overlap with work and weights are read once
-for hundreds of images, so only arithmetic and maps cost. Tensor cores compute in tiles, so channels count as
-full tiles; several tile sizes are offered, and the fit chooses. A convolution takes the longer of its arithmetic
-and its transfers, with a smooth corner between them (mmacs_roof). All else is passes over maps.
+Milliseconds are for one image. On a GPU a batch is large: launches overlap with work and weights are read
+once for hundreds of images, so only arithmetic and maps cost. Tensor cores compute in tiles, so channels
+count as full tiles; several tile sizes are offered, and the fit chooses. A convolution takes the longer of
+its arithmetic and its transfers, with a smooth corner between them (mmacs_roof). All else is passes over
+maps.
 
 An eager runtime launches every operator. A convolution without batch normalisation has a bias, which cuDNN
-adds in a pass of its own, so a convolution is priced with one pass over its output in either case. torch.compile
-fuses chains of elementwise operators into one pass, whose cost is that of its maps: one read and one written,
-and one more read for each sum or product; a squeezing pooling after a swish is slow.
+adds in a pass of its own, so a convolution is priced with one pass over its output in either case.
+torch.compile fuses chains of elementwise operators into one pass, whose cost is that of its maps: one read
+and one written, and one more read for each sum or product. A pooling that ends a chain after a swish is slow.
 
-On a CPU at batch 1, every kernel is dispatched by itself, weights stream from memory, and maps that outgrow a cache
-cost more.
+On a CPU at batch 1, every kernel is dispatched by itself, weights stream from memory, and maps that outgrow a
+cache cost more.
 """
 
 from collections.abc import Mapping
@@ -114,13 +115,13 @@ def _shared_passes() -> dict[str, dict[Column, float]]:
 
 @dataclass(frozen=True)
 class Chip:
-    """What bounds the costs on a GPU from below: its memory's bandwidth, and its float32 rate outside tensor cores."""
+    """What bounds costs on a GPU from below: memory, and float32 arithmetic outside tensor cores."""
 
     bytes_per_s: float
     macs_per_s: float
 
     def floors(self, element_bytes: int) -> dict[str, float]:
-        """Return lower bounds of weights: a pass reads and writes, a depthwise multiply-add is not on tensor cores."""
+        """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds."""
         moved = 1e6 * element_bytes / self.bytes_per_s  # ms for a thousand elements
         return {
             "launch": 1e-6,
@@ -142,13 +143,18 @@ CHIPS = {
 
 def eager(floors: Mapping[str, float]) -> Form:
     """Return the terms of a GPU whose operators are launched one by one."""
-    passes = {kind: ("launch", "kelements_in") for kind in ELEMENTWISE}
+    passes = dict.fromkeys(ELEMENTWISE, ("launch", "kelements_in"))
     return Form(own={**_CONVOLUTIONS, **_OTHERS, **passes}, shared={}, floors=floors)
 
 
 def compiled(floors: Mapping[str, float]) -> Form:
-    """Return the terms of a GPU whose elementwise operators torch.compile has fused."""
-    return Form(own={**_CONVOLUTIONS, **_OTHERS}, shared=_shared_passes(), floors=floors)
+    """Return the terms of a GPU whose elementwise operators torch.compile has fused.
+
+    A layer normalisation reads and writes its map once, as a chain does, so it costs no less.
+    """
+    norm = {f"{kind}.kelements_in": floors["pass.kelements"] for kind in ("layernorm", "groupnorm")}
+    own = {**_CONVOLUTIONS, **_OTHERS}
+    return Form(own=own, shared=_shared_passes(), floors={**floors, **norm})
 
 
 _CACHES = tuple(f"kelements_{side}_above_{size}" for side in ("in", "out") for size in (1024, 4096))

@@ -1,7 +1,7 @@
 """Devices fitted to networks of which only the whole was timed, and published with its name (timm's results).
 
-Networks of one name at several resolutions are alike, so a network is left out of a fit with all of its name. The
-families that are left out whole are those of timm's files.
+Networks of one name at several resolutions are alike, so a network is left out of a fit with all of its name.
+The families that are left out whole are those of the file.
 """
 
 import numpy as np

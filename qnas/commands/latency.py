@@ -117,10 +117,13 @@ def _device_lines(device: "KnownDevice") -> Iterator[str]:
         f"source: {device.source}",
     ]
     for held_out, figures in device.accuracy.items():
-        shares = [f"{group} {figure.within_10_pct:.1f}%" for group, figure in figures.items()]
+        # families of networks that are far from all others are given within 15%
+        wide = {group: f.within_15_pct for group, f in figures.items() if f.within_15_pct is not None}
+        within = wide or {group: f.within_10_pct for group, f in figures.items()}
+        shares = [f"{group} {share:.1f}%" for group, share in within.items()]
         if "all" in figures:
-            shares = [f"{figures['all'].within_10_pct:.1f}% of {figures['all'].n}"]
-        facts.append(f"{held_out} within 10%: {', '.join(shares)}")
+            shares = [f"{within['all']:.1f}% of {figures['all'].n}"]
+        facts.append(f"{held_out} within {15 if wide else 10}%: {', '.join(shares)}")
     if (c := device.calibration) is not None:
         facts.append(
             f"calibrated on {c.n} networks, {c.date}: {c.scale:.3f} times the model "

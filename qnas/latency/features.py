@@ -5,7 +5,8 @@ equal stride; with weights at or above zero a prediction has the same properties
 Counts are in thousands (`k`) or millions (`m`), so that the weights in a device file are readable.
 
 `_c32` rounds channels up to full tiles, whose unused part is computed too, `_r4` output pixels,
-`_t16x8` the sides of the output, `_i8` input channels. `_above_256` counts from where a tensor outgrows a cache or a launch.
+`_t16x8` the sides of the output, `_i8` input channels. `_above_256` counts from where a tensor outgrows a
+cache or a launch.
 `_k5` counts kernels of 5 and more only: a step, so that a fit can follow how an implementation
 treats its kernel sizes without ever falling with them.
 
@@ -120,7 +121,7 @@ FEATURES: dict[str, Count] = {
     },
     "mmacs_r14_i16_c16": lambda k: _mmacs(k, 14, 16, 16),
     "mmacs_r28_i16_c64": lambda k: _mmacs(k, 28, 16, 64),
-    **{f"mmacs_roof_{r}": _roof(r) for r in (32, 64, 128, 256)},
+    **{f"mmacs_roof_{r}": _roof(r) for r in (32, 64, 128, 256, 512, 768, 1024)},
     "mmacs_k5": _from_kernel(5, _mmacs),
     "mmacs_k7": _from_kernel(7, _mmacs),
     "mmacs_k9": _from_kernel(9, _mmacs),

@@ -83,8 +83,8 @@ FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
 }
 
 # Elementwise operators that torch.compile fuses with their neighbours into one pass -> maps that each reads
-# besides the one before it. A chain ends after additions and the activation that follows them, so that it does
-# not depend on the next block; a pooling of the whole map after it joins it.
+# besides the one before it. A chain ends after additions and the activation that follows them, so that it
+# does not depend on the next block; a pooling of the whole map after it joins it.
 POINTWISE: dict[str, int] = {
     **dict.fromkeys(("batchnorm", "relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "elementwise"), 0),
     **dict.fromkeys(("swish", "hswish", "gelu", "square", "scale", "shift", "add_scalar", "mul_scalar"), 0),
@@ -121,7 +121,8 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
     while i < len(names):
         if fusion == "inductor" and names[i] in POINTWISE:
             length = _chain_length(names, i)
-            yield slice(i, i + length), replace(operators[i], kind=chain_kind(names[i : i + length]))
+            chain = chain_kind(names[i : i + length])
+            yield slice(i, i + length), replace(operators[i], kind=chain)
             i += length
             continue
         for length in range(min(longest, len(names) - i), 0, -1):

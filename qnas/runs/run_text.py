@@ -6,6 +6,7 @@ from typing import Any
 
 from qnas.common.text import shown
 from qnas.common.units import format_count, format_ms
+from qnas.latency.device import device_names, load_device
 from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
@@ -260,6 +261,11 @@ def trained_elsewhere(trained_px: int, deployed_px: int) -> str:
 CLASSES_SHOWN = 5  # those with the lowest accuracy
 
 
+def _per_image(name: str) -> str:
+    """Return what a shipped device of throughput adds to its milliseconds; empty for all others."""
+    return load_device(name).per_image if name in device_names() else ""
+
+
 def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[str, Any], files: str) -> str:
     """Format the result of a training: `learned`, a summary, then facts of result.json and speed.json."""
 
@@ -272,7 +278,8 @@ def describe_training(learned: str, result: Mapping[str, Any], speed: Mapping[st
     deployed, px = result["deployed"], result["deployed"]["resolution_px"]
     counts = f"{format_count(deployed['macs'])} MACs, {format_count(deployed['params'])} parameters"
     latencies = ", ".join(
-        f"{name} {format_ms(found['ms'], round_up=True)}" for name, found in deployed["latency"].items()
+        f"{name} {format_ms(found['ms'], round_up=True)} {_per_image(name)}".rstrip()
+        for name, found in deployed["latency"].items()
     )
     roomy = columns() >= ROOMY
     worst = sorted((row for row in result["per_class"] if row["images"]), key=lambda row: row["value"])

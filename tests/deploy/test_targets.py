@@ -23,7 +23,9 @@ from qnas.latency.device import device_names, load_device
 
 # by the vendors of the runtimes that the shipped latencies are of
 SHIPPED = {
-    "a100": ("torch", "onnx"),
+    **dict.fromkeys(("a100", "a100-eager", "a100-throughput"), ("torch", "onnx")),
+    **dict.fromkeys(("rtx3090", "rtx4090", "rtx4090-compiled", "rtx5090"), ("torch", "onnx")),
+    "i7-12700h": ("torch",),
     "adreno-630": ("tflite",),
     "adreno-640": ("tflite",),
     "cortex-a76": ("tflite",),
@@ -142,7 +144,7 @@ def test_a_device_has_files_or_the_command_that_writes_one() -> None:
     assert [describe_device(each.facts()) for each in told] == [
         "vpu (OpenVINO 2019R2): no file that runs there; write one with qnas export runs/x --format vpu",
         "cpu (TFLite 2.1): no file that runs there: not installed; then qnas export runs/x --format tflite",
-        "gpu (PyTorch 2.1 eager, CUDA 12.1): model.onnx, model.pt2",
+        "gpu (PyTorch 2.1, CUDA 12.1, as a CUDA graph): model.onnx, model.pt2",
     ]
     unknown = DeviceFiles("mine", "", ("model.onnx",), "", "")
     assert describe_device(unknown.facts()) == "mine (a device that is not known here): model.onnx"

@@ -21,6 +21,7 @@ from qnas.spaces.space import load_space
 
 DEVICES = list(device_names())
 KINDS = [(device, kind) for device in DEVICES for kind in load_device(device).model]
+TIMM = ("rtx3090", "rtx4090", "rtx4090-compiled", "rtx5090", "i7-12700h")  # fitted to timm's networks
 OWN: dict[str, Any] = {
     "schema": "qnas.device/1",
     "name": "mine",
@@ -52,7 +53,7 @@ def test_a_device_file_is_named_as_its_device_and_reads_back(name: str) -> None:
 
 
 def test_an_unknown_device_is_refused_with_the_nearest_names() -> None:
-    with pytest.raises(TableError, match=r"unknown device 'vpo': did you mean vpu\? known: a100, .*cpu.*vpu"):
+    with pytest.raises(TableError, match=r"unknown device 'vpo': did you mean vpu\? known: a100, .*cpu, "):
         load_device("vpo")
     with pytest.raises(TableError, match=r"device nowhere\.json: no such file"):
         load_device("nowhere.json")
@@ -101,7 +102,8 @@ def test_what_was_never_timed_is_marked_with_how_it_was_estimated(name: str) -> 
         assert model.kind in ("fitted", "estimated")
         if model.kind == "estimated":
             assert model.note.startswith(("not in the measured networks", "not timed")), kind
-    unknown = {"a100": "dwconv"}.get(name, "layernorm")
+    # of the A100 only operators were timed, no depthwise ones; timm's networks have a layer normalisation
+    unknown = "dwconv" if name.startswith("a100") else "clip" if name in TIMM else "layernorm"
     assert load_device(name).model[unknown].kind == "estimated"
 
 

@@ -8,7 +8,7 @@ from qnas.latency.device import load_device
 from qnas.latency.grid import AXES, Grid, locate
 from qnas.latency.kernels import Kernel
 
-SHIPPED = {kind: model.grid for kind, model in load_device("a100").model.items() if model.grid}
+SHIPPED = {kind: model.grid for kind, model in load_device("a100-eager").model.items() if model.grid}
 
 
 def power_law(constant: float, exponents: dict[str, float], knots: dict[str, tuple[float, ...]]) -> Grid:

@@ -40,12 +40,14 @@ def test_the_layers_of_a_prediction_add_up_to_the_tables_latency(name: str, spac
     prediction = predict_arch(DEVICE, device, space, arch)
     assert prediction.latency_ms == table.latency_ms(arch.indices(space))
     total = math.fsum([device.network_ms, *(layer.latency_ms for layer in prediction.layers)])
-    assert total == pytest.approx(prediction.latency_ms, rel=1e-4)
+    # cells are rounded to a nanosecond, which counts where an image takes a few microseconds
+    assert total == pytest.approx(prediction.latency_ms, rel=1e-4, abs=5e-7 * len(prediction.parts))
     assert sum(len(layer.where) for layer in prediction.layers) == len(prediction.parts)
     dearest = [layer.latency_ms for layer in prediction.layers]
     assert dearest == sorted(dearest, reverse=True)
     estimated = math.fsum(p.latency_ms for p in prediction.parts if p.kind == "estimated")
-    assert prediction.coverage == pytest.approx(1 - estimated / total, abs=1e-3)
+    rounding = 1e-6 * len(prediction.parts) / total
+    assert prediction.coverage == pytest.approx(1 - estimated / total, abs=1e-3 + rounding)
 
 
 @pytest.mark.parametrize("name", device_names())
@@ -54,7 +56,8 @@ def test_batch_norm_is_shown_to_be_cheaper_where_layer_norm_is_not_free(name: st
     arch = arch_from_indices(space, (0,) * len(space.positions))
     prediction = predict_arch(DEVICE, device, space, arch)
     assert prediction.batchnorm_ms is not None
-    assert prediction.batchnorm_ms < prediction.latency_ms
+    if device.fusion != "inductor":  # torch.compile folds no norm: both are passes
+        assert prediction.batchnorm_ms < prediction.latency_ms
     with_bn = load_space("quadranet-mobile-bn")
     assert prediction.batchnorm_ms == pytest.approx(
         load_table(device, with_bn).latency_ms(arch.indices(with_bn)), rel=1e-6

@@ -112,7 +112,7 @@ def test_absent_measurements_are_an_error(tmp_path: Path) -> None:
 
 
 def test_every_operator_of_other_graphs_costs_at_least_a_launch() -> None:
-    device = load_device("a100")
+    device = load_device("a100-eager")
     launch = min(m.grid.floor_ms for m in device.model.values() if m.grid)
     for kind in (
         *("maxpool", "avgpool", "gap", "concat", "split", "reshape", "transpose", "sigmoid", "swish"),
@@ -134,7 +134,7 @@ def test_every_operator_of_other_graphs_costs_at_least_a_launch() -> None:
 
 
 def test_a_depthwise_estimate_is_a_launch_and_its_bytes() -> None:
-    device = load_device("a100")
+    device = load_device("a100-eager")
     linear = device.model["linear"].grid
     assert linear is not None
     for px, channels, kernel, stride in ((56, 96, 3, 1), (56, 96, 7, 2), (7, 1152, 5, 1)):
@@ -147,7 +147,7 @@ def test_a_depthwise_estimate_is_a_launch_and_its_bytes() -> None:
 
 @needs_data
 def test_the_shipped_grids_are_as_accurate_as_they_say() -> None:
-    device = load_device("a100")
+    device = load_device("a100-eager")
     kernels, latency = read_operators(DATA)
     unseen = np.flatnonzero(held_out(len(kernels))).tolist()
     predicted = np.array([device.kernel_ms(kernels[i]) for i in unseen])
@@ -173,6 +173,6 @@ def test_the_shipped_grids_are_as_accurate_as_they_say() -> None:
 @needs_data
 def test_a_fit_gives_the_shipped_grids_again() -> None:
     grids, accuracy = fit_operators(*read_operators(DATA))
-    device = load_device("a100")
+    device = load_device("a100-eager")
     assert {kind: model.grid for kind, model in device.model.items() if model.grid} == grids
     assert dict(device.accuracy) == accuracy

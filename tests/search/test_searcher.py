@@ -561,8 +561,8 @@ def check_settled(searcher: Searcher, gain: torch.Tensor) -> float:
     ("space_name", "device", "share", "form"),
     [
         ("quadranet-small", "cortex-a76", 0.3, "two-path"),
-        ("quadranet-small", "a100", 0.3, "two-path"),
-        ("quadranet-small", "a100", 0.5, "exact"),
+        ("quadranet-small", "a100-eager", 0.3, "two-path"),
+        ("quadranet-small", "a100-eager", 0.5, "exact"),
         ("quadranet-small", "myriad-vpu", 0.75, "all-paths"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Devices fitted to networks that were timed as a whole and published: GPUs, a desktop CPU, an A100."""
+
+import numpy as np
+import pytest
+from fitting import a100
+from fitting.desktop import PASSES
+from fitting.fit import design, fit_robust
+from fitting.published import PUBLISHED
+from helpers.places import LATENCY_DATA
+from scipy.stats import spearmanr
+
+from qnas.latency.device import load_device
+from qnas.latency.evaluation import Networks, read_networks
+from qnas.latency.kernels import Kernel, chain_kind, fuse_operators
+
+DATA = LATENCY_DATA / "gpu_desktop_models.npz"
+needs_data = pytest.mark.skipif(not DATA.is_file(), reason="the measurements are not here")
+
+# device -> least share within 10% of networks never seen, and within 15% where a whole family was left out
+REACHED = {
+    "rtx4090": (95, 80),
+    "rtx4090-compiled": (85, 80),
+    "rtx3090": (85, 75),
+    "rtx5090": (78, 80),
+    "i7-12700h": (80, 80),
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> Networks:
+    return read_networks(DATA)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_device_file_says_how_far_off_it_is_on_networks_never_seen(name: str) -> None:
+    random, family = REACHED[name]
+    accuracy = load_device(name).accuracy
+    assert accuracy["unseen networks"]["all"].within_10_pct >= random
+    share = accuracy["each family unseen"]["all"].within_15_pct
+    assert share is not None
+    assert share >= family
+    assert "convnext" in accuracy["unseen family"]
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["rtx4090", "rtx4090-compiled"])
+def test_a_fit_that_never_saw_a_fifth_of_the_names_predicts_them(name: str, networks: Networks) -> None:
+    # another fifth than that of the device file
+    column, fusion, form = PUBLISHED[name]
+    assert networks.names is not None
+    known = np.isfinite(networks.latency_ms[column])
+    of = design(form, *networks.only(known).fused(fusion))
+    names, index = np.unique(networks.names[known], return_inverse=True)
+    unseen = (np.arange(len(names)) % 5 == 2)[index]
+    measured = networks.latency_ms[column][known]
+    weights = fit_robust(of.matrix[~unseen], measured[~unseen], of.lowest)
+    error = np.abs(of.matrix[unseen] @ weights / measured[unseen] - 1)
+    assert np.mean(error <= 0.1) >= REACHED[name][0] / 100 - 0.06
+
+
+@needs_data
+def test_every_operator_of_the_published_networks_has_a_cost(networks: Networks) -> None:
+    for name, (_, fusion, _) in PUBLISHED.items():
+        kinds = {kernel.kind for kernel in networks.fused(fusion)[0]}
+        assert kinds <= set(load_device(name).model), name
+
+
+@needs_data
+def test_norms_of_weights_and_rows_of_linear_layers_are_told(networks: Networks) -> None:
+    assert networks.names is not None
+    numbers = {str(name): of for name, of in zip(networks.names, networks.of_network, strict=True)}
+    kinds = [networks.operators[j].kind for j in numbers["nfnet_f0"]]
+    assert "weight_norm" in kinds
+    assert "bn" not in kinds
+    linear = next(
+        networks.operators[j] for j in numbers["convnext_tiny"] if networks.operators[j].kind == "linear"
+    )
+    assert linear.rows == linear.batch > 1
+
+
+def test_chains_are_one_pass_and_end_with_their_block() -> None:
+    shape = {"resolution_px": 28, "c_in": 40, "c_out": 40}
+    names = ("dwconv", "batchnorm", "add", "relu", "layernorm", "add", "add", "gelu", "gap")
+    kinds = [kernel.kind for kernel in fuse_operators([Kernel(n, **shape) for n in names], "inductor")]
+    assert kinds == ["dwconv", "pass+1", "layernorm", "pass+2-gelu-gap"]
+    # after an addition, another block may begin
+    assert [
+        kernel.kind
+        for kernel in fuse_operators([Kernel(n, **shape) for n in ("add", "batchnorm")], "inductor")
+    ] == ["pass+1", "pass"]
+
+
+def test_a_chain_costs_more_with_every_map_and_every_function() -> None:
+    for name in ("rtx4090-compiled", "rtx5090", "i7-12700h"):
+        device = load_device(name)
+        assert set(PASSES) <= set(device.model)
+        ms = {kind: device.kernel_ms(Kernel(kind, 56, 96, 96)) for kind in PASSES}
+        assert ms["pass"] <= ms["pass+1"] <= ms["pass+2"] <= ms["pass+3"]
+        assert ms["pass"] <= ms["pass-swish"] <= ms["pass-swish-gap"]
+        assert chain_kind(["add", "sub"]) == "pass+2"
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx3090", "rtx4090-compiled", "rtx5090"])
+def test_grouped_convolutions_cost_less_than_dense_ones_and_more_than_nothing(name: str) -> None:
+    device = load_device(name)
+    dense = device.kernel_ms(Kernel("conv", 28, 256, 256, 3))
+    grouped = device.kernel_ms(Kernel("gconv", 28, 256, 256, 3, groups=8))
+    assert 0 < grouped < dense
+
+
+def test_published_networks_have_the_multiply_adds_of_their_papers() -> None:
+    # ConvNeXt-T 4.5G and Swin-T 4.5G (arXiv 2201.03545, table 1), HorNet-T 4.0G (arXiv 2207.14284, table 1)
+    published = {network.name: network for network in a100.PUBLISHED}
+    for name, giga in (
+        ("ConvNeXt-T 224", 4.5),
+        ("ConvNeXt-B 224", 15.4),
+        ("Swin-T 224", 4.5),
+        ("HorNet-T", 4.0),
+    ):
+        kernels = fuse_operators(published[name].operators, "eager")
+        products = [k for k in kernels if k.kind in ("linear", "conv1x1", "patch", "conv", "dwconv")]
+        macs = sum(k.rows * k.kernel**2 * (1 if k.kind == "dwconv" else k.c_in) * k.c_out for k in products)
+        assert macs / 1e9 == pytest.approx(giga, rel=0.03), name
+
+
+def test_the_a100_agrees_with_published_throughputs() -> None:
+    predicted = a100.predict(load_device("a100-throughput").model, a100.PUBLISHED)
+    measured = np.array([network.ms for network in a100.PUBLISHED])
+    within = np.abs(predicted / measured - 1) <= 0.2
+    assert np.mean(within) >= 0.8
+    assert spearmanr(predicted, measured)[0] >= 0.95
+    unseen = np.array([network.family != a100.FITTED for network in a100.PUBLISHED])
+    assert np.mean(within[unseen]) >= 0.8
+
+
+def test_what_a_kernel_costs_on_the_a100_at_batch_1_is_a_launch_and_its_work() -> None:
+    device = load_device("a100")
+    assert device.kernel_ms(Kernel("relu", 1, 1, 1)) == pytest.approx(a100.LAUNCH_MS, rel=1e-3)
+    # a large one at the rate of the bandwidth that it was timed with: 8 bytes an element at 1.3 TB/s
+    elements = 112**2 * 4096
+    assert device.kernel_ms(Kernel("relu", 112, 4096, 4096)) == pytest.approx(8 * elements / 1.3e9, rel=0.2)
