@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qnas.common.arguments import check_arguments
 from qnas.common.errors import TableError, UsageError
 from qnas.common.units import parse_count, parse_latency
 from qnas.latency.device import Device, load_device
@@ -30,12 +31,14 @@ class AskedLimits:
 
     devices: tuple[tuple[str | Device, str], ...]
     counts: Mapping[Count, str]  # the upper bound of each
+    confidence: float | None = None  # level of the intervals whose upper ends stay within the budgets
 
     def __post_init__(self) -> None:
         if not self.devices:
             raise UsageError("`budgets`: expected a device with its budget, such as {'vpu': '30ms'}")
         for _, budget in self.devices:
             parse_latency(budget)
+        check_arguments(confidence=self.confidence)
         names = [device.name for device in self.known]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"{twice[0]} is given twice: give only its smaller budget")
@@ -47,6 +50,7 @@ class AskedLimits:
         max_params: str | int | None = None,
         max_macs: str | int | None = None,
         former: Mapping[str, Any] | None = None,
+        confidence: float | None = None,
     ) -> "AskedLimits":
         """Return the limits of a mapping or of pairs; None takes the value of a former run's config.json."""
         entries = (former or {}).get("limits", ())
@@ -59,10 +63,12 @@ class AskedLimits:
         except (TypeError, ValueError) as error:
             expected = "expected devices with budgets: {'vpu': '30ms'}"
             raise UsageError(f"`budgets={budgets!r:.60}`: {expected}") from error
+        if confidence is None:
+            confidence = next((entry["confidence"] for entry in entries if "confidence" in entry), None)
         most = {entry["name"]: entry["budget"] for entry in entries if "device" not in entry}
         most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
         try:
-            return cls(pairs, {name: most[name] for name in COUNTS if name in most})
+            return cls(pairs, {name: most[name] for name in COUNTS if name in most}, confidence)
         except TableError as error:
             if not recorded:
                 raise
@@ -81,8 +87,9 @@ class AskedLimits:
         """
         counts = [(name, parse_count(most, f"`max_{name}`")) for name, most in self.counts.items()]
         tables = [table_from(latency, device, space) for device in self.known]
+        budgets = [parse_latency(budget) for _, budget in self.devices]
         return (
-            *map(latency_limit, tables, (parse_latency(budget) for _, budget in self.devices)),
+            *(latency_limit(t, ms, self.confidence) for t, ms in zip(tables, budgets, strict=True)),
             *(count_limit(space, name, most) for name, most in counts),
         )
 
@@ -93,6 +100,7 @@ class AskedLimits:
             {"name": limit.name, "budget": budget, "limit": limit.limit}
             | (
                 {"device": getattr(device, "name", device), "table_digest": limit.table.digest}
+                | ({} if self.confidence is None else {"confidence": self.confidence})
                 if limit.table
                 else {}
             )
@@ -106,6 +114,7 @@ class AskedLimits:
         for device, (_, budget) in zip(self.known, self.devices, strict=True):
             parts += [device.aliases[0] if device.aliases else device.name, budget]
         parts += [f"{most}-{name}" for name, most in self.counts.items()]
+        parts += [] if self.confidence is None else [f"c{100 * self.confidence:g}"]
         return "-".join(part.replace(" ", "") for part in parts)
 
 

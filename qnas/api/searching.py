@@ -47,6 +47,7 @@ def run_search(
     out: str | Path | None = None,
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
+    confidence: float | None = None,
     latency: str | None = None,
     max_broken: float | None = None,
     preset: str | Path | None = None,
@@ -67,6 +68,9 @@ def run_search(
     of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`, that override the `preset`.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
+    `confidence` keeps the upper end of the network's latency interval at this level within each budget, in
+    place of the prediction.
+
     The budgets hold for images of the space's own resolution. The search trains at that of its preset, or at
     `resolution_px`: the smaller one of digits and other small images saves time, and `train_subnet` ends at
     the space's.
@@ -82,7 +86,7 @@ def run_search(
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
-    asked = AskedLimits.of(budgets, max_params, max_macs, former)
+    asked = AskedLimits.of(budgets, max_params, max_macs, former, confidence)
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
     check_searchable(known, limits)

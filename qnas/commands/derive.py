@@ -18,6 +18,7 @@ def derive(
     budget: options.Budgets = None,
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
+    confidence: options.Confidence = None,
     source: options.Run = None,
     latency: options.Latency = "device",
     k_best: Annotated[
@@ -45,6 +46,7 @@ def derive(
         pairs,
         max_params=max_params,
         max_macs=max_macs,
+        confidence=confidence,
         latency=latency,
         k_best=k_best,
         rerank=rerank,

@@ -50,6 +50,7 @@ def search(
     budget: options.Budgets = None,
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
+    confidence: options.Confidence = None,
     space: options.Space = None,
     latency: Annotated[
         str | None,
@@ -91,6 +92,7 @@ def search(
         out=out,
         max_params=max_params,
         max_macs=max_macs,
+        confidence=confidence,
         latency=latency,
         max_broken=max_broken,
         preset=preset,
@@ -144,6 +146,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
+        on += f" at the upper end of {limit.confidence:.4g} intervals" if limit.confidence else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
     yield field("size", size_line(space, run.limits, result.macs, result.params))

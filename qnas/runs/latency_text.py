@@ -5,7 +5,7 @@ from typing import Any
 
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import Figures, load_device
-from qnas.latency.intervals import describe_interval
+from qnas.latency.intervals import LEVEL, describe_interval
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import Limits
@@ -59,15 +59,19 @@ def latency_lines(
     limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
 ) -> Iterator[str]:
     """Yield lines with a network's latency on each device and, where known, the source of the prediction."""
-    tables = [(limit.table, limit.budget) for limit in limits if limit.table is not None]
+    tables = [(limit.table, limit) for limit in limits if limit.table is not None]
     indices = arch.indices(space)
-    for i, ((table, budget_ms), name) in enumerate(zip(tables, devices, strict=True)):
+    for i, ((table, limit), name) in enumerate(zip(tables, devices, strict=True)):
+        budget_ms = limit.budget
         latency_ms = table.latency_ms(indices)
         where = f"{table.device} at {space.input.resolution_px} px"
         took = f"{format_ms(latency_ms, round_up=True)} of {format_ms(budget_ms)} on {where}"
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
+        interval = describe_interval(table.interval(indices, limit.confidence or LEVEL))
+        kept = "; its upper end stays within the budget" if limit.confidence else ""
+        yield field("", f"interval {interval}{kept}")
         if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
 
@@ -79,6 +83,8 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where, verb = (f"on {limit.name} ", "take") if limit.table else ("", "have")
         asked = f"{space.name} {where}at {px} px within {limit.describe(limit.budget)}"
+        if limit.confidence:
+            verb = f"have {limit.confidence:.4g} intervals that end at"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:
             what = "slowest network" if limit.table else "largest network"
