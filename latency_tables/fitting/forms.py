@@ -185,6 +185,7 @@ MYRIAD_VPU = Form(
         "scale.klines": 0.03,  # a copy of a line: 20 cycles at 700 MHz
         "weights": 0.0001,  # 2 bytes at 20 GB/s
         "conv.engine_mcycles": 0.9 / 0.7,  # 700 MHz, and a margin
+        "conv1x1.klines": 0.008,  # 6 cycles at 700 MHz
         "avgpool.kelements_in": 0.0006,
         "maxpool.kelements_in": 0.0001,  # on the engines
         "concat.kelements_in": 0.0001,

@@ -62,7 +62,7 @@ class KernelModel(FilePart):
     terms: dict[str, Milliseconds] | None = None
     grid: Grid | None = None
     like: str | None = None
-    measured_up_to: dict[Size, int] = Field(default={})
+    measured_up_to: dict[Size, int] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,7 +86,7 @@ class KernelModel(FilePart):
 
     def covers(self, kernel: Kernel) -> bool:
         """Whether the kernel is no larger than what was measured; True where the file does not say."""
-        return all(getattr(kernel, size) <= most for size, most in self.measured_up_to.items())
+        return all(getattr(kernel, size) <= most for size, most in (self.measured_up_to or {}).items())
 
 
 class Figures(FilePart):
