@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from fitting.fit import HELD_OUT, SEED, Fit, design, fit_networks, scaled, summed
+from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
 from fitting.forms import FORMS
 from fitting.layernorm import Block, fit_layernorm, read_blocks
 from fitting.operators import MS_PER_ELEMENT, fit_operators, read_operators
@@ -247,24 +247,21 @@ class EdgeData:
             estimated[j] = of_kernel[j] * (device.kernel_source(kernel) == "estimated")
         return counts @ of_kernel + device.network_ms, counts @ estimated
 
-
-def largest_sizes(
-    kernels: Sequence[Kernel], counts: sparse.csr_matrix, rows: npt.NDArray[np.bool_]
-) -> dict[str, dict[Size, int]]:
-    """Return the kinds of kernels in the networks of these rows, with the largest sizes of each kind."""
-    most: dict[str, dict[Size, int]] = {}
-    for j in np.unique(counts[rows].indices).tolist():
-        kernel = kernels[j]
-        sizes: dict[Size, int] = {
-            "resolution_px": kernel.resolution_px,
-            "c_in": kernel.c_in,
-            "c_out": kernel.c_out,
-        }
-        if kernel.kind in ("conv", "dwconv"):  # of others it is that of the operator in a graph
-            sizes["kernel"] = kernel.kernel
-        known = most.setdefault(kernel.kind, sizes)
-        most[kernel.kind] = {size: max(value, known[size]) for size, value in sizes.items()}
-    return most
+    def largest(self, rows: npt.NDArray[np.bool_]) -> dict[str, dict[Size, int]]:
+        """Return the kinds of kernels in the networks of these rows, with the largest sizes of each kind."""
+        most: dict[str, dict[Size, int]] = {}
+        for j in np.unique(self.counts[rows].indices).tolist():
+            kernel = self.kernels[j]
+            sizes: dict[Size, int] = {
+                "resolution_px": kernel.resolution_px,
+                "c_in": kernel.c_in,
+                "c_out": kernel.c_out,
+            }
+            if kernel.kind in ("conv", "dwconv"):  # of others it is that of the operator in a graph
+                sizes["kernel"] = kernel.kernel
+            known = most.setdefault(kernel.kind, sizes)
+            most[kernel.kind] = {size: max(value, known[size]) for size, value in sizes.items()}
+        return most
 
 
 def make_device(
@@ -304,24 +301,8 @@ def fit_edge(name: str, networks: Networks, data: EdgeData, blocks: list[Block],
     held_out = np.zeros_like(known)
     held_out[known] = np.random.default_rng(SEED).random(int(known.sum())) < HELD_OUT
     of = design(FORMS[name], data.kernels, data.counts)
-
-    def fitted(rows: npt.NDArray[np.bool_], measured: Mapping[str, dict[Size, int]]) -> Device:
-        fit = fit_networks(of, latency_ms, rows)
-        layernorm = layernorm_of_blocks(fit, blocks) if name == "cortex-a76" else layernorm_of_parts(fit)
-        return make_device(name, edge_model(name, fit, measured, layernorm), date, fixed_ms=fit.fixed_ms)
-
-    measured = largest_sizes(data.kernels, data.counts, known)
-    shipped = fitted(known & ~held_out, measured)
-    families, errors = {}, {}
-    for group, names in {**LEFT_OUT, **FURTHER_LEFT_OUT}.items():
-        family = known & np.isin(networks.families, names)
-        if family.any():
-            seen = known & ~family
-            device = fitted(seen, largest_sizes(data.kernels, data.counts, seen))
-            predicted_ms, estimated_ms = data.predict(device, family)
-            errors[group] = relative_errors(latency_ms[family], predicted_ms, estimated_ms, ESTIMATED_WEIGHT)
-            if group in LEFT_OUT:
-                families[group] = figures(predicted_ms, latency_ms[family])
+    shipped = fit_rows(name, of, latency_ms, known & ~held_out, data.largest(known), blocks, date)
+    errors, families = left_out_errors(name, networks, data, blocks, date)
     accuracy = {
         "unseen networks": evaluate_networks(shipped, networks.only(held_out)),
         "unseen family": families,
@@ -329,6 +310,41 @@ def fit_edge(name: str, networks: Networks, data: EdgeData, blocks: list[Block],
     source = "networks of a family by a fit without it, each family with the same weight"
     uncertainty = pooled(errors, weight=ESTIMATED_WEIGHT, source=source)
     return shipped.model_copy(update={"accuracy": accuracy, "uncertainty": uncertainty})
+
+
+def fit_rows(
+    name: str,
+    of: Design,
+    latency_ms: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.bool_],
+    measured: Mapping[str, dict[Size, int]],
+    blocks: list[Block],
+    date: str,
+) -> Device:
+    """Fit an edge device to the networks of these rows; `measured` as in `edge_model`."""
+    fit = fit_networks(of, latency_ms, rows)
+    layernorm = layernorm_of_blocks(fit, blocks) if name == "cortex-a76" else layernorm_of_parts(fit)
+    return make_device(name, edge_model(name, fit, measured, layernorm), date, fixed_ms=fit.fixed_ms)
+
+
+def left_out_errors(
+    name: str, networks: Networks, data: EdgeData, blocks: list[Block], date: str
+) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, Figures]]:
+    """Return the errors of each family by a fit without it, and the accuracy for those in LEFT_OUT."""
+    latency_ms = networks.latency_ms[name]
+    known = np.isfinite(latency_ms)
+    of = design(FORMS[name], data.kernels, data.counts)
+    families, errors = {}, {}
+    for group, names in {**LEFT_OUT, **FURTHER_LEFT_OUT}.items():
+        family = known & np.isin(networks.families, names)
+        if family.any():
+            seen = known & ~family
+            device = fit_rows(name, of, latency_ms, seen, data.largest(seen), blocks, date)
+            predicted_ms, estimated_ms = data.predict(device, family)
+            errors[group] = relative_errors(latency_ms[family], predicted_ms, estimated_ms, ESTIMATED_WEIGHT)
+            if group in LEFT_OUT:
+                families[group] = figures(predicted_ms, latency_ms[family])
+    return errors, families
 
 
 def fit_devices(data: Path, date: str) -> list[Device]:
