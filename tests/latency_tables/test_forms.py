@@ -213,9 +213,9 @@ def test_a_hard_swish_and_its_scale_cost_what_the_compiler_leaves_of_them() -> N
     assert one is not None
     assert swish is not None
     assert swish["kelements_in"] / one["kelements_in"] == pytest.approx(3.5 / 1.5, rel=1e-4)
-    # as much for one line of 64 pixels as for 64 lines of one pixel would hide the copies line by line
+    # maps of as many elements in 1,024 and in 8,192 lines differ by the copies of lines, at 30 ns or more
     wide, narrow = (device.kernel_ms(Kernel("scale", px, c, c)) for px, c in ((64, 16), (8, 1024)))
-    assert narrow > 1.5 * wide
+    assert narrow - wide >= 0.03 * (8192 - 1024) / 1e3
 
 
 @pytest.mark.parametrize("name", DEVICES)
