@@ -31,7 +31,6 @@ HELD_OUT = 0.2  # share of the measurements left out of a fit
 SEED = 0
 
 _ROUNDS = 6
-_FAR = 0.05  # relative error at which a network has half the weight
 _FIXED: Column = ("", "fixed")
 
 
@@ -42,12 +41,13 @@ class Form:
     `own` has the features of each kind of kernel with a separate weight. `shared` has weights for several
     kinds: name -> kind and feature -> multiple of the weight there. `floors` has the lower bound of a
     weight in milliseconds: by the name of a shared one, by "kind.feature" or by the feature of any kind;
-    other weights may be zero.
+    other weights may be zero. `far` is the relative error at which a network has half the weight in the fit.
     """
 
     own: Mapping[str, tuple[str, ...]]
     shared: Mapping[str, Mapping[Column, float]]
     floors: Mapping[str, float]
+    far: float = 0.05
 
     def __post_init__(self) -> None:
         names = {name for features in self.own.values() for name in features}
@@ -113,9 +113,8 @@ def design(form: Form, kernels: Sequence[Kernel], counts: sparse.csr_matrix) -> 
 
 def fit_networks(of: Design, latency_ms: Array, rows: npt.NDArray[np.bool_]) -> Fit:
     """Fit the costs of kernels to the latencies of the networks for which `rows` is true."""
-    weights = dict(
-        zip(of.names, fit_robust(of.matrix[rows], latency_ms[rows], of.lowest).tolist(), strict=True)
-    )
+    found = fit_robust(of.matrix[rows], latency_ms[rows], of.lowest, of.form.far)
+    weights = dict(zip(of.names, found.tolist(), strict=True))
     shared = {name: weights[name] for name in of.form.shared}
     terms: Terms = {kind: {} for kind in sorted(of.form.kinds)}
     for kind, features in of.form.own.items():
@@ -126,16 +125,16 @@ def fit_networks(of: Design, latency_ms: Array, rows: npt.NDArray[np.bool_]) -> 
     return Fit({kind: scaled(of_kind, 1.0) for kind, of_kind in terms.items()}, shared, weights[_FIXED])
 
 
-def fit_robust(matrix: Array, latency_ms: Array, lowest: Array) -> Array:
+def fit_robust(matrix: Array, latency_ms: Array, lowest: Array, far: float = 0.05) -> Array:
     """Return weights >= lowest as `fit_relative`, in rounds that weight networks with large errors down.
 
-    A row has the weight 1 / (1 + (error / 5%)^2): iteratively reweighted least squares with Cauchy's weights.
+    A row has the weight 1 / (1 + (error / far)^2): iteratively reweighted least squares, Cauchy's weights.
     """
     counts = np.ones(len(latency_ms))
     weights = lowest
     for _ in range(_ROUNDS):
         weights = fit_relative(matrix, latency_ms, lowest, counts)
-        counts = 1.0 / (1.0 + ((matrix @ weights / latency_ms - 1.0) / _FAR) ** 2)
+        counts = 1.0 / (1.0 + ((matrix @ weights / latency_ms - 1.0) / far) ** 2)
     return weights
 
 

@@ -51,6 +51,7 @@ def derive(
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
     max_energy: str | None = None,
+    confidence: float | None = None,
     latency: str = DEVICE,
     k_best: int | None = None,
     rerank: bool | None = None,
@@ -67,13 +68,16 @@ def derive(
     held-out images (None: if the run's supernet and data are available). `data` and `loss` are needed
     if the search used Datasets or a loss function. Writes `out`, by default `RUN/derived/DEVICE-BUDGET`.
 
+    `confidence` keeps the upper end of the network's latency interval at this level within each budget, in
+    place of the prediction.
+
     Raises InfeasibleBudgetError if no network is within the limits, CheckpointError if the run is incomplete
     or `out` already holds a network.
     """
     check_arguments(k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, space = searched.run, searched.space
-    asked = AskedLimits.of(budgets, max_params, max_macs, max_energy=max_energy)
+    asked = AskedLimits.of(budgets, max_params, max_macs, max_energy=max_energy, confidence=confidence)
     limits = asked.limits(space, latency)
     folder = Path(out) if out is not None else run.folder / DERIVED_FOLDER / asked.label
     _check_free(folder / ARCH_FILE, force=force)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qnas.common.arguments import check_arguments
 from qnas.common.errors import TableError, UsageError
 from qnas.common.units import is_rate, parse_count, parse_energy, parse_latency
 from qnas.latency.device import Device, load_device
@@ -34,12 +35,14 @@ class AskedLimits:
     devices: tuple[tuple[str | Device, str], ...]
     counts: Mapping[Count, str]  # the upper bound of each
     energy: str | None = None  # the upper bound on each device that states energies
+    confidence: float | None = None  # level of the intervals whose upper ends stay within the budgets
 
     def __post_init__(self) -> None:
         if not self.devices:
             raise UsageError("`budgets`: expected a device with its budget, such as {'vpu': '30ms'}")
         for _, budget in self.devices:
             parse_latency(budget)
+        check_arguments(confidence=self.confidence)
         names = [device.name for device in self.known]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"{twice[0]} is given twice: give only its smaller budget")
@@ -66,6 +69,7 @@ class AskedLimits:
         former: Mapping[str, Any] | None = None,
         *,
         max_energy: str | None = None,
+        confidence: float | None = None,
     ) -> "AskedLimits":
         """Return the limits of a mapping or of pairs; None takes the value of a former run's config.json."""
         entries = (former or {}).get("limits", ())
@@ -78,12 +82,14 @@ class AskedLimits:
         except (TypeError, ValueError) as error:
             expected = "expected devices with budgets: {'vpu': '30ms'}"
             raise UsageError(f"`budgets={budgets!r:.60}`: {expected}") from error
+        if confidence is None:
+            confidence = next((entry["confidence"] for entry in entries if "confidence" in entry), None)
         most = {e["name"]: e["budget"] for e in entries if "device" not in e and "energy_of" not in e}
         energies = [entry["budget"] for entry in entries if "energy_of" in entry]
         energy = str(max_energy) if max_energy is not None else next(iter(energies), None)
         most |= {k: str(v) for k, v in (("params", max_params), ("macs", max_macs)) if v is not None}
         try:
-            return cls(pairs, {name: most[name] for name in COUNTS if name in most}, energy)
+            return cls(pairs, {name: most[name] for name in COUNTS if name in most}, energy, confidence)
         except TableError as error:
             if not recorded:
                 raise
@@ -117,8 +123,9 @@ class AskedLimits:
         """
         tables = {device.name: table_from(latency, device, space) for device in self.known}
         energies = [energy_table(device, space, tables[device.name]) for device in self.metered]
+        pairs = zip(tables.values(), self.budgets_ms, strict=True)
         return (
-            *map(latency_limit, tables.values(), self.budgets_ms),
+            *(latency_limit(table, budget_ms, self.confidence) for table, budget_ms in pairs),
             *(count_limit(space, name, most) for name, most in self.most.items()),
             *(energy_limit(each, parse_energy(self.energy or "")) for each in energies),
         )
@@ -131,6 +138,7 @@ class AskedLimits:
             {"name": limit.name, "budget": budget, "limit": limit.limit}
             | (
                 {"device": getattr(device, "name", device), "table_digest": limit.table.digest}
+                | ({} if self.confidence is None else {"confidence": self.confidence})
                 if limit.table
                 else {}
             )
@@ -146,6 +154,7 @@ class AskedLimits:
             parts += [device.aliases[0] if device.aliases else device.name, budget]
         parts += [f"{most}-{name}" for name, most in self.counts.items()]
         parts += [self.energy] if self.energy is not None else []
+        parts += [] if self.confidence is None else [f"c{100 * self.confidence:g}"]
         return "-".join(part.replace(" ", "").replace("/", "-per-") for part in parts)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError
 from qnas.common.units import format_count, format_ms
+from qnas.latency.intervals import Interval
 from qnas.runs.documents import check_solved
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.folders import read_config
@@ -20,6 +21,7 @@ from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_fold
 from qnas.runs.names import REPORT_FILE, RESULT_FILE
 from qnas.runs.verification import read_limits
 from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
+from qnas.solver.solve import entry_latency_ms
 from qnas.spaces.arch import Arch, arch_document, make_arch
 from qnas.spaces.space import SearchSpace
 
@@ -50,7 +52,16 @@ class DerivedNetwork(FoundArch):
     @property
     def latencies_ms(self) -> dict[str, float]:
         """The predicted latency on each device with a budget, in milliseconds."""
-        return {e["name"]: float(e["amount"]) for e in self.document["limits"] if e["unit"] == "ms"}
+        return {e["name"]: entry_latency_ms(e) for e in self.document["limits"] if e["unit"] == "ms"}
+
+    @property
+    def intervals(self) -> dict[str, Interval | None]:
+        """The interval of the latency on each device with a budget; None where it is unknown."""
+        found = {e["name"]: e.get("interval") for e in self.document["limits"] if e["unit"] == "ms"}
+        return {
+            name: Interval(known["low_ms"], known["high_ms"], known["level"]) if known else None
+            for name, known in found.items()
+        }
 
     @property
     def energies_mj(self) -> dict[str, float]:

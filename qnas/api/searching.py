@@ -48,6 +48,7 @@ def run_search(
     max_params: str | int | None = None,
     max_macs: str | int | None = None,
     max_energy: str | None = None,
+    confidence: float | None = None,
     latency: str | None = None,
     max_broken: float | None = None,
     preset: str | Path | None = None,
@@ -70,6 +71,9 @@ def run_search(
     that override the `preset`.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
+    `confidence` keeps the upper end of the network's latency interval at this level within each budget, in
+    place of the prediction.
+
     The budgets hold for images of the space's own resolution, and for as many classes as the data have: the
     run's space is the given one with such a head, except where a device's table was measured with fewer
     classes. The search trains at the resolution of its preset, or at `resolution_px`: the smaller one of
@@ -86,7 +90,9 @@ def run_search(
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
     known = _space(given, former, out)
-    asked = AskedLimits.of(budgets, max_params, max_macs, former, max_energy=max_energy)
+    asked = AskedLimits.of(
+        budgets, max_params, max_macs, former, max_energy=max_energy, confidence=confidence
+    )
     source = latency or former.get("latency", DEVICE)
     limits = asked.limits(known, source)
     _check_early(known, limits, asked, source)

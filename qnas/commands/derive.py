@@ -19,6 +19,7 @@ def derive(
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
     max_energy: options.MaxEnergy = None,
+    confidence: options.Confidence = None,
     source: options.Run = None,
     latency: options.Latency = "device",
     k_best: Annotated[
@@ -47,6 +48,7 @@ def derive(
         max_params=max_params,
         max_macs=max_macs,
         max_energy=max_energy,
+        confidence=confidence,
         latency=latency,
         k_best=k_best,
         rerank=rerank,

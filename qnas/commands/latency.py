@@ -16,6 +16,7 @@ from qnas.runs.text import columns, wrapped
 
 if TYPE_CHECKING:
     from qnas.latency.device import Device as KnownDevice
+    from qnas.latency.intervals import Uncertainty
 
 DEAREST = 5  # parts of a network that predict shows
 
@@ -129,8 +130,19 @@ def _device_lines(device: "KnownDevice") -> Iterator[str]:
             f"calibrated on {c.n} networks, {c.date}: {c.scale:.3f} times the model "
             f"{c.offset_ms:+.3g} ms, margin {c.margin:.1%} for {c.level:.0%} of networks"
         )
+    facts.append(_interval_line(device.known_uncertainty))
     for fact in facts:
         yield from wrap(fact, columns(), initial_indent="  ", subsequent_indent="    ")
+
+
+def _interval_line(known: "Uncertainty | None") -> str:
+    """Describe the errors between which measurements of new networks stay."""
+    if known is None:
+        return "interval unknown"
+    each = (f"{100 * e.level:g}% {e.low:+.1%} to {e.high:+.1%}" for e in known.errors)
+    by = f"{known.families} families left out" if known.families else f"{known.networks} networks"
+    wider = f", {known.weight:g} times as wide for estimated parts" if known.weight > 1 else ""
+    return f"interval: {', '.join(each)} of the prediction, by {by}{wider}"
 
 
 def eval_latency(

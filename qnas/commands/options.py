@@ -137,6 +137,14 @@ MaxEnergy = Annotated[
         panel=BUDGET,
     ),
 ]
+Confidence = Annotated[
+    float | None,
+    option(
+        "Keep the upper end of the latency's interval at this level within the budget: 0.9. Default: the "
+        "prediction itself.",
+        panel=BUDGET,
+    ),
+]
 Rerank = Annotated[
     bool | None, option("Rank networks by the supernet's accuracy on held-out images. Default: if possible.")
 ]

@@ -51,6 +51,7 @@ def search(
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
     max_energy: options.MaxEnergy = None,
+    confidence: options.Confidence = None,
     space: options.Space = None,
     latency: Annotated[
         str | None,
@@ -93,6 +94,7 @@ def search(
         max_params=max_params,
         max_macs=max_macs,
         max_energy=max_energy,
+        confidence=confidence,
         latency=latency,
         max_broken=max_broken,
         preset=preset,
@@ -154,6 +156,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
+        on += f" at the upper end of {limit.confidence:.4g} intervals" if limit.confidence else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
     yield from energy_lines(run.limits, arch.indices(space))

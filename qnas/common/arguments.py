@@ -28,6 +28,7 @@ _RULES: dict[str, Rule] = {
     ),
     "points": _at_least(2),
     **dict.fromkeys(("max_broken", "max_drop"), _SHARE),
+    "confidence": ("a share between 0 and 1: 0.9", lambda v: type(v) is float and 0 < v < 1),
     **dict.fromkeys(("loss", "metric"), _PART),
     **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "target", "trained"), _PATH),
     "name": _NAME,

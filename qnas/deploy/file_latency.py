@@ -15,6 +15,7 @@ from qnas.latency.prediction import DEVICE, table_from
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER
+from qnas.solver.solve import entry_latency_ms
 from qnas.spaces.space import SearchSpace
 
 
@@ -86,7 +87,7 @@ def _budgets(document: Mapping[str, Any]) -> Iterator[tuple[str, float, float | 
     """Yield each device of a search with its budget and the latency that was certified."""
     limits = [entry for entry in document.get("limits") or () if entry["unit"] == "ms"]
     if limits:
-        yield from ((entry["name"], entry["budget"], entry["amount"]) for entry in limits)
+        yield from ((entry["name"], entry["budget"], entry_latency_ms(entry)) for entry in limits)
     elif document.get("device") is not None and document.get("budget_ms") is not None:
         yield document["device"], document["budget_ms"], document.get("latency_ms")
 

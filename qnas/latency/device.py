@@ -54,11 +54,16 @@ FilePrecision = Literal["fp32", "fp16", "int8", "int8-dynamic"]
 Quantity = Literal["latency", "throughput"]
 
 
+# of a kernel, in its measured networks
+Size = Literal["resolution_px", "c_in", "c_out", "kernel"]
+
+
 class KernelModel(FilePart):
     """The cost of one kind of kernel, in one of three forms.
 
     `terms`: milliseconds for each unit of each feature; `grid`: interpolated between operators timed
-    by themselves; `like`: the cost of a kernel of another kind and the same shape.
+    by themselves; `like`: the cost of a kernel of another kind and the same shape. A kernel above one of the
+    sizes `measured_up_to`, such as {"c_out": 1024}, is an estimate.
 
     Its energy may be stated in one of two forms. `energy_mj`: millijoules for each unit of each feature;
     `power_w`: of the device while it runs, which is multiplied by its latency.
@@ -69,6 +74,7 @@ class KernelModel(FilePart):
     terms: dict[str, Milliseconds] | None = None
     grid: Grid | None = None
     like: str | None = None
+    measured_up_to: dict[Size, int] | None = None
     energy_mj: dict[str, Millijoules] | None = None
     power_w: Watts | None = None
 
@@ -104,6 +110,10 @@ class KernelModel(FilePart):
             return self.grid.latency_ms(kernel)
         assert self.terms is not None
         return math.fsum(weight * FEATURES[name](kernel) for name, weight in self.terms.items())
+
+    def covers(self, kernel: Kernel) -> bool:
+        """Whether the kernel is no larger than what was measured; True where the file does not say."""
+        return all(getattr(kernel, size) <= most for size, most in (self.measured_up_to or {}).items())
 
 
 class Figures(FilePart):
@@ -217,8 +227,18 @@ class Device(FilePart):
         return device
 
     def kernel_source(self, kernel: Kernel) -> Source:
-        """Return the source of a kernel's latency. Raises TableError for an unknown kind."""
-        return self.kind if self._kernel_function is not None else self._model_of(kernel).kind
+        """Return the source of a kernel's latency. Raises TableError for an unknown kind.
+
+        A kernel that is larger than those measured is an estimate.
+        """
+        if self._kernel_function is not None:
+            return self.kind
+        model = self._model_of(kernel)
+        return model.kind if model.covers(kernel) and self._cost_of(model).covers(kernel) else "estimated"
+
+    def _cost_of(self, model: KernelModel) -> KernelModel:
+        """Return the model of the kind by which a kernel is priced."""
+        return self.model[model.like] if model.like is not None else model
 
     def _model_of(self, kernel: Kernel) -> KernelModel:
         if not self.model:
@@ -310,8 +330,7 @@ class Device(FilePart):
         if self._kernel_function is not None:
             return self.calibrated(self.ms_of(self._kernel_function, kernel, kernel))
         model = self._model_of(kernel)
-        cost = self.model[model.like] if model.like is not None else model
-        return self.calibrated(cost.latency_ms(kernel))
+        return self.calibrated(self._cost_of(model).latency_ms(kernel))
 
     def ms_of(self, function: Callable[[Any], Any], argument: Any, of: object) -> float:
         """Return the result of a Python function as a latency. Raises TableError where it raises, too."""

@@ -99,6 +99,24 @@ class LatencyTable:
         estimated = math.fsum([self.fixed_estimated_ms, *_chosen(self.estimated_ms, arch_indices)])
         return self.uncertainty.widest(self.latency_ms(arch_indices), estimated, level)
 
+    def upper_ends(self, level: float) -> tuple[float, tuple[tuple[float, ...], ...]]:
+        """Return the upper ends of the fixed parts and of each cell; they add up to that of a network.
+
+        Raises TableError without an uncertainty, UsageError where its levels end below this one.
+        """
+        known = self.uncertainty
+        if known is None:
+            raise TableError(
+                f"the errors of latencies on {self.device} are unknown, so `confidence={level:g}` cannot be "
+                "kept: calibrate the device by measured networks, or ask without it"
+            )
+        high = known.at(level).high
+        rows = (
+            tuple(known.end_ms(cell.latency_ms, cell.estimated_ms, high) for cell in row)
+            for row in self.cells
+        )
+        return known.end_ms(self.fixed_ms, self.fixed_estimated_ms, high), tuple(rows)
+
     def limit_ms(self, budget_ms: float) -> float:
         """Return the highest prediction for which a measurement within the margin meets the budget."""
         return budget_ms / (1.0 + self.margin)

@@ -17,6 +17,7 @@ from qnas.latency.device_table import load_table
 from qnas.runs.finished_run import read_finished_run
 from qnas.runs.found_arch import FoundArch, find_arch, read_result
 from qnas.runs.names import RESULT_FILE, SEARCH_FILE, SUBNET_FOLDER
+from qnas.solver.solve import entry_latency_ms
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
 
@@ -97,7 +98,10 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[str]) -> Contestant:
     blocks = lower(found.space, found.arch)
     limits = found.document.get("limits", ())
-    own = {entry["name"]: entry["amount"] for entry in limits}
+    own = {
+        entry["name"]: entry_latency_ms(entry) if entry["unit"] == "ms" else entry["amount"]
+        for entry in limits
+    }
     return Contestant(
         label,
         str(folder),

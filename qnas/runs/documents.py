@@ -49,6 +49,7 @@ Pixels = Annotated[int, Field(ge=1, le=MOST_PX)]
 Threads = Annotated[int, Field(ge=0, le=4096)]
 Seed = Annotated[int, Field(ge=0)]
 Nats = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Confidence = Annotated[float, Field(gt=0, lt=1)]
 LogShare = Annotated[float, Field(ge=-1e6, le=1e-6, allow_inf_nan=False)]
 ClassName = Annotated[str, Field(max_length=1000)]
 ClassNames = Annotated[list[ClassName], Field(max_length=MOST_CLASSES)]
@@ -69,6 +70,7 @@ class AskedLimit(Document):
     table_digest: Digest = ABSENT
     energy_of: Name = ABSENT
     cells_digest: Digest = ABSENT
+    confidence: Confidence = ABSENT
 
 
 class SearchSettings(Document):
@@ -135,6 +137,17 @@ class ConfigDocument(Document):
 # ---- arch.json
 
 
+class RecordedInterval(Document):
+    """The interval of a latency, and the errors that it follows from."""
+
+    level: Share
+    low_ms: Amount
+    high_ms: Amount
+    low: Annotated[float, Field(ge=-1, le=0)]
+    high: Amount
+    weight: Annotated[float, Field(ge=1, le=1e3)]
+
+
 class LimitEntry(Document):
     """A limit that a network meets."""
 
@@ -152,6 +165,10 @@ class LimitEntry(Document):
     quantity: Literal["latency", "throughput"] = ABSENT
     cells: Annotated[list[Annotated[list[Amount], Field(max_length=MOST_CELLS)]], MOST_ROWS] = ABSENT
     cells_digest: Digest = ABSENT
+    interval: RecordedInterval = ABSENT
+    # level of the intervals whose upper ends the amounts are, and the predicted latency
+    confidence: Confidence = ABSENT
+    latency_ms: Amount = ABSENT
 
     @model_validator(mode="after")
     def _check_unit(self) -> Self:
@@ -162,6 +179,8 @@ class LimitEntry(Document):
             raise ValueError(f"expected one of {', '.join(LABEL)} with its unit, or a device with ms")
         if self.unit == "ms" and (self.table_digest is None or self.coverage is None):
             raise ValueError("expected table_digest and coverage, as it is a device's")
+        if self.confidence is not None and (self.interval is None or self.latency_ms is None):
+            raise ValueError("expected interval and latency_ms, as there is a confidence")
         return self
 
 

@@ -155,7 +155,7 @@ def _on_device(budgets: OtherBudgets) -> OnDevice:
     return OnDevice(
         limit.name,
         limit.budget,
-        limit.amount(run.indices),
+        limit.latency_ms(run.indices),
         price=price_at(curve, limit.limit),
         step_ms=step_ms,
         more=_exchange(budgets, limit.limit + step_ms),
@@ -216,7 +216,7 @@ def _block_costs(run: FinishedRun, limit: Limit) -> tuple[BlockCost, ...]:
     """Return the latencies of the derived network's blocks, in order, and that of the runtime."""
     table = limit.table
     assert table is not None
-    total = limit.amount(run.indices) or 1.0
+    total = limit.latency_ms(run.indices) or 1.0
     blocks = {name: ("", cell) for name, cell in table.fixed}
     for position, row, i in zip(run.space.positions, table.cells, run.indices, strict=True):
         blocks[position.name] = position.names[i], row[i]

@@ -5,7 +5,7 @@ from typing import Any
 
 from qnas.common.units import format_count, format_mj, format_ms, format_per_image, format_rate
 from qnas.latency.device import Figures, load_device
-from qnas.latency.intervals import describe_interval
+from qnas.latency.intervals import LEVEL, describe_interval
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
@@ -73,6 +73,9 @@ def latency_lines(
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
+        interval = describe_interval(table.interval(indices, limit.confidence or LEVEL))
+        kept = "; its upper end stays within the budget" if limit.confidence else ""
+        yield field("", f"interval {interval}{kept}")
         if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
 
@@ -92,6 +95,8 @@ def describe_limits(space: SearchSpace, limits: Limits) -> str:
         least, most = limit.describe(limit.least), limit.describe(limit.most)
         where = f"on {limit.name} " if limit.table else ""
         verb = "take" if limit.table or limit.energy_of else "have"
+        if limit.confidence:
+            verb = f"have {limit.confidence:.4g} intervals that end at"
         asked = f"{space.name} {where}at {px} px, {classes}, within {limit.describe(limit.budget)}"
         lines.append(wrapped(f"{asked}: networks {verb} {least} to {most}"))
         if not limit.binds:

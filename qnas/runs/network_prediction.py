@@ -63,7 +63,7 @@ def predict_network(
 
     >>> prediction = predict_network("quadranet25-xxs", "vpu")
     >>> f"{prediction.latency_ms:.1f} ms, {prediction.coverage:.0%} from measurements"
-    '76.5 ms, 34% from measurements'
+    '81.4 ms, 32% from measurements'
     """
     if isinstance(network, str | Path):
         network = read_network(network)

@@ -22,6 +22,7 @@ from qnas.common.intervals import wilson
 from qnas.common.units import parse_count, parse_energy, parse_latency
 from qnas.latency.device import device_names, load_device
 from qnas.latency.energy import EnergyTable
+from qnas.latency.intervals import Errors, Uncertainty
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table import DECIMALS, LatencyTable, read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SEARCH_FILE, table_file
@@ -162,8 +163,10 @@ def _device_limit(table: LatencyTable, entry: Mapping[str, Any]) -> Limit:
     slowest_ms = max(chain((cell.latency_ms for _, cell in table.fixed), *table.ms))
     if slowest_ms > MOST_MS:
         raise TableError(f"the table of {table.device}: a block takes {slowest_ms:g} ms")
+    table = replace(table, uncertainty=_recorded(entry))
+    limit = latency_limit(table, entry["budget"], entry.get("confidence"))
     is_rate = entry.get("quantity") == "throughput"  # the copy of a table does not say
-    return replace(latency_limit(table, entry["budget"]), limit=entry["limit"], throughput=is_rate)
+    return replace(limit, limit=entry["limit"], throughput=is_rate)
 
 
 def _energy_limit(entry: Mapping[str, Any], space: SearchSpace, where: str) -> Limit:
@@ -179,6 +182,15 @@ def _energy_limit(entry: Mapping[str, Any], space: SearchSpace, where: str) -> L
     return replace(limit, limit=entry["limit"])
 
 
+def _recorded(entry: Mapping[str, Any]) -> Uncertainty | None:
+    """Return the errors that an entry's interval follows from; None where it has none."""
+    interval = entry.get("interval")
+    if interval is None:
+        return None
+    errors = Errors(level=interval["level"], low=interval["low"], high=interval["high"])
+    return Uncertainty(source=ARCH_FILE, networks=1, weight=interval["weight"], errors=(errors,))
+
+
 def _count_limit(entry: Mapping[str, Any], space: SearchSpace) -> Limit:
     limit = count_limit(space, entry["name"], entry["budget"])
     return replace(limit, limit=entry["limit"])
@@ -191,11 +203,15 @@ def _check_entry(
     # every cell of the sums may be rounded
     rounding = 0.0 if exact else ROUNDED_MS * (len(limit.cells) + 100)
     expected = limit_entry(limit, tuple(indices))
-    for key in ("fixed", "positions", "amount", "least", "most", "coverage"):
+    for key in ("fixed", "positions", "amount", "least", "most", "coverage", "latency_ms"):
         if key in expected:
             _compare(
                 f"{where}.{key}", entry[key], expected[key], rounding if key != "coverage" else rounding * 10
             )
+    for key in ("low_ms", "high_ms") if "interval" in entry else ():
+        # an error may double what rounding an estimated part does
+        found, due = entry["interval"][key], expected["interval"][key]
+        _compare(f"{where}.interval.{key}", found, due, rounding * 2 * entry["interval"]["weight"])
     if limit.table is None and entry["limit"] != entry["budget"]:
         raise ArchError(f"{where}.limit is {entry['limit']}, but the budget is {entry['budget']}")
     if entry["amount"] > entry["limit"] + rounding:
@@ -224,7 +240,7 @@ def _check_facts(document: Mapping[str, Any], space: SearchSpace, arch: Arch, pa
         "table_digest": "table_digest",
         "budget_ms": "budget",
         "limit_ms": "limit",
-        "latency_ms": "amount",
+        "latency_ms": "amount" if first.get("confidence") is None else "latency_ms",
         "latency_coverage": "coverage",
     }
     for key, of_limit in same.items():
@@ -284,7 +300,7 @@ def check_request(config: Mapping[str, Any], document: Mapping[str, Any], folder
         except UsageError as cause:
             raise CheckpointError(f"{where}: {cause}") from cause
         _compare(f"{where}.budget in numbers", budget, limit["budget"], error=CheckpointError)
-        for key in ("limit", "table_digest", "cells_digest"):
+        for key in ("limit", "table_digest", "cells_digest", "confidence"):
             if key in entry:
                 _compare(f"{where}.{key}", entry[key], limit.get(key), error=CheckpointError)
 
@@ -318,12 +334,14 @@ def check_search(
         rounding = ROUNDED_MS * (len(indices) + 100) if any(map(_is_rounded, document["limits"])) else 0.0
         _compare(f"{where}.amounts", entry["amounts"], amounts, rounding, CheckpointError)
         expected: dict[str, float] = {
-            "latency_ms": entry["amounts"][0],
+            "latency_ms": (
+                entry["amounts"][0] if limits[0].confidence is None else limits[0].latency_ms(indices)
+            ),
             "score": math.fsum(row[i] for row, i in zip(scores, indices, strict=True)),
             **{name: limit.amount(indices) for name, limit in counts.items()},
         }
         for name in expected.keys() & entry.keys():
-            slack = 1e-9 if name == "score" else 0.0
+            slack = {"score": 1e-9, "latency_ms": rounding}.get(name, 0.0)
             _compare(f"{where}.{name}", entry[name], expected[name], slack, CheckpointError)
     _check_summary(found, limits, log_probabilities, path)
     if document.get("heldout_accuracy") is None:

@@ -28,7 +28,7 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
 from qnas.solver.distributions import sample_near
-from qnas.solver.limits import Limits
+from qnas.solver.limits import Limits, beside_latency
 from qnas.solver.solve import CandidateIndices, Scores, solve
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
 from qnas.spaces.lower import BlockSpec, fill, skeleton
@@ -110,8 +110,10 @@ def draw_networks(
     assert table is not None, "the first limit is a device's"
     weights = tuple(tuple(np.exp(row).tolist()) for row in log_probabilities)
     least_ms = WINDOW * solve(log_probabilities, limits).latency_ms
-    most_ms = min(limits[0].limit, table.slowest_ms * (1 + 1e-9))
-    return sample_near(table, least_ms, most_ms, networks, rng, within=limits[1:], weights=weights)
+    most_ms = min(limits[0].slowest_within_ms, table.slowest_ms * (1 + 1e-9))
+    return sample_near(
+        table, least_ms, most_ms, networks, rng, within=beside_latency(limits), weights=weights
+    )
 
 
 def fit_effects(

@@ -36,6 +36,7 @@ from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection, count_screened, ranking_document, select
 from qnas.search.state import SearchState
 from qnas.solver.distributions import sample_near
+from qnas.solver.limits import beside_latency
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
@@ -137,7 +138,9 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> dict
     table = limits[0].table
     assert table is not None, "the first limit is a device's"
     count, rng = problem.config.random_networks, np.random.default_rng(problem.config.seed)
-    random = sample_near(table, RANDOM_WINDOW * latency_ms, latency_ms, count, rng, within=limits[1:])
+    random = sample_near(
+        table, RANDOM_WINDOW * latency_ms, latency_ms, count, rng, within=beside_latency(limits)
+    )
     derived, most = winner.solution.indices, largest(space, limits).indices
     guided = macs_guided(space, selection.scores, limits)
     networks = dict.fromkeys([derived, most, *([guided.indices] if guided else []), *random])
@@ -166,7 +169,7 @@ def _test(problem: Problem, evaluator: Evaluator, indices: CandidateIndices) -> 
     metrics, score = problem.objective.figures(found.predicted, found.labels), found.score
     return {
         "choices": list(arch.choices),
-        "latency_ms": amounts[0],
+        "latency_ms": problem.limits[0].latency_ms(indices),
         "amounts": amounts,
         "macs": count_macs(lower(problem.space, arch)),
         "accuracy": score.accuracy,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -45,10 +45,24 @@ class Limit:
     table: LatencyTable | None = None  # for the latency on a device
     energy_of: str = ""  # the device whose energy this is
     throughput: bool = False  # whether the milliseconds are those of an image in a batch on a full device
+    # level of the intervals whose upper ends the amounts are; None: amounts are predictions
+    confidence: float | None = None
 
     def amount(self, indices: Sequence[int]) -> float:
         """Return the amount of the network with these candidate numbers."""
         return math.fsum([self.fixed, *(row[i] for row, i in zip(self.cells, indices, strict=True))])
+
+    def latency_ms(self, indices: Sequence[int]) -> float:
+        """Return the predicted latency of a network on the device of this limit."""
+        assert self.table is not None, "the limit is a device's"
+        return self.table.latency_ms(indices)
+
+    @cached_property
+    def slowest_within_ms(self) -> float:
+        """A bound on the predicted latency of every network within the limit."""
+        if self.confidence is None or self.table is None or self.table.uncertainty is None:
+            return self.limit
+        return self.limit / (1.0 + self.table.uncertainty.at(self.confidence).high)
 
     @cached_property
     def least(self) -> float:
@@ -90,11 +104,27 @@ class Limit:
 Limits = tuple[Limit, ...]  # at least one; the first limit of a search is a device's
 
 
-def latency_limit(table: LatencyTable, budget_ms: float) -> Limit:
-    """Return a device's limit: its table, and the budget minus its margin."""
-    limit_ms, origin = table.limit_ms(budget_ms), table.origin
+def latency_limit(table: LatencyTable, budget_ms: float, confidence: float | None = None) -> Limit:
+    """Return a device's limit: its table, and the budget minus its margin.
+
+    With a `confidence`, the upper ends of the intervals at this level stay within the whole budget, and take
+    the place of the margin. Raises TableError or UsageError where the device has no such intervals.
+    """
+    origin, limit_ms, fixed, rows = table.origin, table.limit_ms(budget_ms), table.fixed_ms, table.ms
+    if confidence is not None:
+        fixed, rows = table.upper_ends(confidence)
+        limit_ms, table = budget_ms, replace(table, margin=0.0)
     is_rate = origin is not None and origin.quantity == "throughput"
-    return Limit(table.device, budget_ms, limit_ms, table.fixed_ms, table.ms, table, throughput=is_rate)
+    return Limit(
+        table.device,
+        budget_ms,
+        limit_ms,
+        fixed,
+        rows,
+        table,
+        throughput=is_rate,
+        confidence=confidence,
+    )
 
 
 def energy_limit(energies: EnergyTable, most_mj: float) -> Limit:
@@ -116,6 +146,11 @@ def count_limit(space: SearchSpace, name: Count, most: float) -> Limit:
     return Limit(name, most, most, fixed, tuple(rows))
 
 
+def beside_latency(limits: Limits) -> Limits:
+    """Return the limits that a predicted latency within the first one does not imply."""
+    return limits[1:] if limits[0].confidence is None else limits
+
+
 def check_limits(limits: Limits) -> None:
     """Raise InfeasibleBudgetError, with what is possible, if no network meets one of the limits."""
     for limit in limits:
@@ -127,6 +162,8 @@ def check_limits(limits: Limits) -> None:
             problem = f"no network {verb} at most {limit.describe(limit.budget)}: the smallest {verb} {least}"
         else:
             margin = f", and {table.margin:.1%} of margin" if table.margin else ""
+            if limit.confidence is not None:
+                margin = f" at the upper end of its {limit.confidence:.4g} interval"
             problem = (
                 f"no network of {table.space} runs in {limit.describe(limit.budget)} on {limit.name}: "
                 f"the fastest takes {least}{margin}"

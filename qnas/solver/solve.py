@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.errors import ArchError, InfeasibleBudgetError
+from qnas.latency.intervals import LEVEL
 from qnas.solver.knapsack import k_best
 from qnas.solver.limits import Limit, Limits, check_limits, count_limit
 from qnas.spaces.arch import arch_document, arch_from_indices
@@ -42,8 +43,8 @@ class Solution:
 
     @property
     def latency_ms(self) -> float:
-        """Return the latency on the first device."""
-        return self.limits[0].amount(self.indices)
+        """Return the predicted latency on the first device."""
+        return self.limits[0].latency_ms(self.indices)
 
 
 def solve(scores: Scores, limits: Limits) -> Solution:
@@ -135,7 +136,7 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
 
     The prediction is the sum of the certificate's `fixed_ms` and `position_ms` and at most `limit_ms`, the
     budget over 1 + margin. These are for the first device; `limits` has the same for each limit: `amount`,
-    the sum of `fixed` and `positions`, is at most `limit`.
+    the sum of `fixed` and `positions`, is at most `limit`. With a confidence, these are upper ends.
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)
@@ -161,14 +162,19 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
                 "score_bound": solution.bound,
                 "rank": solution.rank,
                 "solved": solution.solved,
-                "fixed_ms": table.fixed_ms,
-                "position_ms": [row[i] for row, i in zip(table.ms, solution.indices, strict=True)],
-                "fastest_ms": table.fastest_ms,
-                "slowest_ms": table.slowest_ms,
+                "fixed_ms": limit.fixed,
+                "position_ms": [row[i] for row, i in zip(limit.cells, solution.indices, strict=True)],
+                "fastest_ms": limit.least,
+                "slowest_ms": limit.most,
             },
             **details,
         },
     )
+
+
+def entry_latency_ms(entry: Mapping[str, Any]) -> float:
+    """Return the predicted latency in an entry of `limits`, whose amount may be that of an upper end."""
+    return float(entry.get("latency_ms", entry["amount"]))
 
 
 def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
@@ -181,6 +187,13 @@ def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
             of_device["copy_digest"] = table.copy_digest
         if limit.throughput:
             of_device["quantity"] = "throughput"
+        if (interval := table.interval(indices, limit.confidence or LEVEL)) is not None:
+            assert table.uncertainty is not None
+            errors = table.uncertainty.at(interval.level)
+            factors = {"low": errors.low, "high": errors.high, "weight": table.uncertainty.weight}
+            of_device["interval"] = vars(interval) | factors
+        if limit.confidence is not None:
+            of_device |= {"confidence": limit.confidence, "latency_ms": table.latency_ms(indices)}
     if limit.energy_of:  # no file of the run has its cells
         of_device = {"cells": [list(row) for row in limit.cells], "cells_digest": limit.cells_digest}
     return {

@@ -19,6 +19,7 @@ from qnas.common.intervals import LEVEL, wilson
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import load_table
 from qnas.runs.found_arch import FoundArch
+from qnas.solver.solve import entry_latency_ms
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.training.acceleration import Acceleration
 from qnas.training.losses import CROSS_ENTROPY, Objective
@@ -74,7 +75,7 @@ def size_facts(source: FoundArch) -> dict[str, Any]:
         latencies[name] = {"ms": table.latency_ms(indices), "from_measurements": table.coverage(indices)}
     for limit in source.document.get("limits", []):
         if limit["unit"] == "ms":
-            latencies.setdefault(limit["name"], {"ms": limit["amount"]})
+            latencies.setdefault(limit["name"], {"ms": entry_latency_ms(limit)})
     return {
         "resolution_px": space.input.resolution_px,
         "macs": count_macs(blocks),

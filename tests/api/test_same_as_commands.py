@@ -69,6 +69,26 @@ def test_a_derivation_writes_the_same_network(
     assert derived.latency_ms <= 0.7
 
 
+def test_a_confidence_is_the_same_by_api_and_command(
+    both: tuple[qnas.SearchResult, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, command = both
+    derived = qnas.derive(result, {"cpu": "700us"}, confidence=0.9, rerank=False, out=tmp_path / "api")
+    words = ("--device", "cpu", "--budget", "700us", "--confidence", "0.9", "--no-rerank")
+    succeed("derive", command, *words, "--out", tmp_path / "command", "-q")
+    assert "its upper end stays within the budget" in " ".join(capsys.readouterr().out.split())
+    documents = [json.loads((tmp_path / name / ARCH_FILE).read_text()) for name in ("api", "command")]
+    assert documents[0]["limits"] == documents[1]["limits"]
+    interval = derived.intervals["cortex-a76"]
+    assert interval is not None
+    assert interval.low_ms < derived.latency_ms < interval.high_ms <= 0.7
+    plain = qnas.derive(result, {"cpu": "700us"}, rerank=False, out=tmp_path / "plain")
+    assert plain.certificate["score"] >= derived.certificate["score"]
+    again = qnas.DerivedNetwork.load(tmp_path / "api")
+    assert again.intervals == derived.intervals
+    assert again.limits[0].confidence == 0.9
+
+
 def test_pareto_fronts_are_the_same(both: tuple[qnas.SearchResult, Path], tmp_path: Path) -> None:
     result, command = both
     fronts = qnas.pareto(result, ["vpu", "cpu"], points=3, out=tmp_path / "api")

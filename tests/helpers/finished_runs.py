@@ -58,6 +58,7 @@ def make_record(
     effects: bool = True,
     rank: int = 1,
     margin: float = 0.0,
+    confidence: float | None = None,
     scale: float = 1.0,
     choices: tuple[str, ...] | None = None,
     **config: Any,
@@ -70,7 +71,8 @@ def make_record(
     limits: Limits = ()
     for device in devices:
         table = scaled(replace(compute_table(load_device(device), space), margin=margin), scale)
-        limits += (latency_limit(table, table.fastest_ms + share * (table.slowest_ms - table.fastest_ms)),)
+        whole = latency_limit(table, 1.0, confidence)
+        limits += (latency_limit(table, whole.least + share * (whole.most - whole.least), confidence),)
         write_text(folder / table_file(table.device), table_text(table, space))
     if max_params is not None:
         limits += (count_limit(space, "params", max_params),)
@@ -86,6 +88,7 @@ def make_record(
     entries = [
         {"name": limit.name, "budget": f"{limit.budget}ms", "limit": limit.limit}
         | {"device": limit.name, "table_digest": limit.table.digest}
+        | ({} if confidence is None else {"confidence": confidence})
         if limit.table is not None
         else {"name": limit.name, "budget": f"{limit.budget}", "limit": limit.limit}
         for limit in limits
@@ -141,7 +144,7 @@ def network_entry(space: SearchSpace, limits: Limits, indices: tuple[int, ...]) 
     macs = count_macs(lower(space, arch))
     return {
         "choices": list(arch.choices),
-        "latency_ms": amounts[0],
+        "latency_ms": limits[0].latency_ms(indices),
         "amounts": amounts,
         "macs": macs,
         "accuracy": 0.7,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 from functools import lru_cache
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from fitting.fit import HELD_OUT, SEED
 from fitting.forms import FORMS
+from fitting.layernorm import read_blocks
 from helpers.places import LATENCY_DATA
+from make_tables import DATE, ESTIMATED_WEIGHT, EdgeData, left_out_errors
 
 from qnas.common.resources import shipped, stems
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.latency.evaluation import Networks, evaluate_networks, read_networks
 from qnas.latency.features import FEATURES
+from qnas.latency.intervals import LEVELS, pooled
 from qnas.latency.kernels import Kernel, fuse
 from qnas.spaces.lower import Slot, fill, skeleton
 from qnas.spaces.space import load_space
@@ -200,3 +204,64 @@ def test_the_shipped_files_have_the_figures_that_evaluation_gives(name: str, net
     found = evaluate_networks(device, networks.only(held_out))
     assert found == device.accuracy["unseen networks"]
     assert found["all"].within_10_pct >= BARS[name]
+
+
+def test_a_hard_swish_and_its_scale_cost_what_the_compiler_leaves_of_them() -> None:
+    device = load_device("vpu")
+    one = device.model["add"].terms
+    swish = device.model["hswish"].terms
+    assert one is not None
+    assert swish is not None
+    assert swish["kelements_in"] / one["kelements_in"] == pytest.approx(3.5 / 1.5, rel=1e-4)
+    # maps of as many elements in 1,024 and in 8,192 lines differ by the copies of lines, at 30 ns or more
+    wide, narrow = (device.kernel_ms(Kernel("scale", px, c, c)) for px, c in ((64, 16), (8, 1024)))
+    assert narrow - wide >= 0.03 * (8192 - 1024) / 1e3
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_kernel_larger_than_any_measured_is_an_estimate(name: str) -> None:
+    device = load_device(name)
+    for kind in FORMS[name].kinds & {"conv1x1", "dwconv", "add", "hswish"}:
+        sizes = device.model[kind].measured_up_to
+        assert sizes is not None
+        largest = Kernel(kind, **sizes)
+        assert device.kernel_source(largest) == "fitted"
+        for size in sizes:
+            beyond = Kernel(kind, **{**sizes, size: sizes[size] + 1})
+            assert device.kernel_source(beyond) == "estimated", (kind, size)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_shipped_prediction_has_an_interval_that_its_estimates_widen(name: str) -> None:
+    device = load_device(name)
+    widths = []
+    for end in ("-bn", ""):  # layer normalisation is an estimate
+        space = load_space(f"quadranet-mobile{end}")
+        table, fastest = compute_table(device, space), (0,) * len(space.positions)
+        interval = table.interval(fastest)
+        assert interval is not None
+        assert interval.level == 0.9
+        assert interval.low_ms < table.latency_ms(fastest) < interval.high_ms
+        widths.append((interval.high_ms - interval.low_ms) / table.latency_ms(fastest))
+    assert widths[0] < widths[1]
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_intervals_cover_a_family_that_neither_fit_nor_errors_saw(name: str, networks: Networks) -> None:
+    blocks = read_blocks(LATENCY_DATA / "pixel4_blocks.json.gz")
+    errors, _ = left_out_errors(name, networks, EdgeData(*networks.fused("edge")), blocks, DATE)
+    shipped = load_device(name).uncertainty
+    assert shipped is not None
+    assert pooled(errors, weight=ESTIMATED_WEIGHT, source="").errors == shipped.errors
+    for level in LEVELS:
+        covered = {}
+        for family in errors:
+            others = {other: of for other, of in errors.items() if other != family}
+            ends = pooled(others, weight=ESTIMATED_WEIGHT, source="").at(level)
+            covered[family] = float(np.mean((errors[family] >= ends.low) & (errors[family] <= ends.high)))
+        mean = float(np.mean(list(covered.values())))
+        print(f"{name}: {level:.0%} intervals cover {mean:.1%} of a new family:", covered)
+        # families are the independent draws: two standard errors of a share over them
+        assert mean >= level - 2 * math.sqrt(level * (1 - level) / len(covered))

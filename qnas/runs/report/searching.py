@@ -190,6 +190,7 @@ def _by_step(name: str, rows: Rows, key: str, colour: int) -> Series:
 def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
     """Draw the ranked networks by held-out accuracy, and the networks of the comparison by test accuracy."""
     found, limit = run.found, run.limits[0]
+    upper = f", upper end of {limit.confidence:.4g} intervals" if limit.confidence else ""
 
     def cloud(name: str, entries: Rows, key: str, colour: int, mark: Mark) -> Series:
         points = [(entry["amounts"][0], entry[key]) for entry in entries]
@@ -203,7 +204,7 @@ def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
         return chart(
             [*others, Series(derived, [(limit.amount(run.indices), accuracy)], 4, "star")],
             title=title,
-            x_label=f"ms on {limit.name} at {run.space.input.resolution_px} px",
+            x_label=f"ms on {limit.name} at {run.space.input.resolution_px} px{upper}",
             y_label="accuracy",
             levels=[Level(limit.limit, "the limit", "x")],
             percent=True,
