@@ -144,9 +144,9 @@ def pareto(
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
     `devices` defaults to those of the search; `points` is the number of budgets per device. The search's
-    limits on parameters and MACs still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to `out`;
-    by default that is `RUN/pareto`, and the run's page is rewritten too. Beside each device's front is that
-    of public networks, by their accuracy on ImageNet. Raises the errors of `derive`.
+    limits on parameters, MACs and energy still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to
+    `out`; by default that is `RUN/pareto`, and the run's page is rewritten too. Beside each device's front is
+    that of public networks, by their accuracy on ImageNet. Raises the errors of `derive`.
     """
     check_arguments(points=points, k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)

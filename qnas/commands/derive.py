@@ -108,7 +108,7 @@ def pareto(
     """Solve a finished search for budgets over each device's whole range: latency against accuracy.
 
     Writes pareto.csv, pareto.json and pareto.png, and without --out also the run's page. The search's limits
-    on parameters and MACs still apply.
+    on parameters, MACs and energy still apply.
 
     Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
     """
