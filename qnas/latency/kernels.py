@@ -79,12 +79,12 @@ FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     # it passes over the map as the bias of a convolution without one does, and costs as much.
     "eager": _FOLDS,
     "cuda": _FOLDS,  # the same with the tensor cores of a GPU, whose kinds _on_tensor_cores names
-    "inductor": {},  # torch.compile: chains of elementwise operators, no convolution (POINTWISE)
+    "inductor": _FOLDS,  # torch.compile: after folding, chains of elementwise operators (POINTWISE)
 }
 
 # Elementwise operators that torch.compile fuses with their neighbours into one pass -> maps that each reads
 # besides the one before it. A chain ends after additions and the activation that follows them, so that it
-# does not depend on the next block; a pooling of the whole map after it joins it.
+# does not depend on the next block; a pooling of the whole map joins a chain without additions.
 POINTWISE: dict[str, int] = {
     **dict.fromkeys(("batchnorm", "relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "elementwise"), 0),
     **dict.fromkeys(("swish", "hswish", "gelu", "square", "scale", "shift", "add_scalar", "mul_scalar"), 0),
@@ -169,13 +169,15 @@ def _chain_length(names: Sequence[str], start: int) -> int:
     """Return how many operators from `start` on are one pass."""
     end, added = start, False
     while end < len(names) and names[end] in POINTWISE:
+        if end > start and names[end] == "square":  # in a neuron it squares another map
+            break
         if added and names[end] != "add" and names[end] not in _ACTIVATIONS:
             break
         end += 1
         if added and names[end - 1] in _ACTIVATIONS:
             break
         added = added or names[end - 1] == "add"
-    return end + (end < len(names) and names[end] == "gap") - start
+    return end + (not added and end < len(names) and names[end] == "gap") - start
 
 
 def chain_kind(names: Sequence[str]) -> str:

@@ -56,8 +56,7 @@ def test_batch_norm_is_shown_to_be_cheaper_where_layer_norm_is_not_free(name: st
     arch = arch_from_indices(space, (0,) * len(space.positions))
     prediction = predict_arch(DEVICE, device, space, arch)
     assert prediction.batchnorm_ms is not None
-    if device.fusion != "inductor":  # torch.compile folds no norm: both are passes
-        assert prediction.batchnorm_ms < prediction.latency_ms
+    assert prediction.batchnorm_ms < prediction.latency_ms
     with_bn = load_space("quadranet-mobile-bn")
     assert prediction.batchnorm_ms == pytest.approx(
         load_table(device, with_bn).latency_ms(arch.indices(with_bn)), rel=1e-6

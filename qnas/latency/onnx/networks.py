@@ -19,6 +19,7 @@ padding than ours has the resolution that gives its output size.
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,8 @@ from qnas.latency.onnx.values import Node
 class OnnxNetwork:
     """A network as chains of operators, in an order in which they can run.
 
-    In a chain each operator is the only reader of the one before it and reads nothing else, so it may fuse.
+    In a chain each operator is the only reader of the one before it, so it may fuse. What else it reads comes
+    from chains before this one.
     """
 
     path: Path
@@ -98,14 +100,15 @@ def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
     found = {**compositions(reader), **splits(reader)}
     inner = {i for at, composition in found.items() for i in composition.positions if i != at}
     chains: list[list[OnnxOperator]] = []
-    tail: dict[str, list[OnnxOperator]] = {}  # output of a chain's last operator -> the chain
+    tail: dict[str, int] = {}  # output of a chain's last operator -> the chain's place
     for position, node in enumerate(reader.nodes):
         if position in inner:
             continue
         composition = found.get(position)
         positions = composition.positions if composition else (position,)
         sources = {composition.source} if composition else reader.sources([node])
-        chain = _only_writer(reader, tail, sources, set(positions))
+        place = _only_writer(reader, tail, sources, set(positions))
+        chain = chains[place] if place is not None and len(sources) == 1 else None
         if chain is not None and composition is None and _is_absorbed(reader, node, chain[-1]):
             last = chain[-1]
             chain[-1] = replace(last, name=f"{last.name}+{node.name}", op=f"{last.op}+{node.op}")
@@ -116,11 +119,14 @@ def _chains(reader: Reader) -> tuple[tuple[OnnxOperator, ...], ...]:
                 last, name=f"{last.name}+{node.name}", op=f"{last.op}+{node.op}", kernel=kernel
             )
         else:
-            if chain is None:
-                chain = []
-                chains.append(chain)
-            chain.append(_composed(reader, composition) if composition else read_operator(reader, node))
-        tail[node.outputs[0]] = chain
+            if place is None:
+                place = len(chains)
+                chains.append([])
+            chains[place].append(
+                _composed(reader, composition) if composition else read_operator(reader, node)
+            )
+        assert place is not None
+        tail[node.outputs[0]] = place
     return tuple(map(tuple, chains))
 
 
@@ -131,14 +137,20 @@ def _composed(reader: Reader, composition: Composition) -> OnnxOperator:
 
 
 def _only_writer(
-    reader: Reader, tail: dict[str, list[OnnxOperator]], sources: set[str], positions: set[int]
-) -> list[OnnxOperator] | None:
-    """Return the chain whose last output is the only input of an operator, and is read by no other."""
-    if len(sources) != 1:
+    reader: Reader, tail: Mapping[str, int], sources: set[str], positions: set[int]
+) -> int | None:
+    """Return the place of the chain whose last output an operator reads, and no other; None without one.
+
+    Of several inputs it is the one that is written last, if the chains of the others come before.
+    """
+    if not sources:
         return None
-    (source,) = sources
+    source = max(sources, key=lambda name: reader.writer.get(name, -1))
+    place = tail.get(source)
     is_only_reader = reader.readers[source] <= positions and source not in reader.outputs
-    return tail.get(source) if is_only_reader else None
+    if place is None or not is_only_reader or any(tail.get(other, -1) > place for other in sources):
+        return None
+    return place
 
 
 def _is_norm(reader: Reader, node: Node, before: OnnxOperator) -> bool:

@@ -169,8 +169,10 @@ def test_every_neuron_has_a_latency_of_its_own_and_no_layer_is_free(norm: str) -
         for position, choice in zip(space.positions, arch.choices, strict=True):
             of_block = (row.latency_ms for row in rows if row.name == position.name)
             totals[str(position.candidate(choice).parameters["neuron"])] = math.fsum(of_block)
-        # a device may run type2 and type3, a square before and after the convolution, in one time
-        assert len({round(ms, 9) for ms in totals.values()}) >= len(NEURONS) - 1, name
+        # a device may run type2 and type3, a square before and after the convolution, in one time; a compiler
+        # fuses the squares with the passes beside them
+        alike = 2 if device.fusion == "inductor" else 1
+        assert len({round(ms, 9) for ms in totals.values()}) >= len(NEURONS) - alike, name
         cheapest_first = ["linear", "type2", "type4", "quadranet", "fan"]
         if norm == "layernorm":
             ms = [totals[neuron] for neuron in cheapest_first]
@@ -478,7 +480,7 @@ def test_chains_are_in_an_order_that_can_run(file: Path) -> None:
     assert done == {"x", *inputs}
     for chain in found.chains:
         for before, after in itertools.pairwise(chain):
-            assert inputs[after.name] == [before.name]
+            assert before.name in inputs[after.name]
 
 
 def test_each_node_is_in_one_row(file: Path) -> None:
