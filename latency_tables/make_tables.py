@@ -58,6 +58,7 @@ FURTHER_LEFT_OUT: dict[str, tuple[str, ...]] = {
 # cost of an operator that is counted in passes over a map, it is 20 to 40% off that count (a hard swish or a
 # scale on the VPU), about three times as far as 80% of the networks of a family that the fit never saw.
 ESTIMATED_WEIGHT = 3.0
+INTERVAL_SOURCE = "networks of a family by a fit without it, each family with the same weight"
 
 EDGE_SOURCE = (
     "fitted to end-to-end measurements of networks published with nn-Meter "
@@ -374,8 +375,7 @@ def fit_edge(name: str, networks: Networks, data: EdgeData, blocks: list[Block],
         "unseen networks": evaluate_networks(shipped, networks.only(held_out)),
         "unseen family": families,
     }
-    source = "networks of a family by a fit without it, each family with the same weight"
-    uncertainty = pooled(errors, weight=ESTIMATED_WEIGHT, source=source)
+    uncertainty = pooled(errors, weight=ESTIMATED_WEIGHT, source=INTERVAL_SOURCE)
     return shipped.model_copy(update={"accuracy": accuracy, "uncertainty": uncertainty})
 
 
@@ -444,9 +444,17 @@ def fit_desktops(data: Path, date: str) -> list[Device]:
     fused = {fusion: networks.fused(fusion) for fusion in sorted(fusions)}
     devices = []
     for name, (column, fusion, form) in PUBLISHED.items():
-        fit, accuracy = fit_published(networks, column, design(form, *fused[fusion]))
-        model = published_model(fit)
-        devices.append(make_device(name, model, date, fixed_ms=fit.fixed_ms, accuracy=accuracy))
+        found = fit_published(networks, column, design(form, *fused[fusion]))
+        devices.append(
+            make_device(
+                name,
+                published_model(found.fit),
+                date,
+                fixed_ms=found.fit.fixed_ms,
+                accuracy=found.accuracy,
+                uncertainty=pooled(found.errors, weight=ESTIMATED_WEIGHT, source=INTERVAL_SOURCE),
+            )
+        )
     return devices
 
 

@@ -4,6 +4,8 @@ Networks of one name at several resolutions are alike, so a network is left out 
 The families that are left out whole are those of the file.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +13,7 @@ from fitting.desktop import CHIPS, compiled, desktop_cpu, eager
 from fitting.fit import HELD_OUT, SEED, Design, Fit, Form, fit_networks, fit_robust
 from qnas.latency.device import Figures, KernelModel
 from qnas.latency.evaluation import Array, Networks, figures
+from qnas.latency.intervals import relative_errors
 from qnas.latency.kernels import POINTWISE, chain_kind
 
 Mask = npt.NDArray[np.bool_]
@@ -45,11 +48,21 @@ _ALIKE: dict[str, str] = {
 }
 
 
-def fit_published(networks: Networks, column: str, of: Design) -> tuple[Fit, dict[str, dict[str, Figures]]]:
-    """Fit a device to all networks measured on it, and return the accuracy of fits that left some out.
+@dataclass(frozen=True)
+class Published:
+    """A device's fit to all networks measured on it, and how far off fits were that had left some out.
 
-    The figures are of a random fifth by name, of every family left out in turn, and of some of these by name.
+    The accuracy is of a random fifth by name, of every family left out in turn, and of some of these by name.
+    The errors are relative, of each family left out.
     """
+
+    fit: Fit
+    accuracy: dict[str, dict[str, Figures]]
+    errors: dict[str, Array]
+
+
+def fit_published(networks: Networks, column: str, of: Design) -> Published:
+    """Fit a device to the networks that are measured on it."""
     latency_ms = networks.latency_ms[column]
     known = np.isfinite(latency_ms)
     assert networks.names is not None
@@ -71,7 +84,13 @@ def fit_published(networks: Networks, column: str, of: Design) -> tuple[Fit, dic
         "each family unseen": {"all": within_15(known)},
         "unseen family": {name: within_15(left_out[name]) for name in NAMED if left_out[name].any()},
     }
-    return fit_networks(of, latency_ms, known), accuracy
+    errors = {
+        # all kernels of these networks are fitted
+        family: relative_errors(latency_ms[rows], predicted[rows], np.zeros(int(rows.sum())), weight=1.0)
+        for family, rows in left_out.items()
+        if rows.any()
+    }
+    return Published(fit_networks(of, latency_ms, known), accuracy, errors)
 
 
 def _predict_unseen(of: Design, latency_ms: Array, known: Mask, parts: list[Mask]) -> Array:

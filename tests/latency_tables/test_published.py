@@ -1,5 +1,7 @@
 """Devices fitted to networks that were timed as a whole and published: GPUs, a desktop CPU, an A100."""
 
+import itertools
+
 import numpy as np
 import pytest
 from fitting import a100
@@ -9,8 +11,9 @@ from fitting.published import PUBLISHED
 from helpers.places import LATENCY_DATA
 from scipy.stats import spearmanr
 
-from qnas.latency.device import load_device
+from qnas.latency.device import device_names, load_device
 from qnas.latency.evaluation import Networks, read_networks
+from qnas.latency.intervals import LEVELS
 from qnas.latency.kernels import Kernel, chain_kind, fuse_operators
 
 DATA = LATENCY_DATA / "gpu_desktop_models.npz"
@@ -106,6 +109,19 @@ def test_grouped_convolutions_cost_less_than_dense_ones_and_more_than_nothing(na
     dense = device.kernel_ms(Kernel("conv", 28, 256, 256, 3))
     grouped = device.kernel_ms(Kernel("gconv", 28, 256, 256, 3, groups=8))
     assert 0 < grouped < dense
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_device_that_was_fitted_to_networks_has_intervals(name: str) -> None:
+    uncertainty = load_device(name).uncertainty
+    if name.startswith("a100"):  # fitted to operators
+        assert uncertainty is None
+        return
+    assert uncertainty is not None
+    assert uncertainty.families >= 9
+    assert [errors.level for errors in uncertainty.errors] == list(LEVELS)
+    for inner, outer in itertools.pairwise(uncertainty.errors):
+        assert -1 < outer.low <= inner.low < 0 < inner.high <= outer.high < 1
 
 
 def test_published_networks_have_the_multiply_adds_of_their_papers() -> None:
