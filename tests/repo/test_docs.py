@@ -174,7 +174,7 @@ def test_every_shipped_space_device_and_recipe_is_described() -> None:
         for name in stems(folder, suffix):
             assert f"`{name}`" in PAGES[page], name
     for name in device_names():
-        assert f"\n{name} (" in PAGES["docs/guides/devices.md"], name
+        assert re.search(rf"^{name}( \(.*\))?: ", PAGES["docs/guides/devices.md"], re.MULTILINE), name
 
 
 def test_the_examples_of_yaml_files_are_shipped_ones() -> None:

@@ -83,7 +83,8 @@ def quantise(model: onnx.ModelProto, calibration: RealImages, variant: Variant, 
     """Return a copy of a graph (batch free) with convolutions and linear layers in int8.
 
     Feature maps are unsigned with one scale: on x86 with VNNI that is several times as fast as signed maps.
-    x86 processors without VNNI add pairs of such products in 16 bits, which can saturate. `symmetric` maps
+    x86 processors without VNNI add pairs of such products in 16 bits, which can saturate (they are judged as
+    if it did not: `onnx_runtime`). `symmetric` maps
     are signed, all zero points are 0, and biases stay in float: TensorRT refuses anything else.
 
     Where the int8 graph seems worse than the tolerance on the calibration images, the layers that disturb
