@@ -118,6 +118,7 @@ def test_every_device_that_was_fitted_to_networks_has_intervals(name: str) -> No
         assert uncertainty is None
         return
     assert uncertainty is not None
+    assert uncertainty.families is not None
     assert uncertainty.families >= 9
     assert [errors.level for errors in uncertainty.errors] == list(LEVELS)
     for inner, outer in itertools.pairwise(uncertainty.errors):

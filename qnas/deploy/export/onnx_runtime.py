@@ -13,7 +13,7 @@ def running(source: str | bytes) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
-    # x86 processors without VNNI add pairs of int8 products in 16 bits, which saturate: a file is judged without
+    # x86 processors without VNNI add pairs of int8 products in 16 bits, which saturate: not in this mode
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
