@@ -207,7 +207,8 @@ def test_what_the_guides_show_is_what_the_commands_print(
 
 
 def test_the_quick_start_says_how_a_network_was_chosen_as_the_command_does() -> None:
-    ranking = [{"heldout_accuracy": 0.99, "rank": 3, "level": number < 20} for number in range(31)]
+    first = {"heldout_accuracy": 0.983, "heldout_balanced_accuracy": 0.982, "rank": 16}
+    ranking = [first | {"level": number < 20} for number in range(31)]
     assert field("chosen", choice_line(ranking, solved=31)) in PAGES["docs/quick-start.md"]
 
 

@@ -215,7 +215,8 @@ def numbers(content: Any, key: str = "") -> Iterator[tuple[str, Any, Any, float]
 
 # what images measured, and counts of them: nothing in the folder says more about it
 MEASURED = {
-    "arch.json": ("seed", "certificate.solved"),
+    # an interval's level and errors are the device's, and its ends follow from them
+    "arch.json": ("seed", "certificate.solved", "limits.0.interval.level"),
     "search.json": (
         *("images", "broken_images", "screened", "effects", "log_probabilities"),
         *("largest.accuracy", "ranking.0.heldout_loss", "derived.accuracy"),
