@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from helpers.tiny import TINY_SPACE
@@ -150,12 +149,9 @@ def test_int8_is_calibrated_with_training_images_and_its_accuracy_is_told_before
     of_training = {bytes(image) for image in data.train_and_heldout.read(torch.arange(1438)).numpy()}
     assert len(calibration) == CALIBRATION_IMAGES
     assert all(bytes(image) in of_training for image in calibration.pixels.numpy())
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "out" / "model_int8.onnx"), providers=["CPUExecutionProvider"]
-    )
-    images = normalise(data.test.read(torch.arange(359)), calibration.mean, calibration.std)
-    (logits,) = session.run(None, {"images": images.contiguous().numpy()})
-    assert file.parity.accuracy == np.mean(logits.argmax(1) == data.test.labels.numpy())
+    load = FORMATS["onnx"].load(tmp_path / "out" / "model_int8.onnx")
+    logits = load(normalise(data.test.read(torch.arange(359)), calibration.mean, calibration.std).contiguous())
+    assert file.parity.accuracy == np.mean((logits.argmax(1) == data.test.labels).numpy())
     result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
     assert file.parity.network_accuracy == result["test_accuracy"]
 

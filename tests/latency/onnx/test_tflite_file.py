@@ -90,7 +90,7 @@ FILES: dict[str, tuple[dict[str, Any], list[Step], list[Kernel]]] = {
     "pad of channels": (
         {"pads": whole(0, 0, 0, 0, 0, 0, 0, 2), "y": (1, 8, 8, 6)},
         [(PAD, "x pads", "y")],
-        [Kernel("elementwise", 8, 6, 6)],
+        [Kernel("pad", 8, 6, 6)],
     ),
     "depthwise convolution": (
         {"w": floats(1, 5, 5, 4), "b": floats(4), "y": (1, 8, 8, 4)},
