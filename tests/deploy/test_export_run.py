@@ -150,7 +150,9 @@ def test_int8_is_calibrated_with_training_images_and_its_accuracy_is_told_before
     assert len(calibration) == CALIBRATION_IMAGES
     assert all(bytes(image) in of_training for image in calibration.pixels.numpy())
     load = FORMATS["onnx"].load(tmp_path / "out" / "model_int8.onnx")
-    logits = load(normalise(data.test.read(torch.arange(359)), calibration.mean, calibration.std).contiguous())
+    logits = load(
+        normalise(data.test.read(torch.arange(359)), calibration.mean, calibration.std).contiguous()
+    )
     assert file.parity.accuracy == np.mean((logits.argmax(1) == data.test.labels).numpy())
     result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
     assert file.parity.network_accuracy == result["test_accuracy"]
