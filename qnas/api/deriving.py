@@ -152,7 +152,7 @@ def pareto(
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
     run, folder = searched.run, Path(out) if out is not None else searched.folder / PARETO_FOLDER
     _check_free(folder / "pareto.json", force=force)
-    searched_for = {limit.name: limit.budget for limit in run.limits if limit.table is not None}
+    searched_for = {limit.name: limit for limit in run.limits if limit.table is not None}
     asked = [devices] if isinstance(devices, str | Device) else devices
     found = [_table(run, device, latency) for device in (asked_devices(run) if asked is None else asked)]
     if not found:
@@ -160,8 +160,10 @@ def pareto(
     counts = tuple(limit for limit in run.limits if limit.table is None)
     limits, solved = [], []
     for table in {table.device: table for table in found}.values():  # an alias is the same device
-        limits.append(latency_limit(table, table.slowest_ms))
-        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, searched_for.get(table.device))
+        own = searched_for.get(table.device)
+        limits.append(latency_limit(table, table.slowest_ms, own.confidence if own is not None else None))
+        own_ms = own.budget if own is not None else None
+        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, own_ms)
         solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
     solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
     ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
@@ -173,7 +175,7 @@ def pareto(
     }
     fronts = []
     for limit, of_budgets in zip(limits, solved, strict=True):
-        own_ms = searched_for.get(limit.name)
+        own_ms = searched_for[limit.name].budget if limit.name in searched_for else None
         of_device = budget_fronts.front_points(run, of_budgets, accuracies, own_ms)
         device = limit.table.origin if limit.table is not None and latency == DEVICE else None
         fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms, device))

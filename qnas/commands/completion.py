@@ -69,3 +69,14 @@ def runs(incomplete: str) -> Words:
 def networks(incomplete: str) -> Words:
     """Complete a shipped space or a finished run."""
     return [*spaces(incomplete), *runs(incomplete)]
+
+
+def predictable(incomplete: str) -> Words:
+    """Complete what `networks` does, and the public models that ship: `timm:NAME`."""
+    library = "timm:"
+    if not incomplete.startswith(library):
+        return [*networks(incomplete), *_begin_with(incomplete, [(library, "a public model")])]
+    from qnas.latency.public_networks import public_networks
+
+    names = dict.fromkeys(network.name for network in public_networks().networks)
+    return _begin_with(incomplete, ((f"{library}{name}", "a public model") for name in sorted(names)))

@@ -51,7 +51,7 @@ def predict(
             "A run's folder, an arch.json, a file (.onnx, .xml, .tflite, .pt2), a fixed space, or a public "
             "model: timm:NAME, torchvision:NAME.",
             "ARCH|FILE|SPACE|MODEL",
-            completion.networks,
+            completion.predictable,
         ),
     ],
     device: Annotated[

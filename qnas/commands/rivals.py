@@ -16,6 +16,8 @@ def rivals(
     budget: options.Budgets = None,
     max_params: options.MaxParams = None,
     max_macs: options.MaxMacs = None,
+    max_energy: options.MaxEnergy = None,
+    confidence: options.Confidence = None,
     top: Annotated[
         int | None,
         option("Networks shown.  [default: 20; all as JSON or CSV]", panel=OUTPUT, least=1),
@@ -37,7 +39,13 @@ def rivals(
 
     if as_csv and as_json:
         raise UsageError("--csv and --json: give one of them")
-    found = find(options.pair_budgets(device, budget), max_params=max_params, max_macs=max_macs)
+    found = find(
+        options.pair_budgets(device, budget),
+        max_params=max_params,
+        max_macs=max_macs,
+        max_energy=max_energy,
+        confidence=confidence,
+    )
     if as_csv:
         typer.echo(found.csv(top), nl=False)
         return

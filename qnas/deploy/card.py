@@ -15,10 +15,12 @@ from qnas.deploy.export.product import Product
 from qnas.deploy.export.resizing import Resizing
 from qnas.deploy.file_latency import FileLatency, describe_latency
 from qnas.deploy.targets import DeviceFiles, describe_device
+from qnas.latency.intervals import describe_interval
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.text import balanced_text, never_text
 from qnas.solver.limits import ENERGY_UNIT
+from qnas.solver.solve import entry_interval, entry_latency_ms
 from qnas.spaces.lower import count_macs
 
 JSON, MARKDOWN = "model-card.json", "model-card.md"
@@ -183,12 +185,15 @@ def _latency(card: Mapping[str, Any]) -> Iterator[str]:
         yield "The network does not come from a search, so it has no device and no budget."
         return
     for limit in card["limits"]:
-        show = {"ms": format_ms, ENERGY_UNIT: format_mj}.get(limit["unit"], format_count)
+        if limit["unit"] != "ms":
+            show = format_mj if limit["unit"] == ENERGY_UNIT else format_count
+            yield f"- {limit['name']}: {show(limit['amount'])} of at most {show(limit['budget'])}"
+            continue
+        kept = ", whose upper end stays within the budget" if "confidence" in limit else ""
         yield (
-            f"- {limit['name']}: {show(limit['amount'])} predicted for {card['predicted_px']} px, "
-            f"as searched, of a budget of {show(limit['budget'])}"
-            if limit["unit"] == "ms"
-            else f"- {limit['name']}: {show(limit['amount'])} of at most {show(limit['budget'])}"
+            f"- {limit['name']}: {format_ms(entry_latency_ms(limit))} predicted for {card['predicted_px']} "
+            f"px, as searched, of a budget of {format_ms(limit['budget'])}; interval "
+            f"{describe_interval(entry_interval(limit))}{kept}"
         )
     yield from (f"- Note: {reason}" for reason in card.get("unchecked", ()))
     certificate = card["certificate"]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 
 from qnas.common.documents import FilePart, to_tuples
-from qnas.common.errors import UsageError
+from qnas.common.errors import TableError, UsageError
 
 LEVEL = 0.9  # of an interval that is shown
 LEVELS = (0.5, 0.8, 0.9, 0.95)  # that a device file has
@@ -181,6 +181,16 @@ def of_sample(errors: NDArray[np.float64], *, source: str) -> Uncertainty | None
                 Errors(level=level, low=_rounded(max(-1.0, min(0.0, low))), high=_rounded(max(0.0, high)))
             )
     return Uncertainty(source=source, networks=n, errors=tuple(found)) if found else None
+
+
+def known_errors(known: Uncertainty | None, device: str, level: float) -> Uncertainty:
+    """Return the uncertainty of a device. Raises TableError where it has none, for intervals at a level."""
+    if known is None:
+        raise TableError(
+            f"the errors of latencies on {device} are unknown, so `confidence={level:g}` cannot be kept: "
+            "calibrate the device by measured networks, or ask without it"
+        )
+    return known
 
 
 def describe_interval(interval: Interval | None) -> str:

@@ -84,6 +84,7 @@ class Prediction:
         """Return the prediction as JSON values, with the most expensive layers in place of the parts."""
         facts = {name: value for name, value in vars(self).items() if name != "parts"}
         facts["interval"] = vars(self.interval) if self.interval is not None else None
+        facts["images_per_s"] = 1e3 / self.latency_ms if self.per_image and self.latency_ms > 0 else None
         return facts | {"dearest": [vars(layer) for layer in self.layers[:dearest]]}
 
 

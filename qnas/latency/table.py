@@ -26,7 +26,7 @@ from qnas.common.files import write_text
 from qnas.common.reading import LINE_CHARACTERS, csv_rows, read_text
 from qnas.common.units import MOST_MS, number_or_nan
 from qnas.latency.device import Device
-from qnas.latency.intervals import LEVEL, Interval, Uncertainty
+from qnas.latency.intervals import LEVEL, Interval, Uncertainty, known_errors
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import HEAD, all_blocks
 from qnas.spaces.space import MOST_CLASSES, SearchSpace
@@ -104,12 +104,7 @@ class LatencyTable:
 
         Raises TableError without an uncertainty, UsageError where its levels end below this one.
         """
-        known = self.uncertainty
-        if known is None:
-            raise TableError(
-                f"the errors of latencies on {self.device} are unknown, so `confidence={level:g}` cannot be "
-                "kept: calibrate the device by measured networks, or ask without it"
-            )
+        known = known_errors(self.uncertainty, self.device, level)
         high = known.at(level).high
         rows = (
             tuple(known.end_ms(cell.latency_ms, cell.estimated_ms, high) for cell in row)

@@ -5,7 +5,7 @@ some of the runs, they are from the runs' folders.
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from qnas.common.errors import TableError, UsageError
 from qnas.common.intervals import wilson
 from qnas.latency.device import device_names, load_device
 from qnas.latency.device_table import load_table
+from qnas.latency.intervals import Interval
 from qnas.runs.finished_run import read_finished_run
 from qnas.runs.found_arch import FoundArch, find_arch, read_result
 from qnas.runs.names import RESULT_FILE, SEARCH_FILE, SUBNET_FOLDER
-from qnas.solver.solve import entry_latency_ms
+from qnas.solver.solve import entry_interval, entry_latency_ms
 from qnas.spaces.block_order import block_labels
 from qnas.spaces.lower import count_macs, count_params, lower
 
@@ -46,6 +47,7 @@ class Contestant:
     macs: int
     params: int
     latencies_ms: dict[str, float | None]  # by device; None if not known
+    intervals: dict[str, Interval | None]  # of them; None where the errors of the device are not known
     supernet: MeasuredAccuracy | None  # accuracy with the supernet's weights
     trained: MeasuredAccuracy | None  # accuracy after training
     unchecked: tuple[str, ...] = ()  # why some of its latencies are as its arch.json says, not recomputed
@@ -98,10 +100,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[str]) -> Contestant:
     blocks = lower(found.space, found.arch)
     limits = found.document.get("limits", ())
-    own = {
-        entry["name"]: entry_latency_ms(entry) if entry["unit"] == "ms" else entry["amount"]
-        for entry in limits
-    }
+    own = {entry["name"]: entry for entry in limits if entry["unit"] == "ms"}
+    latencies = {name: _latency(name, found, own.get(name)) for name in devices}
     return Contestant(
         label,
         str(folder),
@@ -111,21 +111,27 @@ def _contestant(label: str, folder: Path, found: FoundArch, devices: Sequence[st
         found.arch.choices,
         count_macs(blocks),
         count_params(blocks),
-        {name: _latency_ms(name, found, own.get(name)) for name in devices},
+        {name: latency_ms for name, (latency_ms, _) in latencies.items()},
+        {name: interval for name, (_, interval) in latencies.items()},
         _supernet_accuracy(found),
         _trained_accuracy(found),
         found.unchecked,
     )
 
 
-def _latency_ms(device: str, found: FoundArch, own_ms: float | None) -> float | None:
+def _latency(
+    device: str, found: FoundArch, own: Mapping[str, Any] | None
+) -> tuple[float | None, Interval | None]:
     """Return a network's latency by the table of a known device, or else from its own folder."""
-    if device not in device_names():
-        return own_ms
-    try:
-        return load_table(load_device(device), found.space).latency_ms(found.arch.indices(found.space))
-    except TableError:  # the device's model lacks an operator of this space
-        return own_ms
+    if device in device_names():
+        try:
+            table, indices = load_table(load_device(device), found.space), found.arch.indices(found.space)
+            return table.latency_ms(indices), table.interval(indices)
+        except TableError:  # the device's model lacks an operator of this space
+            pass
+    if own is None:
+        return None, None
+    return entry_latency_ms(own), entry_interval(own)
 
 
 def _supernet_accuracy(found: FoundArch) -> MeasuredAccuracy | None:

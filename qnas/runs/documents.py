@@ -465,6 +465,10 @@ class FrontPoint(Document):
 
     budget_ms: Positive
     latency_ms: Positive
+    # not in older versions; None where the errors of the device are unknown
+    low_ms: Amount | None = None
+    high_ms: Positive | None = None
+    level: Share | None = None
     heldout_accuracy: Share | None
     heldout_low: Share | None
     heldout_high: Share | None
@@ -503,6 +507,7 @@ class Front(Document):
     own_accuracy: Share | None
     points: Annotated[list[FrontPoint], Field(min_length=1, max_length=MOST_NETWORKS)]
     public: Annotated[list[PublicPoint], Field(max_length=MOST_NETWORKS)] = ABSENT  # not in older versions
+    confidence: Confidence = ABSENT
 
 
 class ParetoDocument(Document):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qnas.latency.intervals import Interval
 from qnas.latency.table import RUNTIME
 from qnas.runs.budget_curve import NEAR, CurvePoint, OtherBudgets, price_at, replace_limit
 from qnas.runs.finished_run import FinishedRun
@@ -89,6 +90,9 @@ class OnDevice:
     device: str
     budget_ms: float
     latency_ms: float  # of the derived network
+    interval: Interval | None  # of it; None where the errors of the device are unknown
+    # level of the intervals whose upper ends the budget bounds: prices and other networks are of upper ends
+    confidence: float | None
     price: float  # nats by which a millisecond lowers the loss at the budget
     step_ms: float
     more: Exchange | None  # the network for a step more; None: the same one
@@ -156,6 +160,8 @@ def _on_device(budgets: OtherBudgets) -> OnDevice:
         limit.name,
         limit.budget,
         limit.latency_ms(run.indices),
+        interval=limit.interval(run.indices),
+        confidence=limit.confidence,
         price=price_at(curve, limit.limit),
         step_ms=step_ms,
         more=_exchange(budgets, limit.limit + step_ms),

@@ -5,7 +5,7 @@ from typing import Any
 
 from qnas.common.units import format_count, format_mj, format_ms, format_per_image, format_rate
 from qnas.latency.device import Figures, load_device
-from qnas.latency.intervals import LEVEL, describe_interval
+from qnas.latency.intervals import describe_interval
 from qnas.latency.prediction import Prediction, source_note
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
@@ -73,7 +73,7 @@ def latency_lines(
         margin = f"{table.margin:.1%} of margin kept; " if table.margin else ""
         source = f"{table.coverage(indices):.0%} from measurements"
         yield field("" if i else "latency", f"{took} ({latency_ms / budget_ms:.1%}); {margin}{source}")
-        interval = describe_interval(table.interval(indices, limit.confidence or LEVEL))
+        interval = describe_interval(limit.interval(indices))
         kept = "; its upper end stays within the budget" if limit.confidence else ""
         yield field("", f"interval {interval}{kept}")
         if note := source_note(latency, load_device(name), space, arch):

@@ -152,18 +152,22 @@ def front_document(
     With the device, it has the front of the public networks that take as long.
     """
     log_probabilities, pressed = run.searched.log_probabilities, run.searched.pressed
+    table = limit.table
+    assert table is not None, "the limit is a device's"
     return {
         "device": limit.name,
-        "fastest_ms": limit.least,  # over the space
-        "slowest_ms": limit.most,
+        "fastest_ms": table.fastest_ms,  # over the space
+        "slowest_ms": table.slowest_ms,
         "expected_ms": expected_amount(log_probabilities, limit),  # of a network drawn by the probabilities
         # range of budgets that are not far from the searched one; None: no upper end
         "trusted_ms": list(near_searched(log_probabilities, limit, pressed=pressed)),
         "own_budget_ms": own_ms,
-        "own_latency_ms": limit.amount(run.indices),  # of the network that the search derived
+        "own_latency_ms": limit.latency_ms(run.indices),  # of the network that the search derived
         "own_accuracy": run.found["derived"].get("heldout_accuracy"),
-        "points": [_entry(run.space, limit.name, point) for point in points],
-        "public": public_front(device, limit.least, limit.most),
+        "points": [_entry(run.space, limit, point) for point in points],
+        "public": public_front(device, table.fastest_ms, table.slowest_ms),
+        # of the upper ends that the budgets bound, as in the search
+        **({"confidence": limit.confidence} if limit.confidence is not None else {}),
     }
 
 
@@ -181,13 +185,17 @@ def fronts_document(
     }
 
 
-def _entry(space: SearchSpace, device: str, point: Point) -> dict[str, Any]:
+def _entry(space: SearchSpace, limit: Limit, point: Point) -> dict[str, Any]:
     known = point.accuracy
     low, high = wilson(known.share, known.images) if known is not None else (None, None)
+    interval = limit.interval(point.solution.indices)
     return {
-        "device": device,
+        "device": limit.name,
         "budget_ms": point.budget_ms,
         "latency_ms": point.latency_ms,
+        "low_ms": interval.low_ms if interval is not None else None,
+        "high_ms": interval.high_ms if interval is not None else None,
+        "level": interval.level if interval is not None else None,
         "heldout_accuracy": known.share if known is not None else None,
         "heldout_low": low,
         "heldout_high": high,

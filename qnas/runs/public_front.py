@@ -56,14 +56,17 @@ def rivals_of(run: FinishedRun) -> tuple[Rivals | None, str]:
     if run.config.get("latency", DEVICE) != DEVICE:
         return None, "the run's latencies are not those of its device's own model"
     counts = {limit.name: limit.budget for limit in run.limits if limit.table is None}
-    budgets = [limit.budget for limit in run.limits if limit.table is not None]
+    energies = [limit.budget for limit in run.limits if limit.energy_of]
+    on_devices = [limit for limit in run.limits if limit.table is not None]
     try:
         devices = [load_device(name) for name in asked_devices(run)]
         return (
             find_rivals(
-                list(zip(devices, budgets, strict=True)),
+                [(device, limit.budget) for device, limit in zip(devices, on_devices, strict=True)],
                 max_params=counts.get("params"),
                 max_macs=counts.get("macs"),
+                max_mj=next(iter(energies), None),
+                confidence=on_devices[0].confidence,
             ),
             "",
         )

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qnas.common.errors import abbreviate
-from qnas.common.units import format_count, format_ms
+from qnas.common.units import format_count, format_mj, format_ms
+from qnas.latency.device import Device
 from qnas.latency.rivals import DeviceLatency, Rival, Rivals
 from qnas.runs.text import field, next_command, table_rows, wrapped
 
@@ -37,11 +38,15 @@ def describe_rivals(rivals: Rivals, top: int | None) -> str:
 def _title(rivals: Rivals) -> str:
     limits = []
     for budget in rivals.budgets:
-        kept = (
-            f" (margin kept: predictions up to {format_ms(budget.limit_ms)})" if budget.device.margin else ""
-        )
+        kept = ""
+        if budget.confidence is not None:
+            kept = f" (upper ends of {budget.confidence:.4g} intervals)"
+        elif budget.device.margin:
+            kept = f" (margin kept: predictions up to {format_ms(budget.limit_ms)})"
         each = f" {budget.device.per_image}".rstrip()
         limits.append(f"{format_ms(budget.budget_ms)}{each} on {budget.device.name}{kept}")
+        if budget.max_mj is not None:
+            limits.append(f"{format_mj(budget.max_mj)} on {budget.device.name}")
     for most, what in ((rivals.max_params, "parameters"), (rivals.max_macs, "MACs")):
         if most is not None:
             limits.append(f"{format_count(most)} {what}")
@@ -53,21 +58,25 @@ def _table(rivals: Rivals, shown: Sequence[Rival]) -> tuple[list[str], list[list
     header = ["", "network", "px", "top-1"]
     for budget, latency in zip(rivals.budgets, shown[0].latencies, strict=True):
         took = "latency" if len(rivals.budgets) == 1 else budget.device.name
-        header += [took, interval_header(latency), "known"]
+        header += [took, interval_header(latency), "known", *(["energy"] * budget.device.states_energy)]
     header += ["params", "MACs"]
-    return header, [_row(rival) for rival in shown], (0, 1)
+    devices = [budget.device for budget in rivals.budgets]
+    return header, [_row(rival, devices) for rival in shown], (0, 1)
 
 
-def _row(rival: Rival) -> list[str]:
+def _row(rival: Rival, devices: Sequence[Device]) -> list[str]:
     network = rival.network
     cells = [FRONT if rival.on_front else "", network.name, str(network.resolution_px)]
     cells.append("-" if network.imagenet_top1 is None else f"{network.imagenet_top1:.1%}")
-    for latency in rival.latencies:
+    for device, latency in zip(devices, rival.latencies, strict=True):
         cells += [
             format_ms(latency.latency_ms, round_up=True),
             interval_cell(latency),
             f"{latency.coverage:.0%}",
         ]
+        if device.states_energy:
+            mj = latency.energy_mj
+            cells.append("unknown" if mj is None else format_mj(mj, round_up=True))
     return [*cells, format_count(network.params), format_count(network.macs)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from qnas.common.text import shown
 from qnas.common.units import format_count, format_ms
 from qnas.latency.device import device_names, load_device
+from qnas.latency.intervals import Interval, describe_interval
 from qnas.runs.compare import Comparison, Contestant, MeasuredAccuracy
 from qnas.runs.explain import Change, Exchange, Explanation, Flip, OnDevice, PositionStory
 from qnas.runs.latency_text import describe_budgets
@@ -29,20 +30,24 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
     """Format the points of a pareto.json, one table per device, and explain their marks."""
     ranked, lines, used = document["ranked"], [], set()
     for front in document["devices"]:
-        rows = []
+        rows, level = [], next((p["level"] for p in front["points"] if p.get("level")), None)
         for point in front["points"]:
             marks = [m for m, key in (("b", "own_budget"), ("?", "far")) if point[key]]
             marks += [] if point["on_front"] else ["-"]
             used |= set(marks)
             accuracy = accuracy_text(*(point[f"heldout_{key}"] for key in ("accuracy", "low", "high")))
             counts = (format_count(point["macs"]), format_count(point["params"]))
-            took = format_ms(point["latency_ms"], round_up=True)
-            rows.append((format_ms(point["budget_ms"]), took, accuracy, *counts, " ".join(marks)))
+            took, sure = format_ms(point["latency_ms"], round_up=True), _interval_of(point)
+            ends = () if level is None else ("-" if sure is None else sure.ends,)
+            rows.append((format_ms(point["budget_ms"]), took, *ends, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
         where = f"{front['device']} at {document['resolution_px']} px"
         title = f"{where}: networks take {range_}; the expected latency of the search is {expected}"
-        header = ("budget", "latency", "held-out (95%)", "MACs", "params", "")
+        if front.get("confidence"):
+            title += f"; budgets are for the upper ends of {front['confidence']:.4g} intervals"
+        sure_of = () if level is None else (f"{100 * level:g}%, ms",)
+        header = ("budget", "latency", *sure_of, "held-out (95%)", "MACs", "params", "")
         lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
         order = f"by the search's scores, without a ranking on images: {document['unranked']}"
@@ -54,6 +59,13 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
     }
     lines += [field(mark, what) for mark, what in meaning.items() if mark in used]
     return "\n".join(lines).rstrip()
+
+
+def _interval_of(point: Mapping[str, Any]) -> Interval | None:
+    """Return the interval of a point of a pareto.json, None where it is unknown."""
+    if point.get("high_ms") is None:
+        return None
+    return Interval(point["low_ms"], point["high_ms"], point["level"])
 
 
 def describe_explanation(explanation: Explanation) -> str:
@@ -126,7 +138,10 @@ def solved_line(e: Explanation) -> str:
 
 
 def price_lines(d: OnDevice) -> Iterator[tuple[str, str]]:
-    """Yield the price of a millisecond at the budget, and the networks for slightly more or less."""
+    """Yield the latency, the price of a millisecond, and the networks for slightly other budgets."""
+    yield "latency", f"{format_ms(d.latency_ms, round_up=True)}, interval {describe_interval(d.interval)}"
+    if d.confidence is not None:
+        yield "", f"what follows, and other budgets, are of the upper ends of {d.confidence:.4g} intervals"
     step = f"{d.step_ms:.3g} ms"
     yield "price", f"{d.price:.3g} nats a millisecond, at this budget"
     if d.more is not None:
@@ -235,10 +250,14 @@ def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[s
 
 
 def _latency_table(runs: Sequence[Contestant]) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for device in runs[0].latencies_ms:
         took = [run.latencies_ms[device] for run in runs]
         rows.append((device, *("-" if ms is None else f"{ms:.4g} ms" for ms in took)))
+        intervals = [run.intervals.get(device) for run in runs]
+        for level in sorted({interval.level for interval in intervals if interval is not None}):
+            ends = (i.ends if i is not None and i.level == level else "-" for i in intervals)
+            rows.append((f"  {100 * level:g}% interval", *ends))
     return table_rows(("latency", *(run.label for run in runs)), rows)
 
 

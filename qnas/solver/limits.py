@@ -17,6 +17,7 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.units import format_count, format_mj, format_ms, format_per_image
 from qnas.latency.energy import EnergyTable
+from qnas.latency.intervals import LEVEL, Interval
 from qnas.latency.table import LatencyTable
 from qnas.spaces.lower import BlockSpec, count_macs, count_params, fill, skeleton
 from qnas.spaces.space import SearchSpace
@@ -56,6 +57,11 @@ class Limit:
         """Return the predicted latency of a network on the device of this limit."""
         assert self.table is not None, "the limit is a device's"
         return self.table.latency_ms(indices)
+
+    def interval(self, indices: Sequence[int]) -> Interval | None:
+        """Return the interval of that latency, at the limit's own level if it has one; None: unknown."""
+        assert self.table is not None, "the limit is a device's"
+        return self.table.interval(indices, self.confidence or LEVEL)
 
     @cached_property
     def slowest_within_ms(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qnas.common.errors import ArchError, InfeasibleBudgetError
-from qnas.latency.intervals import LEVEL
+from qnas.latency.intervals import Interval
 from qnas.solver.knapsack import k_best
 from qnas.solver.limits import Limit, Limits, check_limits, count_limit
 from qnas.spaces.arch import arch_document, arch_from_indices
@@ -177,6 +177,12 @@ def entry_latency_ms(entry: Mapping[str, Any]) -> float:
     return float(entry.get("latency_ms", entry["amount"]))
 
 
+def entry_interval(entry: Mapping[str, Any]) -> Interval | None:
+    """Return the interval in an entry of `limits`; None where there is none."""
+    found = entry.get("interval")
+    return None if found is None else Interval(found["low_ms"], found["high_ms"], found["level"])
+
+
 def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
     """Return a network's entry in the `limits` of its arch.json."""
     table = limit.table
@@ -187,7 +193,7 @@ def limit_entry(limit: Limit, indices: tuple[int, ...]) -> dict[str, Any]:
             of_device["copy_digest"] = table.copy_digest
         if limit.throughput:
             of_device["quantity"] = "throughput"
-        if (interval := table.interval(indices, limit.confidence or LEVEL)) is not None:
+        if (interval := limit.interval(indices)) is not None:
             assert table.uncertainty is not None
             errors = table.uncertainty.at(interval.level)
             factors = {"low": errors.low, "high": errors.high, "weight": table.uncertainty.weight}

@@ -123,3 +123,12 @@ def test_every_export_format_is_offered() -> None:
     from qnas.deploy.export.formats import FORMATS
 
     assert set(FORMATS) <= set(subnet.FORMATS)
+
+
+def test_public_models_are_offered_once_their_library_is_typed() -> None:
+    assert "timm:" in words(completion.predictable("ti"))
+    assert words(completion.predictable("timm:mobilenetv4_conv_small_0")) == [
+        f"timm:mobilenetv4_conv_small_0{width}" for width in ("35", "50")
+    ]
+    assert words(completion.predictable("quadranet-sm")) == words(completion.networks("quadranet-sm")) != []
+    assert not any(word.startswith("timm:resnet") for word in words(completion.predictable("")))

@@ -70,7 +70,7 @@ def test_the_page_says_all_that_a_user_needs() -> None:
     for fact in (
         *("# qnas_tiny", "cat, dog", "cifar10", "supernet", "epochs 7", "90.00% on 100 test images"),
         *("82.6% to 94.5%", "1.50M MACs", "20.0K parameters", "9.9"),
-        *("myriad-vpu: 28.60 ms", "224 px", "30.00 ms", "params: 20.0K of at most 25.0K"),
+        *("myriad-vpu: 28.60 ms", "224 px", "30.00 ms; interval unknown", "params: 20.0K of at most 25.0K"),
         *("number 2 of the 20", "-1.5000", "-1.2500"),
         *(
             "model.onnx",
@@ -86,6 +86,15 @@ def test_the_page_says_all_that_a_user_needs() -> None:
         *("1.250 ms, 1.500 ms", "onnxruntime 1.0, 2 threads, a processor"),
     ):
         assert fact in page, fact
+
+
+def test_a_latency_has_its_interval_and_is_the_prediction_also_where_the_budget_bounds_its_end() -> None:
+    interval = {"level": 0.9, "low_ms": 25.0, "high_ms": 29.5, "low": -0.06, "high": 0.11, "weight": 3.0}
+    searched = {"name": "myriad-vpu", "unit": "ms", "amount": 26.5, "budget": 30.0, "interval": interval}
+    said = "26.50 ms predicted for 224 px, as searched, of a budget of 30.00 ms; interval 25.0-29.5 ms 90%"
+    assert f"- myriad-vpu: {said}\n" in markdown({**CARD, "limits": [searched]})
+    sure = {**searched, "amount": 29.5, "latency_ms": 26.5, "confidence": 0.9}
+    assert f"- myriad-vpu: {said}, whose upper end stays" in markdown({**CARD, "limits": [sure]})
 
 
 def test_names_of_classes_are_shown_as_they_are() -> None:

@@ -11,6 +11,7 @@ from qnas.latency.device_table import compute_table, load_table
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import write_table
 from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.lower import smallest_and_largest
 from qnas.spaces.space import SearchSpace, load_space
 
 OWN = """{"schema": "qnas.device/1", "name": "board", "title": "t", "runtime": "r", "precision": "float32",
@@ -113,3 +114,10 @@ def test_a_calibration_below_zero_is_refused() -> None:
     content = calibrated(load_device("cpu"), 1.0, 0.0, 0.0).to_json()
     with pytest.raises(TableError, match="below zero"):
         parse_device(content.replace('"offset_ms": 0.0', '"offset_ms": -1000.0'), "mine.json")
+
+
+def test_facts_of_a_throughput_device_have_its_rate(tiny_space: SearchSpace) -> None:
+    arch = smallest_and_largest(tiny_space)[1]
+    prediction = predict_arch("device", load_device("rtx4090"), tiny_space, arch)
+    assert prediction.facts(1)["images_per_s"] == pytest.approx(1e3 / prediction.latency_ms)
+    assert predict_arch("device", load_device("vpu"), tiny_space, arch).facts(1)["images_per_s"] is None

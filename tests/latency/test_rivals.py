@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qnas.common.errors import InfeasibleBudgetError, TableError
+from qnas.common.errors import InfeasibleBudgetError, TableError, UsageError
 from qnas.latency.device import Calibration, Device, load_device
 from qnas.latency.kernels import Kernel
 from qnas.latency.own_latency import device_from_function
@@ -85,6 +85,68 @@ def test_a_calibration_applies_with_its_margin() -> None:
     # 50 ms with the margin are (50 / 1.25 - 1) / 2 of the model
     within = find_rivals([(corrected, 50.0)])
     assert {r.network for r in within.networks} == {r.network for r in find_rivals([(vpu, 19.5)]).networks}
+
+
+def test_with_a_confidence_the_upper_ends_are_within_the_budget() -> None:
+    vpu = load_device("vpu")
+    budget = 20.0
+    plain, sure = find_rivals([(vpu, budget)]), find_rivals([(vpu, budget)], confidence=0.95)
+    ends = [found.interval for found in price_public_networks(vpu, 0.95)]
+    assert {end.level for end in ends if end is not None} == {0.95}
+    assert len(sure.networks) == sum(end is not None and end.high_ms <= budget for end in ends)
+    assert 0 < len(sure.networks) < len(plain.networks)
+    assert sure.facts()["budgets"][0] == plain.facts()["budgets"][0] | {"confidence": 0.95}
+    fastest = min(end.high_ms for end in ends if end is not None)
+    assert find_rivals([(vpu, fastest)], confidence=0.95).networks
+    with pytest.raises(InfeasibleBudgetError, match=r"at the upper end of 0.95 intervals: the least"):
+        find_rivals([(vpu, fastest * (1 - 1e-9))], confidence=0.95)
+    with pytest.raises(UsageError, match=r"`confidence=0.99`"):
+        find_rivals([(vpu, budget)], confidence=0.99)
+    unsure = vpu.model_copy(update={"uncertainty": None})
+    with pytest.raises(TableError, match="the errors of latencies on myriad-vpu are unknown"):
+        find_rivals([(unsure, budget)], confidence=0.9)
+
+
+def test_with_a_margin_a_confidence_keeps_the_upper_ends_alone() -> None:
+    calibration = Calibration(
+        scale=1.0, offset_ms=0.0, margin=0.5, level=0.9, n=20, date="2026-01-01", source="test"
+    )
+    vpu = load_device("vpu")
+    corrected = vpu.model_copy(update={"calibration": calibration})
+    assert find_rivals([(corrected, 20.0)], confidence=0.9).networks == (
+        find_rivals([(vpu, 20.0)], confidence=0.9).networks
+    )
+
+
+def test_energies_are_those_of_the_kernels_and_limits_of_them_hold() -> None:
+    device = macs_device().model_copy(update={"power_w": 2.0})
+    priced = price_public_networks(device)
+    assert all(found.energy_mj == pytest.approx(2.0 * found.latency_ms) for found in priced)
+    most = float(np.median([found.energy_mj or 0.0 for found in priced]))
+    rivals = find_rivals([(device, 1e6), (load_device("vpu"), 1e6)], max_mj=most)
+    assert len(rivals.networks) == sum((found.energy_mj or 0.0) <= most for found in priced)
+    assert all(r.latencies[1].energy_mj is None for r in rivals.networks)  # the VPU states none
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"0.001000 mJ on counts: the least that any of them takes"
+    ):
+        find_rivals([(device, 1e6)], max_mj=1e-3)
+
+
+def test_a_network_whose_energy_is_not_stated_is_not_within_a_limit_on_it() -> None:
+    kinds = {"dwconv", "gelu", "gconv"}
+    vpu = load_device("vpu")
+    model = {
+        kind: cost.model_copy(update={} if kind in kinds else {"power_w": 1.0})
+        for kind, cost in vpu.model.items()
+    }
+    device = vpu.model_copy(update={"model": model, "fixed_mj": 0.0, "uncertainty": None})
+    by_name = {r.network.name: r for r in find_rivals([(device, 1e6)]).networks}
+    assert by_name["mobilenetv2_100"].latencies[0].energy_mj is None
+    plain = by_name["vgg11"].latencies[0]
+    assert plain.energy_mj == pytest.approx(plain.latency_ms - device.network_ms)
+    within = find_rivals([(device, 1e6)], max_mj=1e9)
+    assert {r.network.name for r in within.networks} < set(by_name)
+    assert all(r.latencies[0].energy_mj is not None for r in within.networks)
 
 
 def test_a_device_of_a_function_prices_them_too() -> None:

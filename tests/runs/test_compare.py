@@ -44,6 +44,33 @@ def test_latencies_are_those_of_every_known_device(folders: list[Path], tiny_spa
             assert latency_ms == compute_table(load_device(name), tiny_space).latency_ms(indices)
 
 
+def test_latencies_have_their_intervals(folders: list[Path], tiny_space: SearchSpace) -> None:
+    comparison = compare(folders)
+    table = compute_table(load_device("vpu"), tiny_space)
+    table = replace(table, uncertainty=load_device("vpu").known_uncertainty)
+    for run in comparison.runs:
+        indices = tuple(p.names.index(c) for p, c in zip(tiny_space.positions, run.choices, strict=True))
+        assert run.intervals["myriad-vpu"] == table.interval(indices) is not None
+    rows = describe_comparison(comparison).splitlines()
+    (at,) = (i for i, row in enumerate(rows) if row.startswith("myriad-vpu"))
+    ends = [interval.ends for run in comparison.runs if (interval := run.intervals["myriad-vpu"])]
+    assert rows[at + 1].split() == ["90%", "interval", *ends]
+
+
+def test_of_a_device_unknown_here_the_interval_is_that_of_the_run(
+    folders: list[Path], tiny_space: SearchSpace
+) -> None:
+    board = load_device("vpu").model_copy(update={"name": "my-board"})
+    run = make_record(folders[0], tiny_space, devices=(board,), confidence=0.8)
+    (entry,) = run.document["limits"]
+    first, second = compare(folders[:2]).runs
+    assert first.latencies_ms["my-board"] == entry["latency_ms"] < entry["amount"]
+    found = first.intervals["my-board"]
+    assert found is not None
+    assert (found.high_ms, found.level) == (entry["interval"]["high_ms"], 0.8)
+    assert second.intervals["my-board"] is None
+
+
 def test_a_device_that_one_run_knows_is_shown_for_it(folders: list[Path], tiny_space: SearchSpace) -> None:
     board = load_device("vpu").model_copy(update={"name": "my-board"})
     run = make_record(folders[0], tiny_space, devices=(board,))

@@ -237,3 +237,25 @@ def test_the_margin_of_a_device_is_kept_at_other_budgets(tiny_space: SearchSpace
     assert kept.price == plain.price
     assert [p.latency_ms for p in kept.curve] == [p.latency_ms for p in plain.curve]
     assert [p.budget_ms for p in kept.curve] == pytest.approx([1.25 * p.budget_ms for p in plain.curve])
+
+
+def test_the_latency_has_its_interval_and_what_is_of_upper_ends_says_so(
+    tiny_space: SearchSpace, tmp_path: Path
+) -> None:
+    plain = explain(make_record(tmp_path / "plain", tiny_space)).devices[0]
+    assert plain.interval is not None
+    assert plain.interval.level == 0.9
+    assert plain.confidence is None
+    sure = make_record(tmp_path / "sure", tiny_space, confidence=0.8)
+    explanation = explain(sure)
+    (d,) = explanation.devices
+    assert (d.confidence, d.interval and d.interval.level) == (0.8, 0.8)
+    assert d.latency_ms == sure.limits[0].latency_ms(sure.indices)
+    assert d.latency_ms == pytest.approx(sum(block.latency_ms for block in d.blocks))
+    assert d.interval is not None
+    words = " ".join(describe_explanation(explanation).split())
+    assert (
+        f" ms, interval {d.interval.describe()} what follows, and other budgets, are of the upper ends"
+        in (words)
+    )
+    assert "upper ends" not in describe_explanation(explain(make_record(tmp_path / "again", tiny_space)))

@@ -158,3 +158,27 @@ def test_csv_and_picture_hold_what_the_json_does(record: FinishedRun, tmp_path: 
     shown = describe_fronts(document)
     assert max(map(len, shown.splitlines())) <= 80
     assert "far from the searched budget" in shown
+
+
+def test_points_have_intervals_and_budgets_are_of_what_the_search_bounded(
+    tiny_space: SearchSpace, tmp_path: Path
+) -> None:
+    record = make_record(tmp_path, tiny_space, confidence=0.8)
+    (own,) = record.limits
+    assert own.table is not None
+    limit = latency_limit(own.table, own.table.slowest_ms, own.confidence)
+    budgets = spread_budgets(limit, 6, own.budget)
+    points = front_points(record, solve_budgets(record, limit, (), budgets, 1), {}, own.budget)
+    front = front_document(record, limit, points, own.budget)
+    (at_own,) = (point for point in points if point.own_budget)
+    assert at_own.solution.indices == record.indices
+    assert front["confidence"] == 0.8
+    assert front["own_latency_ms"] == own.latency_ms(record.indices) < own.amount(record.indices)
+    for entry, point in zip(front["points"], points, strict=True):
+        assert entry["level"] == 0.8
+        assert entry["low_ms"] <= entry["latency_ms"] == point.latency_ms <= entry["high_ms"]
+        assert entry["high_ms"] <= entry["budget_ms"] * (1 + 1e-9)
+    document = fronts_document(tiny_space, [front], {"ranked": False, "unranked": "as asked"})
+    shown = describe_fronts(document)
+    assert "budgets are for the upper ends of 0.8 intervals" in " ".join(shown.split())
+    assert "80%, ms" in shown
