@@ -36,11 +36,12 @@ class Tolerance:
         assert 0 <= self.drop <= 1, self
 
 
-# fp16: ten times the rounding error of weights and maps in networks of the shipped spaces. int8: logits
-# change by some percent, and images between two classes change class; the accuracy is what counts.
+# fp16: rounding weights and maps changes the logits of trained networks of the shipped spaces by up to 0.4%
+# (benchmarks/export_matrix.py); more in deeper ones. int8: logits change by some percent, and images between
+# two classes change class. For both, the accuracy is what counts.
 TOLERANCES: dict[FilePrecision, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.99, 0.01),
-    "fp16": Tolerance(1e-2, 0.98, 0.01),
+    "fp16": Tolerance(5e-2, 0.98, 0.01),
     "int8": Tolerance(0.5, 0.8, 0.02),
     "int8-dynamic": Tolerance(0.5, 0.8, 0.02),
 }
@@ -100,11 +101,18 @@ def compare(
     """
     n = len(images)
     batches = [images.take(places) for places in _batches(n, batch)]
-    pairs = [_put_through(network, run, given, tolerance, where) for given in batches]
+    expected = [_logits(network, given, where) for given in batches]
+    # of all images: a batch may be one image, whose logits are small by chance
+    scale = max(float(logits.abs().max()) for logits in expected)
+    got = [
+        _put_through(logits, run, given, tolerance, scale, where)
+        for logits, given in zip(expected, batches, strict=True)
+    ]
     if noise:
-        _put_through(network, run, _noisy(network, batches[-1]), tolerance, where)
-    got, expected = (torch.cat(parts)[:n] for parts in zip(*pairs, strict=True))
-    parity = measure(got, expected, images)
+        given = _noisy(network, batches[-1])
+        logits = _logits(network, given, where)
+        _put_through(logits, run, given, tolerance, max(scale, float(logits.abs().max())), where)
+    parity = measure(torch.cat(got)[:n], torch.cat(expected)[:n], images)
     if reason := refusal(parity, tolerance):
         raise ExportError(f"{where}: not written: {reason}")
     return parity
@@ -162,14 +170,19 @@ def _batches(count: int, batch: int | None) -> list[list[int]]:
     return [list(islice(places, size)) for size in sizes]
 
 
-def _put_through(
-    network: nn.Module, run: Run, given: Tensor, tolerance: Tolerance, where: str
-) -> tuple[Tensor, Tensor]:
-    """Return the file's logits of a batch and the network's."""
-    with torch.no_grad():
-        expected: Tensor = network(given)
-    if not bool(expected.isfinite().all()):
+@torch.no_grad()
+def _logits(network: nn.Module, given: Tensor, where: str) -> Tensor:
+    """Return the network's logits of a batch."""
+    logits: Tensor = network(given)
+    if not bool(logits.isfinite().all()):
         raise ExportError(f"{where}: not written: the network's own logits are not finite numbers")
+    return logits
+
+
+def _put_through(
+    expected: Tensor, run: Run, given: Tensor, tolerance: Tolerance, scale: float, where: str
+) -> Tensor:
+    """Return the file's logits of a batch, of which these are expected; `scale` is the largest of all."""
     with told_as(f"{where}: the file cannot run {len(given)} images"):
         got = run(given)
     if got.shape != expected.shape:
@@ -177,13 +190,13 @@ def _put_through(
             f"{where}: not written: the file's logits have the shape {tuple(got.shape)}, "
             f"expected {tuple(expected.shape)}"
         )
-    difference, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    difference = float((got - expected).abs().max())
     if not difference <= tolerance.difference * scale:  # so that NaN is refused too
         raise ExportError(
             f"{where}: not written: for {len(given)} images the file's logits differ from torch's by "
             f"{difference:.3g}, expected at most {tolerance.difference:g} of the largest, {scale:.3g}"
         )
-    return got, expected
+    return got
 
 
 def describe_drop(interval95: Sequence[float] | None) -> str:

@@ -59,6 +59,11 @@ def expected_operators(product: Product) -> Counter[str]:
     # the scale and shift of norms that have no convolution behind them, or one that pads
     scaled = sum(norm == "layernorm" and behind not in ("conv", "linear") for norm, behind in pairs)
     pooled = n["layernorm"] and 1  # the norm of pooled features has a mean and a sum for its convolution
+    # no convolution absorbs the batch norm behind a product that ends a neuron
+    apart = sum(
+        norm == "batchnorm" and before in ("mul", "square")
+        for before, norm in pairwise(layer.op for layer in layers)
+    )
     return Counter(
         {
             "CONV_2D": n["conv"] + n["layernorm"] - pooled,
@@ -68,8 +73,8 @@ def expected_operators(product: Product) -> Counter[str]:
             "MEAN": n["layernorm"] + pooled + n["gap"],
             "SUB": n["layernorm"],
             "RSQRT": n["layernorm"],
-            "MUL": 2 * n["layernorm"] + scaled + n["mul"],
-            "ADD": n["add"] + scaled + pooled,
+            "MUL": 2 * n["layernorm"] + scaled + n["mul"] + n["square"] + apart,
+            "ADD": n["add"] + scaled + pooled + apart,
             "MAXIMUM": n["clip"],
             "MINIMUM": n["clip"],
             "HARD_SWISH": n["hswish"],
