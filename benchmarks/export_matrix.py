@@ -6,7 +6,7 @@ Each network is drawn at random from its space and trained on the embedded digit
 it. A row has the number of operators in the file, its size, the largest difference of its outputs from the
 network's, the share of images with the same class, the accuracy, what else was checked, and the seconds of
 the export with all its checks. What is refused has its message instead. Formats whose runtime is not
-installed are left out.
+installed are left out. With --networks or --formats, --write replaces their rows and keeps the others.
 """
 
 import argparse
@@ -65,6 +65,17 @@ def main() -> None:
             for row in exports(trained, options.formats):
                 rows.append({"network": name, **row})
                 print(json.dumps(rows[-1]), flush=True)
+    if options.write:
+        kept = json.loads((options.out / JSON).read_text(encoding="utf-8"))
+        kept = [
+            row
+            for row in kept
+            if not (row["network"] in options.networks and row["format"] in options.formats)
+        ]
+        rows = sorted(
+            [*kept, *rows],
+            key=lambda row: (list(networks).index(row["network"]), list(FORMATS).index(row["format"])),
+        )
     text = section(rows)
     print(text)
     if options.write:
