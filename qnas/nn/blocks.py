@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qnas.common.errors import SpaceError, UsageError
+from qnas.nn.depthwise import DepthwiseConv2d
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
@@ -103,9 +104,13 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     to keep their sum of squares. Trained kernels look like that (arXiv 2210.03651). A 7x7 kernel then starts
     almost like a 3x3 one instead of as noise from 49 places (benchmarks/start.py compares initialisations).
     """
-    conv = nn.Conv2d(
-        spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, groups=spec.c_in, bias=spec.bias
-    )
+    conv: nn.Conv2d
+    if spec.padding == spec.kernel // 2:
+        conv = DepthwiseConv2d(spec.c_in, spec.kernel, spec.stride, bias=spec.bias)
+    else:  # a user's block
+        conv = nn.Conv2d(
+            spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, groups=spec.c_in, bias=spec.bias
+        )
     with torch.no_grad():
         taps = torch.arange(spec.kernel, device=conv.weight.device) - spec.kernel // 2
         falling = torch.exp(-(taps**2) / (2 * ENVELOPE_TAPS**2))

@@ -11,8 +11,7 @@ from helpers.neurons import check_neuron
 from torch import Tensor
 
 from qnas.common.errors import SpaceError, UsageError
-from qnas.nn.kernels import lean_quadratic
-from qnas.nn.neurons import Convolution, depthwise_conv2d, run_neuron
+from qnas.nn.neurons import Convolution, run_neuron
 from qnas.spaces.neurons import NEURONS, register_neuron
 from qnas.spaces.space import Candidate
 
@@ -144,81 +143,6 @@ def test_gradients_are_those_of_finite_differences(neuron: str, kernel: int) -> 
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
-
-
-SHAPES = [
-    (2, 17, 8, 8, 5),
-    (2, 16, 14, 13, 7),
-    (2, 5, 2, 2, 7),
-    (1, 4, 1, 1, 5),
-    (3, 6, 9, 7, 3),
-    (2, 8, 6, 6, 1),
-]
-
-
-def gradients(
-    run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-    y = run(*inputs)
-    return (y.detach(), *torch.autograd.grad(y, inputs, grad))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_the_convolution_and_its_gradients_are_torchs(
-    shape: tuple[int, int, int, int, int], memory: torch.memory_format
-) -> None:
-    batch, channels, height, width, kernel = shape
-    x = drawn(batch, channels, height, width).float().contiguous(memory_format=memory)
-    weight, bias = drawn(channels, 1, kernel, kernel, seed=1).float(), drawn(channels, seed=2).float()
-    grad = drawn(*x.shape, seed=3).float()
-
-    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=kernel // 2, groups=channels)
-
-    for got, want in zip(
-        gradients(depthwise_conv2d, x, weight, bias, grad),
-        gradients(stock, x, weight, bias, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_a_gradient_is_computed_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    form = lean_quadratic.weight_gradient_form
-
-    def counted(*arguments: object) -> object:
-        calls.append("weights")
-        return form(*arguments)  # type: ignore[arg-type]  # passed on as they are
-
-    monkeypatch.setattr(lean_quadratic, "weight_gradient_form", counted)
-    x, weight, bias = drawn(2, 3, 8, 8), drawn(3, 1, 5, 5, seed=1), drawn(3, seed=2)
-    depthwise_conv2d(x.requires_grad_(), weight, bias).sum().backward()  # type: ignore[no-untyped-call]
-    assert not calls
-    depthwise_conv2d(x.detach(), weight.requires_grad_(), bias).sum().backward()  # type: ignore[no-untyped-call]
-    assert calls == ["weights"]
-
-
-def test_under_autocast_it_runs_in_autocasts_type() -> None:
-    x, weight = drawn(2, 3, 8, 8).float(), drawn(3, 1, 5, 5, seed=1).float().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = depthwise_conv2d(x, weight)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-
-
-def test_a_backward_pass_under_autocast_keeps_the_types_of_the_forward_pass() -> None:
-    x, weight = drawn(2, 3, 8, 8).float().requires_grad_(), drawn(3, 1, 5, 5, seed=1).float().requires_grad_()
-    y = depthwise_conv2d(x, weight)
-    expected = torch.autograd.grad(y.sum(), [x, weight], retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(y.sum(), [x, weight])
-    for got, want in zip(found, expected, strict=True):
-        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("neuron", NEURONS)

@@ -23,6 +23,7 @@
 #include <memory>
 
 #include "buffers.h"
+#include "groups.h"
 #include "sweeps.h"
 #include "winograd.h"
 
@@ -39,12 +40,6 @@ constexpr double kThreadWork = 1 << 18;   // multiply-adds below which a second 
 struct Level {
     int width;  // taps across
     int inner;  // taps across of the level before, to which this one adds; 0 for the first
-};
-
-struct Group {
-    int first;    // first channel
-    int count;    // channels, at most kLanes
-    bool narrow;  // uses vectors of half the lanes
 };
 
 struct Problem {
@@ -66,14 +61,11 @@ struct Problem {
     Buffer factors;  // of minimal filtering, group after group: (row, point, block, branch) vectors
     Buffer mean, rstd;
 
-    int groups() const { return (channels + kLanes - 1) / kLanes; }
+    int groups() const { return groups_of(channels); }
     int radius() const { return taps / 2; }
     int area() const { return taps * taps; }
     size_t places() const { return size_t(height) * width; }
-    Group group(int index) const {
-        const int first = index * kLanes, count = std::min(kLanes, channels - first);
-        return {first, count, kLanes == 16 && count <= 8};
-    }
+    Group group(int index) const { return group_of(channels, index); }
     template <int V>
     const Vec<V>* weights(int group, bool flipped) const {
         const size_t at = (size_t(group) * 2 + flipped) * 3 * area() * kLanes;
@@ -119,14 +111,6 @@ void pack(Problem& q, const float* const* weights, bool backward) {
             }
         }
     }
-}
-
-template <class Do>
-void with_lanes(const Group& group, Do&& run) {
-    if constexpr (kLanes == 16) {
-        if (group.narrow) return run(std::integral_constant<int, 8>());
-    }
-    run(std::integral_constant<int, kLanes>());
 }
 
 template <int K>

@@ -25,7 +25,7 @@ inline void add_taps(const Taps<V>* taps, int count, int start, Vec<V> (&sums)[T
         const Vec<V>* row = taps[i].row + start;
         Vec<V> weight[N];
         UNROLL for (int n = 0; n < N; ++n) weight[n] = taps[i].weight[n * Step];
-        UNROLL for (int j = Whole ? kEnd : 0; j < T + (Whole ? 1 : 2) * kEnd; ++j) {
+        UNROLL for (int j = Whole ? kEnd : 0; j < T + (Whole ? kEnd : (N - 1) * Step); ++j) {
             const Vec<V> v = in_register(row[j]);
             UNROLL for (int n = 0; n < N; ++n) {
                 const int t = j - n * Step;
