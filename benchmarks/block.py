@@ -106,9 +106,8 @@ def mbconv(channels: int, kernel: int, *, is_stock: bool = False) -> nn.Module:
     place = Place(channels, channels, 1, 1, "batchnorm", "relu6")
     block = build_block(make_block("block", "mbconv", place, kernel=kernel, expansion=EXPANSION))
     if is_stock:
-        stock = nn.Conv2d(
-            *own.weight.shape[:1] * 2, kernel, padding=kernel // 2, groups=len(own.weight), bias=False
-        )
+        hidden = EXPANSION * channels
+        stock = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
         block.set_submodule("depthwise", stock)
     return block
 
