@@ -1,5 +1,6 @@
 """A small network trained on digits at 8 px, for export, and a space of all neurons."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -82,6 +83,48 @@ def neural_space(norm: str) -> SearchSpace:
         "head": {"classes": 10},
     }
     return parse_space(json.dumps(content), "neurons.yaml")
+
+
+# the blocks whose layers are no chain; the first stage with every activation that a candidate may choose
+WIRED = (
+    *({"block": "star", "kernel": 3, "expansion": 3, "mixers": m} for m in ("double", "single")),
+    {"block": "mbconv", "kernel": 5, "expansion": 2, "neuron": "factored"},
+    {"block": "mbconv", "kernel": 3, "expansion": 1, "neuron": "factored", "attention": "se"},
+    {"block": "mbconv", "kernel": 3, "expansion": 2, "attention": "se", "act": "hswish"},
+    {"block": "mbconv", "kernel": 3, "expansion": 2, "neuron": "factored", "act": "gelu"},
+    {"block": "quadra", "kernel": 3, "expansion": 2, "neuron": "factored"},
+)
+
+
+def wired_space(activation: str = "relu6") -> SearchSpace:
+    """Return a space of star blocks and of inverted residuals with options; two change the shape."""
+    content = {
+        "schema": "qnas.space/1",
+        "name": "wired",
+        "source": "made for tests",
+        "input": {"channels": 3, "resolution_px": 32},
+        "norm": "batchnorm",
+        "activation": activation,
+        "stem": {"channels": 8, "kernel": 3, "stride": 2, "activation": True},
+        "transition": "block",
+        "candidates": WIRED,
+        "stages": [
+            {"channels": 8, "positions": len(WIRED), "stride": 1},
+            {"channels": 16, "positions": 1, "stride": 2, "candidates": [WIRED[2]]},
+            {"channels": 16, "positions": 1, "stride": 1, "candidates": [WIRED[0]]},
+            {"channels": 24, "positions": 1, "stride": 2, "candidates": [WIRED[4]]},
+        ],
+        "head": {"classes": 10},
+    }
+    return parse_space(json.dumps(content), "wired.yaml")
+
+
+def wired_product(activation: str = "relu6") -> tuple[Product, SearchSpace, Arch]:
+    """Return an untrained network with each of these blocks, its space and architecture."""
+    space = wired_space(activation)
+    turns = itertools.count()
+    arch = Arch(tuple(p.names[next(turns) % len(p.names)] for p in space.positions))
+    return product_of(space, arch, space.input.resolution_px), space, arch
 
 
 def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:
