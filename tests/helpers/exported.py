@@ -1,6 +1,5 @@
 """A small network trained on digits at 8 px, for export, and a space of all neurons."""
 
-import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -122,9 +121,13 @@ def wired_space(activation: str = "relu6") -> SearchSpace:
 def wired_product(activation: str = "relu6") -> tuple[Product, SearchSpace, Arch]:
     """Return an untrained network with each of these blocks, its space and architecture."""
     space = wired_space(activation)
-    turns = itertools.count()
-    arch = Arch(tuple(p.names[next(turns) % len(p.names)] for p in space.positions))
+    arch = every_candidate(space)
     return product_of(space, arch, space.input.resolution_px), space, arch
+
+
+def every_candidate(space: SearchSpace) -> Arch:
+    """Return a network with the candidates of its positions in turn."""
+    return Arch(tuple(p.names[i % len(p.names)] for i, p in enumerate(space.positions)))
 
 
 def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:

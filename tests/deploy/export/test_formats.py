@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers.exported import METADATA, PX, digits, neural_space, trained
+from helpers.exported import METADATA, PX, digits, every_candidate, neural_space, trained, wired_space
 from helpers.tflite_files import converted
 from torch import Tensor, nn
 
@@ -391,16 +391,19 @@ def test_every_precision_has_a_tolerance() -> None:
     "space",
     [
         *("quadranet-small", "quadranet-mobile", "quadranet-mobile-bn", "quadranet-gpu"),
-        *("proxyless-mobile", "quadranet-small-mixed", "all neurons", "all neurons, batch norm"),
+        *("proxyless-mobile", "quadranet-small-mixed", "union-mobile", "wired relu6", "wired gelu"),
+        *("all neurons", "all neurons, batch norm"),
     ],
 )
 def test_networks_of_every_space_export_in_every_format(space: str, px: int, tmp_path: Path) -> None:
     if space.startswith("all neurons"):
         found = neural_space("batchnorm" if "batch" in space else "layernorm")
+    elif space.startswith("wired"):
+        found = wired_space(space.removeprefix("wired "))
     else:
         found = load_space(space)
     torch.manual_seed(1)
-    arch = sample_arch(found, np.random.default_rng(1))
+    arch = every_candidate(found) if "wired" in space else sample_arch(found, np.random.default_rng(1))
     network = build_subnet(found, arch, 10).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):

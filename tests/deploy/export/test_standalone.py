@@ -52,7 +52,7 @@ def product_of(space_name: str) -> Product:
 
 
 def test_every_layer_has_a_plain_form() -> None:
-    assert set(standalone.LAYERS) | {"mul", "add", "square"} == set(OPS)
+    assert set(standalone.LAYERS) | {"mul", "add", "scale", "square"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", stems("search_spaces", ".yaml"))
