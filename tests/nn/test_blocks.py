@@ -1,7 +1,7 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import pytest
@@ -162,7 +162,12 @@ def batch_norm(x: Tensor, w: Mapping[str, Tensor], name: str) -> Tensor:
     return centred * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
 
 
-ACTIVATIONS = {"relu6": F.relu6, "relu": F.relu, "hswish": F.hardswish, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "hswish": F.hardswish,
+    "gelu": F.gelu,
+}
 
 
 @pytest.mark.parametrize("mixers", ["double", "single"])
@@ -196,10 +201,14 @@ def test_a_star_block_is_its_papers_formula_clipped_where_no_relu6_bounds_it(
 def test_an_inverted_residual_with_options_is_its_formula(
     expansion: int, neuron: str, attention: str, act: str, c_out: int, stride: int
 ) -> None:
-    parameters = {"expansion": expansion, "neuron": neuron, "attention": attention, "act": act}
-    spec = make_block(
-        "1.1", "mbconv", Place(6, c_out, stride, 9, "batchnorm", "relu6"), kernel=3, **parameters
-    )
+    parameters: dict[str, int | str] = {
+        "kernel": 3,
+        "expansion": expansion,
+        "neuron": neuron,
+        "attention": attention,
+        "act": act,
+    }
+    spec = make_block("1.1", "mbconv", Place(6, c_out, stride, 9, "batchnorm", "relu6"), **parameters)
     block = build_block(spec).eval()
     randomise(block)
     w, x, hidden = block.state_dict(), 3 * image(2, 6, 9, 9), 6 * expansion
