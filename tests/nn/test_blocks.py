@@ -393,7 +393,7 @@ def with_linear_part(neuron: str) -> tuple[QuadraBlock, QuadraBlock]:
     randomise(block)
     start_linear(block)
     state = block.state_dict()
-    ordinary = "conv_a" if neuron == "fan" else "conv_c"
+    ordinary = "conv_a" if neuron in ("fan", "factored") else "conv_c"
     state["conv_c.weight"] = state[f"{ordinary}.weight"]
     state["conv_c.bias"] = state.get(f"{ordinary}.bias", torch.zeros(6))
     linear.load_state_dict({key: state[key] for key in linear.state_dict()})
