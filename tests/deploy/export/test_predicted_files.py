@@ -110,7 +110,8 @@ def test_a_file_of_every_neuron_takes_what_its_network_takes(name: str, norm: st
             for name in READ
             for precision in FORMATS[name].precisions
             for activation in ("relu6", "hswish")
-            if (name, precision, activation) != ("onnx", "fp32", "relu6")
+            # in int8, rounding to whole numbers from 0 takes the place of a ReLU
+            if not precision.startswith("int8") and (name, precision, activation) != ("onnx", "fp32", "relu6")
         ),
     ],
 )
