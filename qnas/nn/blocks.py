@@ -320,8 +320,8 @@ def count_parameters(module: nn.Module) -> int:
 def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
     """Return the weights of the quadratic terms of all mixers.
 
-    These are W_a and W_b of QuadraNet's neuron, W_b and W_s of Fan's, and W_s of the compact one. Raises
-    UsageError if a mixer has no linear part.
+    These are W_a and W_b of QuadraNet's neuron, W_b and W_s of Fan's, W_b of the factored and W_s of the
+    compact one. Raises UsageError if a mixer has no linear part.
     """
     found = []
     for block in _relinear_blocks(module):

@@ -7,8 +7,8 @@ block is given by its import path, or is a class in the user's file.
 Place of normalisation: with layer normalisation, a QuadraBlock is that of the paper (arXiv 2311.17956):
 `x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must be folded at deployment, which
 is impossible before a padded convolution. It therefore follows the quadratic sum (`x + clip(BN(qconv(x)))`,
-folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3 and type4, no
-layer can absorb the shift, so it stays a separate operator.
+folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3, type4 and
+factored, no layer can absorb the shift, so it stays a separate operator.
 
 The clip to [-6, 6] is needed since with batch normalisation, nothing else bounds what a block multiplies. In
 evaluation, a norm is a constant scale and shift, so a network of d blocks that square their inputs is a
