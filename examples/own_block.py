@@ -3,8 +3,8 @@
 `python examples/own_block.py FOLDER` takes about a minute on one core. Any command can use the block in a
 YAML file too: `qnas --plugin examples/own_block.py search --space my.yaml ...`.
 
-The block is that of StarNet (Rewrite the Stars, arXiv 2403.19967): a depthwise convolution, two pointwise
-ones whose outputs are multiplied, and a projection back.
+The block is a simplified attention of the Visual Attention Network (arXiv 2202.09741): a depthwise and a
+pointwise convolution compute a factor for each channel and place of the map that they read.
 """
 
 import sys
@@ -20,14 +20,14 @@ from qnas.spaces.space import SearchSpace, make_space
 
 
 @register_block(
-    "star",
-    parameters={"kernel": (3, 5, 7), "expansion": (2, 3, 4)},
+    "attend",
+    parameters={"kernel": (3, 5, 7), "expansion": (1, 2, 3, 4)},
     # a smaller kernel is the centre of the largest, a smaller expansion has its first hidden channels
     sliced=("kernel", "expansion"),
     needs_batchnorm=True,
 )
-class Star(nn.Module):
-    """x + project(ReLU6(W_1 y) . W_2 y), where y is a depthwise convolution of x."""
+class Attend(nn.Module):
+    """x + project(y . W D y), where y is ReLU6(expand(x)) and D a depthwise convolution."""
 
     is_residual = True  # stochastic depth may drop its residual branch
 
@@ -36,11 +36,11 @@ class Star(nn.Module):
         """Return the layers in the order in which they run; counts and latencies are computed from them."""
         c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
         return (
-            LayerSpec("depthwise", "dwconv", px, c, c, kernel),
-            LayerSpec("norm1", "batchnorm", px, c, c),
-            LayerSpec("factor1", "conv", px, c, hidden, bias=True),
-            LayerSpec("act", "relu6", px, hidden, hidden),
-            LayerSpec("factor2", "conv", px, c, hidden, bias=True),
+            LayerSpec("expand", "conv", px, c, hidden),
+            LayerSpec("norm1", "batchnorm", px, hidden, hidden),
+            LayerSpec("act", "relu6", px, hidden, hidden),  # it bounds one factor, so that nothing overflows
+            LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, bias=True),
+            LayerSpec("weigh", "conv", px, hidden, hidden, bias=True),
             LayerSpec("product", "mul", px, hidden, hidden),
             LayerSpec("project", "conv", px, hidden, c),
             LayerSpec("norm2", "batchnorm", px, c, c),
@@ -50,31 +50,29 @@ class Star(nn.Module):
     def __init__(self, c_in: int, kernel: int, expansion: int) -> None:
         super().__init__()
         hidden = expansion * c_in
-        self.mix = nn.Sequential(
-            nn.Conv2d(c_in, c_in, kernel, padding=kernel // 2, groups=c_in, bias=False), BatchNorm2d(c_in)
-        )
-        self.factor1 = nn.Conv2d(c_in, hidden, 1)
-        self.act = nn.ReLU6()
-        self.factor2 = nn.Conv2d(c_in, hidden, 1)
+        # in a Sequential, norms are folded into the convolutions before them at export
+        self.expand = nn.Sequential(nn.Conv2d(c_in, hidden, 1, bias=False), BatchNorm2d(hidden), nn.ReLU6())
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden)
+        self.weigh = nn.Conv2d(hidden, hidden, 1)
         self.project = nn.Sequential(nn.Conv2d(hidden, c_in, 1, bias=False), BatchNorm2d(c_in))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        mixed = self.mix(x)
-        y: Tensor = x + self.project(self.act(self.factor1(mixed)) * self.factor2(mixed))
-        return y
+        y = self.expand(x)  # (B, expansion * C, H, W)
+        out: Tensor = x + self.project(y * self.weigh(self.depthwise(y)))
+        return out
 
 
-def star_space() -> SearchSpace:
-    """Return a small space of star blocks; the arguments are the keys of a YAML file."""
+def attending_space() -> SearchSpace:
+    """Return a small space of these blocks; the arguments are the keys of a YAML file."""
     return make_space(
-        "stars",
+        "attending",
         input={"channels": 3, "resolution_px": 32},
         norm="batchnorm",
         activation="relu6",
         stem={"channels": 16, "kernel": 3, "stride": 2, "activation": True},
         candidates=[
-            {"block": "star", "kernel": [3, 5], "expansion": [2, 4]},
+            {"block": "attend", "kernel": [3, 5], "expansion": [1, 2]},
             {"block": "identity"},
         ],
         stages=[
@@ -88,7 +86,7 @@ def star_space() -> SearchSpace:
 def main(folder: Path) -> None:
     """Search within 0.8 ms on a Cortex-A76, train the network found, and export it."""
     result = qnas.run_search(
-        star_space(),
+        attending_space(),
         {"cortex-a76": "0.8ms"},
         search_epochs=6,
         warmup_epochs=3,

@@ -98,13 +98,16 @@ MOST_MAPS = 3  # that the name of a chain counts
 def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...]:
     """Return the kernels that the layers of one block become, in order.
 
+    A pooling whose map a `scale` reads again is not fused with what computes the map, which has two readers.
+
     >>> px28 = {"resolution_px": 28, "c_in": 40, "c_out": 40}
     >>> [k.kind for k in fuse([LayerSpec("a", "dwconv", kernel=5, **px28), LayerSpec("b", "relu", **px28)])]
     ['dwconv']
     """
-    return fuse_operators(
-        [Kernel(s.op, s.resolution_px, s.c_in, s.c_out, s.kernel, s.stride) for s in layers], fusion
-    )
+    operators = [Kernel(s.op, s.resolution_px, s.c_in, s.c_out, s.kernel, s.stride) for s in layers]
+    names = [operator.kind for operator in operators]
+    cut = names.index("gap") if "gap" in names and "scale" in names else 0
+    return (*fuse_operators(operators[:cut], fusion), *fuse_operators(operators[cut:], fusion))
 
 
 def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[Kernel, ...]:

@@ -4,6 +4,7 @@ Tensors are (B, C, H, W), in channels_last memory format where that is faster. T
 fully convolutional, so a module serves every resolution.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from qnas.nn.depthwise import DepthwiseConv2d
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
-from qnas.spaces.blocks import BLOCKS, Place, module_of, quadra_layers
+from qnas.nn.wired_blocks import MBConvBlock, StarBlock
+from qnas.spaces.blocks import BLOCKS, SPACES_OWN, Place, mbconv_layers, module_of, quadra_layers, star_layers
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
@@ -121,7 +123,7 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
 
 CLIP_RANGE = (-6.0, 6.0)  # of a mixer's output with batch normalisation; `qnas.spaces.blocks` explains why
 
-# The operators of layer.OPS that are modules. `add`, `mul` and `square` are part of the blocks' forward.
+# The operators of layer.OPS that are modules. `add`, `mul`, `scale` and `square` are in the blocks' forward.
 MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "conv": _convolution,
     "dwconv": _depthwise,
@@ -132,6 +134,7 @@ MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "relu": lambda _: nn.ReLU(),
     "relu6": lambda _: nn.ReLU6(),
     "hswish": lambda _: nn.Hardswish(),
+    "hsigmoid": lambda _: nn.Hardsigmoid(),
     "clip": lambda _: nn.Hardtanh(*CLIP_RANGE),
     "gap": lambda _: GlobalAveragePool(),
 }
@@ -253,6 +256,44 @@ class QuadraBlock(nn.Module):
         return cast(MixerTensors, mixer), cast(ChannelTensors, channels), norm1.eps
 
 
+def _submodules(layers: tuple[LayerSpec, ...]) -> OrderedDict[str, nn.Module]:
+    return OrderedDict((spec.role, MODULES[spec.op](spec)) for spec in layers if spec.op in MODULES)
+
+
+def star_block(
+    c_in: int, kernel: int, expansion: int, mixers: str = "double", *, activation: str = "relu6"
+) -> StarBlock:
+    """Build a star block, with freshly drawn weights."""
+    place = Place(c_in, c_in, 1, 1, "batchnorm", activation)
+    return StarBlock(_submodules(star_layers(place, kernel, expansion, mixers)))
+
+
+def inverted_residual(
+    c_in: int,
+    c_out: int,
+    stride: int,
+    kernel: int,
+    expansion: int,
+    neuron: str = "linear",
+    attention: str = "none",
+    act: str = SPACES_OWN,
+    *,
+    activation: str = "relu6",
+) -> nn.Module:
+    """Build an inverted residual, with freshly drawn weights; that of MobileNetV2 is a chain.
+
+    The second factor of a factored neuron starts around 1, so that the product starts with its linear part.
+    """
+    place = Place(c_in, c_out, stride, 1, "batchnorm", activation)
+    layers = mbconv_layers(place, kernel, expansion, neuron, attention, act)
+    if (neuron, attention) == ("linear", "none"):
+        return Chain(layers)
+    block = MBConvBlock(_submodules(layers), is_residual=layers[-1].op == "add")
+    if neuron == "factored":
+        nn.init.ones_(cast(nn.BatchNorm2d, block.norm_b).bias)
+    return block
+
+
 def build_block(block: BlockSpec) -> nn.Module:
     """Build the module of a block, with freshly drawn weights.
 
@@ -284,8 +325,8 @@ def count_parameters(module: nn.Module) -> int:
 def quadratic_weights(module: nn.Module) -> list[nn.Parameter]:
     """Return the weights of the quadratic terms of all mixers.
 
-    These are W_a and W_b of QuadraNet's neuron, W_b and W_s of Fan's, and W_s of the compact one. Raises
-    UsageError if a mixer has no linear part.
+    These are W_a and W_b of QuadraNet's neuron, W_b and W_s of Fan's, W_b of the factored and W_s of the
+    compact one. Raises UsageError if a mixer has no linear part.
     """
     found = []
     for block in _relinear_blocks(module):

@@ -23,17 +23,17 @@ def columns() -> int:
 
 
 def short_name(candidate: str) -> str:
-    """Abbreviate a candidate's name to `k7 e4`, identity to a dash; a registered block keeps its name.
+    """Abbreviate a QuadraBlock's name to `k7 e4`, identity to a dash; other blocks keep their names.
 
     >>> short_name("quadra_k7_e4"), short_name("quadra_k7_e4_fan"), short_name("identity")
     ('k7 e4', 'k7 e4 fan', '-')
-    >>> short_name("star_k7_e4")
-    'star k7 e4'
+    >>> short_name("star_k7_e4"), short_name("mbconv_k3_e6_se")
+    ('star k7 e4', 'mbconv k3 e6 se')
     """
     if candidate == "identity":
         return "-"
     block, _, rest = candidate.partition("_")
-    return (rest if block in ("quadra", "mbconv") else candidate).replace("_", " ")
+    return (rest if block == "quadra" else candidate).replace("_", " ")
 
 
 def table_rows(

@@ -1,14 +1,14 @@
 """The registry of blocks: the name, the parameters and the layers of each kind of block.
 
-Counters, latency tables, modules and exports all read the entries of `BLOCKS`; `quadra`, `mbconv` and
+Counters, latency tables, modules and exports all read the entries of `BLOCKS`; `quadra`, `star`, `mbconv` and
 `identity` are entries like those that `register_block` adds. Nothing here imports torch: the module of a
 block is given by its import path, or is a class in the user's file.
 
 Place of normalisation: with layer normalisation, a QuadraBlock is that of the paper (arXiv 2311.17956):
 `x + qconv(LN(x))`, then `x + PW2(GELU(PW1(LN(x))))`. Batch normalisation must be folded at deployment, which
 is impossible before a padded convolution. It therefore follows the quadratic sum (`x + clip(BN(qconv(x)))`,
-folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3 and type4, no
-layer can absorb the shift, so it stays a separate operator.
+folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3, type4 and
+factored, no layer can absorb the shift, so it stays a separate operator.
 
 The clip to [-6, 6] is needed since with batch normalisation, nothing else bounds what a block multiplies. In
 evaluation, a norm is a constant scale and shift, so a network of d blocks that square their inputs is a
@@ -16,6 +16,14 @@ polynomial of degree 2^d: it overflows at more contrast or at another resolution
 clip, a mixer adds at most 6 to its input. The bound is that of ReLU6, six standard deviations where the
 norm's scale is 1. It costs an elementwise pass that is not fused. Layer normalisation bounds the input of
 the product itself, and the linear neuron multiplies nothing, so neither needs a clip.
+
+Star blocks and inverted residuals of factored neurons need none with ReLU6. It bounds one factor of a star
+block, so that the product grows no faster than the other factor, which is linear in the input: the network
+grows as one without products. In an inverted residual it follows the product, whose output it bounds. Any
+other activation leaves a square, and these blocks then clip what they add, where their maps have the fewest
+channels. In halves, a product overflows beyond 65504. With ReLU6, the other factor would have to reach 10,900
+(star), or the root of the product 256; both are combinations of normalised maps. The half-precision check of
+an export looks at the values on real images.
 """
 
 import inspect
@@ -389,31 +397,102 @@ def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAU
 
 
 @register_block(
+    "star",
+    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17), "mixers": ("double", "single")},
+    sliced=("kernel", "expansion"),
+    needs_batchnorm=True,
+    module="qnas.nn.blocks:star_block",
+)
+def star_layers(place: Place, kernel: int, expansion: int, mixers: str = "double") -> Layers:
+    """Return the layers of a star block (StarNet, arXiv 2403.19967), with its second depthwise or without."""
+    assert place.keeps_shape
+    c, hidden, px, norm = place.c_in, expansion * place.c_in, place.resolution_px, place.norm
+    clip = LayerSpec("clip", "clip", px, c, c)
+    again = LayerSpec("depthwise2", "dwconv", px, c, c, kernel, bias=True)
+    return (
+        LayerSpec("depthwise1", "dwconv", px, c, c, kernel),
+        LayerSpec("norm1", norm, px, c, c),
+        LayerSpec("factor1", "conv", px, c, hidden, bias=True),
+        LayerSpec("act", place.activation, px, hidden, hidden),
+        LayerSpec("factor2", "conv", px, c, hidden, bias=True),
+        LayerSpec("product", "mul", px, hidden, hidden),
+        LayerSpec("project", "conv", px, hidden, c),
+        LayerSpec("norm2", norm, px, c, c),
+        *((clip,) if place.activation != "relu6" else ()),
+        *((again,) if mixers == "double" else ()),
+        LayerSpec("residual", "add", px, c, c),
+    )
+
+
+def _squeeze_and_excitation(px: int, c: int) -> Layers:
+    squeezed = 8 * -(-c // 32)
+    return (
+        LayerSpec("pool", "gap", px, c, c),
+        LayerSpec("squeeze", "conv", 1, c, squeezed, bias=True),
+        LayerSpec("squeeze_act", "relu", 1, squeezed, squeezed),
+        LayerSpec("excite", "conv", 1, squeezed, c, bias=True),
+        LayerSpec("gate", "hsigmoid", 1, c, c),
+        LayerSpec("scale", "scale", px, c, c),
+    )
+
+
+SPACES_OWN = "space"  # as a candidate's activation: that of the space
+
+
+@register_block(
     "mbconv",
-    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17)},
+    parameters={
+        "kernel": range(1, 32, 2),
+        "expansion": range(1, 17),
+        "neuron": ("linear", "factored"),
+        "attention": ("none", "se"),
+        "act": (SPACES_OWN, "gelu", "hswish", "relu", "relu6"),
+    },
     sliced=("kernel", "expansion"),
     keeps_shape=False,
     needs_batchnorm=True,
+    module="qnas.nn.blocks:inverted_residual",
 )
-def mbconv_layers(place: Place, kernel: int, expansion: int) -> Layers:
-    """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381)."""
+def mbconv_layers(
+    place: Place,
+    kernel: int,
+    expansion: int,
+    neuron: str = "linear",
+    attention: str = "none",
+    act: str = SPACES_OWN,
+) -> Layers:
+    """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381).
+
+    A factored neuron is the product of two depthwise convolutions, each with a norm: it is
+    (W_a * x + b_a) . (W_b * x + b_b) once they are folded. `se` is the squeeze-and-excitation of MobileNetV3
+    (arXiv 1905.02244), from a quarter of the hidden channels, rounded up to eights. `act` is the activation.
+    """
     c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
+    activation = place.activation if act == SPACES_OWN else act
     hidden = expansion * c_in
     expand = (
         LayerSpec("expand", "conv", px, c_in, hidden),
         LayerSpec("norm1", norm, px, hidden, hidden),
-        LayerSpec("act1", place.activation, px, hidden, hidden),
+        LayerSpec("act1", activation, px, hidden, hidden),
     )
-    depthwise = LayerSpec("depthwise", "dwconv", px, hidden, hidden, kernel, place.stride)
-    px = depthwise.out_px
+    names = (("depthwise", "norm2"),) if neuron == "linear" else (("conv_a", "norm_a"), ("conv_b", "norm_b"))
+    mixer = []
+    for convolution, its_norm in names:
+        mixer.append(LayerSpec(convolution, "dwconv", px, hidden, hidden, kernel, place.stride))
+        mixer.append(LayerSpec(its_norm, norm, mixer[-1].out_px, hidden, hidden))
+    px = mixer[-1].out_px
+    if neuron == "factored":
+        mixer.append(LayerSpec("product", "mul", px, hidden, hidden))
+    clip = LayerSpec("clip", "clip", px, c_out, c_out)
     residual = LayerSpec("residual", "add", px, c_out, c_out)
     return (
         *(expand if expansion > 1 else ()),
-        depthwise,
-        LayerSpec("norm2", norm, px, hidden, hidden),
-        LayerSpec("act2", place.activation, px, hidden, hidden),
+        *mixer,
+        LayerSpec("act2", activation, px, hidden, hidden),
+        *(_squeeze_and_excitation(px, hidden) if attention == "se" else ()),
         LayerSpec("project", "conv", px, hidden, c_out),
         LayerSpec("norm3", norm, px, c_out, c_out),
+        *((clip,) if neuron == "factored" and activation != "relu6" else ()),
         *((residual,) if place.keeps_shape else ()),
     )
 

@@ -74,8 +74,10 @@ OPS: dict[str, Op] = {
     "relu": Op(),
     "relu6": Op(),
     "hswish": Op(),
+    "hsigmoid": Op(),
     "clip": Op(),  # to nn.blocks.CLIP_RANGE
     "mul": Op(),
+    "scale": Op(),  # of each channel of a map by a number, which the layers before it compute
     "square": Op(),
     "add": Op(),
     "gap": Op(),

@@ -21,7 +21,7 @@ Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
 CONVOLUTION = "dwconv"
 NAME = re.compile(r"[a-z][a-z0-9]{0,39}")  # of neurons, blocks, and words as values of a block's parameter
 _ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
-_ELEMENTWISE -= {CONVOLUTION, "gap"}
+_ELEMENTWISE -= {CONVOLUTION, "gap", "scale"}
 # the layers of a QuadraBlock besides those of its neuron
 _TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "act", "project", "mixer"}
 
@@ -179,6 +179,20 @@ _PRODUCT_START = (3 / 1.85) ** 0.25
 )
 def type4(x: Any, a: Any, b: Any) -> Any:
     """(W_a * x) . (W_b * x): the product of two depthwise convolutions."""
+    return a(x) * b(x)
+
+
+@register_neuron(
+    "factored",
+    {"conv_a": "dwconv", "conv_b": "dwconv", "product": "mul"},
+    biases=("conv_a", "conv_b"),
+    # the linear part, 1/3 with b_b = 1, and the product, 1.85 / 9, are 1/3 together
+    start={"conv_a": (1 + 1.85 / 3) ** -0.5},
+    ones=("conv_b",),  # as in ReLinear: with b_b = 1, the product contains the linear part
+    zeros=("conv_b",),
+)
+def factored(x: Any, a: Any, b: Any) -> Any:
+    """(W_a * x + b_a) . (W_b * x + b_b): quadratic and linear in two convolutions."""
     return a(x) * b(x)
 
 

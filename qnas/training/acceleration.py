@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from qnas.common.errors import UsageError
 from qnas.nn.blocks import Chain, QuadraBlock
+from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.training.settings import Precision, TorchDevice
 
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -88,7 +89,8 @@ def compile_blocks(module: nn.Module) -> None:
     one shape share a program. On a CPU this does not pay off: a block is no faster than with
     `qnas.nn.kernels`, and each shape takes tens of seconds to compile. On a GPU it has not been measured.
     """
-    blocks = [block for block in module.modules() if isinstance(block, QuadraBlock | Chain)]
+    kinds = QuadraBlock | StarBlock | MBConvBlock | Chain
+    blocks = [block for block in module.modules() if isinstance(block, kinds)]
     # torch stops compiling a function after 8 programs, and all these blocks share one `forward`. Each has up
     # to 4: for training, for architecture steps, without gradients and for evaluation
     config = torch._dynamo.config

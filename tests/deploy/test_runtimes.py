@@ -31,6 +31,7 @@ HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 KINDS = {
     "quadra": ("quadra", Place(4, 4, 1, 8, "batchnorm", "relu")),
     "mbconv": ("mbconv", Place(4, 4, 1, 8, "batchnorm", "relu6")),
+    "star": ("star", Place(4, 4, 1, 8, "batchnorm", "relu6")),
     "layernorm": ("quadra", Place(4, 4, 1, 8, "layernorm", "gelu")),
 }
 

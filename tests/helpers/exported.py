@@ -37,7 +37,17 @@ def digits(n: int, split: str = "test") -> RealImages:
 def trained(norm: str = "layernorm") -> Product:
     """Return a network that classifies most digits correctly."""
     space = parse_space(TINY_SPACE.replace("norm: layernorm", f"norm: {norm}"), "tiny.yaml")
-    arch = Arch(CHOICES)
+    return _trained(space, Arch(CHOICES))
+
+
+@cache
+def trained_wired() -> Product:
+    """Return a network with each block that is no chain, which classifies most digits correctly."""
+    space = wired_space()
+    return _trained(space, every_candidate(space))
+
+
+def _trained(space: SearchSpace, arch: Arch) -> Product:
     torch.manual_seed(0)
     network = build_subnet(space, arch, 10)
     data = digits(1000, "train")
@@ -82,6 +92,52 @@ def neural_space(norm: str) -> SearchSpace:
         "head": {"classes": 10},
     }
     return parse_space(json.dumps(content), "neurons.yaml")
+
+
+# the blocks whose layers are no chain; the first stage with every activation that a candidate may choose
+WIRED = (
+    *({"block": "star", "kernel": 3, "expansion": 3, "mixers": m} for m in ("double", "single")),
+    {"block": "mbconv", "kernel": 5, "expansion": 2, "neuron": "factored"},
+    {"block": "mbconv", "kernel": 3, "expansion": 1, "neuron": "factored", "attention": "se"},
+    {"block": "mbconv", "kernel": 3, "expansion": 2, "attention": "se", "act": "hswish"},
+    {"block": "mbconv", "kernel": 3, "expansion": 2, "neuron": "factored", "act": "gelu"},
+    {"block": "quadra", "kernel": 3, "expansion": 2, "neuron": "factored"},
+)
+
+
+def wired_space(activation: str = "relu6") -> SearchSpace:
+    """Return a space of star blocks and of inverted residuals with options; two change the shape."""
+    content = {
+        "schema": "qnas.space/1",
+        "name": "wired",
+        "source": "made for tests",
+        "input": {"channels": 3, "resolution_px": 32},
+        "norm": "batchnorm",
+        "activation": activation,
+        "stem": {"channels": 8, "kernel": 3, "stride": 2, "activation": True},
+        "transition": "block",
+        "candidates": WIRED,
+        "stages": [
+            {"channels": 8, "positions": len(WIRED), "stride": 1},
+            {"channels": 16, "positions": 1, "stride": 2, "candidates": [WIRED[2]]},
+            {"channels": 16, "positions": 1, "stride": 1, "candidates": [WIRED[0]]},
+            {"channels": 24, "positions": 1, "stride": 2, "candidates": [WIRED[4]]},
+        ],
+        "head": {"classes": 10},
+    }
+    return parse_space(json.dumps(content), "wired.yaml")
+
+
+def wired_product(activation: str = "relu6") -> tuple[Product, SearchSpace, Arch]:
+    """Return an untrained network with each of these blocks, its space and architecture."""
+    space = wired_space(activation)
+    arch = every_candidate(space)
+    return product_of(space, arch, space.input.resolution_px), space, arch
+
+
+def every_candidate(space: SearchSpace) -> Arch:
+    """Return a network with the candidates of its positions in turn."""
+    return Arch(tuple(p.names[i % len(p.names)] for i, p in enumerate(space.positions)))
 
 
 def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:

@@ -30,6 +30,10 @@ def layers(*ops: str) -> list[LayerSpec]:
         (["gap", "linear"], "edge", ["gap", "linear"]),
         (["conv", "batchnorm", "relu"], "eager", ["conv", "relu"]),
         (["add", "relu6"], "eager", ["add", "relu"]),
+        (["conv", "relu", "gap", "linear"], "inductor", ["conv", "pass-gap", "vector"]),
+        # a scale reads the pooled map again, so that the map is written out
+        (["mul", "relu", "gap", "hsigmoid", "scale"], "inductor", ["pass+1", "gap", "pass"]),
+        (["mul", "relu", "gap", "hsigmoid", "scale"], "edge", ["mul", "gap", "hsigmoid", "scale"]),
         ([], "edge", []),
     ],
 )

@@ -1,8 +1,13 @@
+import itertools
+import json
 import math
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from helpers.own_blocks import Gate
 from torch import Tensor, nn
 
@@ -22,7 +27,7 @@ from qnas.spaces.blocks import Place, quadra_layers, register_block
 from qnas.spaces.layer import OPS, LayerSpec
 from qnas.spaces.lower import make_block
 from qnas.spaces.neurons import NEURONS
-from qnas.spaces.space import load_space
+from qnas.spaces.space import SearchSpace, load_space, parse_space
 from qnas.training.scoring import recalibrate
 
 
@@ -102,9 +107,23 @@ def test_a_block_with_batch_norm_folds_into_its_convolutions_and_clips_what_its_
     assert not any(name in w for name in ("conv_a.bias", "conv_b.bias", "conv_c.bias", "expand.bias"))
 
 
+def factored_and_stars(activation: str) -> SearchSpace:
+    """Return a deep space of the blocks that multiply, one candidate a position."""
+    space = load_space("quadranet-mobile-bn").to_yaml()
+    content = yaml.safe_load(space) | {"name": "products", "activation": activation}
+    content["candidates"] = [
+        {"block": "mbconv", "kernel": 3, "expansion": 1, "neuron": "factored"},
+        {"block": "star", "kernel": 3, "expansion": 2},
+    ]
+    for stage, turn in zip(content["stages"], itertools.cycle((0, 1)), strict=False):
+        stage["candidates"] = [content["candidates"][turn]]
+    return parse_space(json.dumps(content), "products.yaml")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(seed: int) -> None:
-    space = load_space("quadranet-mobile-bn")
+@pytest.mark.parametrize("name", ["quadranet-mobile-bn", "relu6", "gelu", "hswish"])
+def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(name: str, seed: int) -> None:
+    space = load_space(name) if name.startswith("quadranet") else factored_and_stars(name)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     arch = Arch(tuple(position.names[0] for position in space.positions))
@@ -128,6 +147,95 @@ def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(s
         largest = {name: float(network(x).abs().max()) for name, x in elsewhere.items()}
     # a bound that NaN fails too: that of a linear network at 100 times the contrast
     assert all(value <= 100 * usual for value in largest.values()), (usual, largest)
+
+
+def conv(x: Tensor, w: Mapping[str, Tensor], name: str, groups: int = 1, stride: int = 1) -> Tensor:
+    weight = w[f"{name}.weight"]
+    padding = weight.shape[-1] // 2
+    return F.conv2d(x, weight, w.get(f"{name}.bias"), stride, padding, groups=groups)
+
+
+def batch_norm(x: Tensor, w: Mapping[str, Tensor], name: str) -> Tensor:
+    """Batch normalisation by running statistics, by hand."""
+    centred = x - w[f"{name}.running_mean"][:, None, None]
+    scale = w[f"{name}.weight"] / torch.sqrt(w[f"{name}.running_var"] + 1e-5)
+    return centred * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "relu": F.relu,
+    "hswish": F.hardswish,
+    "gelu": F.gelu,
+}
+
+
+@pytest.mark.parametrize("mixers", ["double", "single"])
+@pytest.mark.parametrize("activation", ["relu6", "hswish"])
+def test_a_star_block_is_its_papers_formula_clipped_where_no_relu6_bounds_it(
+    activation: str, mixers: str
+) -> None:
+    place = Place(6, 6, 1, 9, "batchnorm", activation)
+    block = build_block(make_block("1.1", "star", place, kernel=5, expansion=3, mixers=mixers)).eval()
+    randomise(block)
+    with torch.no_grad():
+        for name in ("factor1", "factor2"):
+            cast(nn.Conv2d, block.get_submodule(name)).weight.mul_(8)
+    w, x = block.state_dict(), 3 * image(2, 6, 9, 8)
+    y = batch_norm(conv(x, w, "depthwise1", 6), w, "norm1")
+    y = ACTIVATIONS[activation](conv(y, w, "factor1")) * conv(y, w, "factor2")
+    y = batch_norm(conv(y, w, "project"), w, "norm2")
+    assert 0.05 < float((y.abs() > 6).float().mean()) < 0.95  # so that a clip would show, and does
+    y = y if activation == "relu6" else y.clamp(-6, 6)
+    expected = x + (conv(y, w, "depthwise2", 6) if mixers == "double" else y)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert ("depthwise2.bias" in w) == (mixers == "double")
+
+
+@pytest.mark.parametrize(("c_out", "stride"), [(6, 1), (8, 2)])
+@pytest.mark.parametrize("act", ["space", "gelu"])
+@pytest.mark.parametrize(
+    ("expansion", "neuron", "attention"),
+    [(4, "factored", "none"), (1, "factored", "se"), (6, "linear", "se")],
+)
+def test_an_inverted_residual_with_options_is_its_formula(
+    expansion: int, neuron: str, attention: str, act: str, c_out: int, stride: int
+) -> None:
+    parameters: dict[str, int | str] = {
+        "kernel": 3,
+        "expansion": expansion,
+        "neuron": neuron,
+        "attention": attention,
+        "act": act,
+    }
+    spec = make_block("1.1", "mbconv", Place(6, c_out, stride, 9, "batchnorm", "relu6"), **parameters)
+    block = build_block(spec).eval()
+    randomise(block)
+    w, x, hidden = block.state_dict(), 3 * image(2, 6, 9, 9), 6 * expansion
+    f = F.gelu if act == "gelu" else F.relu6
+    y = x if expansion == 1 else f(batch_norm(conv(x, w, "expand"), w, "norm1"))
+    if neuron == "factored":
+        a, b = (batch_norm(conv(y, w, f"conv_{i}", hidden, stride), w, f"norm_{i}") for i in "ab")
+        y = f(a * b)
+    else:
+        y = f(batch_norm(conv(y, w, "depthwise", hidden, stride), w, "norm2"))
+    if attention == "se":
+        pooled = y.mean((2, 3), keepdim=True)
+        assert w["squeeze.weight"].shape[0] == {1: 8, 6: 16}[expansion]  # a quarter of 6 and of 36, in eights
+        y = y * F.hardsigmoid(conv(F.relu(conv(pooled, w, "squeeze")), w, "excite"))
+    y = batch_norm(conv(y, w, "project"), w, "norm3")
+    if neuron == "factored" and act == "gelu":
+        y = y.clamp(-6, 6)
+    expected = x + y if (c_out, stride) == (6, 1) else y
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert sum(layer.params for layer in spec.layers) == sum(p.numel() for p in block.parameters())
+
+
+def test_a_factored_inverted_residual_starts_with_its_linear_part() -> None:
+    place = Place(8, 8, 1, 9, "batchnorm", "relu6")
+    block = build_block(make_block("1.1", "mbconv", place, kernel=3, expansion=2, neuron="factored"))
+    assert torch.equal(cast(Tensor, block.get_submodule("norm_b").bias), torch.ones(16))
+    assert torch.equal(cast(Tensor, block.get_submodule("norm_a").bias), torch.zeros(16))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -199,7 +307,7 @@ def test_a_module_with_other_parameters_than_its_layers_is_refused() -> None:
 
 
 def test_every_operator_has_a_module_or_is_written_out() -> None:
-    assert set(OPS) == set(MODULES) | {"add", "mul", "square"}
+    assert set(OPS) == set(MODULES) | {"add", "mul", "scale", "square"}
 
 
 def test_a_built_block_is_the_class_of_its_kind() -> None:
@@ -285,14 +393,14 @@ def with_linear_part(neuron: str) -> tuple[QuadraBlock, QuadraBlock]:
     randomise(block)
     start_linear(block)
     state = block.state_dict()
-    ordinary = "conv_a" if neuron == "fan" else "conv_c"
+    ordinary = "conv_a" if neuron in ("fan", "factored") else "conv_c"
     state["conv_c.weight"] = state[f"{ordinary}.weight"]
     state["conv_c.bias"] = state.get(f"{ordinary}.bias", torch.zeros(6))
     linear.load_state_dict({key: state[key] for key in linear.state_dict()})
     return block, linear
 
 
-LINEAR_PART = ("quadranet", "linear", "fan", "compact")
+LINEAR_PART = ("quadranet", "linear", "factored", "fan", "compact")
 
 
 @pytest.mark.parametrize("neuron", LINEAR_PART)
@@ -332,7 +440,7 @@ def test_a_neuron_without_a_linear_part_has_no_linear_start(neuron: str) -> None
     network = nn.Sequential(QuadraBlock(6, 5, 2), QuadraBlock(6, 5, 2, neuron=neuron))
     message = (
         "`linear_start`, `quadratic_gamma`, `quadratic_alpha` and `quadratic_beta` need neurons with a "
-        f"linear part (quadranet, linear, fan, compact), but the network has {neuron}"
+        f"linear part (quadranet, linear, factored, fan, compact), but the network has {neuron}"
     )
     for use in (start_linear, quadratic_weights):
         with pytest.raises(UsageError) as error:

@@ -96,6 +96,19 @@ SPACES: dict[str, Callable[[], SearchSpace]] = {
     "neurons": lambda: space_of(NEURAL),
     "neurons, batch norm": lambda: space_of(NEURAL, norm="batchnorm"),
     "two kinds": lambda: space_of(MIXED, norm="batchnorm"),
+    "star": lambda: space_of(
+        "{block: star, kernel: [3, 5], expansion: [2, 4], mixers: [double, single]}", norm="batchnorm"
+    ),
+    "inverted residuals with options": lambda: space_of(
+        "{block: mbconv, kernel: [3, 5], expansion: [3, 6], neuron: [linear, factored],"
+        " attention: [none, se], act: [space, hswish]}",
+        norm="batchnorm",
+    ),
+    "striding with options": lambda: space_of(
+        "{block: mbconv, kernel: [3, 5], expansion: [3, 6], neuron: factored, attention: se}",
+        norm="batchnorm",
+        stride=2,
+    ),
     "striding": lambda: space_of(
         "{block: mbconv, kernel: [3, 5], expansion: [3, 6]}", norm="batchnorm", stride=2
     ),

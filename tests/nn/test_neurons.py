@@ -41,6 +41,7 @@ FORMULAS: dict[str, Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]] = {
     "type2": lambda x, w, b: convolve(x**2, w[0]),
     "type3": lambda x, w, b: convolve(x, w[0]) ** 2,
     "type4": lambda x, w, b: convolve(x, w[0]) * convolve(x, w[1]),
+    "factored": lambda x, w, b: (convolve(x, w[0]) + constant(b[0])) * (convolve(x, w[1]) + constant(b[1])),
     "fan": lambda x, w, b: (
         (convolve(x, w[0]) + constant(b[0])) * (convolve(x, w[1]) + constant(b[1]))
         + convolve(x**2, w[2])
@@ -55,6 +56,7 @@ GIVEN: dict[str, Callable[[list[Tensor]], list[Tensor | None]]] = {
     "type2": lambda b: [None],
     "type3": lambda b: [None],
     "type4": lambda b: [None, None],
+    "factored": lambda b: [*b],
     "fan": lambda b: [*b],
     "compact": lambda b: [b[0] + b[1], None],
 }

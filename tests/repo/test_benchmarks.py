@@ -202,7 +202,7 @@ def test_networks_are_spread_over_latencies_and_rivals_have_one() -> None:
 
 def test_the_spaces_of_the_experiments_have_one_layout() -> None:
     spaces = [load_space(path) for path in sorted((ROOT / "benchmarks" / "spaces").glob("*.yaml"))]
-    assert {space.name for space in spaces} == {"quadranet-tiny", "proxyless-tiny"}
+    assert {space.name for space in spaces} == {"quadranet-tiny", "proxyless-tiny", "union-tiny"}
     layouts = {
         (space.input.resolution_px, space.stem.stride, *((s.channels, s.stride) for s in space.stages))
         for space in spaces

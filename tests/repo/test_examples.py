@@ -54,10 +54,12 @@ def test_the_digits_are_written_as_class_folders(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_registries")
 def test_the_block_of_the_example_computes_what_its_layers_say() -> None:
     example = runpy.run_path(str(EXAMPLES / "own_block.py"))
-    space = example["star_space"]()
-    assert space.positions[0].names == ("star_k3_e2", "star_k3_e4", "star_k5_e2", "star_k5_e4", "identity")
+    space = example["attending_space"]()
+    assert space.positions[0].names == (
+        *("attend_k3_e1", "attend_k3_e2", "attend_k5_e1", "attend_k5_e2", "identity"),
+    )
     supernet = Supernet(space, 10, torch.Generator().manual_seed(0), "shared").eval()
-    arch = make_arch(space, ("star_k3_e4", "identity", "star_k5_e2", "star_k3_e2", "star_k5_e4"))
+    arch = make_arch(space, ("attend_k3_e2", "identity", "attend_k5_e1", "attend_k3_e1", "attend_k5_e2"))
     network = supernet.subnet(arch, 10).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_the_example_of_a_block_searches_trains_and_exports(tmp_path: Path) -> N
     run = tmp_path / "run"
     found = json.loads((run / "arch.json").read_text())
     assert found["latency_ms"] <= 0.8
-    assert any(choice.startswith("star_") for choice in found["choices"])
+    assert any(choice.startswith("attend_") for choice in found["choices"])
     assert json.loads((run / "subnet" / "result.json").read_text())["test_accuracy"] > 0.9
     code = "import model, torch; print(tuple(model.load()(torch.zeros(2, 3, 32, 32)).shape))"
     done = subprocess.run(

@@ -66,8 +66,8 @@ def test_a_block_that_is_not_registered_is_answered_with_what_to_do() -> None:
     with pytest.raises(SpaceError) as error:
         with_gates()
     assert str(error.value) == (
-        "tiny.yaml: candidates.block: unknown block, got 'gate' (known: identity, mbconv, quadra, or "
-        "one that a `plugin` registers first)"
+        "tiny.yaml: candidates.block: unknown block, got 'gate' (known: identity, mbconv, quadra, "
+        "star, or one that a `plugin` registers first)"
     )
 
 

@@ -16,6 +16,7 @@ from qnas.spaces.lower import (
     fill,
     layers_of,
     lower,
+    make_block,
     skeleton,
 )
 from qnas.spaces.neurons import NEURONS
@@ -84,12 +85,16 @@ def test_every_block_begins_where_the_one_before_ended(name: str, resolution_px:
 
 
 def _run_through(block: BlockSpec, px: int, channels: int) -> tuple[int, int]:
-    """Follow the shape through a block; the parallel convolutions of a quadratic mixer share an input."""
+    """Follow the shape through a block; the parallel convolutions of a quadratic mixer share an input.
+
+    In a star block and an inverted residual with options, a layer reads any map before it.
+    """
+    maps = [(px, channels)]
     for spec in block.layers:
-        assert spec.resolution_px == px, (block.name, spec)
-        assert spec.c_in == channels, (block.name, spec)
-        px, channels = spec.out_px, spec.c_out
-    return px, channels
+        known = maps if block.block in ("star", "mbconv") else maps[-1:]
+        assert (spec.resolution_px, spec.c_in) in known, (block.name, spec)
+        maps.append((spec.out_px, spec.c_out))
+    return maps[-1]
 
 
 def test_the_fixed_part_is_the_network_of_identities() -> None:
@@ -124,9 +129,35 @@ FORMULAS: dict[str, tuple[int, int, int, int, int]] = {
     "type2": (1, 0, 0, 1, 0),
     "type3": (1, 0, 0, 1, 0),
     "type4": (2, 0, 1, 0, 0),
+    "factored": (2, 2, 1, 0, 0),
     "fan": (3, 3, 1, 1, 1),
     "compact": (2, 1, 0, 1, 1),
 }
+
+
+def test_a_star_block_costs_what_its_formula_says() -> None:
+    c, k, e, px = 8, 5, 3, 9
+    place = Place(c, c, 1, px, "batchnorm", "relu6")
+    depthwise, pointwise = k**2 * c, e * c**2
+    for mixers, count in (("double", 2), ("single", 1)):
+        block = make_block("1.1", "star", place, kernel=k, expansion=e, mixers=mixers)
+        biases, norms = 2 * e * c + (count - 1) * c, 2 * 2 * c
+        assert count_params([block]) == count * depthwise + 3 * pointwise + biases + norms
+        assert count_macs([block]) == px**2 * (count * depthwise + 3 * pointwise)
+
+
+def test_an_inverted_residual_with_options_costs_what_its_formula_says() -> None:
+    c, c_out, k, e, px = 8, 16, 3, 4, 9
+    hidden, out, squeezed = e * c, 5, 8
+    place = Place(c, c_out, 2, px, "batchnorm", "relu6")
+    plain = make_block("1.1", "mbconv", place, kernel=k, expansion=e)
+    both = make_block("1.1", "mbconv", place, kernel=k, expansion=e, neuron="factored", attention="se")
+    added = 2 * hidden * squeezed
+    assert count_params([both]) - count_params([plain]) == (
+        (k**2 * hidden + 2 * hidden) + added + hidden + squeezed
+    )
+    assert count_macs([both]) - count_macs([plain]) == out**2 * k**2 * hidden + added
+    assert (plain.kind, both.kind) == ("mbconv", "mbconv_factored_se")
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
@@ -154,7 +185,7 @@ def test_a_batch_norm_follows_what_it_can_fold_into_and_a_clip_what_multiplies(n
     roles = [layer.role for layer in layers]
     before = layers[roles.index("norm1") - 1]
     # a square or a product that comes last takes up no shift
-    assert before.op == {"type3": "square", "type4": "mul"}.get(neuron, "dwconv")
+    assert before.op == {"type3": "square", "type4": "mul", "factored": "mul"}.get(neuron, "dwconv")
     assert ("clip" in roles) == (neuron != "linear")
 
 

@@ -183,7 +183,7 @@ ALL_BROKEN: dict[str, Any] = {
             "candidates",
             [
                 "candidates.block: unknown block, got 'mbconf' (did you mean mbconv? known: identity, "
-                "mbconv, quadra, or one that a `plugin` registers first)",
+                "mbconv, quadra, star, or one that a `plugin` registers first)",
                 "candidates.expansion: expected at most 16, got 17",
                 "candidates.kernel: expected an odd number, got 4",
             ],
@@ -292,12 +292,12 @@ def test_a_space_made_in_python_is_refused_in_one_line() -> None:
         ({"candidates": [{"block": "mbconv"}]}, "candidates: mbconv needs expansion and kernel"),
         (
             {"candidates": [{"block": "mbconv", "kernel": 3, "expansion": 3, "neuron": "fan"}]},
-            "candidates: mbconv takes no neuron (known: expansion, kernel)",
+            "candidates.neuron: expected 'linear' or 'factored', got 'fan'",
         ),
         (
             {"candidates": [{"block": "quadra", "kernel": 3, "expansion": 3, "neuron": ["fan", "fam"]}]},
-            "candidates.neuron: expected 'quadranet', 'linear', 'type2', 'type3', 'type4', 'fan' or "
-            "'compact', got 'fam'",
+            "candidates.neuron: expected 'quadranet', 'linear', 'type2', 'type3', 'type4', 'factored', "
+            "'fan' or 'compact', got 'fam'",
         ),
         ({"candidates": ["identity"]}, "candidates: expected a mapping, got 'identity'"),
         ({"candidates": []}, "candidates: expected at least 1, got 0"),

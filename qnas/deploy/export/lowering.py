@@ -30,10 +30,10 @@ PoolForm = Literal["first", "last"]
 class Forms:
     """How a target has the operators that not every runtime runs.
 
-    layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions;
-    `arithmetic` is over the channel axis of a map as it lies, with its scale and shift folded into the
-    convolution behind it where that is exact. `convolution` is the same with the mean of the squares as a
-    convolution to one channel, `convolutions` with both means so. gelu, hard_swish: `operator`, or sums and
+    layer_norm: `operator` is LayerNormalization over the last axis, between two transpositions; `arithmetic`
+    is over the channel axis of a map as it lies, with its scale and shift folded into the convolution behind
+    it where that is exact. `convolution` is the same with the mean of the squares as a convolution to one
+    channel, `convolutions` with both means so. gelu, hard_swish (and a hard sigmoid): `operator`, or sums and
     products with erf or a clip. pool: the mean of a map with its channels first, or last. batch_norm (where
     it does not fold): `operator`, or one product and one sum (a `scale`).
     """
@@ -85,6 +85,8 @@ def _form(module: nn.Module, forms: Forms) -> nn.Module:
         return ErfGelu()
     if isinstance(module, nn.Hardswish) and forms.hard_swish == "arithmetic":
         return ClipHardSwish()
+    if isinstance(module, nn.Hardsigmoid) and forms.hard_swish == "arithmetic":
+        return ClipHardSigmoid()
     return module
 
 
@@ -243,3 +245,11 @@ class ClipHardSwish(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the same shape."""
         return x * (torch.clamp(x + 3, 0, 6) * (1 / 6))
+
+
+class ClipHardSigmoid(nn.Module):
+    """The hard sigmoid by a clip: clip(x + 3, 0, 6) / 6."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the same shape."""
+        return torch.clamp(x + 3, 0, 6) * (1 / 6)

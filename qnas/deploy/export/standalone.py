@@ -22,7 +22,14 @@ from qnas.common.text import escaped
 from qnas.deploy.export import plain
 from qnas.deploy.export.copied_source import Copied
 from qnas.deploy.export.product import FilePrecision, Product, Run, Variant
-from qnas.nn.blocks import CLIP_RANGE, BatchNorm2d, ChannelLayerNorm, GlobalAveragePool
+from qnas.nn.blocks import (
+    CLIP_RANGE,
+    BatchNorm2d,
+    ChannelLayerNorm,
+    GlobalAveragePool,
+    build_block,
+)
+from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.lower import BlockSpec
@@ -49,7 +56,7 @@ def _convolution(spec: LayerSpec) -> str:
     return f"nn.Conv2d({', '.join([f'{spec.c_in}, {spec.c_out}, {spec.kernel}', *filter(None, options)])})"
 
 
-# Operators of layer.OPS as they are written; `add`, `mul` and `square` are in the blocks' forward.
+# Operators of layer.OPS as they are written; `add`, `mul`, `scale` and `square` are in the blocks' forward.
 LAYERS: dict[str, Callable[[LayerSpec], str]] = {
     "conv": _convolution,
     "dwconv": _convolution,
@@ -60,9 +67,13 @@ LAYERS: dict[str, Callable[[LayerSpec], str]] = {
     "relu": lambda _: "nn.ReLU()",
     "relu6": lambda _: "nn.ReLU6()",
     "hswish": lambda _: "nn.Hardswish()",
+    "hsigmoid": lambda _: "nn.Hardsigmoid()",
     "clip": lambda _: f"nn.Hardtanh({CLIP_RANGE[0]}, {CLIP_RANGE[1]})",
     "gap": lambda _: "GlobalAveragePool()",
 }
+
+
+_IN_FORWARD = {"add", "mul", "scale", "square"}
 
 
 def _layer(spec: LayerSpec) -> str:
@@ -71,11 +82,29 @@ def _layer(spec: LayerSpec) -> str:
     return f"nn.Linear({spec.c_in}, classes)" if spec.role == "classifier" else LAYERS[spec.op](spec)
 
 
+# Shipped blocks that are written layer by layer, whatever class runs the layers.
+_LAYERED = ("mbconv", "star")
+
+
 def _chain(block: BlockSpec) -> str:
     adds = block.layers[-1].op == "add"
-    layers = [f"{spec.role}={_layer(spec)}," for spec in (block.layers[:-1] if adds else block.layers)]
-    body = indent("\n".join(layers), " " * 8)
-    return f"{'Residual' if adds else 'nn.Sequential'}(\n    OrderedDict(\n{body}\n    )\n)"
+    layers = block.layers[:-1] if adds else block.layers
+    return _ordered("Residual" if adds else "nn.Sequential", layers)
+
+
+def _ordered(name: str, layers: Iterable[LayerSpec], options: str = "") -> str:
+    """Write the call of a class with an OrderedDict of the layers that are modules, and with options."""
+    lines = [f"{spec.role}={_layer(spec)}," for spec in layers if spec.op not in _IN_FORWARD]
+    body = indent("\n".join(lines), " " * 8)
+    return f"{name}(\n    OrderedDict(\n{body}\n    ){options}\n)"
+
+
+def _layered(block: BlockSpec) -> str:
+    with torch.device("meta"):
+        module = build_block(block)
+    if isinstance(module, MBConvBlock):
+        return _ordered("MBConvBlock", block.layers, f",\n    is_residual={module.is_residual},")
+    return _ordered("StarBlock", block.layers) if isinstance(module, StarBlock) else _chain(block)
 
 
 def _quadra(block: BlockSpec) -> str:
@@ -101,8 +130,8 @@ def _neuron(block: BlockSpec) -> Neuron:
 
 
 def _registered_module(block: BlockSpec) -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """Return the constructor of a registered block's module, with its arguments; None for a chain."""
-    if block.block not in BLOCKS or BLOCKS[block.block].module is None:
+    """Return the constructor of a registered block's module, with its arguments; None for layers."""
+    if block.block not in BLOCKS or block.block in _LAYERED or BLOCKS[block.block].module is None:
         return None
     assert block.place is not None
     return module_of(BLOCKS[block.block], block.place, block.parameters)
@@ -119,6 +148,8 @@ def _call(name: str, arguments: Sequence[str]) -> str:
 def _written(block: BlockSpec) -> str:
     if block.block == "quadra":
         return _quadra(block)
+    if block.block in _LAYERED:
+        return _layered(block)
     if made := _registered_module(block):
         make, arguments = made
         return _call(make.__name__, [f"{name}={value!r}" for name, value in arguments.items()])
@@ -133,6 +164,8 @@ CLASSES = (
     plain.Mixer,
     plain.QuadraBlock,
     plain.QuadraBlockBN,
+    StarBlock,
+    MBConvBlock,
 )
 
 

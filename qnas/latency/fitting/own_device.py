@@ -61,7 +61,10 @@ _TERMS: dict[str, tuple[str, ...]] = {
 }
 
 # Kernels of other spaces that this one may lack: estimated at the rates of the first step.
-_OTHER_KINDS = ("add", "addrelu", "batchnorm", "clip", "gap", "gelu", "hswish", "mul", "relu", "square")
+_OTHER_KINDS = (
+    *("add", "addrelu", "batchnorm", "clip", "gap", "gelu"),
+    *("hsigmoid", "hswish", "mul", "relu", "scale", "square"),
+)
 
 # The rates of the first step: feature -> its rate.
 _LAUNCH, _DENSE_MMACS, _DEPTHWISE_MMACS, _MOVED = range(4)

@@ -39,6 +39,7 @@ _FUNCTIONS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
     ("gelu", lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2),
     ("hswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
     ("hsigmoid", lambda x: np.clip(x / 6 + 0.5, 0, 1)),
+    ("hsigmoid", lambda x: np.clip(x / 6, 0, 1)),  # with its shift in the bias of the layer before
     ("swish", lambda x: x / (1 + np.exp(-x))),
     ("swish", lambda x: x / (1 + np.exp(-1.702 * x))),  # also called quick GELU; it costs the same
     ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),

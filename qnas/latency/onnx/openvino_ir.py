@@ -254,6 +254,12 @@ def _swish(to: Statement, layer: _Layer) -> None:
     to.add("Mul", x, to.add("Sigmoid", x), output=layer.outputs[0], name=layer.name)
 
 
+def _hard_sigmoid(to: Statement, layer: _Layer) -> None:
+    x, slope, shift = layer.inputs
+    line = to.add("Add", to.add("Mul", x, slope), shift)
+    to.clip(line, 0.0, 1.0, output=layer.outputs[0], name=layer.name)
+
+
 def _clamp(to: Statement, layer: _Layer) -> None:
     bounds = float(layer.data["min"]), float(layer.data["max"])
     to.clip(layer.inputs[0], *bounds, output=layer.outputs[0], name=layer.name)
@@ -298,6 +304,7 @@ _OPERATORS: dict[str, _State] = {
     **{"Negative": _as("Neg"), "PReLU": _as("PRelu"), "HSwish": _as("HardSwish"), "Gelu": _as("Gelu")},
     **{f"Reduce{op}": _reduction(f"Reduce{op}") for op in ("Mean", "Sum", "Max", "Min", "Prod", "L2")},
     "HSigmoid": _with("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "HardSigmoid": _hard_sigmoid,
     "Swish": _swish,
     "Clamp": _clamp,
     "Convolution": _convolution,

@@ -112,6 +112,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         "ms": format_ms,
         "count": format_count,
         "short": short_name,
+        "neuron": _neuron,
         "layer": layer_text,
         "pretty": lambda content: json.dumps(content, indent=2),
     }
@@ -139,6 +140,11 @@ def _result(found: FoundArch, place: str, pending: Files) -> Mapping[str, Any] |
     if name in pending:
         return pending[name]
     return read_result(found.folder / place, found) if (found.folder / name).is_file() else None
+
+
+def _neuron(short: str) -> str:
+    """Return the neuron in a QuadraBlock's short name, "" for QuadraNet's and for other blocks."""
+    return " ".join(short.split()[2:]) if short.startswith("k") else ""
 
 
 def _text(name: str) -> str:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers.exported import digits, trained
+from helpers.exported import digits, trained, wired_product
 from torch import nn
 
 from qnas.deploy.export.folding import fold_norms
@@ -42,6 +42,21 @@ def test_all_norms_of_a_network_fold_away_and_change_no_output() -> None:
         fold_norms(network)
         torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("activation", ["relu6", "hswish"])
+def test_norms_fold_into_the_convolutions_of_blocks_that_are_no_chains(activation: str) -> None:
+    product, _, _ = wired_product(activation)
+    network = copy.deepcopy(product.network).double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+        fold_norms(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+    left = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert left == ["1_7.norm1"]  # behind the product of a factored QuadraBlock
+    factored = network.get_submodule("1_3")
+    assert all(factored.get_submodule(name).bias is not None for name in ("conv_a", "conv_b"))
 
 
 def test_a_norm_in_a_users_module_folds_only_where_it_follows_a_convolution_in_a_sequential() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exported import digits, trained
+from helpers.exported import digits, trained, trained_wired
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError
@@ -39,6 +39,17 @@ def test_the_emulation_computes_what_torch_computes_in_halves(norm: str, forms: 
     off = (real - exact).abs().max()
     assert 0 < (emulated - exact).abs().max() < 3 * off
     assert (emulated - real).abs().max() < 2 * off
+
+
+def test_trained_blocks_that_are_no_chains_stay_far_from_the_end_of_halves() -> None:
+    network = lowered(trained_wired().network, MYRIAD)
+    images = digits(50).take(range(50))
+    halves = Halves(network, "file")
+    logits = halves(images)
+    with torch.no_grad():
+        exact = network(images)
+    assert 0 < (logits - exact).abs().max() < 0.01 * exact.abs().max()
+    assert halves.largest < LARGEST / 100
 
 
 def test_every_result_is_a_half_and_the_network_stays_as_it_was() -> None:

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.exported import PX, digits, neural_space, trained
+from helpers.exported import PX, digits, every_candidate, neural_space, trained, wired_space
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError, UsageError
@@ -20,6 +20,7 @@ from qnas.deploy.export.lowering import (
     OPERATORS,
     Forms,
     NormForm,
+    ScaleNorm,
     lowered,
 )
 from qnas.deploy.export.opset import OLDEST_OPSET, TRACED_OPSET, check_opset
@@ -51,6 +52,12 @@ def jitter(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def every_wired_block(activation: str) -> nn.Module:
+    """Return a network with each of the blocks that are no chains."""
+    space = wired_space(activation)
+    return jitter(build_subnet(space, every_candidate(space), 10))
+
+
 def every_neuron(norm: str) -> nn.Module:
     """Return a network with a block of each neuron."""
     space = neural_space(norm)
@@ -74,6 +81,19 @@ def test_every_form_computes_the_same(norm: str, forms: Forms) -> None:
     kept = any(isinstance(module, nn.BatchNorm2d) for module in lower.modules())
     assert kept == (norm == "batchnorm" and forms.batch_norm == "operator")
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("forms", [OPERATORS, ARITHMETIC, CHANNELS_LAST, MYRIAD], ids=str)
+@pytest.mark.parametrize("activation", ["relu6", "hswish"])
+def test_every_form_of_blocks_that_are_no_chains_computes_the_same(activation: str, forms: Forms) -> None:
+    torch.manual_seed(1)
+    network = every_wired_block(activation)
+    lower = lowered(network, forms)
+    assert difference(lower, network, torch.randn(3, 3, 32, 32)) < 1e-5
+    norms = [name for name, module in lower.named_modules() if isinstance(module, nn.BatchNorm2d | ScaleNorm)]
+    assert norms == ["1_7.norm1"]  # behind the product of a factored QuadraBlock
+    hard = any(isinstance(module, nn.Hardsigmoid) for module in lower.modules())
+    assert hard == (forms.hard_swish == "operator")
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.exported import CHOICES, neural_product, product_of, trained
+from helpers.exported import CHOICES, neural_product, product_of, trained, wired_product
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import UsageError
@@ -101,8 +101,32 @@ def test_a_file_of_every_neuron_takes_what_its_network_takes(name: str, norm: st
         check_file(path, product, space, arch)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "activation"),
+    [
+        ("onnx", "fp32", "relu6"),
+        *(
+            pytest.param(name, precision, activation, marks=SLOW)
+            for name in READ
+            for precision in FORMATS[name].precisions
+            for activation in ("relu6", "hswish")
+            # in int8, rounding to whole numbers from 0 takes the place of a ReLU
+            if not precision.startswith("int8") and (name, precision, activation) != ("onnx", "fp32", "relu6")
+        ),
+    ],
+)
+def test_a_file_of_blocks_that_are_no_chains_takes_what_its_network_takes(
+    name: str, precision: FilePrecision, activation: str, tmp_path: Path
+) -> None:
+    product, space, arch = wired_product(activation)
+    for path in written(product, name, tmp_path, precision):
+        check_file(path, product, space, arch)
+
+
 @SLOW
-@pytest.mark.parametrize("name", ["quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile"])
+@pytest.mark.parametrize(
+    "name", ["quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "union-mobile"]
+)
 @pytest.mark.parametrize("form", READ)
 def test_a_file_of_a_shipped_space_takes_what_its_network_takes(name: str, form: str, tmp_path: Path) -> None:
     space = load_space(name)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.exported import digits, neural_space, trained
+from helpers.exported import digits, every_candidate, neural_space, trained, wired_space
 from onnx import numpy_helper
 from onnxruntime import quantization as ort
 from torch import nn
@@ -293,7 +293,10 @@ def test_what_cannot_be_quantised_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     "space",
-    ["quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "all neurons", "all neurons, batch norm"],
+    [
+        *("quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "union-mobile", "wired"),
+        *("all neurons", "all neurons, batch norm"),
+    ],
 )
 def test_networks_of_every_space_are_quantised(
     space: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
@@ -303,9 +306,9 @@ def test_networks_of_every_space_are_quantised(
     if space.startswith("all neurons"):
         found = neural_space("batchnorm" if "batch" in space else "layernorm")
     else:
-        found = load_space(space)
+        found = wired_space() if space == "wired" else load_space(space)
     torch.manual_seed(1)
-    arch = sample_arch(found, np.random.default_rng(1))
+    arch = every_candidate(found) if space == "wired" else sample_arch(found, np.random.default_rng(1))
     network = build_subnet(found, arch, 10).eval()
     pixels = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     images = RealImages(pixels, torch.zeros(24, dtype=torch.int64), (0.5,) * 3, (0.29,) * 3, "noise")

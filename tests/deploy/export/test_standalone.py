@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.exported import PX, digits, trained
+from helpers.exported import PX, digits, trained, wired_product
 from helpers.odd_images import COLOURS, drawn, png16, write_all_kinds
 from helpers.own_blocks import register_gate
 from helpers.tiny import TINY_SPACE
@@ -52,7 +52,7 @@ def product_of(space_name: str) -> Product:
 
 
 def test_every_layer_has_a_plain_form() -> None:
-    assert set(standalone.LAYERS) | {"mul", "add", "square"} == set(OPS)
+    assert set(standalone.LAYERS) | {"mul", "add", "scale", "square"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", stems("search_spaces", ".yaml"))
@@ -91,6 +91,22 @@ def test_a_registered_block_is_copied_into_the_file_with_what_it_uses(tmp_path: 
     images = digits(16).take(range(16))
     with torch.no_grad():
         torch.testing.assert_close(standalone.load(path)(images), network(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "hswish"])
+def test_blocks_that_are_no_chains_are_written_with_their_own_forward(
+    activation: str, tmp_path: Path
+) -> None:
+    product, _, _ = wired_product(activation)
+    path = tmp_path / "model.py"
+    standalone.write(product, Variant(), path, "file")
+    text = path.read_text()
+    assert "qnas." not in text
+    assert {"class StarBlock(nn.Sequential):", "class MBConvBlock(nn.Sequential):"} <= set(text.splitlines())
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = product.network(images)
+        torch.testing.assert_close(standalone.load(path)(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_of_other_classes_can_be_built_and_trained(model: ModuleType) -> None:

@@ -55,9 +55,11 @@ def expected_operators(product: Product) -> Counter[str]:
     """Return the operators that a network needs, from its layers: six for the norm of a map, no copies."""
     layers = [layer for block in product.blocks for layer in block.layers]
     n = Counter(layer.op for layer in layers)
-    pairs = pairwise(layer.op for layer in layers)
+    pairs = list(pairwise(layer.op for layer in layers))
     # the scale and shift of norms that have no convolution behind them, or one that pads
     scaled = sum(norm == "layernorm" and behind not in ("conv", "linear") for norm, behind in pairs)
+    # and the batch norms behind a product, which no convolution takes up
+    scaled += sum(before in ("mul", "square") and norm == "batchnorm" for before, norm in pairs)
     pooled = n["layernorm"] and 1  # the norm of pooled features has a mean and a sum for its convolution
     # no convolution absorbs the batch norm behind a product that ends a neuron
     apart = sum(
@@ -317,6 +319,7 @@ def sampled(space: str, px: int) -> Product:
         ("quadranet-mobile", 224),
         ("quadranet-mobile-bn", 224),
         ("proxyless-mobile", 224),
+        ("union-mobile", 224),
         ("layernorm", 32),  # every neuron
         ("batchnorm", 32),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.exported import PX, digits, neural_space, trained
+from helpers.exported import PX, digits, neural_space, trained, wired_product
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -292,6 +292,13 @@ def test_a_block_of_every_neuron_compiles(norm: str, tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_blocks_that_are_no_chains_compile(tmp_path: Path) -> None:
+    for activation in ("relu6", "hswish"):
+        product, _, _ = wired_product(activation)
+        assert compiled(product.network, 32, tmp_path) > 10_000
+
+
+@needs_compiler
 @needs_openvino
 def test_the_ir_and_the_blob_of_a_trained_network_compile(tmp_path: Path) -> None:
     (done,) = export_files(trained(), ["vpu"], Variant(), tmp_path, digits(20))
@@ -306,7 +313,7 @@ def test_the_ir_and_the_blob_of_a_trained_network_compile(tmp_path: Path) -> Non
     "space",
     [
         *("quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "quadranet-small"),
-        *("quadranet-small-mixed", "quadranet36-xxs"),
+        *("quadranet-small-mixed", "quadranet36-xxs", "union-mobile"),
     ],
 )
 def test_networks_of_every_kind_of_space_compile_at_full_size(space: str, tmp_path: Path) -> None:

@@ -137,6 +137,12 @@ def test_a_map_in_steps_is_priced_as_the_same_network(file: Path) -> None:
     assert network.changes_of_precision == 2
 
 
+def test_a_hard_sigmoid_has_its_slope_and_shift_as_inputs(file: Path) -> None:
+    line: list[Layer] = [("Const", (), 1 / 6), ("Const", (), 0.5)]
+    network = read_onnx(write(file, [IMAGE, *line, ("HardSigmoid", (0, 1, 2), (-1, 4, 8, 8))]))
+    assert kernels(network) == [Kernel("hsigmoid", 8, 4, 4)]
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

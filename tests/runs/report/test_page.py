@@ -203,7 +203,10 @@ def test_an_older_run_without_what_is_new_has_its_page(tiny_space: SearchSpace, 
 
 @pytest.mark.parametrize(
     "name",
-    ["quadranet-mobile-bn", "quadranet-gpu", "quadranet-small", "quadranet-small-mixed", "proxyless-mobile"],
+    [
+        *("quadranet-mobile-bn", "quadranet-gpu", "quadranet-small", "quadranet-small-mixed"),
+        *("proxyless-mobile", "union-mobile"),
+    ],
 )
 def test_every_searchable_space_has_its_page(name: str, tmp_path: Path) -> None:
     space = load_space(name)
