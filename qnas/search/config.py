@@ -118,8 +118,8 @@ class SearchConfig(SettingsFile):
     )
     finalist_rounds: Annotated[int, Field(ge=1, le=5)] = Field(
         default=1,
-        description="Sets of finalists. After each, a number for each kind of block corrects the effects by "
-        "what the trainings showed, and the next set is solved for with them.",
+        description="Sets of finalists, at most. After each, a number for each kind of block corrects the "
+        "effects by what the trainings showed, and the next set is solved for with them.",
     )
     finalist_recipe: str | None = Field(
         default=None,

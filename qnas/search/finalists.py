@@ -257,6 +257,8 @@ def hold_finals(
     best: tuple[Finalist, dict[str, Tensor]] | None = None
     explained: float | None = None
     for number in range(1, config.finalist_rounds + 1):
+        if number > 1 and not biases:
+            break  # nothing was learned that would find others
         found = _choose(problem, selection, finalists, biases) if world.is_main else ()
         found = world.from_main(found)
         if not found:
@@ -283,7 +285,8 @@ def hold_finals(
                 if rung is rungs[-1] and not finalist.problem and _is_better(finalist, best, problem, epochs):
                     weights = trainer.trainer.result.state_dict()
                     best = finalist, {name: tensor.detach().clone() for name, tensor in weights.items()}
-        biases, explained = _refit(problem, selection, finalists, rounds) if world.is_main else ({}, None)
+        refitted = _refit(problem, selection, finalists, rounds) if world.is_main else ({}, None)
+        biases, explained = world.from_main(refitted)
     if best is None:
         raise TrainingError(f"no finalist could be trained: {finalists[0].problem}")
     return Finals(
