@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from qnas.common.errors import TrainingError
+from qnas.common.errors import CheckpointError, TrainingError
 from qnas.common.files import remove_leftovers, write_json
 from qnas.common.progress import Display, silent
+from qnas.common.reading import read_json
 from qnas.data.image_data import ImageData
 from qnas.nn.blocks import start_linear
 from qnas.nn.subnet import build_subnet
@@ -76,7 +77,7 @@ class Finalist:
     accuracies: list[float] = field(default_factory=list)  # on held-out images, after each epoch
     balanced_accuracies: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # that its training took on this machine, in all runs of it that were not killed
     problem: str = ""  # why its training ended early; it counts as the worst
 
 
@@ -169,9 +170,7 @@ class FinalistTrainer:
 
     def step(self) -> dict[str, float]:
         """Take a step; at the end of an epoch, note the figures on held-out images."""
-        start = time.monotonic()
         row = self.trainer.step()
-        self.finalist.seconds += time.monotonic() - start
         if "epoch" not in row:
             return row
         found = {name: row.pop(f"test_{name}") for name in ("accuracy", "balanced_accuracy", "loss")}
@@ -193,7 +192,6 @@ class FinalistTrainer:
             "accuracies": list(self.finalist.accuracies),
             "balanced_accuracies": list(self.finalist.balanced_accuracies),
             "losses": list(self.finalist.losses),
-            "seconds": self.finalist.seconds,
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
@@ -208,7 +206,6 @@ class FinalistTrainer:
             if len(saved[name]) != epochs:
                 raise ValueError(f"{name}: {len(saved[name])} of {epochs} epochs")
             setattr(self.finalist, name, list(saved[name]))
-        self.finalist.seconds = saved["seconds"]
 
 
 def _trainer_of(
@@ -251,6 +248,7 @@ def hold_finals(
     config, world = problem.config, problem.world
     data = _data_of_finals(problem.data, training.resolution_px)
     folder = folder / names.FINALISTS_FOLDER
+    known_seconds = _read_seconds(folder / names.SECONDS_FILE) if world.is_main else {}
     finalists: list[Finalist] = []
     rounds: list[Round] = []
     biases: Biases = {}
@@ -269,6 +267,8 @@ def hold_finals(
             )
             for at, solution in enumerate(found, 1)
         ]
+        for finalist in new:
+            finalist.seconds = known_seconds.get(f"{finalist.number:02d}", 0.0)
         finalists += new
         rungs = plan_rungs(len(new), training.recipe.epochs, config.finalist_factor)
         rounds.append(Round(biases, rungs))
@@ -281,7 +281,11 @@ def hold_finals(
             for finalist in staying:
                 phase = f"finalist {finalist.number} of {len(finalists)}"
                 trainer = _trainer_of(state, finalist, data, training, phase)
-                _train(trainer, rung.epochs, folder, problem, display)
+                try:
+                    _train(trainer, rung.epochs, folder, problem, display)
+                finally:
+                    if world.is_main:
+                        _write_seconds(folder / names.SECONDS_FILE, finalists)
                 if rung is rungs[-1] and not finalist.problem and _is_better(finalist, best, problem, epochs):
                     weights = trainer.trainer.result.state_dict()
                     best = finalist, {name: tensor.detach().clone() for name, tensor in weights.items()}
@@ -327,10 +331,25 @@ def _train(trainer: FinalistTrainer, epochs: int, folder: Path, problem: Problem
         own.mkdir(parents=True, exist_ok=True)
         remove_leftovers(own)
     trainer.train_until(epochs)
+    start = time.monotonic()
     try:
         run_to_end(trainer, own, seed=problem.config.seed, resume=True, display=display, world=world)
     except TrainingError as error:
         finalist.problem = str(error)
+    finally:
+        finalist.seconds += time.monotonic() - start
+
+
+def _read_seconds(path: Path) -> dict[str, float]:
+    """Return the seconds of the finalists' trainings so far, by the names of their folders."""
+    found = read_json(path, CheckpointError).get("seconds") if path.is_file() else None
+    known = found.items() if isinstance(found, dict) else ()
+    return {name: float(value) for name, value in known if isinstance(value, int | float)}
+
+
+def _write_seconds(path: Path, finalists: Sequence[Finalist]) -> None:
+    seconds = {f"{finalist.number:02d}": round(finalist.seconds, 3) for finalist in finalists}
+    write_json(path, {"schema": "qnas.finalists-seconds/1", "seconds": seconds})
 
 
 def _figures(
@@ -408,13 +427,9 @@ def fit_biases(
 # ---- its documents
 
 
-def write_finals(finals: Finals, folder: Path) -> str:
-    """Write the winner's weights and the seconds of all trainings; return the weights' SHA-256."""
-    folder = folder / names.FINALISTS_FOLDER
-    sha256 = save_tensors(folder / names.WEIGHTS_FILE, finals.weights)
-    seconds = {f"{finalist.number:02d}": round(finalist.seconds, 3) for finalist in finals.finalists}
-    write_json(folder / names.SECONDS_FILE, {"schema": "qnas.finalists-seconds/1", "seconds": seconds})
-    return sha256
+def save_weights(finals: Finals, folder: Path) -> str:
+    """Write the winner's weights; return their SHA-256."""
+    return save_tensors(folder / names.FINALISTS_FOLDER / names.WEIGHTS_FILE, finals.weights)
 
 
 def finals_document(finals: Finals, space: SearchSpace, weights_sha256: str) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from qnas.search.finalists import (
     Finals,
     finals_document,
     hold_finals,
+    save_weights,
     winner_document,
-    write_finals,
 )
 from qnas.search.problem import Problem
 from qnas.search.searcher import Searcher
@@ -145,7 +145,7 @@ def _finish(
     found = _search_document(state, selection, winner, finals, folder, display)
     of_finals = {}
     if finals is not None:
-        weights_sha256 = write_finals(finals, folder)
+        weights_sha256 = save_weights(finals, folder)
         found["finalists"] = finals_document(finals, state.problem.space, weights_sha256)
         of_finals = {"finalist": winner_document(finals, weights_sha256)}
     metrics, plot = read_metrics(folder / names.METRICS_FILE), folder / names.BUDGET_PLOT_FILE
