@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qnas.data.image_data import ImageData
     from qnas.data.loading import GivenData
     from qnas.training.losses import LossFunction, Metric
+    from qnas.training.recipe import TrainConfig
 
 SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
 
@@ -37,6 +38,7 @@ class Started:
     limits: Limits
     images: "ImageData"
     folder: Path
+    finalists: "TrainConfig | None" = None  # how they are trained, if there are any
 
 
 def run_search(
@@ -150,7 +152,7 @@ def run_search(
                 QnasWarning,
                 stacklevel=2,
             )
-        on_start(Started(known, limits, images, folder))
+        on_start(Started(known, limits, images, folder, finalists))
         entries = asked.entries(limits)
         request = {
             "command": "search",

@@ -128,6 +128,11 @@ def _announce(started: "Started") -> None:
     typer.echo(describe_limits(started.space, started.limits))
     what = f"trains on {shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
     typer.echo(wrapped(f"{what}; run in {folder}"))
+    if started.finalists is not None:
+        px, most = started.finalists.resolution_px, started.finalists.recipe.epochs
+        typer.echo(
+            wrapped(f"then trains the finalists by themselves at {px} px, those that stay for {most} epochs")
+        )
     deployed_px = started.space.input.resolution_px
     if images.resolution_px != deployed_px:
         typer.echo(
