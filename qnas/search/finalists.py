@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from qnas.common.errors import CheckpointError, TrainingError
+from qnas.common.errors import CheckpointError, TrainingError, UsageError
 from qnas.common.files import remove_leftovers, write_json
 from qnas.common.progress import Display, silent
 from qnas.common.reading import read_json
@@ -81,6 +81,9 @@ class Finalist:
     problem: str = ""  # why its training ended early; it counts as the worst
 
 
+Best = tuple[Finalist, dict[str, Tensor]]  # a finalist that is trained to the end, and its weights
+
+
 @dataclass(frozen=True)
 class Round:
     """The finalists of a round, and how they were found and thinned out."""
@@ -119,8 +122,13 @@ def finalist_training(
     """Return the settings of a finalist's training on so many training images.
 
     Its images have the size at which train-subnet would begin with the recipe. Raises SpaceError where
-    the space has no networks for that size.
+    the space has no networks for that size, UsageError for a linear start from the supernet.
     """
+    if recipe.linear_start and config.finalists_from == "supernet":
+        raise UsageError(
+            "`finalist_recipe`: its linear_start sets weights to zero that the supernet trained: give "
+            "`finalists_from='scratch'` too"
+        )
     last_px = recipe.resolution_px or space.input.resolution_px
     first_px = recipe.start_resolution_px or (None if recipe.resolution_px else config.resolution_px)
     sizes = recipe.override({"resolution_px": last_px, "start_resolution_px": first_px})
@@ -252,7 +260,7 @@ def hold_finals(
     finalists: list[Finalist] = []
     rounds: list[Round] = []
     biases: Biases = {}
-    best: tuple[Finalist, dict[str, Tensor]] | None = None
+    best: Best | None = None
     explained: float | None = None
     for number in range(1, config.finalist_rounds + 1):
         if number > 1 and not biases:
@@ -261,34 +269,11 @@ def hold_finals(
         found = world.from_main(found)
         if not found:
             break  # all networks within the limits are trained already
-        new = [
-            Finalist(
-                len(finalists) + at, number, solution, arch_from_indices(problem.space, solution.indices)
-            )
-            for at, solution in enumerate(found, 1)
-        ]
-        for finalist in new:
-            finalist.seconds = known_seconds.get(f"{finalist.number:02d}", 0.0)
+        new = _numbered(problem, found, len(finalists), number, known_seconds)
         finalists += new
         rungs = plan_rungs(len(new), training.recipe.epochs, config.finalist_factor)
         rounds.append(Round(biases, rungs))
-        staying, epochs = new, 0
-        for rung in rungs:
-            order = best_first(*_figures(staying, problem.objective, epochs))
-            kept = world.from_main([staying[i].number for i in order[: rung.networks]])
-            staying = [each for each in new if each.number in kept and not each.problem]
-            epochs = rung.epochs
-            for finalist in staying:
-                phase = f"finalist {finalist.number} of {len(finalists)}"
-                trainer = _trainer_of(state, finalist, data, training, phase)
-                try:
-                    _train(trainer, rung.epochs, folder, problem, display)
-                finally:
-                    if world.is_main:
-                        _write_seconds(folder / names.SECONDS_FILE, finalists)
-                if rung is rungs[-1] and not finalist.problem and _is_better(finalist, best, problem, epochs):
-                    weights = trainer.trainer.result.state_dict()
-                    best = finalist, {name: tensor.detach().clone() for name, tensor in weights.items()}
+        best = _halve(state, new, rungs, data, training, folder, best, display)
         refitted = _refit(problem, selection, finalists, rounds) if world.is_main else ({}, None)
         biases, explained = world.from_main(refitted)
     if best is None:
@@ -305,6 +290,52 @@ def hold_finals(
         explained,
         best[1],
     )
+
+
+def _numbered(
+    problem: Problem,
+    solutions: Sequence[Solution],
+    before: int,
+    round_number: int,
+    seconds: Mapping[str, float],
+) -> list[Finalist]:
+    """Return the finalists of a round, numbered after those `before` them."""
+    found = []
+    for number, solution in enumerate(solutions, before + 1):
+        arch = arch_from_indices(problem.space, solution.indices)
+        found.append(
+            Finalist(number, round_number, solution, arch, seconds=seconds.get(f"{number:02d}", 0.0))
+        )
+    return found
+
+
+def _halve(
+    state: SearchState,
+    finalists: Sequence[Finalist],
+    rungs: Sequence[Rung],
+    data: ImageData,
+    training: TrainConfig,
+    folder: Path,
+    best: Best | None,
+    display: Display,
+) -> Best | None:
+    """Train the finalists of a round rung by rung; return the best of all so far, with its weights."""
+    problem, world = state.problem, state.problem.world
+    last = finalists[-1].number
+    staying, epochs = list(finalists), 0
+    for rung in rungs:
+        order = best_first(*_figures(staying, problem.objective, epochs))
+        kept = world.from_main([staying[i].number for i in order[: rung.networks]])
+        staying = [each for each in finalists if each.number in kept and not each.problem]
+        epochs = rung.epochs
+        for finalist in staying:
+            phase = f"finalist {finalist.number} of {last}"
+            trainer = _trainer_of(state, finalist, data, training, phase)
+            _train(trainer, epochs, folder, problem, display)
+            if rung is rungs[-1] and not finalist.problem and _is_better(finalist, best, problem, epochs):
+                weights = trainer.trainer.result.state_dict()
+                best = finalist, {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return best
 
 
 def _choose(
@@ -338,6 +369,8 @@ def _train(trainer: FinalistTrainer, epochs: int, folder: Path, problem: Problem
         finalist.problem = str(error)
     finally:
         finalist.seconds += time.monotonic() - start
+        if world.is_main:
+            _write_seconds(folder / names.SECONDS_FILE, finalist)
 
 
 def _read_seconds(path: Path) -> dict[str, float]:
@@ -347,9 +380,10 @@ def _read_seconds(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in known if isinstance(value, int | float)}
 
 
-def _write_seconds(path: Path, finalists: Sequence[Finalist]) -> None:
-    seconds = {f"{finalist.number:02d}": round(finalist.seconds, 3) for finalist in finalists}
-    write_json(path, {"schema": "qnas.finalists-seconds/1", "seconds": seconds})
+def _write_seconds(path: Path, finalist: Finalist) -> None:
+    seconds = _read_seconds(path) | {f"{finalist.number:02d}": round(finalist.seconds, 3)}
+    content = {name: seconds[name] for name in sorted(seconds)}
+    write_json(path, {"schema": "qnas.finalists-seconds/1", "seconds": content})
 
 
 def _figures(

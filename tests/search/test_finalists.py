@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.tiny import TWO_KINDS
 
-from qnas.common.errors import CheckpointError, Interrupted, TrainingError
+from qnas.common.errors import CheckpointError, Interrupted, TrainingError, UsageError
 from qnas.common.progress import Report, reporting_to
 from qnas.data.image_data import ImageData
 from qnas.data.loading import load_data
@@ -392,6 +392,14 @@ def test_finalists_are_trained_as_train_subnet_begins(space: SearchSpace) -> Non
     assert few.ema_decay == finals_module.AVERAGED
     averaged = recipe.override({"ema_decay": 0.999})
     assert finalist_training(CONFIG, averaged, space, 50, ALONE).recipe.ema_decay == 0.999
+
+
+def test_a_linear_start_would_undo_the_supernets_weights(space: SearchSpace) -> None:
+    linear = RECIPE.override({"linear_start": True})
+    with pytest.raises(UsageError, match="`finalists_from='scratch'` too"):
+        finalist_training(CONFIG, linear, space, 1000, ALONE)
+    scratch = CONFIG.override({"finalists_from": "scratch"})
+    assert finalist_training(scratch, linear, space, 1000, ALONE).recipe.linear_start
 
 
 def test_progress_names_the_finalist(
