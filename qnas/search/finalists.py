@@ -256,7 +256,11 @@ def hold_finals(
     config, world = problem.config, problem.world
     data = _data_of_finals(problem.data, training.resolution_px)
     folder = folder / names.FINALISTS_FOLDER
-    known_seconds = _read_seconds(folder / names.SECONDS_FILE) if world.is_main else {}
+    known_seconds: Mapping[str, float] = {}
+    if world.is_main:
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)  # of a killed process
+        known_seconds = _read_seconds(folder / names.SECONDS_FILE)
     finalists: list[Finalist] = []
     rounds: list[Round] = []
     biases: Biases = {}
