@@ -258,7 +258,7 @@ def hold_finals(
     folder = folder / names.FINALISTS_FOLDER
     known_seconds: Mapping[str, float] = {}
     if world.is_main:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)  # of a killed process
         known_seconds = _read_seconds(folder / names.SECONDS_FILE)
     finalists: list[Finalist] = []

@@ -10,6 +10,7 @@ import torch
 from helpers.tiny import TWO_KINDS
 
 import qnas
+from qnas.commands import look
 from qnas.common.errors import CheckpointError, QnasError, UsageError
 from qnas.runs.checkpoint import NEWEST
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, FINALISTS_FOLDER, REPORT_FILE, SEARCH_FILE, WEIGHTS_FILE
@@ -94,6 +95,24 @@ def test_the_page_has_a_row_for_each_finalist(result: qnas.SearchResult) -> None
     assert table.count("<tr") == 5
     assert table.count("<small>chosen</small>") == 1
     assert "explains 25% of what the effects leave" in page
+
+
+def test_explain_has_a_line_for_each_finalist(
+    result: qnas.SearchResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look.explain(result.folder)
+    lines = capsys.readouterr().out.splitlines()
+    winner = result.document["finalist"]["number"]
+    assert [line.split()[1] for line in lines if line.startswith("finalist ")] == ["1", "2", "3", "4"]
+    (chosen,) = (line for line in lines if line.startswith("chosen      finalist"))
+    assert f"finalist {winner} of 4, each trained by itself" in chosen
+    (first,) = (at for at, line in enumerate(lines) if line.startswith("finalist 1"))
+    found = result.finalists[0]
+    said = " ".join(line.strip() for line in lines[first : first + 3])
+    assert f"{found['heldout_accuracies'][0]:.1%} (1)" in said
+    assert f"{found['latency_ms']:.3f}"[:4] in said
+    look.explain(result.folder, as_json=True)
+    assert json.loads(capsys.readouterr().out)["finalists"] == result.run.found["finalists"]
 
 
 def test_the_same_search_without_finalists_is_as_before(result: qnas.SearchResult, tmp_path: Path) -> None:
