@@ -30,13 +30,11 @@ def chosen_line(found: Mapping[str, Any]) -> str:
     count, winner = len(found["networks"]), found["networks"][found["winner"] - 1]
     accuracy = winner["heldout_accuracies"][-1]
     start = "the supernet's weights" if found["from"] == "supernet" else "scratch"
-    if count == 1:
-        return (
-            f"the only finalist; held-out accuracy {accuracy:.1%} after {found['epochs']} epochs from {start}"
-        )
+    after = f"{found['epochs']} epoch{'s' * (found['epochs'] > 1)}"
+    which = f"finalist {winner['number']} of {count}, each" if count > 1 else "the only finalist,"
     return (
-        f"finalist {winner['number']} of {count}, each trained by itself from {start}, at "
-        f"{found['resolution_px']} px; held-out accuracy {accuracy:.1%} after {found['epochs']} epochs"
+        f"{which} trained by itself from {start}, at {found['resolution_px']} px; held-out accuracy "
+        f"{accuracy:.1%} after {after}"
     )
 
 
@@ -71,7 +69,7 @@ def corrections_text(found: Mapping[str, Any]) -> str:
     """Say what the finalists' losses showed of the kinds of blocks beyond the effects."""
     explained = found["explained"]
     if explained is None:
-        return "not the effects: too few finalists, or none were measured"
+        return "not the effects: none were measured, or there are too few finalists"
     if not found["biases"]:
         return "not the effects: no number for each kind of block predicts the finalists left out"
     words = ", ".join(f"{kind} {nats:+.3f}" for kind, nats in found["biases"].items())
