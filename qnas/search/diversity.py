@@ -16,7 +16,7 @@ from qnas.common.errors import InfeasibleBudgetError
 from qnas.solver.kinds import count_blocks, kinds_of, names_of
 from qnas.solver.limits import Limits
 from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
-from qnas.spaces.block_order import block_labels
+from qnas.spaces.block_order import Labels, block_labels
 from qnas.spaces.space import SearchSpace
 
 OF_A_KIND = 40  # networks that are solved for of each kind
@@ -53,13 +53,16 @@ def choose_diverse(
     if first is not None:
         best.sort(key=lambda solution: solution.indices != first)
         assert best[0].indices == first, "not one of the best"
-    pool = _different(space, [*best, *(each for own in of_kinds for each in own)], without)
-    leading = {own[0].indices for own in of_kinds}
+    labels = block_labels(space)
+    pool = _different(labels, [*best, *(each for own in of_kinds for each in own)], without)
+    if not pool:
+        return ()
+    leading = {_sequence(labels, own[0].indices) for own in of_kinds}
     far = features(space, [solution.indices for solution in pool])
     fills = [_fill(solution) for solution in pool]
     taken: list[int] = []
     for among in (
-        [i for i, each in enumerate(pool) if i == 0 or each.indices in leading],
+        [i for i, each in enumerate(pool) if i == 0 or _sequence(labels, each.indices) in leading],
         [i for i, fill in enumerate(fills) if fill >= WINDOW * max(fills)],
         range(len(pool)),  # only if there are no others
     ):
@@ -125,18 +128,18 @@ def farthest(
     return chosen
 
 
+def _sequence(labels: Labels, network: CandidateIndices) -> tuple[int, ...]:
+    """Return what equal networks have in common, wherever their identities stand."""
+    return tuple(row[i] for row, i in zip(labels, network, strict=True) if row[i])
+
+
 def _different(
-    space: SearchSpace, solutions: Sequence[Solution], without: Collection[CandidateIndices]
+    labels: Labels, solutions: Sequence[Solution], without: Collection[CandidateIndices]
 ) -> list[Solution]:
-    """Return the solutions that are different networks, wherever their identities stand, in order."""
-    labels = block_labels(space)
-
-    def sequence(network: CandidateIndices) -> tuple[int, ...]:
-        return tuple(row[i] for row, i in zip(labels, network, strict=True) if row[i])
-
-    seen, found = {sequence(network) for network in without}, []
+    """Return the solutions that are different networks, in order."""
+    seen, found = {_sequence(labels, network) for network in without}, []
     for solution in solutions:
-        if (key := sequence(solution.indices)) not in seen:
+        if (key := _sequence(labels, solution.indices)) not in seen:
             seen.add(key)
             found.append(solution)
     return found

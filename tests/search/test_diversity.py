@@ -112,5 +112,7 @@ def test_networks_that_use_little_of_the_budget_are_taken_last() -> None:
     assert len(every) == distinct
     fills = [limits[0].amount(each.indices) / limits[0].limit for each in every]
     small = [fill < 0.7 * max(fills) for fill in fills]
+    known = [each.indices for each in every]
+    assert choose_diverse(space, scores, limits, 3, 10_000, without=known) == ()
     # but for the best and those of a kind, which come first
     assert small[3:] == sorted(small[3:])
