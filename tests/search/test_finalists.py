@@ -358,7 +358,9 @@ def test_two_finalists_are_too_few_to_correct_effects(hold: Hold, tmp_path: Path
     assert (found.biases, found.explained) == ({}, None)
 
 
-def test_where_rare_classes_count_finalists_are_judged_by_balanced_accuracy() -> None:
+def test_finalists_are_compared_after_equally_many_epochs_where_classes_are_rare_by_balanced_accuracy() -> (
+    None
+):
     labels = torch.tensor([0] * 90 + [1] * 10)
     plain, weighted = (
         make_objective("cross-entropy", "accuracy", labels, 2, weights) for weights in ("none", "balanced")
@@ -370,6 +372,15 @@ def test_where_rare_classes_count_finalists_are_judged_by_balanced_accuracy() ->
         return finalist
 
     both = [one(0.9, 0.5), one(0.8, 0.7)]
+    beyond = one(0.7, 0.5)  # resumed, it has another epoch behind it already
+    beyond.accuracies.append(0.95)
+    beyond.losses.append(0.1)
+    failed = one(0.99, 0.99)
+    failed.problem = "step 9: the loss is nan"
+    assert finals_module._figures([*both, beyond, failed], plain, 1) == (
+        [0.9, 0.8, 0.7, -math.inf],
+        [1.0, 1.0, 1.0, math.inf],
+    )
     assert finals_module._figures(both, plain, 1)[0] == [0.9, 0.8]
     assert finals_module._figures(both, weighted, 1)[0] == [0.5, 0.7]
 
