@@ -163,6 +163,15 @@ class SearchResult(DerivedNetwork):
         return ranking
 
     @property
+    def finalists(self) -> list[dict[str, Any]]:
+        """The networks that were trained by themselves, in the order in which they were taken; often none.
+
+        Each has its `choices`, its `latency_ms`, and its accuracy on held-out images after each epoch.
+        """
+        found = self.run.found.get("finalists")
+        return [] if found is None else list(found["networks"])
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The resolved request with versions: the content of `config.json`."""
         return self.run.config

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qnas.data.image_data import ImageData
     from qnas.data.loading import GivenData
     from qnas.training.losses import LossFunction, Metric
+    from qnas.training.recipe import TrainConfig
 
 SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
 
@@ -37,6 +38,7 @@ class Started:
     limits: Limits
     images: "ImageData"
     folder: Path
+    finalists: "TrainConfig | None" = None  # how they are trained, if there are any
 
 
 def run_search(
@@ -68,7 +70,8 @@ def run_search(
     each of the devices whose file states energies. A throughput device also takes "5000img/s". `data` is
     `digits`, `cifar10:DIR`, `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default:
     digits). `settings` are fields of SearchConfig, such as `search_epochs`, `seed`, `weights` or `sampler`,
-    that override the `preset`.
+    that override the `preset`. With `finalists=8`, that many different networks within the budgets are
+    trained by themselves, and the best is the result.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
     `confidence` keeps the upper end of the network's latency interval at this level within each budget, in
@@ -115,15 +118,19 @@ def run_search(
     broken = former.get("max_broken") if max_broken is None else max_broken
 
     from qnas.api import session
+    from qnas.search.finalists import finalist_recipe, finalist_training
+    from qnas.search.search_result import follow_search
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
-    from qnas.training.loop import run_to_end
     from qnas.training.processes import world_of_environment
+
+    recipe = finalist_recipe(config, kind_of(data)) if config.finalists else None
 
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), session.display_of(progress)
     with session.threads_set(config.threads):
-        images = session.load_images(data, known, px, broken, progress)
+        crops = recipe is not None and recipe.random_resized_crop > 0
+        images = session.load_images(data, known, px, broken, progress, keep_originals=crops)
         known, limits = _of_data(known, limits, len(images.classes), asked, source, former)
         check_searchable(known, limits)
         is_asked = settings.get("batch_size") is not None or not is_default
@@ -132,8 +139,11 @@ def run_search(
         objective = session.objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective)
         arch_batch = searcher.problem.arch_batch_size
+        finalists = (
+            None if recipe is None else finalist_training(config, recipe, known, len(images.train), world)
+        )
         if not world.is_main:  # takes the same steps, writes nothing
-            run_to_end(searcher, Path(), seed=config.seed, resume=resume, world=world)
+            follow_search(searcher, finalists=finalists, resume=resume)
             raise SystemExit
         if arch_batch < batch_size:
             warnings.warn(
@@ -142,7 +152,7 @@ def run_search(
                 QnasWarning,
                 stacklevel=2,
             )
-        on_start(Started(known, limits, images, folder))
+        on_start(Started(known, limits, images, folder, finalists))
         entries = asked.entries(limits)
         request = {
             "command": "search",
@@ -158,7 +168,15 @@ def run_search(
             **({"arch_batch_size": arch_batch} if arch_batch < batch_size else {}),
             "versions": session.versions(),
         }
-        search_in_folder(searcher, folder, request, resume=resume, force=force, display=display)
+        search_in_folder(
+            searcher,
+            folder,
+            request,
+            finalists=finalists,
+            resume=resume,
+            force=force,
+            display=display,
+        )
     return SearchResult.load(folder)
 
 

@@ -31,6 +31,7 @@ class StartedTraining:
     recipe: Recipe
     images: "ImageData"
     folder: Path
+    from_finalist: bool = False  # whether the training of the search's finalist goes on
 
 
 def train_subnet(
@@ -57,7 +58,8 @@ def train_subnet(
     of it (default: the latest run). `data` defaults to that of the search. `recipe` is a shipped
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
     recipe and of TrainConfig that override it, such as `epochs`, `learning_rate`, `class_weights` or `seed`.
-    `weights` is "supernet" or "scratch" (default: the supernet's if there are any). `teacher` is
+    `weights` is "finalist", "supernet" or "scratch" (default: the first of these that there are): of a search
+    with finalists, the training of the best one goes on. `teacher` is
     "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume`, `progress` and
     `on_start` as in `run_search`.
 
@@ -72,17 +74,24 @@ def train_subnet(
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
     from qnas.training.subnet_trainer import train_subnet as train_in_folder
-    from qnas.training.supernet_weights import supernet_file
+    from qnas.training.supernet_weights import finalist_file, is_finalist, supernet_file
     from qnas.training.teacher import load_teacher
 
     check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
     found = find_source(latest_run() if source is None else source, space)
     searched = supernet_file(found).is_file()
-    if weights not in (None, "supernet", "scratch"):
-        raise UsageError(f"`weights='{weights}'`: expected supernet or scratch")
+    if weights not in (None, "finalist", "supernet", "scratch"):
+        raise UsageError(f"`weights='{weights}'`: expected finalist, supernet or scratch")
+    if weights == "finalist" and not is_finalist(found):
+        raise UsageError(
+            f"`weights='finalist'`: no {finalist_file(found)}, name the folder of a search with finalists"
+        )
     if weights == "supernet" and not searched:
         raise UsageError(f"`weights='supernet'`: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
+    from_finalist = is_finalist(found) if weights is None else weights == "finalist"
     from_supernet = searched and weights != "scratch"
+    if from_finalist:
+        from_supernet = found.document["finalist"]["from"] == "supernet"
     former = read_config(supernet_file(found).parent) if searched else {}
     data = reopen(data, former, None if searched else "digits")
     searched_px = former.get("search", {}).get("resolution_px")
@@ -133,7 +142,7 @@ def train_subnet(
             "versions": session.versions(),
         }
         if world.is_main:
-            on_start(StartedTraining(found, config.recipe, images, Path(out)))
+            on_start(StartedTraining(found, config.recipe, images, Path(out), from_finalist))
         train_in_folder(
             found,
             images,
@@ -141,6 +150,7 @@ def train_subnet(
             Path(out),
             request,
             from_supernet=from_supernet,
+            from_finalist=from_finalist,
             teacher=taught,
             objective=session.objective_of(config, loss, metric, images.train_and_heldout.labels, images),
             resume=resume,

@@ -17,12 +17,18 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     Example: qnas explain runs/quadranet-mobile-vpu-30ms
     """
     from qnas.runs.explain import explain as explain_run
+    from qnas.runs.finalists_text import finalist_lines
     from qnas.runs.finished_run import read_finished_run
     from qnas.runs.run_text import describe_explanation
 
     run = source or latest_run()
-    explanation = explain_run(read_finished_run(run))
-    show({"run": str(run), **explanation.facts()}, [describe_explanation(explanation)], as_json=as_json)
+    finished = read_finished_run(run)
+    explanation = explain_run(finished)
+    lines, facts = [describe_explanation(explanation)], {"run": str(run), **explanation.facts()}
+    if (finalists := finished.found.get("finalists")) is not None:
+        lines += ["", *finalist_lines(finalists, finished.limits, finished.space)]
+        facts["finalists"] = finalists
+    show(facts, lines, as_json=as_json)
 
 
 def report(source: Run = None, as_json: Json = False) -> None:

@@ -31,12 +31,20 @@ if TYPE_CHECKING:
     from qnas.api.results import SearchResult
     from qnas.api.searching import Started
 
+# the fields of SearchConfig about finalists, known without loading pydantic
+FINALISTS_PANEL = "Finalists"
+FINALISTS = (
+    *("finalists", "finalist_epochs", "finalists_from", "finalist_factor", "finalist_rounds"),
+    "finalist_recipe",
+)
+
 Command = field_command(
     Fields(
         "qnas.search.config:SearchConfig",
         panels={
             options.DATA: ("resolution_px", "batch_size"),
             options.LENGTH: ("search_epochs", "warmup_epochs", "effect_networks", "screened", "k_best"),
+            FINALISTS_PANEL: FINALISTS,
             options.MACHINE: ("seed", "threads", "torch_device", "precision", "compile"),
         },
         rest=options.EXPERT,
@@ -105,7 +113,8 @@ def search(
         **changes,
     )
     found = result.run.found
-    report = {key: found[key] for key in ("ranking", "random", "macs_guided", "largest", "seeds")}
+    keys = ("ranking", "random", "macs_guided", "largest", "seeds", "finalists")
+    report = {key: found[key] for key in keys if key in found}
     accuracies = {"random_accuracies": result.random_accuracies}
     content = {"run": str(result.folder), **result.document, **accuracies, **report}
     options.show(content, _lines(result), as_json=as_json)
@@ -119,6 +128,11 @@ def _announce(started: "Started") -> None:
     typer.echo(describe_limits(started.space, started.limits))
     what = f"trains on {shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
     typer.echo(wrapped(f"{what}; run in {folder}"))
+    if started.finalists is not None:
+        px, most = started.finalists.resolution_px, started.finalists.recipe.epochs
+        typer.echo(
+            wrapped(f"then trains the finalists by themselves at {px} px, those that stay for {most} epochs")
+        )
     deployed_px = started.space.input.resolution_px
     if images.resolution_px != deployed_px:
         typer.echo(
@@ -168,6 +182,8 @@ def _lines(result: "SearchResult") -> Iterator[str]:
 
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
+    from qnas.runs.finalists_text import finalist_lines
+
     found, random, px = result.run.found, result.random_accuracies, result.space.input.resolution_px
     tested = found["images"]["test"]
     kind = found.get("split_names", {}).get("test", "test")
@@ -180,7 +196,10 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     for name, value in found["derived"].get("metrics", {}).items():
         yield field("", f"{name} {value:.1%}")
     yield field("solved", _solved_for(found["effects"], result.run.config["search"]))
-    yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
+    if (finalists := found.get("finalists")) is None:
+        yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
+    else:
+        yield from finalist_lines(finalists, result.run.limits, result.space)
     if random:
         lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
         known = [entry["balanced_accuracy"] for entry in found["random"] if "balanced_accuracy" in entry]

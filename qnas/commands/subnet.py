@@ -62,9 +62,11 @@ def train_subnet(
     weights: Annotated[
         str | None,
         choice(
+            "finalist",
             "supernet",
             "scratch",
-            note="  [default: supernet for a run, scratch for an arch.json]",
+            note="  [default: finalist for a run with finalists, supernet for another run, scratch for an "
+            "arch.json]",
             panel=RECIPE,
         ),
     ] = None,
@@ -121,6 +123,7 @@ def train_subnet(
     folder, result = trained.folder, trained.result
     speed = read_document(folder / SPEED_FILE, SpeedDocument)
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
+    start = "the finalist's weights" if trained.config.get("from_finalist") else start
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     kind = result.get("split_names", {}).get("test", "test")
@@ -141,6 +144,14 @@ def _announce(started: "StartedTraining") -> None:
     counts = f"{len(images.train_and_heldout)} training, {len(images.test)} test images"
     epochs = ", ".join(f"{count} epoch{'s' * (count > 1)} at {px} px" for px, count in stages)
     typer.echo(wrapped(f"{shown(images.name)}: {counts}; {epochs}; run in {started.folder}"))
+    if started.from_finalist:
+        known = started.found.document["finalist"]
+        typer.echo(
+            wrapped(
+                f"goes on from the finalist's weights: {known['heldout_accuracy']:.1%} on held-out images "
+                f"after {known['epochs']} epochs at {known['resolution_px']} px"
+            )
+        )
     deployed_px = started.found.space.input.resolution_px
     if images.resolution_px != deployed_px:
         typer.echo(wrapped(trained_elsewhere(images.resolution_px, deployed_px)))

@@ -119,6 +119,7 @@ class ConfigDocument(Document):
     # of a training
     train: TrainSettings = ABSENT
     from_supernet: bool = ABSENT
+    from_finalist: bool = ABSENT
     choices: Choices = ABSENT
     teacher: PathText = ABSENT
     teacher_digest: Digest = ABSENT
@@ -196,6 +197,8 @@ class Certificate(Document):
     position_ms: Annotated[list[Amount], Field(max_length=MOST_POSITIONS)]
     fastest_ms: Amount
     slowest_ms: Amount
+    # those among whose networks the rank and the bound hold; absent: among all networks
+    kinds: Annotated[list[Name], Field(min_length=1, max_length=MOST_CELLS)] = ABSENT
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -212,6 +215,22 @@ class Measured(Document):
     runtime: Text
     threads: Threads = ABSENT
     machine: Text
+
+
+class FinalistFacts(Document):
+    """What an arch.json says of the finalist that it is: its training by itself."""
+
+    number: Ordinal
+    of: Ordinal
+    round: Ordinal
+    start: Literal["supernet", "scratch"] = Field(alias="from")
+    epochs: Ordinal
+    seed: Seed
+    resolution_px: Pixels
+    heldout_accuracy: Share
+    heldout_balanced_accuracy: Share
+    heldout_loss: Loss
+    weights_sha256: Digest
 
 
 class RankedEntry(Document):
@@ -261,6 +280,7 @@ class ArchDocument(ArchFields):
     ranking: Ranking = ABSENT
     warning: Text | None = None
     measured: Measured = ABSENT
+    finalist: FinalistFacts = ABSENT
 
     @model_validator(mode="after")
     def _check_solve(self) -> Self:
@@ -323,6 +343,71 @@ class Kernel(Document):
     kind: Text
 
 
+class FinalistEntry(Document):
+    """A network that was trained by itself; figures are on held-out images, after each epoch."""
+
+    number: Ordinal
+    round: Ordinal
+    choices: Choices
+    blocks: dict[Name, Count]
+    latency_ms: Amount
+    amounts: Annotated[list[Amount], Field(min_length=1, max_length=100)]
+    score: Number
+    score_bound: Number
+    rank: Ordinal
+    solved: Ordinal
+    kinds: Annotated[list[Name], Field(max_length=MOST_CELLS)]
+    heldout_accuracies: list[Share]
+    heldout_balanced_accuracies: list[Share]
+    heldout_losses: list[Loss]
+    problem: Text = ABSENT
+
+
+class RungEntry(Document):
+    """A rung of successive halving."""
+
+    networks: Ordinal
+    epochs: Ordinal
+
+
+class RoundEntry(Document):
+    """A round of finalists, and the biases by which its networks were solved for."""
+
+    biases: dict[Name, Nats]
+    rungs: Annotated[list[RungEntry], Field(min_length=1, max_length=100)]
+
+
+class FinalistsDocument(Document):
+    """The finalists of a search."""
+
+    start: Literal["supernet", "scratch"] = Field(alias="from")
+    epochs: Ordinal
+    factor: Annotated[int, Field(ge=2, le=MOST_NETWORKS)]
+    seed: Seed
+    resolution_px: Pixels
+    images: Count
+    rounds: Annotated[list[RoundEntry], Field(min_length=1, max_length=100)]
+    networks: Annotated[list[FinalistEntry], Field(min_length=1, max_length=MOST_NETWORKS)]
+    winner: Ordinal
+    weights_sha256: Digest
+    biases: dict[Name, Nats]
+    explained: Loss | None
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        if [each.number for each in self.networks] != list(range(1, len(self.networks) + 1)):
+            raise ValueError("networks: not numbered from 1 on")
+        if self.winner > len(self.networks):
+            raise ValueError(f"winner: {self.winner} of {len(self.networks)} networks")
+        if any(each.round > len(self.rounds) for each in self.networks):
+            raise ValueError(f"networks: a round beyond the {len(self.rounds)} rounds")
+        if not self.networks[self.winner - 1].heldout_accuracies:
+            raise ValueError("winner: it has no accuracy")
+        if self.rounds[0].biases:
+            raise ValueError("rounds: the first one has biases, though nothing was trained before it")
+        return self
+
+
 class SearchDocument(Document):
     """A search.json: what a search found besides its network."""
 
@@ -344,6 +429,7 @@ class SearchDocument(Document):
     macs_guided: Rival | None
     largest: Rival
     seeds: Seeds
+    finalists: FinalistsDocument = ABSENT
     layers: dict[Name, Annotated[list[Kernel], Field(max_length=MOST_POSITIONS)]]
 
 
@@ -550,7 +636,7 @@ class MetricsRow(Document):
     identity_share: Number = ABSENT
     probabilities: Annotated[list[list[Share]], Field(max_length=MOST_POSITIONS)] = ABSENT
     warnings: Annotated[list[Text], Field(max_length=1000)] = ABSENT
-    # at the end of an epoch of a training
+    # at the end of an epoch of a training, of a finalist on held-out images
     epoch: Step = ABSENT
     resolution_px: Pixels = ABSENT
     train_loss: Number = ABSENT
@@ -558,11 +644,15 @@ class MetricsRow(Document):
     test_accuracy: Share = ABSENT
     test_balanced_accuracy: Share = ABSENT
     test_loss: Loss = ABSENT
+    heldout_accuracy: Share = ABSENT
+    heldout_balanced_accuracy: Share = ABSENT
+    heldout_loss: Loss = ABSENT
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
-        for first, others in (("multiplier", _OF_ARCH_STEP), ("epoch", _OF_EPOCH)):
-            given = self.model_fields_set
+        given = self.model_fields_set
+        of_epoch = _OF_FINALISTS_EPOCH if "heldout_accuracy" in given else _OF_EPOCH
+        for first, others in (("multiplier", _OF_ARCH_STEP), ("epoch", of_epoch)):
             missing = [name for name in (first, *others) if name not in given]
             if missing and given.intersection((first, *others)):
                 raise ValueError(f"{', '.join(missing)}: missing")
@@ -571,6 +661,7 @@ class MetricsRow(Document):
 
 _OF_ARCH_STEP = ("arch_loss", "expected_ms", "limit_ms", "temperature", "entropy", "identity_share")
 _OF_EPOCH = ("train_loss", "learning_rate", "test_accuracy", "test_loss")
+_OF_FINALISTS_EPOCH = ("train_loss", "learning_rate", "heldout_accuracy", "heldout_loss")
 
 
 # ---- reading

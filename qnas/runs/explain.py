@@ -134,7 +134,7 @@ def explain(run: FinishedRun) -> Explanation:
         run.space,
         run.arch,
         limits,
-        run.searched.scores,
+        run.searched.certified,
         run.searched.screened,
         run.folder / ARCH_FILE,
     )

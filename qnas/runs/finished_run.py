@@ -5,7 +5,7 @@ Only the folder is needed and no torch, so a run can be explained on a machine w
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from qnas.runs.documents import check_solved, read_arch_facts, read_search_docum
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE
-from qnas.runs.verification import check_certificate, check_request, check_search, read_limits, recompute
+from qnas.runs.verification import (
+    check_certificate,
+    check_finalists,
+    check_request,
+    check_search,
+    read_limits,
+    recompute,
+)
+from qnas.solver.kinds import corrected, kinds_of
 from qnas.solver.limits import Limits
 from qnas.solver.solve import Scores
 from qnas.spaces.arch import Arch, arch_of
@@ -31,13 +39,33 @@ class Searched:
     effects: Scores | None  # nats that each candidate adds to the held-out loss; None: not measured
     pressed: bool  # whether the budget was binding
     screened: int  # number of networks solved for, of which some were ranked
+    # the scores of each round of finalists, of the one whose network was chosen, and as they are corrected
+    # after the last one; without finalists all are the measured ones
+    by_round: tuple[Scores, ...] = ()
+    certified_round: int = 1
+    after: Scores | None = None
+
+    @property
+    def measured(self) -> Scores:
+        """The scores that the search measured, by which networks were ranked."""
+        if self.effects is None:
+            return self.log_probabilities
+        return tuple(tuple(-nats for nats in row) for row in self.effects)
 
     @property
     def scores(self) -> Scores:
         """The scores of which derivation maximises the sum."""
-        if self.effects is None:
-            return self.log_probabilities
-        return tuple(tuple(-nats for nats in row) for row in self.effects)
+        return self.measured if self.after is None else self.after
+
+    @property
+    def certified(self) -> Scores:
+        """The scores that the search's own network was solved for, of which its certificate speaks."""
+        return self.by_round[self.certified_round - 1] if self.by_round else self.measured
+
+    def correction(self, network: Sequence[int]) -> float:
+        """Return by how many nats finalists showed a network's loss to be lower than by its effects."""
+        rows = zip(self.scores, self.measured, network, strict=True)
+        return math.fsum(after[i] - before[i] for after, before, i in rows)
 
 
 def read_searched(folder: Path, space: SearchSpace) -> Searched:
@@ -57,11 +85,21 @@ def _searched(found: Mapping[str, Any], space: SearchSpace, path: Path) -> Searc
             raise CheckpointError(
                 f"{path}: log_probabilities: those of position {position.name} do not add up to 1"
             )
-    return Searched(
+    searched = Searched(
         log_probabilities,
         None if effects is None else _rows(path, effects["nats"], "effects.nats", space),
         pressed=found["budget_binds"],
         screened=found["screened"],
+    )
+    finalists = found.get("finalists")
+    if finalists is None:
+        return searched
+    kinds = kinds_of(space)
+    return replace(
+        searched,
+        by_round=tuple(corrected(searched.measured, kinds, each["biases"]) for each in finalists["rounds"]),
+        certified_round=finalists["networks"][finalists["winner"] - 1]["round"],
+        after=corrected(searched.measured, kinds, finalists["biases"]),
     )
 
 
@@ -129,7 +167,8 @@ def verify_certificate(found: FoundArch) -> None:
     searched = read_searched(run, found.space)
     asked = min(document["certificate"]["solved"], MOST_SOLVED) if supernet else 0
     most = max(searched.screened, asked)
-    check_certificate(document, found.space, found.arch, limits, searched.scores, most, path)
+    scores = searched.scores if supernet else searched.certified  # a derivation's, or the search's own
+    check_certificate(document, found.space, found.arch, limits, scores, most, path)
 
 
 def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -> FinishedRun:
@@ -151,6 +190,7 @@ def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -
     recompute(document, space, arch, path)
     searched = _searched(found, space, folder / SEARCH_FILE)
     check_request(config, document, folder)
-    scores = searched.scores, searched.log_probabilities
-    check_search(found, document, space, limits, *scores, folder)
+    check_search(found, document, space, limits, searched.measured, searched.log_probabilities, folder)
+    if "finalists" in found or "finalist" in document:
+        check_finalists(found, document, space, limits, searched.by_round, folder)
     return FinishedRun(folder, config, document, found, space, arch, limits, searched)

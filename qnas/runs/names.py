@@ -14,6 +14,7 @@
     left-out.csv          the files of the data that are not used, if any
     budget.png            the expected amounts relative to the limits, by step
     search.json           the final probabilities, the ranking, and networks for comparison
+    finalists/            the trainings of the finalists, a folder each, and the winner's weights
     tensorboard/          output of tensorboard
     pareto/               output of pareto: the best networks by budget
     derived/              output of derive, for other devices and budgets
@@ -40,11 +41,15 @@ REPORT_FILE = "report.html"
 BROKEN_FILE = "broken.csv"
 LEFT_OUT_FILE = "left-out.csv"
 
+FINALISTS_FOLDER = "finalists"
 DERIVED_FOLDER = "derived"
 PARETO_FOLDER = "pareto"
 TENSORBOARD_FOLDER = "tensorboard"
 SUBNET_FOLDER = "subnet"
 EXPORT_FOLDER = "export"
+
+# in finalists/, beside the winner's weights
+SECONDS_FILE = "seconds.json"  # measured on this machine, so not part of the result
 
 # in subnet/
 WEIGHTS_FILE = "weights.safetensors"
@@ -61,7 +66,10 @@ CLEARED_FILES = (
     *(BROKEN_FILE, LEFT_OUT_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE),
     SPEED_FILE,
 )
-CLEARED_FOLDERS = (SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER, TENSORBOARD_FOLDER)
+CLEARED_FOLDERS = (
+    *(FINALISTS_FOLDER, SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER),
+    TENSORBOARD_FOLDER,
+)
 
 
 def table_file(device: str) -> str:

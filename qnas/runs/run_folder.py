@@ -18,7 +18,14 @@ from qnas.common.files import holding, is_partial, remove_leftovers, write_json,
 from qnas.common.reading import LINE_CHARACTERS, read_bytes
 from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.folders import read_config
-from qnas.runs.names import CLEARED_FILES, CLEARED_FOLDERS, CONFIG_FILE, LOCK_FILE, RESULT_FILE
+from qnas.runs.names import (
+    CLEARED_FILES,
+    CLEARED_FOLDERS,
+    CONFIG_FILE,
+    FINALISTS_FOLDER,
+    LOCK_FILE,
+    RESULT_FILE,
+)
 
 
 @contextmanager
@@ -104,7 +111,7 @@ def _check_resumable(
 ) -> None:
     """Raise CheckpointError if a run is complete or had another request."""
     if (folder / result).is_file():
-        Checkpoints(folder).remove()  # left if the run was killed right after its result
+        remove_states(folder)  # left if the run was killed right after its result
         what = "training" if result == RESULT_FILE else "search"
         raise CheckpointError(f"{folder}: this {what} is complete, there is nothing to resume")
     there = [folder / name for name in copies if (folder / name).is_file()]
@@ -114,6 +121,12 @@ def _check_resumable(
     if changed:
         words = one_line("; ".join(changed), LINE_CHARACTERS - 100)
         raise CheckpointError(f"{folder}: cannot resume, changed since it started: {words}")
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the checkpoints of a complete run, and those of its finalists' trainings."""
+    for own in (folder, *sorted((folder / FINALISTS_FOLDER).glob("*/"))):
+        Checkpoints(own).remove()
 
 
 def _check_free(folder: Path, *, force: bool) -> None:

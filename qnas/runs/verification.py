@@ -26,6 +26,7 @@ from qnas.latency.intervals import Errors, Uncertainty
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table import DECIMALS, LatencyTable, read_table
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SEARCH_FILE, table_file
+from qnas.solver.kinds import count_blocks, kinds_of, names_of
 from qnas.solver.limits import (
     COUNTS,
     ENERGY,
@@ -347,11 +348,14 @@ def check_search(
     if document.get("heldout_accuracy") is None:
         raise ArchError(f"{folder / ARCH_FILE}: heldout_accuracy: missing")
     first, derived = found["ranking"][0], found["derived"]
-    for key, value, other in (
+    chosen = (
         ("ranking[0].choices", first["choices"], document["choices"]),
         ("ranking[0].score", first["score"], document["certificate"]["score"]),
         ("ranking[0].rank", first["rank"], document["certificate"]["rank"]),
         ("ranking[0].heldout_accuracy", first["heldout_accuracy"], document["heldout_accuracy"]),
+    )
+    for key, value, other in (
+        *(() if "finalists" in found else chosen),
         ("derived.choices", derived["choices"], document["choices"]),
         ("derived.heldout_accuracy", derived["heldout_accuracy"], document["heldout_accuracy"]),
         ("derived.accuracy", derived["accuracy"], document.get("supernet_accuracy", derived["accuracy"])),
@@ -359,6 +363,57 @@ def check_search(
         if value != other:
             raise CheckpointError(
                 f"{path}: {key} is {value!r:.60}, but {ARCH_FILE} says {other!r:.60}: one of them was edited"
+            )
+
+
+def check_finalists(
+    found: Mapping[str, Any],
+    document: Mapping[str, Any],
+    space: SearchSpace,
+    limits: Limits,
+    scores_by_round: Sequence[Scores],
+    folder: Path,
+) -> None:
+    """Raise CheckpointError where the finalists differ from what choices, tables and scores give.
+
+    Each must be within all limits, and the winner be the network of arch.json. Raises ArchError where one is
+    not of the space.
+    """
+    path = folder / SEARCH_FILE
+    if "finalists" not in found or "finalist" not in document:
+        raise CheckpointError(f"{path}: finalists are in one of it and {ARCH_FILE} only: one was edited")
+    finalists, chosen, certificate = found["finalists"], document["finalist"], document["certificate"]
+    kinds = kinds_of(space)
+    rounding = ROUNDED_MS * (len(kinds) + 100) if any(map(_is_rounded, document["limits"])) else 0.0
+    for at, entry in enumerate(finalists["networks"]):
+        where = f"{path}: finalists.networks[{at}]"
+        indices = make_arch(space, tuple(entry["choices"]), where).indices(space)
+        counts = {name: count for name, count in count_blocks(kinds, indices).items() if count}
+        scores = scores_by_round[entry["round"] - 1]
+        score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+        amounts = [limit.amount(indices) for limit in limits]
+        _compare(f"{where}.blocks", entry["blocks"], counts, error=CheckpointError)
+        _compare(f"{where}.amounts", entry["amounts"], amounts, rounding, CheckpointError)
+        latency_ms = limits[0].latency_ms(indices)
+        _compare(f"{where}.latency_ms", entry["latency_ms"], latency_ms, rounding, CheckpointError)
+        _compare(f"{where}.score", entry["score"], score, 1e-9, CheckpointError)
+        for limit, amount in zip(limits, amounts, strict=True):
+            if amount > limit.limit + rounding:
+                raise CheckpointError(f"{where}: {amount} is above the limit of {limit.limit} {limit.unit}")
+    winner = finalists["networks"][finalists["winner"] - 1]
+    for key, value, other in (
+        ("choices", winner["choices"], document["choices"]),
+        ("score", winner["score"], certificate["score"]),
+        ("rank", winner["rank"], certificate["rank"]),
+        ("kinds", winner["kinds"], certificate.get("kinds", [])),
+        ("number", winner["number"], chosen["number"]),
+        ("heldout_accuracies", winner["heldout_accuracies"][-1], chosen["heldout_accuracy"]),
+        ("weights_sha256", finalists["weights_sha256"], chosen["weights_sha256"]),
+    ):
+        if value != other:
+            raise CheckpointError(
+                f"{path}: {key} of the chosen finalist is {value!r:.60}, but {ARCH_FILE} says {other!r:.60}: "
+                "one of them was edited"
             )
 
 
@@ -415,6 +470,9 @@ def check_certificate(
     `most_solved` is the largest number of networks that the run solved for.
     """
     certificate, indices = document["certificate"], arch.indices(space)
+    kinds = tuple(certificate.get("kinds", ()))
+    if unknown := set(kinds) - set(names_of(kinds_of(space))):
+        raise ArchError(f"{path}: certificate.kinds: the space has no {', '.join(sorted(unknown))}")
     rank, score, bound = (certificate[key] for key in ("rank", "score", "score_bound"))
     own = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
     _compare(f"{path}: certificate.score", score, own, 1e-9)
@@ -429,12 +487,13 @@ def check_certificate(
         for each in limits
     )
     try:
-        solutions = solve_best(space, scores, wider, 1 if is_rounded else rank)
+        solutions = solve_best(space, scores, wider, 1 if is_rounded else rank, kinds)
     except InfeasibleBudgetError as cause:
         raise ArchError(f"{path}: {cause}") from cause
     proven = solutions[0].score
     if bound > proven + slack:  # a bound that is not met depends on the number of networks solved for
-        proven = solve_best(space, scores, wider, min(certificate["solved"], most_solved))[0].bound
+        solved = min(certificate["solved"], most_solved)
+        proven = solve_best(space, scores, wider, solved, kinds)[0].bound
     if not (is_rounded and own - slack <= bound <= proven + slack):
         _compare(f"{path}: certificate.score_bound", bound, proven, slack)
     better = sum(solution.score > own + slack for solution in solutions)

@@ -3,16 +3,24 @@
 Nothing here imports torch, so that the command line can build its help from the fields.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from qnas.nn.modes import GradientForm, WeightsMode, gradient_for
+from qnas.search.halving import count_rungs, epochs_within
 from qnas.training import settings
 from qnas.training.settings import Count, Natural, Number, SettingsFile, Share
 
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
 Paths = Literal["even", "probabilities"]
+FinalistWeights = Literal["supernet", "scratch"]
+
+# settings of finalists, later than the first runs
+FINALISTS = (
+    *("finalists", "finalist_epochs", "finalists_from", "finalist_factor", "finalist_rounds"),
+    "finalist_recipe",
+)
 
 # The default preset for each kind of data, for two CPU cores or one GPU.
 PRESET_OF_DATA = {
@@ -30,7 +38,7 @@ class SearchConfig(SettingsFile):
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"
     FOLDER: ClassVar[str] = "recipes/search"
-    LATER: ClassVar[tuple[str, ...]] = settings.BALANCE
+    LATER: ClassVar[tuple[str, ...]] = (*settings.BALANCE, *FINALISTS)
 
     file_schema: Literal["qnas.search-preset/1"] = Field(
         default="qnas.search-preset/1", alias="schema", repr=False
@@ -91,6 +99,33 @@ class SearchConfig(SettingsFile):
     random_networks: Natural = Field(
         default=10, description="Random networks of equal latency to compare with."
     )
+    finalists: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=0,
+        description="Different networks within the limits that are trained by themselves; the best on "
+        "held-out images is the result. 0 chooses by the supernet alone.",
+    )
+    finalist_epochs: Count | None = Field(
+        default=None,
+        description="Epochs of a finalist that stays to the end. Default: as many as make all finalists "
+        "together take at most as many epochs as the search, but at least one for each halving.",
+    )
+    finalists_from: FinalistWeights = Field(
+        default="supernet", description="Weights that a finalist's training starts from."
+    )
+    finalist_factor: Annotated[int, Field(ge=2, le=100)] = Field(
+        default=2,
+        description="Share of the finalists that goes on: one in so many, with so many times the epochs.",
+    )
+    finalist_rounds: Annotated[int, Field(ge=1, le=5)] = Field(
+        default=1,
+        description="Sets of finalists, at most. After each, a number for each kind of block corrects the "
+        "effects by what the trainings showed, and the next set is solved for with them.",
+    )
+    finalist_recipe: str | None = Field(
+        default=None,
+        description="Recipe of the finalists' training, by name or path. Default: as of train-subnet, by the "
+        "kind of data.",
+    )
     threads: settings.ThreadsField = 0
     seed: settings.SeedField = 0
     loss: settings.LossField = "cross-entropy"
@@ -102,4 +137,30 @@ class SearchConfig(SettingsFile):
     def _check_together(self) -> Self:
         gradient_for(self.weights, self.gradient)
         settings.check_balance(self.loss, self.class_weights, self.sampler)
+        self._check_finalists()
         return self
+
+    def _check_finalists(self) -> None:
+        """Raise ValueError for settings of finalists without any, and for too few epochs to halve them."""
+        if not self.finalists:
+            fields = type(self).model_fields
+            given = [name for name in FINALISTS if getattr(self, name) != fields[name].default]
+            if given:
+                listed = " and ".join(f"`{name}={getattr(self, name)}`" for name in given)
+                raise ValueError(f"{listed}: there are no finalists: expected `finalists` of at least 1 too")
+            return
+        rungs = count_rungs(self.finalists, self.finalist_factor)
+        if self.finalist_epochs is not None and self.finalist_epochs < rungs:
+            raise ValueError(
+                f"`finalist_epochs={self.finalist_epochs}`: expected at least {rungs}, as {self.finalists} "
+                f"finalists are thinned out {rungs - 1} times, by {self.finalist_factor}"
+            )
+
+    @property
+    def epochs_of_finalists(self) -> int:
+        """Epochs of a finalist that stays to the end: as asked, or by the length of the search."""
+        assert self.finalists, "there are no finalists"
+        if self.finalist_epochs is not None:
+            return self.finalist_epochs
+        most = (self.warmup_epochs + self.search_epochs) // self.finalist_rounds
+        return epochs_within(self.finalists, self.finalist_factor, most)

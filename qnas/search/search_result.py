@@ -1,13 +1,15 @@
 """The result of a search: the derived network, its certificate, and a comparison with its rivals.
 
-The derived network is the first that `search.selection` ranks. It is compared, on the test images and with
+The derived network is the first that `search.selection` ranks, or the best finalist (`search.finalists`). It
+is compared, on the test images and with
 the same supernet's weights, with random networks of its latency, the network that MACs alone would choose,
 and the largest network within the budget, and with the derived networks of the same search under other seeds
 whose runs lie beside this one. None of these figures influences the choice.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,25 +24,34 @@ from qnas.data.left_out import left_out_facts, write_left_out
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text
 from qnas.runs import names
-from qnas.runs.checkpoint import Checkpoints
 from qnas.runs.documents import read_search_document
 from qnas.runs.folders import read_config
 from qnas.runs.metrics import read_metrics
 from qnas.runs.plots import draw_budget
 from qnas.runs.report.page import close_with_report
-from qnas.runs.run_folder import opened
+from qnas.runs.run_folder import opened, remove_states
 from qnas.runs.tensors import save_supernet
 from qnas.search.evaluator import Evaluator, evaluator_of
+from qnas.search.finalists import (
+    Finals,
+    finals_document,
+    hold_finals,
+    save_weights,
+    winner_document,
+)
 from qnas.search.problem import Problem
 from qnas.search.searcher import Searcher
-from qnas.search.selection import Selection, count_screened, ranking_document, select
+from qnas.search.selection import Ranked, Selection, count_screened, ranking_document, rerank, select
 from qnas.search.state import SearchState
 from qnas.solver.distributions import sample_near
+from qnas.solver.kinds import corrected, kinds_of
 from qnas.solver.limits import beside_latency
 from qnas.solver.solve import CandidateIndices, largest, macs_guided, solution_document
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_macs, lower
 from qnas.training.loop import run_to_end
+from qnas.training.processes import World, joined
+from qnas.training.recipe import TrainConfig
 
 RANDOM_WINDOW = 0.97  # random networks have this share of the derived network's latency or more, up to all
 
@@ -50,17 +61,21 @@ def run_search(
     folder: Path,
     request: Mapping[str, Any],
     *,
+    finalists: TrainConfig | None = None,
     resume: bool = False,
     force: bool = False,
     display: Display = silent,
 ) -> Selection:
     """Search to the end in a run folder, write the results there, and return the ranked networks.
 
-    `request` goes to config.json. Raises CheckpointError where the folder cannot be used, Interrupted once
-    the state is saved after Ctrl-C or SIGTERM.
+    `request` goes to config.json. `finalists` is their training where the configuration has any. Raises
+    CheckpointError where the folder cannot be used, Interrupted once the state is saved after Ctrl-C or
+    SIGTERM.
     """
     problem = searcher.problem
     request = {"search": problem.config.record() | problem.objective.record(), **request}
+    if finalists is not None:
+        request["finalists"] = finalists.record()
     tables = [limit.table for limit in problem.limits if limit.table is not None]
     copies = {
         names.SPACE_FILE: problem.space.to_yaml(),
@@ -70,15 +85,69 @@ def run_search(
     seed, world = problem.config.seed, problem.world
     with opened(folder, request, copies, result=names.ARCH_FILE, resume=resume, force=force):
         write_left_out(folder / names.LEFT_OUT_FILE, problem.data.left_out)
-        run_to_end(searcher, folder, seed=seed, resume=resume, display=display, world=world)
-        return _finish(searcher.state, folder, request, display)
+        with _together(world, finalists):
+            run_to_end(searcher, folder, seed=seed, resume=resume, display=display, world=world)
+            selection, finals = _choose(searcher.state, folder, finalists, display)
+        _finish(searcher.state, selection, finals, folder, request, display)
+        return selection
 
 
-def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], display: Display) -> Selection:
-    """Select a network, compare it, and write the files of a search that has taken its last step."""
+def follow_search(searcher: Searcher, *, finalists: TrainConfig | None = None, resume: bool = False) -> None:
+    """Take all steps of a search in a process that is not the main one, which writes the results."""
+    problem = searcher.problem
+    with _together(problem.world, finalists):
+        run_to_end(searcher, Path(), seed=problem.config.seed, resume=resume, world=problem.world)
+        if finalists is not None:
+            _choose(searcher.state, Path(), finalists, silent)
+
+
+@contextmanager
+def _together(world: World, finalists: TrainConfig | None) -> Iterator[None]:
+    """Keep the processes connected between the last step of a search and the trainings of its finalists."""
+    if finalists is None:
+        yield
+        return
+    with joined(world), world.watched():
+        yield
+
+
+def _choose(
+    state: SearchState, folder: Path, finalists: TrainConfig | None, display: Display
+) -> tuple[Selection, Finals | None]:
+    """Select the best networks by the supernet, and hold the finals where there are finalists.
+
+    With several processes, each selects, so that none waits for another for longer than processes may.
+    """
     selection = select(state, display)
-    found = _search_document(state, selection, folder, display)
-    winner = selection.ranking[0]
+    if finalists is None:
+        return selection, None
+    return selection, hold_finals(state, selection, folder, finalists, display)
+
+
+def _winner(state: SearchState, selection: Selection, finals: Finals | None) -> Ranked:
+    """Return the derived network: the first of the ranking, or the best finalist, ranked alike."""
+    if finals is None:
+        return selection.ranking[0]
+    problem, solution = state.problem, finals.winner.solution
+    return rerank(problem.space, [solution], problem.data, evaluator_of(state).classify)[0]
+
+
+def _finish(
+    state: SearchState,
+    selection: Selection,
+    finals: Finals | None,
+    folder: Path,
+    request: Mapping[str, Any],
+    display: Display,
+) -> None:
+    """Compare the chosen network, and write the files of a search that has taken its last step."""
+    winner = _winner(state, selection, finals)
+    found = _search_document(state, selection, winner, finals, folder, display)
+    of_finals = {}
+    if finals is not None:
+        weights_sha256 = save_weights(finals, folder)
+        found["finalists"] = finals_document(finals, state.problem.space, weights_sha256)
+        of_finals = {"finalist": winner_document(finals, weights_sha256)}
     metrics, plot = read_metrics(folder / names.METRICS_FILE), folder / names.BUDGET_PLOT_FILE
     draw_budget(metrics, plot, multiplier_bound=state.multiplier.bound)
     write_json(folder / names.SEARCH_FILE, found | {"layers": _layers(state.problem, winner.arch, request)})
@@ -90,6 +159,7 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
         "supernet_balanced_accuracy": found["derived"]["balanced_accuracy"],
         "heldout_accuracy": winner.heldout.accuracy,
         "heldout_balanced_accuracy": winner.heldout.balanced_accuracy,
+        **of_finals,
         "seed": state.problem.config.seed,
         "versions": request.get("versions", {}),
     }
@@ -97,16 +167,20 @@ def _finish(state: SearchState, folder: Path, request: Mapping[str, Any], displa
     close_with_report(folder, {names.ARCH_FILE: document})
     # last, since its presence marks the run as complete
     write_json(folder / names.ARCH_FILE, document)
-    Checkpoints(folder).remove()
-    return selection
+    remove_states(folder)
 
 
 def _search_document(
-    state: SearchState, selection: Selection, folder: Path, display: Display
+    state: SearchState,
+    selection: Selection,
+    winner: Ranked,
+    finals: Finals | None,
+    folder: Path,
+    display: Display,
 ) -> dict[str, Any]:
-    """Return the content of search.json without the layers."""
+    """Return the content of search.json without the layers and the finalists."""
     problem, effects = state.problem, selection.effects
-    compared = _compare(state, selection, display)
+    compared = _compare(state, selection, winner, finals, display)
     by_seed = {**seeds_beside(folder), problem.config.seed: float(compared["derived"]["accuracy"])}
     accuracies = list(by_seed.values())
     return {
@@ -131,9 +205,11 @@ def _search_document(
     }
 
 
-def _compare(state: SearchState, selection: Selection, display: Display) -> dict[str, Any]:
+def _compare(
+    state: SearchState, selection: Selection, winner: Ranked, finals: Finals | None, display: Display
+) -> dict[str, Any]:
     """Evaluate the derived network and its rivals on the test images; return them as JSON values."""
-    problem, winner = state.problem, selection.ranking[0]
+    problem = state.problem
     space, limits, latency_ms = problem.space, problem.limits, winner.solution.latency_ms
     table = limits[0].table
     assert table is not None, "the first limit is a device's"
@@ -142,7 +218,10 @@ def _compare(state: SearchState, selection: Selection, display: Display) -> dict
         table, RANDOM_WINDOW * latency_ms, latency_ms, count, rng, within=beside_latency(limits)
     )
     derived, most = winner.solution.indices, largest(space, limits).indices
-    guided = macs_guided(space, selection.scores, limits)
+    scores = selection.scores
+    if finals is not None:
+        scores = corrected(scores, kinds_of(space), finals.biases)
+    guided = macs_guided(space, scores, limits)
     networks = dict.fromkeys([derived, most, *([guided.indices] if guided else []), *random])
     evaluator, tested = evaluator_of(state), dict[CandidateIndices, dict[str, Any]]()
     with display(len(networks), "compare") as progress:

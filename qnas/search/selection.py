@@ -29,7 +29,7 @@ from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, Losses, co
 from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
 from qnas.search.problem import Problem
 from qnas.search.state import SearchState
-from qnas.solver.solve import Scores, Solution, solve_best
+from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
@@ -138,17 +138,19 @@ def rerank_saved(
 ) -> tuple[Ranked, ...]:
     """Rank networks with the supernet in the folder of a finished search, on the data of the search.
 
-    More than `keep` networks are screened first. Raises the errors of `saved_evaluator` and `check_rankable`.
+    More than `keep` networks are screened first. Losses are lowered by what the search's finalists showed of
+    the networks' kinds of blocks. Raises the errors of `saved_evaluator` and `check_rankable`.
     """
     check_rankable(run.folder, run.config)
     evaluator = saved_evaluator(
         run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
     )
     keep = keep or len(solutions)
-    space, images, device = run.space, evaluator.data, evaluator.device
+    space, images, device, lower_by = run.space, evaluator.data, evaluator.device, run.searched.correction
     with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:
-        screened = screen(space, solutions, images, evaluator.losses, keep, device, progress.step)
-        return rerank(space, screened, images, evaluator.classify, progress.step)
+        step = progress.step
+        screened = screen(space, solutions, images, evaluator.losses, keep, device, step, lower_by)
+        return rerank(space, screened, images, evaluator.classify, step, lower_by)
 
 
 def prefer(losses: Tensor, params: Sequence[int]) -> tuple[list[int], int]:
@@ -175,10 +177,12 @@ def screen(
     keep: int,
     device: torch.device,
     on_screened: Callable[[], None] = lambda: None,
+    lower_by: Callable[[CandidateIndices], float] = lambda _: 0.0,
 ) -> tuple[Solution, ...]:
     """Return the `keep` best networks on one batch of held-out images, in the order of their scores.
 
     If there are at most `keep` networks, none is evaluated. `on_screened` is called after each network.
+    `lower_by` is what each network's losses are lowered by, in nats.
     """
     if len(solutions) <= keep:
         return tuple(solutions)
@@ -186,7 +190,7 @@ def screen(
     images, labels = next(stream(data.heldout, size, 0, 0, augment=False, device=device))
     found = []
     for solution in solutions:
-        found.append(losses([solution.indices], images, labels))
+        found.append(losses([solution.indices], images, labels) - lower_by(solution.indices))
         on_screened()
     sizes = [count_params(lower(space, arch)) for arch in _archs(space, solutions)]
     order, _ = prefer(torch.cat(found), sizes)
@@ -199,17 +203,19 @@ def rerank(
     data: ImageData,
     score: Scorer,
     on_scored: Callable[[], None] = lambda: None,
+    lower_by: Callable[[CandidateIndices], float] = lambda _: 0.0,
 ) -> tuple[Ranked, ...]:
     """Return the networks in the order of `prefer` on all held-out images.
 
-    `on_scored` is called after each network.
+    `on_scored` is called after each network. `lower_by` is as in `screen`; scores are the images' own.
     """
     archs, scores = _archs(space, solutions), []
     for arch in archs:
         scores.append(score(arch, data.heldout))
         on_scored()
     sizes = [count_params(lower(space, arch)) for arch in archs]
-    order, level = prefer(torch.stack([s.losses for s in scores]), sizes)
+    losses = [s.losses - lower_by(each.indices) for s, each in zip(scores, solutions, strict=True)]
+    order, level = prefer(torch.stack(losses), sizes)
     return tuple(
         Ranked(solutions[i], archs[i], scores[i].score, sizes[i], is_level=place < level)
         for place, i in enumerate(order)

@@ -15,6 +15,7 @@ import numpy as np
 
 from qnas.common.errors import ArchError, InfeasibleBudgetError
 from qnas.latency.intervals import Interval
+from qnas.solver.kinds import kinds_of, places_of, take
 from qnas.solver.knapsack import k_best
 from qnas.solver.limits import Limit, Limits, check_limits, count_limit
 from qnas.spaces.arch import arch_document, arch_from_indices
@@ -40,6 +41,8 @@ class Solution:
     bound: float  # no network within the limits has a higher score than this
     rank: int = 1  # by score, from 1
     solved: int = 1  # number of solutions, this one included
+    # the kinds of blocks among whose networks the bound and the rank hold; none: among all networks
+    kinds: tuple[str, ...] = ()
 
     @property
     def latency_ms(self) -> float:
@@ -65,13 +68,31 @@ def check_feasible(limits: Limits) -> None:
     solve(tuple(tuple((-part).tolist()) for part in np.split(np.asarray(pressure), ends)), limits)
 
 
-def solve_best(space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST) -> tuple[Solution, ...]:
+def solve_best(
+    space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST, kinds: tuple[str, ...] = ()
+) -> tuple[Solution, ...]:
     """Return the k best networks within all limits, best first, or fewer if there are fewer.
 
     All are different: placements of identities that give the same network count once, with the best
-    score. Raises InfeasibleBudgetError when there is none.
+    score. With `kinds`, they are the best among the networks whose blocks are of these kinds, wherever a
+    position has a candidate of them or an identity (`kinds.places_of`). Raises InfeasibleBudgetError when
+    there is none.
     """
-    return _solutions(scores, limits, k, block_labels(space))
+    labels = block_labels(space)
+    if not kinds:
+        return _solutions(scores, limits, k, labels)
+    places = places_of(kinds_of(space), kinds)
+    fewer = tuple(replace(limit, cells=take(limit.cells, places)) for limit in limits)
+    found = _solutions(take(scores, places), fewer, k, take(labels, places))
+    return tuple(
+        replace(
+            each,
+            indices=tuple(own[i] for own, i in zip(places, each.indices, strict=True)),
+            limits=limits,
+            kinds=kinds,
+        )
+        for each in found
+    )
 
 
 def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[Solution, ...]:
@@ -136,7 +157,8 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
 
     The prediction is the sum of the certificate's `fixed_ms` and `position_ms` and at most `limit_ms`, the
     budget over 1 + margin. These are for the first device; `limits` has the same for each limit: `amount`,
-    the sum of `fixed` and `positions`, is at most `limit`. With a confidence, these are upper ends.
+    the sum of `fixed` and `positions`, is at most `limit`. With a confidence, these are upper ends. Of a
+    network that is the best of some kinds of blocks only, the certificate names them (`kinds`).
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)
@@ -166,6 +188,7 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
                 "position_ms": [row[i] for row, i in zip(limit.cells, solution.indices, strict=True)],
                 "fastest_ms": limit.least,
                 "slowest_ms": limit.most,
+                **({"kinds": list(solution.kinds)} if solution.kinds else {}),
             },
             **details,
         },

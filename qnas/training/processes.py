@@ -153,9 +153,10 @@ def world_of_environment() -> World:
 def joined(world: World) -> Iterator[None]:
     """Connect the processes of a run for the duration of the block: gloo for CPUs, NCCL for GPUs.
 
-    Raises ProcessError where the others do not connect within TIMEOUT.
+    Within such a block, another one changes nothing. Raises ProcessError where the others do not connect
+    within TIMEOUT.
     """
-    if world.size == 1:
+    if world.size == 1 or dist.is_initialized():
         yield
         return
     has_gpu = torch.cuda.is_available() and dist.is_nccl_available()

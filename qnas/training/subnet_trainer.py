@@ -48,7 +48,7 @@ from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.saved_state import check_form, check_optimizer, check_unchanged
 from qnas.training.scoring import Classified, Score, classify, prediction_tensors
-from qnas.training.supernet_weights import inherit
+from qnas.training.supernet_weights import inherit, inherit_finalist
 
 TESTED_BATCH = 64  # test images at once; more would take gigabytes at 224 px
 SAMPLE_IMAGES = 16  # test images that are kept for checking an export
@@ -292,6 +292,7 @@ def train_subnet(
     request: Mapping[str, Any],
     *,
     from_supernet: bool,
+    from_finalist: bool = False,
     teacher: Teacher | None = None,
     objective: Objective | None = None,
     resume: bool = False,
@@ -302,21 +303,25 @@ def train_subnet(
     """Train the network of an architecture in a folder; return its score on the test images.
 
     `request` is the rest of the request, for config.json; `objective` replaces the loss and metric of the
-    configuration. With several processes, only the main one reads and writes in the folder. Raises
-    CheckpointError where the folder or the supernet's weights cannot be used, UsageError for a linear start
-    from the supernet, which would undo its quadratic weights.
+    configuration. `from_finalist` starts from the weights of the search's finalist; `from_supernet` then
+    says what that one started from. With several processes, only the main one reads and writes in the
+    folder. Raises CheckpointError where the folder or the weights cannot be used, UsageError for a linear
+    start from trained weights, which would undo the quadratic ones.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
-    if from_supernet and config.recipe.linear_start:
+    if (from_supernet or from_finalist) and config.recipe.linear_start:
+        trained = "the finals" if from_finalist else "the supernet"
         raise UsageError(
-            "`linear_start=True` sets weights to zero that the supernet trained: give `weights='scratch'` or "
+            f"`linear_start=True` sets weights to zero that {trained} trained: give `weights='scratch'` or "
             "leave it out"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_subnet(source.space, source.arch, len(data.classes))
-    if from_supernet:
+    if from_finalist:
+        inherit_finalist(network, source)
+    elif from_supernet:
         inherit(network, source)
     if config.recipe.linear_start:
         start_linear(network)
@@ -324,6 +329,7 @@ def train_subnet(
     request = {
         "train": config.record() | trainer.objective.record(),
         "from_supernet": from_supernet,
+        **({"from_finalist": True} if from_finalist else {}),
         **({} if "data" in request else {"data": data.name}),
         **request,
     }

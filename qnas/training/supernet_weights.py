@@ -1,4 +1,4 @@
-"""Networks with saved weights, from the supernet of their search or from their training."""
+"""Networks with saved weights: from the supernet of their search, as a finalist, or from their training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from qnas.common.errors import CheckpointError, one_line
 from qnas.common.reading import read_json
 from qnas.nn.subnet import build_subnet, subnet_state
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import RESULT_FILE, SUPERNET_FILE, WEIGHTS_FILE
+from qnas.runs.names import FINALISTS_FOLDER, RESULT_FILE, SUPERNET_FILE, WEIGHTS_FILE
 from qnas.runs.tensor_files import read_tensor_file
 from qnas.runs.tensors import load_supernet, load_tensors
 from qnas.spaces.arch import Arch
@@ -68,6 +68,30 @@ def inherit(network: nn.Module, source: FoundArch) -> None:
         load_inherited(network, state, source.space, source.arch, file)
     except CheckpointError as error:  # most likely, the data have other classes than the search had
         raise CheckpointError(f"{error}; `weights='scratch'` does without them") from error
+
+
+def finalist_file(source: FoundArch) -> Path:
+    """Return the file of the weights that a search's network has as its best finalist, if it is one."""
+    return source.folder / FINALISTS_FOLDER / WEIGHTS_FILE
+
+
+def is_finalist(source: FoundArch) -> bool:
+    """Whether an architecture was chosen as a finalist and the weights of that training are there."""
+    return "finalist" in source.document and finalist_file(source).is_file()
+
+
+def inherit_finalist(network: nn.Module, source: FoundArch) -> None:
+    """Load the weights of a finalist's training.
+
+    Raises CheckpointError if they are missing, damaged, of another network, or not those of its document.
+    """
+    file, named = finalist_file(source), source.document["finalist"]["weights_sha256"]
+    try:
+        load_weights(network, load_tensors(file, named), file)
+    except CheckpointError as error:  # most likely, the data have other classes than the search had
+        raise CheckpointError(
+            f"{error}; `weights='supernet'` or `weights='scratch'` do without them"
+        ) from error
 
 
 def build_inherited(source: FoundArch) -> nn.Module:

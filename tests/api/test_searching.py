@@ -196,7 +196,7 @@ def test_a_search_with_datasets_is_ranked_with_them_alone(tiny_space: SearchSpac
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"weights": "random"}, UsageError, "`weights='random'`: expected supernet or scratch"),
+        ({"weights": "random"}, UsageError, "`weights='random'`: expected finalist, supernet or scratch"),
         ({"epochs": 0}, UsageError, "`epochs`: expected at least 1"),
         ({"recipe": "cifer"}, UsageError, "did you mean cifar"),
         ({"teacher": "nowhere"}, UsageError, "`teacher='nowhere'`: expected supernet-largest"),

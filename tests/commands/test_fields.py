@@ -30,7 +30,7 @@ def test_every_field_is_an_option_with_its_description(
 def test_help_is_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
     assert qnas("search", "--help") == 0
     panels = re.findall(r"^([A-Z].*):$", capsys.readouterr().out, re.MULTILINE)
-    assert len(panels) == len(set(panels)) == 7
+    assert len(panels) == len(set(panels)) == 8
 
 
 def test_help_imports_neither_torch_nor_what_it_has_no_use_for() -> None:

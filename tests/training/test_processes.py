@@ -26,9 +26,11 @@ from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import BatchNorm2d
 from qnas.runs.found_arch import FoundArch
-from qnas.runs.names import ARCH_FILE, METRICS_FILE, WEIGHTS_FILE
+from qnas.runs.names import ARCH_FILE, FINALISTS_FOLDER, METRICS_FILE, SEARCH_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
 from qnas.search.config import SearchConfig
+from qnas.search.finalists import FinalistTrainer, finalist_training
+from qnas.search.search_result import follow_search, run_search
 from qnas.search.searcher import Searcher
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_document, make_arch
@@ -226,6 +228,63 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)  # found: 1e-7
+
+
+@forks
+def test_finalists_are_chosen_and_trained_alike_in_two_processes(
+    tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+) -> None:
+    config = CONFIG.override({"finalists": 3, "finalist_epochs": 1, "search_epochs": 1, "threads": 1})
+    recipe = Recipe(epochs=1, batch_size=288, resolution_px=8, learning_rate=5e-3)
+    training = finalist_training(config, recipe, tiny_space, len(digits.train), ALONE)
+
+    def search(world: World) -> Any:
+        searcher = searcher_of(tiny_space, digits, config, world)
+        folder = tmp_path / f"of-{world.size}"
+        if not world.is_main:
+            return follow_search(searcher, finalists=training)
+        run_search(searcher, folder, {"data": "digits"}, finalists=training)
+        return json.loads((folder / SEARCH_FILE).read_text())["finalists"]
+
+    alone = search(ALONE)
+    both, other = in_two_processes(search)
+    assert other is None
+    assert [entry["choices"] for entry in both["networks"]] == [e["choices"] for e in alone["networks"]]
+    for found, expected in zip(both["networks"], alone["networks"], strict=True):
+        assert found["heldout_losses"] == pytest.approx(expected["heldout_losses"], rel=1e-2)
+    one, two = (load_tensors(tmp_path / f"of-{n}" / FINALISTS_FOLDER / WEIGHTS_FILE) for n in (1, 2))
+    if both["winner"] == alone["winner"]:
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=5e-3, msg=name)
+
+
+@forks
+def test_a_finalist_that_is_killed_in_one_process_stops_the_other(
+    tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+) -> None:
+    config = CONFIG.override({"finalists": 2, "finalist_epochs": 1, "search_epochs": 1, "threads": 1})
+    recipe = Recipe(epochs=1, batch_size=128, resolution_px=8, learning_rate=5e-3)
+    training = finalist_training(config, recipe, tiny_space, len(digits.train), ALONE)
+
+    def search(world: World) -> None:
+        searcher = searcher_of(tiny_space, digits, config, world)
+        if world.is_main:
+            run_search(searcher, tmp_path / "run", {"data": "digits"}, finalists=training)
+            return
+        step = FinalistTrainer.step
+
+        def step_and_die(self: FinalistTrainer) -> dict[str, float]:
+            if self.steps_done == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self)
+
+        FinalistTrainer.step = step_and_die  # type: ignore[method-assign]
+        follow_search(searcher, finalists=training)
+
+    left, killed = in_two_processes(search)
+    assert killed is None
+    assert isinstance(left, ProcessError), left
+    assert "process 0 of 2 waited for another one" in str(left)
 
 
 @forks

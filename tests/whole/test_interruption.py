@@ -26,14 +26,17 @@ from qnas.runs.metrics import Metrics
 from qnas.runs.names import (
     ARCH_FILE,
     CONFIG_FILE,
+    FINALISTS_FOLDER,
     LOCK_FILE,
     METRICS_FILE,
     REPORT_FILE,
     RESULT_FILE,
     SEARCH_FILE,
+    SECONDS_FILE,
     SPACE_FILE,
     SPEED_FILE,
     SUPERNET_FILE,
+    WEIGHTS_FILE,
 )
 
 EPOCH_STEPS = 17  # of the digits in batches of 64
@@ -42,6 +45,9 @@ CHECKPOINT_STEPS = 5
 SEARCH = (
     "search --device vpu --budget 2.5ms --resolution 8 --warmup-epochs 2 --epochs 2 --random-networks 3 -q"
 )
+RECIPE = "schema: qnas.recipe/1\nepochs: 3\nbatch_size: 128\nresolution_px: 8\nlearning_rate: 5e-3\n"
+FINALISTS = "--finalists 4 --finalist-epochs 2 --finalist-recipe"
+FINALIST_STEPS = 1151 // 128  # of an epoch
 TRAIN = "train-subnet --resolution 8 --epochs 3 -q"
 
 Plan = Callable[[], None]  # what is to happen to a process, set up in it before it starts
@@ -61,6 +67,21 @@ def kill_after_step(step: int, delay_s: float) -> None:
             signal.setitimer(signal.ITIMER_REAL, delay_s)
 
     Metrics.write = write_and_arm  # type: ignore[method-assign,assignment]
+
+
+def kill_in_finalist(number: int, step: int, delay_s: float) -> None:
+    """Die some time after a step of a finalist's training."""
+    from qnas.search.finalists import FinalistTrainer
+
+    take = FinalistTrainer.step
+
+    def step_and_arm(self: FinalistTrainer) -> dict[str, float]:
+        row = take(self)
+        if (self.finalist.number, self.steps_done) == (number, step):
+            signal.setitimer(signal.ITIMER_REAL, delay_s)
+        return row
+
+    FinalistTrainer.step = step_and_arm  # type: ignore[method-assign]
 
 
 def kill_before(event: str, file: str, skip: int = 0) -> None:
@@ -103,11 +124,12 @@ def stop_in(where: str) -> None:
 
 def save_every(steps: int, seconds: float) -> None:
     """Save the state so often."""
+    from qnas.search import finalists
     from qnas.search import search_result as outcome
     from qnas.training import loop as train
     from qnas.training import subnet_trainer as train_subnet
 
-    for user in (outcome, train_subnet):
+    for user in (outcome, finalists, train_subnet):
         user.run_to_end = partial(train.run_to_end, interval=train.Interval(steps, seconds))  # type: ignore[attr-defined]
 
 
@@ -165,7 +187,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_equal_runs(whole: Path, folder: Path) -> None:
     expected, found = contents(whole), contents(folder)
     assert sorted(found) == sorted(expected)
-    for name in expected.keys() - {SPEED_FILE}:  # measured, so never the same
+    # measured, so never the same
+    for name in expected.keys() - {SPEED_FILE, f"{FINALISTS_FOLDER}/{SECONDS_FILE}"}:
         assert found[name] == expected[name], name
 
 
@@ -342,6 +365,70 @@ def test_asked_something_else_it_is_not_resumed(place: Workplace, tmp_path: Path
     assert place.qnas(f"search --resume --out {out} --seed 7 --batch-size 32 -q") == 1
     assert "batch size was 64, is 32; seed was 0, is 7" in place.said
     assert contents(out) == before
+
+
+@pytest.fixture(scope="module")
+def whole_finals(place: Workplace) -> tuple[str, Path]:
+    """The command of a search with finalists, and its run to which nothing happened."""
+    recipe, folder = place.folder / "finals.yaml", place.folder / "finals"
+    recipe.write_text(RECIPE)
+    command = f"{SEARCH} --space {place.space} {FINALISTS} {recipe} --out"
+    assert place.qnas(f"{command} {folder}", partial(save_every, 10**9, 0.05)) == 0, place.said
+    assert f"{FINALISTS_FOLDER}/{WEIGHTS_FILE}" in contents(folder)
+    return command, folder
+
+
+# in a rung, at its end, between two rungs, in the last one, and before the files of the finals
+FINALIST_KILLS = [
+    (partial(kill_in_finalist, 2, FINALIST_STEPS, 0.002), -signal.SIGALRM),
+    (partial(kill_before, "os.rename", f"{FINALISTS_FOLDER}/{WEIGHTS_FILE}"), -signal.SIGKILL),
+    (partial(kill_in_finalist, 1, 3, 1e-6), -signal.SIGALRM),
+    (partial(kill_in_finalist, 4, FINALIST_STEPS, 0.01), -signal.SIGALRM),
+    (partial(kill_before, "os.rename", f"{FINALISTS_FOLDER}/{SECONDS_FILE}"), -signal.SIGKILL),
+    (partial(kill_before, "os.rename", ARCH_FILE), -signal.SIGKILL),
+]
+
+
+@pytest.mark.parametrize("at", rest_slow(*range(len(FINALIST_KILLS)), fast=2))
+def test_killed_in_the_finals_it_goes_on_alike(
+    at: int, place: Workplace, whole_finals: tuple[str, Path], out: Path
+) -> None:
+    (command, whole), (plan, code) = whole_finals, FINALIST_KILLS[at]
+    assert place.qnas(f"{command} {out}", plan) == code, place.said
+    assert not (out / ARCH_FILE).exists()
+    assert place.resume(out) == 0, place.said
+    assert_equal_runs(whole, out)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_in_the_finals_it_goes_on_alike(
+    place: Workplace, whole_finals: tuple[str, Path], out: Path
+) -> None:
+    command, whole = whole_finals
+    found = json.loads((whole / SEARCH_FILE).read_text())["finalists"]
+    start = f"{command} {out}"
+    for number, step in ((1, 2), (3, 5), (found["winner"], FINALIST_STEPS + 4)):
+        plan = partial(kill_in_finalist, number, step, 0.002)
+        assert place.qnas(start, plan) == -signal.SIGALRM, place.said
+        start = f"search --resume --out {out} -q"
+    assert place.resume(out) == 0, place.said
+    assert_equal_runs(whole, out)
+
+
+def test_asked_for_other_finalists_it_is_not_resumed(
+    place: Workplace, whole_finals: tuple[str, Path], out: Path
+) -> None:
+    command, _ = whole_finals
+    assert place.qnas(f"{command} {out}", partial(stop_after_step, WARMUP_STEPS, signal.SIGTERM)) == 130
+    assert place.qnas(f"search --resume --out {out} --finalists 5 -q") == 1
+    assert "finalists was 4, is 5" in place.said
+    recipe = place.folder / "finals.yaml"
+    recipe.write_text(RECIPE.replace("5e-3", "4e-3"))
+    try:
+        assert place.resume(out) == 1
+    finally:
+        recipe.write_text(RECIPE)
+    assert "learning rate was 0.005, is 0.004" in place.said
 
 
 EVERYTHING = (

@@ -93,8 +93,8 @@ def _chain(block: BlockSpec) -> str:
 
 
 def _ordered(name: str, layers: Iterable[LayerSpec], options: str = "") -> str:
-    """Write the call of a class with an OrderedDict of the layers that are modules, and with options."""
-    lines = [f"{spec.role}={_layer(spec)}," for spec in layers if spec.op not in _IN_FORWARD]
+    """Write the call of a class with an OrderedDict of the layers, and with options."""
+    lines = [f"{spec.role}={_layer(spec)}," for spec in layers]
     body = indent("\n".join(lines), " " * 8)
     return f"{name}(\n    OrderedDict(\n{body}\n    ){options}\n)"
 
@@ -102,9 +102,10 @@ def _ordered(name: str, layers: Iterable[LayerSpec], options: str = "") -> str:
 def _layered(block: BlockSpec) -> str:
     with torch.device("meta"):
         module = build_block(block)
+    layers = [spec for spec in block.layers if spec.op not in _IN_FORWARD]
     if isinstance(module, MBConvBlock):
-        return _ordered("MBConvBlock", block.layers, f",\n    is_residual={module.is_residual},")
-    return _ordered("StarBlock", block.layers) if isinstance(module, StarBlock) else _chain(block)
+        return _ordered("MBConvBlock", layers, f",\n    is_residual={module.is_residual},")
+    return _ordered("StarBlock", layers) if isinstance(module, StarBlock) else _chain(block)
 
 
 def _quadra(block: BlockSpec) -> str:

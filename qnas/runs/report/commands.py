@@ -29,6 +29,7 @@ def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
     if of_run:
         recipe, network = f"{names.SUBNET_FOLDER}/{recipe}", "."
     weights = "supernet" if config.get("from_supernet") else "scratch"
+    weights = "finalist" if config.get("from_finalist") else weights
     words = ["qnas", "train-subnet", network, "--recipe", recipe, "--weights", weights]
     words += _option_words(config, ("data", "max_broken", "teacher"))
     settings = config.get("train", {})

@@ -12,6 +12,7 @@ from qnas.common.intervals import wilson
 from qnas.common.units import format_ms
 from qnas.runs.documents import ParetoDocument, read_document
 from qnas.runs.explain import OnDevice, explain
+from qnas.runs.finalists_text import by_rung, chosen_line, corrections_text, latency_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import OF_LIMIT, read_metrics
 from qnas.runs.names import METRICS_FILE, PARETO_FOLDER
@@ -53,6 +54,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "identities": [(s.name, identity_line(s, devices)) for s in e.positions if s.best_block is not None],
         "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json", run.space)),
         "public": _public(run),
+        "finalists": _finalists(run),
     }
 
 
@@ -112,6 +114,27 @@ def _public(run: FinishedRun) -> dict[str, Any]:
         "levels": [interval_header(latency) for latency in rivals.networks[0].latencies],
         "meaning": NOT_YOUR_DATA,
         "source": rivals.source,
+    }
+
+
+def _finalists(run: FinishedRun) -> dict[str, Any]:
+    """Return the table of the finalists; nothing without any."""
+    found = run.found.get("finalists")
+    if found is None:
+        return {}
+    return {
+        "chosen": chosen_line(found),
+        "corrected": corrections_text(found),
+        "rows": [
+            {
+                "key": f"search.finalists.networks.{at}",
+                "latency": latency_text(entry, run.limits, run.space),
+                "epochs": [epochs for epochs, _ in by_rung(found, entry)],
+                "choices": " ".join(map(short_name, entry["choices"])),
+                "is_winner": entry["number"] == found["winner"],
+            }
+            for at, entry in enumerate(found["networks"])
+        ],
     }
 
 
@@ -210,10 +233,11 @@ def _rival_charts(run: FinishedRun) -> Iterator[Markup]:
             percent=True,
         )
 
-    ranking = found["ranking"]
-    others = cloud(f"the {len(ranking)} ranked networks", ranking[1:], "heldout_accuracy", 1, "dots")
-    first = ranking[0]["heldout_accuracy"]
-    yield draw("Held-out images, used for selection", [others], "derived: the first", first)
+    ranking, finalists = found["ranking"], found.get("finalists")
+    rest, name = (ranking[1:], "derived: the first") if finalists is None else (ranking, "derived")
+    others = cloud(f"the {len(ranking)} ranked networks", rest, "heldout_accuracy", 1, "dots")
+    first = found["derived"]["heldout_accuracy"]
+    yield draw("Held-out images, used for selection", [others], name, first)
     clouds = [cloud("random networks", found["random"], "accuracy", 1, "dots")]
     for key, name, colour in (("macs_guided", "best by a limit on MACs", 3), ("largest", "most MACs", 2)):
         if found[key] is not None:

@@ -1,0 +1,145 @@
+"""A diverse set of good networks: the best, the best of each kind of block, and others far from these.
+
+The k best networks within a budget differ in a block or two, and where the supernet favours a kind of block,
+all of them are of that kind. The pool therefore also has the best networks of each kind alone, which are
+solved for with the same proof. From the pool, networks are taken one by one, each the farthest from those
+taken before (greedy k-centre: Gonzalez, 1985), first among the best of each kind and then among those
+that use most of the budget: a network of little latency is far from all others, and seldom good.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnas.common.errors import InfeasibleBudgetError
+from qnas.solver.kinds import count_blocks, kinds_of, names_of
+from qnas.solver.limits import Limits
+from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
+from qnas.spaces.block_order import Labels, block_labels
+from qnas.spaces.space import SearchSpace
+
+OF_A_KIND = 40  # networks that are solved for of each kind
+WINDOW = 0.7  # share of the largest use of the limits in the pool that networks have at least
+KIND_WEIGHT = 2.0  # of the kinds of blocks, against that of the depth and that of each parameter
+
+Floats = NDArray[np.float64]
+
+
+def choose_diverse(
+    space: SearchSpace,
+    scores: Scores,
+    limits: Limits,
+    count: int,
+    solved: int,
+    *,
+    first: CandidateIndices | None = None,
+    without: Collection[CandidateIndices] = (),
+) -> tuple[Solution, ...]:
+    """Return up to `count` networks within the limits, different ones, in the order in which they are taken.
+
+    The first is `first`, which must be among the `solved` best, or else the best by score. Networks
+    equal to one of `without` are left out. Raises InfeasibleBudgetError where no network is within the
+    limits.
+    """
+    best = list(solve_best(space, scores, limits, solved))
+    of_kinds = []
+    kinds = names_of(kinds_of(space))
+    for kind in kinds if len(kinds) > 1 else ():
+        try:
+            of_kinds.append(solve_best(space, scores, limits, min(solved, OF_A_KIND), (kind,)))
+        except InfeasibleBudgetError:
+            continue  # no network of this kind alone is within the limits
+    if first is not None:
+        best.sort(key=lambda solution: solution.indices != first)
+        assert best[0].indices == first, "not one of the best"
+    labels = block_labels(space)
+    pool = _different(labels, [*best, *(each for own in of_kinds for each in own)], without)
+    if not pool:
+        return ()
+    leading = {_sequence(labels, own[0].indices) for own in of_kinds}
+    far = features(space, [solution.indices for solution in pool])
+    fills = [_fill(solution) for solution in pool]
+    taken: list[int] = []
+    for among in (
+        [i for i, each in enumerate(pool) if i == 0 or _sequence(labels, each.indices) in leading],
+        [i for i, fill in enumerate(fills) if fill >= WINDOW * max(fills)],
+        range(len(pool)),  # only if there are no others
+    ):
+        taken = farthest(far, among, count, taken)
+    return tuple(pool[i] for i in taken)
+
+
+def _fill(solution: Solution) -> float:
+    """Return the largest share of a limit that a network takes."""
+    return max(limit.amount(solution.indices) / limit.limit for limit in solution.limits)
+
+
+def features(space: SearchSpace, networks: Sequence[CandidateIndices]) -> Floats:
+    """Return the coordinates of networks, (networks, F), whose distances (L1) say how much they differ.
+
+    They are the blocks of each kind, as shares of the positions; the blocks of each stage, likewise; and the
+    mean of each parameter that is a number (kernel, expansion) over the blocks that have it, as a share of
+    its largest value in the space.
+    """
+    kinds = kinds_of(space)
+    names, stages = names_of(kinds), sorted({position.stage for position in space.positions})
+    largest: dict[str, int] = {}
+    for position in space.positions:
+        for candidate in position.candidates:
+            for name, value in candidate.parameters.items():
+                if isinstance(value, int):
+                    largest[name] = max(largest.get(name, 1), value)
+    rows = []
+    for network in networks:
+        counts = count_blocks(kinds, network)
+        depths = dict.fromkeys(stages, 0)
+        values: dict[str, list[int]] = {name: [] for name in largest}
+        for position, i, row in zip(space.positions, network, kinds, strict=True):
+            depths[position.stage] += bool(row[i])
+            for name, value in position.candidates[i].parameters.items() if row[i] else ():
+                if isinstance(value, int):
+                    values[name].append(value)
+        whole = len(space.positions)
+        rows.append(
+            [
+                # a block of another kind changes two of these
+                *(KIND_WEIGHT / 2 * counts[name] / whole for name in names),
+                *(depths[stage] / whole for stage in stages),
+                *(float(np.mean(found or [0])) / largest[name] for name, found in values.items()),
+            ]
+        )
+    return np.array(rows, dtype=np.float64).reshape(len(networks), -1)
+
+
+def farthest(
+    points: Floats, among: Sequence[int] | range, count: int, taken: Sequence[int] = ()
+) -> list[int]:
+    """Take points (n, F) up to `count` in all, each the farthest (L1) from the nearest one taken before.
+
+    Only points of `among` are taken, the first of them first; of equally far ones, the earlier.
+    """
+    chosen, left = list(taken), [i for i in among if i not in taken]
+    if not chosen and left and count:
+        chosen.append(left.pop(0))
+    while left and len(chosen) < count:
+        apart = np.abs(points[left][:, None] - points[chosen][None]).sum(2).min(1)
+        chosen.append(left.pop(int(apart.argmax())))
+    return chosen
+
+
+def _sequence(labels: Labels, network: CandidateIndices) -> tuple[int, ...]:
+    """Return what equal networks have in common, wherever their identities stand."""
+    return tuple(row[i] for row, i in zip(labels, network, strict=True) if row[i])
+
+
+def _different(
+    labels: Labels, solutions: Sequence[Solution], without: Collection[CandidateIndices]
+) -> list[Solution]:
+    """Return the solutions that are different networks, in order."""
+    seen, found = {_sequence(labels, network) for network in without}, []
+    for solution in solutions:
+        if (key := _sequence(labels, solution.indices)) not in seen:
+            seen.add(key)
+            found.append(solution)
+    return found

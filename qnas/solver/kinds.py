@@ -1,0 +1,59 @@
+"""Kinds of blocks in a space: solving among some of them only, and scores corrected by a number for each.
+
+A kind is that of `BlockSpec`: `quadra`, `quadra_linear`, `mbconv` and so on, whatever the kernel and the
+expansion. A candidate without layers, the identity, has none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from qnas.spaces.lower import BlockSpec, fill, skeleton
+from qnas.spaces.space import SearchSpace
+
+Kinds = tuple[tuple[str, ...], ...]  # [position][candidate]; "" for a candidate without layers
+Value = TypeVar("Value", int, float)
+
+
+def kinds_of(space: SearchSpace) -> Kinds:
+    """Return the kind of each candidate at each position."""
+    rows = []
+    for part in skeleton(space):
+        if not isinstance(part, BlockSpec):
+            blocks = [fill(space, part, candidate) for candidate in part.position.candidates]
+            rows.append(tuple(block.kind if block.layers else "" for block in blocks))
+    return tuple(rows)
+
+
+def names_of(kinds: Kinds) -> tuple[str, ...]:
+    """Return the names of the kinds, in the order of their first candidates."""
+    return tuple(name for name in dict.fromkeys(name for row in kinds for name in row) if name)
+
+
+def count_blocks(kinds: Kinds, network: Sequence[int]) -> dict[str, int]:
+    """Return the number of a network's blocks of each kind of the space."""
+    chosen = [row[i] for row, i in zip(kinds, network, strict=True)]
+    return {name: chosen.count(name) for name in names_of(kinds)}
+
+
+def places_of(kinds: Kinds, allowed: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of the candidates of these kinds, by position; those without layers are among them.
+
+    A position that has none of them keeps all its candidates, as every network has one there.
+    """
+    kept = [tuple(j for j, name in enumerate(row) if not name or name in allowed) for row in kinds]
+    return tuple(places or tuple(range(len(row))) for places, row in zip(kept, kinds, strict=True))
+
+
+def take(rows: Sequence[Sequence[Value]], places: Sequence[Sequence[int]]) -> tuple[tuple[Value, ...], ...]:
+    """Return the entries of these candidates only, by position."""
+    return tuple(tuple(row[j] for j in own) for row, own in zip(rows, places, strict=True))
+
+
+def corrected(
+    scores: Sequence[Sequence[float]], kinds: Kinds, biases: Mapping[str, float]
+) -> tuple[tuple[float, ...], ...]:
+    """Return the scores, each raised by the bias of its candidate's kind; kinds without one stay."""
+    return tuple(
+        tuple(score + biases.get(name, 0.0) for score, name in zip(row, names, strict=True))
+        for row, names in zip(scores, kinds, strict=True)
+    )
