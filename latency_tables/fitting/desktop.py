@@ -51,6 +51,8 @@ _DEPTHWISE = (
     "strided_kelements_out_k3",
     "strided_kelements_out_k5",
 )
+# of maps that have 2^31 bytes in a batch of 1024
+_LARGE = ("kelements_out_above_1024",)
 _GROUPED = (
     "launch",
     "mmacs",
@@ -64,6 +66,12 @@ _GROUPED = (
     *_STRIDED,
     "strided_kelements_out",
 )
+# What a GPU does in kernels of their own for groups of 4 to 32 channels; wider ones are products in tiles.
+_WIDE_GROUPS = (
+    *(f"kelements_in_wide{width}" for width in (8, 16, 32)),
+    "mmacs_i32_c64_wide32",
+    "mmacs_i64_c64_wide32",
+)
 _CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "conv1x1": (*_DENSE, *_STRIDED),
     "conv": (*_DENSE, *_STRIDED, "mmacs_k5"),
@@ -72,7 +80,7 @@ _CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "linear": _DENSE,
     "vector": ("launch", "kweights", "kchannels_out"),
     "dwconv": _DEPTHWISE,
-    "gconv": _GROUPED,
+    "gconv": (*_GROUPED, *_WIDE_GROUPS),
 }
 # Kinds of one pass, or of a copy.
 _READS = ("gap", "layernorm", "groupnorm", "shift")
@@ -80,6 +88,7 @@ _COPIES = ("concat", "split", "pad", "reflect_pad", "upsample", "maxpool", "avgp
 _OTHERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_READS, ("launch", "kelements_in")),
     **dict.fromkeys(_COPIES, ("launch", *_MAPS)),
+    "avgpool": ("launch", *_MAPS, "unstrided_kelements_in"),  # each pixel is read for each window
     # of weights, once for all images; a view; one number
     **dict.fromkeys(("weight_norm", "transpose", "scalar"), ("launch",)),
 }
@@ -87,6 +96,8 @@ ELEMENTWISE = (
     *("relu", "leakyrelu", "gelu", "swish", "hswish", "sigmoid", "hsigmoid", "elementwise"),
     *("batchnorm", "scale", "add", "mul"),
 )
+# Those that an eager runtime runs alike: one map is read, one written, with next to no arithmetic.
+_SCALED = ("relu", "mul_scalar")
 PASSES = tuple(
     f"pass{f'+{maps}' if maps else ''}{function}{gap}"
     for maps in range(MOST_MAPS + 1)
@@ -143,8 +154,13 @@ CHIPS = {
 
 def eager(floors: Mapping[str, float]) -> Form:
     """Return the terms of a GPU whose operators are launched one by one."""
-    passes = dict.fromkeys(ELEMENTWISE, ("launch", "kelements_in"))
-    return Form(own={**_CONVOLUTIONS, **_OTHERS, **passes}, shared={}, floors=floors)
+    passes = dict.fromkeys((kind for kind in ELEMENTWISE if kind not in _SCALED), ("launch", "kelements_in"))
+    shared: dict[str, dict[Column, float]] = {
+        f"pass.{name}": {(kind, feature): 1.0 for kind in _SCALED}
+        for name, feature in (("launch", "launch"), ("kelements", "kelements_in"))
+    }
+    depthwise = {"dwconv": (*_DEPTHWISE, *_LARGE)}
+    return Form(own={**_CONVOLUTIONS, **depthwise, **_OTHERS, **passes}, shared=shared, floors=floors)
 
 
 def compiled(floors: Mapping[str, float]) -> Form:
