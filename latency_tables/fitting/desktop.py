@@ -132,16 +132,23 @@ class Chip:
     macs_per_s: float
 
     def floors(self, element_bytes: int) -> dict[str, float]:
-        """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds."""
+        """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds.
+
+        A pass reads a map and writes one; a sum or product reads one more. Totals alone do not tell a pass from
+        what the convolution before it writes, and would put some passes below what memory can move.
+        """
         moved = 1e6 * element_bytes / self.bytes_per_s  # ms for a thousand elements
+        side = 0.6 * moved  # one map
         return {
             "launch": 1e-6,
             "pass.launch": 1e-6,
-            "pass.kelements": 0.8 * moved,
-            "map.kelements": 0.25 * moved,
+            "pass.kelements": 2 * side,
+            "map.kelements": side,
             "dwconv.mmacs": 1e9 / self.macs_per_s,
-            **{f"{kind}.kelements_in": 0.8 * moved for kind in ELEMENTWISE},
+            **{f"{kind}.kelements_in": (3 if kind in ("add", "mul") else 2) * side for kind in ELEMENTWISE},
             **{f"{kind}.kelements_in": 0.25 * moved for kind in (*_READS, *_COPIES)},
+            **{f"{kind}.kelements_in": 2 * side for kind in ("layernorm", "groupnorm")},
+            "gap.kelements_in": side,
         }
 
 
@@ -164,13 +171,8 @@ def eager(floors: Mapping[str, float]) -> Form:
 
 
 def compiled(floors: Mapping[str, float]) -> Form:
-    """Return the terms of a GPU whose elementwise operators torch.compile has fused.
-
-    A layer normalisation reads and writes its map once, as a chain does, so it costs no less.
-    """
-    norm = {f"{kind}.kelements_in": floors["pass.kelements"] for kind in ("layernorm", "groupnorm")}
-    own = {**_CONVOLUTIONS, **_OTHERS}
-    return Form(own=own, shared=_shared_passes(), floors={**floors, **norm})
+    """Return the terms of a GPU whose elementwise operators torch.compile has fused."""
+    return Form(own={**_CONVOLUTIONS, **_OTHERS}, shared=_shared_passes(), floors=floors)
 
 
 _CACHES = tuple(f"kelements_{side}_above_{size}" for side in ("in", "out") for size in (1024, 4096))
