@@ -3,10 +3,10 @@
     python latency_tables/show_limits.py --data PATH/TO/latency_data
 
 Four figures for each device: the spread of networks with equal operators, which no model can tell apart; the
-share within 10% of a fit that has seen every network, which no fit of this form to fewer can be expected to pass;
-the share of five fits that each leave out a fifth of the names; and the share that the measured times of another
-device give, scaled by one factor. Then the families in which a fifth left out goes wrong, and the ratio between two runs
-on one GPU of the networks that the newer run merged (timm's RepVGG and MobileOne, re-parameterised).
+share within 10% of a fit that has seen every network, which no fit of this form to fewer can be expected to
+pass; the share of five fits that each leave out a fifth of the names; and the share that the measured times
+of another device give, scaled by one factor. Then the families in which a fifth left out goes wrong, and the
+ratio between two runs on one GPU of the networks that the newer run merged (timm's RepVGG and MobileOne).
 """
 
 import argparse
@@ -37,7 +37,7 @@ def twins(of_network: Sequence[npt.NDArray[np.int64]]) -> list[list[int]]:
 
 
 def spread(ms: Array, groups: Sequence[Sequence[int]]) -> float:
-    """Return the largest relative difference, slowest to fastest, within a group; NaN where none is measured."""
+    """Return the largest relative difference, slowest to fastest, within a group; NaN without any."""
     measured = [ms[rows][np.isfinite(ms[rows])] for rows in (list(group) for group in groups)]
     return max((float(of.max() / of.min() - 1) for of in measured if len(of) > 1), default=np.nan)
 
@@ -64,7 +64,8 @@ def show_device(name: str, networks: Networks) -> None:
     seen = of.matrix @ fit_robust(of.matrix[known], ms[known], of.lowest)
     unseen = predict_unseen(of, ms, known, [known & (folds == fold) for fold in range(FOLDS)])
     text = f"equal operators differ by {spread(ms, twins(networks.of_network)):.1%}"
-    text += f"; within 10%: {share_near(seen, ms):.1%} by a fit to all, {share_near(unseen, ms):.1%} of names left out"
+    text += f"; within 10%: {share_near(seen, ms):.1%} by a fit to all"
+    text += f", {share_near(unseen, ms):.1%} of names left out"
     if name in _OTHER:
         scaled = scaled_to(networks.latency_ms[_OTHER[name]], ms)
         text += f", {share_near(scaled, ms):.1%} by the times on {_OTHER[name]}"

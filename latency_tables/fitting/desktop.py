@@ -134,8 +134,8 @@ class Chip:
     def floors(self, element_bytes: int) -> dict[str, float]:
         """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds.
 
-        A pass reads a map and writes one; a sum or product reads one more. Totals alone do not tell a pass from
-        what the convolution before it writes, and would put some passes below what memory can move.
+        A pass reads a map and writes one; a sum or product reads one more. Totals alone do not tell a pass
+        from what the convolution before it writes, and would put some passes below what memory can move.
         """
         moved = 1e6 * element_bytes / self.bytes_per_s  # ms for a thousand elements
         side = 0.6 * moved  # one map

@@ -54,9 +54,8 @@ _ALIKE: dict[str, str] = {
 class Published:
     """A device's fit to all networks measured on it, and how far off fits were that had left some out.
 
-    The accuracy is of a random fifth by name, of five fifths left out in turn, of every family left out in turn,
-    and of some of these by name.
-    The errors are relative, of each family left out.
+    The accuracy is of a random fifth by name, of five fifths left out in turn, of every family left out in
+    turn, and of some of these by name. The errors are relative, of each family left out.
     """
 
     fit: Fit

@@ -7,8 +7,9 @@ Counts are in thousands (`k`) or millions (`m`), so that the weights in a device
 `_c32` rounds channels up to full tiles, whose unused part is computed too, `_r4` output pixels,
 `_t16x8` the sides of the output, `_i8` input channels. `_above_256` counts from where a tensor outgrows a
 cache or a launch.
-`_wide16` counts grouped convolutions with more than 16 input channels in a group only, `_k5` kernels of 5 and more: a step, so that a fit can follow how an implementation
+`_k5` counts kernels of 5 and more only: a step, so that a fit can follow how an implementation
 treats its kernel sizes without ever falling with them.
+`_wide16` counts convolutions with more than 16 input channels in a group only.
 
 The `engine_` features count the work of the convolution engines of a Myriad X (qnas.latency.myriad).
 They grow with a convolution except for steps of its tiling: one more group of input channels can

@@ -80,8 +80,8 @@ FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     "eager": _FOLDS,
     "cuda": _FOLDS,  # the same with the tensor cores of a GPU, whose kinds _on_tensor_cores names
     "inductor": _FOLDS,  # torch.compile on a CPU: after folding, chains of elementwise operators (POINTWISE)
-    # torch.compile on a GPU: the same, but a batch normalisation is elementwise, too, and folds only where it is
-    # that of a shortcut, which joins the addition; an activation joins the layer or group normalisation before it
+    # torch.compile on a GPU: the same, but a batch normalisation is elementwise, too, unless it is that of a
+    # shortcut, which joins the addition; an activation joins the layer or group normalisation before it
     "triton": _FOLDS,
 }
 _COMPILED = ("inductor", "triton")  # with chains of elementwise operators
@@ -96,7 +96,7 @@ POINTWISE: dict[str, int] = {
 }
 _ACTIVATIONS = ("relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "swish", "hswish", "gelu")
 _NORMS = ("layernorm", "groupnorm")
-# Operators that do not compute their input anew from a convolution and its norm: that map is written for them.
+# Operators that do not compute their input anew from a convolution and its norm: that map is written.
 _READERS = ("conv", "dwconv", GROUPED, "linear", "maxpool", "avgpool", "reflect_pad", "pad", "split", "gap")
 LEAST_CHANNELS = 8  # that fill the reads of a matrix unit
 MOST_MAPS = 3  # that the name of a chain counts
@@ -155,12 +155,13 @@ def operators_ahead(fusion: str) -> int | None:
 
 
 def _is_written(operators: Sequence[Kernel], names: Sequence[str], norm: int) -> bool:
-    """Whether the next operator reads the map of a batch normalisation; at the end of a block another does.
+    """Whether the next operator reads the map of a batch normalisation.
 
-    The next convolution of another map begins a shortcut: the map before it waits for the addition.
+    The next convolution of another map begins a shortcut: the map before it waits for the addition. The last
+    one of a block folds, as it does in an exported file.
     """
     if norm + 1 == len(names):
-        return True
+        return False
     this, following = operators[norm], operators[norm + 1]
     same = (following.resolution_px, following.c_in) == (this.resolution_px, this.c_out)
     return names[norm + 1] in _READERS and same
