@@ -149,7 +149,7 @@ ABOUT |= {
         **_GPU,
         "title": "NVIDIA GeForce RTX 4090, large batches, compiled",
         "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
-        "fusion": "inductor",
+        "fusion": "triton",
     },
     "rtx3090": {
         **_GPU,
@@ -163,7 +163,7 @@ ABOUT |= {
         "aliases": ["rtx5090-compiled"],
         "title": "NVIDIA GeForce RTX 5090, large batches, compiled",
         "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
-        "fusion": "inductor",
+        "fusion": "triton",
     },
     "i7-12700h": {
         "aliases": ["i7-12700h-compiled", "desktop"],

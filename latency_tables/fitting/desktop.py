@@ -51,6 +51,8 @@ _DEPTHWISE = (
     "strided_kelements_out_k3",
     "strided_kelements_out_k5",
 )
+# of maps that have 2^31 bytes in a batch of 1024
+_LARGE = ("kelements_out_above_1024",)
 _GROUPED = (
     "launch",
     "mmacs",
@@ -64,6 +66,12 @@ _GROUPED = (
     *_STRIDED,
     "strided_kelements_out",
 )
+# What a GPU does in kernels of their own for groups of 4 to 32 channels; wider ones are products in tiles.
+_WIDE_GROUPS = (
+    *(f"kelements_in_wide{width}" for width in (8, 16, 32)),
+    "mmacs_i32_c64_wide32",
+    "mmacs_i64_c64_wide32",
+)
 _CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "conv1x1": (*_DENSE, *_STRIDED),
     "conv": (*_DENSE, *_STRIDED, "mmacs_k5"),
@@ -72,7 +80,7 @@ _CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "linear": _DENSE,
     "vector": ("launch", "kweights", "kchannels_out"),
     "dwconv": _DEPTHWISE,
-    "gconv": _GROUPED,
+    "gconv": (*_GROUPED, *_WIDE_GROUPS),
 }
 # Kinds of one pass, or of a copy.
 _READS = ("gap", "layernorm", "groupnorm", "shift")
@@ -80,6 +88,7 @@ _COPIES = ("concat", "split", "pad", "reflect_pad", "upsample", "maxpool", "avgp
 _OTHERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_READS, ("launch", "kelements_in")),
     **dict.fromkeys(_COPIES, ("launch", *_MAPS)),
+    "avgpool": ("launch", *_MAPS, "unstrided_kelements_in"),  # each pixel is read for each window
     # of weights, once for all images; a view; one number
     **dict.fromkeys(("weight_norm", "transpose", "scalar"), ("launch",)),
 }
@@ -87,6 +96,8 @@ ELEMENTWISE = (
     *("relu", "leakyrelu", "gelu", "swish", "hswish", "sigmoid", "hsigmoid", "elementwise"),
     *("batchnorm", "scale", "add", "mul"),
 )
+# Those that an eager runtime runs alike: one map is read, one written, with next to no arithmetic.
+_SCALED = ("relu", "mul_scalar")
 PASSES = tuple(
     f"pass{f'+{maps}' if maps else ''}{function}{gap}"
     for maps in range(MOST_MAPS + 1)
@@ -121,16 +132,23 @@ class Chip:
     macs_per_s: float
 
     def floors(self, element_bytes: int) -> dict[str, float]:
-        """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds."""
+        """Return lower bounds of weights: a share of what a pass moves, and depthwise multiply-adds.
+
+        A pass reads a map and writes one; a sum or product reads one more. Totals alone do not tell a pass
+        from what the convolution before it writes, and would put some passes below what memory can move.
+        """
         moved = 1e6 * element_bytes / self.bytes_per_s  # ms for a thousand elements
+        side = 0.6 * moved  # one map
         return {
             "launch": 1e-6,
             "pass.launch": 1e-6,
-            "pass.kelements": 0.8 * moved,
-            "map.kelements": 0.25 * moved,
+            "pass.kelements": 2 * side,
+            "map.kelements": side,
             "dwconv.mmacs": 1e9 / self.macs_per_s,
-            **{f"{kind}.kelements_in": 0.8 * moved for kind in ELEMENTWISE},
+            **{f"{kind}.kelements_in": (3 if kind in ("add", "mul") else 2) * side for kind in ELEMENTWISE},
             **{f"{kind}.kelements_in": 0.25 * moved for kind in (*_READS, *_COPIES)},
+            **{f"{kind}.kelements_in": 2 * side for kind in ("layernorm", "groupnorm")},
+            "gap.kelements_in": side,
         }
 
 
@@ -143,18 +161,18 @@ CHIPS = {
 
 def eager(floors: Mapping[str, float]) -> Form:
     """Return the terms of a GPU whose operators are launched one by one."""
-    passes = dict.fromkeys(ELEMENTWISE, ("launch", "kelements_in"))
-    return Form(own={**_CONVOLUTIONS, **_OTHERS, **passes}, shared={}, floors=floors)
+    passes = dict.fromkeys((kind for kind in ELEMENTWISE if kind not in _SCALED), ("launch", "kelements_in"))
+    shared: dict[str, dict[Column, float]] = {
+        f"pass.{name}": {(kind, feature): 1.0 for kind in _SCALED}
+        for name, feature in (("launch", "launch"), ("kelements", "kelements_in"))
+    }
+    depthwise = {"dwconv": (*_DEPTHWISE, *_LARGE)}
+    return Form(own={**_CONVOLUTIONS, **depthwise, **_OTHERS, **passes}, shared=shared, floors=floors)
 
 
 def compiled(floors: Mapping[str, float]) -> Form:
-    """Return the terms of a GPU whose elementwise operators torch.compile has fused.
-
-    A layer normalisation reads and writes its map once, as a chain does, so it costs no less.
-    """
-    norm = {f"{kind}.kelements_in": floors["pass.kelements"] for kind in ("layernorm", "groupnorm")}
-    own = {**_CONVOLUTIONS, **_OTHERS}
-    return Form(own=own, shared=_shared_passes(), floors={**floors, **norm})
+    """Return the terms of a GPU whose elementwise operators torch.compile has fused."""
+    return Form(own={**_CONVOLUTIONS, **_OTHERS}, shared=_shared_passes(), floors=floors)
 
 
 _CACHES = tuple(f"kelements_{side}_above_{size}" for side in ("in", "out") for size in (1024, 4096))

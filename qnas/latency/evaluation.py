@@ -133,7 +133,9 @@ def _operator(
 def _with_weight_norms(numbers: npt.NDArray[np.int64], operators: list[Kernel]) -> npt.NDArray[np.int64]:
     """Rename batch normalisations of the weights of the next convolution, which cost nothing for each image.
 
-    They have a channel for each weight of an output. Renamed operators are appended to `operators`.
+    They have a channel for each weight of an output. Networks with them have no other norms and keep their
+    maps in range by numbers, so a product of maps is one with a number there. Renamed operators are appended
+    to `operators`.
     """
     numbers = numbers.copy()
     for i, (this, following) in enumerate(pairwise(numbers.tolist())):
@@ -143,6 +145,11 @@ def _with_weight_norms(numbers: npt.NDArray[np.int64], operators: list[Kernel]) 
         if norm.kind == "bn" and conv.kind in ("conv", "gconv") and not of_map and norm.c_in == weights:
             numbers[i] = len(operators)
             operators.append(replace(norm, kind="weight_norm"))
+    if any(operators[j].kind == "weight_norm" for j in numbers.tolist()):
+        for i, this in enumerate(numbers.tolist()):
+            if operators[this].kind == "mul":
+                numbers[i] = len(operators)
+                operators.append(replace(operators[this], kind="mul_scalar"))
     return numbers
 
 

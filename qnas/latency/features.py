@@ -9,6 +9,7 @@ Counts are in thousands (`k`) or millions (`m`), so that the weights in a device
 cache or a launch.
 `_k5` counts kernels of 5 and more only: a step, so that a fit can follow how an implementation
 treats its kernel sizes without ever falling with them.
+`_wide16` counts convolutions with more than 16 input channels in a group only.
 
 The `engine_` features count the work of the convolution engines of a Myriad X (qnas.latency.myriad).
 They grow with a convolution except for steps of its tiling: one more group of input channels can
@@ -89,6 +90,11 @@ def _from_kernel(size: int, count: Count) -> Count:
     return lambda k: count(k) if k.kernel >= size else 0.0
 
 
+def _wider(size: int, count: Count) -> Count:
+    """Count for groups of more than `size` input channels only: runtimes have kernels for narrow ones."""
+    return lambda k: count(k) if _channels_in(k) > size else 0.0
+
+
 def _strided(count: Count) -> Count:
     """Count for strides above 1 only; models are compared at equal stride, so nothing falls."""
     return lambda k: count(k) if k.stride > 1 else 0.0
@@ -125,6 +131,7 @@ FEATURES: dict[str, Count] = {
     "mmacs_k5": _from_kernel(5, _mmacs),
     "mmacs_k7": _from_kernel(7, _mmacs),
     "mmacs_k9": _from_kernel(9, _mmacs),
+    **{f"mmacs_i{i}_c64_wide32": _wider(32, partial(_mmacs, in_tile=i, out_tile=64)) for i in (32, 64)},
     "mmacs_beyond_c512": lambda k: k.rows * _fan_in(k) * max(0, k.c_out - 512) / 1e6,
     "mmacs_row": lambda k: k.rows * k.kernel * _channels_in(k) * k.c_out / 1e6,
     # memory
@@ -138,6 +145,7 @@ FEATURES: dict[str, Count] = {
     "kelements_out_k5": _from_kernel(5, _kout),
     "kelements_out_k7": _from_kernel(7, _kout),
     "kelements_out_k9": _from_kernel(9, _kout),
+    **{f"kelements_in_wide{width}": _wider(width, _kin) for width in (8, 16, 32)},
     "kelements_in_above_4096": _above(4096, _kin),
     "kelements_out_above_4096": _above(4096, _kout),
     "kweights": _kweights,
@@ -157,6 +165,7 @@ FEATURES: dict[str, Count] = {
     "kchannels_out_k3": _from_kernel(3, _kchannels),
     "kchannels_out_k5": _from_kernel(5, _kchannels),
     # strides
+    "unstrided_kelements_in": lambda k: _kin(k) if k.stride == 1 else 0.0,
     "strided_mmacs": _strided(_mmacs),
     "strided_kelements_in": _strided(_kin),
     "strided_kelements_out": _strided(_kout),

@@ -79,8 +79,12 @@ FUSIONS: dict[str, dict[tuple[str, ...], str]] = {
     # it passes over the map as the bias of a convolution without one does, and costs as much.
     "eager": _FOLDS,
     "cuda": _FOLDS,  # the same with the tensor cores of a GPU, whose kinds _on_tensor_cores names
-    "inductor": _FOLDS,  # torch.compile: after folding, chains of elementwise operators (POINTWISE)
+    "inductor": _FOLDS,  # torch.compile on a CPU: after folding, chains of elementwise operators (POINTWISE)
+    # torch.compile on a GPU: the same, but a batch normalisation is elementwise, too, unless it is that of a
+    # shortcut, which joins the addition; an activation joins the layer or group normalisation before it
+    "triton": _FOLDS,
 }
+_COMPILED = ("inductor", "triton")  # with chains of elementwise operators
 
 # Elementwise operators that torch.compile fuses with their neighbours into one pass -> maps that each reads
 # besides the one before it. A chain ends after additions and the activation that follows them, so that it
@@ -91,6 +95,9 @@ POINTWISE: dict[str, int] = {
     **dict.fromkeys(("add", "mul", "sub"), 1),
 }
 _ACTIVATIONS = ("relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "swish", "hswish", "gelu")
+_NORMS = ("layernorm", "groupnorm")
+# Operators that do not compute their input anew from a convolution and its norm: that map is written.
+_READERS = ("conv", "dwconv", GROUPED, "linear", "maxpool", "avgpool", "reflect_pad", "pad", "split", "gap")
 LEAST_CHANNELS = 8  # that fill the reads of a matrix unit
 MOST_MAPS = 3  # that the name of a chain counts
 
@@ -122,7 +129,7 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
     names = [SAME_AS.get(op.kind, op.kind) for op in operators]
     i = 0
     while i < len(names):
-        if fusion == "inductor" and names[i] in POINTWISE:
+        if fusion in _COMPILED and names[i] in POINTWISE:
             length = _chain_length(names, i)
             chain = chain_kind(names[i : i + length])
             yield slice(i, i + length), replace(operators[i], kind=chain)
@@ -130,12 +137,16 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
             continue
         for length in range(min(longest, len(names) - i), 0, -1):
             sequence = tuple(names[i : i + length])
+            if fusion == "triton" and length == 2 and _is_written(operators, names, i + 1):
+                continue
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
                 first = operators[i]
                 kind = _convolution_kind(first) if kind == "conv" else kind
-                if fusion in ("cuda", "inductor"):
+                if fusion in ("cuda", *_COMPILED):
                     kind = _on_tensor_cores(kind, first)
+                if fusion == "triton" and kind in _NORMS:
+                    length += i + 1 < len(names) and names[i + 1] in _ACTIVATIONS
                 yield slice(i, i + length), replace(first, kind=kind)
                 i += length
                 break
@@ -143,7 +154,20 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
 
 def operators_ahead(fusion: str) -> int | None:
     """Return how many operators decide what the first of them fuses with; None where all may."""
-    return None if fusion == "inductor" else max(map(len, FUSIONS[fusion]))
+    return None if fusion in _COMPILED else max(map(len, FUSIONS[fusion]))
+
+
+def _is_written(operators: Sequence[Kernel], names: Sequence[str], norm: int) -> bool:
+    """Whether the next operator reads the map of a batch normalisation.
+
+    The next convolution of another map begins a shortcut: the map before it waits for the addition. The last
+    one of a block folds, as it does in an exported file.
+    """
+    if norm + 1 == len(names):
+        return False
+    this, following = operators[norm], operators[norm + 1]
+    same = (following.resolution_px, following.c_in) == (this.resolution_px, this.c_out)
+    return names[norm + 1] in _READERS and same
 
 
 def _convolution_kind(kernel: Kernel) -> str:

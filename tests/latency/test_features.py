@@ -87,3 +87,17 @@ def test_features_are_linear_in_the_batch_or_do_not_fall_with_it(name: str) -> N
         one = FEATURES[name](k)
         eight = FEATURES[name](Kernel(k.kind, k.resolution_px, k.c_in, k.c_out, k.kernel, k.stride, 8))
         assert one <= eight
+
+
+def test_wide_groups_count_where_their_name_says() -> None:
+    narrow, wide = (Kernel("gconv", 14, 8 * width, 8 * width, 3, groups=8) for width in (16, 24))
+    assert FEATURES["kelements_in_wide16"](narrow) == 0
+    assert FEATURES["kelements_in_wide16"](wide) == pytest.approx(14 * 14 * 192 / 1e3)
+    assert FEATURES["mmacs_i64_c64_wide32"](wide) == 0
+    wider = Kernel("gconv", 14, 320, 320, 3, groups=8)  # 40 channels in a group, computed as 64
+    assert FEATURES["mmacs_i64_c64_wide32"](wider) == pytest.approx(14 * 14 * 9 * 64 * 512 / 1e6)
+
+
+def test_a_pooling_of_stride_1_reads_its_input_once_more() -> None:
+    assert FEATURES["unstrided_kelements_in"](Kernel("avgpool", 14, 8, 8)) == pytest.approx(14 * 14 * 8 / 1e3)
+    assert FEATURES["unstrided_kelements_in"](Kernel("avgpool", 14, 8, 8, 1, 2)) == 0
