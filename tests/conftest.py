@@ -5,6 +5,7 @@ tensors ten times slower.
 """
 
 import os
+import sys
 
 # before torch is imported; subprocesses inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,18 @@ from helpers.tiny import TINY_SPACE
 from qnas.spaces.blocks import BLOCKS
 from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import SearchSpace, parse_space
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Trace a network for ONNX once in each test process."""
+    if "torch" not in sys.modules:  # no test here needs it, and to import it takes seconds
+        yield
+        return
+    from helpers.traced import traced_once
+
+    with traced_once():
+        yield
 
 
 @pytest.fixture

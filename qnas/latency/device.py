@@ -226,6 +226,10 @@ class Device(FilePart):
         device._kernel_function, device._table_function = kernel, table
         return device
 
+    def prices(self, kernel: Kernel) -> bool:
+        """Whether the device has a cost for kernels of this kind."""
+        return self._kernel_function is not None or kernel.kind in self.model
+
     def kernel_source(self, kernel: Kernel) -> Source:
         """Return the source of a kernel's latency. Raises TableError for an unknown kind.
 

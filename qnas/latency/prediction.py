@@ -253,10 +253,7 @@ def _all_know(devices: Sequence[Device], kernel: Kernel) -> bool:
 
 
 def _known(device: Device, kernel: Kernel) -> str | None:
-    try:
-        return device.kernel_source(kernel)
-    except TableError:
-        return None
+    return device.kernel_source(kernel) if device.prices(kernel) else None
 
 
 def _parts(rows: Iterable[KernelRow]) -> list[Part]:

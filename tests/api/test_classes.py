@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import TINY_SPACE
+from helpers.tiny import FEW, TINY_SPACE
 
 import qnas
 from qnas.api import searching
@@ -21,15 +21,6 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.names import ARCH_FILE, METRICS_FILE
 from qnas.spaces.space import SearchSpace, parse_space
 
-FEW: dict[str, Any] = {
-    "warmup_epochs": 0,
-    "search_epochs": 1,
-    "resolution_px": 8,
-    "random_networks": 0,
-    "k_best": 2,
-    "effect_networks": 0,
-    "threads": 1,
-}
 MANY = 1000
 SPACE = parse_space(TINY_SPACE.replace("classes: 10", f"classes: {MANY}"), "tiny.yaml")
 OF_DIGITS = SPACE.with_classes(10)

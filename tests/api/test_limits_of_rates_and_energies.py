@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.command_line import qnas as run_qnas
 from helpers.energies import metered
-from helpers.tiny import TINY_SPACE
+from helpers.tiny import SOME, TINY_SPACE
 
 import qnas
 from qnas.api.limits import AskedLimits
@@ -17,14 +16,6 @@ from qnas.latency.device_table import load_table
 from qnas.latency.energy import energy_table
 from qnas.runs.finished_run import read_finished_run
 from qnas.spaces.space import SearchSpace
-
-FEW: dict[str, Any] = {
-    "warmup_epochs": 1,
-    "search_epochs": 1,
-    "resolution_px": 8,
-    "random_networks": 2,
-    "k_best": 5,
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +41,7 @@ def limited(place: Path) -> qnas.SearchResult:
         out=place / "run",
         max_energy=f"{(least + most) / 2}mJ",
         threads=1,
-        **FEW,
+        **SOME,
     )
 
 

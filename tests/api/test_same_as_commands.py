@@ -3,23 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.command_line import succeed
-from helpers.tiny import TINY_SPACE
+from helpers.tiny import SOME, TINY_SPACE
 
 import qnas
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, RESULT_FILE, SUPERNET_FILE, WEIGHTS_FILE
 
-FEW: dict[str, Any] = {
-    "warmup_epochs": 1,
-    "search_epochs": 1,
-    "resolution_px": 8,
-    "random_networks": 2,
-    "k_best": 5,
-}
 OPTIONS = "--warmup-epochs 1 --epochs 1 --resolution 8 --random-networks 2 --k-best 5 --threads 1 -q"
 
 
@@ -30,7 +22,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[qnas.SearchResult, P
     space = folder / "tiny.yaml"
     space.write_text(TINY_SPACE)
     limits = {"vpu": "1ms", "cpu": "500us"}
-    result = qnas.run_search(space, limits, out=folder / "api", max_params="6k", threads=1, **FEW)
+    result = qnas.run_search(space, limits, out=folder / "api", max_params="6k", threads=1, **SOME)
     asked = [word for name, budget in limits.items() for word in ("--device", name, "--budget", budget)]
     command = folder / "command"
     succeed("search", *asked, "--max-params", "6k", "--space", space, "--out", command, *OPTIONS.split())

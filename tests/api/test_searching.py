@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import TINY_SPACE
+from helpers.tiny import FEW, TINY_SPACE
 from torch import Tensor
 
 import qnas
@@ -19,16 +19,6 @@ from qnas.nn.subnet import subnet_state
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.spaces.space import SearchSpace, parse_space
-
-FEW: dict[str, Any] = {
-    "warmup_epochs": 0,
-    "search_epochs": 1,
-    "resolution_px": 8,
-    "random_networks": 0,
-    "k_best": 2,
-    "effect_networks": 0,
-    "threads": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +35,13 @@ def test_nothing_is_printed_and_the_callers_threads_stay(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    search(tmp_path / "run", threads=threads + 1)
+    torch.set_num_threads(threads + 1)
+    try:
+        search(tmp_path / "run", threads=threads)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert capfd.readouterr() == ("", "")
-    assert torch.get_num_threads() == threads
 
 
 def test_a_function_is_told_each_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qnas.nn.kernels import native
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library()  # from the user's cache: in an empty one they are compiled, for many seconds
     monkeypatch.setenv("QNAS_HOME", str(tmp_path))  # no predictors
 
 
@@ -61,17 +63,19 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytes
     assert "g++" in finding["advice"]
 
 
-def test_a_cache_that_others_can_write_is_told(tmp_path: Path) -> None:
+def test_a_cache_that_others_can_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.find_compiler() is None:
         pytest.skip("no compiler here")
+    sources = tmp_path / "sources"  # that compile in a moment
+    sources.mkdir()
+    (sources / "lanes.cpp").write_text('extern "C" int qnas_lanes() { return 4; }\n')
+    monkeypatch.setattr(native, "FOLDER", sources)
     folder = native.cache_folder()
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    native._load.cache_clear()
-    try:
-        finding = findings()["C++ kernels"]
-    finally:
-        native._load.cache_clear()
+    # not yet loaded, and not to be loaded again afterwards
+    monkeypatch.setattr(native, "_load", lru_cache(maxsize=1)(native._load.__wrapped__))
+    finding = findings()["C++ kernels"]
     assert finding["state"] == "broken"
     assert f"{folder}: others can write it" in finding["found"]
     assert "only you can write" in finding["advice"]

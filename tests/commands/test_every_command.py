@@ -11,6 +11,7 @@ from helpers.measured_networks import fill_in, write_networks
 from helpers.pickled_forests import predictor_files, write_zip
 from helpers.tiny import TINY_SPACE
 
+from qnas.nn.kernels import native
 from qnas.spaces.space import load_space
 
 RUN = "runs/quadranet-mobile-vpu-30ms-adreno-630-20ms"
@@ -75,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    native.library()  # from the user's cache: in an empty one they are compiled, for many seconds
     monkeypatch.setenv("QNAS_HOME", str(folder / "home"))
 
 

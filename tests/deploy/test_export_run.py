@@ -112,10 +112,19 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+# TFLite, which is converted for seconds, is read back on all test images in test_formats.py
+@pytest.mark.parametrize(
+    "formats",
+    [
+        tuple(name for name in FORMATS_HERE if name != "tflite"),
+        pytest.param(FORMATS_HERE, marks=pytest.mark.slow),
+    ],
+    ids=["quick", "all"],
+)
 def test_every_format_read_back_has_the_accuracy_of_the_training_on_all_test_images(
-    trained: Path, tmp_path: Path
+    formats: tuple[str, ...], trained: Path, tmp_path: Path
 ) -> None:
-    done = export(trained, tmp_path / "out", formats=FORMATS_HERE)
+    done = export(trained, tmp_path / "out", formats=formats)
     data = load_data(parse_data_spec("digits"), resolution_px=8)
     result = read_json(trained / SUBNET_FOLDER / RESULT_FILE, CheckpointError)
     places = torch.arange(len(data.test))

@@ -1,4 +1,6 @@
-"""Spaces small enough to search in seconds."""
+"""Spaces small enough to search in seconds, and settings of such searches."""
+
+from typing import Any
 
 TINY_SPACE = """\
 schema: qnas.space/1
@@ -39,3 +41,21 @@ stages:
   - {channels: 16, positions: 2, stride: 2}
 head: {classes: 10}
 """
+
+# of a search in Python: the least, and one that warms up and compares
+FEW: dict[str, Any] = {
+    "warmup_epochs": 0,
+    "search_epochs": 1,
+    "resolution_px": 8,
+    "random_networks": 0,
+    "k_best": 2,
+    "effect_networks": 0,
+    "threads": 1,
+}
+SOME: dict[str, Any] = {
+    "warmup_epochs": 1,
+    "search_epochs": 1,
+    "resolution_px": 8,
+    "random_networks": 2,
+    "k_best": 5,
+}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import TINY_SPACE
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
@@ -134,13 +135,27 @@ def larger() -> ImageData:
     return load_data(parse_data_spec("digits"), resolution_px=16, keep_originals=True, quiet=True)
 
 
+@pytest.fixture(scope="module")
+def grown(larger: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that grows, which nothing happened to: not to be changed."""
+    folder = tmp_path_factory.mktemp("grown")
+    space = parse_space(TINY_SPACE, "tiny.yaml")
+    arch = make_arch(space, CHOICES)
+    source = FoundArch(space, arch, arch_document(space, arch, {}), folder)
+    return train(source, larger, folder / "whole", config(**GROWING, random_resized_crop=0.3))
+
+
 @pytest.mark.parametrize("step", [3, 11, 14, 30])
 def test_a_training_that_grows_goes_on_to_the_bit_from_each_size(
-    step: int, source: FoundArch, larger: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    grown: Path,
+    source: FoundArch,
+    larger: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     how = config(**GROWING, random_resized_crop=0.3)
     assert how.recipe.stages == ((4, 1), (8, 1), (16, 1))
-    whole = train(source, larger, tmp_path / "whole", how)
     take = SubnetTrainer.step
 
     def step_and_stop(self: SubnetTrainer) -> dict[str, float]:
@@ -156,7 +171,7 @@ def test_a_training_that_grows_goes_on_to_the_bit_from_each_size(
             train(source, larger, folder, how)
     train(source, larger, folder, how, resume=True)
     for file in (WEIGHTS_FILE, BEST_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE):
-        assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
+        assert (grown / file).read_bytes() == (folder / file).read_bytes(), file
 
 
 def test_each_epoch_has_images_of_its_size_and_only_those_of_the_last_size_have_a_best(

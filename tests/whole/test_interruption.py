@@ -8,10 +8,12 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -133,6 +135,12 @@ def save_every(steps: int, seconds: float) -> None:
         user.run_to_end = partial(train.run_to_end, interval=train.Interval(steps, seconds))  # type: ignore[attr-defined]
 
 
+def fill_the_disk() -> None:
+    """Let no file have more than 20 kB, so that the state does not fit."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 # ---- processes
 
 
@@ -155,9 +163,10 @@ class Workplace:
         self.space.write_text(TINY_SPACE)
         self.log = folder / "log"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["qnas.search.search_result", "qnas.training.subnet_trainer", "sklearn.datasets"]
-        )
+        self._context.set_forkserver_preload(["helpers.warm"])
+        with pytest.MonkeyPatch.context() as patches:  # Python 3.11 gives that process no other path
+            patches.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+            forkserver.ensure_running()
 
     def qnas(self, command: str, *plans: Plan) -> int:
         """Run a command; return its exit code, below zero where a signal ended it."""
@@ -349,6 +358,17 @@ def test_with_all_checkpoints_damaged_it_stops(place: Workplace, out: Path) -> N
     assert f"{NEWEST} is damaged" in line
     assert f"{BEFORE} is damaged" in line
     assert "--force without --resume starts anew" in line
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(place: Workplace, out: Path) -> None:
+    assert place.search(out, fill_the_disk) == 1
+    (line,) = (line for line in place.said.splitlines() if "warning" not in line and "error" in line)
+    assert line.startswith("qnas: error: ")
+    assert "checkpoint.pt: File too large" in line
+    assert "Traceback" not in place.said
+    assert not (out / ARCH_FILE).exists()
+    assert not list(out.glob("*.partial"))
+    assert not list(out.glob(".*"))
 
 
 def test_asked_something_else_it_is_not_resumed(place: Workplace, tmp_path: Path, out: Path) -> None:

@@ -90,11 +90,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Return what exports once and gives the folder again whenever the same is asked: not to be changed."""
 
     @cache
-    def write(name: str, precision: FilePrecision = "fp32", norm: str = "layernorm") -> tuple[Path, Exported]:
+    def write(name: str, precision: FilePrecision, norm: str) -> tuple[Path, Exported]:
         folder = tmp_path_factory.mktemp(f"{name}-{precision}-{norm}")
         return folder, export(name, folder, trained(norm), precision)
 
-    return write
+    # to the cache a default that is left out is another argument
+    return lambda name, precision="fp32", norm="layernorm": write(name, precision, norm)
 
 
 def run_all(name: str, folder: Path, done: Exported, images: Tensor) -> Tensor:

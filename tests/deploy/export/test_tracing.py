@@ -140,3 +140,19 @@ def test_an_export_says_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: 
         trace(Small())
     assert capfd.readouterr() == ("", "")
     assert logging.root.manager.disable == disabled
+
+
+def test_the_tests_get_the_graph_of_the_network_that_they_ask_for() -> None:
+    """Torch's exporter is replaced in tests (helpers/traced.py)."""
+    torch.manual_seed(0)
+    network = Small().eval()
+    first = trace(network)
+    before = first.SerializeToString()
+    first.graph.node.clear()
+    assert trace(copy.deepcopy(network)).SerializeToString() == before
+    with torch.no_grad():
+        network.classifier.bias.add_(1)
+    others = [trace(network), trace_onnx(network, (3, PX, PX), "model.onnx", batch=1)]
+    network.conv.padding = (0, 0)
+    others.append(trace(network))
+    assert len({before, *(model.SerializeToString() for model in others)}) == 4

@@ -37,6 +37,14 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """A process that imports triton as it is, to compile in."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        yield pool
+
+
 @pytest.fixture
 def interpreted(interpreter: ProcessPoolExecutor) -> Call:
     """y and the four gradients from (grad, x, weights), by the interpreter."""
@@ -188,12 +196,13 @@ def test_what_the_kernels_do_not_take_is_refused(x: Tensor, weight: Tensor, mess
     ],
 )
 def test_programs_compile_for_a_gpu_and_need_no_atomics(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format
+    compiler: ProcessPoolExecutor,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
 ) -> None:
     """The interpreter checks no types: what runs in it may still be no program to the compiler."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        codes = pool.submit(compile_for_a_gpu, *draw(shape, 3, dtype, layout)).result()
+    codes = compiler.submit(compile_for_a_gpu, *draw(shape, 3, dtype, layout)).result()
     assert list(codes) == ["forward", "products", "data_gradient", "weight_gradients"]
     for code in codes.values():
         assert "fma.rn.f32" in code

@@ -7,9 +7,9 @@ from helpers.command_line import succeed as qnas
 from helpers.tiny import TINY_SPACE
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search on two devices, its front, and its network trained."""
+    """A search on two devices, its front, and its network trained: not to be changed."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.yaml").write_text(TINY_SPACE)
     small = ("--resolution", "8", "-q")
