@@ -429,11 +429,11 @@ def fit_a100(data: Path, date: str) -> list[Device]:
     grids, accuracy = fit_operators(kernels, latency_ms)
     latency, throughput = a100.latency_model(grids), a100.throughput_model(grids)
     of_operators = a100.operator_accuracy(latency, kernels, latency_ms)
-    of_networks = a100.published_accuracy(throughput)
+    of_networks, errors = a100.published_accuracy(throughput), a100.published_uncertainty(throughput)
     return [
         make_device("a100-eager", gpu_model(grids), date, accuracy=accuracy),
         make_device("a100", latency, date, accuracy=of_operators),
-        make_device("a100-throughput", throughput, date, accuracy=of_networks),
+        make_device("a100-throughput", throughput, date, accuracy=of_networks, uncertainty=errors),
     ]
 
 

@@ -27,6 +27,7 @@ from qnas.latency.device import Figures, KernelModel
 from qnas.latency.evaluation import Array, figures
 from qnas.latency.features import FEATURES
 from qnas.latency.grid import Grid
+from qnas.latency.intervals import LEVELS, Uncertainty, pooled, relative_errors
 from qnas.latency.kernels import Kernel, fuse_operators
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import layers_of, lower
@@ -309,6 +310,25 @@ def published_accuracy(model: Mapping[str, KernelModel]) -> dict[str, dict[str, 
         which = "fitted networks" if family == FITTED else "unseen family"
         accuracy[which][family] = figures(predict(model, networks), [n.ms for n in networks])
     return accuracy
+
+
+def published_uncertainty(model: Mapping[str, KernelModel]) -> Uncertainty:
+    """Return the intervals of the throughput model: its errors on the families that the fit did not see.
+
+    Three families are too few for the higher levels.
+    """
+    errors = {}
+    for family in dict.fromkeys(n.family for n in PUBLISHED if n.family != FITTED):
+        networks = [network for network in PUBLISHED if network.family == family]
+        measured = np.array([network.ms for network in networks])
+        errors[family] = relative_errors(measured, predict(model, networks), np.zeros(len(networks)), 1.0)
+    return pooled(
+        errors,
+        weight=1.0,
+        source="published throughputs of families that the fit did not see, each family with the same "
+        "weight; the form of the model was chosen with them in sight",
+        levels=LEVELS[:2],
+    )
 
 
 def operator_accuracy(
