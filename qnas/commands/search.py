@@ -130,9 +130,8 @@ def _announce(started: "Started") -> None:
     typer.echo(wrapped(f"{what}; run in {folder}"))
     if started.finalists is not None:
         px, most = started.finalists.resolution_px, started.finalists.recipe.epochs
-        typer.echo(
-            wrapped(f"then trains the finalists by themselves at {px} px, those that stay for {most} epochs")
-        )
+        stay = f"those that stay for {most} epoch{'s' * (most != 1)}"
+        typer.echo(wrapped(f"then trains the finalists by themselves at {px} px, {stay}"))
     deployed_px = started.space.input.resolution_px
     if images.resolution_px != deployed_px:
         typer.echo(
