@@ -11,6 +11,7 @@ the next block. Latency is therefore a sum over positions.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from qnas.spaces.layer import LayerSpec
 
@@ -106,6 +107,7 @@ def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...
     """Return the kernels that the layers of one block become, in order.
 
     A pooling whose map a `scale` reads again is not fused with what computes the map, which has two readers.
+    Batch normalisations behind a convolution fold into it, as in every file that is exported.
 
     >>> px28 = {"resolution_px": 28, "c_in": 40, "c_out": 40}
     >>> [k.kind for k in fuse([LayerSpec("a", "dwconv", kernel=5, **px28), LayerSpec("b", "relu", **px28)])]
@@ -114,7 +116,8 @@ def fuse(layers: Iterable[LayerSpec], fusion: str = "edge") -> tuple[Kernel, ...
     operators = [Kernel(s.op, s.resolution_px, s.c_in, s.c_out, s.kernel, s.stride) for s in layers]
     names = [operator.kind for operator in operators]
     cut = names.index("gap") if "gap" in names and "scale" in names else 0
-    return (*fuse_operators(operators[:cut], fusion), *fuse_operators(operators[cut:], fusion))
+    parts = chain(*(fused_parts(some, fusion, folded=True) for some in (operators[:cut], operators[cut:])))
+    return tuple(kernel for _, kernel in parts)
 
 
 def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[Kernel, ...]:
@@ -122,8 +125,13 @@ def fuse_operators(operators: Sequence[Kernel], fusion: str = "edge") -> tuple[K
     return tuple(kernel for _, kernel in fused_parts(operators, fusion))
 
 
-def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slice, Kernel]]:
-    """Yield the kernels of `fuse_operators`, each with the part of the operators that it stands for."""
+def fused_parts(
+    operators: Sequence[Kernel], fusion: str, *, folded: bool = False
+) -> Iterator[tuple[slice, Kernel]]:
+    """Yield the kernels of `fuse_operators`, each with the part of the operators that it stands for.
+
+    `folded`: every batch normalisation behind a convolution folds into it.
+    """
     rules = FUSIONS[fusion]
     longest = max(map(len, rules), default=1)
     names = [SAME_AS.get(op.kind, op.kind) for op in operators]
@@ -131,13 +139,12 @@ def fused_parts(operators: Sequence[Kernel], fusion: str) -> Iterator[tuple[slic
     while i < len(names):
         if fusion in _COMPILED and names[i] in POINTWISE:
             length = _chain_length(names, i)
-            chain = chain_kind(names[i : i + length])
-            yield slice(i, i + length), replace(operators[i], kind=chain)
+            yield slice(i, i + length), replace(operators[i], kind=chain_kind(names[i : i + length]))
             i += length
             continue
         for length in range(min(longest, len(names) - i), 0, -1):
             sequence = tuple(names[i : i + length])
-            if fusion == "triton" and length == 2 and _is_written(operators, names, i + 1):
+            if fusion == "triton" and length == 2 and not folded and _is_written(operators, names, i + 1):
                 continue
             kind = rules.get(sequence, names[i] if length == 1 else None)
             if kind is not None:
@@ -160,8 +167,7 @@ def operators_ahead(fusion: str) -> int | None:
 def _is_written(operators: Sequence[Kernel], names: Sequence[str], norm: int) -> bool:
     """Whether the next operator reads the map of a batch normalisation.
 
-    The next convolution of another map begins a shortcut: the map before it waits for the addition. The last
-    one of a block folds, as it does in an exported file.
+    The next convolution of another map begins a shortcut: the map before it waits for the addition.
     """
     if norm + 1 == len(names):
         return False

@@ -19,6 +19,7 @@ from qnas.latency.device_table import predict_blocks
 from qnas.latency.onnx.graph_file import READERS
 from qnas.latency.onnx.networks import read_onnx
 from qnas.latency.prediction import DEVICE, predict_arch, predict_file, predict_onnx
+from qnas.latency.table import DECIMALS
 from qnas.spaces.arch import Arch, sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space, parse_space
@@ -63,7 +64,11 @@ def check_file(path: Path, product: Product, space: SearchSpace, arch: Arch) -> 
         ours, theirs = predict_blocks(device, lower(asked, arch)), predict_onnx(device, found)
         assert Counter(row.kernel for row in theirs) == Counter(row.kernel for row in ours)
         expected = predict_arch(DEVICE, device, asked, arch).latency_ms
-        assert predict_file(DEVICE, device, found).latency_ms == pytest.approx(expected, rel=0.01)
+        # the cells of a table are rounded, which is 1% of a tiny network on a GPU
+        rounding = 0.5 * 10**-DECIMALS * len(lower(asked, arch))
+        assert predict_file(DEVICE, device, found).latency_ms == pytest.approx(
+            expected, rel=0.01, abs=rounding
+        )
 
 
 @pytest.mark.parametrize("name", READ)
