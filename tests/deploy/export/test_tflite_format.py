@@ -61,11 +61,6 @@ def expected_operators(product: Product) -> Counter[str]:
     # and the batch norms behind a product, which no convolution takes up
     scaled += sum(before in ("mul", "square") and norm == "batchnorm" for before, norm in pairs)
     pooled = n["layernorm"] and 1  # the norm of pooled features has a mean and a sum for its convolution
-    # no convolution absorbs the batch norm behind a product that ends a neuron
-    apart = sum(
-        norm == "batchnorm" and before in ("mul", "square")
-        for before, norm in pairwise(layer.op for layer in layers)
-    )
     return Counter(
         {
             "CONV_2D": n["conv"] + n["layernorm"] - pooled,
@@ -75,8 +70,8 @@ def expected_operators(product: Product) -> Counter[str]:
             "MEAN": n["layernorm"] + pooled + n["gap"],
             "SUB": n["layernorm"],
             "RSQRT": n["layernorm"],
-            "MUL": 2 * n["layernorm"] + scaled + n["mul"] + n["square"] + apart,
-            "ADD": n["add"] + scaled + pooled + apart,
+            "MUL": 2 * n["layernorm"] + scaled + n["mul"] + n["square"],
+            "ADD": n["add"] + scaled + pooled,
             "MAXIMUM": n["clip"],
             "MINIMUM": n["clip"],
             "HARD_SWISH": n["hswish"],
