@@ -222,3 +222,25 @@ def test_a_network_that_computes_no_numbers_is_refused() -> None:
     nn.init.constant_(broken.get_submodule("head.classifier").bias, float("inf"))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="the network's own logits are not finite numbers"):
         compare(broken, run_of(broken), digits(4), TOLERANCES["fp32"], where="file")
+
+
+def test_a_difference_is_judged_by_the_largest_logit_of_all_images_not_of_its_batch() -> None:
+    class Faint(nn.Module):
+        """A network whose logits of a single image are a hundredth of the others'."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = trained().network(x)
+            return logits / 100 if len(x) == 1 else logits
+
+    network = Faint()
+    with torch.no_grad():
+        faint = float(network(digits(40).take([0])).abs().max())
+    tolerance = Tolerance(0.05, 0.0, 1.0)
+
+    def shifted(by: float) -> Run:
+        return run_of(network, lambda logits: logits + by if len(logits) == 1 else logits)
+
+    found = compare(network, shifted(0.5 * faint), digits(40), tolerance, where="file")
+    assert 0.05 * faint < found.max_difference <= 0.05 * found.scale
+    with pytest.raises(ExportError, match=r"for 1 images the file's logits differ.* 0.05 of the largest"):
+        compare(network, shifted(0.06 * found.scale), digits(40), tolerance, where="file")
