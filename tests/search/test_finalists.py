@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.searches import QUICK
 from helpers.tiny import TWO_KINDS
 
 from qnas.common.errors import CheckpointError, Interrupted, TrainingError, UsageError
@@ -24,7 +25,6 @@ from qnas.nn.subnet import build_subnet
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import FINALISTS_FOLDER, METRICS_FILE
 from qnas.search import finalists as finals_module
-from qnas.search.config import SearchConfig
 from qnas.search.effects import Effects
 from qnas.search.finalists import (
     FinalistTrainer,
@@ -49,21 +49,7 @@ from qnas.training.recipe import Recipe
 from qnas.training.scoring import Score
 from qnas.training.subnet_trainer import SubnetTrainer
 
-CONFIG = SearchConfig(
-    preset="test",
-    resolution_px=8,
-    warmup_epochs=1,
-    search_epochs=2,
-    batch_size=128,
-    learning_rate=5e-3,
-    arch_learning_rate=0.1,
-    arch_every=2,
-    k_best=6,
-    screened=40,
-    finalists=4,
-    finalist_epochs=4,
-    threads=1,
-)
+CONFIG = QUICK.override({"k_best": 6, "screened": 40, "finalists": 4, "finalist_epochs": 4, "threads": 1})
 RECIPE = Recipe(epochs=3, batch_size=288, resolution_px=8, learning_rate=5e-3)
 STEPS = 1151 // 288  # of an epoch
 

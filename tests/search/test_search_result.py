@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.searches import QUICK
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import CheckpointError, DataError
@@ -24,7 +25,6 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.metrics import read_metrics
 from qnas.runs.names import ARCH_FILE, BUDGET_PLOT_FILE, CONFIG_FILE, METRICS_FILE, SEARCH_FILE
 from qnas.runs.plots import draw_budget
-from qnas.search.config import SearchConfig
 from qnas.search.evaluator import evaluator_of
 from qnas.search.search_result import RANDOM_WINDOW, run_search, seeds_beside
 from qnas.search.searcher import Searcher
@@ -36,20 +36,7 @@ from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace, parse_space
 from qnas.training.losses import CROSS_ENTROPY
 
-CONFIG = SearchConfig(
-    preset="test",
-    resolution_px=8,
-    warmup_epochs=1,
-    search_epochs=2,
-    batch_size=128,
-    learning_rate=5e-3,
-    arch_learning_rate=0.1,
-    arch_every=2,
-    effect_networks=60,
-    k_best=6,
-    screened=12,
-    random_networks=4,
-)
+CONFIG = QUICK.override({"effect_networks": 60, "k_best": 6, "screened": 12, "random_networks": 4})
 
 
 @dataclass(frozen=True)

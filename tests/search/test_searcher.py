@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import WITH_BLOCK_TRANSITIONS
+from helpers.searches import QUICK
 from helpers.tiny import TINY_SPACE
 from sklearn.metrics import balanced_accuracy_score
 
@@ -50,17 +51,7 @@ from qnas.spaces.space import SearchSpace, load_space, parse_space
 from qnas.training.loop import Interval, run_to_end
 from qnas.training.supernet_weights import inherit
 
-CONFIG = SearchConfig(
-    preset="test",
-    resolution_px=8,
-    warmup_epochs=1,
-    search_epochs=2,
-    batch_size=128,
-    learning_rate=5e-3,
-    arch_learning_rate=0.1,
-    arch_every=1,
-    random_networks=3,
-)
+CONFIG = QUICK.override({"arch_every": 1, "random_networks": 3})
 
 
 @pytest.fixture(scope="module")
