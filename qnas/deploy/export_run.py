@@ -37,6 +37,7 @@ from qnas.deploy.targets import (
     DeviceFiles,
     choose_formats,
     device_files,
+    is_for_phone_gpus,
     precisions_of,
     targets_of,
 )
@@ -300,6 +301,7 @@ def _product(
         result.get("significant_bits") or FULL_BITS,
         result.get("pads") is True,
         calibration,
+        on_gpu=is_for_phone_gpus(targets_of(found)),
     )
 
 

@@ -72,6 +72,12 @@ def targets_of(found: FoundArch) -> tuple[Target, ...]:
     )
 
 
+def is_for_phone_gpus(targets: Iterable[Target]) -> bool:
+    """Return whether TFLite files run on GPUs, on all devices of the search that run them."""
+    runtimes = [target.runtime for target in targets if "tflite" in target.formats]
+    return bool(runtimes) and all(re.search("gpu", runtime, re.I) for runtime in runtimes)
+
+
 def precisions_of(targets: Iterable[Target]) -> tuple[FilePrecision, ...]:
     """Return the precisions of the files that latencies are of, fp32 without a device."""
     return tuple(dict.fromkeys(target.precision for target in targets)) or ("fp32",)

@@ -17,6 +17,7 @@ from qnas.deploy.targets import (
     describe_device,
     device_files,
     formats_of,
+    is_for_phone_gpus,
     precisions_of,
 )
 from qnas.latency.device import device_names, load_device
@@ -54,6 +55,17 @@ def test_every_shipped_device_has_its_formats() -> None:
 )
 def test_a_runtime_has_formats(runtime: str, formats: tuple[str, ...]) -> None:
     assert formats_of(runtime) == formats
+
+
+def test_files_are_for_gpus_of_phones_where_every_device_of_the_search_that_reads_them_is_one() -> None:
+    cpu, gpu, stick = (
+        Target(name, load_device(name).runtime) for name in ("cortex-a76", "adreno-640", "myriad-vpu")
+    )
+    assert is_for_phone_gpus([gpu])
+    assert is_for_phone_gpus([gpu, stick])
+    assert not is_for_phone_gpus([gpu, cpu])
+    assert not is_for_phone_gpus([stick])
+    assert not is_for_phone_gpus([])
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

@@ -7,7 +7,7 @@ from qnas.deploy.export import tflite_format
 from qnas.deploy.export.product import Product
 
 _convert: Callable[[Product, str], bytes] = tflite_format.convert
-_files: dict[tuple[int, str, str], bytes] = {}
+_files: dict[tuple[int, bool, str, str], bytes] = {}
 
 
 def converted(product: Product, where: str = "file") -> bytes:
@@ -15,7 +15,7 @@ def converted(product: Product, where: str = "file") -> bytes:
     digest = sha256()
     for tensor in product.network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
-    key = product.resolution_px, str(product.network), digest.hexdigest()
+    key = product.resolution_px, product.on_gpu, str(product.network), digest.hexdigest()
     if key not in _files:
         _files[key] = _convert(product, where)
     return _files[key]

@@ -23,6 +23,8 @@ from qnas.spaces.space import SearchSpace, load_space
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import depthwise_forms  # type: ignore[import-not-found]
+import exact_solve  # type: ignore[import-not-found]
 import experiments as ex  # type: ignore[import-not-found]
 import relinear  # type: ignore[import-not-found]
 import search_quality  # type: ignore[import-not-found]
@@ -368,3 +370,53 @@ def test_the_stability_of_quadratic_weights_is_measured_once(tmp_path: Path) -> 
     assert len(done.splitlines()) == 2 * len(relinear.FORMS)
     assert run_script(*small).startswith("## ")
     assert (tmp_path / "relinear.jsonl").read_bytes() == done
+
+
+# ---- the exact solve beside other ways to choose
+
+
+@pytest.mark.parametrize(("limits", "share", "seed"), [*product((1, 2, 3), (0.3, 0.6), (0, 1))])
+def test_ways_to_choose_are_within_limits_and_at_most_as_good_as_the_best_of_all(
+    limits: int, share: float, seed: int
+) -> None:
+    instance = exact_solve.draw_instance(5, 4, limits, share, seed)
+    every = np.array(list(product(range(4), repeat=5)))
+    within = every[[bool(instance.fits(network[None])[0]) for network in every]]
+    best = float(instance.score(within).max())
+    for network in within[:20]:  # by definition, not by the arrays of the script
+        amounts = [sum(rows[i][c] for i, c in enumerate(network)) for rows in instance.amounts]
+        assert all(amount <= most for amount, most in zip(amounts, instance.room, strict=True))
+    scores = {}
+    for name, method in exact_solve.METHODS.items():
+        found = method(instance)
+        assert found is not None, name
+        if name != "argmax":
+            assert instance.fits(np.array([found]))[0], name
+            scores[name] = float(instance.score(np.array([found]))[0])
+            assert scores[name] <= best + 1e-12, name
+    assert scores["exact"] == pytest.approx(best)
+    assert scores["HiGHS"] == pytest.approx(best)
+
+
+def test_what_finds_nothing_is_no_violation() -> None:
+    instance = exact_solve.draw_instance(5, 4, 1, 0.5, 0)
+    hopeless = replace(instance, room=instance.amounts.min(2).sum(1) * 0.99)
+    assert exact_solve.evolution(hopeless) is None
+    assert exact_solve.greedy_repair(hopeless) is None
+    assert exact_solve.penalised(hopeless) is None
+
+
+# ---- forms of depthwise convolutions
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_forms_of_depthwise_convolutions_compute_the_same(kernel: int) -> None:
+    outputs = {}
+    for form in depthwise_forms.FORMS:
+        torch.manual_seed(0)
+        block = depthwise_forms.Block(6, 2, kernel, form).eval()
+        with torch.no_grad():
+            outputs[form] = block(torch.randn(1, 6, 9, 9, generator=torch.Generator().manual_seed(1)))
+    for form in ("whole", "multiplier", "grouped", "doubled"):
+        torch.testing.assert_close(outputs[form], outputs["separate"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(outputs["linear"], outputs["separate"], atol=1e-2)

@@ -22,7 +22,7 @@ from qnas.deploy.export import (
     vpu_format,
 )
 from qnas.deploy.export.halves import check_halves
-from qnas.deploy.export.lowering import CHANNELS_LAST, MYRIAD, lowered
+from qnas.deploy.export.lowering import MYRIAD, lowered
 from qnas.deploy.export.opset import TRACED_OPSET, readers
 from qnas.deploy.export.parity import TOLERANCES, Parity, Tolerance, compare, tolerance_of
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
@@ -105,7 +105,7 @@ FORMATS: dict[str, Format] = {
         "Arm and x86 CPUs, and GPUs of phones, by LiteRT or TFLite 2.9 or newer; without GELU 2.0 or newer",
         tflite_format.check,
         batch=1,
-        computed=lambda product, _: product.deployed(forms=CHANNELS_LAST),
+        computed=lambda product, _: product.deployed(forms=tflite_format.forms_of(product)),
         channels_last=True,
     ),
     "torch": Format(

@@ -24,6 +24,9 @@ NormForm = Literal["operator", "arithmetic", "convolution", "convolutions"]
 BatchNormForm = Literal["operator", "scale"]
 ActivationForm = Literal["operator", "arithmetic"]
 PoolForm = Literal["first", "last"]
+DepthwiseForm = Literal["whole", "split"]
+
+LARGEST_DEPTHWISE = 5  # kernel that XNNPACK, the runtime of TFLite files on processors, has code for
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Forms:
     it where that is exact. `convolution` is the same with the mean of the squares as a convolution to one
     channel, `convolutions` with both means so. gelu, hard_swish (and a hard sigmoid): `operator`, or sums and
     products with erf or a clip. pool: the mean of a map with its channels first, or last. batch_norm (where
-    it does not fold): `operator`, or one product and one sum (a `scale`).
+    it does not fold): `operator`, or one product and one sum (a `scale`). depthwise: convolutions of 7x7 and
+    9x9 as one operator (`whole`), or as a sum of four smaller ones (`split`).
     """
 
     layer_norm: NormForm = "operator"
@@ -43,11 +47,12 @@ class Forms:
     hard_swish: ActivationForm = "operator"
     pool: PoolForm = "first"
     batch_norm: BatchNormForm = "operator"
+    depthwise: DepthwiseForm = "whole"
 
 
 OPERATORS = Forms()
 ARITHMETIC = Forms("arithmetic", "arithmetic", "arithmetic")
-CHANNELS_LAST = Forms("convolution", pool="last", batch_norm="scale")  # of TFLite
+CHANNELS_LAST = Forms("convolution", pool="last", batch_norm="scale", depthwise="split")  # of TFLite
 MYRIAD = Forms("convolutions", "arithmetic", "arithmetic")
 
 
@@ -81,6 +86,8 @@ def _form(module: nn.Module, forms: Forms) -> nn.Module:
         return module if module.running_mean is None else ScaleNorm(module)
     if isinstance(module, GlobalAveragePool) and forms.pool == "last":
         return LastAxisPool()
+    if isinstance(module, nn.Conv2d) and forms.depthwise == "split":
+        return SplitDepthwise(module) if SplitDepthwise.can_split(module) else module
     if isinstance(module, nn.GELU) and module.approximate == "none" and forms.gelu == "arithmetic":
         return ErfGelu()
     if isinstance(module, nn.Hardswish) and forms.hard_swish == "arithmetic":
@@ -221,6 +228,66 @@ class ScaleNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), of the same shape."""
         return x * self.scale + self.shift
+
+
+class SplitDepthwise(nn.Module):
+    """A depthwise convolution of 7x7 or 9x9 as the sum of four, of at most 5x5 each, with gaps (dilation 2).
+
+    The four have the taps of even and of odd rows and columns. As the kernel's size is odd, each of them is
+    centred where the whole kernel is, so that no map has to be shifted or padded by an operator of its own.
+
+    XNNPACK has code for at most 25 taps. Larger kernels go to TFLite's own loops, which take 6 to 20 times as
+    long as these four (benchmarks/depthwise_forms.py).
+    """
+
+    def __init__(self, whole: nn.Conv2d) -> None:
+        super().__init__()
+        for row in (0, 1):
+            for column in (0, 1):
+                self.add_module(f"taps_{row}{column}", self._part(whole, row, column))
+
+    @staticmethod
+    def can_split(module: nn.Conv2d) -> bool:
+        """Whether a convolution is depthwise, too large for XNNPACK, and not when it is split."""
+        (height, width), (above, left) = module.kernel_size, module.padding
+        return (
+            module.groups == module.in_channels == module.out_channels
+            and height == width
+            and height % 2 == 1
+            and LARGEST_DEPTHWISE < height <= 2 * LARGEST_DEPTHWISE
+            and above == left == height // 2
+            and module.dilation == (1, 1)
+        )
+
+    @staticmethod
+    def _part(whole: nn.Conv2d, row: int, column: int) -> nn.Conv2d:
+        taps = whole.weight.detach()[:, :, row::2, column::2].contiguous()
+        is_first = row == column == 0
+        height, width = taps.shape[2:]
+        part = nn.Conv2d(
+            whole.in_channels,
+            whole.out_channels,
+            (height, width),
+            stride=whole.stride,
+            padding=(height - 1, width - 1),
+            dilation=2,
+            groups=whole.groups,
+            bias=is_first and whole.bias is not None,
+            device="meta",
+        )
+        part.weight = nn.Parameter(taps)
+        if part.bias is not None:
+            assert whole.bias is not None
+            part.bias = nn.Parameter(whole.bias.detach().clone())
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/stride, W/stride)."""
+        first, *rest = self.children()
+        y: Tensor = first(x)
+        for part in rest:
+            y = y + part(x)
+        return y
 
 
 class LastAxisPool(nn.Module):

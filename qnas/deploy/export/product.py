@@ -74,7 +74,7 @@ class Product:
 
     `network` is on the CPU, in eval mode and float32, its norms as trained; it was built from `blocks`.
     `batch` is None for a free batch size. `metadata` are strings, with lists as JSON; `calibration` are
-    the images to calibrate int8 with.
+    the images to calibrate int8 with. `on_gpu` tells whether the phones of its search run it on their GPUs.
     """
 
     name: str  # of a Python function: quadranet_mobile
@@ -90,6 +90,7 @@ class Product:
     bits: int = FULL_BITS  # significant bits of images of more than 8
     pads: bool = False  # whether slightly smaller images get a black border
     calibration: RealImages | None = None
+    on_gpu: bool = False
 
     def __post_init__(self) -> None:
         assert self.name.isidentifier(), self.name

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from qnas.common.errors import UsageError
 from qnas.common.files import json_text
 from qnas.common.text import escaped
-from qnas.deploy.export.lowering import CHANNELS_LAST, ConvolutionLayerNorm
+from qnas.deploy.export.lowering import CHANNELS_LAST, LARGEST_DEPTHWISE, ConvolutionLayerNorm, Forms
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Run, Variant
 from qnas.deploy.export.quantisation import METHODS, check_quantised, precision_facts, quantise_within
 from qnas.deploy.export.tracing import INPUT, OUTPUT, silence, told_as
@@ -39,7 +39,6 @@ from qnas.deploy.export.tracing import INPUT, OUTPUT, silence, told_as
 METADATA, LABELS = "qnas", "labels.txt"
 DEPTHWISE = "DEPTHWISE_CONV_2D"
 WEIGHTED = ("CONV_2D", DEPTHWISE, "FULLY_CONNECTED")  # the operators with weights
-LARGEST_DEPTHWISE = 5  # kernel that XNNPACK has code for
 _OLDEST = "min_runtime_version"  # the converter's metadata entry
 _MODULES = ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
 _NORM = re.compile(rf"\b{ConvolutionLayerNorm.__name__}_")  # its convolution only computes a mean
@@ -109,13 +108,18 @@ def check(product: Product, variant: Variant, path: Path, images: RealImages, wh
 def convert(product: Product, where: str) -> bytes:
     """Return a product in float32 as TFLite, without its metadata. Raises ExportError, UsageError."""
     runtime()
-    network = _ChannelsLast(product.deployed(forms=CHANNELS_LAST))
+    network = _ChannelsLast(product.deployed(forms=forms_of(product)))
     channels, height, width = product.shape
     given = {INPUT: torch.zeros(1, height, width, channels)}
     with told_as(f"{where}: litert-torch cannot export this network"), _quiet():
         converter = importlib.import_module("litert_torch")  # slow
         content: bytes = converter.convert(network, sample_kwargs=given).model_content()
     return content
+
+
+def forms_of(product: Product) -> Forms:
+    """Return the forms of a file's operators: GPUs, which are no XNNPACK, run large kernels as they are."""
+    return replace(CHANNELS_LAST, depthwise="whole") if product.on_gpu else CHANNELS_LAST
 
 
 class _ChannelsLast(nn.Module):
@@ -173,10 +177,9 @@ def changed(content: bytes, precision: FilePrecision) -> list[Operator]:
     """Return the operators of a float32 file whose weights a precision changes.
 
     Sums, products, activations and norms stay in float32. So do depthwise convolutions in int8: XNNPACK has
-    none with a range for each image, and with a fixed range they lost time. But it has no good kernel for
-    those above 5x5 in any precision; in int8, with a range for each image, TFLite's own runs them in a
-    fifth of the time (a network with 15 of 7x7: 14.6 ms, with them in float32 28.6 ms, in int8 with fixed
-    ranges 134 ms).
+    none with a range for each image, and with a fixed range they lost time. But it has no code for kernels
+    above 5x5 in any precision. Where these are not split (`lowering.SplitDepthwise`), TFLite's own loops take
+    less than half the time in int8, with a range for each image (benchmarks/depthwise_forms.py).
     """
     int8 = precision != "fp16"
     return [

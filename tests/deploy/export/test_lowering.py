@@ -21,6 +21,7 @@ from qnas.deploy.export.lowering import (
     Forms,
     NormForm,
     ScaleNorm,
+    SplitDepthwise,
     lowered,
 )
 from qnas.deploy.export.opset import OLDEST_OPSET, TRACED_OPSET, check_opset
@@ -110,6 +111,35 @@ def test_a_batch_norm_is_one_product_and_one_sum(affine: bool) -> None:
     assert called == ["aten.relu.default", "aten.mul.Tensor", "aten.add.Tensor"]
     bare = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
     assert isinstance(lowered(bare, CHANNELS_LAST)[0], nn.BatchNorm2d)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(7, 1), (7, 2), (9, 1), (9, 2)])
+@pytest.mark.parametrize("px", [3, 8, 13])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_depthwise_convolution_is_a_sum_of_small_ones(
+    kernel: int, stride: int, px: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    whole = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=bias)
+    split = lowered(nn.Sequential(whole), CHANNELS_LAST)
+    images = torch.randn(2, 6, px, px)
+    torch.testing.assert_close(split(images), whole(images), atol=1e-6, rtol=1e-5)
+    sizes = [module.kernel_size for module in split.modules() if isinstance(module, nn.Conv2d)]
+    even, odd = (kernel + 1) // 2, kernel // 2
+    assert sizes == [(even, even), (even, odd), (odd, even), (odd, odd)]
+
+
+def test_other_convolutions_stay_whole() -> None:
+    for module in (
+        nn.Conv2d(6, 6, 5, padding=2, groups=6),  # XNNPACK has it
+        nn.Conv2d(6, 6, 11, padding=5, groups=6),  # its quarters are too large as well
+        nn.Conv2d(6, 6, 7, padding=3),  # not depthwise
+        nn.Conv2d(6, 12, 7, padding=3, groups=6),
+        nn.Conv2d(6, 6, 7, padding=0, groups=6),  # the quarters would not be centred
+        nn.Conv2d(6, 6, 7, padding=6, groups=6, dilation=2),
+        nn.Conv2d(6, 6, (7, 1), padding=(3, 0), groups=6),
+    ):
+        assert not SplitDepthwise.can_split(module), module
 
 
 def test_nothing_of_qnas_is_left_in_a_lowered_network() -> None:

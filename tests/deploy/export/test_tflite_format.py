@@ -21,11 +21,12 @@ from qnas.common.errors import UsageError
 from qnas.deploy.export import quantisation, tflite_format
 from qnas.deploy.export.formats import check_request, export_files
 from qnas.deploy.export.product import Product, Variant
-from qnas.deploy.export.tflite_format import changed, operators, read_metadata
+from qnas.deploy.export.tflite_format import DEPTHWISE, changed, operators, read_metadata
+from qnas.deploy.timed_files import random_product
 from qnas.nn.subnet import build_subnet
-from qnas.spaces.arch import Arch, sample_arch
+from qnas.spaces.arch import Arch, only_arch, sample_arch
 from qnas.spaces.lower import lower
-from qnas.spaces.space import load_space
+from qnas.spaces.space import load_space, make_space
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("litert_torch") is None, reason="the extra tflite is not installed"
@@ -162,6 +163,31 @@ def test_a_large_depthwise_convolution_finds_its_range_for_each_image(
     monkeypatch.setattr(tflite_format, "LARGEST_DEPTHWISE", 3)
     kinds = {each.kind for each in changed(converted(trained()), "int8")}
     assert kinds == {"CONV_2D", "FULLY_CONNECTED"}
+
+
+def test_xnnpack_gets_no_larger_depthwise_kernel_than_it_has_code_for() -> None:
+    """But a GPU gets the operators that its latencies are of."""
+    space = make_space(
+        "wide",
+        input={"channels": 3, "resolution_px": PX},
+        norm="batchnorm",
+        activation="relu6",
+        stem={"channels": 8, "kernel": 2, "stride": 2},
+        candidates=[{"block": "quadra", "kernel": 7, "expansion": 2}],
+        stages=[{"channels": 8, "positions": 1, "stride": 1}],
+        head={"classes": 10},
+    )
+    wide = random_product(space, only_arch(space), 0)
+    split, whole = (converted(replace(wide, on_gpu=on_gpu)) for on_gpu in (False, True))
+    kernels = [
+        [each.kernel for each in operators(content) if each.kind == DEPTHWISE] for content in (split, whole)
+    ]
+    assert kernels == [[4, 4, 3, 3] * 3, [7] * 3]
+    images = digits(4).take(range(4))
+    runs = [tflite_format._running(tflite_format._interpreter(content=file)) for file in (split, whole)]
+    expected, found = (run(images) for run in runs)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert {each.kind for each in changed(split, "int8")} == {"CONV_2D", "FULLY_CONNECTED"}
 
 
 def test_half_precision_changes_all_weights_but_those_of_norms(tmp_path: Path) -> None:
