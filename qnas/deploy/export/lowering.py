@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -249,13 +249,13 @@ class SplitDepthwise(nn.Module):
     @staticmethod
     def can_split(module: nn.Conv2d) -> bool:
         """Whether a convolution is depthwise, too large for XNNPACK, and not when it is split."""
-        (height, width), (above, left) = module.kernel_size, module.padding
+        height, width = module.kernel_size
         return (
             module.groups == module.in_channels == module.out_channels
             and height == width
             and height % 2 == 1
             and LARGEST_DEPTHWISE < height <= 2 * LARGEST_DEPTHWISE
-            and above == left == height // 2
+            and module.padding == (height // 2, height // 2)
             and module.dilation == (1, 1)
         )
 
@@ -268,7 +268,7 @@ class SplitDepthwise(nn.Module):
             whole.in_channels,
             whole.out_channels,
             (height, width),
-            stride=whole.stride,
+            stride=cast(tuple[int, int], whole.stride),
             padding=(height - 1, width - 1),
             dilation=2,
             groups=whole.groups,
