@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from fitting import a100
+from fitting import a100, a100_latency
+from fitting.a100_networks import EAGER, OVERLAPPED
 from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
 from fitting.forms import FORMS
 from fitting.layernorm import Block, fit_layernorm, read_blocks
@@ -59,6 +60,14 @@ FURTHER_LEFT_OUT: dict[str, tuple[str, ...]] = {
 # scale on the VPU), about three times as far as 80% of the networks of a family that the fit never saw.
 ESTIMATED_WEIGHT = 3.0
 INTERVAL_SOURCE = "networks of a family by a fit without it, each family with the same weight"
+OVERLAPPED_INTERVALS = (
+    f"{INTERVAL_SOURCE}; convolutional networks of TensorRT, those in float16 or TF32 with a rate of their "
+    "own; the form of the model was chosen with them in sight"
+)
+EAGER_INTERVALS = (
+    "published latencies of whole networks that took no part, each family with the same weight, "
+    "two by PyTorch and nine by TensorFlow, which joins some operators"
+)
 
 EDGE_SOURCE = (
     "fitted to end-to-end measurements of networks published with nn-Meter "
@@ -99,12 +108,13 @@ ABOUT: dict[str, dict[str, object]] = {
     },
     "a100": {
         "aliases": ["gpu"],
-        "title": "NVIDIA A100, one image at a time, launches overlapped with work (CUDA graph)",
-        "runtime": "PyTorch 2.1, CUDA 12.1, as a CUDA graph",
+        "title": "NVIDIA A100, one image at a time, launches overlapped with work",
+        "runtime": "TensorRT 8 or PyTorch with launches ahead, CUDA",
         "precision": "float32",
         "source": (
-            "the work of operators published with NeuSight "
-            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), and 3 us for each kernel"
+            "fitted to latencies of whole networks by TensorRT (github.com/NVIDIA/TensorRT and "
+            "NVIDIA/DeepLearningExamples, Apache-2.0; YOLOv8's documentation), the work of operators as "
+            "published with NeuSight (ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT)"
         ),
         "fusion": "eager",
     },
@@ -426,14 +436,33 @@ def fit_devices(data: Path, date: str) -> list[Device]:
 def fit_a100(data: Path, date: str) -> list[Device]:
     """Fit the A100: operators launched one by one, overlapped at batch 1, and at large batches."""
     kernels, latency_ms = read_operators(data / "a100_ops.csv")
-    grids, accuracy = fit_operators(kernels, latency_ms)
-    latency, throughput = a100.latency_model(grids), a100.throughput_model(grids)
-    of_operators = a100.operator_accuracy(latency, kernels, latency_ms)
-    of_networks, errors = a100.published_accuracy(throughput), a100.published_uncertainty(throughput)
+    grids, of_operators = fit_operators(kernels, latency_ms)
+    eager, throughput = gpu_model(grids), a100.throughput_model(grids)
+    eager_ms, overlapped_ms = a100_latency.eager_ms(eager), a100_latency.left_out(grids)
     return [
-        make_device("a100-eager", gpu_model(grids), date, accuracy=accuracy),
-        make_device("a100", latency, date, accuracy=of_operators),
-        make_device("a100-throughput", throughput, date, accuracy=of_networks, uncertainty=errors),
+        make_device(
+            "a100-eager",
+            eager,
+            date,
+            accuracy=of_operators | a100_latency.eager_accuracy(eager_ms),
+            uncertainty=a100_latency.network_uncertainty(EAGER, eager_ms, EAGER_INTERVALS, 1.0),
+        ),
+        make_device(
+            "a100",
+            a100_latency.latency_model(grids),
+            date,
+            accuracy=a100_latency.overlapped_accuracy(overlapped_ms),
+            uncertainty=a100_latency.network_uncertainty(
+                OVERLAPPED, overlapped_ms, OVERLAPPED_INTERVALS, ESTIMATED_WEIGHT
+            ),
+        ),
+        make_device(
+            "a100-throughput",
+            throughput,
+            date,
+            accuracy=a100.published_accuracy(throughput),
+            uncertainty=a100.published_uncertainty(throughput),
+        ),
     ]
 
 
