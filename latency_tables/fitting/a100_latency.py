@@ -34,7 +34,7 @@ from qnas.latency.kernels import Kernel, fuse_operators
 
 # What TensorRT joins with the convolution before it, or does not run at all.
 _JOINED = ("add", "addrelu", "concat")
-_SUMS = (*PRODUCTS, "dwconv", "conv1x1", "patch")
+SUMS = (*PRODUCTS, "dwconv", "conv1x1", "patch")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _sums(work: Mapping[str, Terms], networks: Iterable[TimedNetwork]) -> Array:
     rows = []
     for network in networks:
         kernels = tensorrt_kernels(network.operators)
-        kfan_in = sum(FEATURES["kfan_in"](k) for k in kernels if k.kind in _SUMS)
+        kfan_in = sum(FEATURES["kfan_in"](k) for k in kernels if k.kind in SUMS)
         work_ms = sum(ms * FEATURES[name](k) for k in kernels for name, ms in work[k.kind].items())
         by_precision = (0.0, work_ms) if network.tensor_cores else (work_ms, 0.0)
         rows.append((len(kernels), kfan_in, *by_precision))
@@ -94,7 +94,7 @@ def latency_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
     model = {}
     for kind, of_kind in sorted(work.items()):
         terms = {"launch": costs.kernel_ms, **{name: costs.float32 * ms for name, ms in of_kind.items()}}
-        if kind in _SUMS:
+        if kind in SUMS:
             terms["kfan_in"] = costs.kfan_in_ms
         absent, rests_on = "not in the measured networks: ", note_of(kind) or "its work as timed by itself"
         model[kind] = KernelModel(

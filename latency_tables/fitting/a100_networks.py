@@ -113,13 +113,13 @@ def mobilenet_v2() -> Operators:
     ops, px, c = [*_conv(224, 3, 32, 3, 2)], 112, 32
     for expansion, c_out, depth, stride in (*rows, (6, 320, 1, 1)):
         for block in range(depth):
-            part, px = _inverted(px, c, c_out, 3, 1 if block else stride, expansion * c)
+            part, px = inverted(px, c, c_out, 3, 1 if block else stride, expansion * c)
             ops += part if expansion > 1 else part[len(_conv(px, c, c)) :]
             c = c_out
     return (*ops, *_conv(px, c, 1280), *_head(px, 1280))
 
 
-def _inverted(
+def inverted(
     px: int, c_in: int, c_out: int, kernel: int, stride: int, hidden: int, squeezed: int = 0
 ) -> tuple[Operators, int]:
     """Return an inverted residual, with a squeeze-and-excitation of so many channels, and its resolution."""
@@ -236,7 +236,7 @@ def gpunet(px: int, width: int, rows: Iterable[_Row], tail: int, *, distilled: b
                 if row.stride == 1 and c == row.c_out:
                     ops.append(Kernel("add", px, c, c))
             else:
-                part, px = _inverted(px, c, row.c_out, row.kernel, row.stride, hidden, squeezed)
+                part, px = inverted(px, c, row.c_out, row.kernel, row.stride, hidden, squeezed)
                 ops += part
             c = row.c_out
     if not distilled:
