@@ -130,6 +130,17 @@ def test_a_kernel_of_the_a100_costs_a_fixed_time_its_longest_sum_and_its_work() 
         assert least < GPU.kernel_ms(kernel) < eager.kernel_ms(kernel)
 
 
+def test_only_kernels_of_the_networks_and_their_sizes_are_fitted() -> None:
+    assert GPU.kernel_source(Kernel("conv1x1", 14, 512, 1024)) == "fitted"
+    assert GPU.kernel_source(Kernel("dwconv", 14, 256, 256, 7)) == "fitted"
+    for kernel in (
+        Kernel("conv1x1", 14, 512, 5000),
+        Kernel("dwconv", 14, 256, 256, 9),
+        *(Kernel(kind, 14, 256, 256) for kind in ("layernorm", "gelu", "add", "mul")),
+    ):
+        assert GPU.kernel_source(kernel) == "estimated"
+
+
 def test_the_papers_network_takes_what_the_paper_says() -> None:
     """QuadraNet's table III: 948M multiply-adds take 2.9 ms. Which blocks it has is not published."""
     space = load_space("quadranet-gpu")
