@@ -101,7 +101,8 @@ def show_table_iii() -> None:
     device, eager = load_device("a100"), load_device("a100-eager")
     assert device.uncertainty is not None
     print(
-        f"{'one image, table III':21} {'published':>10} {'a100':>8}  (range)        {'interval':16} a100-eager"
+        f"{'one image, table III':21} {'published':>10} {'a100':>8}  (range)        {'interval':16} "
+        "a100-eager"
     )
     for name, space, mmacs, published in TABLE_III:
         networks = list(networks_of(load_space(space), mmacs))
