@@ -1,6 +1,6 @@
 """An A100 at batch 1, with launches that overlap with work, from the published latencies of whole networks.
 
-Operators timed one by one do not show what a small kernel takes: launching hides it (`show_limits.py`). The
+Operators timed one by one do not show what a small kernel takes: launching hides it (`show_tries.py`). The
 networks of OVERLAPPED do. A kernel takes, in this model,
 
 - a fixed time, whatever is in it;
