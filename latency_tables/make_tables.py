@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from fitting import a100
+from fitting import a100, a100_latency
+from fitting.a100_networks import EAGER, OVERLAPPED
+from fitting.about import ABOUT, EAGER_INTERVALS, INTERVAL_SOURCE, OVERLAPPED_INTERVALS
 from fitting.fit import HELD_OUT, SEED, Design, Fit, design, fit_networks, scaled, summed
 from fitting.forms import FORMS
 from fitting.layernorm import Block, fit_layernorm, read_blocks
@@ -58,123 +60,6 @@ FURTHER_LEFT_OUT: dict[str, tuple[str, ...]] = {
 # cost of an operator that is counted in passes over a map, it is 20 to 40% off that count (a hard swish or a
 # scale on the VPU), about three times as far as 80% of the networks of a family that the fit never saw.
 ESTIMATED_WEIGHT = 3.0
-INTERVAL_SOURCE = "networks of a family by a fit without it, each family with the same weight"
-
-EDGE_SOURCE = (
-    "fitted to end-to-end measurements of networks published with nn-Meter "
-    "(MobiSys 2021, github.com/microsoft/nn-Meter, MIT)"
-)
-ABOUT: dict[str, dict[str, object]] = {
-    "cortex-a76": {
-        "aliases": ["cpu"],
-        "title": "Cortex-A76 CPU of a Pixel 4",
-        "runtime": "TFLite 2.1",
-        "precision": "float32",
-        "source": EDGE_SOURCE,
-        "fusion": "edge",
-    },
-    "myriad-vpu": {
-        "aliases": ["vpu"],
-        "title": "Myriad X VPU, Intel Neural Compute Stick 2",
-        "runtime": "OpenVINO 2019R2",
-        "precision": "float16 on the device, from float32 networks",
-        "source": EDGE_SOURCE,
-        "fusion": "edge",
-    },
-    "adreno-640": {
-        "aliases": ["adreno640"],
-        "title": "Adreno 640 GPU of a Xiaomi Mi 9",
-        "runtime": "TFLite 2.1, GPU delegate",
-        "precision": "float32",
-        "source": EDGE_SOURCE,
-        "fusion": "edge",
-    },
-    "adreno-630": {
-        "aliases": ["adreno630"],
-        "title": "Adreno 630 GPU of a Pixel 3 XL",
-        "runtime": "TFLite 2.1, GPU delegate",
-        "precision": "float32",
-        "source": EDGE_SOURCE,
-        "fusion": "edge",
-    },
-    "a100": {
-        "aliases": ["gpu"],
-        "title": "NVIDIA A100, one image at a time, launches overlapped with work (CUDA graph)",
-        "runtime": "PyTorch 2.1, CUDA 12.1, as a CUDA graph",
-        "precision": "float32",
-        "source": (
-            "the work of operators published with NeuSight "
-            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), and 3 us for each kernel"
-        ),
-        "fusion": "eager",
-    },
-    "a100-throughput": {
-        "title": "NVIDIA A100, batches of 128, TF32, channels_last",
-        "runtime": "PyTorch eager, CUDA",
-        "precision": "float32 with TF32",
-        "quantity": "throughput",
-        "batch": 128,
-        "source": (
-            "elementwise operators published with NeuSight "
-            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT), products by ConvNeXts (arXiv 2201.03545)"
-        ),
-        "fusion": "eager",
-    },
-    "a100-eager": {
-        "title": "NVIDIA A100, one image at a time, every operator launched and waited for by itself",
-        "runtime": "PyTorch 2.1 eager, CUDA 12.1",
-        "precision": "float32",
-        "source": (
-            "fitted to operator measurements published with NeuSight "
-            "(ASPLOS 2025, github.com/sitar-lab/NeuSight, MIT)"
-        ),
-        "fusion": "eager",
-    },
-}
-
-TIMM_SOURCE = (
-    "fitted to throughputs of whole networks published with timm "
-    "(github.com/huggingface/pytorch-image-models, Apache-2.0)"
-)
-_GPU = {"precision": "float16 by AMP", "quantity": "throughput", "batch": 1024, "source": TIMM_SOURCE}
-ABOUT |= {
-    "rtx4090": {
-        **_GPU,
-        "aliases": ["rtx4090-nchw"],
-        "title": "NVIDIA GeForce RTX 4090, large batches, every operator launched by itself",
-        "runtime": "PyTorch 2.9 eager, CUDA 12.8, contiguous",
-        "fusion": "cuda",
-    },
-    "rtx4090-compiled": {
-        **_GPU,
-        "title": "NVIDIA GeForce RTX 4090, large batches, compiled",
-        "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
-        "fusion": "triton",
-    },
-    "rtx3090": {
-        **_GPU,
-        "aliases": ["rtx3090-nhwc"],
-        "title": "NVIDIA GeForce RTX 3090, large batches, every operator launched by itself",
-        "runtime": "PyTorch 2.4 eager, CUDA 12.4, channels_last",
-        "fusion": "cuda",
-    },
-    "rtx5090": {
-        **_GPU,
-        "aliases": ["rtx5090-compiled"],
-        "title": "NVIDIA GeForce RTX 5090, large batches, compiled",
-        "runtime": "PyTorch 2.9 torch.compile, CUDA 12.8",
-        "fusion": "triton",
-    },
-    "i7-12700h": {
-        "aliases": ["i7-12700h-compiled", "desktop"],
-        "title": "Intel Core i7-12700H, all cores",
-        "runtime": "PyTorch 2.4 torch.compile",
-        "precision": "float32",
-        "source": TIMM_SOURCE,
-        "fusion": "inductor",
-    },
-}
-
 
 _ABSENT = "not in the measured networks"
 
@@ -426,14 +311,33 @@ def fit_devices(data: Path, date: str) -> list[Device]:
 def fit_a100(data: Path, date: str) -> list[Device]:
     """Fit the A100: operators launched one by one, overlapped at batch 1, and at large batches."""
     kernels, latency_ms = read_operators(data / "a100_ops.csv")
-    grids, accuracy = fit_operators(kernels, latency_ms)
-    latency, throughput = a100.latency_model(grids), a100.throughput_model(grids)
-    of_operators = a100.operator_accuracy(latency, kernels, latency_ms)
-    of_networks, errors = a100.published_accuracy(throughput), a100.published_uncertainty(throughput)
+    grids, of_operators = fit_operators(kernels, latency_ms)
+    eager, throughput = gpu_model(grids), a100.throughput_model(grids)
+    eager_ms, overlapped_ms = a100_latency.eager_ms(eager), a100_latency.left_out(grids)
     return [
-        make_device("a100-eager", gpu_model(grids), date, accuracy=accuracy),
-        make_device("a100", latency, date, accuracy=of_operators),
-        make_device("a100-throughput", throughput, date, accuracy=of_networks, uncertainty=errors),
+        make_device(
+            "a100-eager",
+            eager,
+            date,
+            accuracy=of_operators | a100_latency.eager_accuracy(eager_ms),
+            uncertainty=a100_latency.network_uncertainty(EAGER, eager_ms, EAGER_INTERVALS, 1.0),
+        ),
+        make_device(
+            "a100",
+            a100_latency.latency_model(grids),
+            date,
+            accuracy=a100_latency.overlapped_accuracy(overlapped_ms),
+            uncertainty=a100_latency.network_uncertainty(
+                OVERLAPPED, overlapped_ms, OVERLAPPED_INTERVALS, ESTIMATED_WEIGHT
+            ),
+        ),
+        make_device(
+            "a100-throughput",
+            throughput,
+            date,
+            accuracy=a100.published_accuracy(throughput),
+            uncertainty=a100.published_uncertainty(throughput),
+        ),
     ]
 
 

@@ -1,16 +1,13 @@
-"""An A100 from its operator timings and its published networks: latency at batch 1, throughput at batch 128.
+"""An A100 from its operator timings and its published networks: their work, and batches of 128.
 
 Operators were timed one at a time, each launched by Python: none takes less than 24 to 45 microseconds,
 however little it computes, since launching takes that long. What large ones take for each element or
-multiply-add beyond that is the work itself (`Grid.beyond`). Both devices are made of it:
+multiply-add beyond that is the work itself (`Grid.beyond`), from which `a100_latency` prices a single image.
 
-- **latency**: launches overlap with work, as in a CUDA graph. A kernel takes LAUNCH_MS, stated, not fitted,
-  plus its work. Blocks of twelve kernels, timed as CUDA graphs on an H200, took 29 to 36 microseconds, which
-  is 2.4 to 3.0 a kernel.
-- **throughput**: launches are shared by a batch of 128. The published figures are with TF32, whose matrix
-  products were not timed. Their rate is the one number fitted to networks, the ConvNeXts; their intensity is
-  chosen by the same from a few. QuadraNet, HorNet and Swin take no part in either, but the form of the model,
-  a roofline for products and timed passes for all else, was chosen with their errors in sight.
+In a batch of 128, launches are shared. The published figures are with TF32, whose matrix products were not
+timed. Their rate is the one number fitted to networks, the ConvNeXts; their intensity is chosen by the same
+from a few. QuadraNet, HorNet and Swin take no part in either, but the form of the model, a roofline for
+products and timed passes for all else, was chosen with their errors in sight.
 
 Depthwise convolutions were not timed: they move their maps at the bandwidth that elementwise operators reach.
 """
@@ -33,7 +30,7 @@ from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import layers_of, lower
 from qnas.spaces.space import load_space
 
-LAUNCH_MS = 0.003
+LAUNCH_MS = 0.003  # of a kernel, which a batch shares: stated, not fitted
 BATCH = 128
 PRODUCTS = ("linear", "conv")
 INTENSITIES = (256, 512, 768, 1024)  # multiply-adds for each element that moves, of which one is chosen
@@ -211,17 +208,23 @@ PUBLISHED = _published()
 FITTED = "convnext"  # the family that gives the rate of matrix products
 
 
-def work_model(
-    grids: Mapping[str, Grid], products: Mapping[str, Terms], launch_ms: float
-) -> dict[str, Terms]:
-    """Return the terms of each kind: a launch, and the work that large timed operators show."""
+def moved_terms(*further: str) -> Terms:
+    """Return the terms of elements that are read or written once."""
+    return dict.fromkeys(("kelements_in", "kelements_out", *further), _MOVED)
+
+
+def work_of(grids: Mapping[str, Grid], products: Mapping[str, Terms]) -> dict[str, Terms]:
+    """Return the terms of each kind: the work that large timed operators show."""
     elements = {kind: 1e3 * grids[kind].beyond["elements"] for kind in ("relu", "gelu", "mul", "add")}
     norm = 1e3 * grids["layernorm"].beyond["rows*channels"]
     terms: dict[str, Terms] = {kind: {"kelements_in": ms} for kind, ms in elements.items()}
     terms |= {"layernorm": {"kelements_in": norm}}
-    moved = dict.fromkeys(("kelements_in", "kelements_out"), _MOVED)
-    terms |= {"dwconv": {**moved, "kweights": _MOVED}, "concat": moved, **products}
-    return {kind: scaled({"launch": launch_ms, **of_kind}, 1) for kind, of_kind in terms.items()}
+    return terms | {"dwconv": moved_terms("kweights"), "concat": moved_terms(), **products}
+
+
+def _launched(work: Mapping[str, Terms]) -> dict[str, Terms]:
+    """Return the terms of kernels whose launches a batch shares."""
+    return {kind: scaled({"launch": LAUNCH_MS / BATCH, **of_kind}, 1) for kind, of_kind in work.items()}
 
 
 # Kind with a cost -> kinds that were not timed and move as much.
@@ -241,33 +244,41 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     "mul": ("batchnorm",),
     "concat": ("split", "reshape", "transpose", "shuffle", "slice", "maxpool", "avgpool", "gap"),
 }
+_ROWS = {"conv1x1": "pixel", "patch": "patch"}  # a linear layer with a row for each
+# Kind without a cost of its own -> the kind that costs as much.
+LIKE: dict[str, str] = {
+    **dict.fromkeys(_ROWS, "linear"),
+    **{kind: timed for timed, kinds in _ALIKE.items() for kind in kinds},
+    "scale": "relu",
+}
+# What a kind's cost rests on, where no operator of it was timed.
+_STANDS_FOR = {
+    "dwconv": "input, output and weights once at the 1.3 TB/s that elementwise operators reach",
+    "concat": "input and output once at 1.3 TB/s",
+    **{kind: f"as {timed}" for kind, timed in LIKE.items() if kind not in _ROWS},
+    "scale": "one map in and out, as relu",
+}
+
+
+def note_of(kind: str) -> str:
+    """Return what the cost of a kind rests on; empty where it was timed by itself."""
+    return f"as linear with a row for every {_ROWS[kind]}" if kind in _ROWS else _STANDS_FOR.get(kind, "")
 
 
 def kernel_models(terms: Mapping[str, Terms]) -> dict[str, KernelModel]:
     """Return the models of all kinds of kernels, those that were not timed as others that move as much."""
-    model = {kind: KernelModel(kind="fitted", terms=of_kind) for kind, of_kind in terms.items()}
-    for kind, why in (
-        ("dwconv", "input, output and weights once at the 1.3 TB/s that elementwise operators reach"),
-        ("concat", "input and output once at 1.3 TB/s"),
-    ):
-        model[kind] = KernelModel(kind="estimated", note=f"not timed: {why}", terms=terms[kind])
-    for kind, rows in (("conv1x1", "pixel"), ("patch", "patch")):
-        note = f"as linear with a row for every {rows}"
-        model[kind] = KernelModel(kind="fitted", note=note, like="linear")
-    for other, kinds in _ALIKE.items():
-        for kind in kinds:
-            model[kind] = KernelModel(kind="estimated", note=f"not timed: as {other}", like=other)
-    model["scale"] = KernelModel(kind="estimated", note="not timed: one map in and out, as relu", like="relu")
-    return dict(sorted(model.items()))
-
-
-def latency_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
-    """Return the kernels at batch 1: a launch that overlaps with work, then the work."""
-    moved = dict.fromkeys(("kelements_in", "kelements_out", "kweights"), _MOVED)
-    products = {
-        kind: {"mmacs": 1e6 * grids[kind].beyond["rows*fan_in*channels"], **moved} for kind in PRODUCTS
-    }
-    return kernel_models(work_model(grids, products, LAUNCH_MS))
+    model = {}
+    for kind in sorted({*terms, *LIKE}):
+        estimated, note = kind in _STANDS_FOR, note_of(kind)
+        cost = {"like": LIKE[kind]} if kind in LIKE else {"terms": terms[kind]}
+        model[kind] = KernelModel.model_validate(
+            {
+                "kind": "estimated" if estimated else "fitted",
+                "note": f"not timed: {note}" if estimated else note,
+                **cost,
+            }
+        )
+    return model
 
 
 def throughput_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
@@ -277,7 +288,7 @@ def throughput_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
     found: dict[float, tuple[str, float]] = {}
     for feature in (f"mmacs_roof_{intensity}" for intensity in INTENSITIES):
         unit, none = (
-            kernel_models(work_model(grids, {kind: {feature: rate} for kind in PRODUCTS}, LAUNCH_MS / BATCH))
+            kernel_models(_launched(work_of(grids, {kind: {feature: rate} for kind in PRODUCTS})))
             for rate in (1.0, 0.0)
         )
         fixed = predict(none, seen)
@@ -287,7 +298,7 @@ def throughput_model(grids: Mapping[str, Grid]) -> dict[str, KernelModel]:
         found[float(np.sum((slope * rate - left) ** 2))] = (feature, rate)
     feature, rate = found[min(found)]
     products = {kind: {feature: rate} for kind in PRODUCTS}
-    return kernel_models(work_model(grids, products, LAUNCH_MS / BATCH))
+    return kernel_models(_launched(work_of(grids, products)))
 
 
 def predict(model: Mapping[str, KernelModel], networks: Iterable[PublishedNetwork]) -> Array:
@@ -329,22 +340,3 @@ def published_uncertainty(model: Mapping[str, KernelModel]) -> Uncertainty:
         "weight; the form of the model was chosen with them in sight",
         levels=LEVELS[:2],
     )
-
-
-def operator_accuracy(
-    model: Mapping[str, KernelModel], kernels: list[Kernel], latency_ms: Array
-) -> dict[str, dict[str, Figures]]:
-    """Return how the latency model compares with what operators took above the shortest of their kind.
-
-    Launching hides the work of those that took less than twice as long; they are left out.
-    """
-    kinds = np.array([kernel.kind for kernel in kernels])
-    groups: dict[str, Figures] = {}
-    for kind in sorted(set(kinds.tolist())):
-        floor = latency_ms[kinds == kind].min()
-        rows = np.flatnonzero((kinds == kind) & (latency_ms >= 2 * floor)).tolist()
-        terms = model[kind].terms
-        assert terms is not None
-        predicted = [sum(w * FEATURES[f](kernels[i]) for f, w in terms.items()) for i in rows]
-        groups[kind] = figures(predicted, latency_ms[rows] - floor + LAUNCH_MS)
-    return {"operators above launch": groups}

@@ -156,7 +156,7 @@ def test_a_device_has_files_or_the_command_that_writes_one() -> None:
     assert [describe_device(each.facts()) for each in told] == [
         "vpu (OpenVINO 2019R2): no file that runs there; write one with qnas export runs/x --format vpu",
         "cpu (TFLite 2.1): no file that runs there: not installed; then qnas export runs/x --format tflite",
-        "gpu (PyTorch 2.1, CUDA 12.1, as a CUDA graph): model.onnx, model.pt2",
+        "gpu (TensorRT 8 or PyTorch with launches ahead, CUDA): model.onnx, model.pt2",
     ]
     unknown = DeviceFiles("mine", "", ("model.onnx",), "", "")
     assert describe_device(unknown.facts()) == "mine (a device that is not known here): model.onnx"

@@ -17,12 +17,14 @@ from helpers.places import ROOT
 from qnas.data.image_data import ImageData
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
+from qnas.latency.kernels import Kernel
 from qnas.spaces.arch import arch_from_indices, sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import SearchSpace, load_space
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import a100_published  # type: ignore[import-not-found]
 import depthwise_forms  # type: ignore[import-not-found]
 import exact_solve  # type: ignore[import-not-found]
 import experiments as ex  # type: ignore[import-not-found]
@@ -420,3 +422,26 @@ def test_forms_of_depthwise_convolutions_compute_the_same(kernel: int) -> None:
     for form in ("whole", "multiplier", "grouped", "doubled"):
         torch.testing.assert_close(outputs[form], outputs["separate"], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(outputs["linear"], outputs["separate"], atol=1e-2)
+
+
+# ---- one image on an A100
+
+
+def test_networks_that_stand_for_a_row_have_its_multiply_adds() -> None:
+    found = list(a100_published.networks_of(load_space("quadranet-mobile"), 279))
+    assert len(set(found)) == len(found) == a100_published.NETWORKS
+    for operators in found:
+        macs = sum(
+            k.rows * k.kernel**2 * (1 if k.kind == "dwconv" else k.c_in) * k.c_out
+            for k in operators
+            if k.kind in ("conv", "dwconv", "linear")
+        )
+        assert macs == pytest.approx(279e6, rel=0.031)
+
+
+def test_a_price_splits_off_what_is_estimated() -> None:
+    device = load_device("a100")
+    conv, norm = Kernel("conv", 14, 96, 192), Kernel("layernorm", 14, 96, 96)
+    total, estimated = a100_published.price(device, (conv, norm, conv))
+    assert estimated == pytest.approx(device.kernel_ms(norm))
+    assert total == pytest.approx(estimated + 2 * device.kernel_ms(Kernel("conv1x1", 14, 96, 192)))
