@@ -301,25 +301,26 @@ class SearchSpace(FilePart):
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
         """Return the same space with another norm."""
-        return SearchSpace.model_validate(self._written() | {"norm": norm})
+        return SearchSpace.model_validate(self.written() | {"norm": norm})
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
         """Return the same space for images of another size: with the same weights and other latencies."""
-        content = self._written()
+        content = self.written()
         content["input"]["resolution_px"] = resolution_px
         return SearchSpace.model_validate(content)
 
     def with_classes(self, classes: int) -> "SearchSpace":
         """Return the same space for another number of classes."""
-        content = self._written()
+        content = self.written()
         content["head"]["classes"] = classes
         return SearchSpace.model_validate(content)
 
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
-        return str(yaml.safe_dump(self._written(), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.written(), sort_keys=False, allow_unicode=True))
 
-    def _written(self) -> dict[str, Any]:
+    def written(self) -> dict[str, Any]:
+        """Return the content of the space's file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
@@ -353,10 +354,11 @@ def make_space(
     >>> space.positions[0].names
     ('quadra_k3_e2', 'quadra_k5_e2', 'identity')
     """
-    return _check({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
+    return check_space({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
 
 
-def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
+def check_space(content: Mapping[str, Any], where: str) -> SearchSpace:
+    """Return the space of a file's content. Raises SpaceError as `parse_space`."""
     try:
         return SearchSpace.model_validate(content)
     except ValidationError as error:
@@ -368,7 +370,14 @@ def parse_space(text: str, where: str) -> SearchSpace:
 
     Raises SpaceError with every problem in one line; problems between keys once each key is valid.
     """
-    return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
+    content = read_mapping(text, where, SCHEMA, SpaceError)
+    part = content.get("input")
+    if isinstance(part, dict) and isinstance(part.get("resolution_px"), list):
+        raise SpaceError(
+            f"{where}: input.resolution_px: {len(part['resolution_px'])} values, which make a family of "
+            "spaces: expected one value here; a search takes them all"
+        )
+    return check_space(content, where)
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:
