@@ -361,6 +361,7 @@ class FinalistEntry(Document):
     heldout_balanced_accuracies: list[Share]
     heldout_losses: list[Loss]
     problem: Text = ABSENT
+    space: Name = ABSENT  # of a family, the space at its layout
 
 
 class RungEntry(Document):
@@ -611,6 +612,56 @@ class ParetoDocument(Document):
         if self.ranked and any(p.heldout_accuracy is None for front in self.devices for p in front.points):
             raise ValueError("ranked, but a point has no heldout_accuracy")
         return self
+
+
+# ---- family.json
+
+
+class FamilyCertificate(Document):
+    """The proof of the solve over a family."""
+
+    solver: Text
+    score: Number
+    rank: Ordinal | None
+    score_bound: Number
+    networks: Ordinal
+    layouts: Ordinal
+    solved: Count
+    rest_bound: Number | None
+
+
+class FamilySpace(Document):
+    """What is known of a layout of a family."""
+
+    space: Name
+    space_digest: Digest
+    resolution_px: Pixels
+    channels: Annotated[list[Ordinal], Field(max_length=MOST_POSITIONS)]
+    trained_px: Pixels | None  # None: no network is within the limits
+    number: Number
+    bound: Number | None
+    best: Number | None
+    networks: Count
+    solved: bool
+    limits: Annotated[list[LimitEntry], Field(min_length=1, max_length=100)]
+
+
+class RankedOfFamily(RankedEntry):
+    """A ranked network of a family, with the space at its layout."""
+
+    space: Name
+
+
+class FamilyDocument(Document):
+    """A family.json: the layouts of a search over a family."""
+
+    file_schema: Literal["qnas.family/1"] = Field(alias="schema")
+    family: Name
+    family_digest: Digest
+    space: Name
+    certificate: FamilyCertificate
+    spaces: Annotated[list[FamilySpace], Field(min_length=1, max_length=MOST_NETWORKS)]
+    ranking: Annotated[list[RankedOfFamily], Field(min_length=1, max_length=MOST_NETWORKS)]
 
 
 # ---- metrics.jsonl

@@ -17,6 +17,7 @@ from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.search.effects import Losses
+from qnas.search.sizes import Resized, resize
 from qnas.search.state import SearchState
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import Arch, arch_from_indices
@@ -45,21 +46,30 @@ class Evaluator:
 
 
 def evaluator_of(state: SearchState) -> Evaluator:
-    """Return the evaluator of a search's networks. It leaves the state of the search unchanged."""
+    """Return the evaluator of a search's networks, with images of the size of the state's layout.
+
+    It leaves the state of the search unchanged.
+    """
     problem, supernet = state.problem, state.supernet
     classes = len(problem.data.classes)
 
     @torch.no_grad()
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         supernet.eval()
+        images = resize(images, problem.trained_px)
         with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
             rows = [problem.objective.ranking_loss(supernet(images, network), labels) for network in networks]
         return torch.stack(rows).double().cpu()
 
     def build(arch: Arch) -> nn.Module:
-        return supernet.subnet(arch, classes)
+        return _at_size(supernet.subnet(arch, classes), problem.trained_px, problem.data)
 
     return Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
+
+
+def _at_size(network: nn.Module, px: int, data: ImageData) -> nn.Module:
+    """Return a network for images of the data, which it sees at the size of its layout."""
+    return network if px == data.resolution_px else Resized(network, px)
 
 
 def saved_evaluator(
@@ -69,11 +79,13 @@ def saved_evaluator(
     data: GivenData | None = None,
     loss: LossFunction | None = None,
     supernet_sha256: str | None = None,
+    trained_px: int | None = None,
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
     `config` is the folder's config.json. `data` and `loss` are needed where the search used Datasets or a
-    custom loss. `supernet_sha256` is that of the supernet's file. Raises CheckpointError where the supernet
+    custom loss. `supernet_sha256` is that of the supernet's file. `trained_px` is the size at which a network
+    sees images, by default that of the search. Raises CheckpointError where the supernet
     is missing, damaged or another, DataError where the data are missing, damaged or others.
     """
     path = folder / SUPERNET_FILE
@@ -90,7 +102,7 @@ def saved_evaluator(
     def build(arch: Arch) -> nn.Module:
         network = build_subnet(space, arch, len(images.classes))
         load_inherited(network, tensors, space, arch, path)
-        return network
+        return _at_size(network, trained_px or px, images)
 
     @torch.no_grad()
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ were solved. Layouts without a network within a limit are dropped while they are
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,11 +27,12 @@ from scipy.optimize import linprog
 from qnas.common.errors import InfeasibleBudgetError, TableError
 from qnas.solver.knapsack import TOLERANCE, upper_bound
 from qnas.solver.limits import Limit, Limits, check_limits
-from qnas.solver.solve import K_BEST, Scores, Solution, solve_best
+from qnas.solver.solve import K_BEST, Scores, Solution, check_feasible, solve_best
 from qnas.spaces.family import Layout, SpaceFamily
 from qnas.spaces.lower import HEAD
 from qnas.spaces.space import SearchSpace
 
+SOLVER = "qnas.layouts"
 MOST_CUTS = 60  # of Kelley's method, for the prices of a resolution
 MOST_PRICE = 1e4  # of a whole limit, in ranges of the scores of one position
 GAP = 1e-3  # share of the scores' range by which a bound at these prices may be above the lowest one
@@ -168,12 +169,15 @@ def _why_none(family: SpaceFamily, chains: Sequence["_Chain"]) -> str:
     try:
         check_limits(chains[0].limits_of(space))
     except InfeasibleBudgetError as error:
-        of_all = "" if len(family) == 1 else f": the least of {len(family)} layouts of {family.name}"
-        return f"{error}{of_all}"
+        return f"{error}{_of_all(family)}"
     return (
         f"found no network of {family.name} within all limits at once at any of {len(family)} layouts: raise "
         "one limit"
     )
+
+
+def _of_all(family: SpaceFamily) -> str:
+    return "" if len(family) == 1 else f": the least of {len(family)} layouts of {family.name}"
 
 
 @dataclass(frozen=True)
@@ -394,7 +398,7 @@ class _Chain:
         for limit, share in zip(limits, least.tolist(), strict=True):
             if not math.isclose(limit.least / limit.limit, share, rel_tol=SUM, abs_tol=SUM):
                 raise TableError(
-                    f"{limit.name}: the least amount of {self.family.name_of(layout)} is {limit.least:g}, but "
+                    f"{limit.name}: {self.family.name_of(layout)} takes {limit.least:g} at least, but "
                     f"{share * limit.limit:g} by the stages of other layouts: expected sums over blocks"
                 )
 
@@ -432,3 +436,58 @@ def _fixed_by_stage(limit: Limit, stages: int) -> tuple[float, list[float], floa
         else:
             before += amount / limit.limit
     return before, of_stages, after
+
+
+# ---- the layouts of a search
+
+
+@dataclass(frozen=True)
+class Within:
+    """A layout with the space at it, and the limits on its networks, which some of them are within."""
+
+    layout: Layout
+    space: SearchSpace
+    limits: Limits
+
+
+def layouts_within(family: SpaceFamily, limits_of: LimitsOf) -> tuple[Within, ...]:
+    """Return the layouts that have networks within all limits, in order.
+
+    Each is solved for, so the family should have few. Raises InfeasibleBudgetError where there is none.
+    """
+    every = [Within(layout, space := family.at(layout), limits_of(space)) for layout in family.layouts()]
+    found = []
+    for each in every:
+        try:
+            check_feasible(each.limits)
+        except InfeasibleBudgetError:
+            continue
+        found.append(each)
+    if not found:
+        # the reason, by the layout that is nearest
+        nearest = min(every, key=lambda each: max(limit.least / limit.limit for limit in each.limits))
+        try:
+            check_feasible(nearest.limits)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(f"{error}{_of_all(family)}") from error
+    return tuple(found)
+
+
+def mean_limits(limits: Sequence[Limits]) -> Limits:
+    """Return limits on the mean amounts of networks of the same choices, one in each of some layouts.
+
+    The amounts are those of a network whose layout is drawn. The tables are those of the last ones, for
+    their names and units alone.
+    """
+    found = []
+    for same in zip(*limits, strict=True):
+        rows = zip(*(limit.cells for limit in same), strict=True)
+        cells = tuple(tuple(map(_mean, zip(*of_position, strict=True))) for of_position in rows)
+        found.append(
+            replace(same[-1], fixed=_mean([limit.fixed for limit in same]), cells=cells, fixed_parts=())
+        )
+    return tuple(found)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

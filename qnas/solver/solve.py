@@ -156,9 +156,14 @@ def largest(space: SearchSpace, limits: Limits) -> Solution:
 
 def check_searchable(space: SearchSpace, limits: Limits) -> None:
     """Raise an error, before training, for a space of one network and for limits that no network meets."""
+    check_has_choice(space)
+    check_feasible(limits)
+
+
+def check_has_choice(space: SearchSpace) -> None:
+    """Raise ArchError for a space of one network."""
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
-    check_feasible(limits)
 
 
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:
