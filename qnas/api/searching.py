@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.limits import AskedLimits, Budgets, named
+from qnas.api.limits import AskedLimits, Budgets, limits_once, named
 from qnas.api.results import SearchResult
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, InfeasibleBudgetError, QnasWarning, TableError, UsageError
@@ -15,7 +15,7 @@ from qnas.latency.prediction import DEVICE
 from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import FAMILY_SPACE_FILE, SPACE_FILE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
-from qnas.solver.layouts import LimitsOf, Within, layouts_within, mean_limits
+from qnas.solver.layouts import Within, layouts_within, mean_limits
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_has_choice, check_searchable
 from qnas.spaces.family import SpaceFamily, load_family, make_family
@@ -217,20 +217,8 @@ def _over_layouts(family: SpaceFamily, asked: AskedLimits, source: str) -> "Fami
     """Return a family as a search takes it. Raises InfeasibleBudgetError where no layout has a network."""
     from qnas.search.problem import FamilySearch
 
-    limits_of = _limits_of(asked, source)
+    limits_of = limits_once(asked, source)
     return FamilySearch(family, limits_of, layouts_within(family, limits_of))
-
-
-def _limits_of(asked: AskedLimits, source: str) -> LimitsOf:
-    """Return a function from a space to its limits, which computes the tables of each space once."""
-    known: dict[str, Limits] = {}
-
-    def limits_of(space: SearchSpace) -> Limits:
-        if space.digest not in known:
-            known[space.digest] = asked.limits(space, source)
-        return known[space.digest]
-
-    return limits_of
 
 
 def _check_early(family: SpaceFamily, asked: AskedLimits, source: str) -> Limits:
@@ -238,7 +226,7 @@ def _check_early(family: SpaceFamily, asked: AskedLimits, source: str) -> Limits
 
     The data may have fewer classes, so that networks take less.
     """
-    limits_of = _limits_of(asked, source)
+    limits_of = limits_once(asked, source)
     limits = limits_of(family.largest)
 
     def check(of: SpaceFamily) -> None:

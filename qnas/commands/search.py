@@ -214,7 +214,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     if (finalists := found.get("finalists")) is None:
         yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
     else:
-        yield from finalist_lines(finalists, result.run.limits, result.space)
+        yield from finalist_lines(finalists, result.run.limits, result.space, result.run.family)
     if random:
         lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
         known = [entry["balanced_accuracy"] for entry in found["random"] if "balanced_accuracy" in entry]

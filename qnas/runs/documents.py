@@ -361,7 +361,8 @@ class FinalistEntry(Document):
     heldout_balanced_accuracies: list[Share]
     heldout_losses: list[Loss]
     problem: Text = ABSENT
-    space: Name = ABSENT  # of a family, the space at its layout
+    space: Name = ABSENT  # of a family, the space at its layout, and the size of its images
+    resolution_px: Pixels = ABSENT
 
 
 class RungEntry(Document):

@@ -15,9 +15,9 @@ from qnas.common.reading import YAML_CHARACTERS, read_text
 from qnas.runs.documents import FamilyDocument, read_document
 from qnas.runs.names import FAMILY_FILE, FAMILY_SPACE_FILE, layout_folder
 from qnas.runs.verification import BELOW_BOUND, read_limits
-from qnas.solver.layouts import FamilyScores, solve_family
+from qnas.solver.layouts import FamilyScores, FamilySolutions, solve_family
 from qnas.solver.limits import Limits
-from qnas.solver.solve import Scores
+from qnas.solver.solve import Scores, Solution
 from qnas.spaces.family import Layout, SpaceFamily, layout_of, parse_family
 from qnas.spaces.space import SearchSpace
 
@@ -116,3 +116,26 @@ def check_family_certificate(run: FamilyRun, rows: Scores, screened: int) -> Non
                 f"{path}: certificate.score is {certificate['score']}, but network {rank} of the family has "
                 f"{score} when solved again: edited or damaged"
             )
+
+
+def solved_text(found: FamilySolutions) -> str:
+    """Say how many layouts a solve needed: `2 of 4 layouts`."""
+    return f"{found.solved} of {found.layouts} layouts"
+
+
+def solved_document(
+    family: SpaceFamily, found: FamilySolutions, layout: Layout, solution: Solution
+) -> dict[str, Any]:
+    """Return what an arch.json says of the solve over a family that its network is from."""
+    (own,) = (e for e in found.networks if e.layout == layout and e.solution.indices == solution.indices)
+    return {
+        "name": family.name,
+        "digest": family.digest,
+        "score": own.score,
+        "rank": own.rank,
+        "score_bound": found.bound,
+        "networks": len(found.networks),
+        "layouts": found.layouts,
+        "solved": found.solved,
+        "rest_bound": found.rest_bound if math.isfinite(found.rest_bound) else None,
+    }

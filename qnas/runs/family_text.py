@@ -33,17 +33,25 @@ def describe_layouts(family: SpaceFamily, within: Sequence[Within]) -> str:
 
 def family_lines(run: FamilyRun) -> Iterator[str]:
     """Yield lines about the layouts of a finished search: the choice, its proof, and why others lost."""
-    certificate = run.document["certificate"]
-    layouts, solved = certificate["layouts"], certificate["solved"]
-    yield field("layout", f"{run.layout.resolution_px} px, of {layouts} layouts of {run.family.name}")
-    rest = certificate["rest_bound"]
-    others = (
-        "" if solved == layouts or rest is None else f"; no network of the others scores above {rest:.4f}"
-    )
-    networks = certificate["networks"]
-    yield field("", f"the {networks} best networks of all are proven: {solved} layouts solved{others}")
+    yield field("layout", chosen_layout(run))
+    yield field("", proof_text(run))
     for entry in run.document["spaces"]:
         yield field(f"  {entry['resolution_px']} px", layout_text(entry))
+
+
+def chosen_layout(run: FamilyRun) -> str:
+    """Say which layout was chosen, of how many."""
+    return f"{run.layout.resolution_px} px, of {run.document['certificate']['layouts']} of {run.family.name}"
+
+
+def proof_text(run: FamilyRun) -> str:
+    """Say what the solve over the family proved."""
+    certificate = run.document["certificate"]
+    layouts, solved, rest = (certificate[key] for key in ("layouts", "solved", "rest_bound"))
+    best = f"the {certificate['networks']} best networks by score at all layouts are proven"
+    if solved == layouts or rest is None:
+        return f"{best}, with {solved} of {layouts} layouts solved"
+    return f"{best}, with {solved} of {layouts} layouts solved: no network of the others is above {rest:.4f}"
 
 
 def layout_text(entry: Mapping[str, Any]) -> str:
@@ -52,6 +60,5 @@ def layout_text(entry: Mapping[str, Any]) -> str:
         return "no network is within the limits"
     text = f"trained at {entry['trained_px']} px"
     if entry["best"] is None:
-        return f"{text}; no network among the best: none can score above {entry['bound']:.4f}"
-    of = f"{entry['networks']} of the best networks, the first with score {entry['best']:.4f}"
-    return f"{text}; {of}"
+        return f"{text}; none of the best networks: none can score above {entry['bound']:.4f}"
+    return f"{text}; {entry['networks']} of the best networks, the first with score {entry['best']:.4f}"

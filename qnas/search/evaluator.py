@@ -1,7 +1,7 @@
 """Evaluation of networks with the weights of a supernet: in a search, or from the folder that it left."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class Evaluator:
     build: Callable[[Arch], nn.Module]  # returns the network with the supernet's weights
     losses: Losses  # with batch norms that use each batch's own statistics
 
+    def at_size(self, px: int) -> "Evaluator":
+        """Return the evaluator whose networks see the same images at another size."""
+
+        def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
+            return self.losses(networks, resize(images, px), labels)
+
+        return replace(self, build=lambda arch: Resized(self.build(arch), px), losses=losses)
+
     def classify(self, arch: Arch, split: Split) -> Classified:
         """Classify the images of a split with a network whose batch norms are measured on training images."""
         network = self.build(arch).to(self.device).eval()
@@ -56,20 +64,15 @@ def evaluator_of(state: SearchState) -> Evaluator:
     @torch.no_grad()
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         supernet.eval()
-        images = resize(images, problem.trained_px)
         with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
             rows = [problem.objective.ranking_loss(supernet(images, network), labels) for network in networks]
         return torch.stack(rows).double().cpu()
 
     def build(arch: Arch) -> nn.Module:
-        return _at_size(supernet.subnet(arch, classes), problem.trained_px, problem.data)
+        return supernet.subnet(arch, classes)
 
-    return Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
-
-
-def _at_size(network: nn.Module, px: int, data: ImageData) -> nn.Module:
-    """Return a network for images of the data, which it sees at the size of its layout."""
-    return network if px == data.resolution_px else Resized(network, px)
+    found = Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
+    return found if problem.trained_px == problem.data.resolution_px else found.at_size(problem.trained_px)
 
 
 def saved_evaluator(
@@ -79,13 +82,11 @@ def saved_evaluator(
     data: GivenData | None = None,
     loss: LossFunction | None = None,
     supernet_sha256: str | None = None,
-    trained_px: int | None = None,
 ) -> Evaluator:
     """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
 
     `config` is the folder's config.json. `data` and `loss` are needed where the search used Datasets or a
-    custom loss. `supernet_sha256` is that of the supernet's file. `trained_px` is the size at which a network
-    sees images, by default that of the search. Raises CheckpointError where the supernet
+    custom loss. `supernet_sha256` is that of the supernet's file. Raises CheckpointError where the supernet
     is missing, damaged or another, DataError where the data are missing, damaged or others.
     """
     path = folder / SUPERNET_FILE
@@ -102,7 +103,7 @@ def saved_evaluator(
     def build(arch: Arch) -> nn.Module:
         network = build_subnet(space, arch, len(images.classes))
         load_inherited(network, tensors, space, arch, path)
-        return _at_size(network, trained_px or px, images)
+        return network
 
     @torch.no_grad()
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:

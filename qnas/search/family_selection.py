@@ -10,6 +10,7 @@ Where no effects are known, the scores are log probabilities, which say nothing 
 resolution gets the number at which the best networks of all layouts score alike, and the images decide.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from qnas.common.progress import Display, silent
 from qnas.data.image_data import ImageData
+from qnas.data.loading import GivenData
+from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.diversity import choose_diverse
 from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
-from qnas.search.evaluator import Evaluator, evaluator_of
+from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
 from qnas.search.problem import AtLayout, Problem
 from qnas.search.selection import (
     SCREEN_IMAGES,
@@ -31,6 +34,7 @@ from qnas.search.selection import (
     count_effect_networks,
     count_screened,
     prefer,
+    trained_px_of,
 )
 from qnas.search.state import SearchState
 from qnas.solver.layouts import FamilyNetwork, FamilyScores, FamilySolutions, solve_family
@@ -41,6 +45,7 @@ from qnas.spaces.family import Layout
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
+from qnas.training.losses import LossFunction
 
 Evaluators = Mapping[Layout, Evaluator]  # each with images of the size of its layout
 Spaces = Mapping[Layout, SearchSpace]
@@ -226,6 +231,34 @@ def _params(space: SearchSpace, network: FamilyNetwork) -> int:
     return count_params(lower(space, arch_from_indices(space, network.solution.indices)))
 
 
+def rank_saved_layouts(
+    run: FinishedRun,
+    networks: Sequence[FamilyNetwork],
+    keep: int | None = None,
+    *,
+    data: GivenData | None = None,
+    loss: LossFunction | None = None,
+    display: Display = silent,
+) -> tuple[RankedAt, ...]:
+    """Rank networks of a finished search's family with its supernet, each at the size of its layout.
+
+    As `selection.rerank_saved`, which says what it raises.
+    """
+    check_rankable(run.folder, run.config)
+    assert run.family is not None
+    saved = saved_evaluator(
+        run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
+    )
+    layouts = {each.layout for each in networks}
+    evaluators = {layout: saved.at_size(trained_px_of(run, layout)) for layout in layouts}
+    spaces = {layout: run.family.family.at(layout) for layout in layouts}
+    keep, lower_by, images = keep or len(networks), run.searched.correction, saved.data
+    with display(len(networks) + (keep if len(networks) > keep else 0), "rank") as progress:
+        step = progress.step
+        screened = screen_layouts(spaces, networks, images, evaluators, keep, step, lower_by)
+        return rank_layouts(spaces, screened, images, evaluators, step, lower_by)
+
+
 def choose_over_layouts(
     problem: Problem,
     selection: FamilySelection,
@@ -234,9 +267,11 @@ def choose_over_layouts(
     solved: int,
     known: Sequence[tuple[Layout, CandidateIndices]],
 ) -> tuple[tuple[Layout, Solution], ...]:
-    """Return up to `count` diverse networks of the layouts that have some of the `solved` best of the family.
+    """Return up to `count` diverse networks over the layouts.
 
-    The layouts take turns, the one of the best network first; each gives networks as `choose_diverse` does.
+    The layouts of the `solved` best networks of the family take turns, the one of the best network first;
+    each gives networks as `choose_diverse` does. Up to half of the networks are the best of other layouts,
+    those of the highest bounds: a supernet that is trained for minutes may be wrong about a resolution too.
     `rows` are the candidates' scores. `known` networks are left out; without any, the first of the ranking
     comes first.
     """
@@ -245,13 +280,20 @@ def choose_over_layouts(
     scores = replace(selection.scores, candidates=lambda space: rows)
     found = solve_family(family.family, scores, family.limits_of, solved)
     first = None if known else selection.ranking[0]
-    layouts = [*([first.layout] if first else []), *(each.layout for each in found.networks)]
-    pools = []
-    for layout in dict.fromkeys(layouts):
+    layouts = list(
+        dict.fromkeys([*([first.layout] if first else []), *(each.layout for each in found.networks)])
+    )
+    rest = [each for each in found.verdicts if each.layout not in layouts and math.isfinite(each.bound)]
+    rest.sort(key=lambda verdict: -verdict.bound)
+
+    def pool(layout: Layout, most: int) -> list[tuple[Layout, Solution]]:
         own = problem.at(layout)
         leads = first.ranked.solution.indices if first and layout == first.layout else None
         without = [network for of, network in known if of == layout]
-        pool = choose_diverse(own.space, rows, own.limits, count, solved, first=leads, without=without)
-        pools.append([(layout, each) for each in pool])
+        chosen = choose_diverse(own.space, rows, own.limits, most, solved, first=leads, without=without)
+        return [(layout, each) for each in chosen]
+
+    others = [each for verdict in rest[: count // 2] for each in pool(verdict.layout, 1)]
+    pools = [pool(layout, count) for layout in layouts]
     in_turn = [each for places in zip_longest(*pools) for each in places if each is not None]
-    return tuple(in_turn[:count])
+    return (*in_turn[: count - len(others)], *others)

@@ -81,6 +81,7 @@ class Finalist:
     solution: Solution
     arch: Arch
     layout: Layout
+    trained_px: int  # the size of its images
     accuracies: list[float] = field(default_factory=list)  # on held-out images, after each epoch
     balanced_accuracies: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -113,7 +114,6 @@ class Finals:
     biases: Biases  # that correct the effects from now on; empty where none predicts the trainings
     explained: float | None  # share of what the effects leave unexplained, leave-one-out; None: not fitted
     weights: dict[str, Tensor]  # of the winner
-    winner_px: int  # the size of its images
 
 
 # ---- settings
@@ -294,7 +294,7 @@ def hold_finals(
         found = world.from_main(found)
         if not found:
             break  # all networks within the limits are trained already
-        new = _numbered(problem, found, len(finalists), number, known_seconds)
+        new = _numbered(problem, found, len(finalists), number, training, known_seconds)
         finalists += new
         rungs = plan_rungs(len(new), training.recipe.epochs, config.finalist_factor)
         rounds.append(Round(biases, rungs))
@@ -314,7 +314,6 @@ def hold_finals(
         biases,
         explained,
         best[1],
-        _of_layout(training, problem, best[0].layout).resolution_px,
     )
 
 
@@ -323,6 +322,7 @@ def _numbered(
     found: Sequence[tuple[Layout, Solution]],
     before: int,
     round_number: int,
+    training: TrainConfig,
     seconds: Mapping[str, float],
 ) -> list[Finalist]:
     """Return the finalists of a round, numbered after those `before` them."""
@@ -330,7 +330,8 @@ def _numbered(
     for number, (layout, solution) in enumerate(found, before + 1):
         arch = arch_from_indices(problem.space, solution.indices)
         known_s = seconds.get(f"{number:02d}", 0.0)
-        finalists.append(Finalist(number, round_number, solution, arch, layout, seconds=known_s))
+        px = _of_layout(training, problem, layout).resolution_px
+        finalists.append(Finalist(number, round_number, solution, arch, layout, px, seconds=known_s))
     return finalists
 
 
@@ -540,7 +541,9 @@ def finals_document(
                 "heldout_balanced_accuracies": each.balanced_accuracies,
                 "heldout_losses": each.losses,
                 **({"problem": each.problem} if each.problem else {}),
-                **({"space": family.name_of(each.layout)} if family else {}),
+                **(
+                    {"space": family.name_of(each.layout), "resolution_px": each.trained_px} if family else {}
+                ),
             }
             for each in finals.finalists
         ],
@@ -561,7 +564,7 @@ def winner_document(finals: Finals, weights_sha256: str) -> dict[str, Any]:
         "from": finals.start,
         "epochs": finals.training.recipe.epochs,
         "seed": finals.training.seed,
-        "resolution_px": finals.winner_px,
+        "resolution_px": winner.trained_px,
         "heldout_accuracy": winner.accuracies[-1],
         "heldout_balanced_accuracy": winner.balanced_accuracies[-1],
         "heldout_loss": winner.losses[-1],
