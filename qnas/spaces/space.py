@@ -8,6 +8,7 @@ space's own `input.resolution_px` and `head.classes`, whatever the training imag
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownEr
 from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
 from qnas.common.errors import SpaceError, nearest, one_line
-from qnas.common.resources import read_named
+from qnas.common.resources import read_named, stems
 from qnas.spaces.blocks import BLOCKS, Block, Value
 
 SCHEMA = "qnas.space/1"
@@ -33,6 +34,8 @@ MOST_CANDIDATES = 64  # of a position
 MOST_STAGES = 100
 MOST_POSITIONS = 1_000
 MOST_IN_ALL = 10_000  # candidates of all positions together
+# the name of a space at one resolution of its family
+AT_RESOLUTION = re.compile("(?P<name>.+)-(?P<px>[1-9][0-9]{0,3})px")
 FEWEST_CLASSES, MOST_CLASSES = 2, 1_000_000
 
 Channels = Annotated[int, Field(ge=1, le=16384)]
@@ -383,11 +386,17 @@ def parse_space(text: str, where: str) -> SearchSpace:
 def load_space(name_or_path: str | Path) -> SearchSpace:
     """Load a shipped space by name, or your own by the path of its YAML file.
 
-    Raises SpaceError when there is none, or when it is broken.
+    A shipped space at another input resolution has the name of both: `union-mobile-160px`. Raises SpaceError
+    when there is none, or when it is broken.
 
     >>> space = load_space("quadranet-small")
     >>> len(space.positions), space.positions[0].names[:2]
     (10, ('quadra_k3_e2', 'quadra_k3_e4'))
     """
     check_arguments(space=name_or_path)
+    shipped, at = stems("search_spaces", ".yaml"), AT_RESOLUTION.fullmatch(str(name_or_path))
+    if at is not None and at["name"] in shipped and at[0] not in shipped:
+        content = load_space(at["name"]).written()
+        own = {"name": at[0], "input": content["input"] | {"resolution_px": int(at["px"])}}
+        return check_space(content | own, f"search space {at[0]}")
     return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))

@@ -109,3 +109,14 @@ def test_names_of_layouts_differ_and_stay_short() -> None:
     assert len(set(names)) == len(names) == 8
     assert max(map(len, names)) <= 100
     assert family.at(Layout(16, (8, 24))).name in names
+
+
+@pytest.mark.parametrize("name", ["union-mobile", "quadranet-small"])
+def test_a_shipped_space_at_a_resolution_is_known_by_the_name_of_both(name: str) -> None:
+    family = make_family(load_space(name), [64, 96])
+    for layout in family.layouts():
+        assert load_space(f"{name}-{layout.resolution_px}px").digest == family.at(layout).digest
+    with pytest.raises(SpaceError, match="unknown search space 'none-64px'"):
+        load_space("none-64px")
+    with pytest.raises(SpaceError, match=r"-9999px: input\.resolution_px: expected at most 4096, got 9999"):
+        load_space(f"{name}-9999px")
