@@ -199,8 +199,9 @@ def run_search(
             request = {key: value for key, value in request.items() if key not in OF_ONE_LAYOUT} | {
                 "limits": [{k: v for k, v in entry.items() if k not in OF_ONE_LAYOUT} for entry in entries],
                 "family_digest": family.digest,
-                "resolutions_px": list(family.resolutions_px),
             }
+        if within or resolutions is not None or "resolutions_px" in former:
+            request |= {"resolutions_px": list(family.resolutions_px)}
         search_in_folder(
             searcher,
             folder,
@@ -227,7 +228,7 @@ def _check_early(family: SpaceFamily, asked: AskedLimits, source: str) -> Limits
     The data may have fewer classes, so that networks take less.
     """
     limits_of = limits_once(asked, source)
-    limits = limits_of(family.largest)
+    limits = limits_of(family.at(family.largest_layout))
 
     def check(of: SpaceFamily) -> None:
         if len(of) == 1:
@@ -264,11 +265,18 @@ def _of_data(
     same = former.get("space_digest") == family.largest.digest or former.get("family_digest") == family.digest
     if classes == family.largest.head.classes or same:
         return family, limits
+    return _limits_with(family, classes, asked, source) or (family, limits)
+
+
+def _limits_with(
+    family: SpaceFamily, classes: int, asked: AskedLimits, source: str
+) -> tuple[SpaceFamily, Limits] | None:
+    """Return a family for a number of classes with its limits; None where a table was measured for fewer."""
     own = family.with_classes(classes)
     try:
-        return own, asked.limits(own.largest, source)
+        return own, asked.limits(own.at(own.largest_layout), source)
     except TableError:
-        return family, limits
+        return None
 
 
 def _family(

@@ -3,10 +3,29 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qnas.common.units import format_count
 from qnas.runs.family import FamilyRun
-from qnas.runs.text import field, wrapped
+from qnas.runs.network_text import describe_space, space_facts
+from qnas.runs.text import field, table_rows, wrapped
 from qnas.solver.layouts import Within
 from qnas.spaces.family import SpaceFamily
+from qnas.spaces.lower import count_macs, lower, smallest_and_largest
+
+
+def family_facts(family: SpaceFamily) -> list[dict[str, Any]]:
+    """Return the space at each layout of a family as JSON values, as `network_text.space_facts`."""
+    return [space_facts(family.at(layout)) for layout in family.layouts()]
+
+
+def describe_family(family: SpaceFamily) -> str:
+    """Describe a family: the space at its largest layout, and the range of MACs at each."""
+    rows = []
+    for layout in family.layouts():
+        space = family.at(layout)
+        least, most = (count_macs(lower(space, arch)) for arch in smallest_and_largest(space))
+        rows.append((space.name, f"{layout.resolution_px} px", format_count(least), format_count(most)))
+    table = table_rows(("space", "input", "least MACs", "most MACs"), rows)
+    return f"{describe_space(family.at(family.largest_layout))}\n\n{table}"
 
 
 def describe_layouts(family: SpaceFamily, within: Sequence[Within]) -> str:

@@ -113,6 +113,20 @@ def test_every_step_draws_a_layout_and_its_images_have_the_size_of_it(digits: Im
     assert max(map(seen.count, set(seen))) < 0.7 * len(seen)
 
 
+def test_weight_and_architecture_steps_see_the_size_of_the_drawn_layout(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher, seen = over(digits, arch_every=1, warmup_epochs=0), []
+    smallest = searcher.problem.layouts[0]
+    monkeypatch.setattr(searcher.problem, "draw_layout", lambda generator: smallest)
+    hook = searcher.state.supernet.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].shape[-1])
+    )
+    assert "arch_loss" in searcher.step()
+    hook.remove()
+    assert seen == [8, 8]
+
+
 def test_the_expected_amounts_are_the_means_over_the_layouts(digits: ImageData) -> None:
     state = over(digits).state
     expected = []
