@@ -107,6 +107,9 @@ class ConfigDocument(Document):
     max_broken: Share = ABSENT
     space: PathText = ABSENT
     space_digest: Digest = ABSENT
+    # of a search over several resolutions
+    family_digest: Digest = ABSENT
+    resolutions_px: Annotated[list[Pixels], Field(min_length=1, max_length=100)] = ABSENT
     versions: Versions = ABSENT
     # of a search
     search: SearchSettings = ABSENT

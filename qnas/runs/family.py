@@ -18,6 +18,7 @@ from qnas.runs.verification import BELOW_BOUND, read_limits
 from qnas.solver.layouts import FamilyScores, FamilySolutions, solve_family
 from qnas.solver.limits import Limits
 from qnas.solver.solve import Scores, Solution
+from qnas.spaces.arch import make_arch
 from qnas.spaces.family import Layout, SpaceFamily, layout_of, parse_family
 from qnas.spaces.space import SearchSpace
 
@@ -70,51 +71,78 @@ def read_family_run(folder: Path, space: SearchSpace, arch: Mapping[str, Any]) -
     )
     layout = layout_of(space)
     names = [family.name_of(each) for each in family.layouts()]
-    for key, found, expected in (
-        ("family_digest", document["family_digest"], family.digest),
-        ("space", document["space"], space.name),
-        ("spaces", [entry["space"] for entry in document["spaces"]], names),
-        ("certificate.layouts", document["certificate"]["layouts"], len(family)),
-    ):
+    asked = [_asked(entry) for entry in arch["limits"]]
+    facts: dict[str, tuple[Any, Any]] = {
+        "family_digest": (document["family_digest"], family.digest),
+        "space": (document["space"], space.name),
+        "spaces": ([entry["space"] for entry in document["spaces"]], names),
+        "certificate.layouts": (document["certificate"]["layouts"], len(family)),
+    }
+    for at, (each, entry) in enumerate(zip(family.layouts(), document["spaces"], strict=False)):
+        facts[f"spaces[{at}].resolution_px"] = entry["resolution_px"], each.resolution_px
+        facts[f"spaces[{at}].limits"] = [_asked(limit) for limit in entry["limits"]], asked
+    for key, (found, expected) in facts.items():
         if found != expected:
-            raise CheckpointError(
-                f"{path}: {key} is {found!r:.60}, expected {expected!r:.60}: edited or damaged"
-            )
+            raise _edited(path, key, found, expected)
     if layout not in family or family.at(layout).digest != space.digest:
         raise CheckpointError(f"{path}: space {space.name} of the run is none of {file}")
     return FamilyRun(folder, family, document, layout, {"margin": arch["margin"]})
 
 
+def _asked(entry: Mapping[str, Any]) -> tuple[str, str, float, float]:
+    """Return what a limit asks for, which is the same at all layouts."""
+    return entry["name"], entry["unit"], entry["budget"], entry["limit"]
+
+
+def _edited(path: Path, key: str, found: Any, expected: Any) -> CheckpointError:
+    return CheckpointError(f"{path}: {key} is {found!r:.60}, expected {expected!r:.60}: edited or damaged")
+
+
 def check_family_certificate(run: FamilyRun, rows: Scores, screened: int) -> None:
     """Solve over the family again, by the measured scores of the candidates.
 
-    Raises CheckpointError unless the certificate's score, rank and bounds come out.
+    Raises CheckpointError unless the certificate's score, rank and bounds come out, and those of each layout,
+    and the amounts and scores of the ranked networks. ArchError where one of these is not of the space.
     """
-    certificate, path = run.document["certificate"], run.folder / FAMILY_FILE
-    layouts = {run.family.name_of(layout): layout for layout in run.family.layouts()}
-    found = solve_family(
-        run.family, run.scores(rows), lambda space: run.limits_at(layouts[space.name]), screened
-    )
+    certificate, path, family = run.document["certificate"], run.folder / FAMILY_FILE, run.family
+    layouts = {family.name_of(layout): layout for layout in family.layouts()}
+    limits = {name: run.limits_at(layout) for name, layout in layouts.items()}
+    scores = run.scores(rows)
+    found = solve_family(family, scores, lambda space: limits[space.name], screened)
     slack = BELOW_BOUND * math.fsum(max(row) - min(row) for row in rows) + 1e-9
-    rest = certificate["rest_bound"]
     figures = {
-        "score_bound": (certificate["score_bound"], found.bound),
-        "rest_bound": (-math.inf if rest is None else rest, found.rest_bound),
+        "certificate.score_bound": (certificate["score_bound"], found.bound),
+        "certificate.rest_bound": (certificate["rest_bound"], found.rest_bound),
+        "certificate.networks": (certificate["networks"], len(found.networks)),
     }
+    if certificate["rank"] is not None:
+        of_rank = found.networks[: certificate["rank"]][-1]
+        figures["certificate.score"] = certificate["score"], of_rank.score
+        figures["certificate.rank"] = certificate["rank"], of_rank.rank
+    for at, verdict in enumerate(found.verdicts):
+        entry = run.entry(verdict.layout)
+        figures[f"spaces[{at}].bound"] = entry["bound"], verdict.bound
+        figures[f"spaces[{at}].best"] = entry["best"], verdict.best
+    for at, entry in enumerate(run.document["ranking"]):
+        where = f"ranking[{at}]"
+        space = family.at(run.layout_named(entry["space"]))
+        indices = make_arch(space, tuple(entry["choices"]), f"{path}: {where}").indices(space)
+        figures[f"{where}.score"] = (
+            entry["score"],
+            math.fsum(row[i] for row, i in zip(rows, indices, strict=True)),
+        )
+        for number, limit in enumerate(limits[entry["space"]]):
+            amounts = entry["amounts"]
+            amount = amounts[number] if number < len(amounts) else None
+            figures[f"{where}.amounts[{number}]"] = amount, limit.amount(indices)
     for key, (value, other) in figures.items():
-        if value != other and abs(value - other) > slack:
+        finite = None if other is not None and math.isinf(other) else other
+        if value is None or finite is None:
+            if value is not finite:
+                raise _edited(path, key, value, finite)
+        elif not math.isclose(value, finite, rel_tol=BELOW_BOUND, abs_tol=slack):
             raise CheckpointError(
-                f"{path}: certificate.{key} is {value}, but {other} when solved again: edited or damaged"
-            )
-    rank = certificate["rank"]
-    if rank is not None:
-        if rank > len(found.networks):
-            raise CheckpointError(f"{path}: certificate.rank is {rank} of {len(found.networks)} networks")
-        score = found.networks[rank - 1].score
-        if abs(score - certificate["score"]) > slack:
-            raise CheckpointError(
-                f"{path}: certificate.score is {certificate['score']}, but network {rank} of the family has "
-                f"{score} when solved again: edited or damaged"
+                f"{path}: {key} is {value}, but {finite} when solved again: edited or damaged"
             )
 
 

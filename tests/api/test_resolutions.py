@@ -17,6 +17,7 @@ from qnas.common.progress import Report
 from qnas.latency.device_table import compute_table
 from qnas.latency.table import write_table
 from qnas.runs.names import ARCH_FILE, FAMILY_FILE, METRICS_FILE, SUPERNET_FILE
+from qnas.runs.report.commands import search_command
 
 SPACE = qnas.make_space(
     "mine",
@@ -49,6 +50,7 @@ def test_the_result_is_a_run_at_one_of_the_resolutions_and_goes_on_as_any(tmp_pa
     assert result.run.family is not None
     assert [entry["resolution_px"] for entry in result.run.family.document["spaces"]] == [16, 24, 32]
     assert qnas.load_run(tmp_path / "run").arch == result.arch
+    assert "--resolutions 16,24,32" in search_command(result.config)
     found = qnas.derive(result, {"cpu": "1ms"})
     assert found.heldout_accuracy is not None
 

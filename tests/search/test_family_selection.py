@@ -38,7 +38,7 @@ from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection
 from qnas.solver.layouts import layouts_within, mean_limits, solve_family
 from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.spaces.arch import Arch
+from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first
 from qnas.spaces.family import Layout, SpaceFamily, make_family
 from qnas.spaces.space import SearchSpace, load_space, parse_space
@@ -249,6 +249,11 @@ def test_networks_are_evaluated_at_the_size_of_their_layout(finished: Finished) 
         small = torch.nn.functional.interpolate(images, (px, px), mode="bilinear", antialias=True)
         plain = evaluator_of(state).losses([network], small, labels)
         assert torch.allclose(losses, plain)
+        arch = arch_from_indices(each.space, network)
+        resized, same = (
+            e.build(arch).eval() for e in (evaluator_of(state.at(each.layout)), evaluator_of(state))
+        )
+        assert torch.allclose(resized(images), same(small))
 
 
 def test_the_run_is_one_in_the_space_at_the_chosen_layout(finished: Finished) -> None:
@@ -293,6 +298,34 @@ def test_the_certificate_over_the_layouts_holds_by_brute_force(finished: Finishe
 def test_an_edited_certificate_is_refused(changed: Path, key: str, change: Any, problem: str) -> None:
     document = json.loads((changed / names.FAMILY_FILE).read_text())
     document["certificate"][key] = change(document["certificate"][key])
+    write_json(changed / names.FAMILY_FILE, document)
+    with pytest.raises(CheckpointError, match=problem):
+        explain(read_finished_run(changed))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "problem"),
+    [
+        (("spaces", 0, "bound"), lambda value: value + 0.1, r"spaces\[0\]\.bound is"),
+        (("spaces", 1, "limits", 0, "budget"), lambda value: 2 * value, r"spaces\[1\]\.limits is"),
+        (("spaces", 1, "limits"), lambda value: value[:1], r"spaces\[1\]\.limits is"),
+        (("spaces", 2, "resolution_px"), lambda value: value + 1, r"spaces\[2\]\.resolution_px is 33"),
+        (("ranking", 1, "amounts", 0), lambda value: 0.9 * value, r"ranking\[1\]\.amounts\[0\] is"),
+        (("ranking", 1, "score"), lambda value: value + 0.1, r"ranking\[1\]\.score is"),
+        (("ranking", 1, "space"), lambda value: "tiny-17px", r"no space 'tiny-17px' in tiny"),
+        (("family_digest",), lambda value: "0" * 16, "family_digest is"),
+        (("spaces",), lambda value: value[:2], "spaces is"),
+    ],
+)
+def test_an_edited_fact_of_a_layout_is_refused(
+    changed: Path, place: tuple[Any, ...], change: Any, problem: str
+) -> None:
+    document = json.loads((changed / names.FAMILY_FILE).read_text())
+    *steps, last = place
+    part = document
+    for step in steps:
+        part = part[step]
+    part[last] = change(part[last])
     write_json(changed / names.FAMILY_FILE, document)
     with pytest.raises(CheckpointError, match=problem):
         explain(read_finished_run(changed))
