@@ -110,7 +110,7 @@ def check_family_certificate(run: FamilyRun, rows: Scores, screened: int) -> Non
     scores = run.scores(rows)
     found = solve_family(family, scores, lambda space: limits[space.name], screened)
     slack = BELOW_BOUND * math.fsum(max(row) - min(row) for row in rows) + 1e-9
-    figures = {
+    figures: dict[str, tuple[Any, float | None]] = {
         "certificate.score_bound": (certificate["score_bound"], found.bound),
         "certificate.rest_bound": (certificate["rest_bound"], found.rest_bound),
         "certificate.networks": (certificate["networks"], len(found.networks)),

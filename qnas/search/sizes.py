@@ -7,6 +7,7 @@ stored at the largest size and are resized on the device, with antialiasing.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,8 @@ def resize(images: Tensor, px: int) -> Tensor:
     """Resize images (B, C, H, W) -> (B, C, px, px); those of this size are returned as they are."""
     if images.shape[-1] == px:
         return images
-    return F.interpolate(images.float(), (px, px), mode="bilinear", antialias=True).to(images.dtype)
+    found = F.interpolate(images.float(), (px, px), mode="bilinear", antialias=True).to(images.dtype)
+    return found.contiguous(memory_format=torch.channels_last)
 
 
 class Resized(nn.Module):

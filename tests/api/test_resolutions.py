@@ -82,7 +82,7 @@ def test_what_cannot_be_searched_is_refused_before_the_data_are_opened(tmp_path:
         ({"resolutions": [2, 16]}, SpaceError, "resolution 2 px is too small for space mine: at least 4 px"),
         ({"resolution_px": 5}, UsageError, "of 3 resolutions, images of the largest have this size"),
     ):
-        with pytest.raises(error, match=problem):  # type: ignore[call-overload]  # of each its own
+        with pytest.raises(error, match=problem):
             search(tmp_path / "none", **{"data": "imagefolder:none", **changes})
     with pytest.raises(InfeasibleBudgetError, match="the least of 3 layouts of mine"):
         qnas.run_search(SPACE, {"cpu": "1us"}, resolutions=[16, 24, 32], data="imagefolder:none")
@@ -92,8 +92,9 @@ def test_what_cannot_be_searched_is_refused_before_the_data_are_opened(tmp_path:
 def test_a_measured_table_is_needed_for_each_layout(tmp_path: Path) -> None:
     family, own, like = qnas.make_family(SPACE, [16, 32]), tmp_path / "own.json", qnas.load_device("cpu")
     (tmp_path / "own").mkdir()
-    content = {"schema": "qnas.device/1", "name": "own", "title": "t", "runtime": "r", "precision": "float32"}
-    content |= {"batch": 1, "unit": "ms", "kind": "measured", "source": "s", "date": "2026-01-01"}
+    content: dict[str, str | int] = {"schema": "qnas.device/1", "name": "own", "title": "t", "runtime": "r"}
+    content |= {"precision": "float32", "batch": 1, "unit": "ms", "kind": "measured", "source": "s"}
+    content |= {"date": "2026-01-01"}
     own.write_text(json.dumps(content))
     first, second = (family.at(layout) for layout in family.layouts())
 

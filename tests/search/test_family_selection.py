@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.mutants import byte_mutants, json_mutants, read_or_refuse
 from helpers.searches import QUICK
 from helpers.tiny import TINY_SPACE
 
@@ -52,6 +53,7 @@ RECIPE = Recipe(epochs=1, batch_size=64, learning_rate=2e-3)
 FAMILY = make_family(
     parse_space(TINY_SPACE.replace("layernorm", "batchnorm").replace("gelu", "relu6"), "t"), [16, 24, 32]
 )
+MUTANTS_OF_FAMILY = 40
 BUDGET_MS = 0.6  # all resolutions have networks within, and the largest networks of none are
 
 
@@ -460,3 +462,16 @@ def test_finalists_are_of_several_layouts_and_are_trained_at_their_sizes(
     write_json(tmp_path / "run" / names.SEARCH_FILE, document)
     with pytest.raises(CheckpointError, match=rf"finalists.networks\[{other}\].amounts"):
         read_finished_run(tmp_path / "run")
+
+
+def test_any_damage_to_the_files_of_a_family_is_refused_in_one_line_or_read(changed: Path) -> None:
+    def load(path: Path) -> None:
+        explain(read_finished_run(changed))
+
+    for name, make in ((names.FAMILY_FILE, json_mutants), (names.FAMILY_SPACE_FILE, byte_mutants)):
+        content = (changed / name).read_bytes()
+        given: Any = json.loads(content) if make is json_mutants else content
+        for mutant in make(given, MUTANTS_OF_FAMILY, seed=1):
+            read_or_refuse(load, changed / name, mutant)
+        (changed / name).write_bytes(content)
+    load(changed)
