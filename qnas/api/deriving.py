@@ -176,7 +176,8 @@ def pareto(
     `devices` defaults to those of the search; `points` is the number of budgets per device. The search's
     limits on parameters, MACs and energy still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to
     `out`; by default that is `RUN/pareto`, and the run's page is rewritten too. Beside each device's front is
-    that of public networks, by their accuracy on ImageNet. Raises the errors of `derive`.
+    that of public networks, by their accuracy on ImageNet. After a search over several resolutions, the
+    networks are those at the chosen one. Raises the errors of `derive`.
     """
     check_arguments(points=points, k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
@@ -209,7 +210,10 @@ def pareto(
         of_device = budget_fronts.front_points(run, of_budgets, accuracies, own_ms)
         device = limit.table.origin if limit.table is not None and latency == DEVICE else None
         fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms, device))
-    details = {"latency_source": latency, "k_best": k_best, "ranked": bool(ranked), "unranked": unranked}
+    details: dict[str, Any] = {"latency_source": latency, "k_best": k_best}
+    details |= {"ranked": bool(ranked), "unranked": unranked}
+    if run.family is not None:
+        details["family"] = run.family.family.name
     document = budget_fronts.fronts_document(run.space, fronts, details)
     write_text(folder / "pareto.csv", budget_fronts.fronts_csv(document))
     draw_fronts(document, folder / "pareto.png")

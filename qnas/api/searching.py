@@ -127,7 +127,7 @@ def run_search(
     if len(family) > 1:
         from qnas.search.sizes import check_sizes, least_trained_px
 
-        if "resolution_px" not in settings and not former:  # of the preset: as much larger as is needed
+        if settings.get("resolution_px") is None and not former:  # of the preset: as much larger as is needed
             px = max(px, least_trained_px(known, family.resolutions_px))
         check_sizes(known, family.resolutions_px, px)
     config = config.override({"resolution_px": px})

@@ -607,6 +607,7 @@ class ParetoDocument(Document):
     file_schema: Literal["qnas.pareto/1"] = Field(alias="schema")
     space_digest: Digest
     resolution_px: Pixels = ABSENT
+    family: Name = ABSENT  # that the space was chosen from
     ranked: bool
     unranked: Text = ""
     devices: Annotated[list[Front], Field(min_length=1, max_length=100)]

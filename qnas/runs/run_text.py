@@ -52,6 +52,9 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
     if not ranked:
         order = f"by the search's scores, without a ranking on images: {document['unranked']}"
         lines.append(field("order", order))
+    if "family" in document:
+        only = f"{document['resolution_px']} px, as the search chose of {document['family']}"
+        lines.append(field("layout", f"only {only}: qnas derive solves over all its resolutions"))
     meaning = {
         "b": "the best network within the searched budget",
         "?": "far from the searched budget: a search for that budget would probably find better",

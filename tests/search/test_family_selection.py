@@ -16,7 +16,7 @@ from helpers.mutants import byte_mutants, json_mutants, read_or_refuse
 from helpers.searches import QUICK
 from helpers.tiny import TINY_SPACE
 
-from qnas.api.deriving import derive
+from qnas.api.deriving import derive, pareto
 from qnas.common.errors import CheckpointError, InfeasibleBudgetError, Interrupted, UsageError
 from qnas.common.files import write_json
 from qnas.data.image_data import ImageData
@@ -29,6 +29,7 @@ from qnas.runs import names
 from qnas.runs.explain import explain
 from qnas.runs.finished_run import read_finished_run, verify_certificate
 from qnas.runs.found_arch import find_arch
+from qnas.runs.run_text import describe_fronts
 from qnas.search.effects import fit_effects, fit_family_effects
 from qnas.search.evaluator import evaluator_of
 from qnas.search.family_selection import effects_of_family, rank_layouts, screen_layouts
@@ -426,6 +427,14 @@ def test_networks_of_other_budgets_are_ranked_at_their_own_sizes(finished: Finis
     assert (found.space.name, found.arch.choices) == (first["space"], tuple(first["choices"]))
     assert found.heldout_accuracy == pytest.approx(first["heldout_accuracy"], abs=1e-9)
     assert found.document["ranking"][0]["heldout_loss"] == pytest.approx(first["heldout_loss"], abs=1e-5)
+
+
+def test_a_front_is_that_of_the_chosen_layout_and_says_so(finished: Finished, tmp_path: Path) -> None:
+    run = read_finished_run(finished.folder)
+    front = pareto(finished.folder, points=3, k_best=1, rerank=True, out=tmp_path / "front").document
+    assert (front["space_digest"], front["family"]) == (run.space.digest, "tiny")
+    said = " ".join(describe_fronts(front).split())
+    assert f"only {run.space.input.resolution_px} px, as the search chose of tiny: qnas derive solves" in said
 
 
 # ---- finalists

@@ -18,9 +18,9 @@ from qnas.latency.device_table import compute_table
 from qnas.latency.table import RUNTIME, Cell
 from qnas.solver.layouts import FamilyScores, FamilySolutions, solve_family
 from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.solver.solve import Scores
+from qnas.solver.solve import Scores, solve
 from qnas.spaces.family import Layout, SpaceFamily, make_family
-from qnas.spaces.space import SearchSpace, parse_space
+from qnas.spaces.space import SearchSpace, load_space, parse_space
 
 BLOCKS = WITH_BLOCK_TRANSITIONS.replace("positions: 3", "positions: 2")
 
@@ -196,3 +196,46 @@ def test_amounts_that_are_no_sums_over_blocks_are_refused() -> None:
 
     with pytest.raises(TableError, match="expected sums over blocks"):
         solve_family(CONVOLUTIONS, random_scores(0, CONVOLUTIONS, alike=True), limits_of, 100)
+
+
+@pytest.mark.slow
+def test_few_of_a_thousand_layouts_of_a_mobile_space_are_solved() -> None:
+    content, device = load_space("union-mobile").written(), load_device("cpu")
+    widths = ((16,), (16, 24, 32), (32, 40, 48), (64, 80, 96), (72, 96, 120), (144, 192, 240), (320,))
+    for stage, row in zip(content["stages"], widths, strict=True):
+        stage["channels"] = max(row)
+    family = SpaceFamily(SearchSpace.model_validate(content), (128, 160, 192, 224), widths)
+    assert len(family) == 972
+
+    def candidates(space: SearchSpace) -> Scores:
+        return tuple(
+            tuple(0.0 if name == "identity" else 0.03 + 0.02 * drawn(p.name, name) for name in p.names)
+            for p in space.positions
+        )
+
+    scores = FamilyScores(
+        candidates,
+        {128: -0.3, 160: -0.15, 192: -0.05},
+        tuple({c: 0.02 * at for at, c in enumerate(row)} for row in widths),
+    )
+    best = []
+    for budget_ms in (20.0, 40.0):
+
+        def limits_of(space: SearchSpace, most_ms: float = budget_ms) -> Limits:
+            return latency_limit(compute_table(device, space), most_ms), count_limit(space, "params", 6e6)
+
+        found = solve_family(family, scores, limits_of, 20)
+        assert len(found.networks) == 20
+        assert found.solved < 20
+        assert found.rest_bound <= found.networks[-1].score + 1e-6
+        best.append(found.networks[0])
+        # the best network of a layout is no better, whichever it is
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            layout = Layout(
+                int(rng.choice(family.resolutions_px)), tuple(int(rng.choice(row)) for row in widths)
+            )
+            space = family.at(layout)
+            own = solve(scores.candidates(space), limits_of(space)).score + scores.constant(layout)
+            assert own <= found.bound + 1e-6
+    assert best[1].score > best[0].score
