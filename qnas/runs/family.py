@@ -121,6 +121,8 @@ def check_family_certificate(run: FamilyRun, rows: Scores, screened: int) -> Non
         figures["certificate.rank"] = certificate["rank"], of_rank.rank
     for at, verdict in enumerate(found.verdicts):
         entry = run.entry(verdict.layout)
+        if entry["trained_px"] is None:  # no network within all limits at once, whatever a bound says
+            continue
         figures[f"spaces[{at}].bound"] = entry["bound"], verdict.bound
         figures[f"spaces[{at}].best"] = entry["best"], verdict.best
     for at, entry in enumerate(run.document["ranking"]):

@@ -10,7 +10,6 @@ Where no effects are known, the scores are log probabilities, which say nothing 
 resolution gets the number at which the best networks of all layouts score alike, and the images decide.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -283,7 +282,8 @@ def choose_over_layouts(
     layouts = list(
         dict.fromkeys([*([first.layout] if first else []), *(each.layout for each in found.networks)])
     )
-    rest = [each for each in found.verdicts if each.layout not in layouts and math.isfinite(each.bound)]
+    others_within = {each.layout for each in family.within} - set(layouts)
+    rest = [each for each in found.verdicts if each.layout in others_within]
     rest.sort(key=lambda verdict: -verdict.bound)
 
     def pool(layout: Layout, most: int) -> list[tuple[Layout, Solution]]:
