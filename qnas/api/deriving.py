@@ -6,7 +6,7 @@ Solving takes milliseconds and needs no torch; ranking on held-out images needs 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,14 +20,15 @@ from qnas.latency.device import Device, load_device
 from qnas.latency.prediction import DEVICE, table_from
 from qnas.latency.table import LatencyTable, write_table
 from qnas.runs import pareto as budget_fronts
-from qnas.runs.family import solved_document, solved_text
+from qnas.runs.family import FamilyRun, solved_document, solved_text
 from qnas.runs.finished_run import FinishedRun, asked_devices, check_rankable
 from qnas.runs.names import ARCH_FILE, DERIVED_FOLDER, PARETO_FOLDER, SPACE_FILE, SUPERNET_FILE, table_file
 from qnas.runs.plots import draw_fronts
 from qnas.solver.layouts import FamilyNetwork, layouts_within, mean_limits, solve_family
-from qnas.solver.limits import far_from_searched, latency_limit
-from qnas.solver.solve import K_BEST, CandidateIndices, Solution, solution_document, solve_best
+from qnas.solver.limits import Limits, far_from_searched, latency_limit
+from qnas.solver.solve import K_BEST, Solution, solution_document, solve_best
 from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.family import Layout, layout_of
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
@@ -176,8 +177,8 @@ def pareto(
     `devices` defaults to those of the search; `points` is the number of budgets per device. The search's
     limits on parameters, MACs and energy still apply. Writes `pareto.csv`, `pareto.json` and `pareto.png` to
     `out`; by default that is `RUN/pareto`, and the run's page is rewritten too. Beside each device's front is
-    that of public networks, by their accuracy on ImageNet. After a search over several resolutions, the
-    networks are those at the chosen one. Raises the errors of `derive`.
+    that of public networks, by their accuracy on ImageNet. After a search over several resolutions, all of
+    them are solved over. Raises the errors of `derive`.
     """
     check_arguments(points=points, k_best=k_best, loss=loss, progress=progress)
     searched = result if isinstance(result, SearchResult) else SearchResult.load(result)
@@ -189,27 +190,38 @@ def pareto(
     if not found:
         raise UsageError(f"`devices={devices!r}`: expected at least one")
     counts = tuple(limit for limit in run.limits if limit.table is None)
-    limits, solved = [], []
+    limits, solved, over = [], [], list[dict[Layout, Limits] | None]()
     for table in {table.device: table for table in found}.values():  # an alias is the same device
         own = searched_for.get(table.device)
-        limits.append(latency_limit(table, table.slowest_ms, own.confidence if own is not None else None))
+        confidence = own.confidence if own is not None else None
+        limits.append(latency_limit(table, table.slowest_ms, confidence))
         own_ms = own.budget if own is not None else None
-        budgets_ms = budget_fronts.spread_budgets(limits[-1], points, own_ms)
-        solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
-    solutions = {s.indices: s for each in chain(*solved) for s in each.solutions}
-    ranked, unranked = _rank_if_possible(run, list(solutions.values()), None, rerank, data, loss, progress)
-    accuracies: dict[CandidateIndices, budget_fronts.Accuracy] = {
-        r.solution.indices: budget_fronts.Accuracy(
+        if run.family is None:
+            budgets_ms = budget_fronts.spread_budgets(limits[-1], points, own_ms)
+            solved.append(budget_fronts.solve_budgets(run, limits[-1], counts, budgets_ms, k_best))
+            over.append(None)
+        else:
+            layouts = _at_layouts(run, run.family, table, latency, confidence)
+            ends = [first for first, *_ in layouts.values()]
+            least, most = min(e.least for e in ends), max(e.most for e in ends)
+            whole = replace(limits[-1], fixed=least, cells=((0.0, most - least),))  # of all layouts
+            budgets_ms = budget_fronts.spread_budgets(whole, points, own_ms)
+            solved.append(budget_fronts.solve_layouts(run, layouts, budgets_ms, k_best))
+            over.append(layouts)
+    solutions = {budget_fronts.network_key(run, s): s for each in chain(*solved) for s in each.solutions}
+    ranked, unranked = _rank_points(run, list(solutions.values()), rerank, data, loss, progress)
+    accuracies = {
+        budget_fronts.network_key(run, r.solution): budget_fronts.Accuracy(
             r.heldout.accuracy, r.heldout.images, r.heldout.balanced_accuracy
         )
         for r in ranked
     }
     fronts = []
-    for limit, of_budgets in zip(limits, solved, strict=True):
+    for limit, of_budgets, of_layouts in zip(limits, solved, over, strict=True):
         own_ms = searched_for[limit.name].budget if limit.name in searched_for else None
         of_device = budget_fronts.front_points(run, of_budgets, accuracies, own_ms)
         device = limit.table.origin if limit.table is not None and latency == DEVICE else None
-        fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms, device))
+        fronts.append(budget_fronts.front_document(run, limit, of_device, own_ms, device, of_layouts))
     details: dict[str, Any] = {"latency_source": latency, "k_best": k_best}
     details |= {"ranked": bool(ranked), "unranked": unranked}
     if run.family is not None:
@@ -223,6 +235,42 @@ def pareto(
 
         write_report(run.folder)
     return ParetoFronts(folder, document)
+
+
+def _at_layouts(
+    run: FinishedRun, family: FamilyRun, table: LatencyTable, latency: str, confidence: float | None
+) -> dict[Layout, Limits]:
+    """Return a device's limit and those on counts and energies at each layout, the former of all networks."""
+    device, found = table.origin, {}
+    for layout in family.family.layouts():
+        kept = {limit.name: limit for limit in family.limits_at(layout)}
+        own = kept[table.device].table if device is None else None  # of a device made in Python
+        space = family.family.at(layout)
+        at = own or table_from(latency, device or load_device(table.device), space)
+        found[layout] = at, tuple(limit for limit in kept.values() if limit.table is None)
+    most_ms = max(at.slowest_ms for at, _ in found.values())
+    return {
+        layout: (latency_limit(at, most_ms, confidence), *others) for layout, (at, others) in found.items()
+    }
+
+
+def _rank_points(
+    run: FinishedRun,
+    solutions: Sequence[Solution],
+    rerank: bool | None,
+    data: "GivenData | None",
+    loss: "LossFunction | None",
+    progress: "Progress",
+) -> "tuple[Sequence[Ranked], str]":
+    """Rank the networks of fronts, each at its own layout if there are several."""
+    if run.family is None:
+        return _rank_if_possible(run, solutions, None, rerank, data, loss, progress)
+    networks = [
+        FamilyNetwork(layout_of(budget_fronts.space_of(run, each)), each, each.score, each.rank)
+        for each in solutions
+    ]
+    placed, unranked = _rank_layouts_if_possible(run, networks, None, rerank, data, loss, progress)
+    return [each.ranked for each in placed], unranked
 
 
 def _table(run: FinishedRun, device: str | Device, latency: str) -> LatencyTable:

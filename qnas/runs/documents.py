@@ -554,6 +554,9 @@ class SpeedDocument(Document):
 class FrontPoint(Document):
     """The best network for a budget."""
 
+    # after a search over several resolutions
+    space: Name = ABSENT
+    resolution_px: Pixels = ABSENT
     budget_ms: Positive
     latency_ms: Positive
     # not in older versions; None where the errors of the device are unknown

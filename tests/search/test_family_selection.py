@@ -43,6 +43,7 @@ from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first
 from qnas.spaces.family import Layout, SpaceFamily, make_family
+from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import SearchSpace, load_space, parse_space
 from qnas.training.processes import ALONE
 from qnas.training.recipe import Recipe
@@ -429,12 +430,55 @@ def test_networks_of_other_budgets_are_ranked_at_their_own_sizes(finished: Finis
     assert found.document["ranking"][0]["heldout_loss"] == pytest.approx(first["heldout_loss"], abs=1e-5)
 
 
-def test_a_front_is_that_of_the_chosen_layout_and_says_so(finished: Finished, tmp_path: Path) -> None:
-    run = read_finished_run(finished.folder)
-    front = pareto(finished.folder, points=3, k_best=1, rerank=True, out=tmp_path / "front").document
-    assert (front["space_digest"], front["family"]) == (run.space.digest, "tiny")
+def test_each_budget_of_a_front_is_solved_over_all_layouts(
+    finished: Finished, changed: Path, tmp_path: Path
+) -> None:
+    # a larger resolution is worth something, so that several are on the front
+    document = json.loads((changed / names.FAMILY_FILE).read_text())
+    for at, entry in enumerate(document["spaces"]):
+        entry["number"] = 0.2 * at
+    write_json(changed / names.FAMILY_FILE, document)
+    run = read_finished_run(changed)
+    assert run.family is not None
+    front = pareto(changed, points=6, k_best=3, rerank=False, out=tmp_path / "front").document
+    (device,) = front["devices"]
+    tables = [compute_table(load_device("cpu"), FAMILY.at(layout)) for layout in FAMILY.layouts()]
+    assert device["fastest_ms"] == min(table.fastest_ms for table in tables)
+    assert device["slowest_ms"] == max(table.slowest_ms for table in tables)
+    for point in device["points"]:
+
+        def within(space: SearchSpace, budget_ms: float = point["budget_ms"]) -> Limits:
+            return latency_limit(compute_table(load_device("cpu"), space), budget_ms), limits_of(space)[1]
+
+        best = solve_family(FAMILY, run.family.scores(run.searched.scores), within, 3).networks[0]
+        space = FAMILY.at(best.layout)
+        assert point["score"] == pytest.approx(best.score, abs=1e-9)
+        assert point["space"] == space.name
+        assert point["resolution_px"] == space.input.resolution_px
+        indices = Arch(tuple(point["choices"])).indices(space)
+        assert point["latency_ms"] == within(space)[0].amount(indices) <= point["budget_ms"]
+        assert point["macs"] == count_macs(lower(space, Arch(tuple(point["choices"]))))
+    assert len({point["space"] for point in device["points"]}) > 1
+    own = next(point for point in device["points"] if point["own_budget"])
+    assert not own["far"]
+    assert device["expected_ms"] == pytest.approx(float(finished.searcher.state.expected[0]), rel=1e-6)
+
+
+def test_networks_of_a_front_are_ranked_at_their_own_sizes(finished: Finished, tmp_path: Path) -> None:
+    front = pareto(finished.folder, points=3, k_best=2, rerank=True, out=tmp_path / "front").document
+    evaluators = {
+        FAMILY.name_of(each.layout): evaluator_of(finished.searcher.state.at(each.layout))
+        for each in finished.searcher.problem.layouts
+    }
+    for point in front["devices"][0]["points"]:
+        found = evaluators[point["space"]].classify(
+            Arch(tuple(point["choices"])), finished.searcher.problem.data.heldout
+        )
+        assert point["heldout_accuracy"] == pytest.approx(found.score.accuracy, abs=1e-9)
     said = " ".join(describe_fronts(front).split())
-    assert f"only {run.space.input.resolution_px} px, as the search chose of tiny: qnas derive solves" in said
+    assert all(f" {point['resolution_px']} px " in said for point in front["devices"][0]["points"])
+    pareto(finished.folder, points=2, k_best=1, rerank=False, force=True)  # and the page
+    assert "ms, each at its own resolution" in (finished.folder / names.REPORT_FILE).read_text()
 
 
 # ---- finalists

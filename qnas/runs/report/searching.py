@@ -285,7 +285,9 @@ def _pareto_charts(path: Path, space: SearchSpace) -> Iterator[Markup]:
                 Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
             ],
             title=front["device"],
-            x_label=f"ms at {space.input.resolution_px} px",
+            x_label="ms, each at its own resolution"
+            if "family" in document
+            else f"ms at {space.input.resolution_px} px",
             y_label="held-out accuracy" if ranked else "score",
             levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
             bands=[Band(low, front["slowest_ms"] if high is None else high, "near the searched budget")],
