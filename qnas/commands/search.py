@@ -30,6 +30,7 @@ from qnas.runs.text import (
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
     from qnas.api.searching import Started
+    from qnas.runs.finished_run import FinishedRun
 
 # the fields of SearchConfig about finalists, known without loading pydantic
 FINALISTS_PANEL = "Finalists"
@@ -195,6 +196,13 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     yield next_command(f"qnas train-subnet {result.folder}")
 
 
+def _trained_px(run: "FinishedRun") -> int:
+    """Return the size of the images of the chosen network in its search."""
+    if run.family is not None:
+        return int(run.family.entry(run.family.layout)["trained_px"])
+    return int(run.config["search"]["resolution_px"])
+
+
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
     from qnas.runs.finalists_text import finalist_lines
@@ -202,7 +210,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     found, random, px = result.run.found, result.random_accuracies, result.space.input.resolution_px
     tested = found["images"]["test"]
     kind = found.get("split_names", {}).get("test", "test")
-    at = f"at {result.run.config['search']['resolution_px']} px"
+    at = f"at {_trained_px(result.run)} px"
     yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images {at}, with supernet weights")
     if balanced := balanced_text(result.accuracy, result.balanced_accuracy, digits=1):
         yield field("", balanced)

@@ -32,7 +32,12 @@ from qnas.runs.found_arch import find_arch
 from qnas.runs.run_text import describe_fronts
 from qnas.search.effects import fit_effects, fit_family_effects
 from qnas.search.evaluator import evaluator_of
-from qnas.search.family_selection import effects_of_family, rank_layouts, screen_layouts
+from qnas.search.family_selection import (
+    effects_of_family,
+    measure_family_effects,
+    rank_layouts,
+    screen_layouts,
+)
 from qnas.search.finalists import finalist_training
 from qnas.search.problem import FamilySearch
 from qnas.search.search_result import run_search
@@ -213,6 +218,41 @@ def test_the_model_finds_what_a_resolution_adds() -> None:
         assert found[px] - found[24] == pytest.approx(nats, abs=0.03)
     blind = fit_effects(space, networks, np.array(losses), np.array(groups))
     assert blind.explained < 0.8
+
+
+def test_each_drawn_network_is_measured_at_its_layout_beside_those_of_others(digits: ImageData) -> None:
+    problem, together, asked = over(digits).problem, list[set[int]](), list[int]()
+    images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+
+    def of(px: int) -> Any:
+        def losses(networks: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            asked.append(px)
+            return torch.full((len(networks), 2), px / 10.0, dtype=torch.float64)
+
+        return losses
+
+    def batches() -> Any:
+        while True:
+            if asked:
+                together.append(set(asked))
+                asked.clear()
+            yield images, labels
+
+    even = tuple(tuple(math.log(1 / len(p.names)) for _ in p.names) for p in FAMILY.largest.positions)
+    found = measure_family_effects(
+        problem.layouts,
+        even,
+        {each.layout: of(each.layout.resolution_px) for each in problem.layouts},
+        batches(),
+        90,
+        np.random.default_rng(0),
+    )
+    assert found is not None
+    effects, nats = found
+    assert effects.networks == 90
+    assert all(pxs == {16, 24, 32} for pxs in together)
+    assert nats[24] - nats[16] == pytest.approx(0.8, abs=0.05)
+    assert nats[32] - nats[24] == pytest.approx(0.8, abs=0.05)
 
 
 # ---- the result
