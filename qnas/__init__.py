@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qnas.latency.rivals import Rivals
     from qnas.spaces.arch import Arch
     from qnas.spaces.blocks import register_block
+    from qnas.spaces.family import SpaceFamily, load_family, make_family
     from qnas.spaces.neurons import register_neuron
     from qnas.spaces.space import SearchSpace, load_space, make_space
 
@@ -62,6 +63,7 @@ _OFFERED = {
     "qnas.latency.rivals": ("Rivals",),
     "qnas.spaces.arch": ("Arch",),
     "qnas.spaces.blocks": ("register_block",),
+    "qnas.spaces.family": ("SpaceFamily", "load_family", "make_family"),
     "qnas.spaces.neurons": ("register_neuron",),
     "qnas.spaces.space": ("SearchSpace", "load_space", "make_space"),
 }
@@ -81,6 +83,7 @@ __all__ = [
     "Rivals",
     "SearchResult",
     "SearchSpace",
+    "SpaceFamily",
     "TrainedNetwork",
     "__version__",
     "check_data",
@@ -89,8 +92,10 @@ __all__ = [
     "device_from_function",
     "export",
     "load_device",
+    "load_family",
     "load_run",
     "load_space",
+    "make_family",
     "make_space",
     "measure",
     "open_dataset",

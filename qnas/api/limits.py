@@ -1,6 +1,6 @@
 """The limits requested of a search or a derivation, and how a run records them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,18 @@ class AskedLimits:
         parts += [self.energy] if self.energy is not None else []
         parts += [] if self.confidence is None else [f"c{100 * self.confidence:g}"]
         return "-".join(part.replace(" ", "").replace("/", "-per-") for part in parts)
+
+
+def limits_once(asked: AskedLimits, latency: str) -> Callable[["SearchSpace"], Limits]:
+    """Return a function from a space to its limits, which computes the tables of each space once."""
+    known: dict[str, Limits] = {}
+
+    def limits_of(space: "SearchSpace") -> Limits:
+        if space.digest not in known:
+            known[space.digest] = asked.limits(space, latency)
+        return known[space.digest]
+
+    return limits_of
 
 
 def named(**parts: object) -> dict[str, str]:

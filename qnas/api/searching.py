@@ -1,33 +1,37 @@
 """A search from Python: from a space, budgets and images to a network within the budgets."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnas.api.limits import AskedLimits, Budgets, named
+from qnas.api.limits import AskedLimits, Budgets, limits_once, named
 from qnas.api.results import SearchResult
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, InfeasibleBudgetError, QnasWarning, TableError, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
 from qnas.runs.folders import free_folder, latest_run, read_config
-from qnas.runs.names import SPACE_FILE
+from qnas.runs.names import FAMILY_SPACE_FILE, SPACE_FILE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
+from qnas.solver.layouts import Within, layouts_within, mean_limits
 from qnas.solver.limits import Limits
-from qnas.solver.solve import check_searchable
+from qnas.solver.solve import check_has_choice, check_searchable
+from qnas.spaces.family import SpaceFamily, load_family, make_family
 from qnas.spaces.lower import check_resolution
-from qnas.spaces.space import FEWEST_CLASSES, SearchSpace, load_space
+from qnas.spaces.space import FEWEST_CLASSES, SearchSpace
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
     from qnas.data.image_data import ImageData
     from qnas.data.loading import GivenData
+    from qnas.search.problem import FamilySearch
     from qnas.training.losses import LossFunction, Metric
     from qnas.training.recipe import TrainConfig
 
 SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
+OF_ONE_LAYOUT = ("space_digest", "table_digest", "cells_digest")  # keys of a config.json
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,17 @@ class Started:
     images: "ImageData"
     folder: Path
     finalists: "TrainConfig | None" = None  # how they are trained, if there are any
+    # of a family: it, with its layouts that have networks within the limits; space and limits are then those
+    # of the largest layout and of the means over the layouts
+    family: SpaceFamily | None = None
+    within: tuple[Within, ...] = ()
 
 
 def run_search(
-    space: str | Path | SearchSpace | None = None,
+    space: str | Path | SearchSpace | SpaceFamily | None = None,
     budgets: Budgets | None = None,
     *,
+    resolutions: Sequence[int] | None = None,
     data: "GivenData | None" = None,
     out: str | Path | None = None,
     max_params: str | int | None = None,
@@ -64,8 +73,11 @@ def run_search(
 ) -> SearchResult:
     """Search for the best network of a space within latency budgets, and return it with its certificate.
 
-    `space` is a shipped space by name, a YAML file, or a SearchSpace (default: quadranet-mobile). `budgets`
-    maps devices, by name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
+    `space` is a shipped space by name, a YAML file, a SearchSpace or a SpaceFamily (default:
+    quadranet-mobile). With several input resolutions, `resolutions=[128, 160, 192, 224]` or a list in the
+    file, the search chooses one of them too: the run is then one in the space at that resolution, and the
+    others are in its family.json. `budgets` maps devices, by name or as Device values, to latencies with
+    units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"), and `max_energy` ("30mJ") its energy on
     each of the devices whose file states energies. A throughput device also takes "5000img/s". `data` is
     `digits`, `cifar10:DIR`, `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default:
@@ -92,13 +104,13 @@ def run_search(
     check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
     former = _former(out) if resume else {}
     given = former.get("space", SPACE) if space is None else space
-    known = _space(given, former, out)
+    family = _family(given, former.get("resolutions_px") if resolutions is None else resolutions, former, out)
     asked = AskedLimits.of(
         budgets, max_params, max_macs, former, max_energy=max_energy, confidence=confidence
     )
     source = latency or former.get("latency", DEVICE)
-    limits = asked.limits(known, source)
-    _check_early(known, limits, asked, source)
+    known = family.largest
+    limits = _check_early(family, asked, source)
 
     # these modules import torch, which takes seconds: all checks that need no torch are done above
     from qnas.data.loading import kind_of, reopen
@@ -112,6 +124,12 @@ def run_search(
         config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
     config = config.override(settings | named(loss=loss, metric=metric))
     px = config.resolution_px or known.input.resolution_px
+    if len(family) > 1:
+        from qnas.search.sizes import check_sizes, least_trained_px
+
+        if settings.get("resolution_px") is None and not former:  # of the preset: as much larger as is needed
+            px = max(px, least_trained_px(known, family.resolutions_px))
+        check_sizes(known, family.resolutions_px, px)
     config = config.override({"resolution_px": px})
     is_default = not former and (preset is None or str(preset) in stems(SearchConfig.FOLDER, ".yaml"))
     check_resolution(known, px)
@@ -131,17 +149,24 @@ def run_search(
     with session.threads_set(config.threads):
         crops = recipe is not None and recipe.random_resized_crop > 0
         images = session.load_images(data, known, px, broken, progress, keep_originals=crops)
-        known, limits = _of_data(known, limits, len(images.classes), asked, source, former)
-        check_searchable(known, limits)
+        family, limits = _of_data(family, limits, len(images.classes), asked, source, former)
+        known, over_layouts = family.largest, None
+        if len(family) == 1:
+            check_searchable(known, limits)
+        else:
+            over_layouts = _over_layouts(family, asked, source)
+            limits = mean_limits([each.limits for each in over_layouts.within])
         is_asked = settings.get("batch_size") is not None or not is_default
         batch_size = session.fit_batch(config.batch_size, len(images.train), world, asked=is_asked)
         config = config.override({"batch_size": batch_size})
         objective = session.objective_of(config, loss, metric, images.train.labels, images)
-        searcher = Searcher(known, limits, images, config, world, objective)
+        searcher = Searcher(known, limits, images, config, world, objective, over_layouts)
         arch_batch = searcher.problem.arch_batch_size
         finalists = (
             None if recipe is None else finalist_training(config, recipe, known, len(images.train), world)
         )
+        if finalists is not None and over_layouts is not None:
+            check_sizes(known, family.resolutions_px, finalists.resolution_px)
         if not world.is_main:  # takes the same steps, writes nothing
             follow_search(searcher, finalists=finalists, resume=resume)
             raise SystemExit
@@ -152,7 +177,9 @@ def run_search(
                 QnasWarning,
                 stacklevel=2,
             )
-        on_start(Started(known, limits, images, folder, finalists))
+        within = over_layouts.within if over_layouts is not None else ()
+        of_family = family if within else None
+        on_start(Started(known, limits, images, folder, finalists, of_family, within))
         entries = asked.entries(limits)
         request = {
             "command": "search",
@@ -161,13 +188,20 @@ def run_search(
             "budget": entries[0]["budget"],
             "budget_ms": limits[0].budget,
             "limits": entries,
-            "space": known.name if isinstance(given, SearchSpace) else str(given),
+            "space": known.name if isinstance(given, SearchSpace | SpaceFamily) else str(given),
             "space_digest": known.digest,
             "table_digest": entries[0]["table_digest"],
             **session.record_images(data, images, broken),
             **({"arch_batch_size": arch_batch} if arch_batch < batch_size else {}),
             "versions": session.versions(),
         }
+        if within:  # what is of one layout follows from the choice of it
+            request = {key: value for key, value in request.items() if key not in OF_ONE_LAYOUT} | {
+                "limits": [{k: v for k, v in entry.items() if k not in OF_ONE_LAYOUT} for entry in entries],
+                "family_digest": family.digest,
+            }
+        if within or resolutions is not None or "resolutions_px" in former:
+            request |= {"resolutions_px": list(family.resolutions_px)}
         search_in_folder(
             searcher,
             folder,
@@ -180,57 +214,90 @@ def run_search(
     return SearchResult.load(folder)
 
 
-def _check_early(space: SearchSpace, limits: Limits, asked: AskedLimits, source: str) -> None:
-    """Check limits before the data are opened: these may have fewer classes, so that networks take less."""
+def _over_layouts(family: SpaceFamily, asked: AskedLimits, source: str) -> "FamilySearch":
+    """Return a family as a search takes it. Raises InfeasibleBudgetError where no layout has a network."""
+    from qnas.search.problem import FamilySearch
+
+    limits_of = limits_once(asked, source)
+    return FamilySearch(family, limits_of, layouts_within(family, limits_of))
+
+
+def _check_early(family: SpaceFamily, asked: AskedLimits, source: str) -> Limits:
+    """Check limits before the data are opened, and return them: those of the largest layout.
+
+    The data may have fewer classes, so that networks take less.
+    """
+    limits_of = limits_once(asked, source)
+    limits = limits_of(family.at(family.largest_layout))
+
+    def check(of: SpaceFamily) -> None:
+        if len(of) == 1:
+            check_searchable(of.largest, limits_of(of.largest))
+        else:
+            check_has_choice(of.largest)
+            layouts_within(of, limits_of)
+
     try:
-        check_searchable(space, limits)
+        check(family)
     except InfeasibleBudgetError:
-        least = _limits_with(space, FEWEST_CLASSES, asked, source)
-        if least is None:
-            raise
         try:
-            check_searchable(*least)
-        except InfeasibleBudgetError:
+            check(family.with_classes(FEWEST_CLASSES))
+        except (InfeasibleBudgetError, TableError):
             pass
         else:
-            return
+            return limits
         raise
+    return limits
 
 
 def _of_data(
-    space: SearchSpace,
+    family: SpaceFamily,
     limits: Limits,
     classes: int,
     asked: AskedLimits,
     source: str,
     former: Mapping[str, Any],
-) -> tuple[SearchSpace, Limits]:
-    """Return the space with the classes of the data, and its limits; a run that goes on keeps its own."""
-    if classes == space.head.classes or former.get("space_digest") == space.digest:
-        return space, limits
-    return _limits_with(space, classes, asked, source) or (space, limits)
+) -> tuple[SpaceFamily, Limits]:
+    """Return the family with the classes of the data, and its limits; a run that goes on keeps its own.
+
+    Where a device's table was measured for fewer classes, they stay as they are.
+    """
+    same = former.get("space_digest") == family.largest.digest or former.get("family_digest") == family.digest
+    if classes == family.largest.head.classes or same:
+        return family, limits
+    return _limits_with(family, classes, asked, source) or (family, limits)
 
 
 def _limits_with(
-    space: SearchSpace, classes: int, asked: AskedLimits, source: str
-) -> tuple[SearchSpace, Limits] | None:
-    """Return a space for a number of classes with its limits; None where a table was measured for fewer."""
-    own = space.with_classes(classes)
+    family: SpaceFamily, classes: int, asked: AskedLimits, source: str
+) -> tuple[SpaceFamily, Limits] | None:
+    """Return a family for a number of classes with its limits; None where a table was measured for fewer."""
+    own = family.with_classes(classes)
     try:
-        return own, asked.limits(own, source)
+        return own, asked.limits(own.at(own.largest_layout), source)
     except TableError:
         return None
 
 
-def _space(given: str | Path | SearchSpace, former: Mapping[str, Any], out: str | Path | None) -> SearchSpace:
-    """Return the requested space; a run on a SearchSpace records its name and keeps a copy in its folder."""
-    if isinstance(given, SearchSpace):
-        return given
-    check_arguments(space=given)
-    is_file = bool(Path(given).suffix)
-    if former and out is not None and not is_file and str(given) not in stems("search_spaces", ".yaml"):
-        return load_space(Path(out) / SPACE_FILE)
-    return load_space(given)
+def _family(
+    given: str | Path | SearchSpace | SpaceFamily,
+    resolutions_px: Sequence[int] | None,
+    former: Mapping[str, Any],
+    out: str | Path | None,
+) -> SpaceFamily:
+    """Return the requested family, which has one space where there are no lists.
+
+    A run on a space that was made in Python records its name and keeps a copy in its folder.
+    """
+    if not isinstance(given, SearchSpace | SpaceFamily):
+        check_arguments(space=given)
+        is_file = bool(Path(given).suffix)
+        if former and out is not None and not is_file and str(given) not in stems("search_spaces", ".yaml"):
+            given = Path(out) / (FAMILY_SPACE_FILE if "family_digest" in former else SPACE_FILE)
+        family = load_family(given)
+    else:
+        family = make_family(given) if isinstance(given, SearchSpace) else given
+    return family if resolutions_px is None else make_family(family.largest, resolutions_px)
 
 
 def _former(out: str | Path | None) -> Mapping[str, Any]:

@@ -70,16 +70,17 @@ def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, say
     yield from latency_lines(limits, space, arch, latency, devices)
     yield from energy_lines(limits, arch.indices(space))
     yield field("size", size_line(space, limits, found.macs, found.params))
-    yield field("solved", f"the {found.solved} best networks within the budget in {found.solve_s:.2f} s")
+    of_layouts = f", with {found.layouts} solved" if found.layouts else ""
+    networks = f"the {found.solved} best networks within the budget"
+    yield field("solved", f"{networks} in {found.solve_s:.2f} s{of_layouts}")
     if ranking := found.document["ranking"]:
         yield field("chosen", choice_line(ranking, found.solved))
     else:
         why = f", not ranked on held-out images: {found.unranked}" if says_why else ""
         yield field("chosen", f"the first network by the search's scores{why}")
-    yield field(
-        "searched",
-        f"for {describe_budgets(found.searched.document['limits'])}, at {space.input.resolution_px} px",
-    )
+    searched_px = found.searched.space.input.resolution_px
+    searched_for = describe_budgets(found.searched.document["limits"])
+    yield field("searched", f"for {searched_for}, at {searched_px} px")
     if found.warning:
         yield field("warning", found.warning)
     yield field("files", files_in(found.folder))

@@ -32,10 +32,14 @@ def describe(
 
     Example: qnas describe quadranet36-t
     """
-    from qnas.runs.found_arch import find_network
+    from qnas.runs.family_text import describe_family, family_facts
+    from qnas.runs.found_arch import family_of_file, find_network
     from qnas.runs.network_text import describe_network, describe_space, network_facts, space_facts
     from qnas.spaces.lower import lower
 
+    if (family := family_of_file(target)) is not None:
+        show(family_facts(family), (describe_family(family),), as_json=as_json)
+        return
     found, arch = find_network(target, space)
     if arch is None:
         show(space_facts(found), (describe_space(found),), as_json=as_json)

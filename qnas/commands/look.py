@@ -17,6 +17,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     Example: qnas explain runs/quadranet-mobile-vpu-30ms
     """
     from qnas.runs.explain import explain as explain_run
+    from qnas.runs.family_text import family_lines
     from qnas.runs.finalists_text import finalist_lines
     from qnas.runs.finished_run import read_finished_run
     from qnas.runs.run_text import describe_explanation
@@ -25,8 +26,11 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     finished = read_finished_run(run)
     explanation = explain_run(finished)
     lines, facts = [describe_explanation(explanation)], {"run": str(run), **explanation.facts()}
+    if finished.family is not None:
+        lines += ["", *family_lines(finished.family)]
+        facts["family"] = finished.family.document
     if (finalists := finished.found.get("finalists")) is not None:
-        lines += ["", *finalist_lines(finalists, finished.limits, finished.space)]
+        lines += ["", *finalist_lines(finalists, finished.limits, finished.space, finished.family)]
         facts["finalists"] = finalists
     show(facts, lines, as_json=as_json)
 

@@ -101,6 +101,14 @@ Space = Annotated[
         complete=completion.spaces,
     ),
 ]
+Resolutions = Annotated[
+    str | None,
+    option(
+        "Input resolutions of the deployed network that the search chooses from, in pixels: 128,160,192,224. "
+        "Default: those of the space.",
+        panel=BUDGET,
+    ),
+]
 Seed = Annotated[int, option("Seed of all random numbers.", least=0)]
 Threads = Annotated[int, option("CPU threads of the runtime.", least=1)]
 LATENCY_HELP = "device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported."
@@ -189,6 +197,22 @@ def pair_budgets(
             f"budget, in the same order: {pairs}"
         )
     return list(zip(devices, budgets, strict=True))
+
+
+def whole_numbers(text: str | None, option: str) -> list[int] | None:
+    """Return the whole numbers of a list with commas. Raises BadParameter for another text.
+
+    >>> whole_numbers("128, 160", "--resolutions")
+    [128, 160]
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r:.60}: expected whole numbers: 128,160", param_hint=option
+        ) from None
 
 
 def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:

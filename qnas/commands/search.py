@@ -30,6 +30,7 @@ from qnas.runs.text import (
 if TYPE_CHECKING:
     from qnas.api.results import SearchResult
     from qnas.api.searching import Started
+    from qnas.runs.finished_run import FinishedRun
 
 # the fields of SearchConfig about finalists, known without loading pydantic
 FINALISTS_PANEL = "Finalists"
@@ -61,6 +62,7 @@ def search(
     max_energy: options.MaxEnergy = None,
     confidence: options.Confidence = None,
     space: options.Space = None,
+    resolutions: options.Resolutions = None,
     latency: Annotated[
         str | None,
         option(
@@ -97,6 +99,7 @@ def search(
     result = run_search(
         space,
         None if resume and not device and not budget else options.pair_budgets(device, budget, former),
+        resolutions=options.whole_numbers(resolutions, "--resolutions"),
         data=data,
         out=out,
         max_params=max_params,
@@ -122,10 +125,14 @@ def search(
 
 def _announce(started: "Started") -> None:
     """Print the limits, the images with their size, and the folder of a search before it begins."""
+    from qnas.runs.family_text import describe_layouts
     from qnas.runs.latency_text import describe_limits
 
     images, folder = started.images, started.folder
-    typer.echo(describe_limits(started.space, started.limits))
+    if started.family is None:
+        typer.echo(describe_limits(started.space, started.limits))
+    else:
+        typer.echo(describe_layouts(started.family, started.within))
     what = f"trains on {shown(images.name)} at {images.resolution_px} px: {images.described_counts} images"
     typer.echo(wrapped(f"{what}; run in {folder}"))
     if started.finalists is not None:
@@ -133,7 +140,14 @@ def _announce(started: "Started") -> None:
         stay = f"those that stay for {most} epoch{'s' * (most != 1)}"
         typer.echo(wrapped(f"then trains the finalists by themselves at {px} px, {stay}"))
     deployed_px = started.space.input.resolution_px
-    if images.resolution_px != deployed_px:
+    if started.family is not None:
+        typer.echo(
+            wrapped(
+                f"images of {deployed_px} px are trained at {images.resolution_px} px, those of other "
+                "resolutions in proportion; qnas train-subnet ends its training at the chosen one"
+            )
+        )
+    elif images.resolution_px != deployed_px:
         typer.echo(
             wrapped(
                 f"the budget holds for images of {deployed_px} px, not of {images.resolution_px} px: "
@@ -160,12 +174,15 @@ def _announce(started: "Started") -> None:
 
 
 def _lines(result: "SearchResult") -> Iterator[str]:
+    from qnas.runs.family_text import family_lines
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import energy_lines, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
 
     run, space, arch = result.run, result.space, result.arch
     yield from ("", choices_by_stage(space, arch), "")
+    if run.family is not None:
+        yield from family_lines(run.family)
     yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
@@ -179,6 +196,13 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     yield next_command(f"qnas train-subnet {result.folder}")
 
 
+def _trained_px(run: "FinishedRun") -> int:
+    """Return the size of the images of the chosen network in its search."""
+    if run.family is not None:
+        return int(run.family.entry(run.family.layout)["trained_px"])
+    return int(run.config["search"]["resolution_px"])
+
+
 def _comparison(result: "SearchResult") -> Iterator[str]:
     """Describe the accuracy of the derived network and its rivals, with the supernet's weights."""
     from qnas.runs.finalists_text import finalist_lines
@@ -186,7 +210,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     found, random, px = result.run.found, result.random_accuracies, result.space.input.resolution_px
     tested = found["images"]["test"]
     kind = found.get("split_names", {}).get("test", "test")
-    at = f"at {result.run.config['search']['resolution_px']} px"
+    at = f"at {_trained_px(result.run)} px"
     yield field("accuracy", f"{result.accuracy:.1%} on {tested} {kind} images {at}, with supernet weights")
     if balanced := balanced_text(result.accuracy, result.balanced_accuracy, digits=1):
         yield field("", balanced)
@@ -198,7 +222,7 @@ def _comparison(result: "SearchResult") -> Iterator[str]:
     if (finalists := found.get("finalists")) is None:
         yield field("chosen", choice_line(result.ranking, result.certificate["solved"]))
     else:
-        yield from finalist_lines(finalists, result.run.limits, result.space)
+        yield from finalist_lines(finalists, result.run.limits, result.space, result.run.family)
     if random:
         lowest = format_ms(min(entry["latency_ms"] for entry in found["random"]))
         known = [entry["balanced_accuracy"] for entry in found["random"] if "balanced_accuracy" in entry]

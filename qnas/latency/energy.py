@@ -7,13 +7,13 @@ Energy is a sum over kernels, as latency is, so that a table of cells holds it e
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device
 from qnas.latency.kernels import Kernel, fuse
-from qnas.latency.table import LatencyTable
+from qnas.latency.table import RUNTIME, LatencyTable
 from qnas.spaces.lower import BlockSpec, all_blocks
 from qnas.spaces.space import SearchSpace
 
@@ -25,6 +25,8 @@ class EnergyTable:
     device: str
     fixed_mj: float
     mj: tuple[tuple[float, ...], ...]  # by position and candidate
+    # the parts of `fixed_mj` by the names of their blocks; () where they were not computed apart
+    fixed_parts: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
 
 
 def energy_table(device: Device, space: SearchSpace, table: LatencyTable) -> EnergyTable:
@@ -35,20 +37,22 @@ def energy_table(device: Device, space: SearchSpace, table: LatencyTable) -> Ene
     if not device.states_kernel_energy:
         power_w = _power(device)
         rows = tuple(tuple(power_w * ms for ms in row) for row in table.ms)
-        return EnergyTable(device.name, power_w * table.fixed_ms, rows)
+        of_blocks = tuple((name, power_w * cell.latency_ms) for name, cell in table.fixed)
+        return EnergyTable(device.name, power_w * table.fixed_ms, rows, of_blocks)
 
     @cache  # positions of a stage have the same blocks
     def price(block: BlockSpec) -> float:
         return math.fsum(map(device.kernel_mj, fuse(block.layers, device.fusion)))
 
-    fixed = [device.network_mj]
+    parts = [(RUNTIME, device.network_mj)]
     cells: dict[str, list[float]] = {}  # by position
     for block, candidate in all_blocks(space):
         if candidate is None:
-            fixed.append(price(block.unnamed))
+            parts.append((block.name, price(block.unnamed)))
         else:
             cells.setdefault(block.name, []).append(price(block.unnamed))
-    return EnergyTable(device.name, math.fsum(fixed), tuple(map(tuple, cells.values())))
+    fixed_mj = math.fsum(mj for _, mj in parts)
+    return EnergyTable(device.name, fixed_mj, tuple(map(tuple, cells.values())), tuple(parts))
 
 
 def network_mj(device: Device, kernels: Iterable[Kernel], latency_ms: float) -> float | None:

@@ -107,6 +107,9 @@ class ConfigDocument(Document):
     max_broken: Share = ABSENT
     space: PathText = ABSENT
     space_digest: Digest = ABSENT
+    # of a search over several resolutions
+    family_digest: Digest = ABSENT
+    resolutions_px: Annotated[list[Pixels], Field(min_length=1, max_length=100)] = ABSENT
     versions: Versions = ABSENT
     # of a search
     search: SearchSettings = ABSENT
@@ -361,6 +364,8 @@ class FinalistEntry(Document):
     heldout_balanced_accuracies: list[Share]
     heldout_losses: list[Loss]
     problem: Text = ABSENT
+    space: Name = ABSENT  # of a family, the space at its layout, and the size of its images
+    resolution_px: Pixels = ABSENT
 
 
 class RungEntry(Document):
@@ -549,6 +554,9 @@ class SpeedDocument(Document):
 class FrontPoint(Document):
     """The best network for a budget."""
 
+    # after a search over several resolutions
+    space: Name = ABSENT
+    resolution_px: Pixels = ABSENT
     budget_ms: Positive
     latency_ms: Positive
     # not in older versions; None where the errors of the device are unknown
@@ -602,6 +610,7 @@ class ParetoDocument(Document):
     file_schema: Literal["qnas.pareto/1"] = Field(alias="schema")
     space_digest: Digest
     resolution_px: Pixels = ABSENT
+    family: Name = ABSENT  # that the space was chosen from
     ranked: bool
     unranked: Text = ""
     devices: Annotated[list[Front], Field(min_length=1, max_length=100)]
@@ -611,6 +620,56 @@ class ParetoDocument(Document):
         if self.ranked and any(p.heldout_accuracy is None for front in self.devices for p in front.points):
             raise ValueError("ranked, but a point has no heldout_accuracy")
         return self
+
+
+# ---- family.json
+
+
+class FamilyCertificate(Document):
+    """The proof of the solve over a family."""
+
+    solver: Text
+    score: Number
+    rank: Ordinal | None
+    score_bound: Number
+    networks: Ordinal
+    layouts: Ordinal
+    solved: Count
+    rest_bound: Number | None
+
+
+class FamilySpace(Document):
+    """What is known of a layout of a family."""
+
+    space: Name
+    space_digest: Digest
+    resolution_px: Pixels
+    channels: Annotated[list[Ordinal], Field(max_length=MOST_POSITIONS)]
+    trained_px: Pixels | None  # None: no network is within the limits
+    number: Number
+    bound: Number | None
+    best: Number | None
+    networks: Count
+    solved: bool
+    limits: Annotated[list[LimitEntry], Field(min_length=1, max_length=100)]
+
+
+class RankedOfFamily(RankedEntry):
+    """A ranked network of a family, with the space at its layout."""
+
+    space: Name
+
+
+class FamilyDocument(Document):
+    """A family.json: the layouts of a search over a family."""
+
+    file_schema: Literal["qnas.family/1"] = Field(alias="schema")
+    family: Name
+    family_digest: Digest
+    space: Name
+    certificate: FamilyCertificate
+    spaces: Annotated[list[FamilySpace], Field(min_length=1, max_length=MOST_NETWORKS)]
+    ranking: Annotated[list[RankedOfFamily], Field(min_length=1, max_length=MOST_NETWORKS)]
 
 
 # ---- metrics.jsonl

@@ -19,6 +19,7 @@ from typing import Any
 from qnas.latency.intervals import Interval
 from qnas.latency.table import RUNTIME
 from qnas.runs.budget_curve import NEAR, CurvePoint, OtherBudgets, price_at, replace_limit
+from qnas.runs.family import check_family_certificate
 from qnas.runs.finished_run import FinishedRun
 from qnas.runs.names import ARCH_FILE
 from qnas.runs.verification import check_certificate
@@ -138,6 +139,8 @@ def explain(run: FinishedRun) -> Explanation:
         run.searched.screened,
         run.folder / ARCH_FILE,
     )
+    if run.family is not None:
+        check_family_certificate(run.family, run.searched.measured, run.searched.screened)
     own = solve(run.searched.scores, limits).indices
     devices = tuple(
         _on_device(OtherBudgets(run, at, own)) for at, limit in enumerate(limits) if limit.table is not None

@@ -5,13 +5,16 @@ from typing import Any
 
 from qnas.common.units import format_ms
 from qnas.latency.intervals import LEVEL
+from qnas.runs.family import FamilyRun
 from qnas.runs.text import field
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.space import SearchSpace
 
 
-def finalist_lines(found: Mapping[str, Any], limits: Limits, space: SearchSpace) -> Iterator[str]:
+def finalist_lines(
+    found: Mapping[str, Any], limits: Limits, space: SearchSpace, family: FamilyRun | None = None
+) -> Iterator[str]:
     """Yield lines about the `finalists` of a search.json: the choice, each network, and the corrections."""
     yield field("chosen", chosen_line(found))
     for entry in found["networks"]:
@@ -20,7 +23,7 @@ def finalist_lines(found: Mapping[str, Any], limits: Limits, space: SearchSpace)
         shown = accuracies if not problem else f"ended early: {problem}"
         yield field(
             f"finalist {entry['number']}",
-            f"{blocks_text(entry)}; {latency_text(entry, limits, space)}; held-out {shown}",
+            f"{blocks_text(entry)}; {latency_text(entry, limits, space, family)}; held-out {shown}",
         )
     yield field("corrected", corrections_text(found))
 
@@ -32,9 +35,9 @@ def chosen_line(found: Mapping[str, Any]) -> str:
     start = "the supernet's weights" if found["from"] == "supernet" else "scratch"
     after = f"{found['epochs']} epoch{'s' * (found['epochs'] > 1)}"
     which = f"finalist {winner['number']} of {count}, each" if count > 1 else "the only finalist,"
+    px = winner.get("resolution_px", found["resolution_px"])
     return (
-        f"{which} trained by itself from {start}, at {found['resolution_px']} px; held-out accuracy "
-        f"{accuracy:.1%} after {after}"
+        f"{which} trained by itself from {start}, at {px} px; held-out accuracy {accuracy:.1%} after {after}"
     )
 
 
@@ -50,8 +53,17 @@ def blocks_text(entry: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in entry["blocks"].items()) or "no blocks"
 
 
-def latency_text(entry: Mapping[str, Any], limits: Limits, space: SearchSpace) -> str:
-    """Format a finalist's latency on each device, with its interval where that is known."""
+def latency_text(
+    entry: Mapping[str, Any], limits: Limits, space: SearchSpace, family: FamilyRun | None = None
+) -> str:
+    """Format a finalist's latency on each device, with its interval where that is known.
+
+    Of a family, its resolution too: its limits are those of the space at its own layout.
+    """
+    at = ""
+    if family is not None and "space" in entry:
+        layout = family.layout_named(entry["space"])
+        limits, at = family.limits_at(layout), f" at {layout.resolution_px} px"
     indices = Arch(tuple(entry["choices"])).indices(space)
     devices = [limit for limit in limits if limit.table is not None]
     parts = []
@@ -62,7 +74,7 @@ def latency_text(entry: Mapping[str, Any], limits: Limits, space: SearchSpace) -
         if interval is not None:
             text += f" ({format_ms(interval.low_ms)} to {format_ms(interval.high_ms, round_up=True)})"
         parts.append(f"{text} on {limit.name}" if len(devices) > 1 else text)
-    return " and ".join(parts)
+    return " and ".join(parts) + at
 
 
 def corrections_text(found: Mapping[str, Any]) -> str:

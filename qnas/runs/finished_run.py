@@ -11,6 +11,7 @@ from typing import Any
 
 from qnas.common.errors import ArchError, CheckpointError
 from qnas.runs.documents import check_solved, read_arch_facts, read_search_document
+from qnas.runs.family import FamilyRun, read_family_run
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, CONFIG_FILE, SEARCH_FILE, SPACE_FILE
@@ -122,6 +123,7 @@ class FinishedRun:
     arch: Arch  # the derived architecture
     limits: Limits  # limits of the search, the first one a device's
     searched: Searched
+    family: FamilyRun | None = None  # that the space was chosen from
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -191,6 +193,11 @@ def read_finished_run(folder: Path, document: Mapping[str, Any] | None = None) -
     searched = _searched(found, space, folder / SEARCH_FILE)
     check_request(config, document, folder)
     check_search(found, document, space, limits, searched.measured, searched.log_probabilities, folder)
+    family = read_family_run(folder, space, document)
     if "finalists" in found or "finalist" in document:
-        check_finalists(found, document, space, limits, searched.by_round, folder)
-    return FinishedRun(folder, config, document, found, space, arch, limits, searched)
+
+        def limits_of(name: str) -> Limits:
+            return limits if family is None else family.limits_at(family.layout_named(name))
+
+        check_finalists(found, document, space, limits, searched.by_round, folder, limits_of)
+    return FinishedRun(folder, config, document, found, space, arch, limits, searched, family)

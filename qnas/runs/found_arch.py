@@ -11,6 +11,7 @@ from qnas.runs.documents import read_arch_facts, read_result_document
 from qnas.runs.names import ARCH_FILE, RESULT_FILE, SPACE_FILE, SUBNET_FOLDER
 from qnas.runs.verification import check_result, recompute
 from qnas.spaces.arch import Arch, arch_of, only_arch
+from qnas.spaces.family import SpaceFamily, load_family
 from qnas.spaces.space import SearchSpace, load_space
 
 
@@ -62,6 +63,15 @@ def trained_folder(folder: Path) -> Path | None:
     """Return the folder of the trained network in a run's folder or in this one; None without one."""
     places = (folder / SUBNET_FOLDER, folder)
     return next((place for place in places if (place / RESULT_FILE).is_file()), None)
+
+
+def family_of_file(target: str | Path) -> SpaceFamily | None:
+    """Return the family of a space's file with several layouts; None for anything else."""
+    path = Path(target)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return None
+    family = load_family(path)
+    return family if len(family) > 1 else None
 
 
 def find_network(target: str | Path, space: str | None = None) -> tuple[SearchSpace, Arch | None]:

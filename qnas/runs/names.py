@@ -14,6 +14,9 @@
     left-out.csv          the files of the data that are not used, if any
     budget.png            the expected amounts relative to the limits, by step
     search.json           the final probabilities, the ranking, and networks for comparison
+    family.yaml           the family of spaces that was searched, if there is one
+    family.json           its layouts, with a bound for each, and the ranking over all of them
+    layouts/              the latency tables of its layouts
     finalists/            the trainings of the finalists, a folder each, and the winner's weights
     tensorboard/          output of tensorboard
     pareto/               output of pareto: the best networks by budget
@@ -40,6 +43,10 @@ BUDGET_PLOT_FILE = "budget.png"
 REPORT_FILE = "report.html"
 BROKEN_FILE = "broken.csv"
 LEFT_OUT_FILE = "left-out.csv"
+FAMILY_SPACE_FILE = "family.yaml"
+FAMILY_FILE = "family.json"
+
+LAYOUTS_FOLDER = "layouts"
 
 FINALISTS_FOLDER = "finalists"
 DERIVED_FOLDER = "derived"
@@ -64,14 +71,19 @@ SAMPLE_FILE = "sample.safetensors"  # some test images, to check an export
 CLEARED_FILES = (
     *(ARCH_FILE, RESULT_FILE, METRICS_FILE, EPOCHS_FILE, SUPERNET_FILE, BUDGET_PLOT_FILE, REPORT_FILE),
     *(BROKEN_FILE, LEFT_OUT_FILE, SEARCH_FILE, WEIGHTS_FILE, BEST_FILE, PREDICTIONS_FILE, SAMPLE_FILE),
-    SPEED_FILE,
+    *(SPEED_FILE, FAMILY_FILE, FAMILY_SPACE_FILE),
 )
 CLEARED_FOLDERS = (
     *(FINALISTS_FOLDER, SUBNET_FOLDER, EXPORT_FOLDER, DERIVED_FOLDER, PARETO_FOLDER),
-    TENSORBOARD_FOLDER,
+    *(TENSORBOARD_FOLDER, LAYOUTS_FOLDER),
 )
 
 
 def table_file(device: str) -> str:
     """Return the name of a run's copy of a device's latency table."""
     return f"table-{device}.csv"
+
+
+def layout_folder(space: str) -> str:
+    """Return the folder of the space at one layout of a family."""
+    return f"{LAYOUTS_FOLDER}/{space}"

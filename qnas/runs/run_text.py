@@ -29,6 +29,7 @@ from qnas.runs.text import (
 def describe_fronts(document: Mapping[str, Any]) -> str:
     """Format the points of a pareto.json, one table per device, and explain their marks."""
     ranked, lines, used = document["ranked"], [], set()
+    of_family = "family" in document  # each point is at its own resolution
     for front in document["devices"]:
         rows, level = [], next((p["level"] for p in front["points"] if p.get("level")), None)
         for point in front["points"]:
@@ -39,15 +40,17 @@ def describe_fronts(document: Mapping[str, Any]) -> str:
             counts = (format_count(point["macs"]), format_count(point["params"]))
             took, sure = format_ms(point["latency_ms"], round_up=True), _interval_of(point)
             ends = () if level is None else ("-" if sure is None else sure.ends,)
-            rows.append((format_ms(point["budget_ms"]), took, *ends, accuracy, *counts, " ".join(marks)))
+            at = (f"{point['resolution_px']} px",) if of_family else ()
+            rows.append((format_ms(point["budget_ms"]), took, *ends, *at, accuracy, *counts, " ".join(marks)))
         range_ = f"{format_ms(front['fastest_ms'])} to {format_ms(front['slowest_ms'])}"
         expected = format_ms(front["expected_ms"])
-        where = f"{front['device']} at {document['resolution_px']} px"
+        where = front["device"] + ("" if of_family else f" at {document['resolution_px']} px")
         title = f"{where}: networks take {range_}; the expected latency of the search is {expected}"
         if front.get("confidence"):
             title += f"; budgets are for the upper ends of {front['confidence']:.4g} intervals"
         sure_of = () if level is None else (f"{100 * level:g}%, ms",)
-        header = ("budget", "latency", *sure_of, "held-out (95%)", "MACs", "params", "")
+        inputs = ("input",) if of_family else ()
+        header = ("budget", "latency", *sure_of, *inputs, "held-out (95%)", "MACs", "params", "")
         lines += [wrapped(title), table_rows(header, rows), ""]
     if not ranked:
         order = f"by the search's scores, without a ranking on images: {document['unranked']}"

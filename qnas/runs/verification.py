@@ -11,7 +11,7 @@ the reader is told (`Recomputed.unchecked`).
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -373,13 +373,15 @@ def check_finalists(
     limits: Limits,
     scores_by_round: Sequence[Scores],
     folder: Path,
+    limits_of: Callable[[str], Limits] | None = None,
 ) -> None:
     """Raise CheckpointError where the finalists differ from what choices, tables and scores give.
 
-    Each must be within all limits, and the winner be the network of arch.json. Raises ArchError where one is
-    not of the space.
+    Each must be within all limits, and the winner be the network of arch.json. `limits_of` returns the limits
+    in the space, by name, of a finalist at another layout of a family. Raises ArchError where one is not of
+    the space.
     """
-    path = folder / SEARCH_FILE
+    path, of_space = folder / SEARCH_FILE, limits
     if "finalists" not in found or "finalist" not in document:
         raise CheckpointError(f"{path}: finalists are in one of it and {ARCH_FILE} only: one was edited")
     finalists, chosen, certificate = found["finalists"], document["finalist"], document["certificate"]
@@ -391,6 +393,8 @@ def check_finalists(
         counts = {name: count for name, count in count_blocks(kinds, indices).items() if count}
         scores = scores_by_round[entry["round"] - 1]
         score = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
+        own = entry.get("space", space.name)
+        limits = of_space if own == space.name or limits_of is None else limits_of(own)
         amounts = [limit.amount(indices) for limit in limits]
         _compare(f"{where}.blocks", entry["blocks"], counts, error=CheckpointError)
         _compare(f"{where}.amounts", entry["amounts"], amounts, rounding, CheckpointError)
@@ -405,6 +409,7 @@ def check_finalists(
         ("choices", winner["choices"], document["choices"]),
         ("score", winner["score"], certificate["score"]),
         ("rank", winner["rank"], certificate["rank"]),
+        ("space", winner.get("space", space.name), space.name),
         ("kinds", winner["kinds"], certificate.get("kinds", [])),
         ("number", winner["number"], chosen["number"]),
         ("heldout_accuracies", winner["heldout_accuracies"][-1], chosen["heldout_accuracy"]),

@@ -31,6 +31,7 @@ from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits, beside_latency
 from qnas.solver.solve import CandidateIndices, Scores, solve
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
+from qnas.spaces.family import Layout
 from qnas.spaces.lower import BlockSpec, fill, skeleton
 from qnas.spaces.space import SearchSpace
 
@@ -126,11 +127,43 @@ def fit_effects(
 
     The networks have their blocks in the first positions (`place_blocks_first`).
     """
+    effects, _ = _fit(space, networks, losses, groups)
+    return effects
+
+
+def fit_family_effects(
+    space: SearchSpace,
+    networks: Sequence[CandidateIndices],
+    layouts: Sequence[Layout],
+    losses: NDArray[np.float64],
+    groups: NDArray[np.int64],
+) -> tuple[Effects, dict[int, float]]:
+    """Fit the additive model to networks (n,) at these layouts (n,), with a coefficient for each resolution.
+
+    Returns the effects, which are the same at all layouts, and the nats that each resolution adds. `space` is
+    that of any layout; the rest is as in `fit_effects`.
+    """
+    effects, of_others = _fit(space, networks, losses, groups, [each.resolution_px for each in layouts])
+    return effects, {px: of_others[px] for px in sorted(of_others)}
+
+
+def _fit(
+    space: SearchSpace,
+    networks: Sequence[CandidateIndices],
+    losses: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    others: Sequence[int] = (),
+) -> tuple[Effects, dict[int, float]]:
+    """Fit the model, with a coefficient more for each different value of `others` (n,); return these too."""
     columns, places = _columns(space)
-    design = np.zeros((len(networks), 1 + max(number for row in columns for own in row for number in own)))
+    first = 1 + max(number for row in columns for own in row for number in own)
+    values = {value: first + at for at, value in enumerate(dict.fromkeys(others))}
+    design = np.zeros((len(networks), first + len(values)))
     for row, network in zip(design, networks, strict=True):
         for i, choice in enumerate(network):
             row[columns[i][choice]] += 1
+    for row, value in zip(design, others, strict=False):
+        row[values[value]] = 1
     design, centred = _within_groups(design, groups), _within_groups(losses, groups)
     ridge = RidgeCV(alphas=STRENGTHS, fit_intercept=False).fit(design, centred)
     coefficients = ridge.coef_.copy()
@@ -141,7 +174,8 @@ def fit_effects(
     nats = tuple(tuple(float(coefficients[numbers].sum()) for numbers in row) for row in columns)
     # the best score is minus the mean squared error of left-out networks
     explained = 1 + float(ridge.best_score_) / max(float(np.mean(centred**2)), 1e-30)
-    return Effects(nats, explained, len(networks))
+    of_others = {value: float(coefficients[number]) for value, number in values.items()}
+    return Effects(nats, explained, len(networks)), of_others
 
 
 def _columns(space: SearchSpace) -> tuple[list[list[list[int]]], list[int]]:

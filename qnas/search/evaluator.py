@@ -1,7 +1,7 @@
 """Evaluation of networks with the weights of a supernet: in a search, or from the folder that it left."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet
 from qnas.search.effects import Losses
+from qnas.search.sizes import Resized, resize
 from qnas.search.state import SearchState
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.arch import Arch, arch_from_indices
@@ -37,6 +38,14 @@ class Evaluator:
     build: Callable[[Arch], nn.Module]  # returns the network with the supernet's weights
     losses: Losses  # with batch norms that use each batch's own statistics
 
+    def at_size(self, px: int) -> "Evaluator":
+        """Return the evaluator whose networks see the same images at another size."""
+
+        def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
+            return self.losses(networks, resize(images, px), labels)
+
+        return replace(self, build=lambda arch: Resized(self.build(arch), px), losses=losses)
+
     def classify(self, arch: Arch, split: Split) -> Classified:
         """Classify the images of a split with a network whose batch norms are measured on training images."""
         network = self.build(arch).to(self.device).eval()
@@ -45,7 +54,10 @@ class Evaluator:
 
 
 def evaluator_of(state: SearchState) -> Evaluator:
-    """Return the evaluator of a search's networks. It leaves the state of the search unchanged."""
+    """Return the evaluator of a search's networks, with images of the size of the state's layout.
+
+    It leaves the state of the search unchanged.
+    """
     problem, supernet = state.problem, state.supernet
     classes = len(problem.data.classes)
 
@@ -59,7 +71,8 @@ def evaluator_of(state: SearchState) -> Evaluator:
     def build(arch: Arch) -> nn.Module:
         return supernet.subnet(arch, classes)
 
-    return Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
+    found = Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
+    return found if problem.trained_px == problem.data.resolution_px else found.at_size(problem.trained_px)
 
 
 def saved_evaluator(

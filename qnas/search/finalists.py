@@ -15,6 +15,9 @@ lowers the loss beyond its effect. It is fitted to the held-out losses at the en
 finalists have equally many epochs, by a ridge regression whose strength is chosen by leave-one-out
 cross-validation, and it is used only if it then predicts the networks left out better than the effects do.
 
+Of a family of spaces, the finalists are of the layouts whose networks are among those that the family's solve
+returned, as many of each. Each is trained and judged at the size of images of its own layout.
+
 Each finalist is trained in its own folder, with checkpoints, so that a killed search goes on with the step
 where it was. The chosen network's weights stay in the folder of all finalists, for `qnas train-subnet`.
 """
@@ -44,13 +47,16 @@ from qnas.runs.tensors import save_tensors
 from qnas.search.config import SearchConfig
 from qnas.search.diversity import choose_diverse
 from qnas.search.effects import STRENGTHS
+from qnas.search.family_selection import FamilySelection, choose_over_layouts
 from qnas.search.halving import Rung, best_first, plan_rungs
 from qnas.search.problem import Problem
 from qnas.search.selection import Selection, count_screened
+from qnas.search.sizes import scaled_px
 from qnas.search.state import SearchState
 from qnas.solver.kinds import corrected, count_blocks, kinds_of, names_of
 from qnas.solver.solve import Solution
 from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.family import Layout, SpaceFamily
 from qnas.spaces.lower import check_resolution
 from qnas.spaces.space import SearchSpace
 from qnas.training.batch_sizes import fitting_batch
@@ -74,6 +80,8 @@ class Finalist:
     round: int  # from 1
     solution: Solution
     arch: Arch
+    layout: Layout
+    trained_px: int  # the size of its images
     accuracies: list[float] = field(default_factory=list)  # on held-out images, after each epoch
     balanced_accuracies: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -234,6 +242,16 @@ def _trainer_of(
     return FinalistTrainer(finalist, trainer, phase)
 
 
+def _of_layout(training: TrainConfig, problem: Problem, layout: Layout) -> TrainConfig:
+    """Return the settings of a finalist's training at a layout: those of the largest, at its own size."""
+    if problem.family is None:
+        return training
+    largest_px = max(problem.family.family.resolutions_px)
+    px = scaled_px(training.resolution_px, layout.resolution_px, largest_px)
+    recipe = training.recipe.override({"resolution_px": px, "start_resolution_px": px})
+    return training.model_copy(update={"recipe": recipe})
+
+
 def _data_of_finals(data: ImageData, px: int) -> ImageData:
     """Return the images of the search as a training sees them: the held-out images take the tests' place."""
     train, heldout = data.train.at(px), data.heldout.at(px)
@@ -244,7 +262,11 @@ def _data_of_finals(data: ImageData, px: int) -> ImageData:
 
 
 def hold_finals(
-    state: SearchState, selection: Selection, folder: Path, training: TrainConfig, display: Display = silent
+    state: SearchState,
+    selection: Selection | FamilySelection,
+    folder: Path,
+    training: TrainConfig,
+    display: Display = silent,
 ) -> Finals:
     """Train finalists of a finished search in their folder within `folder`, and return what they showed.
 
@@ -254,7 +276,6 @@ def hold_finals(
     """
     problem = state.problem
     config, world = problem.config, problem.world
-    data = _data_of_finals(problem.data, training.resolution_px)
     folder = folder / names.FINALISTS_FOLDER
     known_seconds: Mapping[str, float] = {}
     if world.is_main:
@@ -273,11 +294,11 @@ def hold_finals(
         found = world.from_main(found)
         if not found:
             break  # all networks within the limits are trained already
-        new = _numbered(problem, found, len(finalists), number, known_seconds)
+        new = _numbered(problem, found, len(finalists), number, training, known_seconds)
         finalists += new
         rungs = plan_rungs(len(new), training.recipe.epochs, config.finalist_factor)
         rounds.append(Round(biases, rungs))
-        best = _halve(state, new, rungs, data, training, folder, best, display)
+        best = _halve(state, new, rungs, training, folder, best, display)
         refitted = _refit(problem, selection, finalists, rounds) if world.is_main else ({}, None)
         biases, explained = world.from_main(refitted)
     if best is None:
@@ -286,7 +307,7 @@ def hold_finals(
         training,
         config.finalists_from,
         config.finalist_factor,
-        len(data.train_and_heldout),
+        len(problem.data.train),
         tuple(finalists),
         tuple(rounds),
         best[0],
@@ -298,26 +319,26 @@ def hold_finals(
 
 def _numbered(
     problem: Problem,
-    solutions: Sequence[Solution],
+    found: Sequence[tuple[Layout, Solution]],
     before: int,
     round_number: int,
+    training: TrainConfig,
     seconds: Mapping[str, float],
 ) -> list[Finalist]:
     """Return the finalists of a round, numbered after those `before` them."""
-    found = []
-    for number, solution in enumerate(solutions, before + 1):
+    finalists = []
+    for number, (layout, solution) in enumerate(found, before + 1):
         arch = arch_from_indices(problem.space, solution.indices)
-        found.append(
-            Finalist(number, round_number, solution, arch, seconds=seconds.get(f"{number:02d}", 0.0))
-        )
-    return found
+        known_s = seconds.get(f"{number:02d}", 0.0)
+        px = _of_layout(training, problem, layout).resolution_px
+        finalists.append(Finalist(number, round_number, solution, arch, layout, px, seconds=known_s))
+    return finalists
 
 
 def _halve(
     state: SearchState,
     finalists: Sequence[Finalist],
     rungs: Sequence[Rung],
-    data: ImageData,
     training: TrainConfig,
     folder: Path,
     best: Best | None,
@@ -327,6 +348,9 @@ def _halve(
     problem, world = state.problem, state.problem.world
     last = finalists[-1].number
     staying, epochs = list(finalists), 0
+    of_layouts = {each.layout: _of_layout(training, problem, each.layout) for each in finalists}
+    sizes = {own.resolution_px for own in of_layouts.values()}
+    data = {px: _data_of_finals(problem.data, px) for px in sizes}
     for rung in rungs:
         order = best_first(*_figures(staying, problem.objective, epochs))
         kept = world.from_main([staying[i].number for i in order[: rung.networks]])
@@ -334,7 +358,8 @@ def _halve(
         epochs = rung.epochs
         for finalist in staying:
             phase = f"finalist {finalist.number} of {last}"
-            trainer = _trainer_of(state, finalist, data, training, phase)
+            own = of_layouts[finalist.layout]
+            trainer = _trainer_of(state, finalist, data[own.resolution_px], own, phase)
             _train(trainer, epochs, folder, problem, display)
             if rung is rungs[-1] and not finalist.problem and _is_better(finalist, best, problem, epochs):
                 weights = trainer.trainer.result.state_dict()
@@ -343,19 +368,24 @@ def _halve(
 
 
 def _choose(
-    problem: Problem, selection: Selection, known: Sequence[Finalist], biases: Biases
-) -> tuple[Solution, ...]:
+    problem: Problem, selection: Selection | FamilySelection, known: Sequence[Finalist], biases: Biases
+) -> tuple[tuple[Layout, Solution], ...]:
     """Return the networks of the next round: the network that the search would choose, and others."""
-    space = problem.space
-    return choose_diverse(
-        space,
-        corrected(selection.scores, kinds_of(space), biases),
+    kinds, count, solved = kinds_of(problem.space), problem.config.finalists, count_screened(problem)
+    if not isinstance(selection, Selection):
+        rows = corrected(selection.scores.candidates(problem.space), kinds, biases)
+        before = [(each.layout, each.solution.indices) for each in known]
+        return choose_over_layouts(problem, selection, rows, count, solved, before)
+    found = choose_diverse(
+        problem.space,
+        corrected(selection.scores, kinds, biases),
         problem.limits,
-        problem.config.finalists,
-        count_screened(problem),
+        count,
+        solved,
         first=None if known else selection.ranking[0].solution.indices,
         without=[finalist.solution.indices for finalist in known],
     )
+    return tuple((problem.layout, each) for each in found)
 
 
 def _train(trainer: FinalistTrainer, epochs: int, folder: Path, problem: Problem, display: Display) -> None:
@@ -419,7 +449,10 @@ def _is_better(finalist: Finalist, best: tuple[Finalist, Any] | None, problem: P
 
 
 def _refit(
-    problem: Problem, selection: Selection, finalists: Sequence[Finalist], rounds: Sequence[Round]
+    problem: Problem,
+    selection: Selection | FamilySelection,
+    finalists: Sequence[Finalist],
+    rounds: Sequence[Round],
 ) -> tuple[Biases, float | None]:
     """Return the bias of each kind of block, and what it explains; none where the effects are unknown."""
     if selection.effects is None:  # log probabilities are no nats of the loss
@@ -430,9 +463,14 @@ def _refit(
     if len(known) < LEAST_FITTED:
         return {}, None
     counts = [list(count_blocks(kinds, finalist.solution.indices).values()) for finalist in known]
+    if isinstance(selection, Selection):
+        rows, constants = selection.scores, [0.0] * len(known)
+    else:
+        rows = selection.scores.candidates(problem.space)
+        constants = [selection.scores.constant(finalist.layout) for finalist in known]
     scores = [
-        math.fsum(row[i] for row, i in zip(selection.scores, finalist.solution.indices, strict=True))
-        for finalist in known
+        math.fsum([constant, *(row[i] for row, i in zip(rows, finalist.solution.indices, strict=True))])
+        for finalist, constant in zip(known, constants, strict=True)
     ]
     found, explained = fit_biases(
         np.array(counts, dtype=np.float64),
@@ -470,8 +508,10 @@ def save_weights(finals: Finals, folder: Path) -> str:
     return save_tensors(folder / names.FINALISTS_FOLDER / names.WEIGHTS_FILE, finals.weights)
 
 
-def finals_document(finals: Finals, space: SearchSpace, weights_sha256: str) -> dict[str, Any]:
-    """Return the outcome as JSON values, for search.json."""
+def finals_document(
+    finals: Finals, space: SearchSpace, weights_sha256: str, family: SpaceFamily | None = None
+) -> dict[str, Any]:
+    """Return the outcome as JSON values, for search.json; of a family, each network names its space."""
     kinds = kinds_of(space)
     return {
         "from": finals.start,
@@ -501,6 +541,9 @@ def finals_document(finals: Finals, space: SearchSpace, weights_sha256: str) -> 
                 "heldout_balanced_accuracies": each.balanced_accuracies,
                 "heldout_losses": each.losses,
                 **({"problem": each.problem} if each.problem else {}),
+                **(
+                    {"space": family.name_of(each.layout), "resolution_px": each.trained_px} if family else {}
+                ),
             }
             for each in finals.finalists
         ],
@@ -521,7 +564,7 @@ def winner_document(finals: Finals, weights_sha256: str) -> dict[str, Any]:
         "from": finals.start,
         "epochs": finals.training.recipe.epochs,
         "seed": finals.training.seed,
-        "resolution_px": finals.training.resolution_px,
+        "resolution_px": winner.trained_px,
         "heldout_accuracy": winner.accuracies[-1],
         "heldout_balanced_accuracy": winner.balanced_accuracies[-1],
         "heldout_loss": winner.losses[-1],

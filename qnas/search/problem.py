@@ -1,13 +1,20 @@
 """The problem of a search, constant from its first step to its last, and its schedule."""
 
+from copy import copy
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from qnas.data.batches import batch_count
 from qnas.data.image_data import ImageData
-from qnas.nn.supernet import limit_tensors
+from qnas.nn.supernet import LimitTensors, limit_tensors
 from qnas.search.config import SearchConfig
+from qnas.search.sizes import check_sizes, resize, scaled_px
+from qnas.solver.layouts import LimitsOf, Within
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_searchable
+from qnas.spaces.family import Layout, SpaceFamily, layout_of
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
 from qnas.training.batch_sizes import check_batch, heldout_batch
@@ -69,12 +76,37 @@ class Schedule:
         return float(FINAL_TEMPERATURE ** min(1.0, self.progress(step) / ANNEALED_SHARE))
 
 
+@dataclass(frozen=True)
+class FamilySearch:
+    """A family of spaces to search, and its layouts that have networks within the limits."""
+
+    family: SpaceFamily
+    limits_of: LimitsOf
+    within: tuple[Within, ...]  # at least one
+
+
+@dataclass(frozen=True, eq=False)
+class AtLayout:
+    """A layout of a search: its limits as tensors, and the size of its images."""
+
+    layout: Layout
+    space: SearchSpace
+    limits: Limits
+    limit_tensors: LimitTensors
+    trained_px: int
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Return images (B, C, H, W) at the size of this layout."""
+        return resize(images, self.trained_px)
+
+
 class Problem:
     """A space, the limits on its networks, the images, and how to search.
 
-    Without an `objective`, it is that of the configuration. Raises ArchError or InfeasibleBudgetError where
-    there is nothing to search, UsageError where the machine, the number of processes or the batch size does
-    not fit.
+    With a `family`, the space is that of its largest layout, and the limits are those on the mean amounts
+    over the layouts; `at` returns the problem of one layout. Without an `objective`, it is that of the
+    configuration. Raises ArchError or InfeasibleBudgetError where there is nothing to search, UsageError
+    where the machine, the number of processes, the batch size or the size of the images does not fit.
     """
 
     def __init__(
@@ -85,13 +117,17 @@ class Problem:
         config: SearchConfig,
         world: World,
         objective: Objective | None,
+        family: FamilySearch | None = None,
     ) -> None:
-        check_searchable(space, limits)
+        if family is None:
+            check_searchable(space, limits)
+        else:
+            check_sizes(space, family.family.resolutions_px, data.resolution_px)
         self.space, self.data, self.config, self.world = space, data, config, world
-        self.limits = limits
-        self.limit_ms = limits[0].limit  # latency limit on the first device
-        self.binds = any(limit.binds for limit in limits)  # whether some network of the space exceeds one
-        self.limit_tensors = limit_tensors(limits)
+        self._set_limits(limits)
+        self.family, self.layout = family, layout_of(space)
+        self.layouts = _layouts(family, data.resolution_px)
+        self.trained_px = data.resolution_px
         self.batch_size = config.batch_size
         check_batch(self.batch_size, len(data.train), world)
         self.arch_batch_size = heldout_batch(self.batch_size, len(data.heldout), world)
@@ -110,3 +146,40 @@ class Problem:
             config.sampler,
         )
         self.acceleration = choose_acceleration(config.torch_device, config.precision, world.local_rank)
+
+    def _set_limits(self, limits: Limits) -> None:
+        self.limits = limits
+        self.limit_ms = limits[0].limit  # latency limit on the first device
+        self.binds = any(limit.binds for limit in limits)  # whether some network of the space exceeds one
+        self.limit_tensors = limit_tensors(limits)
+
+    def at(self, layout: Layout) -> "Problem":
+        """Return the problem of one layout of the family: the same images and schedule."""
+        (own,) = (each for each in self.layouts if each.layout == layout)
+        found = copy(self)
+        found.space, found.layout, found.trained_px = own.space, own.layout, own.trained_px
+        found._set_limits(own.limits)
+        return found
+
+    def draw_layout(self, generator: torch.Generator) -> AtLayout | None:
+        """Draw the layout of a step, all equally likely; None, without a draw, where there is no family."""
+        if not self.layouts:
+            return None
+        return self.layouts[int(torch.randint(len(self.layouts), (1,), generator=generator))]
+
+
+def _layouts(family: FamilySearch | None, resolution_px: int) -> tuple[AtLayout, ...]:
+    """Return the layouts of a family; the largest resolution of all has images of `resolution_px`."""
+    if family is None:
+        return ()
+    largest_px = max(family.family.resolutions_px)
+    return tuple(
+        AtLayout(
+            each.layout,
+            each.space,
+            each.limits,
+            limit_tensors(each.limits),
+            scaled_px(resolution_px, each.layout.resolution_px, largest_px),
+        )
+        for each in family.within
+    )

@@ -10,7 +10,7 @@ whose runs lie beside this one. None of these figures influences the choice.
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from qnas.runs.report.page import close_with_report
 from qnas.runs.run_folder import opened, remove_states
 from qnas.runs.tensors import save_supernet
 from qnas.search.evaluator import Evaluator, evaluator_of
+from qnas.search.family_result import write_family
+from qnas.search.family_selection import FamilySelection, select_of_family
 from qnas.search.finalists import (
     Finals,
     finals_document,
@@ -68,6 +70,8 @@ def run_search(
 ) -> Selection:
     """Search to the end in a run folder, write the results there, and return the ranked networks.
 
+    Of a family, these are the networks at the chosen layout.
+
     `request` goes to config.json. `finalists` is their training where the configuration has any. Raises
     CheckpointError where the folder cannot be used, Interrupted once the state is saved after Ctrl-C or
     SIGTERM.
@@ -76,10 +80,8 @@ def run_search(
     request = {"search": problem.config.record() | problem.objective.record(), **request}
     if finalists is not None:
         request["finalists"] = finalists.record()
-    tables = [limit.table for limit in problem.limits if limit.table is not None]
     copies = {
-        names.SPACE_FILE: problem.space.to_yaml(),
-        **{names.table_file(table.device): table_text(table, problem.space) for table in tables},
+        **_space_copies(problem),
         **broken_copies(names.BROKEN_FILE, problem.data.broken),
     }
     seed, world = problem.config.seed, problem.world
@@ -88,8 +90,18 @@ def run_search(
         with _together(world, finalists):
             run_to_end(searcher, folder, seed=seed, resume=resume, display=display, world=world)
             selection, finals = _choose(searcher.state, folder, finalists, display)
-        _finish(searcher.state, selection, finals, folder, request, display)
-        return selection
+        return _finish(searcher.state, selection, finals, folder, request, display)
+
+
+def _space_copies(problem: Problem) -> dict[str, str]:
+    """Return the texts of the space and its tables; of a family, whose space is chosen last, its own."""
+    if problem.family is not None:
+        return {names.FAMILY_SPACE_FILE: problem.family.family.to_yaml()}
+    tables = [limit.table for limit in problem.limits if limit.table is not None]
+    return {
+        names.SPACE_FILE: problem.space.to_yaml(),
+        **{names.table_file(table.device): table_text(table, problem.space) for table in tables},
+    }
 
 
 def follow_search(searcher: Searcher, *, finalists: TrainConfig | None = None, resume: bool = False) -> None:
@@ -113,12 +125,13 @@ def _together(world: World, finalists: TrainConfig | None) -> Iterator[None]:
 
 def _choose(
     state: SearchState, folder: Path, finalists: TrainConfig | None, display: Display
-) -> tuple[Selection, Finals | None]:
+) -> tuple[Selection | FamilySelection, Finals | None]:
     """Select the best networks by the supernet, and hold the finals where there are finalists.
 
     With several processes, each selects, so that none waits for another for longer than processes may.
     """
-    selection = select(state, display)
+    over_family = state.problem.family is not None
+    selection = select_of_family(state, display) if over_family else select(state, display)
     if finalists is None:
         return selection, None
     return selection, hold_finals(state, selection, folder, finalists, display)
@@ -134,19 +147,33 @@ def _winner(state: SearchState, selection: Selection, finals: Finals | None) -> 
 
 def _finish(
     state: SearchState,
-    selection: Selection,
+    selection: Selection | FamilySelection,
     finals: Finals | None,
     folder: Path,
     request: Mapping[str, Any],
     display: Display,
-) -> None:
-    """Compare the chosen network, and write the files of a search that has taken its last step."""
-    winner = _winner(state, selection, finals)
+) -> Selection:
+    """Compare the chosen network, and write the files of a search that has taken its last step.
+
+    Those of a search over a family are of the space at the chosen layout, whose networks are returned.
+    """
+    family = None
+    if isinstance(selection, Selection):
+        winner = _winner(state, selection, finals)
+    else:
+        assert state.problem.family is not None
+        family = state.problem.family.family
+        layout = finals.winner.layout if finals is not None else selection.ranking[0].layout
+        own = state.at(layout)
+        of_layout = selection.at(layout, own.problem.space)
+        winner = _winner(own, of_layout, finals)
+        write_family(state, selection, layout, winner, folder)
+        state, selection = own, replace(of_layout, ranking=of_layout.ranking or (winner,))
     found = _search_document(state, selection, winner, finals, folder, display)
     of_finals = {}
     if finals is not None:
         weights_sha256 = save_weights(finals, folder)
-        found["finalists"] = finals_document(finals, state.problem.space, weights_sha256)
+        found["finalists"] = finals_document(finals, state.problem.space, weights_sha256, family)
         of_finals = {"finalist": winner_document(finals, weights_sha256)}
     metrics, plot = read_metrics(folder / names.METRICS_FILE), folder / names.BUDGET_PLOT_FILE
     draw_budget(metrics, plot, multiplier_bound=state.multiplier.bound)
@@ -168,6 +195,7 @@ def _finish(
     # last, since its presence marks the run as complete
     write_json(folder / names.ARCH_FILE, document)
     remove_states(folder)
+    return selection
 
 
 def _search_document(

@@ -3,6 +3,11 @@
 The warm-up trains weights only. After it, an architecture step on held-out images follows every few weight
 steps. Paths are sampled evenly among networks within the limits, so that all are trained alike. Batches
 depend only on the seed and their number, so a resumed search equals an uninterrupted one.
+
+Over a family of spaces, each step draws a layout, and its images have the size of that layout. Weight steps
+draw paths within the limits of the layout. All layouts share the architecture parameters. Their expected
+amounts are those of a network at a drawn layout: the means over the layouts, which the search keeps within
+the limits.
 """
 
 import math
@@ -18,7 +23,7 @@ from qnas.nn.modes import gradient_for
 from qnas.nn.supernet import even_logits, expected_latency, largest_ratio, sample_path
 from qnas.search.config import SearchConfig
 from qnas.search.penalty import penalised, settle
-from qnas.search.problem import Problem
+from qnas.search.problem import FamilySearch, Problem
 from qnas.search.state import SearchState
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
@@ -44,8 +49,9 @@ class Searcher:
         config: SearchConfig,
         world: World = ALONE,
         objective: Objective | None = None,
+        family: FamilySearch | None = None,
     ) -> None:
-        self.problem = Problem(space, limits, data, config, world, objective)
+        self.problem = Problem(space, limits, data, config, world, objective, family)
         self.state = SearchState(self.problem)
         batch_size, arch_batch_size = self.problem.batch_size, self.problem.arch_batch_size
         supernet = self.state.supernet
@@ -55,6 +61,10 @@ class Searcher:
         self.total_steps = self.schedule.total_steps
         # (positions, candidates), of the distribution that even paths are drawn from
         self._even_logits = even_logits(self.problem.limit_tensors, self.state.supernet.mask)
+        self._even_at = {  # the same, of each layout
+            each.layout: even_logits(each.limit_tensors, self.state.supernet.mask)
+            for each in self.problem.layouts
+        }
         self._weight_batches: Batches | None = None
         self._arch_batches: Batches | None = None
 
@@ -129,11 +139,14 @@ class Searcher:
         """Train the weights of a path, or of the whole mixture; return the loss."""
         problem, state = self.problem, self.state
         config, supernet = problem.config, state.supernet.train()
+        even = self._even_logits
+        if (layout := problem.draw_layout(state.generator)) is not None:
+            images, even = layout.resized(images), self._even_at[layout.layout]
         if config.weights == "nested" and config.nested_weight_steps == "mixture":
             with torch.no_grad():
                 routes = supernet.mixture(state.temperature)
         else:
-            logits = self._even_logits if config.paths == "even" else state.logits
+            logits = even if config.paths == "even" else state.logits
             routes = sample_path(logits, supernet.mask, state.generator)
         loss = weight_step(
             lambda x: supernet(x, routes),
@@ -154,6 +167,8 @@ class Searcher:
         problem, state = self.problem, self.state
         supernet = state.supernet.train()
         config, limits, world = problem.config, problem.limit_tensors, problem.world
+        if (layout := problem.draw_layout(state.generator)) is not None:
+            images = layout.resized(images)
         draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
         step = draw(supernet, state.temperature, state.generator)
         for weight in state.weights:  # weights need no gradients here, which are most of a backward pass

@@ -28,9 +28,11 @@ from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, Losses, count_effects, measure_effects
 from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
 from qnas.search.problem import Problem
+from qnas.search.sizes import scaled_px
 from qnas.search.state import SearchState
 from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
 from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.family import Layout
 from qnas.spaces.lower import count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
@@ -145,12 +147,21 @@ def rerank_saved(
     evaluator = saved_evaluator(
         run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
     )
+    if run.family is not None:
+        evaluator = evaluator.at_size(trained_px_of(run, run.family.layout))
     keep = keep or len(solutions)
     space, images, device, lower_by = run.space, evaluator.data, evaluator.device, run.searched.correction
     with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:
         step = progress.step
         screened = screen(space, solutions, images, evaluator.losses, keep, device, step, lower_by)
         return rerank(space, screened, images, evaluator.classify, step, lower_by)
+
+
+def trained_px_of(run: FinishedRun, layout: Layout) -> int:
+    """Return the size of the images of a layout in a search over a family."""
+    assert run.family is not None
+    largest_px = max(run.family.family.resolutions_px)
+    return scaled_px(run.config["search"]["resolution_px"], layout.resolution_px, largest_px)
 
 
 def prefer(losses: Tensor, params: Sequence[int]) -> tuple[list[int], int]:

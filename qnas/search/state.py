@@ -1,6 +1,7 @@
 """The state of a search: everything that changes from step to step, so that a search can be resumed."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from qnas.search.diagnostics import Sight, make_watch
 from qnas.search.penalty import Multiplier
 from qnas.search.problem import Problem
 from qnas.solver.solve import Scores
+from qnas.spaces.family import Layout
 from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
 from qnas.training.optimizer import make_optimizer, make_schedule
@@ -55,6 +57,12 @@ class SearchState:
             guess=guessing_loss(problem.objective.training_loss, problem.data.train.labels, classes),
             multiplier_bound=self.multiplier.bound,
         )
+
+    def at(self, layout: Layout) -> "SearchState":
+        """Return a view of the state at one layout of the family: with its space and its limits."""
+        found = copy(self)
+        found.problem = self.problem.at(layout)
+        return found
 
     @property
     def temperature(self) -> float:

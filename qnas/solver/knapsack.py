@@ -62,16 +62,17 @@ class _Partial:
         return _Partial(*(column.take(entries, axis=-1) for column in vars(self).values()))
 
 
-def k_best(scores: Scores, limits: Limits, k: int, labels: Labels) -> Found:
+def k_best(scores: Scores, limits: Limits, k: int, labels: Labels, floor: float = -math.inf) -> Found:
     """Return the k networks of the highest total score within all limits, or fewer if there are fewer.
 
     Two networks are the same if the labels of their candidates, in order and without the zeros, are
-    the same; of these the one with the highest score is returned.
+    the same; of these the one with the highest score is returned. Networks that score less than `floor` may
+    be missing, without being counted in `left_out`.
     """
     assert k >= 1, k
     problem = _Problem(scores, limits, k, labels)
     known: dict[tuple[int, ...], Network] = {}  # sequence of labels -> its best placement
-    floor, margin, left_out = -math.inf, 0, math.inf
+    margin, left_out = 0, math.inf
     for kept in KEPT:
         networks, left_out, refused = problem.search(kept, floor, margin)
         if refused and margin == 0:
@@ -85,10 +86,22 @@ def k_best(scores: Scores, limits: Limits, k: int, labels: Labels) -> Found:
             known[sequence] = max(known.get(sequence, network), network, key=problem.score)
         best = sorted(known.values(), key=lambda network: (-problem.score(network), network))[:k]
         if len(best) == k:
-            floor = problem.score(best[-1])
+            floor = max(floor, problem.score(best[-1]))
         if left_out <= floor + problem.tolerance:
             break
     return Found(tuple(best), tuple(map(problem.score, best)), left_out)
+
+
+def upper_bound(scores: Scores, limits: Limits) -> float:
+    """Return a bound on the score of every network within all limits: -inf where one is above its limit.
+
+    It is the smallest of the linear relaxations under each limit and under the mixture that binds most.
+    """
+    if any(limit.least > limit.limit for limit in limits):
+        return -math.inf
+    problem = _Problem(scores, limits, 1, [range(1, 1 + len(row)) for row in scores])
+    none = np.zeros((len(problem.room), 1), np.int64)
+    return float(problem.bound(np.zeros(1), none, 0)[0]) + problem.tolerance
 
 
 class _Problem:
@@ -153,7 +166,7 @@ class _Problem:
         score = (partial.score[:, None] + self.scores[i]).ravel()
         amount = partial.amount[:, :, None] + self.amounts[i][:, None, :]
         amount = amount.reshape(len(amount), len(score))
-        bound = self._bound(score, amount, i + 1)
+        bound = self.bound(score, amount, i + 1)
         fits = (amount + self.least[i + 1] <= self.room).all(0)
         stays = np.flatnonzero(fits & (bound >= floor - self.tolerance))
         parent, pick = np.divmod(stays, choices)
@@ -165,7 +178,7 @@ class _Problem:
             key[at] = code // base if code % base == 0 else numbers.setdefault(code, len(numbers) + 1)
         return _Partial(score[stays], amount[:, stays], key[place], parent, pick), bound[stays]
 
-    def _bound(self, score: Floats, amount: Ints, i: int) -> Floats:
+    def bound(self, score: Floats, amount: Ints, i: int) -> Floats:
         """Return the highest scores that partial networks can reach with the positions from i on."""
         bound = score + self.best[i]
         for mixture, relaxed in zip(self.mixtures, self.relaxed, strict=True):

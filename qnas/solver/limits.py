@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.common.units import format_count, format_mj, format_ms, format_per_image
 from qnas.latency.energy import EnergyTable
-from qnas.latency.intervals import LEVEL, Interval
+from qnas.latency.intervals import LEVEL, Interval, known_errors
 from qnas.latency.table import LatencyTable
 from qnas.spaces.lower import BlockSpec, count_macs, count_params, fill, skeleton
 from qnas.spaces.space import SearchSpace
@@ -48,6 +48,8 @@ class Limit:
     throughput: bool = False  # whether the milliseconds are those of an image in a batch on a full device
     # level of the intervals whose upper ends the amounts are; None: amounts are predictions
     confidence: float | None = None
+    # the parts of `fixed` by the names of their blocks; () where they are not known apart
+    fixed_parts: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
 
     def amount(self, indices: Sequence[int]) -> float:
         """Return the amount of the network with these candidate numbers."""
@@ -117,8 +119,14 @@ def latency_limit(table: LatencyTable, budget_ms: float, confidence: float | Non
     the place of the margin. Raises TableError or UsageError where the device has no such intervals.
     """
     origin, limit_ms, fixed, rows = table.origin, table.limit_ms(budget_ms), table.fixed_ms, table.ms
+    parts = tuple((name, cell.latency_ms) for name, cell in table.fixed)
     if confidence is not None:
         fixed, rows = table.upper_ends(confidence)
+        known = known_errors(table.uncertainty, table.device, confidence)
+        high = known.at(confidence).high
+        parts = tuple(
+            (name, known.end_ms(cell.latency_ms, cell.estimated_ms, high)) for name, cell in table.fixed
+        )
         limit_ms, table = budget_ms, replace(table, margin=0.0)
     is_rate = origin is not None and origin.quantity == "throughput"
     return Limit(
@@ -130,26 +138,37 @@ def latency_limit(table: LatencyTable, budget_ms: float, confidence: float | Non
         table,
         throughput=is_rate,
         confidence=confidence,
+        fixed_parts=parts,
     )
 
 
 def energy_limit(energies: EnergyTable, most_mj: float) -> Limit:
     """Return the limit on the energy of a network on a device."""
     name = f"{ENERGY}-{energies.device}"
-    return Limit(name, most_mj, most_mj, energies.fixed_mj, energies.mj, energy_of=energies.device)
+    return Limit(
+        name,
+        most_mj,
+        most_mj,
+        energies.fixed_mj,
+        energies.mj,
+        energy_of=energies.device,
+        fixed_parts=energies.fixed_parts,
+    )
 
 
 def count_limit(space: SearchSpace, name: Count, most: float) -> Limit:
     """Return the limit on parameters or MACs of a space's networks, at the space's own resolution."""
     count = {"params": count_params, "macs": count_macs}[name]
-    fixed, rows = 0.0, []
+    parts: list[tuple[str, float]] = []
+    rows = []
     for part in skeleton(space):
         if isinstance(part, BlockSpec):
-            fixed += count([part])
+            parts.append((part.name, float(count([part]))))
         else:
             blocks = (fill(space, part, candidate) for candidate in part.position.candidates)
             rows.append(tuple(float(count([block])) for block in blocks))
-    return Limit(name, most, most, fixed, tuple(rows))
+    fixed = sum((amount for _, amount in parts), 0.0)
+    return Limit(name, most, most, fixed, tuple(rows), fixed_parts=tuple(parts))
 
 
 def beside_latency(limits: Limits) -> Limits:

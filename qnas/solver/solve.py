@@ -69,21 +69,26 @@ def check_feasible(limits: Limits) -> None:
 
 
 def solve_best(
-    space: SearchSpace, scores: Scores, limits: Limits, k: int = K_BEST, kinds: tuple[str, ...] = ()
+    space: SearchSpace,
+    scores: Scores,
+    limits: Limits,
+    k: int = K_BEST,
+    kinds: tuple[str, ...] = (),
+    floor: float = -math.inf,
 ) -> tuple[Solution, ...]:
     """Return the k best networks within all limits, best first, or fewer if there are fewer.
 
     All are different: placements of identities that give the same network count once, with the best
     score. With `kinds`, they are the best among the networks whose blocks are of these kinds, wherever a
-    position has a candidate of them or an identity (`kinds.places_of`). Raises InfeasibleBudgetError when
-    there is none.
+    position has a candidate of them or an identity (`kinds.places_of`). Networks that score less than
+    `floor` may be missing. Raises InfeasibleBudgetError when there is none.
     """
     labels = block_labels(space)
     if not kinds:
-        return _solutions(scores, limits, k, labels)
+        return _solutions(scores, limits, k, labels, floor)
     places = places_of(kinds_of(space), kinds)
     fewer = tuple(replace(limit, cells=take(limit.cells, places)) for limit in limits)
-    found = _solutions(take(scores, places), fewer, k, take(labels, places))
+    found = _solutions(take(scores, places), fewer, k, take(labels, places), floor)
     return tuple(
         replace(
             each,
@@ -95,9 +100,13 @@ def solve_best(
     )
 
 
-def _solutions(scores: Scores, limits: Limits, k: int, labels: Labels) -> tuple[Solution, ...]:
+def _solutions(
+    scores: Scores, limits: Limits, k: int, labels: Labels, floor: float = -math.inf
+) -> tuple[Solution, ...]:
     check_limits(limits)
-    found = k_best(scores, limits, k, labels)
+    found = k_best(scores, limits, k, labels, floor)
+    if not found.networks and floor > -math.inf:
+        return ()
     if not found.networks:
         wanted = " and ".join(f"{limit.name} {limit.describe(limit.budget)}" for limit in limits)
         raise InfeasibleBudgetError(
@@ -147,9 +156,14 @@ def largest(space: SearchSpace, limits: Limits) -> Solution:
 
 def check_searchable(space: SearchSpace, limits: Limits) -> None:
     """Raise an error, before training, for a space of one network and for limits that no network meets."""
+    check_has_choice(space)
+    check_feasible(limits)
+
+
+def check_has_choice(space: SearchSpace) -> None:
+    """Raise ArchError for a space of one network."""
     if space.is_fixed:
         raise ArchError(f"space {space.name} has one network only: there is nothing to search")
-    check_feasible(limits)
 
 
 def solution_document(space: SearchSpace, solution: Solution, details: Mapping[str, Any]) -> dict[str, Any]:

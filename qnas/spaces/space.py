@@ -8,6 +8,7 @@ space's own `input.resolution_px` and `head.classes`, whatever the training imag
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownEr
 from qnas.common.arguments import check_arguments
 from qnas.common.documents import FilePart, describe_problems, read_mapping, to_tuples
 from qnas.common.errors import SpaceError, nearest, one_line
-from qnas.common.resources import read_named
+from qnas.common.resources import read_named, stems
 from qnas.spaces.blocks import BLOCKS, Block, Value
 
 SCHEMA = "qnas.space/1"
@@ -33,6 +34,8 @@ MOST_CANDIDATES = 64  # of a position
 MOST_STAGES = 100
 MOST_POSITIONS = 1_000
 MOST_IN_ALL = 10_000  # candidates of all positions together
+# the name of a space at one resolution of its family
+AT_RESOLUTION = re.compile("(?P<name>.+)-(?P<px>[1-9][0-9]{0,3})px")
 FEWEST_CLASSES, MOST_CLASSES = 2, 1_000_000
 
 Channels = Annotated[int, Field(ge=1, le=16384)]
@@ -301,25 +304,26 @@ class SearchSpace(FilePart):
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
         """Return the same space with another norm."""
-        return SearchSpace.model_validate(self._written() | {"norm": norm})
+        return SearchSpace.model_validate(self.written() | {"norm": norm})
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
         """Return the same space for images of another size: with the same weights and other latencies."""
-        content = self._written()
+        content = self.written()
         content["input"]["resolution_px"] = resolution_px
         return SearchSpace.model_validate(content)
 
     def with_classes(self, classes: int) -> "SearchSpace":
         """Return the same space for another number of classes."""
-        content = self._written()
+        content = self.written()
         content["head"]["classes"] = classes
         return SearchSpace.model_validate(content)
 
     def to_yaml(self) -> str:
         """Return the space as text that `parse_space` reads back to an equal value."""
-        return str(yaml.safe_dump(self._written(), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.written(), sort_keys=False, allow_unicode=True))
 
-    def _written(self) -> dict[str, Any]:
+    def written(self) -> dict[str, Any]:
+        """Return the content of the space's file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
@@ -353,10 +357,11 @@ def make_space(
     >>> space.positions[0].names
     ('quadra_k3_e2', 'quadra_k5_e2', 'identity')
     """
-    return _check({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
+    return check_space({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
 
 
-def _check(content: Mapping[str, Any], where: str) -> SearchSpace:
+def check_space(content: Mapping[str, Any], where: str) -> SearchSpace:
+    """Return the space of a file's content. Raises SpaceError as `parse_space`."""
     try:
         return SearchSpace.model_validate(content)
     except ValidationError as error:
@@ -368,17 +373,30 @@ def parse_space(text: str, where: str) -> SearchSpace:
 
     Raises SpaceError with every problem in one line; problems between keys once each key is valid.
     """
-    return _check(read_mapping(text, where, SCHEMA, SpaceError), where)
+    content = read_mapping(text, where, SCHEMA, SpaceError)
+    part = content.get("input")
+    if isinstance(part, dict) and isinstance(part.get("resolution_px"), list):
+        raise SpaceError(
+            f"{where}: input.resolution_px: {len(part['resolution_px'])} values, which make a family of "
+            "spaces: expected one value here; a search takes them all"
+        )
+    return check_space(content, where)
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:
     """Load a shipped space by name, or your own by the path of its YAML file.
 
-    Raises SpaceError when there is none, or when it is broken.
+    A shipped space at another input resolution has the name of both: `union-mobile-160px`. Raises SpaceError
+    when there is none, or when it is broken.
 
     >>> space = load_space("quadranet-small")
     >>> len(space.positions), space.positions[0].names[:2]
     (10, ('quadra_k3_e2', 'quadra_k3_e4'))
     """
     check_arguments(space=name_or_path)
+    shipped, at = stems("search_spaces", ".yaml"), AT_RESOLUTION.fullmatch(str(name_or_path))
+    if at is not None and at["name"] in shipped and at[0] not in shipped:
+        content = load_space(at["name"]).written()
+        own = {"name": at[0], "input": content["input"] | {"resolution_px": int(at["px"])}}
+        return check_space(content | own, f"search space {at[0]}")
     return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))

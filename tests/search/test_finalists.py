@@ -353,7 +353,7 @@ def test_finalists_are_compared_after_equally_many_epochs_where_classes_are_rare
     )
 
     def one(accuracy: float, balanced: float) -> Any:
-        finalist = finals_module.Finalist(1, 1, None, None)  # type: ignore[arg-type]  # not looked at
+        finalist = finals_module.Finalist(1, 1, None, None, None, 8)  # type: ignore[arg-type]  # not looked at
         finalist.accuracies, finalist.balanced_accuracies, finalist.losses = [accuracy], [balanced], [1.0]
         return finalist
 

@@ -12,6 +12,8 @@ _OTHER_NAMES = {"search_epochs": "epochs", "resolution_px": "resolution"}  # fro
 def search_command(config: Mapping[str, Any]) -> str:
     """Return the command of the same search, with every option written out."""
     words = ["qnas", "search", *_option_words(config, ("space", "data", "max_broken", "latency"))]
+    if "resolutions_px" in config:
+        words += ["--resolutions", ",".join(map(str, config["resolutions_px"]))]
     for entry in config.get("limits", []):
         if "device" in entry:
             words += ["--device", entry["device"], "--budget", entry["budget"]]

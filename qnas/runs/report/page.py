@@ -22,7 +22,7 @@ from qnas.common.files import write_text
 from qnas.common.text import escaped
 from qnas.common.units import format_count, format_mj, format_ms
 from qnas.runs import names
-from qnas.runs.documents import read_arch_facts, read_search_document
+from qnas.runs.documents import FamilyDocument, read_arch_facts, read_document, read_search_document
 from qnas.runs.folders import read_config
 from qnas.runs.found_arch import FoundArch, read_result
 from qnas.runs.latency_text import describe_budgets
@@ -97,6 +97,11 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         "arch": document,
         "config": read_config(folder) if (folder / names.CONFIG_FILE).is_file() else None,
         "search": read_search_document(folder) if (folder / names.SEARCH_FILE).is_file() else None,
+        "family": (
+            read_document(folder / names.FAMILY_FILE, FamilyDocument)
+            if (folder / names.FAMILY_FILE).is_file()
+            else None
+        ),
         "result": result,
         "training": read_config(folder / trained) if result is not None else None,
     }

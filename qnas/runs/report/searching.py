@@ -12,6 +12,7 @@ from qnas.common.intervals import wilson
 from qnas.common.units import format_ms
 from qnas.runs.documents import ParetoDocument, read_document
 from qnas.runs.explain import OnDevice, explain
+from qnas.runs.family_text import chosen_layout, proof_text
 from qnas.runs.finalists_text import by_rung, chosen_line, corrections_text, latency_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import OF_LIMIT, read_metrics
@@ -55,6 +56,7 @@ def search_section(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "pareto": list(_pareto_charts(folder / PARETO_FOLDER / "pareto.json", run.space)),
         "public": _public(run),
         "finalists": _finalists(run),
+        "layouts": _layouts(run),
     }
 
 
@@ -128,12 +130,26 @@ def _finalists(run: FinishedRun) -> dict[str, Any]:
         "rows": [
             {
                 "key": f"search.finalists.networks.{at}",
-                "latency": latency_text(entry, run.limits, run.space),
+                "latency": latency_text(entry, run.limits, run.space, run.family),
                 "epochs": [epochs for epochs, _ in by_rung(found, entry)],
                 "choices": " ".join(map(short_name, entry["choices"])),
                 "is_winner": entry["number"] == found["winner"],
             }
             for at, entry in enumerate(found["networks"])
+        ],
+    }
+
+
+def _layouts(run: FinishedRun) -> dict[str, Any]:
+    """Return the table of the layouts of a family; nothing without one."""
+    if run.family is None:
+        return {}
+    return {
+        "chosen": chosen_layout(run.family),
+        "proof": proof_text(run.family),
+        "rows": [
+            (f"family.spaces.{at}", entry["space"] == run.space.name)
+            for at, entry in enumerate(run.family.document["spaces"])
         ],
     }
 
@@ -269,7 +285,9 @@ def _pareto_charts(path: Path, space: SearchSpace) -> Iterator[Markup]:
                 Series("derived", own if ranked and own[0][1] is not None else [], 4, "star"),
             ],
             title=front["device"],
-            x_label=f"ms at {space.input.resolution_px} px",
+            x_label="ms, each at its own resolution"
+            if "family" in document
+            else f"ms at {space.input.resolution_px} px",
             y_label="held-out accuracy" if ranked else "score",
             levels=[Level(budget, "the search's budget", "x")] if budget is not None else [],
             bands=[Band(low, front["slowest_ms"] if high is None else high, "near the searched budget")],

@@ -1,0 +1,299 @@
+"""The choice of a network over the layouts of a family, after the last step of a search.
+
+It is that of `search.selection`, with the layout as one more choice. Networks at all layouts are drawn near
+the budget and measured, each at its own size of images, with networks of several layouts on the same images.
+The additive model has one coefficient more for each resolution; candidates' effects are the same at all.
+The best networks of the whole family are solved for (`solver.layouts`), and are screened and ranked together
+on the same held-out images, with batch norms measured at each network's own size.
+
+Where no effects are known, the scores are log probabilities, which say nothing of resolutions. Then each
+resolution gets the number at which the best networks of all layouts score alike, and the images decide.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qnas.common.progress import Display, silent
+from qnas.data.image_data import ImageData
+from qnas.data.loading import GivenData
+from qnas.runs.finished_run import FinishedRun, check_rankable
+from qnas.search.diversity import choose_diverse
+from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
+from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
+from qnas.search.problem import AtLayout, Problem
+from qnas.search.selection import (
+    SCREEN_IMAGES,
+    Ranked,
+    Selection,
+    count_effect_networks,
+    count_screened,
+    prefer,
+    trained_px_of,
+)
+from qnas.search.state import SearchState
+from qnas.solver.layouts import FamilyNetwork, FamilyScores, FamilySolutions, solve_family
+from qnas.solver.solve import CandidateIndices, Scores, Solution, solve
+from qnas.spaces.arch import arch_from_indices
+from qnas.spaces.block_order import block_labels, place_blocks_first
+from qnas.spaces.family import Layout
+from qnas.spaces.lower import count_params, lower
+from qnas.spaces.space import SearchSpace
+from qnas.training.loop import stream
+from qnas.training.losses import LossFunction
+
+Evaluators = Mapping[Layout, Evaluator]  # each with images of the size of its layout
+Spaces = Mapping[Layout, SearchSpace]
+LowerBy = Callable[[CandidateIndices], float]  # nats that a network's losses are lowered by
+
+
+@dataclass(frozen=True)
+class RankedAt:
+    """A network at a layout, with its score on the held-out images."""
+
+    layout: Layout
+    ranked: Ranked
+
+
+@dataclass(frozen=True)
+class FamilySelection:
+    """The best networks of a search over a family, and the scores that they were solved for."""
+
+    effects: Effects | None  # None: the scores are the log probabilities
+    scores: FamilyScores
+    found: FamilySolutions
+    ranking: tuple[RankedAt, ...]  # the first is the derived network
+
+    def at(self, layout: Layout, space: SearchSpace) -> Selection:
+        """Return the networks of one layout, with the scores of its candidates."""
+        ranking = tuple(each.ranked for each in self.ranking if each.layout == layout)
+        return Selection(self.effects, self.scores.candidates(space), ranking)
+
+
+def scores_over(rows: Scores, resolutions: Mapping[int, float]) -> FamilyScores:
+    """Return scores whose candidates have the same at all layouts, and whose resolutions have these."""
+    return FamilyScores(lambda space: rows, resolutions)
+
+
+def select_of_family(state: SearchState, display: Display = silent) -> FamilySelection:
+    """Select the best networks of a finished search over a family, leaving its state unchanged."""
+    problem = state.problem
+    family, keep, data = problem.family, problem.config.k_best, problem.data
+    assert family is not None
+    evaluators = {each.layout: evaluator_of(state.at(each.layout)) for each in problem.layouts}
+    spaces = {each.layout: each.space for each in problem.layouts}
+    with display(count_effect_networks(problem), "measure") as progress:
+        measured = effects_of_family(state, evaluators, progress.step_by)
+    if measured is None:
+        effects, scores = None, level_scores(problem.layouts, state.log_probabilities)
+    else:
+        effects, nats = measured
+        scores = scores_over(effects.scores, {px: -value for px, value in nats.items()})
+    found = solve_family(family.family, scores, family.limits_of, count_screened(problem))
+    networks = found.networks
+    if len(networks) > keep:
+        with display(len(networks), "screen") as progress:
+            networks = screen_layouts(spaces, networks, data, evaluators, keep, progress.step)
+    with display(len(networks), "rank") as progress:
+        ranking = rank_layouts(spaces, networks, data, evaluators, progress.step)
+    return FamilySelection(effects, scores, found, ranking)
+
+
+def level_scores(layouts: Sequence[AtLayout], log_probabilities: Scores) -> FamilyScores:
+    """Return the log probabilities, and for each resolution the number that puts its best network at zero."""
+    best = {
+        each.layout.resolution_px: solve(log_probabilities, each.limits).score for each in layouts
+    }  # of families whose layouts differ in the resolution
+    return scores_over(log_probabilities, {px: -score for px, score in best.items()})
+
+
+def effects_of_family(
+    state: SearchState, evaluators: Evaluators, on_measured: Callable[[int], None] = lambda _: None
+) -> tuple[Effects, dict[int, float]] | None:
+    """Measure what each candidate and each resolution adds to the held-out loss; None as `measure_effects`.
+
+    The state stays unchanged, so a second call returns the same.
+    """
+    problem = state.problem
+    split, seed = problem.data.heldout, problem.config.seed + 2  # draws differ from those of the steps
+    device = next(iter(evaluators.values())).device
+    return measure_family_effects(
+        problem.layouts,
+        state.log_probabilities_at(1.0),
+        {layout: evaluator.losses for layout, evaluator in evaluators.items()},
+        stream(split, min(IMAGES, len(split)), seed, 0, augment=False, device=device),
+        count_effect_networks(problem),
+        np.random.default_rng(seed),
+        on_measured,
+    )
+
+
+def measure_family_effects(
+    layouts: Sequence[AtLayout],
+    log_probabilities: Scores,
+    losses: Mapping[Layout, Losses],
+    images_and_labels: Iterator[tuple[Tensor, Tensor]],
+    networks: int,
+    rng: np.random.Generator,
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> tuple[Effects, dict[int, float]] | None:
+    """Draw networks at all layouts, as many at each, evaluate them and fit effects; see `measure_effects`.
+
+    Networks of the layouts take turns, so that those on the same images are of several layouts.
+    """
+    space, each = layouts[0].space, -(-networks // len(layouts))
+    labels = block_labels(space)  # the same at all resolutions
+    drawn = []
+    for at in layouts:
+        found = draw_networks(at.limits, log_probabilities, each, rng)
+        drawn.append([(at.layout, place_blocks_first(labels, network)) for network in found])
+    in_turn = [place for places in zip_longest(*drawn) for place in places if place is not None]
+    in_turn = in_turn[:networks]
+    if len(set(in_turn)) <= TOGETHER:
+        return None
+    measured, groups = [], []
+    for start in range(0, len(in_turn), TOGETHER):
+        together = in_turn[start : start + TOGETHER]
+        images, labels_of = next(images_and_labels)
+        for layout, network in together:
+            measured += losses[layout]([network], images, labels_of).mean(1).tolist()
+        groups += [start] * len(together)
+        on_measured(len(together))
+    effects, resolutions = fit_family_effects(
+        space,
+        [network for _, network in in_turn],
+        [layout for layout, _ in in_turn],
+        np.array(measured),
+        np.array(groups),
+    )
+    return (effects, resolutions) if effects.explained > 0 else None
+
+
+def screen_layouts(
+    spaces: Spaces,
+    networks: Sequence[FamilyNetwork],
+    data: ImageData,
+    evaluators: Evaluators,
+    keep: int,
+    on_screened: Callable[[], None] = lambda: None,
+    lower_by: LowerBy = lambda _: 0.0,
+) -> tuple[FamilyNetwork, ...]:
+    """Return the `keep` best networks on one batch of held-out images, in the order of their scores.
+
+    As `selection.screen`, each network at its own layout.
+    """
+    if len(networks) <= keep:
+        return tuple(networks)
+    size = min(SCREEN_IMAGES, len(data.heldout))
+    device = next(iter(evaluators.values())).device
+    images, labels = next(stream(data.heldout, size, 0, 0, augment=False, device=device))
+    found = []
+    for each in networks:
+        indices = each.solution.indices
+        found.append(evaluators[each.layout].losses([indices], images, labels) - lower_by(indices))
+        on_screened()
+    order, _ = prefer(torch.cat(found), [_params(spaces[each.layout], each) for each in networks])
+    return tuple(networks[i] for i in sorted(order[:keep]))
+
+
+def rank_layouts(
+    spaces: Spaces,
+    networks: Sequence[FamilyNetwork],
+    data: ImageData,
+    evaluators: Evaluators,
+    on_scored: Callable[[], None] = lambda: None,
+    lower_by: LowerBy = lambda _: 0.0,
+) -> tuple[RankedAt, ...]:
+    """Return the networks in the order of `selection.prefer` on all held-out images, each at its layout."""
+    scores, archs = [], []
+    for each in networks:
+        archs.append(arch_from_indices(spaces[each.layout], each.solution.indices))
+        scores.append(evaluators[each.layout].classify(archs[-1], data.heldout))
+        on_scored()
+    sizes = [_params(spaces[each.layout], each) for each in networks]
+    losses = [s.losses - lower_by(each.solution.indices) for s, each in zip(scores, networks, strict=True)]
+    order, level = prefer(torch.stack(losses), sizes)
+    return tuple(
+        RankedAt(
+            networks[i].layout,
+            Ranked(networks[i].solution, archs[i], scores[i].score, sizes[i], is_level=place < level),
+        )
+        for place, i in enumerate(order)
+    )
+
+
+def _params(space: SearchSpace, network: FamilyNetwork) -> int:
+    return count_params(lower(space, arch_from_indices(space, network.solution.indices)))
+
+
+def rank_saved_layouts(
+    run: FinishedRun,
+    networks: Sequence[FamilyNetwork],
+    keep: int | None = None,
+    *,
+    data: GivenData | None = None,
+    loss: LossFunction | None = None,
+    display: Display = silent,
+) -> tuple[RankedAt, ...]:
+    """Rank networks of a finished search's family with its supernet, each at the size of its layout.
+
+    As `selection.rerank_saved`, which says what it raises.
+    """
+    check_rankable(run.folder, run.config)
+    assert run.family is not None
+    saved = saved_evaluator(
+        run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
+    )
+    layouts = {each.layout for each in networks}
+    evaluators = {layout: saved.at_size(trained_px_of(run, layout)) for layout in layouts}
+    spaces = {layout: run.family.family.at(layout) for layout in layouts}
+    keep, lower_by, images = keep or len(networks), run.searched.correction, saved.data
+    with display(len(networks) + (keep if len(networks) > keep else 0), "rank") as progress:
+        step = progress.step
+        screened = screen_layouts(spaces, networks, images, evaluators, keep, step, lower_by)
+        return rank_layouts(spaces, screened, images, evaluators, step, lower_by)
+
+
+def choose_over_layouts(
+    problem: Problem,
+    selection: FamilySelection,
+    rows: Scores,
+    count: int,
+    solved: int,
+    known: Sequence[tuple[Layout, CandidateIndices]],
+) -> tuple[tuple[Layout, Solution], ...]:
+    """Return up to `count` diverse networks over the layouts.
+
+    The layouts of the `solved` best networks of the family take turns, the one of the best network first;
+    each gives networks as `choose_diverse` does. Up to half of the networks are the best of other layouts,
+    those of the highest bounds: a supernet that is trained for minutes may be wrong about a resolution too.
+    `rows` are the candidates' scores. `known` networks are left out; without any, the first of the ranking
+    comes first.
+    """
+    family = problem.family
+    assert family is not None
+    scores = replace(selection.scores, candidates=lambda space: rows)
+    found = solve_family(family.family, scores, family.limits_of, solved)
+    first = None if known else selection.ranking[0]
+    layouts = list(
+        dict.fromkeys([*([first.layout] if first else []), *(each.layout for each in found.networks)])
+    )
+    others_within = {each.layout for each in family.within} - set(layouts)
+    rest = [each for each in found.verdicts if each.layout in others_within]
+    rest.sort(key=lambda verdict: -verdict.bound)
+
+    def pool(layout: Layout, most: int) -> list[tuple[Layout, Solution]]:
+        own = problem.at(layout)
+        leads = first.ranked.solution.indices if first and layout == first.layout else None
+        without = [network for of, network in known if of == layout]
+        chosen = choose_diverse(own.space, rows, own.limits, most, solved, first=leads, without=without)
+        return [(layout, each) for each in chosen]
+
+    others = [each for verdict in rest[: count // 2] for each in pool(verdict.layout, 1)]
+    pools = [pool(layout, count) for layout in layouts]
+    in_turn = [each for places in zip_longest(*pools) for each in places if each is not None]
+    return (*in_turn[: count - len(others)], *others)
