@@ -1,10 +1,10 @@
 """The C++ kernels of an inverted residual in training, as plain functions of tensors, and its plain form.
 
-y = [x +] N3(PW2(A(N2(DW(A(N1(PW1(x)))))))), with batch norms N that use the statistics of the batch, a depthwise
-convolution DW and an activation A. A block without an expansion begins with DW. The forward pass keeps the
-maps before the norms; the backward pass recomputes the rest. Tensors are float32 on the CPU, maps in
-channels_last memory; inputs in another format are copied into it. Results are bitwise the same for any number
-of threads (`torch.get_num_threads`). No autograd.
+y = [x +] N3(PW2(A(N2(DW(A(N1(PW1(x)))))))), with batch norms N that use the statistics of the batch, a
+depthwise convolution DW and an activation A. A block without an expansion begins with DW. The forward pass
+keeps the maps before the norms; the backward pass recomputes the rest. Tensors are float32 on the CPU, maps
+in channels_last memory; inputs in another format are copied into it. Results are bitwise the same for any
+number of threads (`torch.get_num_threads`). No autograd.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 
 
 class Weights(NamedTuple):
-    """The parameters: expand (E, C, 1, 1), depthwise (E, 1, k, k), project (C', E, 1, 1), weights and biases of norms.
+    """The parameters of the convolutions, (E, C, 1, 1), (E, 1, k, k) and (C', E, 1, 1), and of the norms.
 
     Without an expansion, E is C, and the first three are None.
     """
@@ -44,6 +44,9 @@ class Weights(NamedTuple):
     norm3_bias: Tensor
 
 
+ABSENT = ("expand", "norm1_weight", "norm1_bias")  # without an expansion
+
+
 @dataclass(frozen=True)
 class Options:
     """What is not in the tensors' shapes."""
@@ -55,20 +58,21 @@ class Options:
     is_residual: bool
 
 
-class Moments(NamedTuple):
-    """The mean and the biased variance of a map's channels, (C,)."""
-
-    mean: Tensor
-    variance: Tensor
-
-
 class Kept(NamedTuple):
-    """What the backward pass needs, in the kernels' own layout."""
+    """What the backward pass needs: maps before the norms in a layout of the kernels' own, and statistics.
+
+    A mean and a biased variance are those of a norm's channels. Without an expansion, h1 and its are None.
+    """
 
     h1: Tensor | None
     h2: Tensor
     h3: Tensor
-    statistics: tuple[Moments | None, Moments, Moments]
+    mean1: Tensor | None
+    variance1: Tensor | None
+    mean2: Tensor
+    variance2: Tensor
+    mean3: Tensor
+    variance3: Tensor
 
 
 def is_supported(x: Tensor, weights: Weights, options: Options) -> bool:
@@ -84,7 +88,10 @@ def is_supported(x: Tensor, weights: Weights, options: Options) -> bool:
 
 
 def forward(x: Tensor, weights: Weights, options: Options) -> tuple[Tensor, Kept]:
-    """Return y, (B, C', ceil(H / stride), ceil(W / stride)), and what the backward pass needs of x, (B, C, H, W)."""
+    """Return y and what the backward pass needs.
+
+    x: (B, C, H, W); y: (B, C', ceil(H / stride), ceil(W / stride)).
+    """
     sizes, shape = _sizes(x, weights, options)
     batch, c_out, height, width = shape
     places_in, places_out = x.numel() // x.shape[1], batch * height * width
@@ -92,10 +99,10 @@ def forward(x: Tensor, weights: Weights, options: Options) -> tuple[Tensor, Kept
     y = x.new_empty(batch, height, width, c_out).permute(0, 3, 1, 2)
     h1 = None if weights.expand is None else _grouped(x, hidden, places_in)
     h2, h3 = _grouped(x, hidden, places_out), _grouped(x, c_out, places_out)
-    moments = [Moments(x.new_empty(c), x.new_empty(c)) for c in (hidden, hidden, c_out)]
-    kept = Kept(h1, h2, h3, (None if h1 is None else moments[0], moments[1], moments[2]))
+    of_h1 = (None, None) if h1 is None else (x.new_empty(hidden), x.new_empty(hidden))
+    kept = Kept(h1, h2, h3, *of_h1, *(x.new_empty(c) for c in (hidden, hidden, c_out, c_out)))
     inputs = [_dense(x), *_contiguous(weights)]
-    native.call("qnas_inverted_forward", sizes, options.eps, inputs, [y, *_flat(kept)])
+    native.call("qnas_inverted_forward", sizes, options.eps, inputs, [y, *kept])
     return y, kept
 
 
@@ -116,7 +123,7 @@ def backward(
         else None
         for t, is_needed in zip((x, *inputs), needed, strict=True)
     ]
-    arguments = [x, *inputs, *_flat(kept), _dense(grad)]
+    arguments = [x, *inputs, *kept, _dense(grad)]
     native.call("qnas_inverted_backward", sizes, options.eps, arguments, outputs)
     return tuple(t if is_needed else None for t, is_needed in zip(outputs, needed, strict=True))
 
@@ -147,24 +154,24 @@ def _sizes(x: Tensor, weights: Weights, options: Options) -> tuple[tuple[int, ..
     batch, channels, height, width = x.shape
     hidden, c_out, kernel = len(weights.depthwise), len(weights.project), weights.depthwise.shape[-1]
     has_expand = weights.expand is not None
-    expected = Weights(
-        (hidden, channels, 1, 1) if has_expand else None,
-        *((hidden,) if has_expand else None for _ in range(2)),
-        (hidden, 1, kernel, kernel),
-        *[(hidden,)] * 2,
-        (c_out, hidden, 1, 1),
-        *[(c_out,)] * 2,
-    )  # type: ignore[arg-type]  # shapes in the places of tensors
-    found = Weights(*(None if t is None else tuple(t.shape) for t in weights))  # type: ignore[arg-type]
-    assert found == expected, f"weights must be {expected}, got {found}"
     assert has_expand or hidden == channels, f"{hidden} hidden channels for {channels} without an expansion"
+    expected: dict[str, tuple[int, ...]] = {
+        "expand": (hidden, channels, 1, 1),
+        **dict.fromkeys(("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"), (hidden,)),
+        "depthwise": (hidden, 1, kernel, kernel),
+        "project": (c_out, hidden, 1, 1),
+        **dict.fromkeys(("norm3_weight", "norm3_bias"), (c_out,)),
+    }
+    for name, tensor in weights._asdict().items():
+        wanted = expected[name] if has_expand or name not in ABSENT else None
+        found = None if tensor is None else tuple(tensor.shape)
+        assert found == wanted, f"{name} must be {wanted}, got {found}"
     stride = options.stride
     shape = (batch, c_out, -(-height // stride), -(-width // stride))
     assert not options.is_residual or shape == tuple(x.shape), "a residual block keeps its shape"
-    activation = ACTIVATIONS[options.activation][0]
-    flags = (int(has_expand), int(options.is_residual))
-    sizes = (batch, height, width, channels, hidden, c_out, kernel, stride, *options.padding, activation, *flags)
-    return sizes, shape
+    widths = (channels, hidden, c_out)
+    flags = (ACTIVATIONS[options.activation][0], int(has_expand), int(options.is_residual))
+    return (batch, height, width, *widths, kernel, stride, *options.padding, *flags), shape
 
 
 def _grouped(x: Tensor, channels: int, places: int) -> Tensor:
@@ -172,11 +179,6 @@ def _grouped(x: Tensor, channels: int, places: int) -> Tensor:
     library = native.library()
     assert library is not None
     return x.new_empty(-(-channels // library.lanes) * places * library.lanes)
-
-
-def _flat(kept: Kept) -> list[Tensor | None]:
-    moments = [t for one in kept.statistics for t in (one or (None, None))]
-    return [kept.h1, kept.h2, kept.h3, *moments]
 
 
 def _contiguous(weights: Weights) -> list[Tensor | None]:
