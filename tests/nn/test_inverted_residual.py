@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qnas.nn.blocks import BatchNorm2d, Chain, InvertedResidual, build_block
 from qnas.nn.inverted_residual import run_fused
@@ -260,6 +261,18 @@ def test_tracers_see_torchs_operators() -> None:
     assert not any("qnas" in name.lower() for name in called)
     traced = torch.jit.trace(block, (x,), check_trace=False)  # type: ignore[no-untyped-call]  # torch's own
     assert str(traced.inlined_graph).count("aten::batch_norm") == 3
+
+
+@needs_kernels
+def test_whoever_counts_torchs_operators_sees_them(runs: list[str]) -> None:
+    block, x = make(), image(3, 16, 9, 10)
+    counted = []
+    for module in (block, in_modules(block)):
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        counted.append(counter.get_total_flops())
+    assert not runs
+    assert counted[0] == counted[1] > 0
 
 
 @needs_kernels
