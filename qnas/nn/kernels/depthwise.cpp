@@ -34,7 +34,9 @@ struct PlainMaps {
     }
     template <class Put>
     void read(const float* from, int columns, const Put& put) const {
-        for (int c = 0; c < columns; ++c, from += p.channels) put(c, load<V>(from, group.count));
+        const int64_t step = p.channels;
+        const int count = group.count;
+        for (int c = 0; c < columns; ++c) put(c, load<V>(from + c * step, count));
     }
     float* target(int row) const { return dx + int64_t(row) * p.width * p.channels; }
     int64_t step() const { return p.channels; }

@@ -126,12 +126,15 @@ struct Task {
     const Scratch& scratch;
     Maps& maps;
     const Vec<V>* weights;  // packed; flipped for `backward`
+    // rows at the start of the rings, at most their size before any row in use: a division for each row is slow
+    int x_start = 0, grad_start = 0;
 
     // Computes the convolution. `row_of_sums` has place for a row of the result.
-    void forward(Vec<V>* row_of_sums) const {
+    void forward(Vec<V>* row_of_sums) {
         int read = 0;
         for (int row = 0; row < p.out_height(); ++row) {
-            const int first = row * p.stride - p.top;
+            const int first = row * p.stride - p.top, begin = std::max(0, first);
+            x_start = begin - begin % scratch.band;
             for (; read < std::min(p.height, first + p.kernel); ++read) read_x(read);
             const int columns = p.out_width(), lanes = maps.lanes();
             const int64_t step = maps.step();
@@ -145,14 +148,16 @@ struct Task {
                     taps[count++] = {x_row(at, phase), weights + ky * p.kernel + p.first_tap(phase)};
                 }
                 const bool is_first = phase == 0, is_last = phase + 1 == p.stride;
-                sweep(p.taps(phase), taps, count, columns, [=](int c, Vec<V> sum) {
-                    if (c >= columns) return;
-                    if (!is_first) sum += row_of_sums[c];
-                    // the last tile overlaps the one before it: a sum must not be added twice
-                    if (is_last)
-                        store<V>(out + c * step, sum, lanes);
-                    else
-                        row_of_sums[c] = sum;
+                with_sizes(p.taps(phase), columns, [&](auto n, auto tile) {
+                    convolve_to<V, n, tile>(taps, count, std::max<int>(tile, columns), [=](int c, Vec<V> sum) {
+                        if (c >= columns) return;
+                        if (!is_first) sum += row_of_sums[c];
+                        // the last tile overlaps the one before it: a sum must not be added twice
+                        if (is_last)
+                            store<V>(out + c * step, sum, lanes);
+                        else
+                            row_of_sums[c] = sum;
+                    });
                 });
             }
             maps.finish(row);
@@ -160,18 +165,22 @@ struct Task {
     }
 
     // Computes the gradient of the input if `needs_x`, and adds that of the weights, packed, to `sums` (may be null).
-    void backward(bool needs_x, Vec<V>* sums) const {
+    void backward(bool needs_x, Vec<V>* sums) {
         int read = 0;
         for (int begin = 0; begin < p.height; begin += scratch.band) {
             const int end = std::min(begin + scratch.band, p.height);
             // rows of the gradient that some tap pairs with a row of this band
             const int first = std::max(0, (begin + p.top - p.kernel + p.stride) / p.stride);
             const int last = std::min(p.out_height(), (end - 1 + p.top) / p.stride + 1);
+            x_start = begin;
+            grad_start = first - first % scratch.kept;
             for (read = std::max(read, first); read < last; ++read) {
                 Vec<V>* const to = grad_place(read) + p.before();
                 maps.read_grad(read, [=](int c, Vec<V> v) { to[c] = v; });
             }
-            const auto grad_row = [&](int row) { return row < first || row >= last ? zero_row() : grad_place(row); };
+            const auto grad_row = [&](int row) -> const Vec<V>* {
+                return row < first || row >= last ? zero_row() : grad_place(row);
+            };
             if (sums != nullptr) {
                 for (int row = begin; row < end; ++row) read_x(row);
                 correlate_band(begin, end, grad_row, sums);
@@ -184,11 +193,14 @@ struct Task {
     }
 
   private:
+    static int in_ring(int at, int size) { return at < size ? at : at - size; }
     Vec<V>* grads() const { return scratch.start<V>() + size_t(scratch.band) * scratch.phases * scratch.pitch; }
-    Vec<V>* grad_place(int row) const { return grads() + size_t(row % scratch.kept) * scratch.pitch; }
+    Vec<V>* grad_place(int row) const {
+        return grads() + size_t(in_ring(row - grad_start, scratch.kept)) * scratch.pitch;
+    }
     const Vec<V>* zero_row() const { return grads() + size_t(scratch.kept) * scratch.pitch; }
     Vec<V>* x_row(int row, int phase) const {
-        return scratch.start<V>() + (size_t(row % scratch.band) * scratch.phases + phase) * scratch.pitch;
+        return scratch.start<V>() + (size_t(in_ring(row - x_start, scratch.band)) * scratch.phases + phase) * scratch.pitch;
     }
 
     // Copies a row of the input: column u of the padded row is at u / stride of phase u % stride.
@@ -203,12 +215,12 @@ struct Task {
         maps.read_x(row, [=](int c, Vec<V> v) { to[(c + left) % 2][(c + left) / 2] = v; });
     }
 
-    template <class Done>
-    void sweep(int across, const Taps<V>* taps, int count, int columns, const Done& done) const {
+    // Calls run(N, T), constants, with the taps across and the columns of a tile.
+    template <class Run>
+    static void with_sizes(int across, int columns, const Run& run) {
         with_constant<1, 2, 3, 4, 5, 7, 9>(across, [&](auto n) {
             with_constant<1, 2, 4, 7, 8>(tile_columns(columns, kMostColumns), [&](auto tile) {
-                if constexpr (tile <= kMostColumns)
-                    convolve_to<V, n, tile>(taps, count, std::max<int>(tile, columns), done);
+                if constexpr (tile <= kMostColumns) run(n, tile);
             });
         });
     }
@@ -279,8 +291,10 @@ struct Task {
             }
             float* const to = out + column * step;
             const int64_t apart = stride * step;
-            sweep(p.taps(phase), taps, count, columns, [=](int c, Vec<V> sum) {
-                if (c < columns) store<V>(to + c * apart, sum, lanes);
+            with_sizes(p.taps(phase), columns, [&](auto n, auto tile) {
+                convolve_to<V, n, tile>(taps, count, std::max<int>(tile, columns), [=](int c, Vec<V> sum) {
+                    if (c < columns) store<V>(to + c * apart, sum, lanes);
+                });
             });
         }
     }
