@@ -200,7 +200,8 @@ struct Task {
     }
     const Vec<V>* zero_row() const { return grads() + size_t(scratch.kept) * scratch.pitch; }
     Vec<V>* x_row(int row, int phase) const {
-        return scratch.start<V>() + (size_t(in_ring(row - x_start, scratch.band)) * scratch.phases + phase) * scratch.pitch;
+        const size_t at = size_t(in_ring(row - x_start, scratch.band)) * scratch.phases + phase;
+        return scratch.start<V>() + at * scratch.pitch;
     }
 
     // Copies a row of the input: column u of the padded row is at u / stride of phase u % stride.
