@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.depthwise import DepthwiseConv2d
+from qnas.nn.inverted_residual import run_fused
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
@@ -51,11 +52,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean: Tensor = _Mean.apply(values.mean(places))
         centred = values - mean[:, None, None]
         variance: Tensor = _Mean.apply(centred.square().mean(places))
-        self._track(mean.detach(), variance.detach(), values.numel() // len(mean) * dist.get_world_size())
+        self.track(mean.detach(), variance.detach(), values.numel() // len(mean) * dist.get_world_size())
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Update the running statistics with the mean and biased variance of `count` values a channel."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -156,6 +158,15 @@ class Chain(nn.Sequential):
         """(B, C, H, W) -> the output shape of the last layer."""
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return x + y if self.is_residual else y
+
+
+class InvertedResidual(Chain):
+    """The chain of an inverted residual; one operation where it trains on a CPU (`inverted_residual`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H/stride, W/stride)."""
+        y = None if torch.compiler.is_compiling() else run_fused(self, x, BatchNorm2d, self.is_residual)
+        return super().forward(x) if y is None else y
 
 
 MixerTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # norm weight and bias, W_a, W_b, W_c
@@ -289,7 +300,7 @@ def inverted_residual(
     place = Place(c_in, c_out, stride, 1, "batchnorm", activation)
     layers = mbconv_layers(place, kernel, expansion, neuron, attention, act)
     if (neuron, attention) == ("linear", "none"):
-        return Chain(layers)
+        return InvertedResidual(layers)
     block = MBConvBlock(_submodules(layers), is_residual=layers[-1].op == "add")
     if neuron == "factored":
         nn.init.ones_(cast(nn.BatchNorm2d, block.norm_b).bias)

@@ -67,16 +67,6 @@ inline Floats normal_density(Floats x) {
     return is_far ? Floats{} : reinterpret_cast<Floats>(bits);
 }
 
-// A (rows, columns) matrix in panels that are `pitch` rows apart.
-struct Panels {
-    float* start;
-    int64_t pitch;
-
-    float* at(int64_t panel, int64_t row) const { return start + (panel * pitch + row) * kPanel; }
-    // for a column that is the first of a vector
-    float* of(int64_t row, int64_t column) const { return at(column / kPanel, row) + column % kPanel; }
-};
-
 struct Half {
     int64_t rows, channels, hidden;
     float epsilon;
@@ -130,32 +120,6 @@ inline float normalise(const Half& q, int64_t row, const Panels& to, int64_t at)
         store<V>(to.of(at, c), (load<V>(x + c, n) - mean) * scale, n);
     });
     return scale;
-}
-
-// Computes rows [begin, end) of one panel of a product plus `first` (kPanel floats; null: zero), and calls
-// done(row, sums) with the sums of each tile. Rows of a tile at `end` and beyond have no meaning.
-template <int N, class Done>
-inline void multiply(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
-                     int64_t end, Done&& done) {
-    for_tiles(begin, end, [&](auto tile, int64_t row) {
-        constexpr int T = decltype(tile)::value;
-        Floats sums[T][N];
-        UNROLL for (int t = 0; t < T; ++t)
-            UNROLL for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Floats{} : load<V>(first + v * V, V);
-        multiply_tile<T, N>(a.at(0, row), a.pitch, terms, b, sums);
-        done(row, sums);
-    });
-}
-
-// The same, written to a panel. `to` points to its row `begin`.
-template <int N>
-inline void multiply_to(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
-                        int64_t end, float* to) {
-    multiply<N>(a, terms, b, first, begin, end, [&](int64_t row, const auto& sums) {
-        constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>;
-        UNROLL for (int t = 0; t < T; ++t)
-            UNROLL for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
-    });
 }
 
 void run_forward(const Half& q, float* y) {
@@ -233,14 +197,6 @@ inline void gelu_backward(const float* h, float* activated, float* grad, int64_t
         }
     }
     for (int v = 0; v < N; ++v) store<V>(total + v * V, load<V>(total + v * V, V) + sums[v], V);
-}
-
-// to (channels, one panel) += sum over `rows` of narrow(first + r, c) wide(r, e)
-template <int N>
-inline void accumulate(const Panels& narrow, int64_t first, int64_t channels, const float* wide, int64_t rows,
-                       float* to) {
-    for (int64_t c = 0; c < channels; c += kTileTerms)
-        accumulate_tile<kTileTerms, N>(narrow.of(first, c), wide, rows, to + c * kPanel);
 }
 
 // Computes the rows [begin, end) of dx from the gradient of the normalised rows.

@@ -1,6 +1,6 @@
-// Products of tall thin matrices with small ones, for pointwise.cpp. A BLAS packs both operands for each
-// product and reaches three quarters of the machine's peak at these sizes. Here, weights are packed once per
-// call, and activations are written in the layout that the next product reads.
+// Products of tall thin matrices with small ones, for pointwise.cpp and inverted.h. A BLAS packs both operands
+// for each product and reaches three quarters of the machine's peak at these sizes. Here, weights are packed once
+// per call, and activations are written in the layout that the next product reads.
 //
 // This layout is panels of kPanel adjacent columns: a (rows, columns) matrix is stored as
 // (columns / kPanel, pitch, kPanel), pitch >= rows. In weights, columns beyond the last are zero. A tile of sums
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -103,6 +104,50 @@ inline void accumulate_tile(const float* a, const float* b, int64_t rows, float*
             float* const total = to + t * kPanel + v * V;
             store<V>(total, load<V>(total, V) + sums[t][v], V);
         }
+}
+
+// A (rows, columns) matrix in panels that are `pitch` rows apart.
+struct Panels {
+    float* start;
+    int64_t pitch;
+
+    float* at(int64_t panel, int64_t row) const { return start + (panel * pitch + row) * kPanel; }
+    // for a column that is the first of a vector
+    float* of(int64_t row, int64_t column) const { return at(column / kPanel, row) + column % kPanel; }
+};
+
+// Computes rows [begin, end) of one panel of a product plus `first` (kPanel floats; null: zero), and calls
+// done(row, sums) with the sums of each tile. Rows of a tile at `end` and beyond have no meaning.
+template <int N, class Done>
+inline void multiply(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
+                     int64_t end, Done&& done) {
+    for_tiles(begin, end, [&](auto tile, int64_t row) {
+        constexpr int T = decltype(tile)::value, V = kLanes;
+        Vec<V> sums[T][N];
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) sums[t][v] = first == nullptr ? Vec<V>{} : load<V>(first + v * V, V);
+        multiply_tile<T, N>(a.at(0, row), a.pitch, terms, b, sums);
+        done(row, sums);
+    });
+}
+
+// The same, written to a panel. `to` points to its row `begin`.
+template <int N>
+inline void multiply_to(const Panels& a, int64_t terms, const float* b, const float* first, int64_t begin,
+                        int64_t end, float* to) {
+    multiply<N>(a, terms, b, first, begin, end, [&](int64_t row, const auto& sums) {
+        constexpr int T = std::extent_v<std::remove_reference_t<decltype(sums)>>, V = kLanes;
+        UNROLL for (int t = 0; t < T; ++t)
+            UNROLL for (int v = 0; v < N; ++v) store<V>(to + (row - begin + t) * kPanel + v * V, sums[t][v], V);
+    });
+}
+
+// to (channels, one panel) += sum over `rows` of narrow(first + r, c) wide(r, e)
+template <int N>
+inline void accumulate(const Panels& narrow, int64_t first, int64_t channels, const float* wide, int64_t rows,
+                       float* to) {
+    for (int64_t c = 0; c < channels; c += kTileTerms)
+        accumulate_tile<kTileTerms, N>(narrow.of(first, c), wide, rows, to + c * kPanel);
 }
 
 }  // namespace qnas
