@@ -56,6 +56,8 @@ class Supernet(nn.Module):
     ) -> None:
         super().__init__()
         self.space = space
+        # names of the parameters that started from pretrained weights
+        self.pretrained: frozenset[str] = frozenset()
         self.labels = block_labels(space)
         self.parts = nn.ModuleDict()
         for part in skeleton(space, classes=classes):

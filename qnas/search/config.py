@@ -13,7 +13,8 @@ from qnas.training import settings
 from qnas.training.settings import Count, Natural, Number, SettingsFile, Share
 
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
-Paths = Literal["even", "probabilities"]
+WeightSteps = Literal["path", "sandwich"]
+Paths = Literal["even", "probabilities", "fair"]
 FinalistWeights = Literal["supernet", "scratch"]
 
 # settings of finalists, later than the first runs
@@ -21,6 +22,9 @@ FINALISTS = (
     *("finalists", "finalist_epochs", "finalists_from", "finalist_factor", "finalist_rounds"),
     "finalist_recipe",
 )
+# settings of weight steps and of pretrained weights, later than the first runs
+TRAINED_PATHS = ("weight_steps", "step_paths")
+PRETRAINED = ("head_epochs", "pretrained_rate")
 
 # The default preset for each kind of data, for two CPU cores or one GPU.
 PRESET_OF_DATA = {
@@ -38,7 +42,7 @@ class SearchConfig(SettingsFile):
     WHAT: ClassVar[str] = "search preset"
     SCHEMA: ClassVar[str] = "qnas.search-preset/1"
     FOLDER: ClassVar[str] = "recipes/search"
-    LATER: ClassVar[tuple[str, ...]] = (*settings.BALANCE, *FINALISTS)
+    LATER: ClassVar[tuple[str, ...]] = (*settings.BALANCE, *FINALISTS, *TRAINED_PATHS, *PRETRAINED)
 
     file_schema: Literal["qnas.search-preset/1"] = Field(
         default="qnas.search-preset/1", alias="schema", repr=False
@@ -55,6 +59,14 @@ class SearchConfig(SettingsFile):
     learning_rate: Number = Field(description="Learning rate of the weights (AdamW).")
     arch_learning_rate: Number = Field(description="Learning rate of the architecture parameters (Adam).")
     arch_every: Count = Field(description="Weight steps for each architecture step.")
+    head_epochs: Natural = Field(
+        default=0,
+        description="First epochs of the warm-up, which train the classifier alone on the features of the "
+        "largest network; for pretrained weights.",
+    )
+    pretrained_rate: Annotated[Number, Field(le=1)] = Field(
+        default=1.0, description="Learning rate of pretrained weights, as a share of the others'."
+    )
     weight_decay: Number = Field(default=0.01, description="Weight decay, except on norms and biases.")
     label_smoothing: Share = Field(
         default=0.1, description="Share of a label spread over all classes, in weight steps only."
@@ -75,12 +87,20 @@ class SearchConfig(SettingsFile):
         default="sampled",
         description="With nested weights, what a weight step trains: the whole mixture or one drawn path.",
     )
+    weight_steps: WeightSteps = Field(
+        default="path",
+        description="What a weight step trains: paths on the labels, or a sandwich: the largest network on "
+        "the labels, the smallest one and paths on its answers.",
+    )
+    step_paths: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        default=None, description="Drawn paths of a weight step. Default: 1, in a sandwich 2."
+    )
     # With `probabilities`, a candidate that is preferred early is trained more and then looks better: the
     # supernet accuracies of networks of equal latency then depend on how often they were drawn.
     paths: Paths = Field(
         default="even",
-        description="How the paths of weight steps are drawn: evenly within the limits, or by the "
-        "architecture's probabilities.",
+        description="How the paths of weight steps are drawn: evenly within the limits, by the "
+        "architecture's probabilities, or fairly: evenly, with the kinds of blocks taking turns.",
     )
     torch_device: settings.TorchDeviceField = "auto"
     precision: settings.PrecisionField = "auto"
@@ -138,16 +158,33 @@ class SearchConfig(SettingsFile):
         gradient_for(self.weights, self.gradient)
         settings.check_balance(self.loss, self.class_weights, self.sampler)
         self._check_finalists()
+        self._check_weight_steps()
+        if self.head_epochs > self.warmup_epochs:
+            raise ValueError(
+                f"`head_epochs={self.head_epochs}`: expected at most as many as of the warm-up, "
+                f"`warmup_epochs={self.warmup_epochs}`"
+            )
         return self
+
+    @property
+    def drawn_paths(self) -> int:
+        """Paths that are drawn for a weight step."""
+        return self.step_paths or (2 if self.weight_steps == "sandwich" else 1)
+
+    def _check_weight_steps(self) -> None:
+        """Raise ValueError for settings of paths where weight steps train the whole mixture."""
+        if self.weights != "nested" or self.nested_weight_steps != "mixture":
+            return
+        if given := self.changed(TRAINED_PATHS) or ("`paths='fair'`" if self.paths == "fair" else ""):
+            raise ValueError(
+                f"{given}: there are no paths with `nested_weight_steps='mixture'`: expected 'sampled'"
+            )
 
     def _check_finalists(self) -> None:
         """Raise ValueError for settings of finalists without any, and for too few epochs to halve them."""
         if not self.finalists:
-            fields = type(self).model_fields
-            given = [name for name in FINALISTS if getattr(self, name) != fields[name].default]
-            if given:
-                listed = " and ".join(f"`{name}={getattr(self, name)}`" for name in given)
-                raise ValueError(f"{listed}: there are no finalists: expected `finalists` of at least 1 too")
+            if given := self.changed(FINALISTS):
+                raise ValueError(f"{given}: there are no finalists: expected `finalists` of at least 1 too")
             return
         rungs = count_rungs(self.finalists, self.finalist_factor)
         if self.finalist_epochs is not None and self.finalist_epochs < rungs:

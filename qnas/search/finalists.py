@@ -130,7 +130,8 @@ def finalist_training(
     """Return the settings of a finalist's training on so many training images.
 
     Its images have the size at which train-subnet would begin with the recipe. Raises SpaceError where
-    the space has no networks for that size, UsageError for a linear start from the supernet.
+    the space has no networks for that size, UsageError for a linear start from the supernet, and for a recipe
+    that needs trained weights from scratch.
     """
     if recipe.linear_start and config.finalists_from == "supernet":
         raise UsageError(
@@ -140,10 +141,13 @@ def finalist_training(
     last_px = recipe.resolution_px or space.input.resolution_px
     first_px = recipe.start_resolution_px or (None if recipe.resolution_px else config.resolution_px)
     sizes = recipe.override({"resolution_px": last_px, "start_resolution_px": first_px})
+    recipe.check_start(trained=config.finalists_from == "supernet", where="`finalist_recipe`: ")
     px = sizes.stages[0][0]
     check_resolution(space, px)
     changes = {
         "epochs": config.epochs_of_finalists,
+        # a recipe is for more epochs
+        "head_epochs": min(recipe.head_epochs, config.epochs_of_finalists - 1),
         "resolution_px": px,
         "start_resolution_px": px,
         "batch_size": fitting_batch(recipe.batch_size, images, parts=world.size * recipe.accumulation),

@@ -39,6 +39,7 @@ class Schedule:
     total_steps: int
     arch_every: int  # weight steps for each architecture step
     learning_rate: float  # of the architecture, initially
+    head_steps: int = 0  # of the warm-up, which train the classifier alone
 
     @property
     def arch_steps(self) -> int:
@@ -135,7 +136,12 @@ class Problem:
         warmup_steps = config.warmup_epochs * epoch
         total_steps = warmup_steps + config.search_epochs * epoch
         self.schedule = Schedule(
-            epoch, warmup_steps, total_steps, config.arch_every, config.arch_learning_rate
+            epoch,
+            warmup_steps,
+            total_steps,
+            config.arch_every,
+            config.arch_learning_rate,
+            config.head_epochs * epoch,
         )
         self.objective = objective or make_objective(
             config.loss,

@@ -1,8 +1,8 @@
 """The search: training of the supernet's weights and its architecture parameters in turn.
 
-The warm-up trains weights only. After it, an architecture step on held-out images follows every few weight
-steps. Paths are sampled evenly among networks within the limits, so that all are trained alike. Batches
-depend only on the seed and their number, so a resumed search equals an uninterrupted one.
+The warm-up trains weights only (`search.weight_steps`). After it, an architecture step on held-out images
+follows every few weight steps. Batches depend only on the seed and their number, so a resumed search equals
+an uninterrupted one.
 
 Over a family of spaces, each step draws a layout, and its images have the size of that layout. Weight steps
 draw paths within the limits of the layout. All layouts share the architecture parameters. Their expected
@@ -20,17 +20,17 @@ from torch import Tensor
 from qnas.data.image_data import ImageData
 from qnas.nn.gradients import GRADIENTS
 from qnas.nn.modes import gradient_for
-from qnas.nn.supernet import even_logits, expected_latency, largest_ratio, sample_path
+from qnas.nn.supernet import expected_latency, largest_ratio
 from qnas.search.config import SearchConfig
 from qnas.search.penalty import penalised, settle
 from qnas.search.problem import FamilySearch, Problem
 from qnas.search.state import SearchState
+from qnas.search.weight_steps import WeightSteps
 from qnas.solver.limits import Limits
 from qnas.spaces.space import SearchSpace
 from qnas.training.batch_sizes import check_batch_norms
 from qnas.training.loop import check_finite, stream
 from qnas.training.losses import Objective, mean_loss
-from qnas.training.optimizer import weight_step
 from qnas.training.processes import ALONE, World
 
 SETTLING_LOGIT = 0.5  # largest change of a logit in one step of settling
@@ -59,12 +59,7 @@ class Searcher:
         check_batch_norms(supernet, arch_batch_size, f"{len(data.heldout)} held-out images", world)
         self.schedule = self.problem.schedule
         self.total_steps = self.schedule.total_steps
-        # (positions, candidates), of the distribution that even paths are drawn from
-        self._even_logits = even_logits(self.problem.limit_tensors, self.state.supernet.mask)
-        self._even_at = {  # the same, of each layout
-            each.layout: even_logits(each.limit_tensors, self.state.supernet.mask)
-            for each in self.problem.layouts
-        }
+        self._weight_steps = WeightSteps(self.state)
         self._weight_batches: Batches | None = None
         self._arch_batches: Batches | None = None
 
@@ -99,10 +94,10 @@ class Searcher:
         state = self.state
         if self._weight_batches is None or self._arch_batches is None:
             self._weight_batches, self._arch_batches = self._streams()
-        loss = self._weight_step(*next(self._weight_batches))
-        check_finite(loss, state.step + 1)
-        figures: dict[str, Any] = {"loss": loss}
-        warnings = state.watch.after_weight_step(loss)
+        figures: dict[str, Any] = dict(self._weight_step(*next(self._weight_batches)))
+        for loss in figures.values():
+            check_finite(loss, state.step + 1)
+        warnings = state.watch.after_weight_step(figures["loss"])
         state.step += 1
         if self.schedule.has_arch_step(state.step):
             figures |= self._arch_step(*next(self._arch_batches))
@@ -135,32 +130,11 @@ class Searcher:
             stream(data.heldout, arch_size, seed + 1, state.arch_step, augment=False, **on),
         )
 
-    def _weight_step(self, images: Tensor, labels: Tensor) -> float:
-        """Train the weights of a path, or of the whole mixture; return the loss."""
-        problem, state = self.problem, self.state
-        config, supernet = problem.config, state.supernet.train()
-        even = self._even_logits
-        if (layout := problem.draw_layout(state.generator)) is not None:
-            images, even = layout.resized(images), self._even_at[layout.layout]
-        if config.weights == "nested" and config.nested_weight_steps == "mixture":
-            with torch.no_grad():
-                routes = supernet.mixture(state.temperature)
-        else:
-            logits = even if config.paths == "even" else state.logits
-            routes = sample_path(logits, supernet.mask, state.generator)
-        loss = weight_step(
-            lambda x: supernet(x, routes),
-            state.weight_optimizer,
-            images,
-            labels,
-            config.label_smoothing,
-            acceleration=problem.acceleration,
-            scaler=state.scaler,
-            world=problem.world,
-            loss_function=problem.objective.training_loss,
-        )
-        state.weight_schedule.step()
-        return float(loss)
+    def _weight_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Train the weights of the step's paths; return the figures."""
+        figures = self._weight_steps.take(images, labels)
+        self.state.weight_schedule.step()
+        return figures
 
     def _arch_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Move the architecture parameters; return the loss of the task and the accuracies on the batch."""

@@ -8,20 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnas.common.errors import UsageError
 from qnas.nn.supernet import Supernet, expected_latency, largest_ratio, log_probabilities
+from qnas.search.config import PRETRAINED, SearchConfig
 from qnas.search.diagnostics import Sight, make_watch
+from qnas.search.paths import FairPaths
 from qnas.search.penalty import Multiplier
 from qnas.search.problem import Problem
 from qnas.solver.solve import Scores
 from qnas.spaces.family import Layout
 from qnas.training.acceleration import compile_blocks
 from qnas.training.losses import guessing_loss
-from qnas.training.optimizer import make_optimizer, make_schedule
+from qnas.training.optimizer import Slow, make_optimizer, make_schedule
 from qnas.training.saved_state import check_optimizer, check_unchanged
 
 # The second is 0.999 in ProxylessNAS, whose searches have many thousand steps. A short search must forget
 # sooner how strong the pressure was on the way to the budget.
 ARCH_BETAS = (0.0, 0.99)
+
+
+def _pretrained(supernet: Supernet, config: SearchConfig) -> Slow | None:
+    """Return the pretrained weights with their own rate, or None. Raises UsageError where there are none."""
+    asked = config.changed(PRETRAINED)
+    if asked and not supernet.pretrained:
+        raise UsageError(f"{asked}: the supernet has no pretrained weights: leave it out")
+    if config.pretrained_rate == 1:
+        return None
+    weights = [weight for name, weight in supernet.named_parameters() if name in supernet.pretrained]
+    return Slow(weights, config.pretrained_rate)
 
 
 class SearchState:
@@ -40,10 +54,17 @@ class SearchState:
         if config.compile:
             compile_blocks(self.supernet)
         self.weights = self.supernet.weights  # all parameters except the architecture's
-        self.weight_optimizer = make_optimizer(self.weights, config.learning_rate, config.weight_decay)
+        self.fair_paths = (
+            FairPaths(problem.space, problem.limit_tensors, self.supernet.mask, config.seed)
+            if config.paths == "fair"
+            else None
+        )
+        self.weight_optimizer = make_optimizer(
+            self.weights, config.learning_rate, config.weight_decay, slow=_pretrained(self.supernet, config)
+        )
         self.scaler = problem.acceleration.scaler()  # of the weights' loss, with an effect in float16 only
         self.weight_schedule = make_schedule(
-            self.weight_optimizer, schedule.total_steps, schedule.steps_per_epoch
+            self.weight_optimizer, schedule.total_steps, schedule.steps_per_epoch, schedule.head_steps
         )
         self.arch_optimizer = torch.optim.Adam(
             [self.supernet.alpha], lr=config.arch_learning_rate, betas=ARCH_BETAS
@@ -152,7 +173,9 @@ class SearchState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain values and tensors."""
+        fair = {} if self.fair_paths is None else {"fair_counts": list(self.fair_paths.counts)}
         return {name: part.state_dict() for name, part in self._parts().items()} | {
+            **fair,
             "multiplier": asdict(self.multiplier),
             "watch": self.watch.to_dict(),
             "generator": self.generator.get_state(),
@@ -167,6 +190,10 @@ class SearchState:
         check_unchanged(saved["schedule"], self.weight_schedule.state_dict(), "schedule")
         if saved["step"] < 0 or saved["arch_step"] < 0:
             raise ValueError(f"step {saved['step']}, architecture step {saved['arch_step']}")
+        if self.fair_paths is not None:
+            if min(saved["fair_counts"]) < 0:
+                raise ValueError(f"fair_counts: {min(saved['fair_counts'])} blocks at a place")
+            self.fair_paths.counts = list(saved["fair_counts"])
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         self.multiplier = Multiplier(**saved["multiplier"])

@@ -3,6 +3,10 @@
 Among all distributions that draw each position independently and whose expected amounts meet the limits, the
 one of largest entropy has p_i ~ exp(-sum_l strength_l cells_li / limit_l). The strengths minimise the convex
 dual, by L-BFGS.
+
+Where candidates have groups that must be equally likely at each position, such as kinds of blocks, the
+distribution of largest entropy has the same form within a group, and each group has the geometric mean of the
+masses of its position's groups (`levelled`). The dual changes alike and stays convex.
 """
 
 import math
@@ -29,17 +33,20 @@ def max_entropy_strengths(
     mask: NDArray[np.bool_],
     bounds: tuple[float, float] = (0.0, MOST_STRENGTH),
     tolerance: float = 1e-5,
+    groups: NDArray[np.int64] | None = None,
 ) -> Floats:
     """Return the strength of each limit, (limits,).
 
     fixed, limit: (limits,); cells: (limits, positions, candidates), 0 where the mask (positions, candidates)
     is False. With a lower bound of 0, limits that the uniform distribution meets get no strength. With one
     below 0, the expected amount equals the limit as closely as possible. `tolerance` is a share of the limit.
+    With `groups` (positions, candidates; see `levelled`), the groups of a position are equally likely.
     """
     cells, margin = cells / limit[:, None, None], 1 - fixed / limit
 
     def dual(strengths: Floats) -> tuple[float, Floats]:
         tilted = np.where(mask, -np.tensordot(strengths, cells, 1), -np.inf)
+        tilted = tilted if groups is None else levelled(tilted, groups)
         slack = margin - (softmax(tilted, axis=1) * cells).sum((1, 2))
         return float(logsumexp(tilted, axis=1).sum() + strengths @ margin), slack
 
@@ -53,6 +60,21 @@ def max_entropy_strengths(
     )
     strengths: Floats = found.x
     return strengths
+
+
+def levelled(logits: Floats, groups: NDArray[np.int64]) -> Floats:
+    """Return logits (positions, candidates) shifted so that the groups of a position are equally likely.
+
+    groups: (positions, candidates), a number for each group; candidates with a negative one have none and
+    keep their logits. Each group gets the geometric mean of the masses of its position's groups.
+    """
+    found = logits.copy()
+    for row, own, numbers in zip(found, logits, groups, strict=True):
+        members = [np.flatnonzero(numbers == number) for number in np.unique(numbers[numbers >= 0])]
+        masses = [float(logsumexp(own[places])) for places in members]
+        for places, mass in zip(members, masses, strict=True):
+            row[places] += sum(masses) / len(masses) - mass
+    return found
 
 
 def sample_near(

@@ -1,7 +1,7 @@
-"""One optimiser step on a batch: AdamW for sampled paths, its schedule, and a teacher's loss."""
+"""One optimiser step on a batch: AdamW for sampled paths, its schedule, and the loss of distillation."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from qnas.training.acceleration import PLAIN, UNSCALED, Acceleration
 from qnas.training.losses import LossFunction, cross_entropy, mean_loss
@@ -89,38 +89,64 @@ class ReLinear:
     beta: float
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Weights that were trained before, and their learning rate as a share of the others'."""
+
+    weights: Sequence[nn.Parameter]
+    rate: float
+
+
 def make_optimizer(
     weights: Iterable[nn.Parameter],
     learning_rate: float,
     weight_decay: float,
     relinear: ReLinear | None = None,
+    slow: Slow | None = None,
 ) -> PathAdamW:
-    """Return AdamW with decay on weight matrices and kernels only, not on norms and biases."""
+    """Return AdamW with decay on weight matrices and kernels only, not on norms and biases.
+
+    Quadratic weights that are `slow` as well have the product of both shares of the rate.
+    """
+    weights, rates = list(weights), {id(weight): slow.rate for weight in slow.weights} if slow else {}
     quadratic = {id(weight) for weight in relinear.weights} if relinear else set()
-    rest = [weight for weight in weights if id(weight) not in quadratic]
-    groups: list[dict[str, Any]] = [
-        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": weight_decay},
-        {"params": [weight for weight in rest if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for rate in (None, slow.rate) if slow else (None,):
+        rest = [w for w in weights if id(w) not in quadratic and rates.get(id(w)) == rate]
+        share = {} if rate is None else {"rate_share": rate}
+        groups += [
+            {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": weight_decay, **share},
+            {"params": [weight for weight in rest if weight.ndim <= 1], "weight_decay": 0.0, **share},
+        ]
     if relinear:
-        groups.append(
-            {
-                "params": list(relinear.weights),
-                "weight_decay": weight_decay + relinear.alpha,
-                "rate_share": relinear.gamma,
-                "l1": relinear.beta,
-            }
-        )
+        for rate in dict.fromkeys(rates.get(id(weight), 1.0) for weight in relinear.weights):
+            groups.append(
+                {
+                    "params": [w for w in relinear.weights if rates.get(id(w), 1.0) == rate],
+                    "weight_decay": weight_decay + relinear.alpha,
+                    "rate_share": relinear.gamma * rate,
+                    "l1": relinear.beta,
+                }
+            )
     return PathAdamW(groups, learning_rate)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LRScheduler:
-    """Return a schedule per step: linear warm-up from a tenth, then a cosine down to 1% of the rate."""
-    warmup_steps = min(max(1, warmup_steps), max(1, steps - 1))
+def make_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int, head_steps: int = 0
+) -> LRScheduler:
+    """Return a schedule per step: linear warm-up from a tenth, then a cosine down to 1% of the rate.
+
+    The first `head_steps` of the steps, which train the classifier alone, have the whole rate. The warm-up
+    follows them, as the moments of all other weights begin there.
+    """
+    rest = steps - head_steps
+    warmup_steps = min(max(1, warmup_steps), max(1, rest - 1))
     base = optimizer.param_groups[0]["lr"]
+    head = [ConstantLR(optimizer, factor=1.0, total_iters=head_steps)] if head_steps else []
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=warmup_steps)
-    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup_steps), eta_min=0.01 * base)
-    return _Schedule(optimizer, [warmup, cosine], milestones=[warmup_steps])
+    cosine = CosineAnnealingLR(optimizer, max(1, rest - warmup_steps), eta_min=0.01 * base)
+    milestones = [*([head_steps] if head_steps else []), head_steps + warmup_steps]
+    return _Schedule(optimizer, [*head, warmup, cosine], milestones=milestones)
 
 
 class _Schedule(SequentialLR):
@@ -141,15 +167,20 @@ class Teacher:
     temperature: float
 
     def loss(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Return the divergence from the teacher's outputs, softened by the temperature, in nats.
-
-        It is multiplied by the square of the temperature, so that its gradients keep their size.
-        """
+        """Return the divergence from the teacher's outputs; see `divergence`."""
         with torch.no_grad():
             answers = self.forward(images)
-        ours, theirs = (F.log_softmax(x.float() / self.temperature, 1) for x in (logits, answers))
-        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return divergence * self.temperature**2
+        return divergence(logits, answers, self.temperature)
+
+
+def divergence(logits: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean divergence of outputs from a teacher's, both (B, classes), in nats.
+
+    Both are softened by the temperature. The divergence is multiplied by its square, so that its gradients
+    keep their size.
+    """
+    ours, theirs = (F.log_softmax(x.float() / temperature, 1) for x in (logits, answers))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def weight_step(
@@ -173,23 +204,48 @@ def weight_step(
     acceleration's device, and with several processes only this one's part. The batch is split into `parts`
     equal parts whose gradients are accumulated. Weights that `forward` did not use stay unchanged.
     """
-    optimizer.zero_grad()
-    losses = []
     pieces = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-    for number, (some, theirs) in enumerate(pieces, 1):
-        with world.averaging(forward, now=number == len(pieces)):
-            with acceleration.autocast():
-                logits = forward(some)
-                loss = mean_loss(loss_function, logits, theirs, label_smoothing)
-                if teacher is not None:
-                    loss = (1 - teacher.weight) * loss + teacher.weight * teacher.loss(some, logits)
-            scaler.scale(loss / len(pieces)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        losses.append(loss.detach())
-    loss, used = torch.stack(losses).mean(), optimizer.used
-    world.average([loss, *(w.grad for w in used if w.grad is not None)])
+
+    def losses() -> Iterator[Tensor]:
+        for number, (some, theirs) in enumerate(pieces, 1):
+            with world.averaging(forward, now=number == len(pieces)):
+                with acceleration.autocast():
+                    logits = forward(some)
+                    loss = mean_loss(loss_function, logits, theirs, label_smoothing)
+                    if teacher is not None:
+                        loss = (1 - teacher.weight) * loss + teacher.weight * teacher.loss(some, logits)
+                yield loss
+
+    return descend(
+        optimizer, losses(), len(pieces), scaler=scaler, world=world, gradient_clip=gradient_clip
+    ).mean()
+
+
+def descend(
+    optimizer: PathAdamW,
+    losses: Iterable[Tensor],
+    count: int,
+    *,
+    scaler: GradScaler = UNSCALED,
+    world: World = ALONE,
+    gradient_clip: float = GRADIENT_CLIP,
+) -> Tensor:
+    """Take one optimiser step by the mean of `count` losses; return them, (count,), detached.
+
+    Gradients are accumulated: each loss is computed after the backward pass of the one before it, so that the
+    memory is that of one. With several processes, losses and gradients are averaged.
+    """
+    optimizer.zero_grad()
+    found = []
+    for loss in losses:
+        scaler.scale(loss / count).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        found.append(loss.detach())
+    assert len(found) == count, (len(found), count)
+    figures, used = torch.stack(found), optimizer.used
+    world.average([figures, *(w.grad for w in used if w.grad is not None)])
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(used, gradient_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return loss
+    return figures

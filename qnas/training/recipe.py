@@ -8,8 +8,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qnas.common.errors import UsageError
 from qnas.training import settings
-from qnas.training.settings import Count, Number, Settings, SettingsFile, Share
+from qnas.training.settings import Count, Natural, Number, Settings, SettingsFile, Share
+
+# settings that need weights which are trained already, later than the first runs
+HEAD_FIRST = ("head_epochs", "backbone_rate")
 
 # The default recipe for each kind of data, for two CPU cores or one GPU.
 DEFAULTS = {
@@ -27,6 +31,7 @@ class Recipe(SettingsFile):
     WHAT: ClassVar[str] = "recipe"
     SCHEMA: ClassVar[str] = "qnas.recipe/1"
     FOLDER: ClassVar[str] = "recipes"
+    LATER: ClassVar[tuple[str, ...]] = HEAD_FIRST
 
     file_schema: Literal["qnas.recipe/1"] = Field(default="qnas.recipe/1", alias="schema", repr=False)
     epochs: Count = Field(description="Passes over the training images.")
@@ -43,6 +48,14 @@ class Recipe(SettingsFile):
     )
     learning_rate: Number = Field(description="Learning rate of AdamW at the end of the warm-up.")
     warmup_epochs: Number = Field(default=1.0, description="Epochs in which the learning rate rises.")
+    head_epochs: Natural = Field(
+        default=0,
+        description="First epochs that train the classifier alone; batch norms keep their statistics then.",
+    )
+    backbone_rate: Annotated[Number, Field(le=1)] = Field(
+        default=1.0,
+        description="Learning rate of all weights but the classifier's, as a share of the classifier's.",
+    )
     weight_decay: Number = Field(default=0.05, description="Weight decay, except on norms and biases.")
     gradient_clip: Annotated[Number, Field(gt=0)] = Field(
         default=5.0, description="Largest norm of all gradients together."
@@ -94,6 +107,22 @@ class Recipe(SettingsFile):
     teacher_temperature: Annotated[Number, Field(gt=0)] = Field(
         default=1.0, description="Temperature that softens the teacher's outputs."
     )
+
+    @model_validator(mode="after")
+    def _check_head_first(self) -> Self:
+        if self.head_epochs >= self.epochs:
+            raise ValueError(
+                f"`head_epochs={self.head_epochs}`: expected fewer than the epochs, `epochs={self.epochs}`"
+            )
+        return self
+
+    def check_start(self, *, trained: bool, where: str = "") -> None:
+        """Raise UsageError for settings that need weights which are `trained`, where they are not."""
+        if not trained and (asked := self.changed(HEAD_FIRST)):
+            raise UsageError(
+                f"{where}{asked}: for weights that are trained already, and the training starts from "
+                "scratch: leave it out"
+            )
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that the command line can build its help from these models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -87,7 +87,7 @@ def check_balance(loss: str, class_weights: str, sampler: str) -> None:
 class Settings(FilePart):
     """A frozen set of settings whose problems are reported together."""
 
-    LATER: ClassVar[tuple[str, ...]] = ()  # fields added later, which config.json omits at their default
+    LATER: ClassVar[tuple[str, ...]] = ()  # fields added later, which files omit at their default
 
     @classmethod
     def check(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -109,13 +109,29 @@ class Settings(FilePart):
         """Return the fields as JSON values."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def changed(self, names: Sequence[str]) -> str:
+        """Return those of the fields that are not at their default, for messages; empty if there are none."""
+        defaults = type(self).model_fields
+        given = [name for name in names if getattr(self, name) != defaults[name].default]
+        return " and ".join(f"`{name}={getattr(self, name)!r}`" for name in given)
+
+    def known_values(self) -> dict[str, Any]:
+        """Return the values without later fields at their default, of settings within these as well.
+
+        Files keep them so: a run of an earlier version has the same ones, and goes on with them.
+        """
+        defaults, found = type(self).model_fields, self.values()
+        for name in self.LATER:
+            if found[name] == defaults[name].default:
+                del found[name]
+        for name in defaults:
+            if isinstance(inner := getattr(self, name), Settings):
+                found[name] = inner.known_values()
+        return found
+
     def record(self) -> dict[str, Any]:
         """Return the fields as config.json keeps them, without the schema of a file."""
-        defaults = type(self).model_fields
-        values = self.values().items()
-        return {
-            k: v for k, v in values if k != "schema" and (k not in self.LATER or v != defaults[k].default)
-        }
+        return {name: value for name, value in self.known_values().items() if name != "schema"}
 
 
 class SettingsFile(Settings):
@@ -140,4 +156,4 @@ class SettingsFile(Settings):
 
     def to_yaml(self) -> str:
         """Return the settings as text that `parse` reads back to an equal value."""
-        return str(yaml.safe_dump(self.values(), sort_keys=False))
+        return str(yaml.safe_dump(self.known_values(), sort_keys=False))

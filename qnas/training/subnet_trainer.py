@@ -41,13 +41,21 @@ from qnas.runs.tensors import save_tensors
 from qnas.training.acceleration import choose_acceleration, compile_blocks
 from qnas.training.batch_sizes import check_batch, check_batch_norms
 from qnas.training.evaluation import accuracy_facts, measure_speed, size_facts
+from qnas.training.head_first import backbone, head_alone
 from qnas.training.loop import check_finite, run_to_end, stream
 from qnas.training.losses import Objective, make_objective
-from qnas.training.optimizer import ReLinear, Teacher, make_optimizer, make_schedule, weight_step
+from qnas.training.optimizer import (
+    ReLinear,
+    Slow,
+    Teacher,
+    make_optimizer,
+    make_schedule,
+    weight_step,
+)
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.saved_state import check_form, check_optimizer, check_unchanged
-from qnas.training.scoring import Classified, Score, classify, prediction_tensors
+from qnas.training.scoring import Classified, Score, classify, prediction_tensors, recalibrate_on
 from qnas.training.supernet_weights import inherit, inherit_finalist
 
 TESTED_BATCH = 64  # test images at once; more would take gigabytes at 224 px
@@ -104,20 +112,26 @@ class SubnetTrainer:
         self.steps_per_epoch = batch_count(self.split, self.batch_size, drop_last=True)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.sizes_px = [px for px, epochs in recipe.stages for _ in range(epochs)]  # of each epoch
+        self.head_steps = recipe.head_epochs * self.steps_per_epoch  # at first, of the classifier alone
         self.optimizer = make_optimizer(
-            network.parameters(), recipe.learning_rate, recipe.weight_decay, _relinear(network, recipe)
+            network.parameters(),
+            recipe.learning_rate,
+            recipe.weight_decay,
+            _relinear(network, recipe),
+            None if recipe.backbone_rate == 1 else Slow(backbone(network), recipe.backbone_rate),
         )
         warmup_steps = round(recipe.warmup_epochs * self.steps_per_epoch)
-        self.schedule = make_schedule(self.optimizer, self.total_steps, warmup_steps)
+        self.schedule = make_schedule(self.optimizer, self.total_steps, warmup_steps, self.head_steps)
         self.scaler = self.acceleration.scaler()
         self.augmentation = _augmentation(recipe, len(data.classes))
         self.steps_done = 0
         self.accuracy = self.balanced_accuracy = float("nan")  # the second is for the display only
         self.epoch_loss = 0.0  # summed over the steps of the current epoch
         self.best: dict[str, Any] = {}  # epoch, test_accuracy, weights
-        # both are made at the first step, after a state is loaded and the processes are joined
+        # these are made at the first step, after a state is loaded and the processes are joined
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._forward: nn.Module = network
+        self._trains_all: bool | None = None  # by `_forward`: all weights, or the classifier's alone
 
     @property
     def result(self) -> nn.Module:
@@ -132,8 +146,6 @@ class SubnetTrainer:
         config, recipe = self.config, self.config.recipe
         epoch = self.steps_done // self.steps_per_epoch
         px = self.sizes_px[epoch]
-        if self._batches is None:
-            self._forward = self.world.parallel(self.network)
         if self._batches is None or px != self.split.images.shape[-1]:
             self.split, self.test_split = self.data.train_and_heldout.at(px), self.data.test.at(px)
             self._batches = stream(
@@ -148,23 +160,12 @@ class SubnetTrainer:
                 balanced=config.sampler == "balanced",
             )
         images, labels = next(self._batches)
-        self._forward.train()
-        # seeds the draws of modules, which differ between processes as their images do
-        draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
-        torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
-        loss = weight_step(
-            self._forward,
-            self.optimizer,
-            images,
-            labels,
-            recipe.label_smoothing,
-            acceleration=self.acceleration,
-            scaler=self.scaler,
-            gradient_clip=recipe.gradient_clip,
-            parts=recipe.accumulation,
-            teacher=self.teacher,
-            loss_function=self.objective.training_loss,
-        )
+        if self.steps_done == 0 and self.head_steps:
+            # the statistics of a supernet were gathered while other paths ran
+            recalibrate_on(self.network, self.split, self.acceleration.device)
+        self.network.train()
+        with head_alone(self.network) if self.steps_done < self.head_steps else nullcontext():
+            loss = self._descend(images, labels)
         self.world.average([loss])  # the gradients are averaged already
         check_finite(float(loss), self.steps_done + 1, REMEDY)
         if self.average is not None:
@@ -179,6 +180,29 @@ class SubnetTrainer:
         if self.steps_done % self.steps_per_epoch == 0:
             row |= self._end_epoch(rate)
         return row
+
+    def _descend(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Take an optimiser step by this process's part of a batch; return the mean loss."""
+        config, recipe = self.config, self.config.recipe
+        trains_all = self.steps_done >= self.head_steps
+        if trains_all != self._trains_all:  # which weights have gradients is fixed with the wrapper
+            self._forward, self._trains_all = self.world.parallel(self.network), trains_all
+        # seeds the draws of modules, which differ between processes as their images do
+        draws = np.random.SeedSequence((config.seed, self.steps_done, self.world.rank))
+        torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]) >> 1)
+        return weight_step(
+            self._forward,
+            self.optimizer,
+            images,
+            labels,
+            recipe.label_smoothing,
+            acceleration=self.acceleration,
+            scaler=self.scaler,
+            gradient_clip=recipe.gradient_clip,
+            parts=recipe.accumulation,
+            teacher=self.teacher,
+            loss_function=self.objective.training_loss,
+        )
 
     def _end_epoch(self, rate: float) -> dict[str, float]:
         """Evaluate on the test images, and keep the weights if they are the best so far."""
@@ -310,6 +334,7 @@ def train_subnet(
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
+    config.recipe.check_start(trained=from_supernet or from_finalist)
     if (from_supernet or from_finalist) and config.recipe.linear_start:
         trained = "the finals" if from_finalist else "the supernet"
         raise UsageError(

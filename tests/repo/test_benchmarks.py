@@ -28,6 +28,7 @@ import a100_published  # type: ignore[import-not-found]
 import depthwise_forms  # type: ignore[import-not-found]
 import exact_solve  # type: ignore[import-not-found]
 import experiments as ex  # type: ignore[import-not-found]
+import kind_ranks  # type: ignore[import-not-found]
 import relinear  # type: ignore[import-not-found]
 import search_quality  # type: ignore[import-not-found]
 
@@ -68,6 +69,39 @@ def test_equal_orders_have_tau_one_and_a_reversed_one_minus_one() -> None:
     same = ex.rank_interval(figures, [v**3 for v in figures], draws=50)
     assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
     assert ex.rank_interval(figures, [-v for v in figures], draws=50).value == pytest.approx(-1)
+
+
+def test_pairs_of_one_kind_and_of_different_kinds_are_all_pairs() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 6, 12).astype(float).tolist(), rng.integers(0, 6, 12).astype(float).tolist()
+    assert kind_ranks.pair_tau(x, y, ["a"] * 12, same=True) == pytest.approx(tau_by_pairs(x, y))
+    assert kind_ranks.pair_tau(x, y, ["a"] * 12, same=False) is None
+    apart = [str(i) for i in range(12)]
+    assert kind_ranks.pair_tau(x, y, apart, same=False) == pytest.approx(tau_by_pairs(x, y))
+
+
+def test_a_bias_for_a_kind_turns_pairs_of_different_kinds_alone() -> None:
+    alone, kinds = [0.60, 0.62, 0.64, 0.61, 0.63, 0.65], ["a", "a", "a", "b", "b", "b"]
+    supernet = [0.50, 0.52, 0.54, 0.41, 0.43, 0.45]  # 10 points less for kind a, 20 for kind b
+    assert kind_ranks.pair_tau(supernet, alone, kinds, same=True) == 1
+    # of the nine pairs of an a and a b, the b is truly better in six
+    assert kind_ranks.pair_tau(supernet, alone, kinds, same=False) == pytest.approx((3 - 6) / 9)
+    assert kind_ranks.kind_bias(supernet, alone, kinds) == pytest.approx(math.sqrt(2) * 0.05)
+    assert kind_ranks.kind_bias([value - 0.2 for value in alone], alone, kinds) == pytest.approx(0, abs=1e-12)
+    assert kind_ranks.kind_bias(supernet, alone, ["a"] * 6) is None
+
+
+def test_networks_of_a_kind_have_no_other_and_use_a_budget_that_all_can() -> None:
+    space = ex.tiny_space("union-tiny")
+    table = compute_table(load_device("cpu"), space)
+    budget_ms = kind_ranks.common_budget_ms(space, table)
+    found = kind_ranks.networks_by_kind(space, table, budget_ms, 3)
+    assert len(found) == 5
+    for name, archs in found.items():
+        assert len({json.dumps(ex.blocks_of(space, arch)) for arch in archs}) == 3
+        for arch in archs:
+            assert {block.kind for block in lower(space, arch) if block.block and block.layers} == {name}
+            assert 0.6 * budget_ms <= table.latency_ms(arch.indices(space)) <= budget_ms
 
 
 def test_the_interval_holds_the_true_tau_about_as_often_as_it_says() -> None:
@@ -337,6 +371,19 @@ def test_both_experiments_run_and_do_nothing_twice(tmp_path: Path) -> None:
     assert first["budget_ms"] == quadra.limits[0].budget
     slower = [row["latency_ms"] for row in second["data"][0]["kinds"]["random"]]
     assert min(slower) >= 0.97 * second["budget_ms"] > first["budget_ms"]
+
+
+@pytest.mark.slow
+def test_ways_of_weight_steps_are_compared_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    small = ("--images", 200, "--epochs", 1, "--seconds", 1, "--networks", 1, "--seeds", 0, 1)
+    command = ("kind_ranks.py", *small, "--arms", "path", "fair sandwich", "--out", tmp_path)
+    printed = run_script(*command)
+    for arm in ("path", "fair sandwich"):
+        assert re.search(rf"^\| {arm} \| 2 \|.*%", printed, re.MULTILINE), arm
+    done = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    assert len(done) == 2
+    assert run_script(*command).startswith("## ")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == done
 
 
 def test_a_training_has_diverged_where_it_ends_as_a_guess_or_far_above_its_lowest() -> None:

@@ -21,7 +21,7 @@ arch_every: 1
 
 
 def test_every_shipped_preset_can_be_read_and_written_back_and_says_its_name() -> None:
-    assert set(stems("recipes/search", ".yaml")) == {"digits", "small", "photos"}
+    assert set(stems("recipes/search", ".yaml")) == {"digits", "small", "photos", "pretrained"}
     for name in stems("recipes/search", ".yaml"):
         config = SearchConfig.load(name)
         assert config.preset == name
@@ -48,9 +48,44 @@ def test_the_record_of_a_search_is_that_of_searches_before_losses_had_a_choice()
     config = SearchConfig.parse(SHORTEST, "mine")
     record = config.record()
     assert list(record)[:3] == ["preset", "resolution_px", "warmup_epochs"]
-    assert not {"schema", "file_schema", "loss", "metric"} & set(record)
+    assert not {"schema", "file_schema", "loss", "metric", "weight_steps", "head_epochs"} & set(record)
     assert SearchConfig.check(record, "a run") == config
     assert config.override({"loss": "focal"}).record() == {**record, "loss": "focal"}
+    changes = {"weight_steps": "sandwich", "step_paths": 3, "pretrained_rate": 0.5}
+    assert config.override(changes).record() == {**record, **changes}
+
+
+def test_a_sandwich_has_two_drawn_paths_unless_asked_otherwise() -> None:
+    config = SearchConfig.parse(SHORTEST, "mine")
+    assert config.drawn_paths == 1
+    assert config.override({"weight_steps": "sandwich"}).drawn_paths == 2
+    assert config.override({"weight_steps": "sandwich", "step_paths": 1}).drawn_paths == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"weight_steps": "sandwich"}, "`weight_steps=.sandwich.`: there are no paths with"),
+        (
+            {"weight_steps": "sandwich", "step_paths": 2},
+            "`weight_steps=.sandwich.` and `step_paths=2`: there",
+        ),
+        ({"paths": "fair"}, "`paths='fair'`: there are no paths with `nested_weight_steps='mixture'`"),
+    ],
+)
+def test_a_whole_mixture_has_no_paths(changes: dict[str, object], problem: str) -> None:
+    config = SearchConfig.parse(SHORTEST, "mine").override({"weights": "nested"})
+    assert config.override(changes).weights == "nested"
+    with pytest.raises(UsageError, match=f"^{problem}"):
+        config.override({**changes, "nested_weight_steps": "mixture"})
+
+
+def test_the_classifier_alone_is_trained_in_the_warm_up_only() -> None:
+    config = SearchConfig.parse(SHORTEST, "mine").override({"warmup_epochs": 2})
+    assert config.override({"head_epochs": 2}).head_epochs == 2
+    problem = "`head_epochs=3`: expected at most as many as of the warm-up, `warmup_epochs=2`"
+    with pytest.raises(UsageError, match=f"^{problem}$"):
+        config.override({"head_epochs": 3})
 
 
 @pytest.mark.parametrize(

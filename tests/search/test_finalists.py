@@ -399,6 +399,20 @@ def test_a_linear_start_would_undo_the_supernets_weights(space: SearchSpace) -> 
     assert finalist_training(scratch, linear, space, 1000, ALONE).recipe.linear_start
 
 
+def test_a_recipe_for_trained_weights_is_one_for_finalists_of_the_supernet(space: SearchSpace) -> None:
+    slow = RECIPE.override({"epochs": 20, "head_epochs": 4, "backbone_rate": 0.5})
+    config = CONFIG.override({"finalist_epochs": 3})
+    found = finalist_training(config, slow, space, 1000, ALONE).recipe
+    # fewer epochs than the recipe's, of which one at least trains all
+    assert (found.epochs, found.head_epochs, found.backbone_rate) == (3, 2, 0.5)
+    longer = CONFIG.override({"finalist_epochs": 10})
+    assert finalist_training(longer, slow, space, 1000, ALONE).recipe.head_epochs == 4
+    scratch = config.override({"finalists_from": "scratch"})
+    asked = "`finalist_recipe`: `head_epochs=4` and `backbone_rate=0.5`: for weights that are trained already"
+    with pytest.raises(UsageError, match=f"^{asked}"):
+        finalist_training(scratch, slow, space, 1000, ALONE)
+
+
 def test_progress_names_the_finalist(
     space: SearchSpace, limits: Limits, digits: ImageData, selection: Selection, tmp_path: Path
 ) -> None:

@@ -420,7 +420,7 @@ def test_what_is_preferred_is_trained_no_more_often_unless_asked_for(
         drawn.append(tuple(index for index in path if isinstance(index, int)))
         return path
 
-    monkeypatch.setattr("qnas.search.searcher.sample_path", draw)
+    monkeypatch.setattr("qnas.search.weight_steps.sample_path", draw)
     config = CONFIG.override({"paths": paths, "batch_size": 8, "arch_learning_rate": 0.0})
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, config)
     identity = tuple(position.names.index("identity") for position in tiny_space.positions)
@@ -441,7 +441,7 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are() -> None:
         ({"weights": "mixed"}, "`weights`: expected 'independent', 'shared' or 'nested', got 'mixed'"),
         ({"gradient": "three-path"}, "`gradient`: expected 'two-path', .*, got 'three-path'"),
         ({"nested_weight_steps": "both"}, "expected 'mixture' or 'sampled', got 'both'"),
-        ({"paths": "odd"}, "`paths`: expected 'even' or 'probabilities', got 'odd'"),
+        ({"paths": "odd"}, "`paths`: expected 'even', 'probabilities' or 'fair', got 'odd'"),
         ({"gradient": "exact"}, "`gradient='exact'` needs `weights='nested'`, got 'shared'"),
         ({"gradient": "gumbel", "weights": "nested"}, "`gradient='gumbel'`: expected 'exact'"),
     ):
@@ -528,7 +528,7 @@ def simulated(
     monkeypatch.setattr("qnas.search.searcher.mean_loss", lambda function, loss, labels: loss)
     monkeypatch.setattr("qnas.search.searcher._count_right", lambda loss, labels: torch.ones(2, 1))
     monkeypatch.setattr(supernet, "train", lambda: supernet)
-    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: 1.0)
+    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: {"loss": 1.0})
     nothing = itertools.repeat((torch.empty(0), torch.empty(0)))
     monkeypatch.setattr(searcher, "_weight_batches", nothing)
     monkeypatch.setattr(searcher, "_arch_batches", nothing)
@@ -705,7 +705,7 @@ def test_what_goes_wrong_is_said_and_logged(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     searcher = Searcher(tiny_space, within(table, middle(table)), digits, CONFIG)
-    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: np.log(10))
+    monkeypatch.setattr(searcher, "_weight_step", lambda images, labels: {"loss": np.log(10)})
     run_to_end(searcher, tmp_path, seed=0, resume=False, display=OnStderr(quiet=True))
     said = capsys.readouterr().err
     assert said.count("qnas: warning: the loss is still that of guessing, 2.30 nats") == 1

@@ -25,6 +25,7 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.blocks import BatchNorm2d
+from qnas.nn.subnet import build_subnet
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import ARCH_FILE, FINALISTS_FOLDER, METRICS_FILE, SEARCH_FILE, WEIGHTS_FILE
 from qnas.runs.tensors import load_tensors
@@ -137,8 +138,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         ("layernorm", {"weights": "nested"}),
         ("layernorm", {"sampler": "balanced"}),
         ("batchnorm", {"class_weights": "balanced"}),
+        ("layernorm", {"weight_steps": "sandwich"}),
+        ("layernorm", {"weight_steps": "sandwich", "step_paths": 1, "paths": "fair"}),
     ],
-    ids=["independent", "shared", "nested", "sampler", "batchnorm"],
+    ids=["independent", "shared", "nested", "sampler", "batchnorm", "sandwich", "fair"],
 )
 def test_two_processes_are_one_to_rounding_and_equal_to_the_bit(
     norm: str, changes: dict[str, Any], tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
@@ -228,6 +231,34 @@ def test_a_network_on_its_own_trains_alike_in_two_processes(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)  # found: 1e-7
+
+
+@forks
+def test_a_classifier_is_trained_alone_alike_in_two_processes(
+    tiny_space: SearchSpace, digits: ImageData, tmp_path: Path
+) -> None:
+    """All weights are averaged from the second epoch on, and the classifier's alone in the first."""
+    space = tiny_space.with_norm("batchnorm")
+    arch = make_arch(space, ("quadra_k5_e4", "identity", "quadra_k3_e2", "quadra_k3_e2"))
+    recipe = Recipe(resolution_px=8, epochs=2, batch_size=128, learning_rate=5e-3, head_epochs=1)
+    config = TrainConfig(recipe=recipe.override({"backbone_rate": 0.1}))
+
+    def train(world: World) -> tuple[str, dict[str, Any]]:
+        torch.manual_seed(0)
+        trainer = SubnetTrainer(build_subnet(space, arch, 10), digits, config, world)
+        folder = tmp_path / f"of-{world.size}"
+        folder.mkdir(exist_ok=True)
+        run_to_end(trainer, folder, seed=0, resume=False, world=world)
+        state = trainer.network.state_dict()
+        return digest(state), {name: tensor.double().numpy() for name, tensor in state.items()}
+
+    _, alone = train(ALONE)
+    first, second = in_two_processes(train)
+    assert first[0] == second[0]
+    for name, expected in alone.items():
+        found = torch.from_numpy(first[1][name])
+        # as above: some biases have rounding as their gradient
+        torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-3, atol=5e-3, msg=name)
 
 
 @forks

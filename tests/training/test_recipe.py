@@ -10,7 +10,7 @@ from qnas.commands import cli
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.data.sources import KINDS
-from qnas.training.recipe import DEFAULTS, Recipe
+from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 SHORTEST = "schema: qnas.recipe/1\nepochs: 3\nbatch_size: 8\nlearning_rate: 0.01\n"
 
@@ -85,6 +85,30 @@ def test_what_a_recipe_leaves_out_is_off() -> None:
     assert all(getattr(recipe, name) == 0 for name in off)
     assert recipe.accumulation == 1
     assert not recipe.linear_start
+
+
+def test_files_of_a_recipe_are_those_of_recipes_before_heads_had_epochs() -> None:
+    recipe = Recipe.parse(SHORTEST, "mine.yaml")
+    config = TrainConfig(recipe=recipe)
+    for kept in (recipe.to_yaml(), str(config.record())):
+        assert "epochs" in kept
+        assert not any(name in kept for name in ("head_epochs", "backbone_rate"))
+    slow = recipe.override({"backbone_rate": 0.1})
+    assert "backbone_rate: 0.1\n" in slow.to_yaml()
+    assert "head_epochs" not in slow.to_yaml()
+    assert Recipe.parse(slow.to_yaml(), "mine.yaml") == slow
+    recorded = TrainConfig(recipe=slow).record()
+    assert recorded["recipe"] == config.record()["recipe"] | {"backbone_rate": 0.1}
+    assert TrainConfig.check(recorded, "config.json").recipe == slow
+
+
+def test_the_head_is_not_all_that_is_trained() -> None:
+    recipe = Recipe.parse(SHORTEST, "mine.yaml")
+    assert recipe.override({"head_epochs": 2}).head_epochs == 2
+    with pytest.raises(UsageError, match=r"^`head_epochs=3`: expected fewer than the epochs, `epochs=3`$"):
+        recipe.override({"head_epochs": 3})
+    with pytest.raises(UsageError, match=r"^`backbone_rate`: expected at most 1, got 1\.5"):
+        recipe.override({"backbone_rate": 1.5})
 
 
 def test_every_field_has_a_flag_that_overrides_it() -> None:

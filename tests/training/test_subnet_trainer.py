@@ -219,7 +219,9 @@ def test_the_resolved_recipe_is_in_the_run(source: FoundArch, digits: ImageData,
     how = config(epochs=1, mixup=0.2)
     folder = train(source, digits, tmp_path / "run", how)
     assert Recipe.parse((folder / RECIPE_FILE).read_text(), RECIPE_FILE) == how.recipe
-    assert json.loads((folder / CONFIG_FILE).read_text())["train"]["recipe"] == how.recipe.values()
+    recorded = json.loads((folder / CONFIG_FILE).read_text())["train"]["recipe"]
+    assert recorded == {k: v for k, v in how.recipe.values().items() if k not in Recipe.LATER}
+    assert TrainConfig.check({"recipe": recorded}, "config.json").recipe == how.recipe
 
 
 # ---- stochastic depth
