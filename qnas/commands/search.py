@@ -78,6 +78,15 @@ def search(
             complete=completion.presets,
         ),
     ] = None,
+    pretrained: Annotated[
+        str | None,
+        option(
+            "A network whose weights the search starts from: efficientnet-lite0, -lite1, -lite2, or timm:NAME. "
+            "The default space is then the one around it.",
+            panel=options.BUDGET,
+            complete=completion.pretrained,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
     ] = None,
@@ -106,6 +115,7 @@ def search(
         latency=latency,
         max_broken=max_broken,
         preset=preset,
+        pretrained=pretrained,
         resume=resume,
         force=force,
         progress=options.progress(quiet),

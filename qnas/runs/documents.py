@@ -98,6 +98,14 @@ class TrainSettings(Document):
     recipe: Scalars = ABSENT
 
 
+class PretrainedFacts(Document):
+    """The network whose weights a run started from."""
+
+    name: Text
+    sha256: Digest
+    choices: Choices = ABSENT  # in an arch.json: the network's own candidates
+
+
 class ConfigDocument(Document):
     """A config.json: the request of a search or of a training."""
 
@@ -108,6 +116,7 @@ class ConfigDocument(Document):
     space: PathText = ABSENT
     space_digest: Digest = ABSENT
     versions: Versions = ABSENT
+    pretrained: PretrainedFacts = ABSENT
     # of a search
     search: SearchSettings = ABSENT
     latency: Text = ABSENT
@@ -281,6 +290,7 @@ class ArchDocument(ArchFields):
     warning: Text | None = None
     measured: Measured = ABSENT
     finalist: FinalistFacts = ABSENT
+    pretrained: PretrainedFacts = ABSENT
 
     @model_validator(mode="after")
     def _check_solve(self) -> Self:

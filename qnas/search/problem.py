@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qnas.data.batches import batch_count
 from qnas.data.image_data import ImageData
+from qnas.nn.pretrained.network import PretrainedNetwork
 from qnas.nn.supernet import limit_tensors
 from qnas.search.config import SearchConfig
 from qnas.solver.limits import Limits
@@ -85,8 +86,10 @@ class Problem:
         config: SearchConfig,
         world: World,
         objective: Objective | None,
+        pretrained: PretrainedNetwork | None = None,
     ) -> None:
         check_searchable(space, limits)
+        self.pretrained = pretrained  # what the supernet's weights start from
         self.space, self.data, self.config, self.world = space, data, config, world
         self.limits = limits
         self.limit_ms = limits[0].limit  # latency limit on the first device

@@ -15,6 +15,7 @@ from torch import Tensor
 from qnas.data.image_data import ImageData
 from qnas.nn.gradients import GRADIENTS
 from qnas.nn.modes import gradient_for
+from qnas.nn.pretrained.network import PretrainedNetwork
 from qnas.nn.supernet import even_logits, expected_latency, largest_ratio, sample_path
 from qnas.search.config import SearchConfig
 from qnas.search.penalty import penalised, settle
@@ -44,8 +45,9 @@ class Searcher:
         config: SearchConfig,
         world: World = ALONE,
         objective: Objective | None = None,
+        pretrained: PretrainedNetwork | None = None,
     ) -> None:
-        self.problem = Problem(space, limits, data, config, world, objective)
+        self.problem = Problem(space, limits, data, config, world, objective, pretrained)
         self.state = SearchState(self.problem)
         batch_size, arch_batch_size = self.problem.batch_size, self.problem.arch_batch_size
         supernet = self.state.supernet

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnas.nn.pretrained.start import start_from
 from qnas.nn.supernet import Supernet, expected_latency, largest_ratio, log_probabilities
 from qnas.search.diagnostics import Sight, make_watch
 from qnas.search.penalty import Multiplier
@@ -33,6 +34,8 @@ class SearchState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.supernet = Supernet(problem.space, classes, self.generator, config.weights)
+            if problem.pretrained is not None:
+                start_from(self.supernet, problem.pretrained)
         # the architecture parameters stay on the CPU
         self.supernet.parts.to(problem.acceleration.device)
         if config.compile:
