@@ -81,8 +81,8 @@ def search(
     pretrained: Annotated[
         str | None,
         option(
-            "A network whose weights the search starts from: efficientnet-lite0, -lite1, -lite2, or timm:NAME. "
-            "The default space is then the one around it.",
+            "A network whose weights the search starts from: efficientnet-lite0, -lite1, -lite2, or "
+            "timm:NAME. The default space is then the one around it.",
             panel=options.BUDGET,
             complete=completion.pretrained,
         ),
@@ -173,6 +173,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import energy_lines, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
+    from qnas.runs.pretrained_text import pretrained_lines
 
     run, space, arch = result.run, result.space, result.arch
     yield from ("", choices_by_stage(space, arch), "")
@@ -184,6 +185,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
     yield from energy_lines(run.limits, arch.indices(space))
     yield field("size", size_line(space, run.limits, result.macs, result.params))
+    yield from pretrained_lines(space, arch, result.document)
     yield from _comparison(result)
     yield field("files", files_in(result.folder))
     yield next_command(f"qnas train-subnet {result.folder}")

@@ -7,7 +7,6 @@ of the one compute something else with the other. The zeros depend on the map's 
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class SameConv2d(nn.Conv2d):
@@ -25,4 +24,4 @@ class SameConv2d(nn.Conv2d):
         for size in (x.shape[3], x.shape[2]):  # int: under torch.jit.trace a size is a tensor
             total = max((-(-int(size) // stride) - 1) * stride + kernel - int(size), 0)
             pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads) if any(pads) else x)
+        return super().forward(nn.functional.pad(x, pads) if any(pads) else x)

@@ -21,7 +21,9 @@ def check_name(name: str) -> None:
 
 
 def network_space(name: str) -> SearchSpace:
-    """Return a pretrained network as a fixed space. Raises UsageError where timm's does not fit or is missing.
+    """Return a pretrained network as a fixed space.
+
+    Raises UsageError where timm is missing, or its network does not fit.
 
     >>> network_space("efficientnet-lite0").is_fixed
     True

@@ -1,4 +1,4 @@
-"""A network of inverted residuals as a space with one candidate a position, and the space to search around it.
+"""A network of inverted residuals as a space with one candidate a position, and the space around it.
 
 The derived space keeps the network's stem, widths, strides and head. A position may have a smaller or larger
 kernel, fewer hidden channels, or nothing at all where the shape stays; with quadratic candidates, also a

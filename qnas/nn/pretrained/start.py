@@ -10,10 +10,11 @@ norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1
 2110.06081). The first steps change that scale, and then W_b, which is drawn anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qnas.nn.mixed_block import IndependentChoice, SharedChoice
 from qnas.nn.pretrained.derivation import QUADRATIC, check_fits, own_candidate
@@ -141,7 +142,7 @@ def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
         else:
             ring = (size - given) // 2
             pads = [0, 0] * (tensor.ndim - dim - 1) + [ring, ring]
-            tensor = nn.functional.pad(tensor, pads)
+            tensor = functional.pad(tensor, pads)
     return tensor
 
 
@@ -152,7 +153,7 @@ def sorted_channels(network: PretrainedNetwork) -> dict[str, Tensor]:
         if own_candidate(network.space, position).sizes["expansion"] == 1:
             continue  # its channels are those of its input
         name = position.name.replace(".", "_")
-        order = importance(_of(state, name)).argsort(descending=True, stable=True)
+        order = importance(_of(state, name), network.space.activation).argsort(descending=True, stable=True)
         for key in ("expand", "norm1", "depthwise", "norm2"):
             for full in [full for full in state if full.startswith(f"{name}.{key}.")]:
                 if state[full].ndim:  # not the count of batches
@@ -161,9 +162,24 @@ def sorted_channels(network: PretrainedNetwork) -> dict[str, Tensor]:
     return state
 
 
-def importance(block: Mapping[str, Tensor]) -> Tensor:
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu6": functional.relu6,
+    "hswish": functional.hardswish,
+    "gelu": functional.gelu,
+}
+
+
+def importance(block: Mapping[str, Tensor], activation: str) -> Tensor:
     """Return how much each hidden channel of a block matters for its output: (hidden,).
 
-    TODO
+    It is the sum of the channel's absolute weights in the projection, as in Once-for-All (arXiv 1908.09791),
+    times the root mean square of what the channel sends there. That follows from the norm before it without
+    any image: its outputs are taken as normal, with the norm's shift as mean and its scale as deviation.
     """
-    return block["project.weight"].abs().sum((0, 2, 3)) * block["norm2.weight"].abs()
+    weights = block["project.weight"].abs().sum((0, 2, 3))
+    mean, deviation = block["norm2.bias"][:, None], block["norm2.weight"][:, None]
+    places = torch.linspace(-4, 4, 81)
+    density = torch.exp(-places.square() / 2)
+    sent = _ACTIVATIONS[activation](mean + deviation * places)  # (hidden, places)
+    return weights * (sent.square() @ (density / density.sum())).sqrt()

@@ -6,7 +6,7 @@ not fit: squeeze-and-excitation whose gate is a sigmoid, MobileNetV3's head, Con
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,12 +22,15 @@ _SPACE_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def timm_space(name: str) -> SearchSpace:
-    """Return a network of timm as a fixed space. Raises UsageError where timm is missing or it does not fit."""
+    """Return a network of timm as a fixed space.
+
+    Raises UsageError where timm is missing, or the network does not fit.
+    """
     return space_of(_create(name, pretrained=False), name)
 
 
 def load_timm(name: str) -> PretrainedNetwork:
-    """Return a network of timm with its pretrained weights, from timm's cache or the hub. Raises UsageError."""
+    """Return a network of timm with its weights, from timm's cache or the hub. Raises UsageError."""
     return network_of(_create(name, pretrained=True), name)
 
 
@@ -70,59 +73,23 @@ def network_of(model: Any, name: str) -> PretrainedNetwork:
 
 def space_of(model: Any, name: str) -> SearchSpace:
     """Return a model of timm as a fixed space. Raises UsageError with the first thing that does not fit."""
-
-    def need(fits: object, what: str) -> None:
-        if not fits:
-            raise UsageError(f"pretrained timm:{one_line(name, 60)}: no inverted residuals of qnas: {what}")
-
+    need = _needing(name)
     kind = type(model).__name__
     parts = ("conv_stem", "bn1", "blocks", "conv_head", "bn2", "global_pool", "classifier")
     need(kind == "EfficientNet" and all(hasattr(model, part) for part in parts), f"a {kind}")
     need(isinstance(model.classifier, nn.Linear) and model.classifier.bias is not None, "its classifier")
     need(getattr(model.global_pool, "pool_type", "") == "avg", "its pooling")
-    norms, activations, pads, residuals = [model.bn1, model.bn2], [], [], []
-    for number, block in enumerate(_blocks(model), 1):
-        where = f"block {number}, a {type(block).__name__}"
-        found = _parts(block)
-        need(found, where)
-        need(isinstance(getattr(block, "se", nn.Identity()), nn.Identity), f"{where} with {_se(block)}")
-        need(isinstance(getattr(block, "aa", nn.Identity()), nn.Identity), f"{where} with anti-aliasing")
-        depthwise, project = found["depthwise"], found["project"]
-        c_in, hidden, c_out = (
-            found["expand"].in_channels if "expand" in found else depthwise.in_channels,
-            depthwise.in_channels,
-            project.out_channels,
-        )
-        stride = depthwise.stride[0]
-        convolutions = [found[role] for role in ("expand", "depthwise", "project") if role in found]
-        need(all(c.bias is None for c in convolutions), f"{where} with biases")
-        need(depthwise.groups == hidden and depthwise.dilation == (1, 1), f"{where} with grouped convolutions")
-        need(all(c.kernel_size == (1, 1) and c.groups == 1 for c in convolutions if c is not depthwise), where)
-        expansion, rest = divmod(hidden, c_in)
-        need(rest == 0, f"{where} that expands {c_in} channels to {hidden}")
-        need((expansion == 1) == ("expand" not in found), f"{where} that expands by {expansion}")
-        keeps = c_in == c_out and stride == 1
-        need(bool(getattr(block, "has_skip", keeps)) == keeps, f"{where} whose shortcut is missing")
-        norms += [module for module in found.values() if isinstance(module, nn.BatchNorm2d)]
-        activations += [found[role].act for role in ("norm1", "norm2") if role in found]
-        need(isinstance(found["norm3"].act, nn.Identity), f"{where} with an activation at its end")
-        pads.append(depthwise)
-        residuals.append(Residual(c_out, stride, depthwise.kernel_size[0], expansion))
-    activations += [model.bn1.act, model.bn2.act]
-    kinds = sorted({type(act).__name__ for act in activations})
+    stem, head = model.conv_stem, model.conv_head
+    need(stem.bias is None and head.bias is None, "biases of its stem or head")
+    residuals = [_residual(block, i, need) for i, block in enumerate(_blocks(model), 1)]
+    found = [_parts(block) for block in _blocks(model)]
+    norms = [model.bn1, model.bn2, *(part for each in found for part in each.values() if _is_norm(part))]
+    before_last = [each[role] for each in found for role in ("norm1", "norm2") if role in each]
+    kinds = sorted({type(norm.act).__name__ for norm in (model.bn1, model.bn2, *before_last)})
     need(len(kinds) == 1 and kinds[0] in _ACTIVATIONS, f"activation {', '.join(kinds)}")
     eps = sorted({norm.eps for norm in norms})
     need(len(eps) == 1, f"norms with several epsilons, {eps}")
-    need(model.conv_stem.bias is None and model.conv_head.bias is None, "biases of its stem or head")
-    strided = [conv for conv in (model.conv_stem, *pads) if conv.stride[0] > 1]
-    same = {type(conv).__name__ == "Conv2dSame" for conv in strided}
-    need(len(same) == 1, "two kinds of padding")
-    for conv in (model.conv_stem, *pads):
-        if type(conv).__name__ != "Conv2dSame":
-            half = conv.kernel_size[0] // 2
-            need(conv.padding == (half, half), f"padding {conv.padding} of a kernel of {conv.kernel_size[0]}")
     about = model.pretrained_cfg
-    stem = model.conv_stem
     return fixed_space(
         _SPACE_NAME.sub("-", f"timm-{name}"),
         residuals,
@@ -133,7 +100,7 @@ def space_of(model: Any, name: str) -> SearchSpace:
             "std": [float(value) for value in about["std"]],
         },
         activation=_ACTIVATIONS[kinds[0]],
-        padding="same" if True in same else "symmetric",
+        padding=_padding([stem, *(each["depthwise"] for each in found)], need),
         norm_eps=float(eps[0]),
         stem={
             "channels": stem.out_channels,
@@ -141,9 +108,59 @@ def space_of(model: Any, name: str) -> SearchSpace:
             "stride": stem.stride[0],
             "activation": True,
         },
-        head={"channels": model.conv_head.out_channels, "classes": model.classifier.out_features},
+        head={"channels": head.out_channels, "classes": model.classifier.out_features},
         source=f"timm's {name}.",
     )
+
+
+Need = Callable[[object, str], None]  # raises UsageError where its first argument is false
+
+
+def _needing(name: str) -> Need:
+    def need(fits: object, what: str) -> None:
+        if not fits:
+            raise UsageError(f"pretrained timm:{one_line(name, 60)}: no inverted residuals of qnas: {what}")
+
+    return need
+
+
+def _residual(block: Any, number: int, need: Need) -> Residual:
+    """Return a block's sizes. Raises UsageError where an inverted residual of qnas would compute another."""
+    where = f"block {number}, a {type(block).__name__}"
+    found = _parts(block)
+    need(found, where)
+    need(isinstance(getattr(block, "se", nn.Identity()), nn.Identity), f"{where} with {_se(block)}")
+    need(isinstance(getattr(block, "aa", nn.Identity()), nn.Identity), f"{where} with anti-aliasing")
+    depthwise, project = found["depthwise"], found["project"]
+    hidden, c_out, stride = depthwise.in_channels, project.out_channels, depthwise.stride[0]
+    c_in = found["expand"].in_channels if "expand" in found else hidden
+    pointwise = [found[role] for role in ("expand", "project") if role in found]
+    need(all(conv.bias is None for conv in (depthwise, *pointwise)), f"{where} with biases")
+    need(depthwise.groups == hidden and depthwise.dilation == (1, 1), f"{where} with grouped convolutions")
+    need(all(conv.kernel_size == (1, 1) and conv.groups == 1 for conv in pointwise), where)
+    expansion, rest = divmod(hidden, c_in)
+    need(rest == 0, f"{where} that expands {c_in} channels to {hidden}")
+    need((expansion == 1) == ("expand" not in found), f"{where} that expands by {expansion}")
+    keeps = c_in == c_out and stride == 1
+    need(bool(getattr(block, "has_skip", keeps)) == keeps, f"{where} whose shortcut is missing")
+    need(isinstance(found["norm3"].act, nn.Identity), f"{where} with an activation at its end")
+    return Residual(c_out, stride, depthwise.kernel_size[0], expansion)
+
+
+def _padding(convolutions: Sequence[Any], need: Need) -> str:
+    """Return the padding of convolutions with a stride; others must have half their kernel."""
+    is_same = {conv: type(conv).__name__ == "Conv2dSame" for conv in convolutions}
+    for conv in convolutions:
+        half = conv.kernel_size[0] // 2
+        fits = is_same[conv] or conv.padding == (half, half)
+        need(fits, f"padding {conv.padding} of a kernel of {conv.kernel_size[0]}")
+    strided = {same for conv, same in is_same.items() if conv.stride[0] > 1}
+    need(len(strided) == 1, "two kinds of padding")
+    return "same" if True in strided else "symmetric"
+
+
+def _is_norm(module: Any) -> bool:
+    return isinstance(module, nn.BatchNorm2d)
 
 
 def _blocks(model: Any) -> Iterator[Any]:
