@@ -68,7 +68,8 @@ class LayerSpec:
 def same_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the zeros before and after a map by TensorFlow's SAME.
 
-    The output has ceil(size / stride) pixels. The larger half comes after. At stride 1 with an odd kernel, both are half the kernel.
+    The output has ceil(size / stride) pixels. The larger half comes after. At stride 1 with an odd kernel,
+    both are half the kernel.
 
     >>> same_pads(224, 3, 2), same_pads(225, 3, 2), same_pads(112, 5, 2)
     ((0, 1), (1, 1), (1, 2))

@@ -307,9 +307,10 @@ def train_subnet(
 
     `request` is the rest of the request, for config.json; `objective` replaces the loss and metric of the
     configuration. `pretrained` has the weights to start from instead of new ones. `from_finalist` starts from
-    the weights of the search's finalist; `from_supernet` then says what that one started from. With several processes, only the main one reads and writes in the
-    folder. Raises CheckpointError where the folder or the weights cannot be used, UsageError for a linear
-    start from trained weights, which would undo the quadratic ones.
+    the weights of the search's finalist; `from_supernet` then says what that one started from. With several
+    processes, only the main one reads and writes in the folder. Raises CheckpointError where the folder or
+    the weights cannot be used, UsageError for a linear start from trained weights, which would undo the
+    quadratic ones.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")

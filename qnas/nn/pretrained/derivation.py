@@ -135,11 +135,10 @@ def own_candidate(network: SearchSpace, position: Position) -> Candidate:
 
 
 def _can_start(candidate: Candidate, own: Candidate) -> bool:
-    if candidate.block == "identity":
-        return True
+    if candidate.block != BLOCK:
+        return candidate.block == "identity"
     return (
-        (candidate.block, candidate.parameters["attention"], candidate.parameters["act"])
-        == (own.block, own.parameters["attention"], own.parameters["act"])
+        all(candidate.parameters[name] == own.parameters[name] for name in ("attention", "act"))
         and candidate.sizes["expansion"] <= own.sizes["expansion"]
         # an expansion of one has no convolution before its mixer
         and (candidate.sizes["expansion"] == 1) == (own.sizes["expansion"] == 1)

@@ -7,7 +7,8 @@ The order of hidden channels changes nothing of the network itself.
 
 A product of two depthwise convolutions starts as the linear one: W_a is the pretrained convolution with its
 norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1 (ReLinear's start, arXiv
-2110.06081). The first steps change that scale, and then W_b, which is drawn anew.
+2110.06081). The first steps change that scale, and then W_b, which is drawn anew. Without ReLU6 a product's
+block also clips its output to [-6, 6] (`qnas.spaces.blocks`), and is the linear one only within.
 """
 
 from collections.abc import Callable, Mapping

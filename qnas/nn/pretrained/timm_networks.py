@@ -80,6 +80,7 @@ def space_of(model: Any, name: str) -> SearchSpace:
     need(isinstance(model.classifier, nn.Linear) and model.classifier.bias is not None, "its classifier")
     need(getattr(model.global_pool, "pool_type", "") == "avg", "its pooling")
     stem, head = model.conv_stem, model.conv_head
+    need(isinstance(head, nn.Conv2d), "no convolution in its head")
     need(stem.bias is None and head.bias is None, "biases of its stem or head")
     residuals = [_residual(block, i, need) for i, block in enumerate(_blocks(model), 1)]
     found = [_parts(block) for block in _blocks(model)]
