@@ -32,6 +32,7 @@ class LayerSpec:
         assert self.op in OPS, self.op
         assert min(self.resolution_px, self.c_in, self.c_out, self.kernel, self.stride) >= 1, self
         assert self.kernel % 2 == 1 or self.kernel == self.stride, self
+        assert self.padding or not self.same, self
         assert OPS[self.op].changes_channels or self.c_in == self.c_out, self
 
     @property
@@ -42,7 +43,7 @@ class LayerSpec:
     @property
     def pads(self) -> tuple[int, int]:
         """Zeros added before (left, top) and after (right, bottom) the map."""
-        if self.same and self.padding:
+        if self.same:
             return same_pads(self.resolution_px, self.kernel, self.stride)
         return self.padding, self.padding
 
