@@ -1,8 +1,8 @@
 """A search and a training that start from a pretrained network, here a small one."""
 
 import json
-from dataclasses import replace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

@@ -249,7 +249,8 @@ ALL_BROKEN: dict[str, Any] = {
             "actvation",
             [
                 "actvation: unknown key (did you mean activation or transition? known: activation, "
-                "candidates, head, input, name, norm, norm_eps, padding, schema, source, stages, stem, transition)",
+                "candidates, head, input, name, norm, norm_eps, padding, schema, source, stages, stem, "
+                "transition)",
             ],
         ),
     ],

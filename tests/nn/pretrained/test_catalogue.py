@@ -22,5 +22,5 @@ def test_a_shipped_space_is_taken_as_it_is_shipped() -> None:
 @pytest.mark.parametrize("name", ["efficientnet-lite9", "timm:", "resnet50"])
 def test_an_unknown_network_is_refused(name: str) -> None:
     for function in (network_space, space_around, load_pretrained):
-        with pytest.raises(UsageError, match="`pretrained='.*'`: .*efficientnet-lite0.*, or timm:NAME"):
+        with pytest.raises(UsageError, match=r"`pretrained='.*'`: .*efficientnet-lite0.*, or timm:NAME"):
             function(name)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from helpers.pretrained import built
 
 from qnas.common.errors import CheckpointError, UsageError
-from qnas.nn.pretrained import efficientnet_lite
 from qnas.nn.pretrained.derivation import derived_space, own_arch
 from qnas.nn.pretrained.efficientnet_lite import IN_EXTRA, LITES, lite_space, load_lite, weights_file
 from qnas.nn.pretrained.start import start_from
@@ -115,7 +115,7 @@ def test_only_the_known_file_is_read(package: Path) -> None:
     with pytest.raises(CheckpointError, match=r"own\.pth: not the known weights of efficientnet-lite0"):
         load_lite("efficientnet-lite0")
     torch.save({"_fc.bias": torch.zeros(3)}, package)
-    with pytest.raises(CheckpointError, match="SHA-256 .{12}, expected 579344248a93"):
+    with pytest.raises(CheckpointError, match=r"SHA-256 .{12}, expected 579344248a93"):
         load_lite("efficientnet-lite0")
 
 
@@ -125,10 +125,10 @@ def test_tensors_alone_are_read(package: Path, monkeypatch: pytest.MonkeyPatch) 
             return (exec, ("raise SystemExit('code of a file was run')",))
 
     torch.save({"_fc.bias": Harmful()}, package)
-    digest = efficientnet_lite.sha256(package.read_bytes()).hexdigest()
+    digest = sha256(package.read_bytes()).hexdigest()
     known = replace(LITES["efficientnet-lite0"], sha256=digest)
     monkeypatch.setitem(LITES, "efficientnet-lite0", known)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load_lite("efficientnet-lite0")
 
 

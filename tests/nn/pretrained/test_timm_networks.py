@@ -10,8 +10,8 @@ from qnas.common.errors import UsageError
 
 timm = pytest.importorskip("timm")
 
-from qnas.nn.pretrained import timm_networks  # noqa: E402  # timm is an extra
-from qnas.nn.pretrained.derivation import check_fits, derived_space  # noqa: E402
+from qnas.nn.pretrained.derivation import check_fits, derived_space  # noqa: E402  # timm is an extra
+from qnas.nn.pretrained.network import digest_of_tensors  # noqa: E402
 from qnas.nn.pretrained.timm_networks import load_timm, network_of, timm_space  # noqa: E402
 
 
@@ -86,4 +86,15 @@ def test_without_the_hub_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp
         UsageError, match="mobilenetv2_050: it is asleep, and the weights are not in its cache"
     ):
         load_timm("mobilenetv2_050")
-    assert timm_networks.digest_of_tensors({}) == timm_networks.digest_of_tensors({})
+
+
+def test_the_digest_is_that_of_names_shapes_and_values() -> None:
+    state = {"a": torch.zeros(2), "b": torch.ones(2)}
+    same = {"b": torch.ones(2), "a": torch.zeros(2)}
+    others = [
+        {"a": torch.zeros(2), "b": torch.full((2,), 1.5)},
+        {"a": torch.zeros(2), "c": torch.ones(2)},
+        {"a": torch.zeros(2), "b": torch.ones(2, 1)},
+    ]
+    assert digest_of_tensors(state) == digest_of_tensors(same)
+    assert len({digest_of_tensors(each) for each in [state, *others]}) == 4
