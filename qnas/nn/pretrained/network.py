@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qnas.nn.subnet import build_subnet
@@ -22,7 +23,8 @@ class PretrainedNetwork:
     sha256: str  # of the file of its weights, or of the tensors where they are no file
 
     def __post_init__(self) -> None:
-        network = build_subnet(self.space, only_arch(self.space), self.space.head.classes)
+        with torch.device("meta"):  # neither memory nor random numbers
+            network = build_subnet(self.space, only_arch(self.space), self.space.head.classes)
         needed = {name: tensor.shape for name, tensor in network.state_dict().items()}
         found = {name: tensor.shape for name, tensor in self.state.items()}
         assert needed == found, sorted(set(needed.items()) ^ set(found.items()))[:4]
