@@ -127,6 +127,7 @@ def derive(
         "latency_source": latency,
         "supernet": os.path.relpath(run.folder / SUPERNET_FILE, folder),
         "supernet_sha256": run.document.get("supernet_sha256"),
+        **({"pretrained": run.document["pretrained"]} if "pretrained" in run.document else {}),
         "heldout_accuracy": ranking[0]["heldout_accuracy"] if ranking else None,
         "heldout_balanced_accuracy": ranking[0]["heldout_balanced_accuracy"] if ranking else None,
         "ranking": ranking,

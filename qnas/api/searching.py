@@ -12,6 +12,8 @@ from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, InfeasibleBudgetError, QnasWarning, TableError, UsageError
 from qnas.common.resources import stems
 from qnas.latency.prediction import DEVICE
+from qnas.nn.pretrained.catalogue import network_space, space_around
+from qnas.nn.pretrained.derivation import check_fits
 from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import FAMILY_SPACE_FILE, SPACE_FILE
 from qnas.search.config import PRESET_OF_DATA, SearchConfig
@@ -63,6 +65,7 @@ def run_search(
     latency: str | None = None,
     max_broken: float | None = None,
     preset: str | Path | None = None,
+    pretrained: str | None = None,
     loss: "str | LossFunction | None" = None,
     metric: "str | Metric | None" = None,
     resume: bool = False,
@@ -86,6 +89,11 @@ def run_search(
     trained by themselves, and the best is the result.
     `loss` and `metric` are names or callables (see `qnas.training.losses`).
 
+    `pretrained` is a network whose weights the search starts from: `efficientnet-lite0`, -lite1 or -lite2,
+    or `timm:NAME`. The default space is then the one around it, and any other must have its stem, widths and
+    head. Images are normalised as the space's input says, as that network was trained. The run needs the
+    network's package until it has ended, and not afterwards.
+
     `confidence` keeps the upper end of the network's latency interval at this level within each budget, in
     place of the prediction.
 
@@ -101,10 +109,15 @@ def run_search(
 
     Raises QnasError for an invalid request, if possible before anything is trained.
     """
-    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
+    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress, pretrained=pretrained)
     former = _former(out) if resume else {}
-    given = former.get("space", SPACE) if space is None else space
+    if pretrained is None and "pretrained" in former:
+        pretrained = str(former["pretrained"]["name"])
+    around = SPACE if pretrained is None or former else space_around(pretrained)
+    given = former.get("space", around) if space is None else space
     family = _family(given, former.get("resolutions_px") if resolutions is None else resolutions, former, out)
+    if pretrained is not None:
+        check_fits(family.largest, network_space(pretrained))
     asked = AskedLimits.of(
         budgets, max_params, max_macs, former, max_energy=max_energy, confidence=confidence
     )
@@ -136,6 +149,7 @@ def run_search(
     broken = former.get("max_broken") if max_broken is None else max_broken
 
     from qnas.api import session
+    from qnas.nn.pretrained.catalogue import load_pretrained
     from qnas.search.finalists import finalist_recipe, finalist_training
     from qnas.search.search_result import follow_search
     from qnas.search.search_result import run_search as search_in_folder
@@ -144,6 +158,7 @@ def run_search(
 
     recipe = finalist_recipe(config, kind_of(data)) if config.finalists else None
 
+    start = None if pretrained is None else load_pretrained(pretrained)
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")
     world, display = world_of_environment(), session.display_of(progress)
     with session.threads_set(config.threads):
@@ -160,7 +175,7 @@ def run_search(
         batch_size = session.fit_batch(config.batch_size, len(images.train), world, asked=is_asked)
         config = config.override({"batch_size": batch_size})
         objective = session.objective_of(config, loss, metric, images.train.labels, images)
-        searcher = Searcher(known, limits, images, config, world, objective, over_layouts)
+        searcher = Searcher(known, limits, images, config, world, objective, over_layouts, start)
         arch_batch = searcher.problem.arch_batch_size
         finalists = (
             None if recipe is None else finalist_training(config, recipe, known, len(images.train), world)
@@ -190,6 +205,7 @@ def run_search(
             "limits": entries,
             "space": known.name if isinstance(given, SearchSpace | SpaceFamily) else str(given),
             "space_digest": known.digest,
+            **({} if start is None else {"pretrained": start.record()}),
             "table_digest": entries[0]["table_digest"],
             **session.record_images(data, images, broken),
             **({"arch_batch_size": arch_batch} if arch_batch < batch_size else {}),

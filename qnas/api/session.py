@@ -112,6 +112,7 @@ def load_images(
         channels=space.input.channels,
         max_broken=MAX_BROKEN if max_broken is None else max_broken,
         keep_originals=keep_originals,
+        normalisation=space.input.normalisation,
         quiet=not shows_bar,
     )
     for note in images.notes:

@@ -14,6 +14,7 @@ from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
+from qnas.spaces.space import load_space
 from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def train_subnet(
     data: "GivenData | None" = None,
     recipe: str | Path | Recipe | None = None,
     weights: str | None = None,
+    pretrained: str | None = None,
     teacher: str | None = None,
     space: str | None = None,
     out: str | Path | None = None,
@@ -59,7 +61,10 @@ def train_subnet(
     recipe by name, a YAML file or a Recipe (default: by the kind of data); `settings` are fields of the
     recipe and of TrainConfig that override it, such as `epochs`, `learning_rate`, `class_weights` or `seed`.
     `weights` is "finalist", "supernet" or "scratch" (default: the first of these that there are): of a search
-    with finalists, the training of the best one goes on. `teacher` is
+    with finalists, the training of the best one goes on. `pretrained` starts from a pretrained network's
+    weights instead (`efficientnet-lite0`, `timm:NAME`): those of the given network's channels and kernels,
+    or without `source` the whole pretrained network, as one of `space` (default: the one around it).
+    `teacher` is
     "supernet-largest", "timm:NAME" or a trained network's folder. `loss`, `metric`, `resume`, `progress` and
     `on_start` as in `run_search`.
 
@@ -71,13 +76,24 @@ def train_subnet(
     """
     from qnas.api import session
     from qnas.data.loading import kind_of, reopen
+    from qnas.nn.pretrained.catalogue import load_pretrained, space_around
+    from qnas.nn.pretrained.derivation import check_fits, own_arch
     from qnas.training.acceleration import choose_acceleration
     from qnas.training.processes import world_of_environment
     from qnas.training.subnet_trainer import train_subnet as train_in_folder
     from qnas.training.supernet_weights import finalist_file, is_finalist, supernet_file
     from qnas.training.teacher import load_teacher
 
-    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress)
+    check_arguments(max_broken=max_broken, loss=loss, metric=metric, progress=progress, pretrained=pretrained)
+    start = None
+    if pretrained is not None:
+        if weights is not None:
+            raise UsageError(f"`weights='{weights}'`: `pretrained` has the weights to start from")
+        start = load_pretrained(pretrained)
+        if source is None:
+            around = space_around(pretrained) if space is None else load_space(space)
+            check_fits(around, start.space)
+            source, space = (around, own_arch(around, start.space)), None
     found = find_source(latest_run() if source is None else source, space)
     searched = supernet_file(found).is_file()
     if weights not in (None, "finalist", "supernet", "scratch"):
@@ -88,8 +104,8 @@ def train_subnet(
         )
     if weights == "supernet" and not searched:
         raise UsageError(f"`weights='supernet'`: no {SUPERNET_FILE} in {found.folder}, name a run's folder")
-    from_finalist = is_finalist(found) if weights is None else weights == "finalist"
-    from_supernet = searched and weights != "scratch"
+    from_finalist = start is None and (is_finalist(found) if weights is None else weights == "finalist")
+    from_supernet = start is None and searched and weights != "scratch"
     if from_finalist:
         from_supernet = found.document["finalist"]["from"] == "supernet"
     former = read_config(supernet_file(found).parent) if searched else {}
@@ -152,6 +168,7 @@ def train_subnet(
             from_supernet=from_supernet,
             from_finalist=from_finalist,
             teacher=taught,
+            pretrained=start,
             objective=session.objective_of(config, loss, metric, images.train_and_heldout.labels, images),
             resume=resume,
             force=force,

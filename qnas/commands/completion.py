@@ -56,6 +56,15 @@ recipes = _shipped("recipes", "a recipe")
 presets = _shipped("recipes/search", "a search preset")
 
 
+def pretrained(incomplete: str) -> Words:
+    """Complete a pretrained network: those of packages, and the beginning of timm's names."""
+    from qnas.nn.pretrained.catalogue import TIMM
+    from qnas.nn.pretrained.efficientnet_lite import LITES
+
+    words = [(name, "ImageNet weights of a package") for name in LITES]
+    return _begin_with(incomplete, [*words, (TIMM, "a network of timm")])
+
+
 def runs(incomplete: str) -> Words:
     """Complete a finished run: from the folder being typed, or else from `runs/`."""
     folder = incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "runs")

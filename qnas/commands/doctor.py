@@ -32,7 +32,10 @@ _PACKAGES = {
     ),
     "executorch": ("qnas export --format executorch", "executorch"),
     "tensorboard": ("qnas tensorboard", "'quadranet-nas[tensorboard]'"),
-    "timm": ("qnas train-subnet --teacher timm:NAME", "'quadranet-nas[timm]'"),
+    "timm": (
+        "qnas train-subnet --teacher timm:NAME, qnas search --pretrained timm:NAME",
+        "'quadranet-nas[timm]'",
+    ),
 }
 _LIBRARIES = ("torch", "torchvision")  # without these, the other checks cannot run
 OWN_DEVICES = Path("devices")  # where qnas profile writes

@@ -20,6 +20,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     from qnas.runs.family_text import family_lines
     from qnas.runs.finalists_text import finalist_lines
     from qnas.runs.finished_run import read_finished_run
+    from qnas.runs.pretrained_text import changes_of, pretrained_lines
     from qnas.runs.run_text import describe_explanation
 
     run = source or latest_run()
@@ -29,6 +30,10 @@ def explain(source: Run = None, as_json: Json = False) -> None:
     if finished.family is not None:
         lines += ["", *family_lines(finished.family)]
         facts["family"] = finished.family.document
+    if "pretrained" in finished.document:
+        lines += ["", *pretrained_lines(finished.space, finished.arch, finished.document)]
+        changes = changes_of(finished.space, finished.arch, finished.document["pretrained"])
+        facts["pretrained"] = finished.document["pretrained"] | {"changes": changes}
     if (finalists := finished.found.get("finalists")) is not None:
         lines += ["", *finalist_lines(finalists, finished.limits, finished.space, finished.family)]
         facts["finalists"] = finalists

@@ -80,6 +80,15 @@ def search(
             complete=completion.presets,
         ),
     ] = None,
+    pretrained: Annotated[
+        str | None,
+        option(
+            "A network whose weights the search starts from: efficientnet-lite0, -lite1, -lite2, or "
+            "timm:NAME. The default space is then the one around it.",
+            panel=options.BUDGET,
+            complete=completion.pretrained,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, option("The run's folder. Default: a new one in runs/.", panel=options.OUTPUT)
     ] = None,
@@ -109,6 +118,7 @@ def search(
         latency=latency,
         max_broken=max_broken,
         preset=preset,
+        pretrained=pretrained,
         resume=resume,
         force=force,
         progress=options.progress(quiet),
@@ -178,6 +188,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     from qnas.runs.finished_run import asked_devices
     from qnas.runs.latency_text import energy_lines, latency_lines
     from qnas.runs.network_text import choices_by_stage, size_line
+    from qnas.runs.pretrained_text import pretrained_lines
 
     run, space, arch = result.run, result.space, result.arch
     yield from ("", choices_by_stage(space, arch), "")
@@ -191,6 +202,7 @@ def _lines(result: "SearchResult") -> Iterator[str]:
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
     yield from energy_lines(run.limits, arch.indices(space))
     yield field("size", size_line(space, run.limits, result.macs, result.params))
+    yield from pretrained_lines(space, arch, result.document)
     yield from _comparison(result)
     yield field("files", files_in(result.folder))
     yield next_command(f"qnas train-subnet {result.folder}")

@@ -70,6 +70,15 @@ def train_subnet(
             panel=RECIPE,
         ),
     ] = None,
+    pretrained: Annotated[
+        str | None,
+        option(
+            "A pretrained network to start from: efficientnet-lite0, -lite1, -lite2, or timm:NAME. Without a "
+            "run, the whole network is trained.",
+            panel=RECIPE,
+            complete=completion.pretrained,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         option(
@@ -110,6 +119,7 @@ def train_subnet(
         data=data,
         recipe=recipe,
         weights=weights,
+        pretrained=pretrained,
         teacher=teacher,
         space=space,
         out=out,
@@ -124,6 +134,8 @@ def train_subnet(
     speed = read_document(folder / SPEED_FILE, SpeedDocument)
     start = "the supernet's weights" if trained.config["from_supernet"] else "scratch"
     start = "the finalist's weights" if trained.config.get("from_finalist") else start
+    if "pretrained" in trained.config:
+        start = f"the weights of {trained.config['pretrained']['name']}"
     epochs = trained.config["train"]["recipe"]["epochs"]
     target = folder.parent if folder.name == SUBNET_FOLDER and out is None else folder
     kind = result.get("split_names", {}).get("test", "test")

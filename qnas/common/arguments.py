@@ -32,6 +32,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("loss", "metric"), _PART),
     **dict.fromkeys(("device", "folder", "network", "result", "source", "space", "target", "trained"), _PATH),
     "name": _NAME,
+    "pretrained": ("the name of a pretrained network", lambda value: isinstance(value, str)),
     **dict.fromkeys(("aot", "keeps_shape", "needs_batchnorm", "symmetric"), _BOOL),
     **dict.fromkeys(("layers", "parameters"), ("a mapping", lambda value: isinstance(value, Mapping))),
     "fixed_ms": _MS,

@@ -110,7 +110,7 @@ class ImageData:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel over `train_and_heldout`, on a scale where the byte 255 is 1."""
+        """Mean of each channel over `train_and_heldout`, or as given; on a scale where the byte 255 is 1."""
         return self.train.mean
 
     @property

@@ -20,7 +20,7 @@ from qnas.data.image_data import ImageData, Images, Split, take
 from qnas.data.labelled_images import LabelledImages, digest_of
 from qnas.data.lazy_images import LazyImages
 from qnas.data.left_out import summary
-from qnas.data.normalisation import channel_statistics
+from qnas.data.normalisation import Normalisation, channel_statistics
 from qnas.data.pil_pixels import FULL_BITS
 from qnas.data.sources import DataSpec, open_dataset, parse_data_spec
 from qnas.data.splits import SPLITS, complete_splits, without_broken
@@ -42,6 +42,7 @@ def load_data(
     max_broken: float | None = MAX_BROKEN,
     keep_originals: bool = False,
     bits: int | None = None,
+    normalisation: Normalisation | None = None,
     quiet: bool = False,
 ) -> ImageData:
     """Read, split and decode a data set.
@@ -59,6 +60,7 @@ def load_data(
     decoded now are not checked, and a broken one raises when it is read.
 
     `bits` are the significant bits of images of more than 8; by default, those that the data set needs.
+    `normalisation` replaces the mean and standard deviation of the data's own channels.
 
     Raises DataError if images are missing, damaged or too few, and UsageError for a fraction outside 0 to 1.
     """
@@ -91,7 +93,8 @@ def load_data(
 
     labels = torch.from_numpy(source.targets[lazy.order])
     heldout, test, end = np.cumsum([len(splits[split]) for split in SPLITS]).tolist()
-    mean, std = channel_statistics(take(images, slice(test)))
+    mean, std = normalisation or channel_statistics(take(images, slice(test)))
+    assert len(mean) == len(std) == channels, (mean, std)
 
     def split(name: str, start: int, stop: int) -> Split:
         places = slice(start, stop)

@@ -9,6 +9,7 @@ from qnas.data.broken_images import or_broken
 from qnas.data.decoding import chunked, in_threads, spread
 from qnas.data.lazy_images import LazyImages
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel; 255 is 1
 STATISTICS_IMAGES = 1000  # images to read for mean and std if not all are in memory
 
 

@@ -114,6 +114,7 @@ def card_document(
         "data": {"kind": result["data"].partition(":")[0], "digest": config.get("data_digest")},
         "recipe": config.get("train", {}).get("recipe", {}),
         "from_supernet": config.get("from_supernet", False),
+        **_pretrained(config, found),
         "accuracy": {
             "top1": accuracy,
             "images": n,
@@ -143,6 +144,14 @@ def card_document(
     }
 
 
+def _pretrained(config: Mapping[str, Any], found: FoundArch) -> dict[str, Any]:
+    """Return the entry about the network whose weights the training or its search started from, if any."""
+    started = config.get("pretrained")
+    if started is None and config.get("from_supernet"):
+        started = found.document.get("pretrained")
+    return {} if started is None else {"pretrained": {key: started[key] for key in ("name", "sha256")}}
+
+
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write a card as JSON and as Markdown."""
     write_json(folder / JSON, card)
@@ -154,6 +163,9 @@ def markdown(card: Mapping[str, Any]) -> str:
     task, data, accuracy, network = (card[key] for key in ("task", "data", "accuracy", "network"))
     low, high = accuracy["interval95"]
     trained = "from the supernet's weights" if card["from_supernet"] else "from scratch"
+    if started := card.get("pretrained"):
+        its = f"the weights of {in_markdown(started['name'])}"
+        trained = f"{trained}, which started from {its}" if card["from_supernet"] else f"from {its}"
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
     balanced = balanced_text(accuracy["top1"], accuracy.get("balanced"))
     never = never_text(accuracy.get("never_predicted", ()), len(task["classes"]))

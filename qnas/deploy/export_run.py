@@ -347,6 +347,7 @@ def _load_data(given: GivenData | None, found: FoundArch, result: Mapping[str, A
         memory_limit_bytes=0,  # so that only the images that are used are decoded
         max_broken=None,  # broken images among them are left out
         bits=result.get("significant_bits") or FULL_BITS,
+        normalisation=(tuple(result["mean"]), tuple(result["std"])),
         quiet=True,
     )
     if list(data.classes) != list(result["classes"]):

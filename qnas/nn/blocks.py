@@ -18,6 +18,7 @@ from qnas.nn.inverted_residual import run_fused
 from qnas.nn.kernels.block import can_run, mixer_half
 from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
+from qnas.nn.padding import SameConv2d
 from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.spaces.blocks import BLOCKS, SPACES_OWN, Place, mbconv_layers, module_of, quadra_layers, star_layers
 from qnas.spaces.layer import LayerSpec
@@ -98,6 +99,8 @@ ENVELOPE_TAPS = 0.7
 
 
 def _convolution(spec: LayerSpec) -> nn.Module:
+    if spec.same:
+        return SameConv2d(spec.c_in, spec.c_out, spec.kernel, spec.stride, bias=spec.bias)
     return nn.Conv2d(spec.c_in, spec.c_out, spec.kernel, spec.stride, spec.padding, bias=spec.bias)
 
 
@@ -109,7 +112,9 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     almost like a 3x3 one instead of as noise from 49 places (benchmarks/start.py compares initialisations).
     """
     conv: nn.Conv2d
-    if spec.padding == spec.kernel // 2:
+    if spec.same:
+        conv = SameConv2d(spec.c_in, spec.c_out, spec.kernel, spec.stride, groups=spec.c_in, bias=spec.bias)
+    elif spec.padding == spec.kernel // 2:
         conv = DepthwiseConv2d(spec.c_in, spec.kernel, spec.stride, bias=spec.bias)
     else:  # a user's block
         conv = nn.Conv2d(
@@ -127,13 +132,20 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
 
 CLIP_RANGE = (-6.0, 6.0)  # of a mixer's output with batch normalisation; `qnas.spaces.blocks` explains why
 
+EPS = {"layernorm": 1e-6, "batchnorm": 1e-5}  # of norms, where the space states none
+
+
+def _eps(spec: LayerSpec) -> float:
+    return EPS[spec.op] if spec.eps is None else spec.eps
+
+
 # The operators of layer.OPS that are modules. `add`, `mul`, `scale` and `square` are in the blocks' forward.
 MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "conv": _convolution,
     "dwconv": _depthwise,
     "linear": lambda spec: nn.Linear(spec.c_in, spec.c_out, bias=spec.bias),
-    "layernorm": lambda spec: ChannelLayerNorm(spec.c_out, eps=1e-6),
-    "batchnorm": lambda spec: BatchNorm2d(spec.c_out),
+    "layernorm": lambda spec: ChannelLayerNorm(spec.c_out, eps=_eps(spec)),
+    "batchnorm": lambda spec: BatchNorm2d(spec.c_out, eps=_eps(spec)),
     "gelu": lambda _: nn.GELU(),
     "relu": lambda _: nn.ReLU(),
     "relu6": lambda _: nn.ReLU6(),
@@ -206,10 +218,11 @@ class QuadraBlock(nn.Module):
         norm: str = "layernorm",
         activation: str = "gelu",
         neuron: str = DEFAULT_NEURON,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
-        place = Place(c_in, c_in, 1, 1, norm, activation)
-        for spec in quadra_layers(place, kernel, expansion, neuron):
+        place = Place(c_in, c_in, 1, 1, norm, activation, norm_eps=norm_eps)
+        for spec in place.settled(quadra_layers(place, kernel, expansion, neuron)):
             if spec.op in MODULES:
                 self.add_module(spec.role, MODULES[spec.op](spec))
         self.neuron = neuron
@@ -274,11 +287,17 @@ def _submodules(layers: tuple[LayerSpec, ...]) -> OrderedDict[str, nn.Module]:
 
 
 def star_block(
-    c_in: int, kernel: int, expansion: int, mixers: str = "double", *, activation: str = "relu6"
+    c_in: int,
+    kernel: int,
+    expansion: int,
+    mixers: str = "double",
+    *,
+    activation: str = "relu6",
+    norm_eps: float | None = None,
 ) -> StarBlock:
     """Build a star block, with freshly drawn weights."""
-    place = Place(c_in, c_in, 1, 1, "batchnorm", activation)
-    return StarBlock(_submodules(star_layers(place, kernel, expansion, mixers)))
+    place = Place(c_in, c_in, 1, 1, "batchnorm", activation, norm_eps=norm_eps)
+    return StarBlock(_submodules(place.settled(star_layers(place, kernel, expansion, mixers))))
 
 
 def inverted_residual(
@@ -292,13 +311,15 @@ def inverted_residual(
     act: str = SPACES_OWN,
     *,
     activation: str = "relu6",
+    padding: str = "symmetric",
+    norm_eps: float | None = None,
 ) -> nn.Module:
     """Build an inverted residual, with freshly drawn weights; that of MobileNetV2 is a chain.
 
     The second factor of a factored neuron starts around 1, so that the product starts with its linear part.
     """
-    place = Place(c_in, c_out, stride, 1, "batchnorm", activation)
-    layers = mbconv_layers(place, kernel, expansion, neuron, attention, act)
+    place = Place(c_in, c_out, stride, 1, "batchnorm", activation, padding, norm_eps)
+    layers = place.settled(mbconv_layers(place, kernel, expansion, neuron, attention, act))
     if (neuron, attention) == ("linear", "none"):
         return InvertedResidual(layers)
     block = MBConvBlock(_submodules(layers), is_residual=layers[-1].op == "add")

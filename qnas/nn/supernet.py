@@ -46,9 +46,12 @@ class Supernet(nn.Module):
     `alpha` holds the architecture parameters, float64 on the CPU, one row for each position: (positions,
     candidates), or (positions, kernels + expansions + 2) with nested weights. Surplus entries of a row have
     no effect. All other parameters are weights. Raises UsageError if `weights` does not fit the space.
+
+    `pretrained` are the names of the parameters that `pretrained.start.start_from` has set; none otherwise.
     """
 
     alpha: nn.Parameter
+    pretrained: frozenset[str]
     mask: Tensor  # (positions, candidates): which candidates exist
 
     def __init__(
@@ -56,8 +59,7 @@ class Supernet(nn.Module):
     ) -> None:
         super().__init__()
         self.space = space
-        # names of the parameters that started from pretrained weights
-        self.pretrained: frozenset[str] = frozenset()
+        self.pretrained = frozenset()
         self.labels = block_labels(space)
         self.parts = nn.ModuleDict()
         for part in skeleton(space, classes=classes):

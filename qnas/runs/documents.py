@@ -98,6 +98,14 @@ class TrainSettings(Document):
     recipe: Scalars = ABSENT
 
 
+class PretrainedFacts(Document):
+    """The network whose weights a run started from."""
+
+    name: Text
+    sha256: Digest
+    choices: Choices = ABSENT  # in an arch.json: the network's own candidates
+
+
 class ConfigDocument(Document):
     """A config.json: the request of a search or of a training."""
 
@@ -111,6 +119,7 @@ class ConfigDocument(Document):
     family_digest: Digest = ABSENT
     resolutions_px: Annotated[list[Pixels], Field(min_length=1, max_length=100)] = ABSENT
     versions: Versions = ABSENT
+    pretrained: PretrainedFacts = ABSENT
     # of a search
     search: SearchSettings = ABSENT
     latency: Text = ABSENT
@@ -284,6 +293,7 @@ class ArchDocument(ArchFields):
     warning: Text | None = None
     measured: Measured = ABSENT
     finalist: FinalistFacts = ABSENT
+    pretrained: PretrainedFacts = ABSENT
 
     @model_validator(mode="after")
     def _check_solve(self) -> Self:

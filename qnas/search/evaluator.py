@@ -94,7 +94,14 @@ def saved_evaluator(
     searched = config["search"]
     given, channels = reopen(data, config), space.input.channels
     px, broken = searched["resolution_px"], config.get("max_broken", MAX_BROKEN)
-    images = load_data(given, resolution_px=px, channels=channels, max_broken=broken, quiet=True)
+    images = load_data(
+        given,
+        resolution_px=px,
+        channels=channels,
+        max_broken=broken,
+        normalisation=space.input.normalisation,
+        quiet=True,
+    )
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
     objective = saved_objective(searched, images.train.labels, len(images.classes), loss, folder)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qnas.data.batches import batch_count
 from qnas.data.image_data import ImageData
+from qnas.nn.pretrained.network import PretrainedNetwork
 from qnas.nn.supernet import LimitTensors, limit_tensors
 from qnas.search.config import SearchConfig
 from qnas.search.sizes import check_sizes, resize, scaled_px
@@ -119,11 +120,13 @@ class Problem:
         world: World,
         objective: Objective | None,
         family: FamilySearch | None = None,
+        pretrained: PretrainedNetwork | None = None,
     ) -> None:
         if family is None:
             check_searchable(space, limits)
         else:
             check_sizes(space, family.family.resolutions_px, data.resolution_px)
+        self.pretrained = pretrained  # what the supernet's weights start from
         self.space, self.data, self.config, self.world = space, data, config, world
         self._set_limits(limits)
         self.family, self.layout = family, layout_of(space)

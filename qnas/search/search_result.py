@@ -23,6 +23,7 @@ from qnas.data.broken_images import broken_copies
 from qnas.data.left_out import left_out_facts, write_left_out
 from qnas.latency.prediction import DEVICE, predict_arch
 from qnas.latency.table import table_text
+from qnas.nn.pretrained.derivation import own_choices
 from qnas.runs import names
 from qnas.runs.documents import read_search_document
 from qnas.runs.folders import read_config
@@ -187,6 +188,7 @@ def _finish(
         "heldout_accuracy": winner.heldout.accuracy,
         "heldout_balanced_accuracy": winner.heldout.balanced_accuracy,
         **of_finals,
+        **_pretrained(state.problem),
         "seed": state.problem.config.seed,
         "versions": request.get("versions", {}),
     }
@@ -196,6 +198,14 @@ def _finish(
     write_json(folder / names.ARCH_FILE, document)
     remove_states(folder)
     return selection
+
+
+def _pretrained(problem: Problem) -> dict[str, Any]:
+    """Return what arch.json says of the network whose weights the search started from, if there is one."""
+    network = problem.pretrained
+    if network is None:
+        return {}
+    return {"pretrained": network.record() | {"choices": list(own_choices(problem.space, network.space))}}
 
 
 def _search_document(

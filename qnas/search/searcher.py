@@ -20,6 +20,7 @@ from torch import Tensor
 from qnas.data.image_data import ImageData
 from qnas.nn.gradients import GRADIENTS
 from qnas.nn.modes import gradient_for
+from qnas.nn.pretrained.network import PretrainedNetwork
 from qnas.nn.supernet import expected_latency, largest_ratio
 from qnas.search.config import SearchConfig
 from qnas.search.penalty import penalised, settle
@@ -50,8 +51,9 @@ class Searcher:
         world: World = ALONE,
         objective: Objective | None = None,
         family: FamilySearch | None = None,
+        pretrained: PretrainedNetwork | None = None,
     ) -> None:
-        self.problem = Problem(space, limits, data, config, world, objective, family)
+        self.problem = Problem(space, limits, data, config, world, objective, family, pretrained)
         self.state = SearchState(self.problem)
         batch_size, arch_batch_size = self.problem.batch_size, self.problem.arch_batch_size
         supernet = self.state.supernet

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qnas.common.errors import UsageError
+from qnas.nn.pretrained.start import start_from
 from qnas.nn.supernet import Supernet, expected_latency, largest_ratio, log_probabilities
 from qnas.search.config import PRETRAINED, SearchConfig
 from qnas.search.diagnostics import Sight, make_watch
@@ -49,6 +50,8 @@ class SearchState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.supernet = Supernet(problem.space, classes, self.generator, config.weights)
+            if problem.pretrained is not None:
+                start_from(self.supernet, problem.pretrained)
         # the architecture parameters stay on the CPU
         self.supernet.parts.to(problem.acceleration.device)
         if config.compile:

@@ -28,14 +28,14 @@ an export looks at the values on real images.
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from itertools import pairwise, product
 from typing import Any, TypeVar
 
 from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import QnasError, SpaceError, abbreviate, nearest, one_line
-from qnas.spaces.layer import LayerSpec
+from qnas.spaces.layer import OPS, LayerSpec
 from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
 
 Value = int | str  # of a parameter
@@ -53,11 +53,31 @@ class Place:
     resolution_px: int
     norm: str
     activation: str
+    padding: str = "symmetric"  # of convolutions with a stride; or "same"
+    norm_eps: float | None = None  # None: that of `qnas.nn.blocks`
 
     @property
     def keeps_shape(self) -> bool:
         """Whether input and output have the same shape."""
         return self.c_in == self.c_out and self.stride == 1
+
+    def settled(self, layers: Layers) -> Layers:
+        """Return layers with the space's padding and epsilon, which the functions of blocks leave out."""
+        return settled(layers, self.padding, self.norm_eps)
+
+
+def settled(layers: Layers, padding: str, norm_eps: float | None) -> Layers:
+    """Return layers with a space's padding of convolutions with a stride, and epsilon of norms."""
+    if padding == "symmetric" and norm_eps is None:
+        return layers
+    return tuple(
+        replace(layer, eps=norm_eps)
+        if OPS[layer.op].scales_and_shifts
+        else replace(layer, same=True)
+        if padding == "same" and layer.padding and layer.stride > 1
+        else layer
+        for layer in layers
+    )
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,7 @@ class Block:
             ) from error
         if problem:
             raise SpaceError(f"block {self.candidate_name(parameters)}: {problem}")
+        layers = place.settled(layers)
         c_in, px, c_out = place.c_in, place.resolution_px, place.c_out
         wanted = (c_in, px, c_out, -(-px // place.stride))
         found = (c_in, px, c_in, px)
@@ -356,7 +377,17 @@ def module_of(
     needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if unknown := ", ".join(a.name for a in needed if a.name not in known):
         raise SpaceError(f"block {block.name}: its module needs {unknown}, known are {', '.join(known)}")
+    names = {a.name for a in wanted}
+    for name, is_needed in (("norm_eps", place.norm_eps is not None), ("padding", _pads_same(place))):
+        if is_needed and name not in names:
+            raise SpaceError(
+                f"block {block.name}: the space sets {name}={known[name]}, which its module does not take"
+            )
     return make, {a.name: known[a.name] for a in wanted if a.name in known}
+
+
+def _pads_same(place: Place) -> bool:
+    return place.padding == "same" and place.stride > 1
 
 
 @register_block(

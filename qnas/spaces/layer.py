@@ -25,24 +25,34 @@ class LayerSpec:
     kernel: int = 1
     stride: int = 1
     bias: bool = False
+    same: bool = False  # a convolution padded as TensorFlow's SAME, not by half its kernel on each side
+    eps: float | None = None  # of a norm; None: that of `qnas.nn.blocks`
 
     def __post_init__(self) -> None:
         assert self.op in OPS, self.op
         assert min(self.resolution_px, self.c_in, self.c_out, self.kernel, self.stride) >= 1, self
         assert self.kernel % 2 == 1 or self.kernel == self.stride, self
+        assert self.padding or not self.same, self
         assert OPS[self.op].changes_channels or self.c_in == self.c_out, self
 
     @property
     def padding(self) -> int:
-        """Zeros added on each side."""
+        """Zeros added on each side where that is the same, or half the kernel."""
         return 0 if self.kernel == self.stride else self.kernel // 2
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """Zeros added before (left, top) and after (right, bottom) the map."""
+        if self.same:
+            return same_pads(self.resolution_px, self.kernel, self.stride)
+        return self.padding, self.padding
 
     @property
     def out_px(self) -> int:
         """Height and width of the output."""
         if self.op in ("gap", "linear"):
             return 1
-        return (self.resolution_px + 2 * self.padding - self.kernel) // self.stride + 1
+        return (self.resolution_px + sum(self.pads) - self.kernel) // self.stride + 1
 
     @property
     def macs(self) -> int:
@@ -54,6 +64,19 @@ class LayerSpec:
         """Trained parameters, biases included."""
         weights = OPS[self.op].weights(self)
         return weights + self.c_out * (self.bias if weights else 2 * OPS[self.op].scales_and_shifts)
+
+
+def same_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Return the zeros before and after a map by TensorFlow's SAME.
+
+    The output has ceil(size / stride) pixels. The larger half comes after. At stride 1 with an odd kernel,
+    both are half the kernel.
+
+    >>> same_pads(224, 3, 2), same_pads(225, 3, 2), same_pads(112, 5, 2)
+    ((0, 1), (1, 1), (1, 2))
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
 
 
 class Op(NamedTuple):

@@ -12,7 +12,7 @@ from itertools import chain
 
 from qnas.common.errors import SpaceError
 from qnas.spaces.arch import Arch, arch_from_indices
-from qnas.spaces.blocks import BLOCKS, Place, Value
+from qnas.spaces.blocks import BLOCKS, Place, Value, settled
 from qnas.spaces.layer import LayerSpec
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
@@ -99,6 +99,7 @@ def skeleton(
     def add_fixed(name: str, kind: str, layers: tuple[LayerSpec, ...]) -> int:
         if not layers:
             return px
+        layers = settled(layers, space.padding, space.norm_eps)
         blocks.append(BlockSpec(name, kind, layers))
         return layers[-1].out_px
 
@@ -141,7 +142,16 @@ def make_block(name: str, block: str, place: Place, **parameters: Value) -> Bloc
 def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:
     """Return the block of a candidate in a slot. Identity has no layers."""
     p = slot.position
-    place = Place(p.c_in, p.c_out, p.stride, slot.resolution_px, space.norm, space.activation)
+    place = Place(
+        p.c_in,
+        p.c_out,
+        p.stride,
+        slot.resolution_px,
+        space.norm,
+        space.activation,
+        space.padding,
+        space.norm_eps,
+    )
     return make_block(p.name, candidate.block, place, **candidate.parameters)
 
 

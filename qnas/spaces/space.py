@@ -37,8 +37,14 @@ MOST_IN_ALL = 10_000  # candidates of all positions together
 # the name of a space at one resolution of its family
 AT_RESOLUTION = re.compile("(?P<name>.+)-(?P<px>[1-9][0-9]{0,3})px")
 FEWEST_CLASSES, MOST_CLASSES = 2, 1_000_000
+# keys that the first files did not have, with their defaults: only other values are part of a digest
+LATER_KEYS = {"padding": "symmetric", "norm_eps": None}
+LATER_INPUT_KEYS = {"mean": None, "std": None}
 
 Channels = Annotated[int, Field(ge=1, le=16384)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(ge=1e-3, le=10)]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
 
 class Candidate(FilePart):
@@ -151,10 +157,30 @@ Candidates = Annotated[tuple[Candidate, ...], BeforeValidator(_expand_candidates
 
 
 class Input(FilePart):
-    """The deployed network's input."""
+    """The deployed network's input. `mean` and `std` normalise it in place of the data's own statistics.
+
+    Both are on a scale where the byte 255 is 1, a value for each channel.
+    """
 
     channels: Annotated[int, Field(ge=1, le=16)] = 3
     resolution_px: Annotated[int, Field(ge=1, le=4096)]
+    mean: Annotated[tuple[Mean, ...], BeforeValidator(to_tuples)] | None = None
+    std: Annotated[tuple[Std, ...], BeforeValidator(to_tuples)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        counts = [len(given) for given in (self.mean, self.std) if given is not None]
+        if counts and counts != [self.channels, self.channels]:
+            raise ValueError(
+                f"mean and std: expected both with a value for each of {self.channels} channels, got "
+                f"{len(self.mean or ())} and {len(self.std or ())}"
+            )
+        return self
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """Mean and std of each channel, None where they are the data's own."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
 
 class Stem(FilePart):
@@ -217,6 +243,9 @@ class SearchSpace(FilePart):
     input: Input
     norm: Literal["layernorm", "batchnorm"]
     activation: Literal["gelu", "relu", "relu6", "hswish"]
+    # of convolutions with a stride: half the kernel on each side, or TensorFlow's SAME (layer.same_pads)
+    padding: Literal["symmetric", "same"] = "symmetric"
+    norm_eps: Annotated[float, Field(gt=0, le=0.1)] | None = None  # None: that of `qnas.nn.blocks`
     stem: Stem
     # conv: a convolution and a norm between stages; block: the first block of a stage changes the shape
     transition: Literal["conv", "block"]
@@ -300,6 +329,10 @@ class SearchSpace(FilePart):
             for candidate in part["candidates"] or ():
                 if candidate["block"] == "identity":  # digests date from when every block had these
                     candidate |= {"kernel": 1, "expansion": 1}
+        for part, later in ((content, LATER_KEYS), (content["input"], LATER_INPUT_KEYS)):
+            for key, default in later.items():
+                if part[key] == default:
+                    del part[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
@@ -338,6 +371,8 @@ def make_space(
     stages: Sequence[Mapping[str, Any]],
     head: Mapping[str, Any],
     transition: str = "conv",
+    padding: str = "symmetric",
+    norm_eps: float | None = None,
     source: str = "made in Python",
 ) -> SearchSpace:
     """Make a space in Python: the arguments are the keys of a YAML file, and lists stand for combinations.
@@ -357,7 +392,8 @@ def make_space(
     >>> space.positions[0].names
     ('quadra_k3_e2', 'quadra_k5_e2', 'identity')
     """
-    return check_space({"schema": SCHEMA, **locals()}, f"space {one_line(name, 40)}")
+    given = {key: value for key, value in locals().items() if LATER_KEYS.get(key, ...) != value}
+    return check_space({"schema": SCHEMA, **given}, f"space {one_line(name, 40)}")
 
 
 def check_space(content: Mapping[str, Any], where: str) -> SearchSpace:

@@ -31,6 +31,8 @@ from qnas.data.broken_images import broken_copies
 from qnas.data.image_data import ImageData, sample_images
 from qnas.data.left_out import left_out_facts, write_left_out
 from qnas.nn.blocks import count_parameters, quadratic_weights, start_linear
+from qnas.nn.pretrained.network import PretrainedNetwork
+from qnas.nn.pretrained.start import starting_network
 from qnas.nn.subnet import build_subnet
 from qnas.runs import names
 from qnas.runs.checkpoint import Checkpoints
@@ -319,6 +321,7 @@ def train_subnet(
     from_finalist: bool = False,
     teacher: Teacher | None = None,
     objective: Objective | None = None,
+    pretrained: PretrainedNetwork | None = None,
     resume: bool = False,
     force: bool = False,
     display: Display = silent,
@@ -327,10 +330,11 @@ def train_subnet(
     """Train the network of an architecture in a folder; return its score on the test images.
 
     `request` is the rest of the request, for config.json; `objective` replaces the loss and metric of the
-    configuration. `from_finalist` starts from the weights of the search's finalist; `from_supernet` then
-    says what that one started from. With several processes, only the main one reads and writes in the
-    folder. Raises CheckpointError where the folder or the weights cannot be used, UsageError for a linear
-    start from trained weights, which would undo the quadratic ones.
+    configuration. `pretrained` has the weights to start from instead of new ones. `from_finalist` starts from
+    the weights of the search's finalist; `from_supernet` then says what that one started from. With several
+    processes, only the main one reads and writes in the folder. Raises CheckpointError where the folder or
+    the weights cannot be used, UsageError for a linear start from trained weights, which would undo the
+    quadratic ones.
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
@@ -343,7 +347,10 @@ def train_subnet(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build_subnet(source.space, source.arch, len(data.classes))
+        if pretrained is None:
+            network = build_subnet(source.space, source.arch, len(data.classes))
+        else:
+            network = starting_network(pretrained, source.space, source.arch, len(data.classes))
     if from_finalist:
         inherit_finalist(network, source)
     elif from_supernet:
@@ -355,6 +362,7 @@ def train_subnet(
         "train": config.record() | trainer.objective.record(),
         "from_supernet": from_supernet,
         **({"from_finalist": True} if from_finalist else {}),
+        **({} if pretrained is None else {"pretrained": pretrained.record()}),
         **({} if "data" in request else {"data": data.name}),
         **request,
     }

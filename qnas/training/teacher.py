@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from qnas.common.errors import UsageError, first_line, one_line
 from qnas.data.image_data import ImageData
+from qnas.nn.pretrained.hub import hub_problem, only_cached
 from qnas.nn.subnet import build_subnet
 from qnas.runs.found_arch import FoundArch, find_arch, read_result, trained_folder
 from qnas.runs.names import SUPERNET_FILE
 from qnas.spaces.lower import smallest_and_largest
-from qnas.training.hub import hub_problem, only_cached
 from qnas.training.optimizer import Teacher
 from qnas.training.processes import digest
 from qnas.training.scoring import recalibrate_on

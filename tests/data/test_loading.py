@@ -32,6 +32,20 @@ def test_lazy_images_give_the_batches_of_images_in_memory(noise: Path) -> None:
             assert lazy_x.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_given_normalisation_replaces_that_of_the_data(noise: Path) -> None:
+    own, given = load(noise), load(noise, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    assert own.mean != given.mean
+    assert given.digest == own.digest
+    for name in ("train", "heldout", "test", "train_and_heldout"):
+        assert getattr(given, name).mean == (0.1, 0.2, 0.3)
+    pixels = given.test.read(torch.arange(3)).float() / 255
+    expected = (pixels - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.4, 0.5, 0.6])[
+        :, None, None
+    ]
+    (images, _), *_ = batches(given.test, 3)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
 def test_memory_limit_counts_the_pixels_of_all_splits(noise: Path) -> None:
     total = 46 * 3 * PX * PX
     assert isinstance(load(noise, memory_limit_bytes=total).train.images, torch.Tensor)

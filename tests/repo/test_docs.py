@@ -282,6 +282,7 @@ SMALL = (
     (r"^((?!.*--data).*\bqnas search)", r"\1 --data imagefolder:digits"),
     ("^qnas train-subnet", "qnas train-subnet --resolution 32 --epochs 1 --batch-size 16 --force"),
     ("--epochs 60", ""),
+    ("--resolution 128", "--resolution 32"),
     ("^qnas export", "qnas export --images 20 --force"),
     ("int8 --resolution 224", "int8 --resolution 32"),
     ("--resolution 224 --force", r"\g<0> --allow-drop"),

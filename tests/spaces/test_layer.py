@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ CONVOLUTIONS = [
     )
     if kernel % 2 == 1 or kernel == stride
 ]
+SAME = [replace(spec, same=True) for spec in CONVOLUTIONS if spec.padding]
 OTHERS = [
     LayerSpec("layer", op, 5, 6, 6) for op in OPS if op in MODULES and op not in ("conv", "dwconv", "linear")
 ] + [LayerSpec("layer", "linear", 1, 6, 10, bias=bias) for bias in (False, True)]
@@ -27,7 +29,7 @@ def test_macs_params_and_output_size_are_those_of_the_module() -> None:
     # torch's shape functions on the meta device: nothing is computed
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         flops = 0
-        for spec in CONVOLUTIONS + OTHERS:
+        for spec in CONVOLUTIONS + SAME + OTHERS:
             module = MODULES[spec.op](spec).eval()
             px = spec.resolution_px
             output = module(torch.empty((1, spec.c_in) if spec.op == "linear" else (1, spec.c_in, px, px)))
@@ -39,7 +41,7 @@ def test_macs_params_and_output_size_are_those_of_the_module() -> None:
 
 
 def test_an_odd_kernel_rounds_the_size_up_and_a_patch_down() -> None:
-    for spec in CONVOLUTIONS:
+    for spec in CONVOLUTIONS + SAME:
         if spec.kernel == spec.stride:
             assert spec.out_px == spec.resolution_px // spec.stride
         else:
@@ -54,6 +56,7 @@ def test_an_odd_kernel_rounds_the_size_up_and_a_patch_down() -> None:
         {"stride": 0},
         {"op": "add", "c_out": 4},
         {"kernel": 4, "stride": 2},
+        {"kernel": 2, "stride": 2, "same": True},
     ],
 )
 def test_an_impossible_layer_cannot_be_made(wrong: dict[str, object]) -> None:

@@ -9,6 +9,8 @@ from helpers.mutants import check_refusal
 
 from qnas.common.errors import SpaceError
 from qnas.common.resources import stems
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import layers_of, lower
 from qnas.spaces.space import Candidate, SearchSpace, load_space, make_space, parse_space
 
 SHIPPED = list(stems("search_spaces", ".yaml"))
@@ -118,6 +120,59 @@ def test_the_default_neuron_leaves_the_digest_as_it_was_before_there_were_neuron
     assert named.digest == silent.digest != other.digest
 
 
+def test_the_defaults_of_later_keys_leave_the_digest_as_it_was_before_there_were_any() -> None:
+    plain = space()
+    digest = "4de3ade8ff484973"
+    assert plain.digest == digest
+    assert space(padding="symmetric", norm_eps=None).digest == digest
+    assert space(input={"channels": 3, "resolution_px": 32, "mean": None, "std": None}).digest == digest
+    others = [
+        space(padding="same"),
+        space(norm_eps=1e-3),
+        space(input={"channels": 3, "resolution_px": 32, "mean": [0.5] * 3, "std": [0.25] * 3}),
+    ]
+    assert len({digest, *(other.digest for other in others)}) == 4
+
+
+def test_padding_epsilon_and_normalisation_survive_a_file_and_python() -> None:
+    given = {"channels": 3, "resolution_px": 32, "mean": [0.5, 0.25, 0.75], "std": [0.25] * 3}
+    full = space(padding="same", norm_eps=1e-3, input=given)
+    assert parse_space(full.to_yaml(), "again") == full
+    assert full.input.normalisation == ((0.5, 0.25, 0.75), (0.25,) * 3)
+    assert space().input.normalisation is None
+    keys = {key: value for key, value in SMALL.items() if key not in ("schema", "name", "input")}
+    made = make_space("mine", **keys, input=given, padding="same", norm_eps=1e-3)
+    assert made.digest == full.digest
+    assert "padding" not in make_space("mine", **keys, input=SMALL["input"]).to_yaml()
+
+
+def test_layers_have_the_padding_and_epsilon_of_their_space() -> None:
+    usual, other = space(), space(padding="same", norm_eps=1e-3)
+    arch = Arch(("mbconv_k3_e3", "identity", "mbconv_k5_e6", "mbconv_k3_e3"))
+    before, after = (list(layers_of(lower(s, arch))) for s in (usual, other))
+    for old, new in zip(before, after, strict=True):
+        assert (old.same, old.eps) == (False, None)
+        assert new.same == (new.op in ("conv", "dwconv") and new.stride == 2)
+        assert new.eps == (1e-3 if new.op == "batchnorm" else None)
+        assert (new.out_px, new.macs, new.params) == (old.out_px, old.macs, old.params)
+    assert [layer.pads for layer in after if layer.same] == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean": [0.5] * 3}, "mean and std: expected both with a value for each of 3 channels, got 3 and 0"),
+        ({"mean": [0.5] * 3, "std": [0.5]}, "got 3 and 1"),
+        ({"mean": [2.0] * 3, "std": [0.5] * 3}, "input.mean[0]: expected at most 1, got 2.0"),
+        ({"mean": [0.5] * 3, "std": [0] * 3}, "input.std[0]: expected at least 0.001, got 0"),
+    ],
+)
+def test_a_normalisation_is_one_of_all_channels(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpaceError, match="input") as error:
+        space(input={"channels": 3, "resolution_px": 32, **given})
+    assert message in str(error.value)
+
+
 def test_a_candidate_that_keeps_the_shape_is_left_out_where_the_shape_changes() -> None:
     # the first stage goes from 8 to 8 channels at stride 1, the second changes both
     names = {p.name: p.names for p in space().positions}
@@ -194,7 +249,8 @@ ALL_BROKEN: dict[str, Any] = {
             "actvation",
             [
                 "actvation: unknown key (did you mean activation or transition? known: activation, "
-                "candidates, head, input, name, norm, schema, source, stages, stem, transition)",
+                "candidates, head, input, name, norm, norm_eps, padding, schema, source, stages, stem, "
+                "transition)",
             ],
         ),
     ],

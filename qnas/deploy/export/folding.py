@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.nn.padding import SameConv2d
 from qnas.spaces.neurons import NEURONS
 
 
@@ -79,7 +80,8 @@ def fold_affine(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _fold_into(norm: nn.LayerNorm, layer: nn.Linear | nn.Conv2d) -> None:
-    if norm.weight is None or (isinstance(layer, nn.Conv2d) and (any(layer.padding) or layer.groups > 1)):
+    pads = isinstance(layer, nn.Conv2d) and (any(layer.padding) or isinstance(layer, SameConv2d))
+    if norm.weight is None or pads or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
         return
     rest = (1,) * (layer.weight.ndim - 2)
     shift = (layer.weight * norm.bias.view(1, -1, *rest)).flatten(1).sum(1)

@@ -40,11 +40,13 @@ class Mixer(nn.Module):
 class QuadraBlock(nn.Module):
     """A depthwise mixer, then a pointwise expansion (QuadraNet, arXiv 2311.17956)."""
 
-    def __init__(self, channels: int, expansion: int, mixer: nn.Module, act: nn.Module) -> None:
+    def __init__(
+        self, channels: int, expansion: int, mixer: nn.Module, act: nn.Module, eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.norm1 = ChannelLayerNorm(channels, eps=1e-6)
+        self.norm1 = ChannelLayerNorm(channels, eps=eps)
         self.mixer = mixer
-        self.norm2 = ChannelLayerNorm(channels, eps=1e-6)
+        self.norm2 = ChannelLayerNorm(channels, eps=eps)
         self.expand = nn.Conv2d(channels, expansion * channels, 1)
         self.act = act
         self.project = nn.Conv2d(expansion * channels, channels, 1)
@@ -60,14 +62,20 @@ class QuadraBlockBN(nn.Module):
     """A QuadraBlock with batch norms; a clip bounds what a mixer that multiplies may add."""
 
     def __init__(
-        self, channels: int, expansion: int, mixer: nn.Module, clip: nn.Module, act: nn.Module
+        self,
+        channels: int,
+        expansion: int,
+        mixer: nn.Module,
+        clip: nn.Module,
+        act: nn.Module,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.mixer = mixer
-        self.norm1 = nn.BatchNorm2d(channels)
+        self.norm1 = nn.BatchNorm2d(channels, eps=eps)
         self.clip = clip
         self.expand = nn.Conv2d(channels, expansion * channels, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(expansion * channels)
+        self.norm2 = nn.BatchNorm2d(expansion * channels, eps=eps)
         self.act = act
         self.project = nn.Conv2d(expansion * channels, channels, 1)
 

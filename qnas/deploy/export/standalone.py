@@ -29,6 +29,7 @@ from qnas.nn.blocks import (
     GlobalAveragePool,
     build_block,
 )
+from qnas.nn.padding import SameConv2d
 from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.spaces.blocks import BLOCKS, module_of
 from qnas.spaces.layer import LayerSpec
@@ -49,11 +50,16 @@ def _convolution(spec: LayerSpec) -> str:
     groups = spec.c_in if spec.op == "dwconv" else 1
     options = [
         f"stride={spec.stride}" if spec.stride > 1 else "",
-        f"padding={spec.padding}" if spec.padding else "",
+        f"padding={spec.padding}" if spec.padding and not spec.same else "",
         f"groups={groups}" if groups > 1 else "",
         "" if spec.bias else "bias=False",
     ]
-    return f"nn.Conv2d({', '.join([f'{spec.c_in}, {spec.c_out}, {spec.kernel}', *filter(None, options)])})"
+    name = SameConv2d.__name__ if spec.same else "nn.Conv2d"
+    return f"{name}({', '.join([f'{spec.c_in}, {spec.c_out}, {spec.kernel}', *filter(None, options)])})"
+
+
+def _batch_norm(spec: LayerSpec) -> str:
+    return f"nn.BatchNorm2d({spec.c_out}{'' if spec.eps is None else f', eps={spec.eps}'})"
 
 
 # Operators of layer.OPS as they are written; `add`, `mul`, `scale` and `square` are in the blocks' forward.
@@ -61,8 +67,8 @@ LAYERS: dict[str, Callable[[LayerSpec], str]] = {
     "conv": _convolution,
     "dwconv": _convolution,
     "linear": lambda spec: f"nn.Linear({spec.c_in}, {spec.c_out}{'' if spec.bias else ', bias=False'})",
-    "layernorm": lambda spec: f"ChannelLayerNorm({spec.c_out}, eps=1e-6)",
-    "batchnorm": lambda spec: f"nn.BatchNorm2d({spec.c_out})",
+    "layernorm": lambda spec: f"ChannelLayerNorm({spec.c_out}, eps={spec.eps or '1e-6'})",
+    "batchnorm": _batch_norm,
     "gelu": lambda _: "nn.GELU()",
     "relu": lambda _: "nn.ReLU()",
     "relu6": lambda _: "nn.ReLU6()",
@@ -123,6 +129,8 @@ def _quadra(block: BlockSpec) -> str:
     ]
     if place.norm == "batchnorm":
         arguments.insert(3, f"clip={_layer(by_role['clip']) if 'clip' in by_role else 'nn.Identity()'}")
+    if place.norm_eps is not None:
+        arguments.append(f"eps={place.norm_eps}")
     return _call("QuadraBlockBN" if place.norm == "batchnorm" else "QuadraBlock", arguments)
 
 
@@ -159,6 +167,7 @@ def _written(block: BlockSpec) -> str:
 
 # Classes that torch lacks, in the order in which a file defines them.
 CLASSES = (
+    SameConv2d,
     ChannelLayerNorm,
     GlobalAveragePool,
     plain.Residual,

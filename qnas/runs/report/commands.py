@@ -14,6 +14,7 @@ def search_command(config: Mapping[str, Any]) -> str:
     words = ["qnas", "search", *_option_words(config, ("space", "data", "max_broken", "latency"))]
     if "resolutions_px" in config:
         words += ["--resolutions", ",".join(map(str, config["resolutions_px"]))]
+    words += _pretrained(config)
     for entry in config.get("limits", []):
         if "device" in entry:
             words += ["--device", entry["device"], "--budget", entry["budget"]]
@@ -32,11 +33,16 @@ def training_command(config: Mapping[str, Any], *, of_run: bool) -> str:
         recipe, network = f"{names.SUBNET_FOLDER}/{recipe}", "."
     weights = "supernet" if config.get("from_supernet") else "scratch"
     weights = "finalist" if config.get("from_finalist") else weights
-    words = ["qnas", "train-subnet", network, "--recipe", recipe, "--weights", weights]
+    words = ["qnas", "train-subnet", network, "--recipe", recipe]
+    words += _pretrained(config) or ["--weights", weights]
     words += _option_words(config, ("data", "max_broken", "teacher"))
     settings = config.get("train", {})
     words += _option_words(settings, [name for name in settings if name != "recipe"])
     return shlex.join([*words, "--out", "again"])
+
+
+def _pretrained(config: Mapping[str, Any]) -> list[str]:
+    return ["--pretrained", config["pretrained"]["name"]] if "pretrained" in config else []
 
 
 def _option_words(values: Mapping[str, Any], options: Iterable[str]) -> list[str]:

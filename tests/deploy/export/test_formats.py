@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -27,6 +28,7 @@ from helpers.exported import (
     trained_wired,
     wired_space,
 )
+from helpers.pretrained import MEAN, STD, tiny_network
 from helpers.tflite_files import converted
 from torch import Tensor, nn
 
@@ -45,8 +47,10 @@ from qnas.deploy.export.formats import (
 from qnas.deploy.export.parity import TOLERANCES, Tolerance
 from qnas.deploy.export.product import FilePrecision, Product, RealImages, Variant
 from qnas.nn.blocks import QuadraBlock
+from qnas.nn.pretrained.derivation import derived_space
+from qnas.nn.pretrained.start import starting_network
 from qnas.nn.subnet import build_subnet
-from qnas.spaces.arch import sample_arch
+from qnas.spaces.arch import Arch, sample_arch
 from qnas.spaces.lower import lower
 from qnas.spaces.space import load_space
 from qnas.training.scoring import recalibrate
@@ -125,6 +129,36 @@ def test_a_file_that_is_read_back_computes_what_the_network_computes(
     assert error <= {"fp32": 1e-5, "fp16": 1e-2, "int8": 0.3, "int8-dynamic": 0.3}[precision]
     if precision != "fp32":
         assert error > 1e-5  # it is of that precision
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("px", [32, 33])  # SAME pads differently
+def test_a_network_padded_as_tensorflow_does_computes_the_same(name: str, px: int, tmp_path: Path) -> None:
+    network = tiny_network()
+    space = derived_space(network.space, quadratic=True)
+    arch = Arch(("mbconv_k3_e1", "mbconv_k5_e3_factored", "mbconv_k7_e6", "mbconv_k3_e2"))
+    module = starting_network(network, space, arch, 10).eval()
+    product = replace(
+        trained(),
+        network=module,
+        blocks=lower(space, arch, resolution_px=px, classes=10),
+        mean=tuple(MEAN),
+        std=tuple(STD),
+        resolution_px=px,
+    )
+    images = replace(digits(20).at(px), mean=tuple(MEAN), std=tuple(STD))
+    (done,) = export_files(product, [name], Variant(), tmp_path, images)
+    with torch.no_grad():
+        expected = module(images.take(range(20)))
+    got = run_all(name, tmp_path, done, images.take(range(20)))
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
+    # no padding of its own is left in the files whose convolutions can have it
+    if name == "onnx":
+        nodes = onnx.load(tmp_path / done.files[0]).graph.node
+        assert "Pad" not in {node.op_type for node in nodes}
+    if name == "tflite" and px % 2 == 0:
+        content = (tmp_path / done.files[0]).read_bytes()
+        assert {"PAD", "PADV2"}.isdisjoint(each.kind for each in tflite_format.operators(content))
 
 
 @pytest.mark.parametrize(("name", "precision"), ALL)

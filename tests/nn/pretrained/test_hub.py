@@ -8,7 +8,7 @@ import pytest
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
-from qnas.training.hub import hub_problem, only_cached  # noqa: E402  # huggingface_hub comes with the extra timm
+from qnas.nn.pretrained.hub import hub_problem, only_cached  # noqa: E402  # huggingface_hub comes with the extra timm
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Networks with weights from elsewhere, the spaces around them, and supernets that start from them."""

@@ -1,0 +1,186 @@
+"""A supernet that starts from a pretrained network.
+
+Each module of inverted residuals takes the network's tensors: kernels in the middle of larger ones, with a
+ring of zeros, or their centres; and of the hidden channels the most important first, so that a smaller
+expansion, whose channels are the leading ones, has the best of them (as in Once-for-All, arXiv 1908.09791).
+The order of hidden channels changes nothing of the network itself.
+
+A product of two depthwise convolutions starts as the linear one: W_a is the pretrained convolution with its
+norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1 (ReLinear's start, arXiv
+2110.06081). The first steps change that scale, and then W_b, which is drawn anew. Without ReLU6 a product's
+block also clips its output to [-6, 6] (`qnas.spaces.blocks`), and is the linear one only within.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qnas.nn.mixed_block import IndependentChoice, SharedChoice
+from qnas.nn.pretrained.derivation import QUADRATIC, check_fits, own_candidate
+from qnas.nn.pretrained.network import PretrainedNetwork
+from qnas.nn.subnet import module_name
+from qnas.nn.supernet import Supernet
+from qnas.spaces.arch import Arch
+from qnas.spaces.lower import HEAD, BlockSpec, skeleton
+from qnas.spaces.space import Candidate, SearchSpace
+
+CLASSIFIER = "classifier"
+# the roles of a linear mixer -> those of a product's first factor
+_FIRST_FACTOR = {"depthwise": "conv_a", "norm2": "norm_a"}
+_SECOND_FACTOR = ("conv_b", "norm_b")
+
+
+@torch.no_grad()
+def start_from(supernet: Supernet, network: PretrainedNetwork) -> None:
+    """Set a supernet's weights to those of a pretrained network, in place, and note which are from there.
+
+    The classifier is the network's where the numbers of classes are equal, and stays newly drawn otherwise.
+    The first product candidates of a position start as linear ones. Raises UsageError where the supernet's
+    space does not fit the network.
+    """
+    space = supernet.space
+    check_fits(space, network.space)
+    state = sorted_channels(network)
+    started: list[str] = []
+    for part in skeleton(space):
+        if isinstance(part, BlockSpec):
+            name = module_name(part)
+            own = _of(state, name)
+            started += _fill(supernet.parts[name], own, f"parts.{name}", skip_other_classes=name == HEAD)
+            continue
+        name = part.position.name.replace(".", "_")
+        own = _of(state, name)
+        choice = supernet.parts[name]
+        if isinstance(choice, SharedChoice):
+            modules = dict(choice.shared.items())
+            neurons = {c.kind: _neuron(c) for c in part.position.candidates}
+            prefix = f"parts.{name}.shared"
+        else:
+            assert isinstance(choice, IndependentChoice)
+            modules = dict(choice.named_children())
+            neurons = {c.name: _neuron(c) for c in part.position.candidates}
+            prefix = f"parts.{name}"
+        for key, module in modules.items():
+            started += _start_block(module, own, neurons[key], f"{prefix}.{key}")
+    known = {name for name, _ in supernet.named_parameters()}
+    supernet.pretrained = frozenset(known & set(started))
+
+
+def starting_network(
+    network: PretrainedNetwork, space: SearchSpace, arch: Arch, classes: int
+) -> nn.Sequential:
+    """Return a network of a space as a supernet that starts from a pretrained network has it.
+
+    What is not the network's is drawn by torch's generator. Raises UsageError where the space does not fit.
+    """
+    supernet = Supernet(space, classes, torch.Generator(), "shared")
+    start_from(supernet, network)
+    return supernet.subnet(arch, classes)
+
+
+def _neuron(candidate: Candidate) -> str:
+    return str(candidate.parameters.get("neuron", ""))
+
+
+def _of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of a block, without its name."""
+    return {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
+
+
+def _start_block(module: nn.Module, own: Mapping[str, Tensor], neuron: str, prefix: str) -> list[str]:
+    """Fill the module of a kind of candidates; return the names of the tensors that are from the network."""
+    if neuron != QUADRATIC:
+        return _fill(module, own, prefix)
+    renamed = {}
+    for key, tensor in own.items():
+        role, _, rest = key.partition(".")
+        renamed[f"{_FIRST_FACTOR.get(role, role)}.{rest}"] = tensor
+    norm = module.get_submodule("norm_b")
+    assert isinstance(norm, nn.BatchNorm2d)
+    nn.init.zeros_(norm.weight)
+    nn.init.ones_(norm.bias)
+    return _fill(module, renamed, prefix, besides=_SECOND_FACTOR)
+
+
+def _fill(
+    module: nn.Module,
+    own: Mapping[str, Tensor],
+    prefix: str,
+    *,
+    besides: tuple[str, ...] = (),
+    skip_other_classes: bool = False,
+) -> list[str]:
+    """Copy tensors into a module of the same names; return the names that were copied.
+
+    `besides` are submodules that the network lacks.
+    """
+    filled = []
+    for name, tensor in module.state_dict().items():
+        role = name.partition(".")[0]
+        if role in besides:
+            continue
+        source = own[name]
+        if skip_other_classes and role == CLASSIFIER and source.shape != tensor.shape:
+            continue
+        tensor.copy_(fitted(source, tensor.shape))
+        filled.append(f"{prefix}.{name}")
+    return filled
+
+
+def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return the leading channels of a tensor, and of its kernel the centre, or all of it within zeros.
+
+    >>> fitted(torch.ones(4, 1, 3, 3), torch.Size([2, 1, 5, 5]))[1, 0, 1].tolist()
+    [0.0, 1.0, 1.0, 1.0, 0.0]
+    """
+    for dim, size in enumerate(shape):
+        given = tensor.shape[dim]
+        if dim < 2 or size <= given:
+            assert size <= given, (tensor.shape, shape)
+            tensor = tensor.narrow(dim, 0 if dim < 2 else (given - size) // 2, size)
+        else:
+            ring = (size - given) // 2
+            pads = [0, 0] * (tensor.ndim - dim - 1) + [ring, ring]
+            tensor = functional.pad(tensor, pads)
+    return tensor
+
+
+def sorted_channels(network: PretrainedNetwork) -> dict[str, Tensor]:
+    """Return a network's state with the hidden channels of each block in the order of their importance."""
+    state = dict(network.state)
+    for position in network.space.positions:
+        if own_candidate(network.space, position).sizes["expansion"] == 1:
+            continue  # its channels are those of its input
+        name = position.name.replace(".", "_")
+        order = importance(_of(state, name), network.space.activation).argsort(descending=True, stable=True)
+        for key in ("expand", "norm1", "depthwise", "norm2"):
+            for full in [full for full in state if full.startswith(f"{name}.{key}.")]:
+                if state[full].ndim:  # not the count of batches
+                    state[full] = state[full][order]
+        state[f"{name}.project.weight"] = state[f"{name}.project.weight"][:, order]
+    return state
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu6": functional.relu6,
+    "hswish": functional.hardswish,
+    "gelu": functional.gelu,
+}
+
+
+def importance(block: Mapping[str, Tensor], activation: str) -> Tensor:
+    """Return how much each hidden channel of a block matters for its output: (hidden,).
+
+    It is the sum of the channel's absolute weights in the projection, as in Once-for-All (arXiv 1908.09791),
+    times the root mean square of what the channel sends there. That follows from the norm before it without
+    any image: its outputs are taken as normal, with the norm's shift as mean and its scale as deviation.
+    """
+    weights = block["project.weight"].abs().sum((0, 2, 3))
+    mean, deviation = block["norm2.bias"][:, None], block["norm2.weight"][:, None]
+    places = torch.linspace(-4, 4, 81)
+    density = torch.exp(-places.square() / 2)
+    sent = _ACTIVATIONS[activation](mean + deviation * places)  # (hidden, places)
+    return weights * (sent.square() @ (density / density.sum())).sqrt()
