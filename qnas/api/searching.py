@@ -16,7 +16,7 @@ from qnas.nn.pretrained.catalogue import network_space, space_around
 from qnas.nn.pretrained.derivation import check_fits
 from qnas.runs.folders import free_folder, latest_run, read_config
 from qnas.runs.names import FAMILY_SPACE_FILE, SPACE_FILE
-from qnas.search.config import PRESET_OF_DATA, SearchConfig
+from qnas.search.config import SearchConfig, default_preset
 from qnas.solver.layouts import Within, layouts_within, mean_limits
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_has_choice, check_searchable
@@ -134,7 +134,8 @@ def run_search(
         kept = {key: value for key, value in former["search"].items() if key not in replaced}
         config = SearchConfig.check(kept, f"{out}: search")
     else:
-        config = SearchConfig.load(preset or PRESET_OF_DATA[kind_of(data)])
+        own = default_preset(kind_of(data), is_pretrained=pretrained is not None)
+        config = SearchConfig.load(preset or own)
     config = config.override(settings | named(loss=loss, metric=metric))
     px = config.resolution_px or known.input.resolution_px
     if len(family) > 1:
@@ -156,7 +157,9 @@ def run_search(
     from qnas.search.searcher import Searcher
     from qnas.training.processes import world_of_environment
 
-    recipe = finalist_recipe(config, kind_of(data)) if config.finalists else None
+    recipe = None
+    if config.finalists:
+        recipe = finalist_recipe(config, kind_of(data), is_pretrained=pretrained is not None)
 
     start = None if pretrained is None else load_pretrained(pretrained)
     folder = Path(out) if out is not None else free_folder(f"{known.name}-{asked.label}")

@@ -15,7 +15,7 @@ from qnas.runs.found_arch import FoundArch
 from qnas.runs.names import CONFIG_FILE, SUBNET_FOLDER, SUPERNET_FILE
 from qnas.spaces.lower import check_resolution
 from qnas.spaces.space import load_space
-from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
+from qnas.training.recipe import Recipe, TrainConfig, default_recipe
 
 if TYPE_CHECKING:
     from qnas.api.session import Progress
@@ -114,7 +114,9 @@ def train_subnet(
     if searched and searched_px is None:
         raise CheckpointError(f"{supernet_file(found).parent / CONFIG_FILE}: search.resolution_px: missing")
     changes = settings | named(loss=loss, metric=metric)
-    config = _resolve(recipe, kind_of(data), found.space.input.resolution_px, searched_px, changes)
+    is_pretrained = start is not None or (from_supernet and "pretrained" in found.document)
+    own = default_recipe(kind_of(data), is_pretrained=is_pretrained)
+    config = _resolve(recipe or own, kind_of(data), found.space.input.resolution_px, searched_px, changes)
     for px, _ in config.recipe.stages:
         check_resolution(found.space, px)
     broken = former.get("max_broken") if max_broken is None else max_broken
@@ -186,7 +188,7 @@ def _is_shipped(recipe: str | Path | Recipe | None) -> bool:
 
 
 def _resolve(
-    recipe: str | Path | Recipe | None,
+    recipe: str | Path | Recipe,
     kind: str,
     px: int,
     searched_px: int | None,
@@ -199,7 +201,7 @@ def _resolve(
     fields = {*Recipe.model_fields, *TrainConfig.model_fields} - {"recipe", "file_schema"}
     for name in changes.keys() - fields:
         raise UsageError(f"`{name}`: unknown setting ({nearest(name, fields)})")
-    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULTS[kind])
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     resolved = base.override({name: value for name, value in changes.items() if name in Recipe.model_fields})
     if resolved.resolution_px is None:
         start_px = resolved.start_resolution_px or searched_px

@@ -36,6 +36,11 @@ PRESET_OF_DATA = {
 }
 
 
+def default_preset(kind: str, *, is_pretrained: bool) -> str:
+    """Return the preset of a search on data of this kind, which may start from pretrained weights."""
+    return "pretrained" if is_pretrained else PRESET_OF_DATA[kind]
+
+
 class SearchConfig(SettingsFile):
     """The settings of a search: its length, its method and the machine. A preset is a complete set."""
 

@@ -63,7 +63,7 @@ from qnas.training.batch_sizes import fitting_batch
 from qnas.training.loop import run_to_end
 from qnas.training.losses import Objective
 from qnas.training.processes import World
-from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
+from qnas.training.recipe import Recipe, TrainConfig, default_recipe
 from qnas.training.subnet_trainer import SubnetTrainer
 
 AVERAGED = 0.99  # decay of the average that finalists are judged by, where the recipe has none
@@ -119,9 +119,10 @@ class Finals:
 # ---- settings
 
 
-def finalist_recipe(config: SearchConfig, kind: str) -> Recipe:
+def finalist_recipe(config: SearchConfig, kind: str, *, is_pretrained: bool = False) -> Recipe:
     """Return the recipe of the finalists' training: as asked, or that of train-subnet for a kind of data."""
-    return Recipe.load(config.finalist_recipe or DEFAULTS[kind])
+    inherits = is_pretrained and config.finalists_from == "supernet"
+    return Recipe.load(config.finalist_recipe or default_recipe(kind, is_pretrained=inherits))
 
 
 def finalist_training(

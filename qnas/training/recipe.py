@@ -25,6 +25,11 @@ DEFAULTS = {
 }
 
 
+def default_recipe(kind: str, *, is_pretrained: bool) -> str:
+    """Return the recipe for data of this kind, and for weights that started from pretrained ones."""
+    return "finetune-pretrained" if is_pretrained else DEFAULTS[kind]
+
+
 class Recipe(SettingsFile):
     """The training recipe of a network. A field of 0 is off, except for counts, rates and the temperature."""
 
