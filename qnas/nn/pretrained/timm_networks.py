@@ -31,6 +31,7 @@ def timm_space(name: str) -> SearchSpace:
 
 def load_timm(name: str) -> PretrainedNetwork:
     """Return a network of timm with its weights, from timm's cache or the hub. Raises UsageError."""
+    timm_space(name)  # what does not fit is not downloaded
     return network_of(_create(name, pretrained=True), name)
 
 

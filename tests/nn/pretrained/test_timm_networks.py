@@ -78,14 +78,20 @@ def test_without_the_hub_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("qnas.nn.pretrained.hub.hub_problem", lambda: "it is asleep")
 
-    def missing(name: str, pretrained: bool) -> None:
-        raise FileNotFoundError(name)
+    create = timm.create_model
+
+    def missing(name: str, pretrained: bool) -> Any:
+        if pretrained:
+            raise FileNotFoundError(name)
+        return create(name, pretrained=False)
 
     monkeypatch.setattr(timm, "create_model", missing)
     with pytest.raises(
         UsageError, match="mobilenetv2_050: it is asleep, and the weights are not in its cache"
     ):
         load_timm("mobilenetv2_050")
+    with pytest.raises(UsageError, match="no inverted residuals of qnas: a MobileNetV3"):
+        load_timm("mobilenetv3_small_050")
 
 
 def test_the_digest_is_that_of_names_shapes_and_values() -> None:
