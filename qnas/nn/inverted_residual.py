@@ -17,7 +17,9 @@ from qnas.nn.depthwise import DepthwiseConv2d
 from qnas.nn.kernels import inverted
 from qnas.nn.kernels.block import can_run
 from qnas.nn.kernels.inverted import Kept, Options, Weights
+from qnas.nn.padding import SameConv2d
 from qnas.nn.quadratic import differentiable_gradients, is_watched
+from qnas.spaces.layer import same_pads
 
 NORMS = ("norm1", "norm2", "norm3")
 EXPANSION, REST = ("expand", "norm1", "act1"), ("depthwise", "norm2", "act2", "project", "norm3")
@@ -27,6 +29,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU6: "relu6", nn.ReLU: "relu", n
 # convolutions whose result has ceil(size / stride) rows.
 PADDINGS: dict[type[nn.Conv2d], Callable[[int, int, int], int]] = {
     DepthwiseConv2d: lambda size, kernel, stride: kernel // 2,
+    SameConv2d: lambda size, kernel, stride: same_pads(size, kernel, stride)[0],
 }
 
 

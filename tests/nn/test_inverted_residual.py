@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,9 +34,10 @@ def make(
     kernel: int = 5,
     expansion: int = 4,
     activation: str = "relu6",
+    **conventions: Any,
 ) -> InvertedResidual:
     torch.manual_seed(0)
-    place = Place(c_in, c_out, stride, 1, "batchnorm", activation)
+    place = Place(c_in, c_out, stride, 1, "batchnorm", activation, **conventions)
     block = build_block(make_block("block", "mbconv", place, kernel=kernel, expansion=expansion))
     assert isinstance(block, InvertedResidual)
     with torch.no_grad():
@@ -75,6 +76,25 @@ def assert_close(got: Tensor | None, want: Tensor | None) -> None:
     assert got is not None
     assert want is not None
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.detach().abs().max()) + 1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("px", [9, 10])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_tensorflows_padding_and_epsilon_are_served_too(runs: list[str], kernel: int, px: int) -> None:
+    block = make(16, 24, 2, kernel, padding="same", norm_eps=1e-3)
+    modules = in_modules(block)
+    x = image(3, 16, px, px + 1).requires_grad_()
+    y, expected = block(x), modules(x)
+    assert_close(y, expected)
+    assert len(runs) == 1
+    grad = image(*y.shape, seed=7)
+    ours, theirs = (
+        torch.autograd.grad(out, [x, *module.parameters()], grad)
+        for out, module in ((y, block), (expected, modules))
+    )
+    for got, want in zip(ours, theirs, strict=True):
+        assert_close(got, want)
 
 
 @needs_kernels
