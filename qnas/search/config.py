@@ -3,7 +3,8 @@
 Nothing here imports torch, so that the command line can build its help from the fields.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -157,6 +158,11 @@ class SearchConfig(SettingsFile):
     metric: settings.MetricField = "accuracy"
     class_weights: settings.ClassWeightsField = "none"
     sampler: settings.SamplerField = "shuffled"
+
+    def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A shorter warm-up has fewer epochs for the classifier alone."""
+        most = given.get("warmup_epochs")
+        return {"head_epochs": most} if isinstance(most, int) and 0 <= most < self.head_epochs else {}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -4,7 +4,8 @@ A recipe holds the settings of weights and images, not of the machine. Omitted f
 short training on small images. The shipped recipes in `recipes/` are meant to be copied and changed.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -128,6 +129,13 @@ class Recipe(SettingsFile):
                 f"{where}{asked}: for weights that are trained already, and the training starts from "
                 "scratch: leave it out"
             )
+
+    def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A shorter training has fewer epochs for the classifier alone."""
+        epochs = given.get("epochs")
+        return (
+            {"head_epochs": epochs - 1} if isinstance(epochs, int) and 1 <= epochs <= self.head_epochs else {}
+        )
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:

@@ -101,9 +101,13 @@ class Settings(FilePart):
         """Return the settings with these fields changed; None changes nothing. Raises UsageError."""
         given = {name: value for name, value in changes.items() if value is not None}
         try:
-            return self.model_validate(self.model_dump(by_alias=True) | given)
+            return self.model_validate(self.model_dump(by_alias=True) | self._implied(given) | given)
         except ValidationError as error:  # of the changes alone, since the settings are valid
             raise UsageError(describe_problems(error, type(self), "`")) from error
+
+    def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further fields that these changes change, unless they are changed themselves."""
+        return {}
 
     def values(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

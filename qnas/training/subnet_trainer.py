@@ -338,7 +338,7 @@ def train_subnet(
     """
     if folder.resolve() == source.folder.resolve():
         raise CheckpointError(f"{folder}: holds the architecture itself: train in another folder")
-    config.recipe.check_start(trained=from_supernet or from_finalist)
+    config.recipe.check_start(trained=from_supernet or from_finalist or pretrained is not None)
     if (from_supernet or from_finalist) and config.recipe.linear_start:
         trained = "the finals" if from_finalist else "the supernet"
         raise UsageError(

@@ -66,6 +66,8 @@ def test_a_search_starts_from_the_weights_and_says_so(found: qnas.SearchResult) 
     assert found.space.name == SPACE.name
     record = {"name": NAME, "sha256": tiny_network().sha256}
     assert found.run.config["pretrained"] == record
+    assert found.run.config["search"]["preset"] == "pretrained"
+    assert found.run.config["search"]["pretrained_rate"] == 0.1
     own = ["mbconv_k3_e1", "mbconv_k5_e6", "mbconv_k5_e6", "mbconv_k3_e4"]
     assert found.document["pretrained"] == record | {"choices": own}
     assert f"--pretrained {NAME}" in search_command(found.run.config)
@@ -79,11 +81,14 @@ def test_a_search_starts_from_the_weights_and_says_so(found: qnas.SearchResult) 
     assert again.input.mean == tuple(MEAN)
 
 
-def test_a_training_after_it_normalises_as_the_network_does(found: qnas.SearchResult) -> None:
+def test_a_training_after_it_normalises_as_the_network_does(found: qnas.SearchResult, tmp_path: Path) -> None:
     trained = qnas.train_subnet(found, epochs=1, resolution_px=16)
     assert trained.result["mean"] == MEAN
     assert trained.result["std"] == STD
     assert trained.config["from_supernet"]
+    assert trained.config["train"]["recipe"]["backbone_rate"] == 0.25  # of finetune-pretrained
+    anew = qnas.train_subnet(found, weights="scratch", epochs=1, resolution_px=16, out=tmp_path / "anew")
+    assert anew.config["train"]["recipe"].get("backbone_rate", 1) == 1  # of the kind of data
 
 
 def test_a_search_that_goes_on_needs_the_same_weights(

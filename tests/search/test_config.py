@@ -5,7 +5,7 @@ import pytest
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.data.sources import KINDS
-from qnas.search.config import PRESET_OF_DATA, SearchConfig
+from qnas.search.config import PRESET_OF_DATA, SearchConfig, default_preset
 
 SHORTEST = """\
 schema: qnas.search-preset/1
@@ -108,3 +108,18 @@ def test_the_exact_gradient_goes_with_nested_weights_and_no_other(
     else:
         with pytest.raises(UsageError, match="`weights='nested'`"):
             config.override(changes)
+
+
+def test_a_shorter_warm_up_has_fewer_epochs_for_the_classifier_alone() -> None:
+    preset = SearchConfig.load("pretrained")
+    assert preset.head_epochs == 2
+    assert preset.override({"warmup_epochs": 1}).head_epochs == 1
+    assert preset.override({"warmup_epochs": 3}).head_epochs == 2
+    with pytest.raises(UsageError, match=r"`head_epochs=2`: expected at most"):
+        preset.override({"warmup_epochs": 1, "head_epochs": 2})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pretrained_weights_have_a_preset_of_their_own(kind: str) -> None:
+    assert default_preset(kind, is_pretrained=True) == "pretrained"
+    assert default_preset(kind, is_pretrained=False) == PRESET_OF_DATA[kind]

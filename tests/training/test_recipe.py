@@ -10,7 +10,7 @@ from qnas.commands import cli
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.data.sources import KINDS
-from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig
+from qnas.training.recipe import DEFAULTS, Recipe, TrainConfig, default_recipe
 
 SHORTEST = "schema: qnas.recipe/1\nepochs: 3\nbatch_size: 8\nlearning_rate: 0.01\n"
 
@@ -225,3 +225,17 @@ def test_numbers_of_any_size_given_in_python_are_one_line() -> None:
         with pytest.raises(UsageError) as error:
             Recipe.parse(SHORTEST, "x").override({"epochs": value})
         check_refusal(error.value)
+
+
+def test_a_shorter_training_has_fewer_epochs_for_the_classifier_alone() -> None:
+    recipe = Recipe.load("finetune-pretrained").override({"head_epochs": 2})
+    assert recipe.override({"epochs": 2}).head_epochs == 1
+    assert recipe.override({"epochs": 3}).head_epochs == 2
+    with pytest.raises(UsageError, match=r"`head_epochs=2`: expected fewer"):
+        recipe.override({"epochs": 2, "head_epochs": 2})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pretrained_weights_have_a_recipe_of_their_own(kind: str) -> None:
+    assert default_recipe(kind, is_pretrained=True) == "finetune-pretrained"
+    assert default_recipe(kind, is_pretrained=False) == DEFAULTS[kind]
