@@ -158,6 +158,21 @@ def test_paths_of_weight_steps_are_even_within_the_limits_of_their_layout(digits
     assert found[-1] == pytest.approx(1.0, abs=1e-3)
 
 
+def test_all_networks_of_a_sandwich_see_the_images_of_one_layout(digits: ImageData) -> None:
+    searcher = over(digits, weight_steps="sandwich")
+    sizes: list[int] = []
+    searcher.state.supernet.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-1]))
+    steps = []
+    for _ in range(12):
+        sizes.clear()
+        figures = searcher.step()
+        assert math.isfinite(figures["distilled_loss"])
+        weights = sizes[:4]  # behind these, an architecture step may have another layout
+        assert len(set(weights)) == 1
+        steps.append(weights[0])
+    assert set(steps) == {each.trained_px for each in searcher.problem.layouts}
+
+
 def test_images_too_small_for_the_smallest_resolution_are_refused(digits: ImageData) -> None:
     small = load_data(parse_data_spec("digits"), resolution_px=4, quiet=True)
     with pytest.raises(UsageError, match=r"`resolution_px=4`: of 3 resolutions, .* expected at least 7"):
