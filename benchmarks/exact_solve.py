@@ -288,8 +288,9 @@ def main() -> None:
 
 TEXT = """`python benchmarks/exact_solve.py --write`, on one thread of CPU; the head of the script says what
 is compared. Seconds are processor seconds. For a user: of these, the exact solve and HiGHS alone never miss
-the budget and never leave behind what the scores promise. For one network, HiGHS is as fast or faster. The
-exact solve has the 20 best in the same time, and no tolerance by which a limit may be exceeded."""
+the budget and never leave behind what the scores promise. For one network, HiGHS is faster, up to 16 times
+at 60 x 49. The exact solve has the 20 best in nearly the same time as one, and no
+tolerance by which a limit may be exceeded."""
 
 
 if __name__ == "__main__":
