@@ -9,24 +9,32 @@
 #   VENV        the environment to install into; one with qnas is used without a change
 #   DEVICE      the target device (qnas devices), or `here`, which measures this machine
 #   BUDGET      the latency budget on the device
+#   PRETRAINED  a pretrained network to start from, such as efficientnet-lite0: for photographs
 #   SPACE       the search space, which also sets the resolution of the deployed network
 #   RESOLUTION  the resolution of the images in the search, in pixels; the training ends at the space's
+#   FORMAT      the format of the file: onnx, or tflite for phones, which needs the extra `tflite`
 #
-# The defaults are for small pictures: about 5 minutes on two cores. For photographs:
-#   DEVICE=vpu BUDGET=30ms SPACE=quadranet-mobile RESOLUTION=128 examples/own_photos.sh IMAGES
+# The defaults are for small pictures: about 5 minutes on two cores. For photographs, on a phone's processor:
+#   PRETRAINED=efficientnet-lite0 SPACE=efficientnet-lite0-160px BUDGET=16ms RESOLUTION=160 FORMAT=tflite \
+#     examples/own_photos.sh IMAGES
 set -eu
 
 PACKAGE=${PACKAGE:-quadranet-nas}
 VENV=${VENV:-.venv}
 DEVICE=${DEVICE:-cpu}
 BUDGET=${BUDGET:-4ms}
-SPACE=${SPACE:-quadranet-small}
+PRETRAINED=${PRETRAINED:-}
+SPACE=${SPACE:-${PRETRAINED:-quadranet-small}}
 RESOLUTION=${RESOLUTION:-32}
+FORMAT=${FORMAT:-onnx}
 examples=$(cd "$(dirname "$0")" && pwd)
 run=runs/own-photos
 
 # install, and check this machine
-[ -x "$VENV/bin/qnas" ] || { python3 -m venv "$VENV" && "$VENV/bin/python" -m pip install "$PACKAGE"; }
+extras=${PRETRAINED:+pretrained}
+[ "$FORMAT" = onnx ] || extras=${extras:+$extras,}$FORMAT
+extras=${extras:+[$extras]}
+[ -x "$VENV/bin/qnas" ] || { python3 -m venv "$VENV" && "$VENV/bin/python" -m pip install "$PACKAGE$extras"; }
 PATH="$(cd "$VENV/bin" && pwd):$PATH"
 qnas doctor
 
@@ -41,16 +49,16 @@ if [ "$DEVICE" = here ]; then
 fi
 
 # a network within the budget, an explanation of the search, and the training of the network
-qnas search --space "$SPACE" --device "$DEVICE" --budget "$BUDGET" \
+qnas search --space "$SPACE" --device "$DEVICE" --budget "$BUDGET" ${PRETRAINED:+--pretrained "$PRETRAINED"} \
     --data "imagefolder:$images" --resolution "$RESOLUTION" --out "$run"
 qnas explain "$run"
 qnas train-subnet "$run"
 
 # a file, compared with the network on real images, and its latency on this machine
-qnas export "$run" --format onnx
+qnas export "$run" --format "$FORMAT"
 qnas measure "$run"
 echo "page        $run/report.html"
 
 # classify one of the images with the file, without qnas
 image=$(find "$images" -type f | sort | head -n 1)
-python "$examples/classify.py" "$run/export/model.onnx" "$image"
+python "$examples/classify.py" "$run/export/model.$FORMAT" "$image"

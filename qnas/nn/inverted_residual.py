@@ -48,9 +48,9 @@ def run_fused(
     if tuple(layers) not in (REST, EXPANSION + REST) or any(map(_is_hooked, layers.values())):
         return None
     norms = [cast(nn.BatchNorm2d, layers[name]) for name in NORMS if name in layers]
-    if len({norm.eps for norm in norms}) > 1 or not all(
-        type(norm) is norm_type and norm.training and norm.affine for norm in norms
-    ):
+    if not all(type(norm) is norm_type and norm.training and norm.affine for norm in norms):
+        return None
+    if len({norm.eps for norm in norms}) > 1:
         return None
     options, weights = _options(layers, x, norms[0].eps, is_residual), _weights(layers)
     if options is None or not _fits(x, weights, options):

@@ -222,7 +222,7 @@ def test_a_certificate_of_another_rank_is_refused(copied: Path) -> None:
     ("asked", "said"),
     [
         ({"finalist_epochs": 3}, "`finalist_epochs=3`: there are no finalists: expected `finalists`"),
-        ({"finalists_from": "scratch"}, "`finalists_from=scratch`: there are no finalists"),
+        ({"finalists_from": "scratch"}, "`finalists_from='scratch'`: there are no finalists"),
         ({"finalists": 8, "finalist_epochs": 2}, "`finalist_epochs=2`: expected at least 3, as 8 finalists"),
         ({"finalists": -1}, "`finalists`: expected at least 0"),
         ({"finalists": 4, "finalist_factor": 1}, "`finalist_factor`: expected at least 2"),

@@ -213,6 +213,10 @@ def put_in_another_norm(block: InvertedResidual) -> None:
     block.set_submodule("norm2", nn.BatchNorm2d(64))
 
 
+def fold_a_norm(block: InvertedResidual) -> None:
+    block.set_submodule("norm2", nn.Identity())
+
+
 def follow_a_layer(block: InvertedResidual) -> None:
     cast(nn.Module, block.act2).register_forward_pre_hook(lambda *_: None)
 
@@ -229,6 +233,7 @@ def be_a_double(block: InvertedResidual) -> None:
         differ_in_eps,
         put_in_a_convolution,
         put_in_another_norm,
+        fold_a_norm,
         follow_a_layer,
         be_a_double,
         nn.Module.eval,
