@@ -61,10 +61,9 @@ A block with two depthwise convolutions and their product, at batch 1 on one thr
 
 {table}
 
-One convolution with two outputs a channel is slower than two convolutions in onnxruntime and OpenVINO, and in
-LiteRT up to 5x5, so qnas has no such form. In LiteRT, a depthwise convolution of 7x7 that is written as one
-operator takes several times as long as the sum of four smaller ones that qnas writes instead. Whole TFLite
-files:
+One convolution with two outputs a channel is slower than what qnas exports in every runtime, so qnas has no
+such form. In LiteRT, blocks whose depthwise convolutions of 7x7 are written as one operator take several
+times as long as with the sum of four smaller ones that qnas writes instead. Whole TFLite files:
 
 {networks}
 """

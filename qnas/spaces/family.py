@@ -23,7 +23,7 @@ from qnas.common.documents import read_mapping
 from qnas.common.errors import SpaceError, one_line
 from qnas.common.resources import read_named
 from qnas.spaces.lower import check_resolution
-from qnas.spaces.space import SCHEMA, SearchSpace, check_space
+from qnas.spaces.space import SCHEMA, SearchSpace, check_space, load_at_resolution
 
 MOST_OF_A_CHOICE = 32  # values of a resolution, or of the width of a stage
 NAME_CHARACTERS = 100  # of a space's name
@@ -186,4 +186,6 @@ def load_family(name_or_path: str | Path) -> SpaceFamily:
     1
     """
     check_arguments(space=name_or_path)
+    if (space := load_at_resolution(name_or_path)) is not None:
+        return make_family(space)
     return parse_family(*read_named("search_spaces", name_or_path, "search space", SpaceError))

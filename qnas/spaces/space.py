@@ -430,9 +430,16 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
     (10, ('quadra_k3_e2', 'quadra_k3_e4'))
     """
     check_arguments(space=name_or_path)
-    shipped, at = stems("search_spaces", ".yaml"), AT_RESOLUTION.fullmatch(str(name_or_path))
-    if at is not None and at["name"] in shipped and at[0] not in shipped:
-        content = load_space(at["name"]).written()
-        own = {"name": at[0], "input": content["input"] | {"resolution_px": int(at["px"])}}
-        return check_space(content | own, f"search space {at[0]}")
+    if (space := load_at_resolution(name_or_path)) is not None:
+        return space
     return parse_space(*read_named("search_spaces", name_or_path, "search space", SpaceError))
+
+
+def load_at_resolution(name: str | Path) -> SearchSpace | None:
+    """Return a shipped space at the resolution that its name ends with; None for another name."""
+    shipped, at = stems("search_spaces", ".yaml"), AT_RESOLUTION.fullmatch(str(name))
+    if at is None or at["name"] not in shipped or at[0] in shipped:
+        return None
+    content = load_space(at["name"]).written()
+    own = {"name": at[0], "input": content["input"] | {"resolution_px": int(at["px"])}}
+    return check_space(content | own, f"search space {at[0]}")

@@ -76,6 +76,12 @@ def test_one_resolution_is_a_search_in_the_space_at_it(tmp_path: Path) -> None:
     assert not (tmp_path / "one" / FAMILY_FILE).exists()
 
 
+def test_a_shipped_space_at_a_resolution_is_searched_by_the_name_of_both(tmp_path: Path) -> None:
+    result = qnas.run_search("quadranet-small-24px", {"cpu": "3ms"}, data="digits", out=tmp_path, **FEW)
+    assert result.config["space"] == result.space.name == "quadranet-small-24px"
+    assert result.space.input.resolution_px == 24
+
+
 def test_what_cannot_be_searched_is_refused_before_the_data_are_opened(tmp_path: Path) -> None:
     for changes, error, problem in (
         ({"resolutions": [16, 16]}, SpaceError, "input.resolution_px: 16 is there twice"),

