@@ -263,7 +263,7 @@ ELSEWHERE = {
     "trtexec ": "needs TensorRT",
     **dict.fromkeys(("cp examples/browser", "npm ", "python -m http.server"), "test_browser_example.py"),
     "examples/own_photos.sh": "test_examples.py",
-    "DEVICE=": "test_examples.py",
+    **dict.fromkeys(("DEVICE=", "PRETRAINED="), "test_examples.py"),
     "python examples/": "test_examples.py",
     "python benchmarks/": "measures for minutes: by hand, where a kernel changed",
     "qnas --": "writes to the shell's start-up files; test_completion.py",
