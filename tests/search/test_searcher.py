@@ -468,7 +468,10 @@ def test_a_space_with_batch_norm_searches(name: str, resolution_px: int, tmp_pat
 
 SEARCHABLE = [name for name in stems("search_spaces", ".yaml") if not load_space(name).is_fixed]
 # nested weights are those of QuadraNet's neuron with layer normalisation
-NOT_NESTED = ("proxyless-mobile", "quadranet-mobile-bn", "quadranet-small-mixed", "union-mobile")
+NOT_NESTED = (
+    *("efficientnet-lite0", "efficientnet-lite0-quadratic", "proxyless-mobile", "quadranet-mobile-bn"),
+    *("quadranet-small-mixed", "union-mobile"),
+)
 FORMS: dict[str, dict[str, str]] = {
     "two-path": {},
     "all-paths": {"gradient": "all-paths"},
