@@ -4,20 +4,21 @@
 
 DIR has images as train/CLASS and test/CLASS, such as CIFAR-10. For each seed, `--images` of the training
 images are drawn, equally many of each class. The budget is half the latency of EfficientNet-Lite0 on `cpu`,
-at the resolution of the training (`--px`). Every arm has the same wall-clock time for what it trains:
+at `--px`, by default that of its pretraining. Every arm has the same wall-clock time for what it trains:
 
-- searched: `qnas search --pretrained efficientnet-lite0` and `qnas train-subnet`, half of the time each;
+- searched: `qnas search --pretrained efficientnet-lite0` over four resolutions up to `--px`, and
+  `qnas train-subnet`, half of the time each;
 - searched, quadratic: the same in efficientnet-lite0-quadratic, which has quadratic candidates as well;
 - whole: EfficientNet-Lite0 itself, fine-tuned; it takes twice the budget;
-- smaller images: itself at the largest resolution (a multiple of 16) at which it is within the budget;
-- cut: its own kernels and blocks, with fewer hidden channels: of these, the network with the most MACs within
-  the budget. Nobody searches;
+- smaller images: itself at the largest resolution (a multiple of 8) at which it is within the budget;
+- cut: at `--px`, its own kernels and blocks, with fewer hidden channels: of these, the network with the most
+  MACs within the budget. Nobody searches;
 - from scratch: the searched network, with new weights and the recipe for photographs.
 
-Epochs are planned from some timed steps. What a search takes besides them, such as the evaluation of its
-network on test images, shortens the training after it, and no other arm. All arms of a seed have the same
-images. Each training is a line of results/pretrained.jsonl, so that a stopped run goes on. Nothing else may
-run on the machine meanwhile.
+Epochs are planned from some timed steps. What a search takes besides them shortens the training after it,
+and no other arm. While they train, networks are tested on every tenth test image, and afterwards on all of
+them. All arms of a seed have the same images. Each training is a line of results/pretrained.jsonl, so that a
+stopped run goes on. Nothing else may run on the machine meanwhile.
 """
 
 import argparse
@@ -37,20 +38,30 @@ from experiments import OUT, RESULTS, markdown_table, mean_and_sd, percent, writ
 
 import qnas
 from qnas.common import host
+from qnas.data.batches import batches
+from qnas.data.image_data import ImageData
+from qnas.data.loading import load_data
+from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.pretrained.catalogue import load_pretrained, network_space
 from qnas.nn.pretrained.derivation import own_arch
 from qnas.nn.subnet import build_subnet
+from qnas.runs.found_arch import find_arch
 from qnas.search.config import SearchConfig
+from qnas.search.problem import FamilySearch
 from qnas.search.searcher import Searcher
 from qnas.solver.kinds import take
+from qnas.solver.layouts import layouts_within, mean_limits
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import solve
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
+from qnas.spaces.family import SpaceFamily, make_family
 from qnas.spaces.space import SearchSpace, load_space
 from qnas.training.loop import set_up_process
 from qnas.training.optimizer import make_optimizer, weight_step
+from qnas.training.scoring import classify
+from qnas.training.supernet_weights import build_trained
 
 NETWORK, DEVICE = "efficientnet-lite0", "cpu"
 SPACES = {"searched": NETWORK, "searched, quadratic": f"{NETWORK}-quadratic"}
@@ -59,7 +70,9 @@ BUDGET_SHARE = 0.5  # of the latency of the whole network
 SEARCH_SHARE = 0.5  # of the time of a searched network
 AFTER_STEPS = 1.25  # a search with its measurements and its ranking, in multiples of its steps
 PILOT_STEPS, WARM_UP_STEPS, BATCH = 6, 2, 64
-PX_STEP = 16
+PX_STEP = 8
+SHARES = (4 / 7, 5 / 7, 6 / 7, 1)  # of `--px`: the resolutions of a search, to multiples of 16
+TESTED = 10  # one of so many test images is tested on while networks train
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,11 @@ class Answer:
 class Arms:
     """The arms of one question and seed; what has been trained is kept in folders of `work`."""
 
-    def __init__(self, question: Question, seed: int, data: Path, work: Path) -> None:
+    def __init__(self, question: Question, seed: int, full: Path, work: Path) -> None:
+        data = draw_folder(full, question.images, seed, work / "data")
+        self.full = full
         self.question, self.seed, self.data, self.work = question, seed, f"imagefolder:{data}", work
+        self.resolutions = sorted({16 * round(question.px * share / 16) for share in SHARES})
         self.space = space_at(NETWORK, question.px)
         whole = own_arch(self.space, network_space(NETWORK))
         self.whole, self.whole_ms = whole, latency_ms(self.space, whole)
@@ -127,10 +143,11 @@ class Arms:
         space = space_at(SPACES[arm], question.px)
         start = time.monotonic()
         settings: dict[str, Any] = {"resolution_px": question.px, "seed": self.seed}
-        epochs = self._search_epochs(space, settings)
+        epochs = self._search_epochs(make_family(space, self.resolutions), settings)
         found = qnas.run_search(
             space,
-            {DEVICE: f"{self.budget_ms}ms"},
+            resolutions=self.resolutions,
+            budgets={DEVICE: f"{self.budget_ms}ms"},
             data=self.data,
             pretrained=NETWORK,
             out=folder,
@@ -144,11 +161,14 @@ class Arms:
         spent = time.monotonic() - start
         return self._trained(arm, found.space, found.arch, source=found, spent=spent, searched=epochs)
 
-    def _search_epochs(self, space: SearchSpace, settings: dict[str, Any]) -> int:
+    def _search_epochs(self, family: SpaceFamily, settings: dict[str, Any]) -> int:
         """Return the epochs of a search that take its share of the time, by some steps of both phases."""
         config = SearchConfig.load("pretrained").override(settings | {"warmup_epochs": 0})
-        data = qnas_images(self.data, space)
-        searcher = Searcher(space, self.limits(space), data, config, pretrained=load_pretrained(NETWORK))
+        data = qnas_images(self.data, family.largest)
+        search = FamilySearch(family, self.limits, layouts_within(family, self.limits))
+        limits = mean_limits([each.limits for each in search.within])
+        network = load_pretrained(NETWORK)
+        searcher = Searcher(family.largest, limits, data, config, family=search, pretrained=network)
         steps = config.arch_every * PILOT_STEPS
         for _ in range(config.arch_every):
             searcher.step()
@@ -192,7 +212,7 @@ class Arms:
             question,
             arm,
             self.seed,
-            trained.accuracy,
+            test_accuracy(trained.folder, self.full),
             latency_ms(space, arch),
             px,
             int(count_limit(space, "macs", 1e12).amount(arch.indices(space))),
@@ -249,11 +269,8 @@ def epoch_seconds(space: SearchSpace, arch: Arch, images: int) -> float:
     return (time.monotonic() - start) / PILOT_STEPS * images / BATCH
 
 
-def qnas_images(data: str, space: SearchSpace) -> Any:
-    """Return the images of a folder as a search loads them."""
-    from qnas.data.loading import load_data
-    from qnas.data.sources import parse_data_spec
-
+def qnas_images(data: str, space: SearchSpace) -> ImageData:
+    """Return the images of a folder at the size of a space, as a search loads them."""
     return load_data(
         parse_data_spec(data),
         resolution_px=space.input.resolution_px,
@@ -263,7 +280,7 @@ def qnas_images(data: str, space: SearchSpace) -> Any:
 
 
 def draw_folder(data: Path, images: int, seed: int, out: Path) -> Path:
-    """Write a folder of so many training images, equally many of each class, and all test images."""
+    """Write a folder of so many training images, equally many of each class, and every tenth test image."""
     rng = np.random.default_rng(seed)
     classes = sorted(path.name for path in (data / "train").iterdir() if path.is_dir())
     shutil.rmtree(out, ignore_errors=True)
@@ -272,8 +289,18 @@ def draw_folder(data: Path, images: int, seed: int, out: Path) -> Path:
         (out / "train" / name).mkdir(parents=True)
         for place in np.sort(rng.permutation(len(files))[: images // len(classes)]).tolist():
             os.link(files[place], out / "train" / name / files[place].name)
-    shutil.copytree(data / "test", out / "test", copy_function=os.link)
+        (out / "test" / name).mkdir(parents=True)
+        for file in sorted((data / "test" / name).iterdir())[::TESTED]:
+            os.link(file, out / "test" / name / file.name)
     return out
+
+
+def test_accuracy(folder: Path, data: Path) -> float:
+    """Return the accuracy of a trained network on all test images."""
+    found = find_arch(folder)
+    images = qnas_images(f"imagefolder:{data}", found.space)
+    network = build_trained(found, len(images.classes))
+    return classify(network, batches(images.test, 256, device=torch.device("cpu"))).score.accuracy
 
 
 class Answers:
@@ -360,7 +387,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/CLASS and test/CLASS")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=12.0, help="of each arm")
-    parser.add_argument("--px", type=int, default=128)
+    parser.add_argument("--px", type=int, default=224)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--threads", type=int, default=2)
@@ -374,8 +401,7 @@ def main() -> None:
     kept = Answers(options.out / "pretrained.jsonl")
     for seed in options.seeds:
         work = options.work / f"{question.images}-{question.minutes:g}-{question.px}-{seed}"
-        data = draw_folder(options.data, question.images, seed, work / "data")
-        arms = Arms(question, seed, data, work)
+        arms = Arms(question, seed, options.data, work)
         for arm in options.arms:
             searched = kept.find(question, ARMS[0], seed)
             if kept.find(question, arm, seed) is None:

@@ -20,7 +20,7 @@ from qnas.search.config import SearchConfig, default_preset
 from qnas.solver.layouts import Within, layouts_within, mean_limits
 from qnas.solver.limits import Limits
 from qnas.solver.solve import check_has_choice, check_searchable
-from qnas.spaces.family import SpaceFamily, load_family, make_family
+from qnas.spaces.family import SpaceFamily, load_family, make_family, multiplied_widths
 from qnas.spaces.lower import check_resolution
 from qnas.spaces.space import FEWEST_CLASSES, SearchSpace
 
@@ -56,6 +56,7 @@ def run_search(
     budgets: Budgets | None = None,
     *,
     resolutions: Sequence[int] | None = None,
+    width_multipliers: Sequence[float] | None = None,
     data: "GivenData | None" = None,
     out: str | Path | None = None,
     max_params: str | int | None = None,
@@ -79,8 +80,9 @@ def run_search(
     `space` is a shipped space by name, a YAML file, a SearchSpace or a SpaceFamily (default:
     quadranet-mobile). With several input resolutions, `resolutions=[128, 160, 192, 224]` or a list in the
     file, the search chooses one of them too: the run is then one in the space at that resolution, and the
-    others are in its family.json. `budgets` maps devices, by name or as Device values, to latencies with
-    units: `{"vpu": "30ms", "cpu": "20ms"}`;
+    others are in its family.json. So it does with `width_multipliers=[0.75, 1.0]`, multiples of each stage's
+    channels, or with lists of channels in the file; `weights` must then be shared. `budgets` maps devices, by
+    name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"), and `max_energy` ("30mJ") its energy on
     each of the devices whose file states energies. A throughput device also takes "5000img/s". `data` is
     `digits`, `cifar10:DIR`, `imagefolder:DIR` and so on, a map-style Dataset, or `Datasets` (default:
@@ -115,7 +117,14 @@ def run_search(
         pretrained = str(former["pretrained"]["name"])
     around = SPACE if pretrained is None or former else space_around(pretrained)
     given = former.get("space", around) if space is None else space
-    family = _family(given, former.get("resolutions_px") if resolutions is None else resolutions, former, out)
+    multipliers = former.get("width_multipliers") if width_multipliers is None else width_multipliers
+    family = _family(
+        given,
+        former.get("resolutions_px") if resolutions is None else resolutions,
+        multipliers,
+        former,
+        out,
+    )
     if pretrained is not None:
         check_fits(family.largest, network_space(pretrained))
     asked = AskedLimits.of(
@@ -221,6 +230,8 @@ def run_search(
             }
         if within or resolutions is not None or "resolutions_px" in former:
             request |= {"resolutions_px": list(family.resolutions_px)}
+        if multipliers is not None:
+            request |= {"width_multipliers": [float(by) for by in multipliers]}
         search_in_folder(
             searcher,
             folder,
@@ -301,22 +312,30 @@ def _limits_with(
 def _family(
     given: str | Path | SearchSpace | SpaceFamily,
     resolutions_px: Sequence[int] | None,
+    multipliers: Sequence[float] | None,
     former: Mapping[str, Any],
     out: str | Path | None,
 ) -> SpaceFamily:
     """Return the requested family, which has one space where there are no lists.
 
-    A run on a space that was made in Python records its name and keeps a copy in its folder.
+    A run on a space that was made in Python records its name and keeps a copy in its folder, which has the
+    run's resolutions and widths.
     """
     if not isinstance(given, SearchSpace | SpaceFamily):
         check_arguments(space=given)
         is_file = bool(Path(given).suffix)
         if former and out is not None and not is_file and str(given) not in stems("search_spaces", ".yaml"):
-            given = Path(out) / (FAMILY_SPACE_FILE if "family_digest" in former else SPACE_FILE)
+            return load_family(Path(out) / (FAMILY_SPACE_FILE if "family_digest" in former else SPACE_FILE))
         family = load_family(given)
     else:
         family = make_family(given) if isinstance(given, SearchSpace) else given
-    return family if resolutions_px is None else make_family(family.largest, resolutions_px)
+    if resolutions_px is None and multipliers is None:
+        return family
+    return make_family(
+        family.largest,
+        family.resolutions_px if resolutions_px is None else resolutions_px,
+        family.widths if multipliers is None else multiplied_widths(family.largest, multipliers),
+    )
 
 
 def _former(out: str | Path | None) -> Mapping[str, Any]:

@@ -109,6 +109,14 @@ Resolutions = Annotated[
         panel=BUDGET,
     ),
 ]
+WidthMultipliers = Annotated[
+    str | None,
+    option(
+        "Multiples of each stage's channels that the search chooses from, for each stage by itself: "
+        "0.75,1. Default: the widths of the space.",
+        panel=BUDGET,
+    ),
+]
 Seed = Annotated[int, option("Seed of all random numbers.", least=0)]
 Threads = Annotated[int, option("CPU threads of the runtime.", least=1)]
 LATENCY_HELP = "device: the device's own table or model. nn-meter: nn-Meter's predictors, once imported."
@@ -213,6 +221,20 @@ def whole_numbers(text: str | None, option: str) -> list[int] | None:
         raise typer.BadParameter(
             f"{text!r:.60}: expected whole numbers: 128,160", param_hint=option
         ) from None
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """Return the numbers of a list with commas. Raises BadParameter for another text.
+
+    >>> numbers("0.75, 1", "--width-multipliers")
+    [0.75, 1.0]
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r:.60}: expected numbers: 0.75,1", param_hint=option) from None
 
 
 def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:

@@ -63,6 +63,7 @@ def search(
     confidence: options.Confidence = None,
     space: options.Space = None,
     resolutions: options.Resolutions = None,
+    width_multipliers: options.WidthMultipliers = None,
     latency: Annotated[
         str | None,
         option(
@@ -109,6 +110,7 @@ def search(
         space,
         None if resume and not device and not budget else options.pair_budgets(device, budget, former),
         resolutions=options.whole_numbers(resolutions, "--resolutions"),
+        width_multipliers=options.numbers(width_multipliers, "--width-multipliers"),
         data=data,
         out=out,
         max_params=max_params,

@@ -24,8 +24,7 @@ A module takes the route to run as an argument and stores no architecture.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import gt
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from qnas.common.errors import UsageError
 from qnas.nn.blocks import QuadraBlock, build_block
 from qnas.nn.kernels.block import nested_channel_half, nested_mixer_half
 from qnas.nn.modes import WeightsMode
-from qnas.nn.subnet import state_shapes, take_slice
+from qnas.nn.slices import Borrower
 from qnas.spaces.blocks import BLOCKS
 from qnas.spaces.lower import BlockSpec, Slot, fill
 from qnas.spaces.space import Candidate, Position, SearchSpace
@@ -134,14 +133,29 @@ class IndependentChoice(Choice):
         return y
 
 
-class SharedChoice(Choice):
+class LentChoice(Choice):
+    """Candidates without tensors of their own, each a slice of a largest module of its kind (`nn.slices`)."""
+
+    def __init__(self, space: SearchSpace, slot: Slot, lenders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleDict()
+        for candidate in slot.position.candidates:
+            block = fill(space, slot, candidate)
+            self.candidates[candidate.name] = Borrower(block, lenders.get(block.kind), candidate.name)
+
+    def run_candidate(self, x: Tensor, index: int) -> Tensor:
+        """See Choice. Batch norm statistics are slices too, and are updated in place."""
+        y: Tensor = list(self.candidates.children())[index](x)
+        return y
+
+
+class SharedChoice(LentChoice):
     """The largest module of each kind of block (`shared`), of which the candidates are slices.
 
-    `candidates` holds a module without tensors for each candidate, which borrows slices to run.
+    Candidates at narrower widths are slices of the same modules: `narrowed`.
     """
 
     def __init__(self, space: SearchSpace, slot: Slot) -> None:
-        super().__init__()
         candidates = slot.position.candidates
         alone = sorted({c.block for c in candidates if not BLOCKS[c.block].shares_weights})
         if alone:
@@ -149,99 +163,18 @@ class SharedChoice(Choice):
                 f"block {', '.join(alone)} does not say which of its parameters are slices of the largest: "
                 "search with `weights='independent'`"
             )
-        blocks = [fill(space, slot, candidate) for candidate in candidates]
-        self.kinds = [block.kind for block in blocks]
-        largest = {
-            kind: build_block(fill(space, slot, _largest(kind, candidates)))
-            for kind, block in zip(self.kinds, blocks, strict=True)
-            if block.layers
+        # drawn once for each candidate, the last of a kind counts: searches keep their results
+        lenders = {
+            candidate.kind: build_block(block)
+            for candidate in candidates
+            if (block := fill(space, slot, _largest(candidate.kind, candidates))).layers
         }
-        self.shared = nn.ModuleDict(largest)  # `subnet.subnet_state` relies on this name
-        self.candidates = nn.ModuleDict()
-        self.loans: list[_Loans] = []
-        for candidate, block in zip(candidates, blocks, strict=True):
-            with torch.device("meta"):
-                module = build_block(block)
-            for part in module.modules():
-                part._parameters = dict.fromkeys(part._parameters)
-                part._buffers = dict.fromkeys(part._buffers)
-            self.candidates[candidate.name] = module
-            lender = self.shared[block.kind] if block.layers else module
-            shapes = state_shapes(block)
-            _check_slices(candidate, lender.state_dict() if block.layers else {}, shapes)
-            self.loans.append(_Loans(lender, module, shapes))
+        super().__init__(space, slot, lenders)
+        self.shared = nn.ModuleDict(lenders)  # `subnet.subnet_state` relies on this name
 
-    def run_candidate(self, x: Tensor, index: int) -> Tensor:
-        """See Choice. Batch norm statistics are slices too, and are updated in place."""
-        module, loans = list(self.candidates.children())[index], self.loans[index]
-        # torch.func.functional_call does the same, but takes 0.1 ms longer per block
-        try:
-            loans.lend()
-            y: Tensor = module(x)
-        finally:
-            loans.take_back()
-        return y
-
-
-class _Loan(NamedTuple):
-    """A borrowed tensor: its name, the lending and the borrowing submodule, and its shape there."""
-
-    name: str
-    lender: nn.Module
-    borrower: nn.Module
-    shape: torch.Size
-
-
-class _Loans:
-    """The tensors that a candidate borrows, set without setattr, which accepts only leaves as parameters."""
-
-    def __init__(self, lender: nn.Module, borrower: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-        lenders, borrowers = dict(lender.named_modules()), dict(borrower.named_modules())
-        owners = ((*key.rpartition(".")[::2], shape) for key, shape in shapes.items())
-        loans = [_Loan(name, lenders[owner], borrowers[owner], shape) for owner, name, shape in owners]
-        self.parameters = [loan for loan in loans if loan.name in loan.lender._parameters]
-        self.buffers = [loan for loan in loans if loan.name not in loan.lender._parameters]
-
-    def lend(self) -> None:
-        """Set the candidate's tensors to slices of the largest module's."""
-        if self.parameters:
-            whole = (loan.lender._parameters[loan.name] for loan in self.parameters)
-            slices = _Slices.apply([loan.shape for loan in self.parameters], *whole)
-            for loan, part in zip(self.parameters, slices, strict=True):
-                loan.borrower._parameters[loan.name] = part
-        for loan in self.buffers:
-            tensor = loan.lender._buffers[loan.name]
-            assert tensor is not None
-            loan.borrower._buffers[loan.name] = take_slice(tensor, loan.shape)
-
-    def take_back(self) -> None:
-        """Remove the borrowed tensors from the candidate."""
-        for loan in self.parameters:
-            loan.borrower._parameters[loan.name] = None
-        for loan in self.buffers:
-            loan.borrower._buffers[loan.name] = None
-
-
-class _Slices(torch.autograd.Function):
-    """Slices of several tensors in one operation. A dozen of torch's operations take as long as a block."""
-
-    @staticmethod
-    def forward(ctx: Any, shapes: Sequence[torch.Size], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.shapes = [tensor.shape for tensor in tensors]
-        ctx.set_materialize_grads(False)
-        return tuple(take_slice(t, shape).contiguous() for t, shape in zip(tensors, shapes, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None]
-        for grad, shape in zip(grads, ctx.shapes, strict=True):
-            if grad is not None and grad.shape != shape:
-                whole = grad.new_zeros(shape)
-                take_slice(whole, grad.shape).copy_(grad)
-                grad = whole
-            found.append(grad)
-        return tuple(found)
+    def narrowed(self, space: SearchSpace, slot: Slot) -> LentChoice:
+        """Return the candidates of a slot with no more channels, whose weights are slices of these."""
+        return LentChoice(space, slot, dict(self.shared.items()))
 
 
 def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
@@ -249,19 +182,6 @@ def _largest(kind: str, candidates: Sequence[Candidate]) -> Candidate:
     same = [c for c in candidates if c.kind == kind]
     sizes = {name: max(c.sizes[name] for c in same) for name in same[0].sizes}
     return Candidate(block=same[0].block, **{**same[0].parameters, **sizes})
-
-
-def _check_slices(
-    candidate: Candidate, whole: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> None:
-    """Raise UsageError if a candidate's tensors are not slices of the largest module of its kind."""
-    for name, shape in shapes.items():
-        largest = whole[name].shape if name in whole else None
-        if largest is None or len(largest) != len(shape) or any(map(gt, shape, largest)):
-            raise UsageError(
-                f"{candidate.name}: {name}, {list(shape)}, is not a slice of that of the largest candidate, "
-                f"{list(largest or [])}: search with `weights='independent'`"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from qnas.nn.blocks import build_block
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import block_labels, take_first_places
 from qnas.spaces.lower import BlockSpec, lower
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.space import Position, SearchSpace
+
+CLASSIFIER_WEIGHT = "parts.head.classifier.weight"  # of a supernet, (classes, C)
 
 
-def module_name(block: BlockSpec) -> str:
-    """Return the name of a block's submodule, such as `stem`, `3_transition`, `3_1` or `head`."""
+def module_name(block: BlockSpec | Position) -> str:
+    """Return the name of a part's submodule, such as `stem`, `3_transition`, `3_1` or `head`."""
     return block.name.replace(".", "_")
 
 
@@ -36,9 +38,12 @@ def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch:
 
     A block has the weights of its position after blocks are moved to the front (`spaces.block_order`). The
     supernet's names show how weights are kept: `parts.POSITION.CANDIDATE.` for independent candidates,
-    `parts.POSITION.shared.KIND.` for slices of one module per kind of block. Slices are views.
+    `parts.POSITION.shared.KIND.` for slices of one module per kind of block. All other blocks are slices
+    where the supernet has wider ones. Slices are views.
     """
-    by_name = {block.name: block for block in lower(space, arch)}
+    classifier = supernet_state.get(CLASSIFIER_WEIGHT)
+    classes = None if classifier is None else len(classifier)  # those of the data, not of the space
+    by_name = {block.name: block for block in lower(space, arch, classes=classes)}
     blocks = [by_name[position.name] for position in space.positions]
     prefixes = [module_name(block) for block in blocks]
     places = take_first_places(block_labels(space), arch.indices(space))
@@ -48,13 +53,20 @@ def subnet_state(supernet_state: Mapping[str, Tensor], space: SearchSpace, arch:
         for prefix, i in chosen.items()
         if any(key.startswith(f"parts.{prefix}.shared.{blocks[i].kind}.") for key in supernet_state)
     }
+    positions = set(prefixes)
+    fixed = {
+        name: state_shapes(block)
+        for block in by_name.values()
+        if (name := module_name(block)) not in positions
+    }
     state = {}
     for key, tensor in supernet_state.items():
         prefix, _, rest = key.removeprefix("parts.").partition(".")
         if not key.startswith("parts."):
             continue
         if prefix not in chosen:
-            state[f"{prefix}.{rest}"] = tensor
+            shape = fixed.get(prefix, {}).get(rest, tensor.shape)
+            state[f"{prefix}.{rest}"] = take_slice(tensor, shape)
             continue
         i = chosen[prefix]
         kept_as = f"shared.{blocks[i].kind}." if prefix in shapes else f"{arch.choices[i]}."

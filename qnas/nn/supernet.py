@@ -1,15 +1,17 @@
 """The supernet: all networks of a space in one module, and the architecture parameters.
 
 `qnas.nn.mixed_block` holds the weights of a position's candidates and runs them. A forward pass takes a
-route for each position; the modules store no architecture. This module holds the architecture parameters, the
-probabilities that follow from them, the sampling of paths, and the expected latency.
+route for each position, and the width of each stage where a family has several; the modules store no
+architecture. The weights are those of the widest network. Narrower ones have slices of them, in the blocks
+between positions too. This module holds the architecture parameters, the probabilities that follow from them,
+the sampling of paths, and the expected latency.
 
 With independent and shared weights, a position has one parameter for each candidate, and the softmax of these
 is the candidates' probabilities. With nested weights, it has parameters for each kernel, for each expansion,
 and for block or identity, and a candidate's probability is the product of three probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from qnas.common.errors import UsageError
 from qnas.nn.blocks import build_block
 from qnas.nn.mixed_block import (
     Choice,
@@ -25,16 +28,19 @@ from qnas.nn.mixed_block import (
     Grid,
     NestedChoice,
     Route,
+    SharedChoice,
     grid_of,
     make_choice,
 )
 from qnas.nn.modes import WeightsMode
+from qnas.nn.slices import Borrower
 from qnas.nn.subnet import build_subnet, module_name, subnet_state
 from qnas.solver.distributions import max_entropy_strengths
 from qnas.solver.limits import Limits
 from qnas.spaces.arch import Arch
 from qnas.spaces.block_order import Labels, block_labels, take_first_places
-from qnas.spaces.lower import BlockSpec, skeleton
+from qnas.spaces.family import Layout, SpaceFamily, layout_of
+from qnas.spaces.lower import BlockSpec, Slot, skeleton
 from qnas.spaces.space import SearchSpace
 
 ALPHA_STD = 1e-3  # standard deviation of initial architecture parameters, as in ProxylessNAS
@@ -45,7 +51,9 @@ class Supernet(nn.Module):
 
     `alpha` holds the architecture parameters, float64 on the CPU, one row for each position: (positions,
     candidates), or (positions, kernels + expansions + 2) with nested weights. Surplus entries of a row have
-    no effect. All other parameters are weights. Raises UsageError if `weights` does not fit the space.
+    no effect. All other parameters are weights. With a `family` whose stages have several widths, `space` is
+    that of its largest layout, and the networks are those at all widths. Raises UsageError if `weights` does
+    not fit the space or the family.
 
     `pretrained` are the names of the parameters that `pretrained.start.start_from` has set; none otherwise.
     """
@@ -55,19 +63,33 @@ class Supernet(nn.Module):
     mask: Tensor  # (positions, candidates): which candidates exist
 
     def __init__(
-        self, space: SearchSpace, classes: int, generator: Generator, weights: WeightsMode = "independent"
+        self,
+        space: SearchSpace,
+        classes: int,
+        generator: Generator,
+        weights: WeightsMode = "independent",
+        family: SpaceFamily | None = None,
     ) -> None:
         super().__init__()
-        self.space = space
+        if family is not None and family.has_widths and weights != "shared":
+            raise UsageError(
+                f"`weights={weights!r}`: {family.name} has several widths, whose weights are slices of the "
+                "largest: search with `weights='shared'`"
+            )
+        self.space, self.family, self.classes = space, family, classes
         self.pretrained = frozenset()
         self.labels = block_labels(space)
         self.parts = nn.ModuleDict()
+        self._widest: dict[str, _Key] = {}
         for part in skeleton(space, classes=classes):
+            self._widest[_key(part)[0]] = _key(part)
             if isinstance(part, BlockSpec):
                 self.parts[module_name(part)] = build_block(part)
             else:
-                name = part.position.name.replace(".", "_")
-                self.parts[name] = make_choice(space, part, weights)
+                self.parts[module_name(part.position)] = make_choice(space, part, weights)
+        # the parts at other widths, which borrow tensors and modes: no submodules, as there may be thousands
+        self._narrower: dict[_Key, nn.Module] = {}
+        self._chains: dict[tuple[int, ...], list[nn.Module]] = {}
         self.to(memory_format=torch.channels_last)
         mask = candidate_mask(space)
         self.register_buffer("mask", mask, persistent=False)
@@ -101,23 +123,64 @@ class Supernet(nn.Module):
             routes.append(mixed if len(grid.places) > 1 else 0)
         return routes
 
-    def forward(self, x: Tensor, routes: Sequence[Route]) -> Tensor:
+    def forward(self, x: Tensor, routes: Sequence[Route], channels: tuple[int, ...] | None = None) -> Tensor:
         """Run one route at each position: (B, channels, H, W) -> (B, classes).
 
-        If each route has one active candidate, the routes whose active candidate is a block run in the first
-        positions of their stage (`qnas.spaces.block_order`).
+        `channels` are the widths of the stages, by default the largest. If each route has one active
+        candidate, the routes whose active candidate is a block run in the first positions of their stage
+        (`qnas.spaces.block_order`).
         """
         remaining = iter(_blocks_first(self.labels, routes))
-        for part in self.parts.values():
+        for part in self._parts_at(channels):
             x = part(x, next(remaining)) if isinstance(part, Choice) else part(x)
         assert next(remaining, None) is None, "more routes than positions"
         return x
 
-    def subnet(self, arch: Arch, classes: int) -> nn.Sequential:
-        """Return the network of an architecture with copies of this supernet's weights."""
-        network = build_subnet(self.space, arch, classes)
-        network.load_state_dict(subnet_state(self.state_dict(), self.space, arch))
+    def _parts_at(self, channels: tuple[int, ...] | None) -> Iterable[nn.Module]:
+        """Return the modules of all parts at these widths, which are made when they are first needed."""
+        if channels is None or channels == layout_of(self.space).channels:
+            return self.parts.values()
+        if channels not in self._chains:
+            assert self.family is not None, "a space has one width"
+            space = self.family.at(Layout(self.space.input.resolution_px, channels))
+            self._chains[channels] = [
+                self._part_at(space, part) for part in skeleton(space, classes=self.classes)
+            ]
+        return self._chains[channels]
+
+    def _part_at(self, space: SearchSpace, part: BlockSpec | Slot) -> nn.Module:
+        """Return the module of a part in the space of another layout, whose weights are slices."""
+        key = _key(part)
+        if key not in self._narrower:
+            whole = self.parts[key[0]]
+            if key == self._widest[key[0]]:
+                self._narrower[key] = whole
+            elif isinstance(part, Slot):
+                assert isinstance(whole, SharedChoice)
+                self._narrower[key] = whole.narrowed(space, part)
+            else:
+                self._narrower[key] = Borrower(part, whole, part.name)
+        return self._narrower[key]
+
+    def subnet(self, arch: Arch, classes: int, space: SearchSpace | None = None) -> nn.Sequential:
+        """Return the network of an architecture with copies of this supernet's weights.
+
+        `space` is that of the architecture's layout in the family, by default the largest.
+        """
+        space = self.space if space is None else space
+        network = build_subnet(space, arch, classes)
+        network.load_state_dict(subnet_state(self.state_dict(), space, arch))
         return network
+
+
+_Key = tuple[str, int, int]
+
+
+def _key(part: BlockSpec | Slot) -> _Key:
+    """Return the name of a part's module, and its channels before and after it."""
+    if isinstance(part, Slot):
+        return module_name(part.position), part.position.c_in, part.position.c_out
+    return module_name(part), part.layers[0].c_in, part.layers[-1].c_out
 
 
 def _blocks_first(labels: Labels, routes: Sequence[Route]) -> list[Route]:

@@ -115,9 +115,10 @@ class ConfigDocument(Document):
     max_broken: Share = ABSENT
     space: PathText = ABSENT
     space_digest: Digest = ABSENT
-    # of a search over several resolutions
+    # of a search over several resolutions or widths
     family_digest: Digest = ABSENT
     resolutions_px: Annotated[list[Pixels], Field(min_length=1, max_length=100)] = ABSENT
+    width_multipliers: Annotated[list[Positive], Field(min_length=1, max_length=100)] = ABSENT
     versions: Versions = ABSENT
     pretrained: PretrainedFacts = ABSENT
     # of a search
@@ -648,6 +649,14 @@ class FamilyCertificate(Document):
     rest_bound: Number | None
 
 
+class LayoutNumber(Document):
+    """What a resolution or a width adds to the scores of networks."""
+
+    stage: Count  # from 1; 0 for a resolution
+    value: Ordinal
+    number: Number
+
+
 class FamilySpace(Document):
     """What is known of a layout of a family."""
 
@@ -678,6 +687,7 @@ class FamilyDocument(Document):
     family_digest: Digest
     space: Name
     certificate: FamilyCertificate
+    numbers: Annotated[list[LayoutNumber], Field(max_length=MOST_NETWORKS)]
     spaces: Annotated[list[FamilySpace], Field(min_length=1, max_length=MOST_NETWORKS)]
     ranking: Annotated[list[RankedOfFamily], Field(min_length=1, max_length=MOST_NETWORKS)]
 

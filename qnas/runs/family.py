@@ -52,9 +52,12 @@ class FamilyRun:
         return read_limits(self.folder / layout_folder(space.name), document, space)
 
     def scores(self, rows: Scores) -> FamilyScores:
-        """Return scores over the family: those of candidates, and the recorded number of each resolution."""
-        numbers = {entry["resolution_px"]: entry["number"] for entry in self.document["spaces"]}
-        return FamilyScores(lambda space: rows, numbers)
+        """Return scores over the family: those of candidates, and the numbers of resolutions and widths."""
+        found: list[dict[int, float]] = [{} for _ in range(1 + len(self.family.widths))]
+        for entry in self.document["numbers"]:
+            found[entry["stage"]][entry["value"]] = entry["number"]
+        resolutions, *widths = found
+        return FamilyScores(lambda space: rows, resolutions, tuple(widths))
 
 
 def read_family_run(folder: Path, space: SearchSpace, arch: Mapping[str, Any]) -> FamilyRun | None:
@@ -80,7 +83,10 @@ def read_family_run(folder: Path, space: SearchSpace, arch: Mapping[str, Any]) -
     }
     for at, (each, entry) in enumerate(zip(family.layouts(), document["spaces"], strict=False)):
         facts[f"spaces[{at}].resolution_px"] = entry["resolution_px"], each.resolution_px
+        facts[f"spaces[{at}].channels"] = entry["channels"], list(each.channels)
         facts[f"spaces[{at}].limits"] = [_asked(limit) for limit in entry["limits"]], asked
+    places = [1 + len(family.widths) > entry["stage"] for entry in document["numbers"]]
+    facts["numbers"] = all(places), True
     for key, (found, expected) in facts.items():
         if found != expected:
             raise _edited(path, key, found, expected)
@@ -121,6 +127,7 @@ def check_family_certificate(run: FamilyRun, rows: Scores, screened: int) -> Non
         figures["certificate.rank"] = certificate["rank"], of_rank.rank
     for at, verdict in enumerate(found.verdicts):
         entry = run.entry(verdict.layout)
+        figures[f"spaces[{at}].number"] = entry["number"], scores.constant(verdict.layout)
         if entry["trained_px"] is None:  # no network within all limits at once, whatever a bound says
             continue
         figures[f"spaces[{at}].bound"] = entry["bound"], verdict.bound

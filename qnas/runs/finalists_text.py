@@ -58,12 +58,12 @@ def latency_text(
 ) -> str:
     """Format a finalist's latency on each device, with its interval where that is known.
 
-    Of a family, its resolution too: its limits are those of the space at its own layout.
+    Of a family, its resolution and widths too: its limits are those of the space at its own layout.
     """
     at = ""
     if family is not None and "space" in entry:
         layout = family.layout_named(entry["space"])
-        limits, at = family.limits_at(layout), f" at {layout.resolution_px} px"
+        limits, at = family.limits_at(layout), f" at {family.family.label_of(layout)}"
     indices = Arch(tuple(entry["choices"])).indices(space)
     devices = [limit for limit in limits if limit.table is not None]
     parts = []

@@ -27,6 +27,7 @@ from sklearn.isotonic import isotonic_regression
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from qnas.search.layout_numbers import LayoutChoice, LayoutNumbers, numbers_of, open_choices
 from qnas.solver.distributions import sample_near
 from qnas.solver.limits import Limits, beside_latency
 from qnas.solver.solve import CandidateIndices, Scores, solve
@@ -137,14 +138,15 @@ def fit_family_effects(
     layouts: Sequence[Layout],
     losses: NDArray[np.float64],
     groups: NDArray[np.int64],
-) -> tuple[Effects, dict[int, float]]:
-    """Fit the additive model to networks (n,) at these layouts (n,), with a coefficient for each resolution.
+) -> tuple[Effects, LayoutNumbers]:
+    """Fit the additive model to networks (n,) at these layouts (n,), each with choices of its own.
 
-    Returns the effects, which are the same at all layouts, and the nats that each resolution adds. `space` is
-    that of any layout; the rest is as in `fit_effects`.
+    The model has a coefficient for each resolution, and for each width of a stage. Returns the effects, which
+    are the same at all layouts, and the nats that resolutions and widths add. `space` is that of any layout;
+    the rest is as in `fit_effects`.
     """
-    effects, of_others = _fit(space, networks, losses, groups, [each.resolution_px for each in layouts])
-    return effects, {px: of_others[px] for px in sorted(of_others)}
+    effects, nats = _fit(space, networks, losses, groups, open_choices(layouts))
+    return effects, numbers_of(nats, len(layouts[0].channels))
 
 
 def _fit(
@@ -152,18 +154,19 @@ def _fit(
     networks: Sequence[CandidateIndices],
     losses: NDArray[np.float64],
     groups: NDArray[np.int64],
-    others: Sequence[int] = (),
-) -> tuple[Effects, dict[int, float]]:
-    """Fit the model, with a coefficient more for each different value of `others` (n,); return these too."""
+    others: Sequence[tuple[LayoutChoice, ...]] = (),
+) -> tuple[Effects, dict[LayoutChoice, float]]:
+    """Fit the model, with a coefficient more for each different choice in `others` (n,); return these too."""
     columns, places = _columns(space)
     first = 1 + max(number for row in columns for own in row for number in own)
-    values = {value: first + at for at, value in enumerate(dict.fromkeys(others))}
+    known = dict.fromkeys(choice for choices in others for choice in choices)
+    values = {choice: first + at for at, choice in enumerate(known)}
     design = np.zeros((len(networks), first + len(values)))
     for row, network in zip(design, networks, strict=True):
         for i, choice in enumerate(network):
             row[columns[i][choice]] += 1
-    for row, value in zip(design, others, strict=False):
-        row[values[value]] = 1
+    for row, choices in zip(design, others, strict=False):
+        row[[values[choice] for choice in choices]] = 1
     design, centred = _within_groups(design, groups), _within_groups(losses, groups)
     ridge = RidgeCV(alphas=STRENGTHS, fit_intercept=False).fit(design, centred)
     coefficients = ridge.coef_.copy()
@@ -174,7 +177,7 @@ def _fit(
     nats = tuple(tuple(float(coefficients[numbers].sum()) for numbers in row) for row in columns)
     # the best score is minus the mean squared error of left-out networks
     explained = 1 + float(ridge.best_score_) / max(float(np.mean(centred**2)), 1e-30)
-    of_others = {value: float(coefficients[number]) for value, number in values.items()}
+    of_others = {choice: float(coefficients[number]) for choice, number in values.items()}
     return Effects(nats, explained, len(networks)), of_others
 
 

@@ -59,35 +59,68 @@ def evaluator_of(state: SearchState) -> Evaluator:
     It leaves the state of the search unchanged.
     """
     problem, supernet = state.problem, state.supernet
-    classes = len(problem.data.classes)
+    classes, space, channels = len(problem.data.classes), problem.space, problem.layout.channels
 
     @torch.no_grad()
     def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
         supernet.eval()
         with batch_statistics(supernet), problem.acceleration.autocast_unscaled():
-            rows = [problem.objective.ranking_loss(supernet(images, network), labels) for network in networks]
+            answers = (supernet(images, network, channels) for network in networks)
+            rows = [problem.objective.ranking_loss(answer, labels) for answer in answers]
         return torch.stack(rows).double().cpu()
 
     def build(arch: Arch) -> nn.Module:
-        return supernet.subnet(arch, classes)
+        return supernet.subnet(arch, classes, space)
 
     found = Evaluator(problem.data, problem.acceleration.device, problem.objective, build, losses)
     return found if problem.trained_px == problem.data.resolution_px else found.at_size(problem.trained_px)
 
 
-def saved_evaluator(
+@dataclass(frozen=True, eq=False)
+class SavedSupernet:
+    """The supernet that a finished search left in its folder, with the images of the search."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    data: ImageData
+    device: torch.device
+    objective: Objective
+
+    def evaluator(self, space: SearchSpace, px: int | None = None) -> Evaluator:
+        """Return the evaluator of the networks of a space, with images of this size; None: of the search."""
+
+        def build(arch: Arch) -> nn.Module:
+            network = build_subnet(space, arch, len(self.data.classes))
+            load_inherited(network, self.tensors, space, arch, self.path)
+            return network
+
+        @torch.no_grad()
+        def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
+            found = []
+            for indices in networks:
+                network = build(arch_from_indices(space, indices)).to(self.device).eval()
+                with batch_statistics(network):
+                    found.append(self.objective.ranking_loss(network(images), labels))
+            return torch.stack(found).double().cpu()
+
+        found = Evaluator(self.data, self.device, self.objective, build, losses)
+        return found if px in (None, self.data.resolution_px) else found.at_size(px)
+
+
+def load_saved_supernet(
     folder: Path,
     config: Mapping[str, Any],
     space: SearchSpace,
     data: GivenData | None = None,
     loss: LossFunction | None = None,
     supernet_sha256: str | None = None,
-) -> Evaluator:
-    """Return the evaluator of the supernet that a finished search left in its folder, on the same data.
+) -> SavedSupernet:
+    """Load the supernet that a finished search left in its folder, and the same data.
 
-    `config` is the folder's config.json. `data` and `loss` are needed where the search used Datasets or a
-    custom loss. `supernet_sha256` is that of the supernet's file. Raises CheckpointError where the supernet
-    is missing, damaged or another, DataError where the data are missing, damaged or others.
+    `config` is the folder's config.json, `space` that of the run. `data` and `loss` are needed where the
+    search used Datasets or a custom loss. `supernet_sha256` is that of the supernet's file. Raises
+    CheckpointError where the supernet is missing, damaged or another, DataError where the data are missing,
+    damaged or others.
     """
     path = folder / SUPERNET_FILE
     tensors = load_supernet(path, supernet_sha256)
@@ -105,20 +138,4 @@ def saved_evaluator(
     if images.digest != config["data_digest"]:
         raise DataError(f"{config['data']}: not the images that {folder} was searched on")
     objective = saved_objective(searched, images.train.labels, len(images.classes), loss, folder)
-    device = choose_acceleration("auto", "auto").device
-
-    def build(arch: Arch) -> nn.Module:
-        network = build_subnet(space, arch, len(images.classes))
-        load_inherited(network, tensors, space, arch, path)
-        return network
-
-    @torch.no_grad()
-    def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
-        found = []
-        for indices in networks:
-            network = build(arch_from_indices(space, indices)).to(device).eval()
-            with batch_statistics(network):
-                found.append(objective.ranking_loss(network(images), labels))
-        return torch.stack(found).double().cpu()
-
-    return Evaluator(images, device, objective, build, losses)
+    return SavedSupernet(path, tensors, images, choose_acceleration("auto", "auto").device, objective)

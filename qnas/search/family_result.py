@@ -108,6 +108,12 @@ def _document(
             "solved": found.solved,
             "rest_bound": found.rest_bound if found.rest_bound > float("-inf") else None,
         },
+        # what resolutions (stage 0) and widths (stages from 1) add to the scores of networks
+        "numbers": [
+            {"stage": stage, "value": value, "number": number}
+            for stage, row in enumerate((scores.resolutions, *scores.widths))
+            for value, number in row.items()
+        ],
         "spaces": spaces,
         "ranking": [
             {"space": family.name_of(each.layout), **ranking_document([each.ranked])[0]}

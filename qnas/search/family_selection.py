@@ -2,12 +2,14 @@
 
 It is that of `search.selection`, with the layout as one more choice. Networks at all layouts are drawn near
 the budget and measured, each at its own size of images, with networks of several layouts on the same images.
-The additive model has one coefficient more for each resolution; candidates' effects are the same at all.
+The additive model has one coefficient more for each resolution and for each width of a stage; candidates'
+effects are the same at all.
 The best networks of the whole family are solved for (`solver.layouts`), and are screened and ranked together
 on the same held-out images, with batch norms measured at each network's own size.
 
-Where no effects are known, the scores are log probabilities, which say nothing of resolutions. Then each
-resolution gets the number at which the best networks of all layouts score alike, and the images decide.
+Where no effects are known, the scores are log probabilities, which say nothing of layouts. Then resolutions
+and widths get the numbers at which the best networks of all layouts score alike, or as nearly so as sums of
+these numbers can, and the images decide.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,8 @@ from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.diversity import choose_diverse
 from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
-from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
+from qnas.search.evaluator import Evaluator, evaluator_of
+from qnas.search.layout_numbers import LayoutNumbers, fit_layout_numbers
 from qnas.search.problem import AtLayout, Problem
 from qnas.search.selection import (
     SCREEN_IMAGES,
@@ -33,6 +36,7 @@ from qnas.search.selection import (
     count_effect_networks,
     count_screened,
     prefer,
+    supernet_of,
     trained_px_of,
 )
 from qnas.search.state import SearchState
@@ -74,9 +78,9 @@ class FamilySelection:
         return Selection(self.effects, self.scores.candidates(space), ranking)
 
 
-def scores_over(rows: Scores, resolutions: Mapping[int, float]) -> FamilyScores:
-    """Return scores whose candidates have the same at all layouts, and whose resolutions have these."""
-    return FamilyScores(lambda space: rows, resolutions)
+def scores_over(rows: Scores, numbers: LayoutNumbers) -> FamilyScores:
+    """Return scores whose candidates have the same at all layouts, which add these numbers."""
+    return FamilyScores(lambda space: rows, numbers.resolutions, numbers.widths)
 
 
 def select_of_family(state: SearchState, display: Display = silent) -> FamilySelection:
@@ -92,7 +96,7 @@ def select_of_family(state: SearchState, display: Display = silent) -> FamilySel
         effects, scores = None, level_scores(problem.layouts, state.log_probabilities)
     else:
         effects, nats = measured
-        scores = scores_over(effects.scores, {px: -value for px, value in nats.items()})
+        scores = scores_over(effects.scores, nats.negated())
     found = solve_family(family.family, scores, family.limits_of, count_screened(problem))
     networks = found.networks
     if len(networks) > keep:
@@ -104,17 +108,15 @@ def select_of_family(state: SearchState, display: Display = silent) -> FamilySel
 
 
 def level_scores(layouts: Sequence[AtLayout], log_probabilities: Scores) -> FamilyScores:
-    """Return the log probabilities, and for each resolution the number that puts its best network at zero."""
-    best = {
-        each.layout.resolution_px: solve(log_probabilities, each.limits).score for each in layouts
-    }  # of families whose layouts differ in the resolution
-    return scores_over(log_probabilities, {px: -score for px, score in best.items()})
+    """Return the log probabilities, and the numbers that put each layout's best network at about zero."""
+    best = {each.layout: -solve(log_probabilities, each.limits).score for each in layouts}
+    return scores_over(log_probabilities, fit_layout_numbers(best))
 
 
 def effects_of_family(
     state: SearchState, evaluators: Evaluators, on_measured: Callable[[int], None] = lambda _: None
-) -> tuple[Effects, dict[int, float]] | None:
-    """Measure what each candidate and each resolution adds to the held-out loss; None as `measure_effects`.
+) -> tuple[Effects, LayoutNumbers] | None:
+    """Measure what candidates, resolutions and widths add to the held-out loss; None as `measure_effects`.
 
     The state stays unchanged, so a second call returns the same.
     """
@@ -140,13 +142,13 @@ def measure_family_effects(
     networks: int,
     rng: np.random.Generator,
     on_measured: Callable[[int], None] = lambda _: None,
-) -> tuple[Effects, dict[int, float]] | None:
+) -> tuple[Effects, LayoutNumbers] | None:
     """Draw networks at all layouts, as many at each, evaluate them and fit effects; see `measure_effects`.
 
     Networks of the layouts take turns, so that those on the same images are of several layouts.
     """
     space, each = layouts[0].space, -(-networks // len(layouts))
-    labels = block_labels(space)  # the same at all resolutions
+    labels = block_labels(space)  # the same at all layouts
     drawn = []
     for at in layouts:
         found = draw_networks(at.limits, log_probabilities, each, rng)
@@ -163,14 +165,14 @@ def measure_family_effects(
             measured += losses[layout]([network], images, labels_of).mean(1).tolist()
         groups += [start] * len(together)
         on_measured(len(together))
-    effects, resolutions = fit_family_effects(
+    effects, numbers = fit_family_effects(
         space,
         [network for _, network in in_turn],
         [layout for layout, _ in in_turn],
         np.array(measured),
         np.array(groups),
     )
-    return (effects, resolutions) if effects.explained > 0 else None
+    return (effects, numbers) if effects.explained > 0 else None
 
 
 def screen_layouts(
@@ -245,12 +247,12 @@ def rank_saved_layouts(
     """
     check_rankable(run.folder, run.config)
     assert run.family is not None
-    saved = saved_evaluator(
-        run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
-    )
+    saved = supernet_of(run, data, loss)
     layouts = {each.layout for each in networks}
-    evaluators = {layout: saved.at_size(trained_px_of(run, layout)) for layout in layouts}
     spaces = {layout: run.family.family.at(layout) for layout in layouts}
+    evaluators = {
+        layout: saved.evaluator(space, trained_px_of(run, layout)) for layout, space in spaces.items()
+    }
     keep, lower_by, images = keep or len(networks), run.searched.correction, saved.data
     with display(len(networks) + (keep if len(networks) > keep else 0), "rank") as progress:
         step = progress.step

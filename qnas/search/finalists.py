@@ -236,7 +236,7 @@ def _trainer_of(
     problem = state.problem
     classes, config = len(data.classes), problem.config
     if config.finalists_from == "supernet":
-        network = state.supernet.subnet(finalist.arch, classes)
+        network = state.supernet.subnet(finalist.arch, classes, problem.space)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -89,13 +89,18 @@ class FamilySearch:
 
 @dataclass(frozen=True, eq=False)
 class AtLayout:
-    """A layout of a search: its limits as tensors, and the size of its images."""
+    """A layout of a search: its limits as tensors, the size of its images, and the widths of its stages."""
 
     layout: Layout
     space: SearchSpace
     limits: Limits
     limit_tensors: LimitTensors
     trained_px: int
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The widths of the stages."""
+        return self.layout.channels
 
     def resized(self, images: Tensor) -> Tensor:
         """Return images (B, C, H, W) at the size of this layout."""

@@ -4,10 +4,10 @@ The warm-up trains weights only (`search.weight_steps`). After it, an architectu
 follows every few weight steps. Batches depend only on the seed and their number, so a resumed search equals
 an uninterrupted one.
 
-Over a family of spaces, each step draws a layout, and its images have the size of that layout. Weight steps
-draw paths within the limits of the layout. All layouts share the architecture parameters. Their expected
-amounts are those of a network at a drawn layout: the means over the layouts, which the search keeps within
-the limits.
+Over a family of spaces, each step draws a layout. Its images have the size of that layout, and its paths
+have the widths. Weight steps draw paths within the limits of the layout. All layouts share the architecture
+parameters. Their expected amounts are those of a network at a drawn layout: the means over the layouts, which
+the search keeps within the limits.
 """
 
 import math
@@ -143,14 +143,15 @@ class Searcher:
         problem, state = self.problem, self.state
         supernet = state.supernet.train()
         config, limits, world = problem.config, problem.limit_tensors, problem.world
+        channels = None
         if (layout := problem.draw_layout(state.generator)) is not None:
-            images = layout.resized(images)
+            images, channels = layout.resized(images), layout.channels
         draw = GRADIENTS[gradient_for(config.weights, config.gradient)]
         step = draw(supernet, state.temperature, state.generator)
         for weight in state.weights:  # weights need no gradients here, which are most of a backward pass
             weight.requires_grad_(False)
         with problem.acceleration.autocast_unscaled():
-            logits = supernet(images, step.routes)
+            logits = supernet(images, step.routes, channels)
             task_loss = mean_loss(problem.objective.ranking_loss, logits, labels)
         # of several limits, the one exceeded most is penalised, as if it were the device's
         ratio = largest_ratio(step.expected(limits), limits.limit)

@@ -26,7 +26,7 @@ from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, Losses, count_effects, measure_effects
-from qnas.search.evaluator import Evaluator, evaluator_of, saved_evaluator
+from qnas.search.evaluator import Evaluator, SavedSupernet, evaluator_of, load_saved_supernet
 from qnas.search.problem import Problem
 from qnas.search.sizes import scaled_px
 from qnas.search.state import SearchState
@@ -94,7 +94,8 @@ def count_effect_networks(problem: Problem) -> int:
     asked = problem.config.effect_networks
     if asked is not None:
         return asked
-    needed = NETWORKS_PER_EFFECT * count_effects(problem.space)
+    choices = 0 if problem.family is None else problem.family.family.choices
+    needed = NETWORKS_PER_EFFECT * (count_effects(problem.space) + choices)
     return min(needed, problem.schedule.total_steps // STEPS_PER_NETWORK)
 
 
@@ -141,20 +142,25 @@ def rerank_saved(
     """Rank networks with the supernet in the folder of a finished search, on the data of the search.
 
     More than `keep` networks are screened first. Losses are lowered by what the search's finalists showed of
-    the networks' kinds of blocks. Raises the errors of `saved_evaluator` and `check_rankable`.
+    the networks' kinds of blocks. Raises the errors of `load_saved_supernet` and `check_rankable`.
     """
     check_rankable(run.folder, run.config)
-    evaluator = saved_evaluator(
-        run.folder, run.config, run.space, data, loss, run.document.get("supernet_sha256")
-    )
-    if run.family is not None:
-        evaluator = evaluator.at_size(trained_px_of(run, run.family.layout))
+    px = None if run.family is None else trained_px_of(run, run.family.layout)
+    evaluator = supernet_of(run, data, loss).evaluator(run.space, px)
     keep = keep or len(solutions)
     space, images, device, lower_by = run.space, evaluator.data, evaluator.device, run.searched.correction
     with display(len(solutions) + (keep if len(solutions) > keep else 0), "rank") as progress:
         step = progress.step
         screened = screen(space, solutions, images, evaluator.losses, keep, device, step, lower_by)
         return rerank(space, screened, images, evaluator.classify, step, lower_by)
+
+
+def supernet_of(
+    run: FinishedRun, data: GivenData | None = None, loss: LossFunction | None = None
+) -> SavedSupernet:
+    """Return the supernet of a finished search. Raises the errors of `load_saved_supernet`."""
+    digest = run.document.get("supernet_sha256")
+    return load_saved_supernet(run.folder, run.config, run.space, data, loss, digest)
 
 
 def trained_px_of(run: FinishedRun, layout: Layout) -> int:

@@ -49,7 +49,8 @@ class SearchState:
         self.generator = torch.Generator().manual_seed(config.seed)  # draws paths and pairs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.supernet = Supernet(problem.space, classes, self.generator, config.weights)
+            family = None if problem.family is None else problem.family.family
+            self.supernet = Supernet(problem.space, classes, self.generator, config.weights, family)
             if problem.pretrained is not None:
                 start_from(self.supernet, problem.pretrained)
         # the architecture parameters stay on the CPU

@@ -8,14 +8,16 @@
 - The first steps of a search with pretrained weights train the classifier alone, on the features of the
   largest network: it is the one that the pretrained statistics of its batch norms fit.
 
-Over a family of spaces, each step draws a layout, which all its paths share: its images have the size of that
-layout, and even paths are within its limits.
+Over a family of spaces, each step draws a layout: its images have the size of that layout, drawn paths have
+its widths, and even ones are within its limits. The largest network of a sandwich has the greatest widths,
+and the smallest the least.
 
 The gradients of a step's paths are accumulated and averaged: AdamW divides them by their own size, and the
 bound of their norm means the same for any number of paths.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,12 +25,20 @@ from torch import Tensor
 from qnas.nn.mixed_block import Route
 from qnas.nn.supernet import even_logits, sample_path
 from qnas.search.paths import ends_of
+from qnas.search.problem import AtLayout
 from qnas.search.state import SearchState
+from qnas.spaces.family import Layout
 from qnas.training.head_first import head_alone
 from qnas.training.losses import mean_loss
 from qnas.training.optimizer import descend, divergence
 
-Path = Sequence[Route]
+
+@dataclass(frozen=True)
+class Path:
+    """A path through the supernet, with the widths of the stages; None: the largest."""
+
+    routes: Sequence[Route]
+    channels: tuple[int, ...] | None = None
 
 
 class WeightSteps:
@@ -40,8 +50,10 @@ class WeightSteps:
         # (positions, candidates), of the distribution that even paths are drawn from, of each layout if any
         mask = state.supernet.mask
         self._even_logits = even_logits(problem.limit_tensors, mask)
-        self._even_at = {each.layout: even_logits(each.limit_tensors, mask) for each in problem.layouts}
+        self._even_at: dict[Layout, Tensor] = {}  # found when a layout is first drawn, as there may be many
         self._ends = ends_of(problem.space, problem.config.seed)
+        family = problem.family
+        self._narrowest = None if family is None else tuple(map(min, family.family.widths))
 
     def take(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Take a weight step and return its figures: `loss` on the labels, and `distilled_loss` if any.
@@ -50,20 +62,28 @@ class WeightSteps:
         """
         state, config = self.state, self.state.problem.config
         state.supernet.train()
-        even = self._even_logits
+        even, channels = self._even_logits, None
         if (layout := state.problem.draw_layout(state.generator)) is not None:
-            images, even = layout.resized(images), self._even_at[layout.layout]
+            images, even, channels = layout.resized(images), self._even(layout), layout.channels
+        largest = Path(self._ends.largest(state.step))
         if state.step < state.problem.schedule.head_steps:
             with head_alone(state.supernet):
-                return self._descend(images, labels, [self._ends.largest(state.step)])
+                return self._descend(images, labels, [largest])
         if config.weights == "nested" and config.nested_weight_steps == "mixture":
             with torch.no_grad():
                 mixture = state.supernet.mixture(state.temperature)
-            return self._descend(images, labels, [mixture])
-        drawn = [self._draw(even) for _ in range(config.drawn_paths)]
+            return self._descend(images, labels, [Path(mixture)])
+        drawn = [Path(self._draw(even), channels) for _ in range(config.drawn_paths)]
         if config.weight_steps == "path":
             return self._descend(images, labels, drawn)
-        return self._descend(images, labels, [self._ends.largest(state.step)], [*drawn, self._ends.smallest])
+        smallest = Path(self._ends.smallest, self._narrowest)
+        return self._descend(images, labels, [largest], [*drawn, smallest])
+
+    def _even(self, at: AtLayout) -> Tensor:
+        """Return the logits that even paths at a layout are drawn by."""
+        if at.layout not in self._even_at:
+            self._even_at[at.layout] = even_logits(at.limit_tensors, self.state.supernet.mask)
+        return self._even_at[at.layout]
 
     def _draw(self, even: Tensor) -> list[Route]:
         """Draw the next path; `even` are the logits of paths that are drawn evenly."""
@@ -85,13 +105,13 @@ class WeightSteps:
         def losses() -> Iterator[Tensor]:
             for path in taught:
                 with acceleration.autocast():
-                    logits = state.supernet(images, path)
+                    logits = state.supernet(images, path.routes, path.channels)
                     loss = mean_loss(loss_function, logits, labels, smoothing)
                 yield loss
             answers = logits.detach()
             for path in distilled:
                 with acceleration.autocast():
-                    loss = divergence(state.supernet(images, path), answers)
+                    loss = divergence(state.supernet(images, path.routes, path.channels), answers)
                 yield loss
 
         count = len(taught) + len(distilled)

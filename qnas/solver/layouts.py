@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from qnas.common.errors import InfeasibleBudgetError, TableError
+from qnas.common.errors import InfeasibleBudgetError, SpaceError, TableError
 from qnas.solver.knapsack import TOLERANCE, upper_bound
 from qnas.solver.limits import Limit, Limits, check_limits
 from qnas.solver.solve import K_BEST, Scores, Solution, check_feasible, solve_best
-from qnas.spaces.family import Layout, SpaceFamily
+from qnas.spaces.family import MOST_LAYOUTS, Layout, SpaceFamily
 from qnas.spaces.lower import HEAD
 from qnas.spaces.space import SearchSpace
 
@@ -36,7 +36,7 @@ SOLVER = "qnas.layouts"
 MOST_CUTS = 60  # of Kelley's method, for the prices of a resolution
 MOST_PRICE = 1e4  # of a whole limit, in ranges of the scores of one position
 GAP = 1e-3  # share of the scores' range by which a bound at these prices may be above the lowest one
-LISTED = 64  # layouts that are bounded one by one, solved or not
+LISTED = MOST_LAYOUTS  # layouts that are bounded one by one, solved or not
 SUM = 1e-9  # share by which a layout's amounts may differ from the sums of its stages'
 
 Floats = NDArray[np.float64]
@@ -453,8 +453,16 @@ class Within:
 def layouts_within(family: SpaceFamily, limits_of: LimitsOf) -> tuple[Within, ...]:
     """Return the layouts that have networks within all limits, in order.
 
-    Each is solved for, so the family should have few. Raises InfeasibleBudgetError where there is none.
+    Each is solved for. Raises InfeasibleBudgetError where there is none, SpaceError where there are too many
+    to solve for.
     """
+    if len(family) > MOST_LAYOUTS:
+        counts = [len(family.resolutions_px), *map(len, family.widths)]
+        product = " x ".join(str(count) for count in counts if count > 1)
+        raise SpaceError(
+            f"{family.name}: {product} = {len(family):,} resolutions and widths: a search takes at most "
+            f"{MOST_LAYOUTS}: leave some out"
+        )
     every = [Within(layout, space := family.at(layout), limits_of(space)) for layout in family.layouts()]
     found = []
     for each in every:

@@ -410,13 +410,22 @@ def parse_space(text: str, where: str) -> SearchSpace:
     Raises SpaceError with every problem in one line; problems between keys once each key is valid.
     """
     content = read_mapping(text, where, SCHEMA, SpaceError)
-    part = content.get("input")
-    if isinstance(part, dict) and isinstance(part.get("resolution_px"), list):
+    if listed := listed_choices(content):
+        key, values = listed[0]
         raise SpaceError(
-            f"{where}: input.resolution_px: {len(part['resolution_px'])} values, which make a family of "
-            "spaces: expected one value here; a search takes them all"
+            f"{where}: {key}: {len(values)} values, which make a family of spaces: expected one value here; "
+            "a search takes them all"
         )
     return check_space(content, where)
+
+
+def listed_choices(content: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Return the keys of a file's content whose lists make a family of spaces, with these lists."""
+    part, stages = content.get("input"), content.get("stages")
+    found = [("input.resolution_px", part.get("resolution_px"))] if isinstance(part, dict) else []
+    for i, stage in enumerate(stages if isinstance(stages, list) else ()):
+        found += [(f"stages[{i}].channels", stage.get("channels"))] if isinstance(stage, dict) else []
+    return [(key, values) for key, values in found if isinstance(values, list)]
 
 
 def load_space(name_or_path: str | Path) -> SearchSpace:

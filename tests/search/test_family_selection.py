@@ -151,7 +151,7 @@ def test_paths_of_weight_steps_are_even_within_the_limits_of_their_layout(digits
     mask, found = searcher.state.supernet.mask, []
     for each in searcher.problem.layouts:
         fixed, cells, limit = limit_tensors(each.limits)
-        expected = expected_latency(searcher._weight_steps._even_at[each.layout], mask, fixed, cells)
+        expected = expected_latency(searcher._weight_steps._even(each), mask, fixed, cells)
         assert (expected <= limit * (1 + 1e-4)).all()
         found.append(expected[0] / limit[0])
     # the means would be above the budget at the largest, or waste it at the smallest

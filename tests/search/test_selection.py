@@ -17,7 +17,7 @@ from qnas.latency.device_table import compute_table
 from qnas.nn.subnet import build_subnet
 from qnas.runs.names import SUPERNET_FILE
 from qnas.runs.tensors import load_supernet, save_supernet
-from qnas.search.evaluator import Evaluator, saved_evaluator
+from qnas.search.evaluator import Evaluator, load_saved_supernet
 from qnas.search.selection import SCREEN_IMAGES, prefer, ranking_document, rerank, screen
 from qnas.solver.limits import latency_limit
 from qnas.solver.solve import CandidateIndices, Solution, solve_best
@@ -147,7 +147,7 @@ def test_batch_norms_are_measured_anew_before_a_network_is_scored(
 def test_without_a_supernet_there_is_nothing_to_rank_by(tiny_space: SearchSpace, tmp_path: Path) -> None:
     config = {"search": {"resolution_px": 8}, "data": "digits", "data_digest": ""}
     with pytest.raises(CheckpointError, match=r"supernet\.safetensors: no such file"):
-        saved_evaluator(tmp_path, config, tiny_space)
+        load_saved_supernet(tmp_path, config, tiny_space)
 
 
 def test_a_supernet_whose_weights_lie_elsewhere_is_refused(tiny_space: SearchSpace, tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ from helpers.networks import WITH_BLOCK_TRANSITIONS
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import SpaceError
-from qnas.spaces.family import Layout, SpaceFamily, load_family, make_family, parse_family
+from qnas.spaces.family import (
+    Layout,
+    SpaceFamily,
+    load_family,
+    make_family,
+    multiplied_widths,
+    parse_family,
+)
 from qnas.spaces.lower import all_blocks
 from qnas.spaces.space import load_space, parse_space
 
@@ -79,9 +86,82 @@ def test_problems_of_resolutions_are_told_in_one_line(given: str, problem: str) 
     assert str(error.value) == problem
 
 
-def test_lists_of_widths_are_refused_by_the_schema() -> None:
-    with pytest.raises(SpaceError, match=r"f: stages\[0\]\.channels: expected a whole number, got a list"):
-        parse_family(TINY_SPACE.replace("{channels: 8, positions", "{channels: [8, 16], positions"), "f")
+def with_list(given: str) -> str:
+    """Return the file of a space with a list of widths of its second stage, and of resolutions."""
+    assert "channels: 16\n" in TINY_SPACE
+    return FOUR.replace("channels: 16\n", f"channels: {given}\n")
+
+
+def test_lists_of_widths_make_a_family() -> None:
+    family = parse_family(with_list("[16, 24]"), "f")
+    assert family.widths == ((8,), (16, 24))
+    assert (len(family), family.choices, family.has_widths) == (6, 3, True)
+    assert family.largest_layout == Layout(32, (8, 24))
+    for layout in family.layouts():
+        assert [stage.channels for stage in family.at(layout).stages] == list(layout.channels)
+    assert family.label_of(Layout(24, (8, 16))) == "24 px, 8-16 channels"
+    assert not parse_family(FOUR, "f").has_widths
+    again = parse_family(family.to_yaml(), "g")
+    assert again == family
+    assert again.digest == family.digest != parse_family(FOUR, "f").digest
+    assert make_family(family.largest, [16, 24, 32], [[8], [24, 16]]) == family
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("[]", "f: stages[1].channels: expected 1 to 32 values, got 0"),
+        ("[16, 16]", "f: stages[1].channels: 16 is there twice"),
+        ("[16, wide]", "f: stages[1].channels: expected whole numbers, got 'wide'"),
+        ("[16, 0]", "f: stages[1].channels: expected at least 1, got 0"),
+        ("[16, 99999]", "f: stages[1].channels: expected at most 16384, got 99999"),
+        ("", "f: stages[1].channels: expected a whole number, got nothing"),
+    ],
+)
+def test_problems_of_widths_are_told_in_one_line(given: str, problem: str) -> None:
+    with pytest.raises(SpaceError) as error:
+        parse_family(with_list(given), "f")
+    assert str(error.value) == problem
+
+
+def test_other_keys_are_checked_beside_lists() -> None:
+    with pytest.raises(SpaceError) as error:
+        parse_family(with_list("[16, 24]").replace("classes: 10", "classes: 1"), "f")
+    assert str(error.value) == "f: head.classes: expected at least 2, got 1"
+    with pytest.raises(SpaceError, match="input: expected a mapping"):
+        parse_family(
+            with_list("[16, 24]").replace("input: {", "input: [{").replace("32, 16, 24]}", "32]}]"), "f"
+        )
+
+
+@pytest.mark.parametrize("transition", ["conv", "block"])
+def test_stages_whose_shape_changes_at_some_widths_only_are_refused(transition: str) -> None:
+    text = WITH_BLOCK_TRANSITIONS.replace("transition: block", f"transition: {transition}")
+    space = parse_space(text, "t")
+    make_family(space, widths=[[16, 24], [32, 40], [40, 48]])
+    with pytest.raises(SpaceError) as error:
+        make_family(space, widths=[[16, 24], [24, 32], [48]])
+    name = "2.transition" if transition == "conv" else "2.1"
+    assert str(error.value).endswith(
+        f"stages[1].channels: block {name} differs between widths, since the stage has no stride and some of "
+        "its widths are those of stage 1: expected the same single width, or no width in both"
+    )
+
+
+def test_multiples_of_widths_are_rounded_to_vectors() -> None:
+    space = make_family(parse_space(TINY_SPACE, "t"), widths=[[20], [44]]).largest
+    assert multiplied_widths(space, [1, 0.5]) == ((8, 20), (24, 44))  # 10 and 22 to the nearest
+    assert multiplied_widths(space, [0.01]) == ((8,), (8,))
+    # nothing stands between the stem and the first stage, nor between the first two
+    assert multiplied_widths(parse_space(TINY_SPACE, "t"), [1, 2]) == ((8,), (16, 32))
+    alike = parse_space(WITH_BLOCK_TRANSITIONS, "t")
+    assert multiplied_widths(alike, [1, 2]) == ((8,), (8,), (8, 16))
+    assert len(make_family(alike, None, multiplied_widths(alike, [1, 2]))) == 2
+    for wrong, problem in (([], "expected one or more"), ([0.5, -1.0], "got -1.0"), ([True], "got True")):
+        with pytest.raises(SpaceError, match=problem):
+            multiplied_widths(space, wrong)
+    with pytest.raises(SpaceError, match="expected widths for 2 stages, got 1"):
+        make_family(space, widths=[[8]])
 
 
 @pytest.mark.parametrize("widths", [((8, 12), (16,)), ((8, 12, 16), (8, 16)), ((8,), (8, 12, 16, 24))])

@@ -14,6 +14,8 @@ def search_command(config: Mapping[str, Any]) -> str:
     words = ["qnas", "search", *_option_words(config, ("space", "data", "max_broken", "latency"))]
     if "resolutions_px" in config:
         words += ["--resolutions", ",".join(map(str, config["resolutions_px"]))]
+    if "width_multipliers" in config:
+        words += ["--width-multipliers", ",".join(f"{by:g}" for by in config["width_multipliers"])]
     words += _pretrained(config)
     for entry in config.get("limits", []):
         if "device" in entry:

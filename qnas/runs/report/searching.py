@@ -12,7 +12,7 @@ from qnas.common.intervals import wilson
 from qnas.common.units import format_ms
 from qnas.runs.documents import ParetoDocument, read_document
 from qnas.runs.explain import OnDevice, explain
-from qnas.runs.family_text import chosen_layout, proof_text
+from qnas.runs.family_text import chosen_layout, proof_text, shown_layouts
 from qnas.runs.finalists_text import by_rung, chosen_line, corrections_text, latency_text
 from qnas.runs.finished_run import FinishedRun, read_finished_run
 from qnas.runs.metrics import OF_LIMIT, read_metrics
@@ -148,9 +148,11 @@ def _layouts(run: FinishedRun) -> dict[str, Any]:
         "chosen": chosen_layout(run.family),
         "proof": proof_text(run.family),
         "rows": [
-            (f"family.spaces.{at}", entry["space"] == run.space.name)
-            for at, entry in enumerate(run.family.document["spaces"])
+            (f"family.spaces.{at}", entry["space"] == run.space.name, "-".join(map(str, entry["channels"])))
+            for at in shown_layouts(run.family)
+            for entry in [run.family.document["spaces"][at]]
         ],
+        "has_widths": run.family.family.has_widths,
     }
 
 
