@@ -3,7 +3,8 @@
 Each module of inverted residuals takes the network's tensors: kernels in the middle of larger ones, with a
 ring of zeros, or their centres; and of the hidden channels the most important first, so that a smaller
 expansion, whose channels are the leading ones, has the best of them (as in Once-for-All, arXiv 1908.09791).
-The order of hidden channels changes nothing of the network itself.
+The order of hidden channels changes nothing of the network itself. Where stages have several widths, the
+channels between blocks are ordered too.
 
 A product of two depthwise convolutions starts as the linear one: W_a is the pretrained convolution with its
 norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1 (ReLinear's start, arXiv
@@ -11,7 +12,7 @@ norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1
 block also clips its output to [-6, 6] (`qnas.spaces.blocks`), and is the linear one only within.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ def start_from(supernet: Supernet, network: PretrainedNetwork) -> None:
     space = supernet.space
     check_fits(space, network.space)
     state = sorted_channels(network)
+    if supernet.family is not None and supernet.family.has_widths:
+        several = [stage for stage, row in enumerate(supernet.family.widths) if len(row) > 1]
+        state = sorted_widths(network.space, state, several)
     started: list[str] = []
     for part in skeleton(space):
         if isinstance(part, BlockSpec):
@@ -161,6 +165,50 @@ def sorted_channels(network: PretrainedNetwork) -> dict[str, Tensor]:
                     state[full] = state[full][order]
         state[f"{name}.project.weight"] = state[f"{name}.project.weight"][:, order]
     return state
+
+
+def sorted_widths(
+    space: SearchSpace, state: Mapping[str, Tensor], chosen: Collection[int]
+) -> dict[str, Tensor]:
+    """Return a network's state with the channels between blocks in the order of their importance.
+
+    `chosen` are the numbers of the stages, from 0, in which they are ordered; the first block of such a stage
+    has no shortcut. All blocks of a stage add to the same channels. The importance of one is the sum of its
+    absolute weights in the blocks that read it, times the root mean square of the sum that it holds, taken as
+    normal with the shifts and scales of the norms that end the blocks.
+    """
+    found = dict(state)
+    names = [module_name(position) for position in space.positions]
+    stages = [position.stage for position in space.positions]
+    for stage in chosen:
+        writers = [name for name, own in zip(names, stages, strict=True) if own == stage]
+        after = next((name for name, own in zip(names, stages, strict=True) if own > stage), HEAD)
+        readers = [*writers[1:], after]
+        mean = sum(found[f"{name}.norm3.bias"] for name in writers)
+        variance = sum(found[f"{name}.norm3.weight"].square() for name in writers)
+        assert isinstance(mean, Tensor)
+        weights = sum(_read(found, name).abs().sum((0, 2, 3)) for name in readers)
+        order = (weights * (mean.square() + variance).sqrt()).argsort(descending=True, stable=True)
+        for name in writers:
+            found[f"{name}.project.weight"] = found[f"{name}.project.weight"][order]
+            for key in [key for key in found if key.startswith(f"{name}.norm3.") and found[key].ndim]:
+                found[key] = found[key][order]
+        for name in readers:
+            if (key := f"{name}.expand.weight") in found:
+                found[key] = found[key][:, order]
+                continue
+            # without an expansion, the depthwise convolution and its norm are of these channels
+            for key in [key for key in found if key.startswith((f"{name}.depthwise.", f"{name}.norm2."))]:
+                found[key] = found[key][order] if found[key].ndim else found[key]
+            found[f"{name}.project.weight"] = found[f"{name}.project.weight"][:, order]
+    return found
+
+
+def _read(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the weights by which a block reads its input, with its channels second."""
+    if (key := f"{name}.expand.weight") in state:
+        return state[key]
+    return state[f"{name}.depthwise.weight"].transpose(0, 1)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

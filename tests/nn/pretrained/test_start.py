@@ -7,9 +7,18 @@ from helpers.pretrained import built, tiny_network
 from qnas.nn.modes import WeightsMode
 from qnas.nn.pretrained.derivation import derived_space, own_arch
 from qnas.nn.pretrained.network import PretrainedNetwork
-from qnas.nn.pretrained.start import fitted, importance, sorted_channels, start_from, starting_network
+from qnas.nn.pretrained.start import (
+    fitted,
+    importance,
+    sorted_channels,
+    sorted_widths,
+    start_from,
+    starting_network,
+)
+from qnas.nn.subnet import module_name
 from qnas.nn.supernet import Supernet
 from qnas.spaces.arch import Arch
+from qnas.spaces.family import make_family
 from qnas.spaces.space import SearchSpace
 
 
@@ -61,6 +70,43 @@ def test_the_order_of_hidden_channels_changes_nothing_but_their_places() -> None
     torch.testing.assert_close(built(moved)(x), built(network)(x))
     assert not torch.equal(state["2_1.expand.weight"], network.state["2_1.expand.weight"])
     assert torch.equal(state["1_1.depthwise.weight"], network.state["1_1.depthwise.weight"])  # of its input
+
+
+@torch.no_grad()
+def test_the_order_of_channels_between_blocks_changes_nothing_but_their_places() -> None:
+    network = tiny_network()
+    state = sorted_widths(network.space, network.state, [1, 2])
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(built(replace(network, state=state))(x), built(network)(x), atol=1e-5, rtol=0)
+    moved = {key for key, tensor in state.items() if not torch.equal(tensor, network.state[key])}
+    assert {"2_1.project.weight", "2_2.expand.weight", "2_1.norm3.weight", "head.expand.weight"} <= moved
+    assert not any(key.startswith(("stem.", "1_1.", "2_1.expand", "head.classifier")) for key in moved)
+
+
+@torch.no_grad()
+def test_a_narrower_stage_has_the_channels_that_matter() -> None:
+    network, keep = tiny_network(), [0, 3, 5, 7]
+    space = network.space
+    last = [module_name(p) for p in space.positions if p.stage == len(space.stages) - 1]
+    state = {key: tensor.clone() for key, tensor in network.state.items()}
+    for name in last:  # the others of the last stage hold nothing
+        for key in ("weight", "bias"):
+            kept = state[f"{name}.norm3.{key}"][keep]
+            state[f"{name}.norm3.{key}"].zero_()
+            state[f"{name}.norm3.{key}"][keep] = kept
+    network = replace(network, state=state)
+    largest = derived_space(space)
+    widths = [[stage.channels] for stage in largest.stages]
+    widths[-1] = [len(keep), *widths[-1]]
+    family = make_family(largest, None, widths)
+    supernet = Supernet(largest, 10, torch.Generator().manual_seed(0), "shared", family)
+    start_from(supernet, network)
+    x, routes = torch.randn(4, 3, 32, 32), own_arch(largest, space).indices(largest)
+    expected = built(network)(x)
+    narrow = tuple(min(row) for row in widths)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(supernet.eval()(x, routes), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(supernet(x, routes, narrow), expected, atol=1e-4, rtol=0)
 
 
 def test_a_smaller_expansion_has_the_most_important_channels() -> None:
