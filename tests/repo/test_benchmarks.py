@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
 import a100_published  # type: ignore[import-not-found]
 import depthwise_forms  # type: ignore[import-not-found]
+import exact_layouts  # type: ignore[import-not-found]
 import exact_solve  # type: ignore[import-not-found]
 import experiments as ex  # type: ignore[import-not-found]
 import kind_ranks  # type: ignore[import-not-found]
@@ -453,6 +454,21 @@ def test_what_finds_nothing_is_no_violation() -> None:
     assert exact_solve.evolution(hopeless) is None
     assert exact_solve.greedy_repair(hopeless) is None
     assert exact_solve.penalised(hopeless) is None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ways_to_choose_a_layout_are_at_most_as_good_as_the_best_of_all(seed: int) -> None:
+    for instance in exact_layouts.instances("quadranet-small", (24, 32), (0.5, 1), seed):
+        assert len(instance.family) == 8
+        found = {way: choose(instance.fresh()) for way, choose in exact_layouts.WAYS.items()}
+        best = found["each by itself"]
+        assert found["exact, 20 best"] == pytest.approx(best)
+        for score, layout in found.values():
+            assert score <= best[0] + 1e-9
+            assert layout in instance.family
+        assert found["one multiplier"][1].channels in ((32, 32, 64), (32, 64, 128))
+        hopeless = replace(instance, budget_ms=1e-3)
+        assert [choose(hopeless) for choose in list(exact_layouts.WAYS.values())[1:]] == [None] * 4
 
 
 # ---- forms of depthwise convolutions
