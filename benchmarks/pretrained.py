@@ -6,7 +6,7 @@ DIR has images as train/CLASS and test/CLASS, such as CIFAR-10. For each seed, `
 images are drawn, equally many of each class. The budget is half the latency of EfficientNet-Lite0 on `cpu`,
 at `--px`, by default that of its pretraining. Every arm has the same wall-clock time for what it trains:
 
-- searched: `qnas search --pretrained efficientnet-lite0` over four resolutions up to `--px`, and
+- searched: `qnas search --pretrained efficientnet-lite0` over resolutions from 4/7 to 6/7 of `--px`, and
   `qnas train-subnet`, half of the time each;
 - searched, quadratic: the same in efficientnet-lite0-quadratic, which has quadratic candidates as well;
 - whole: EfficientNet-Lite0 itself, fine-tuned; it takes twice the budget;
@@ -71,7 +71,8 @@ SEARCH_SHARE = 0.5  # of the time of a searched network
 AFTER_STEPS = 1.25  # a search with its measurements and its ranking, in multiples of its steps
 PILOT_STEPS, WARM_UP_STEPS, BATCH = 6, 2, 64
 PX_STEP = 8
-SHARES = (4 / 7, 5 / 7, 6 / 7, 1)  # of `--px`: the resolutions of a search, to multiples of 16
+# the resolutions of a search: the lowest and the highest as shares of `--px`, and the step
+LOWEST, HIGHEST, RESOLUTION_STEP = 4 / 7, 6 / 7, 16
 TESTED = 10  # one of so many test images is tested on while networks train
 
 
@@ -108,7 +109,8 @@ class Arms:
         data = draw_folder(full, question.images, seed, work / "data")
         self.full = full
         self.question, self.seed, self.data, self.work = question, seed, f"imagefolder:{data}", work
-        self.resolutions = sorted({16 * round(question.px * share / 16) for share in SHARES})
+        low, high = (round(question.px * share / RESOLUTION_STEP) for share in (LOWEST, HIGHEST))
+        self.resolutions = [RESOLUTION_STEP * number for number in range(low, high + 1)]
         self.space = space_at(NETWORK, question.px)
         whole = own_arch(self.space, network_space(NETWORK))
         self.whole, self.whole_ms = whole, latency_ms(self.space, whole)
@@ -142,7 +144,7 @@ class Arms:
         question, folder = self.question, self.work / arm.replace(", ", "-")
         space = space_at(SPACES[arm], question.px)
         start = time.monotonic()
-        settings: dict[str, Any] = {"resolution_px": question.px, "seed": self.seed}
+        settings: dict[str, Any] = {"resolution_px": max(self.resolutions), "seed": self.seed}
         epochs = self._search_epochs(make_family(space, self.resolutions), settings)
         found = qnas.run_search(
             space,

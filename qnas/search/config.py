@@ -14,7 +14,7 @@ from qnas.training import settings
 from qnas.training.settings import Count, Natural, Number, SettingsFile, Share
 
 LatencyLoss = Literal["multiplier", "add-linear", "mul-log"]
-WeightSteps = Literal["path", "sandwich"]
+WeightSteps = Literal["path", "sandwich", "whole"]
 Paths = Literal["even", "probabilities", "fair"]
 FinalistWeights = Literal["supernet", "scratch"]
 
@@ -68,7 +68,7 @@ class SearchConfig(SettingsFile):
     head_epochs: Natural = Field(
         default=0,
         description="First epochs of the warm-up, which train the classifier alone on the features of the "
-        "largest network; for pretrained weights.",
+        "pretrained network; for pretrained weights.",
     )
     pretrained_rate: Annotated[Number, Field(le=1)] = Field(
         default=1.0, description="Learning rate of pretrained weights, as a share of the others'."
@@ -95,8 +95,9 @@ class SearchConfig(SettingsFile):
     )
     weight_steps: WeightSteps = Field(
         default="path",
-        description="What a weight step trains: paths on the labels, or a sandwich: the largest network on "
-        "the labels, the smallest one and paths on its answers.",
+        description="What a weight step trains: paths on the labels; a sandwich: the largest network on "
+        "the labels, the smallest one and paths on its answers; or the whole: the pretrained network, else "
+        "the largest.",
     )
     step_paths: Annotated[int, Field(ge=1, le=100)] | None = Field(
         default=None, description="Drawn paths of a weight step. Default: 1, in a sandwich 2."
@@ -183,7 +184,9 @@ class SearchConfig(SettingsFile):
         return self.step_paths or (2 if self.weight_steps == "sandwich" else 1)
 
     def _check_weight_steps(self) -> None:
-        """Raise ValueError for settings of paths where weight steps train the whole mixture."""
+        """Raise ValueError for settings of paths where weight steps draw none."""
+        if self.weight_steps == "whole" and self.step_paths is not None:
+            raise ValueError(f"`step_paths={self.step_paths}`: `weight_steps='whole'` draws no paths")
         if self.weights != "nested" or self.nested_weight_steps != "mixture":
             return
         if given := self.changed(TRAINED_PATHS) or ("`paths='fair'`" if self.paths == "fair" else ""):

@@ -24,10 +24,12 @@ from qnas.common.progress import Display, silent
 from qnas.data.image_data import ImageData
 from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
+from qnas.search.ablation import mean_losses
 from qnas.search.diversity import choose_diverse
 from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
 from qnas.search.evaluator import Evaluator, evaluator_of
 from qnas.search.layout_numbers import LayoutNumbers, fit_layout_numbers
+from qnas.search.paths import whole_network
 from qnas.search.problem import AtLayout, Problem
 from qnas.search.selection import (
     SCREEN_IMAGES,
@@ -35,6 +37,8 @@ from qnas.search.selection import (
     Selection,
     count_effect_networks,
     count_screened,
+    effects_of_changes,
+    measured_batches,
     prefer,
     supernet_of,
     trained_px_of,
@@ -121,6 +125,8 @@ def effects_of_family(
     The state stays unchanged, so a second call returns the same.
     """
     problem = state.problem
+    if problem.config.weight_steps == "whole":
+        return _effects_of_changes(state, evaluators, on_measured)
     split, seed = problem.data.heldout, problem.config.seed + 2  # draws differ from those of the steps
     device = next(iter(evaluators.values())).device
     return measure_family_effects(
@@ -132,6 +138,26 @@ def effects_of_family(
         np.random.default_rng(seed),
         on_measured,
     )
+
+
+def _effects_of_changes(
+    state: SearchState, evaluators: Evaluators, on_measured: Callable[[int], None]
+) -> tuple[Effects, LayoutNumbers] | None:
+    """Measure what changes of the whole network add to its held-out loss: its blocks, and its layout.
+
+    Blocks are changed at the lowest resolution of the widest layouts, where they take least time.
+    """
+    problem = state.problem
+    at = min(problem.layouts, key=lambda each: (-sum(each.channels), each.layout.resolution_px))
+    effects = effects_of_changes(state.at(at.layout), evaluators[at.layout], on_measured)
+    if effects is None:
+        return None
+    whole, batches = whole_network(problem), measured_batches(problem, evaluators[at.layout])
+    nats = {
+        each.layout: mean_losses([whole], evaluators[each.layout].losses, batches, on_measured)[0]
+        for each in problem.layouts
+    }
+    return effects, fit_layout_numbers(nats)
 
 
 def measure_family_effects(

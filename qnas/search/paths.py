@@ -25,11 +25,14 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from qnas.nn.mixed_block import Route
+from qnas.nn.pretrained.derivation import own_indices
 from qnas.nn.supernet import LimitTensors
+from qnas.search.problem import Problem
 from qnas.solver.distributions import levelled, max_entropy_strengths
 from qnas.solver.kinds import kinds_of
+from qnas.solver.solve import CandidateIndices
 from qnas.spaces.block_order import block_labels, take_first_places
-from qnas.spaces.lower import Slot, count_macs, fill, skeleton
+from qnas.spaces.lower import Slot, count_macs, fill, skeleton, smallest_and_largest
 from qnas.spaces.space import SearchSpace
 
 NO_KIND = -1  # of candidates without layers, and beyond a position's candidates
@@ -109,6 +112,18 @@ class FairPaths:
             path[place] = index
             self.counts[place] += 1
         return path
+
+
+def whole_network(problem: Problem) -> CandidateIndices:
+    """Return the network that weight steps of the whole train: the pretrained one, else the largest.
+
+    It is the largest too where the space lacks a candidate of the pretrained network.
+    """
+    space, pretrained = problem.space, problem.pretrained
+    own = () if pretrained is None else own_indices(space, pretrained.space)
+    if own and None not in own:
+        return tuple(place for place in own if place is not None)
+    return smallest_and_largest(space)[1].indices(space)
 
 
 @dataclass(frozen=True)

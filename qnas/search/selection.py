@@ -25,8 +25,18 @@ from qnas.common.progress import Display, silent
 from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
-from qnas.search.effects import IMAGES, NETWORKS_PER_EFFECT, Effects, Losses, count_effects, measure_effects
+from qnas.search.ablation import BATCHES, CHECKED, count_changes, measure_changes
+from qnas.search.effects import (
+    IMAGES,
+    NETWORKS_PER_EFFECT,
+    Effects,
+    Losses,
+    count_effects,
+    draw_networks,
+    measure_effects,
+)
 from qnas.search.evaluator import Evaluator, SavedSupernet, evaluator_of, load_saved_supernet
+from qnas.search.paths import whole_network
 from qnas.search.problem import Problem
 from qnas.search.sizes import scaled_px
 from qnas.search.state import SearchState
@@ -113,9 +123,12 @@ def effects_of(
 ) -> Effects | None:
     """Measure what each candidate adds to the held-out loss; None as in `measure_effects`.
 
-    The state stays unchanged, so a second call returns the same.
+    Where weight steps train the whole network alone, it is changed at one position at a time
+    (`search.ablation`). The state stays unchanged, so a second call returns the same.
     """
     problem = state.problem
+    if problem.config.weight_steps == "whole":
+        return effects_of_changes(state, evaluator, on_measured)
     split, seed = problem.data.heldout, problem.config.seed + 2  # draws differ from those of the steps
     return measure_effects(
         problem.space,
@@ -128,6 +141,28 @@ def effects_of(
         np.random.default_rng(seed),
         on_measured,
     )
+
+
+def effects_of_changes(
+    state: SearchState, evaluator: Evaluator, on_measured: Callable[[int], None] = lambda _: None
+) -> Effects | None:
+    """Measure what changes of the whole network add to its held-out loss; None where none is asked for."""
+    problem, asked = state.problem, count_effect_networks(state.problem)
+    if not asked:
+        return None
+    whole, rng = whole_network(problem), np.random.default_rng(problem.config.seed + 2)
+    checked = draw_networks(problem.limits, state.log_probabilities_at(1.0), CHECKED, rng)
+    batches = measured_batches(problem, evaluator)
+    return measure_changes(problem.space, whole, evaluator.losses, batches, checked, on_measured)
+
+
+def measured_batches(problem: Problem, evaluator: Evaluator) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches of held-out images that changes are measured on; one in a short search."""
+    split = problem.data.heldout
+    size = min(IMAGES, len(split))
+    asked = count_effect_networks(problem) // count_changes(problem.space, whole_network(problem))
+    batches = stream(split, size, problem.config.seed + 2, 0, augment=False, device=evaluator.device)
+    return [next(batches) for _ in range(max(1, min(BATCHES, asked, len(split) // size)))]
 
 
 def rerank_saved(

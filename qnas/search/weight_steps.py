@@ -4,9 +4,12 @@
 - `sandwich`: the largest network of the space learns the labels; the smallest and drawn paths learn its
   answers (the sandwich rule and in-place distillation of BigNAS, arXiv 2003.11142). It teaches, so it need
   not be within the limits. Its answers come from the same forward pass: distillation costs no pass more.
+- `whole`: the pretrained network itself learns the labels, or without one the largest network. All others
+  are slices of it. A few thousand images fine-tune one network, and do not teach a hundred drawn ones: the
+  network that is found then starts from features that are still good.
 - With nested weights, the whole mixture may learn the labels in place of a path.
 - The first steps of a search with pretrained weights train the classifier alone, on the features of the
-  largest network: it is the one that the pretrained statistics of its batch norms fit.
+  pretrained network: it is the one that the statistics of its batch norms fit.
 
 Over a family of spaces, each step draws a layout: its images have the size of that layout, drawn paths have
 its widths, and even ones are within its limits. The largest network of a sandwich has the greatest widths,
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from qnas.nn.mixed_block import Route
 from qnas.nn.supernet import even_logits, sample_path
-from qnas.search.paths import ends_of
+from qnas.search.paths import ends_of, whole_network
 from qnas.search.problem import AtLayout
 from qnas.search.state import SearchState
 from qnas.spaces.family import Layout
@@ -52,6 +55,7 @@ class WeightSteps:
         self._even_logits = even_logits(problem.limit_tensors, mask)
         self._even_at: dict[Layout, Tensor] = {}  # found when a layout is first drawn, as there may be many
         self._ends = ends_of(problem.space, problem.config.seed)
+        self._whole = Path(whole_network(problem))
         family = problem.family
         self._narrowest = None if family is None else tuple(map(min, family.family.widths))
 
@@ -68,7 +72,9 @@ class WeightSteps:
         largest = Path(self._ends.largest(state.step))
         if state.step < state.problem.schedule.head_steps:
             with head_alone(state.supernet):
-                return self._descend(images, labels, [largest])
+                return self._descend(images, labels, [self._whole])
+        if config.weight_steps == "whole":
+            return self._descend(images, labels, [self._whole])
         if config.weights == "nested" and config.nested_weight_steps == "mixture":
             with torch.no_grad():
                 mixture = state.supernet.mixture(state.temperature)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pretrained import tiny_network
 from helpers.searches import QUICK
 from helpers.tiny import TINY_SPACE, TWO_KINDS
 from torch import Tensor
@@ -18,7 +19,8 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.mixed_block import Route
-from qnas.nn.supernet import Supernet
+from qnas.nn.pretrained.derivation import derived_space, own_arch
+from qnas.nn.supernet import Supernet, probabilities
 from qnas.runs.names import ARCH_FILE, METRICS_FILE, SEARCH_FILE, SUPERNET_FILE
 from qnas.search.config import SearchConfig
 from qnas.search.search_result import run_search
@@ -65,9 +67,9 @@ class Watched:
         supernet = searcher.state.supernet
         forward, step = supernet.forward, PathAdamW.step
 
-        def run(x: Tensor, routes: Any) -> Tensor:
+        def run(x: Tensor, routes: Any, channels: Any = None) -> Tensor:
             self.paths.append(tuple(routes))
-            return forward(x, routes)
+            return forward(x, routes, channels)
 
         def clip(weights: list[Tensor], most: float) -> None:
             assert most == GRADIENT_CLIP
@@ -222,6 +224,49 @@ def test_a_state_with_impossible_turns_is_refused(digits: ImageData) -> None:
     with pytest.raises(ValueError, match="fair_counts: -1"):
         searcher.load({**saved, "fair_counts": [-1, *saved["fair_counts"][1:]]})
     assert "fair_counts" not in searcher_of(digits, QUICK).to_dict()
+
+
+# ---- the whole network
+
+
+def test_the_whole_is_the_largest_network_alone(
+    digits: ImageData, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = searcher_of(digits, QUICK.override({"weight_steps": "whole"}))
+    space = searcher.problem.space
+    watched, steps = Watched(searcher, monkeypatch), WeightSteps(searcher.state)
+    for _ in range(3):
+        assert "distilled_loss" not in steps.take(*batch)
+    _, largest = smallest_and_largest(space)
+    assert watched.paths == [largest.indices(space)] * 3
+
+
+def test_the_whole_is_the_pretrained_network_where_there_is_one(
+    digits: ImageData, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny_network()
+    space = derived_space(network.space)
+    table = compute_table(load_device("cpu"), space)
+    limits = (latency_limit(table, (table.fastest_ms + table.slowest_ms) / 2),)
+    images, labels = batch
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for changes in ({"weight_steps": "whole"}, {"head_epochs": 1, "warmup_epochs": 2}):
+        searcher = Searcher(space, limits, digits, QUICK.override(changes), pretrained=network)
+        with monkeypatch.context() as patch:
+            watched = Watched(searcher, patch)
+            WeightSteps(searcher.state).take(images.contiguous(), labels)
+        assert watched.paths == [own_arch(space, network.space).indices(space)]
+    # it is as probable as all others together
+    supernet = searcher.state.supernet
+    shares = probabilities(supernet.logits().detach(), supernet.mask)
+    for row, place, position in zip(shares, watched.paths[0], space.positions, strict=True):
+        share = 1.0 if len(position.candidates) == 1 else 0.5
+        assert float(row[int(place)]) == pytest.approx(share, abs=0.01)  # type: ignore[arg-type]
+
+
+def test_the_whole_takes_no_number_of_paths() -> None:
+    with pytest.raises(UsageError, match="`step_paths=2`: `weight_steps='whole'` draws no paths"):
+        QUICK.override({"weight_steps": "whole", "step_paths": 2})
 
 
 # ---- pretrained weights

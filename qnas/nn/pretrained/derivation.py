@@ -150,6 +150,12 @@ def own_choices(space: SearchSpace, network: SearchSpace) -> tuple[str, ...]:
     return tuple(own_candidate(network, position).name for position in space.positions)
 
 
+def own_indices(space: SearchSpace, network: SearchSpace) -> tuple[int | None, ...]:
+    """Return the place of the network's candidate at each position; None where it is not a choice there."""
+    choices = zip(space.positions, own_choices(space, network), strict=True)
+    return tuple(p.names.index(name) if name in p.names else None for p, name in choices)
+
+
 def own_arch(space: SearchSpace, network: SearchSpace) -> Arch:
     """Return the network as one of a space that fits it. Raises UsageError where the space lacks it."""
     choices = own_choices(space, network)

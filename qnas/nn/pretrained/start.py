@@ -12,14 +12,15 @@ norm, and the norm of W_b has scale 0 and shift 1, so that the other factor is 1
 block also clips its output to [-6, 6] (`qnas.spaces.blocks`), and is the linear one only within.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qnas.nn.mixed_block import IndependentChoice, SharedChoice
-from qnas.nn.pretrained.derivation import QUADRATIC, check_fits, own_candidate
+from qnas.nn.pretrained.derivation import QUADRATIC, check_fits, own_candidate, own_indices
 from qnas.nn.pretrained.network import PretrainedNetwork
 from qnas.nn.subnet import module_name
 from qnas.nn.supernet import Supernet
@@ -38,8 +39,9 @@ def start_from(supernet: Supernet, network: PretrainedNetwork) -> None:
     """Set a supernet's weights to those of a pretrained network, in place, and note which are from there.
 
     The classifier is the network's where the numbers of classes are equal, and stays newly drawn otherwise.
-    The first product candidates of a position start as linear ones. Raises UsageError where the supernet's
-    space does not fit the network.
+    The first product candidates of a position start as linear ones. The architecture parameters favour the
+    network's own candidates: each is as probable as all others of its position together. Raises UsageError
+    where the supernet's space does not fit the network.
     """
     space = supernet.space
     check_fits(space, network.space)
@@ -68,8 +70,16 @@ def start_from(supernet: Supernet, network: PretrainedNetwork) -> None:
             prefix = f"parts.{name}"
         for key, module in modules.items():
             started += _start_block(module, own, neurons[key], f"{prefix}.{key}")
+    _favour(supernet, own_indices(space, network.space))
     known = {name for name, _ in supernet.named_parameters()}
     supernet.pretrained = frozenset(known & set(started))
+
+
+def _favour(supernet: Supernet, own: Sequence[int | None]) -> None:
+    """Make the network's own candidates as probable as all others of their positions together."""
+    for row, place, position in zip(supernet.alpha, own, supernet.space.positions, strict=True):
+        if place is not None and len(position.candidates) > 1:
+            row[place] += math.log(len(position.candidates) - 1)
 
 
 def starting_network(

@@ -1,0 +1,131 @@
+"""Effects of candidates by one change at a time, around the one network that a search has trained.
+
+Where weight steps train the whole network alone (`search.weight_steps`), networks drawn near the budget are
+far from what was trained: all are poor, and their losses say little about single candidates. Here the trained
+network is changed at one position at a time, and the difference of the losses on the same images is the
+candidate's effect. Blocks are left out from the end of a stage, one more at a time, since a stage's first
+block is worth most (`spaces.block_order`). What a layout adds is measured with the trained network itself, at
+each layout within the limits.
+
+Effects add up for the solver, which overstates or understates what several changes do together. A few
+networks drawn near the budget tell how well the sums predict their losses.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.isotonic import isotonic_regression
+from torch import Tensor
+
+from qnas.search.effects import TIE, Effects, Losses
+from qnas.solver.solve import CandidateIndices
+from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
+from qnas.spaces.space import SearchSpace
+
+BATCHES = 4  # of images, at most, that each change is measured on
+CHECKED = 20  # drawn networks whose losses the sums of effects are compared with
+
+
+@dataclass(frozen=True)
+class Change:
+    """A network that differs from the trained one: in the candidate of a position, or in its last blocks."""
+
+    position: int
+    candidate: int
+    network: CandidateIndices
+
+
+def changes_of(space: SearchSpace, whole: CandidateIndices) -> tuple[list[Change], list[list[Change]]]:
+    """Return the networks with one other block, and for each run of positions those with fewer blocks.
+
+    `whole` has a block at every position that may have one. The networks with fewer blocks of a run leave out
+    the last one, the last two and so on, as far as identities are candidates.
+    """
+    labels = block_labels(space)
+    assert all(row[i] or not any(row) for row, i in zip(labels, whole, strict=True)), "blocks everywhere"
+    exchanged = [
+        Change(at, i, (*whole[:at], i, *whole[at + 1 :]))
+        for at, row in enumerate(labels)
+        for i, label in enumerate(row)
+        if label and i != whole[at]
+    ]
+    shortened = []
+    for run in runs_of(labels):
+        network, own = list(whole), []
+        for at in reversed(run):
+            if 0 not in labels[at] or not any(labels[at]):
+                break
+            network[at] = labels[at].index(0)
+            own.append(Change(at, network[at], tuple(network)))
+        shortened.append(own)
+    return exchanged, shortened
+
+
+def count_changes(space: SearchSpace, whole: CandidateIndices) -> int:
+    """Return the number of networks that differ from the trained one."""
+    exchanged, shortened = changes_of(space, whole)
+    return len(exchanged) + sum(map(len, shortened))
+
+
+def measure_changes(
+    space: SearchSpace,
+    whole: CandidateIndices,
+    losses: Losses,
+    images_and_labels: Sequence[tuple[Tensor, Tensor]],
+    checked: Sequence[CandidateIndices] = (),
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> Effects:
+    """Measure what each candidate adds to the held-out loss of the trained network.
+
+    `images_and_labels` are the batches that every network is evaluated on. `checked` are networks within the
+    limits, whose losses tell what the sums of effects explain; without them, `explained` is 0. `on_measured`
+    is called with the number of networks after each batch.
+    """
+    exchanged, shortened = changes_of(space, whole)
+    networks = [whole, *(c.network for c in exchanged), *(c.network for row in shortened for c in row)]
+    found = dict(zip(networks, mean_losses(networks, losses, images_and_labels, on_measured), strict=True))
+    base, labels = found[whole], block_labels(space)
+    nats = [[0.0] * len(position.candidates) for position in space.positions]
+    for change in exchanged:
+        nats[change.position][change.candidate] = found[change.network] - base
+    for row in shortened:
+        before, costs = base, []
+        for change in row:
+            costs.append(found[change.network] - before)
+            before = found[change.network]
+        # from the last block to the first, each is worth no less than the one behind it
+        rising = isotonic_regression(costs) if costs else []
+        for place, (change, cost) in enumerate(zip(row, rising, strict=True)):
+            nats[change.position][change.candidate] = float(cost) + TIE * place
+    # by convention, candidates without layers have 0
+    for own, of_labels in zip(nats, labels, strict=True):
+        if 0 in of_labels and any(of_labels):
+            left_out = own[of_labels.index(0)]
+            own[:] = [value - left_out if label else 0.0 for value, label in zip(own, of_labels, strict=True)]
+    scores = tuple(map(tuple, nats))
+    explained = 0.0
+    if checked:
+        checked = [place_blocks_first(labels, network) for network in checked]
+        true = np.array(mean_losses(checked, losses, images_and_labels[:1], on_measured))
+        sums = np.array([sum(row[i] for row, i in zip(scores, n, strict=True)) for n in checked])
+        left = (true - true.mean()) - (sums - sums.mean())
+        explained = max(0.0, 1 - float(left @ left) / max(float(np.var(true) * len(true)), 1e-30))
+    return Effects(scores, explained, len(networks) + len(checked))
+
+
+def mean_losses(
+    networks: Sequence[CandidateIndices],
+    losses: Losses,
+    images_and_labels: Sequence[tuple[Tensor, Tensor]],
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """Return the mean loss of each network on all batches."""
+    total = np.zeros(len(networks))
+    count = 0
+    for images, labels in images_and_labels:
+        for at, network in enumerate(networks):
+            total[at] += float(losses([network], images, labels).sum())
+            on_measured(1)
+        count += len(labels)
+    return [float(value) for value in total / count]
