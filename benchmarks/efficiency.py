@@ -18,8 +18,9 @@ Each table says what a linear network needs to match the others. Errors over siz
 seeds, and the lowest up to each size, straight lines between the logarithms. Of LEVELS errors, evenly spaced
 in the logarithm between the highest and the lowest of a kind's curve, each has two sizes: what the kind
 needs, and what the linear network needs. The median of their quotients is the factor. Where the linear curve
-does not go down to an error, its largest size is a lower bound, marked `>`; where it begins below, its
-smallest is an upper bound, marked `<`. Intervals are by bootstrap over seeds, the same ones of both kinds.
+does not go down to an error, its largest size is a lower bound; where it begins below, its smallest is an
+upper bound. A median that is a bound itself is marked `>` or `<`. Intervals are by bootstrap over seeds, the
+same ones of both kinds, and take bounds as low and as high as they may be.
 The errors in a table are at sizes that all kinds have.
 
 Each training is a line of results/efficiency.jsonl, with all that it depends on; a stopped run continues.
@@ -33,6 +34,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,10 @@ class Curve:
     sizes: Mapping[str, Floats]  # by axis: (sizes,), increasing
     errors: Floats  # (sizes, seeds)
 
-    def mean(self, seeds: NDArray[np.int64] | None = None) -> Floats:
-        """Return the mean error at each size, over all seeds or these (repeats count)."""
-        return self.errors.mean(1) if seeds is None else self.errors[:, seeds].mean(1)
+    @property
+    def mean(self) -> Floats:
+        """The mean error over seeds at each size."""
+        return self.errors.mean(1)
 
 
 @dataclass(frozen=True)
@@ -126,37 +129,41 @@ class Study:
 
 @dataclass(frozen=True)
 class Factor:
-    """How many times a size the linear network needs; `bound` is `>` or `<` where it is only a bound."""
+    """How many times a size the linear network needs: between `low` and `high`, which are mostly the same."""
 
-    value: float
-    bound: str = ""
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and highest factor that it stands for."""
-        return (0.0 if self.bound == "<" else self.value), (math.inf if self.bound == ">" else self.value)
+    low: float  # 0: there is only an upper bound
+    high: float  # infinite: there is only a lower bound
 
     def __str__(self) -> str:
-        return f"{self.bound}{self.value:.2g}" if self.value < 10 else f"{self.bound}{self.value:.0f}"
+        if self.high == math.inf:
+            return f">{shown_factor(self.low)}"
+        return (
+            f"<{shown_factor(self.high)}" if self.low == 0 else shown_factor(math.sqrt(self.low * self.high))
+        )
 
 
 @dataclass(frozen=True)
 class Match:
-    """A factor with the ends of its interval."""
+    """A factor with its interval."""
 
     factor: Factor
-    low: Factor
-    high: Factor
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        return f"{self.factor} [{self.low}, {self.high}]"
+        return f"{self.factor} [{shown_factor(self.low)}, {shown_factor(self.high)}]"
 
     @property
     def verdict(self) -> str:
         """`more` where the linear network needs more, `less` where less, else empty."""
-        if self.low.ends[0] > 1:
-            return "more"
-        return "less" if self.high.ends[1] < 1 else ""
+        return "more" if self.low > 1 else "less" if self.high < 1 else ""
+
+
+def shown_factor(value: float) -> str:
+    """Format a factor with two digits."""
+    if value == math.inf:
+        return "∞"
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def main() -> None:
@@ -173,10 +180,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write RESULTS.md, pictures and their page")
     options = parser.parse_args()
     set_up_process(threads=1)
-    cache, names = Cache(options.out / "efficiency.jsonl"), options.task or [*TASKS, "digits"]
-    train_missing([name for name in names if name in TASKS], options, cache)
+    known, names = Cache(options.out / "efficiency.jsonl"), options.task or [*TASKS, "digits"]
+    train_missing([name for name in names if name in TASKS], options, known)
     for name in names:
-        study = (dense_study if name in TASKS else image_study)(name, options, cache)
+        study = (dense_study if name in TASKS else image_study)(name, options, known)
         text = describe(study)
         print(text, flush=True)
         if options.write:
@@ -223,7 +230,7 @@ def dense_parts(task: Task, network: Dense, recipe: DenseRecipe, seed: int) -> d
     }
 
 
-def train_missing(names: Sequence[str], options: argparse.Namespace, cache: Cache) -> None:
+def train_missing(names: Sequence[str], options: argparse.Namespace, known: Cache) -> None:
     """Train every dense network that is not known yet, on all tasks for which it has the shape at once."""
     recipe = DenseRecipe(steps=options.steps)
     for arm in chosen(DENSE_ARMS, options):
@@ -234,7 +241,7 @@ def train_missing(names: Sequence[str], options: argparse.Namespace, cache: Cach
                     (task, seed)
                     for task in tasks
                     for seed in options.seeds
-                    if cache.get(dense_parts(task, network, recipe, seed)) is None
+                    if known.get(dense_parts(task, network, recipe, seed)) is None
                 ]
                 if not members:
                     continue
@@ -243,18 +250,18 @@ def train_missing(names: Sequence[str], options: argparse.Namespace, cache: Cach
                 spent = time.process_time() - start
                 for (task, seed), error in zip(members, errors, strict=True):
                     found = {"error": error, "seconds": spent / len(members)}
-                    cache.put(dense_parts(task, network, recipe, seed), found)
+                    known.put(dense_parts(task, network, recipe, seed), found)
                 print(f"{arm}, {network.params} parameters: {len(members)} in {spent:.1f} s", flush=True)
 
 
-def dense_study(name: str, options: argparse.Namespace, cache: Cache) -> Study:
+def dense_study(name: str, options: argparse.Namespace, known: Cache) -> Study:
     """Return the study of a synthetic task whose networks are trained."""
     task, recipe, device = TASKS[name], DenseRecipe(steps=options.steps), load_device(DEVICE)
     curves = {}
     for arm in chosen(DENSE_ARMS, options):
         rows = []
         for network in dense_networks(arm, task.variables, task.outputs):
-            trained = [cache.get(dense_parts(task, network, recipe, seed)) for seed in options.seeds]
+            trained = [known.get(dense_parts(task, network, recipe, seed)) for seed in options.seeds]
             assert None not in trained, f"{name}, {arm}: not trained yet"
             rows.append([network.costs(device) | row for row in trained if row])
         curves[arm] = curve_of(rows, task.guess)
@@ -278,7 +285,7 @@ def curve_of(rows: Sequence[Sequence[Mapping[str, Any]]], guess: float) -> Curve
     return Curve(sizes, np.array(errors))
 
 
-def image_study(spec: str, options: argparse.Namespace, cache: Cache) -> Study:
+def image_study(spec: str, options: argparse.Namespace, known: Cache) -> Study:
     """Train what is not known yet, and return the study of a data set."""
     name, _, folder = spec.partition(":")
     px, device = IMAGES_PX.get(name, TRAINED_PX), load_device(DEVICE)
@@ -290,7 +297,7 @@ def image_study(spec: str, options: argparse.Namespace, cache: Cache) -> Study:
         for channels in options.channels:
             space, arch = image_network(arm, channels, px, colours, classes, kernel=options.kernel)
             costs = image_costs(space, arch, device)
-            trained = [train_alone(space, arch, data, recipe, seed, cache) for seed in options.seeds]
+            trained = [train_alone(space, arch, data, recipe, seed, known) for seed in options.seeds]
             rows.append([{**costs, "error": 1 - row["accuracy"]} for row in trained])
         curves[arm] = curve_of(rows, 1 - 1 / classes)
     how = (
@@ -354,39 +361,33 @@ def size_at(sizes: Floats, errors: Floats, levels: Floats) -> tuple[Floats, Floa
 
 
 def factor_between(sizes: Floats, errors: Floats, linear_sizes: Floats, linear_errors: Floats) -> Factor:
-    """Return the median over levels of what the linear network needs, divided by what the other one needs."""
+    """Return the median over levels of what the linear network needs, divided by what the other one needs.
+
+    Its ends are the medians with what is only a bound as low, and as high, as it may be.
+    """
     best = np.minimum.accumulate(errors)
     levels = np.geomspace(best[0], best[-1], LEVELS)
     own, _ = size_at(sizes, errors, levels)
     theirs, bounds = size_at(linear_sizes, linear_errors, levels)
     factors = theirs / own
-    value = float(np.median(factors))
-    if float(np.median(np.where(bounds == 1, np.inf, factors))) > value:
-        return Factor(value, ">")
-    if float(np.median(np.where(bounds == -1, 0.0, factors))) < value:
-        return Factor(value, "<")
-    return Factor(value)
+    low = np.median(np.where(bounds == -1, 0.0, factors))
+    return Factor(float(low), float(np.median(np.where(bounds == 1, np.inf, factors))))
 
 
 def match(curve: Curve, linear: Curve, axis: str) -> Match:
     """Return the factor between two curves along an axis, with its interval by bootstrap over seeds."""
-    rng = np.random.default_rng(0)
-    seeds = curve.errors.shape[1]
-    drawn = [
-        factor_between(
-            curve.sizes[axis], floored(curve.mean(pick)), linear.sizes[axis], floored(linear.mean(pick))
-        )
-        for pick in rng.integers(seeds, size=(DRAWS, seeds))
-    ]
-    tail = (1 - INTERVAL) / 2
-    low, high = (
-        sorted(drawn, key=lambda factor: (factor.ends[end], factor.value))[round(q * (DRAWS - 1))]
-        for end, q in ((0, tail), (1, 1 - tail))
-    )
-    whole = factor_between(
-        curve.sizes[axis], floored(curve.mean()), linear.sizes[axis], floored(linear.mean())
-    )
-    return Match(whole, low, high)
+
+    @cache  # there are few different samples of a few seeds
+    def factor(*seeds: int) -> Factor:
+        own, theirs = (floored(each.errors[:, seeds].mean(1)) for each in (curve, linear))
+        return factor_between(curve.sizes[axis], own, linear.sizes[axis], theirs)
+
+    count = curve.errors.shape[1]
+    picks = np.sort(np.random.default_rng(0).integers(count, size=(DRAWS, count)), 1)
+    drawn = [factor(*pick) for pick in picks.tolist()]
+    tail = round((1 - INTERVAL) / 2 * DRAWS)
+    low, high = sorted(each.low for each in drawn)[tail], sorted(each.high for each in drawn)[-1 - tail]
+    return Match(factor(*range(count)), low, high)
 
 
 def floored(errors: Floats) -> Floats:
@@ -429,7 +430,7 @@ def describe(study: Study) -> str:
 
 def error_at(curve: Curve, params: float) -> float:
     """Return the mean error at a number of parameters, by straight lines between the logarithms."""
-    sizes, errors = np.log(curve.sizes["params"]), np.log(floored(curve.mean()))
+    sizes, errors = np.log(curve.sizes["params"]), np.log(floored(curve.mean))
     return float(np.exp(np.interp(np.log(params), sizes, errors)))
 
 
@@ -472,7 +473,7 @@ def draw(study: Study, path: Path) -> None:
             is_plain = arm == LINEAR or arm in CONVENTIONAL
             colour = "black" if arm == LINEAR else f"C{number % 10}"
             style = {"color": colour, "linestyle": "--" if is_plain else "-", "marker": "o", "markersize": 3}
-            axes.plot(curve.sizes[axis], floored(curve.mean()), label=arm, linewidth=1.2, **style)
+            axes.plot(curve.sizes[axis], floored(curve.mean), label=arm, linewidth=1.2, **style)
             low, high = floored(curve.errors.min(1)), floored(curve.errors.max(1))
             axes.fill_between(curve.sizes[axis], low, high, color=colour, alpha=0.07, linewidth=0)
         axes.axhline(study.guess, color="0.6", linewidth=0.8, linestyle=":")
