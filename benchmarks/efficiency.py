@@ -465,6 +465,7 @@ def listed(names: Sequence[str]) -> str:
 def draw(study: Study, path: Path) -> None:
     """Draw the errors over parameters, MACs and latency as a PNG, with bands from best to worst seed."""
     from matplotlib.figure import Figure  # not pyplot, which keeps state and looks for a display
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
@@ -479,6 +480,9 @@ def draw(study: Study, path: Path) -> None:
         axes.axhline(study.guess, color="0.6", linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel({"latency_ms": f"predicted ms on {DEVICE}"}.get(axis, unit))
     panels[0].set_ylabel("squared error by variance" if study.is_regression else "error")
     figure.suptitle(study.name)
