@@ -126,6 +126,7 @@ def main() -> None:
             f"--batch: without C++ kernels, so small maps keep more than their share: at least {least}"
         )
     set_up_process(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in gpu.py
     cache = Cache(options.out / FILE)
     data = load_images(options.data, options.images) if options.data else None
     recipe = Recipe(images=options.images, epochs=options.epochs)
@@ -144,14 +145,15 @@ def main() -> None:
 
 def measured_at(options: argparse.Namespace, table: str) -> dict[str, Any]:
     """Return what the figures of table I or II depend on, whatever the networks or blocks."""
+    is_cuda = options.torch_device == "cuda"
     return {
         "table": table,
         "torch_device": options.torch_device,
-        "machine": torch.cuda.get_device_name() if options.torch_device == "cuda" else host.cpu_name(),
+        "machine": torch.cuda.get_device_name() if is_cuda else host.cpu_name(),
         "torch": torch.__version__.split("+")[0],
         "threads": options.threads,
         "batch": options.batch,
-        "dtype": options.dtype,
+        "dtype": options.dtype + (" with TF32" if is_cuda and options.dtype == "float32" else ""),
     }
 
 
@@ -451,15 +453,18 @@ def memory_cells(form: str, sessions: Iterable[Row | None], channels: Sequence[i
 
 
 def verdict_2(session: Row) -> str:
-    """Say in a sentence what the backward pass brings, and which blocks need less memory without it."""
+    """Say in a sentence what the backward pass brings, and how much other blocks need without it."""
     parts = []
     for channels, kept in session["bytes"].items():
+        shares = ", ".join(f"{kept[PLAIN] / kept[form]:.2f} of {form}'s" for form in ("Swin", "Hor"))
         less = [form for form in ("Skip", "Conv", "Swin", "Hor") if kept[form] < kept[PLAIN]]
-        behind = f"more than that of {' and '.join(less)}" if less else "less than that of all others"
-        parts.append(f"{kept[LEAN] / kept[PLAIN]:.0%} at {channels} channels ({PLAIN} is {behind})")
+        behind = f"{shares}, and more than {' and '.join(less)}" if less else shares
+        parts.append(
+            f"to {kept[LEAN] / kept[PLAIN]:.0%} at {channels} channels (with torch's it is {behind})"
+        )
     return (
-        f"For a user on {ON[session['torch_device']]}: {LEAN} needs this share of the memory of {PLAIN}: "
-        f"{', '.join(parts)}."
+        f"For a user on {ON[session['torch_device']]}: qnas's backward pass cuts the memory of QuadraBlocks "
+        f"{', and '.join(parts)}."
     )
 
 

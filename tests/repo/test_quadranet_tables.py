@@ -160,8 +160,8 @@ def test_memory_is_scaled_to_the_batch_of_the_paper() -> None:
     cpu = session("II", "cpu", bytes={"64": kept}, channels=[64])  # at batch 2
     assert tables.memory_cells(tables.LEAN, [cpu, None], [64]) == ["16.00", "0.25", "not run", "not run"]
     said = tables.verdict_2(cpu)
-    assert "25% at 64 channels" in said
-    assert "more than that of Conv)" in said
+    assert "to 25% at 64 channels" in said
+    assert "1.00 of Swin's, 1.00 of Hor's, and more than Conv)" in said
 
 
 # ---- kernels and quadratic pointwise convolutions
