@@ -89,6 +89,7 @@ KERNEL, EXPANSION = 7, 4
 PAPER_BATCH = 64  # of table II
 NOT_TRAINED = "Not trained here yet: `--data` trains the layout of quadranet-tiny with them."
 NOT_RUN = "not run"
+ALIKE = 0.05  # ratios of images per second that are nearer to 1 are not told apart
 ON = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
@@ -171,10 +172,11 @@ def describe_session(row: Row | None, torch_device: str) -> str:
     where = ON[torch_device]
     if row is None:
         return f"On {where}: {NOT_RUN}" + (", no GPU was at hand." if torch_device == "cuda" else ".")
+    rounds = f"{row['repeats']} rounds, " if "repeats" in row else ""
     shared = f", threads {row['threads']}, of a shared machine" if torch_device == "cpu" else ""
     return (
         f"On {where}: {row['machine']}{shared}, torch {row['torch']}, batch {row['batch']}, {row['dtype']}, "
-        f"{row['date']}."
+        f"{rounds}{row['date']}."
     )
 
 
@@ -193,9 +195,10 @@ def render_1(counts: Mapping[str, tuple[int, int]], sessions: Mapping[str, Row |
     rows = [network_row(name, found, list(sessions.values())) for name, found in counts.items()]
     lines = [
         "## QuadraNet's table I: networks",
-        "`python benchmarks/quadranet_tables.py --tables I --write`; the head of the script says how. "
-        f"ConvNeXt and Swin are those of {zoo}. All networks of a session take turns: their ratios can be "
-        "trusted more than their images per second.",
+        "`python benchmarks/quadranet_tables.py --tables I --write`, with the batch and rounds below, and "
+        "`--networks` where some were not run; the head of the script says how. ConvNeXt and Swin are "
+        f"those of {zoo}. All networks of a session take turns: their ratios can be trusted more than "
+        "their images per second.",
         *(describe_session(row, device) for device, row in sessions.items()),
         markdown_table(header, rows),
         *(verdict_1(row) for row in sessions.values() if row is not None),
@@ -281,12 +284,13 @@ def verdict_1(session: Row) -> str:
         return ""
     ratios = {name: session["ratio"][OWN] / session["ratio"][name] for name in others}
     figures = ", ".join(f"{ratios[n]:.2f} of {n}'s (paper {paper_ratio(OWN, n):.2f})" for n in others)
-    slower = [name for name in others if ratios[name] < 1]
-    outcome = f"it loses to {' and '.join(slower)}" if slower else "it is the fastest of them"
+    slower = [name for name in others if ratios[name] < 1 - ALIKE]
+    faster = [name for name in others if ratios[name] > 1 + ALIKE]
+    outcome = f"it loses to {' and '.join(slower) or 'none'} and beats {' and '.join(faster) or 'none'}"
     short = sum(ratios[n] < paper_ratio(OWN, n) for n in others)
     return (
-        f"For a user on {ON[session['torch_device']]}: {OWN} has {figures} images per second: {outcome}, and "
-        f"{short} of {len(others)} ratios fall short of the paper's."
+        f"For a user on {ON[session['torch_device']]}: {OWN} has {figures} images per second: {outcome} "
+        f"by more than {ALIKE:.0%}, and {short} of {len(others)} ratios fall short of the paper's."
     )
 
 
@@ -402,17 +406,17 @@ def table_2(options: argparse.Namespace, cache: Cache) -> str:
         for channels in (session or measured)["channels"]:
             header += [f"GB, {where}, {channels} channels", "x Swin"]
     rows = [[form, *memory_cells(form, sessions.values(), measured["channels"])] for form in FORMS]
-    layers, px = measured["layers"], measured["px"]
+    layers, px, batch = (measured[key] for key in ("layers", "px", "batch"))
     lines = [
         "## QuadraNet's table II: memory of a training step",
-        f"`python benchmarks/quadranet_tables.py --tables II --write`: {layers} blocks on maps of {px} x "
-        f"{px}, scaled to batch {PAPER_BATCH}. On the CPU it is what autograd keeps, to which comes what "
-        "the backward pass allocates for one block at a time; on a GPU it is the peak of a step. `torch's "
-        "backward` computes three convolutions under autograd; `lean` is qnas's backward pass, of the "
-        "quadratic convolution alone or of the whole block. Hor has the orders of HorNet-T at these "
-        "widths. The paper does not say the size of its maps, and the figures of its table are missing in "
-        "the copy at hand. Its text says that QuadraBlock needs less than SwinBlock and HorBlock, and "
-        "still less with QuadraLib; its abstract says 30% less.",
+        f"`python benchmarks/quadranet_tables.py --tables II --batch {batch} --write`: {layers} blocks on "
+        f"maps of {px} x {px}, scaled to batch {PAPER_BATCH}. On the CPU it is what autograd keeps, to "
+        "which comes what the backward pass allocates for one block at a time; on a GPU it is the peak of "
+        "a step. `torch's backward` computes three convolutions under autograd; `lean` is qnas's backward "
+        "pass, of the quadratic convolution alone or of the whole block. Hor has the orders of HorNet-T "
+        "at these widths. The paper does not say the size of its maps, and the figures of its table are "
+        "missing in the copy at hand. Its text says that QuadraBlock needs less than SwinBlock and "
+        "HorBlock, and still less with QuadraLib; its abstract says 30% less.",
         *(describe_session(row, device) for device, row in sessions.items()),
         markdown_table(header, rows),
         *(verdict_2(row) for row in sessions.values() if row is not None),

@@ -80,7 +80,7 @@ def test_a_device_that_was_not_measured_is_said_to_be_missing() -> None:
     assert re.search(r"^\| QuadraNet25-XXS \| 28.30 \| - \| 4.51 \| - \| not run .* - \| - \|$", text, re.M)
     assert "On the GPU: not run, no GPU was at hand." in text
     assert "0.80 of ConvNeXt-T's (paper 1.01), 1.20 of Swin-T's (paper 1.49)" in text
-    assert "it loses to ConvNeXt-T, and 2 of 2 ratios fall short" in text
+    assert "it loses to ConvNeXt-T and beats Swin-T by more than 5%, and 2 of 2 ratios fall short" in text
 
 
 def test_what_was_measured_on_another_device_is_found_again(tmp_path: Path) -> None:
