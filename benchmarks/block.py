@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from hornet import HorNetBlock
+from memory import saved_bytes
 from torch import Tensor, nn
 
 from qnas.common.files import atomic_path
@@ -228,19 +229,7 @@ def kernels(form: str) -> Iterator[None]:
 
 def saved_multiples(block: nn.Module, x: Tensor) -> float:
     """Return the memory that autograd keeps for the backward pass, without parameters, in multiples of x."""
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = block(x)  # kept alive until all tensors are counted
-    del y
-    return sum(kept.values()) / x.untyped_storage().nbytes()
+    return saved_bytes(lambda: block(x), block.parameters()) / x.untyped_storage().nbytes()
 
 
 def roofline(shape: tuple[int, int, int], step_ms: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
+from torch import nn
 
 from qnas.common.files import write_text
 from qnas.data.batches import batches
@@ -128,6 +129,10 @@ class Cache:
         """Return the result for these parts, or None."""
         return self._rows.get(cache_key(parts))
 
+    def matching(self, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the results that have these parts among others, in the order in which they were stored."""
+        return [row for row in self._rows.values() if all(row.get(k) == v for k, v in parts.items())]
+
     def put(self, parts: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
         """Store a result, and return it with its parts."""
         row = {"key": cache_key(parts), **parts, **found}
@@ -191,13 +196,29 @@ def train_alone(
 
     The seed determines the initial weights and the order of images. A cached result is reused.
     """
-    known = known_training(space, arch, data, recipe, seed, cache)
+    parts = training_parts(space, arch, data, recipe, seed)
+    return train_once(lambda: build_subnet(space, arch, len(data.classes)), parts, data, recipe, seed, cache)
+
+
+def train_once(
+    build: Callable[[], nn.Module],
+    parts: Mapping[str, Any],
+    data: ImageData,
+    recipe: Recipe,
+    seed: int,
+    cache: Cache,
+) -> dict[str, Any]:
+    """Build a network and train it from scratch on all kept training images, as `train_alone` does.
+
+    `parts` are all on which the training depends. A cached result is reused.
+    """
+    known = cache.get(parts)
     if known is not None:
         return known
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_subnet(space, arch, len(data.classes)).train()
+        network = build().train()
     split = data.train_and_heldout
     optimizer = make_optimizer(network.parameters(), recipe.learning_rate, recipe.weight_decay)
     epoch_steps = len(split) // recipe.batch_size
@@ -212,7 +233,7 @@ def train_alone(
     spent = time.process_time() - start
     print(f"{data.name}, seed {seed}: {percent(score.accuracy)} in {spent:.0f} s", flush=True)
     found = {"accuracy": score.accuracy, "loss": score.loss, "seconds": spent}
-    return cache.put(training_parts(space, arch, data, recipe, seed), found)
+    return cache.put(parts, found)
 
 
 def spread_networks(space: SearchSpace, table: LatencyTable, count: int, seed: int) -> list[Arch]:

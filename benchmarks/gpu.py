@@ -27,16 +27,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hornet import hornet_tiny
+from builders import network_builders
 from torch import Tensor, nn
 
 from qnas.common.files import write_text
 from qnas.nn.kernels.triton_quadratic import available, quadratic_backward, quadratic_forward
 from qnas.nn.quadratic import quadratic_conv2d
-from qnas.nn.subnet import build_subnet
-from qnas.spaces.arch import only_arch
-from qnas.spaces.space import load_space
 
+NETWORKS = ("QuadraNet36-T", "ConvNeXt-T", "Swin-T", "HorNet-T")
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # (channels, height)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -256,7 +254,7 @@ def network_rows(options: argparse.Namespace) -> list[Row]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     x = torch.randn(options.batch, 3, 224, 224, device=DEVICE).contiguous(memory_format=torch.channels_last)
     rows = []
-    builders = network_builders()
+    builders = tiny_networks()
     for dtype in DTYPES:
         memory = {name: training_bytes(build, x, DTYPES[dtype]) for name, build in builders.items()}
         networks = {
@@ -275,18 +273,10 @@ def network_rows(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def network_builders() -> dict[str, Callable[[], nn.Module]]:
-    """Return functions that build the networks with random weights."""
-    space = load_space("quadranet36-t")
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "QuadraNet36-T": lambda: build_subnet(space, only_arch(space), classes=1000)
-    }
-    from torchvision.models import convnext_tiny, swin_t
-
-    builders["ConvNeXt-T"] = lambda: convnext_tiny(weights=None)
-    builders["Swin-T"] = lambda: swin_t(weights=None)
-    builders["HorNet-T"] = hornet_tiny
-    return builders
+def tiny_networks() -> dict[str, Callable[[], nn.Module]]:
+    """Return functions that build the networks of the T size with random weights."""
+    builders = network_builders("torchvision")
+    return {name: builders[name] for name in NETWORKS}
 
 
 def inference(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Form:

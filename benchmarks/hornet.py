@@ -52,12 +52,15 @@ class HorNetBlock(nn.Module):
         return x + rows.permute(0, 3, 1, 2)
 
 
-def hornet_tiny(classes: int = 1000) -> nn.Module:
-    """Build HorNet-T, section 3.3: gnconv of orders 2 to 5, widths doubling from 64; 22.4M parameters."""
+def hornet(first_width: int, classes: int) -> nn.Module:
+    """Build a HorNet of section 3.3: gnconv of orders 2 to 5, and widths that double from the first stage's.
+
+    The first width is 64 in HorNet-T, 96 in HorNet-S and 128 in HorNet-B.
+    """
     layers: list[nn.Module] = []
     width, stride = 3, 4
     for stage, depth in enumerate((2, 3, 18, 2)):
-        channels = 64 << stage
+        channels = first_width << stage
         change = nn.Conv2d(width, channels, stride, stride)
         layers += (
             [change, ChannelLayerNorm(channels, eps=1e-6)]

@@ -13,12 +13,13 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from block import saved_multiples
-from gpu import network_builders
+from gpu import tiny_networks
+from memory import saved_bytes
 from torch import nn
 
 from qnas.common.files import write_text
@@ -36,7 +37,7 @@ def main() -> None:
     set_up_process(options.threads)
     torch.manual_seed(0)
     networks = {
-        name: build().to(memory_format=torch.channels_last) for name, build in network_builders().items()
+        name: build().to(memory_format=torch.channels_last) for name, build in tiny_networks().items()
     }
     rows = measure(networks, options.batch, options.rounds)
     print(f"{cpu_name()}, threads {options.threads}, batch {options.batch} at 224 px, float32")
@@ -72,7 +73,9 @@ def measure(networks: dict[str, nn.Module], batch: int, rounds: int) -> dict[str
             network(x).square().mean().backward()
             if turn:
                 times[name].append((inference_s, clock() - start))
-    kept = {name: saved_multiples(network, x) * x.nbytes for name, network in networks.items()}
+    kept = {
+        name: saved_bytes(partial(network, x), network.parameters()) for name, network in networks.items()
+    }
     own, *_ = networks
     rows = {}
     for name in networks:

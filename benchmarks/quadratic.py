@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from memory import saved_bytes
 from torch import Tensor
 
 from qnas.common.host import cpu_name
@@ -223,17 +224,7 @@ def measure(shape: Shape, kernel: int, forms: list[str], repeats: int) -> list[R
 
 
 def multiples_saved(function: Callable[..., Tensor], x: Tensor, weights: list[Tensor]) -> float:
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = function(x, *weights)  # kept alive until all are counted, so that no two share an address
-    ours = {weight.data_ptr() for weight in weights}
-    del y
-    return sum(count for at, count in kept.items() if at not in ours) / x.numel()
+    return saved_bytes(lambda: function(x, *weights), weights) / x.nbytes
 
 
 def line(row: Row, reference: Row, ceiling: Ceiling) -> str:
