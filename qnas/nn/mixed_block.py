@@ -38,6 +38,7 @@ from qnas.nn.modes import WeightsMode
 from qnas.nn.subnet import state_shapes, take_slice
 from qnas.spaces.blocks import BLOCKS
 from qnas.spaces.lower import BlockSpec, Slot, fill
+from qnas.spaces.neurons import DEFAULT_NEURON
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
 
@@ -283,15 +284,10 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     if len(candidates) == 1:
         return Grid((1,), (1,), ((0, 0),))
     blocks = [c for c in candidates if c.block != "identity"]
-    are_quadra = all(c.kind == "quadra" for c in blocks)
+    are_quadra = len({c.kind for c in blocks}) == 1 and _can_be_nested(space, blocks[0])
     sizes = [(c.sizes["kernel"], c.sizes["expansion"]) if are_quadra else (1, 1) for c in blocks]
     kernels, expansions = (tuple(sorted({size[i] for size in sizes})) for i in (0, 1))
-    if (
-        not are_quadra
-        or (space.norm, space.activation) != ("layernorm", "gelu")
-        or len(blocks) != len(kernels) * len(expansions)
-        or not blocks
-    ):
+    if not are_quadra or len(blocks) != len(kernels) * len(expansions) or not blocks:
         raise UsageError(
             f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
             f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
@@ -307,6 +303,14 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     return Grid(kernels, expansions, places)
 
 
+def _can_be_nested(space: SearchSpace, candidate: Candidate) -> bool:
+    """Whether it is a QuadraBlock with QuadraNet's neuron, layer normalisation and GELU."""
+    words = space.settle(candidate)
+    return (candidate.block, *map(words.get, ("neuron", "norm", "act"))) == (
+        *("quadra", DEFAULT_NEURON, "layernorm", "gelu"),
+    )
+
+
 class NestedChoice(SharedChoice):
     """Shared weights with candidates that form a grid and can all run in one pass."""
 
@@ -316,7 +320,7 @@ class NestedChoice(SharedChoice):
 
     def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
         """Run the relaxed block: (B, C, H, W) -> (B, C, H, W)."""
-        block = cast(QuadraBlock, self.shared["quadra"])
+        block = cast(QuadraBlock, next(iter(self.shared.values())))  # of the only kind
         mixer, channels, eps = block.halves()
         kernels, expansions, share = (
             shares.to(block.expand.weight) for shares in (route.kernels, route.expansions, route.block)
