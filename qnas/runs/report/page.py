@@ -21,6 +21,7 @@ from qnas.common.errors import QnasWarning, first_line
 from qnas.common.files import write_text
 from qnas.common.text import escaped
 from qnas.common.units import format_count, format_mj, format_ms
+from qnas.latency.prediction import ENOUGH_MEASURED
 from qnas.runs import names
 from qnas.runs.documents import FamilyDocument, read_arch_facts, read_document, read_search_document
 from qnas.runs.folders import read_config
@@ -131,6 +132,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         documents=documents,
         space=space,
         device=first,
+        enough_measured=ENOUGH_MEASURED,
         blocks=block_rows(folder, space, arch, first, kernels),
         search=search_section(folder, document) if "search" in documents else None,
         training=training,
