@@ -23,7 +23,7 @@ from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.spaces.blocks import BLOCKS, Place, mbconv_layers, module_of, quadra_layers, star_layers
 from qnas.spaces.layer import LAYERSCALE, LayerSpec
 from qnas.spaces.lower import BlockSpec
-from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS, SPACES_OWN
+from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -325,7 +325,6 @@ def inverted_residual(
     expansion: int,
     neuron: str = "linear",
     attention: str = "none",
-    act: str = SPACES_OWN,
     *,
     activation: str = "relu6",
     padding: str = "symmetric",
@@ -336,7 +335,7 @@ def inverted_residual(
     The second factor of a factored neuron starts around 1, so that the product starts with its linear part.
     """
     place = Place(c_in, c_out, stride, 1, "batchnorm", activation, padding, norm_eps)
-    layers = place.settled(mbconv_layers(place, kernel, expansion, neuron, attention, act))
+    layers = place.settled(mbconv_layers(place, kernel, expansion, neuron, attention))
     if (neuron, attention) == ("linear", "none"):
         return InvertedResidual(layers)
     block = MBConvBlock(_submodules(layers), is_residual=layers[-1].op == "add")

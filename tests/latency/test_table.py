@@ -1,6 +1,7 @@
 import csv
 import io
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,26 @@ def test_a_network_takes_the_sum_of_its_kernels(device: str, name: str) -> None:
         rounding = 1e-6 * (len(indices) + 10) / total
         assert table.coverage(indices) == pytest.approx(1 - estimated / total, abs=1e-4 + rounding)
         assert table.fastest_ms <= table.latency_ms(indices) <= table.slowest_ms
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_candidate_with_its_own_norm_and_activation_takes_what_it_takes_in_such_a_space(
+    device: str,
+) -> None:
+    content = load_space("quadranet-small").written() | {"name": "mine"}
+    sizes = {"block": "quadra", "kernel": [3, 7], "expansion": 2}
+    model = load_device(device)
+
+    def cells(norm: str, activation: str, **words: str) -> tuple[tuple[Cell, ...], ...]:
+        around = {"norm": norm, "activation": activation, "candidates": [{**sizes, **words}]}
+        return compute_table(model, parse_space(json.dumps(content | around), "mine.yaml")).cells
+
+    for norm, activation in itertools.product(("layernorm", "batchnorm"), ("gelu", "relu6")):
+        other = "batchnorm" if norm == "layernorm" else "layernorm"
+        assert cells(other, "hswish", norm=norm, act=activation) == cells(norm, activation)
+    # a scale folds like a batch norm, whatever is around
+    for around in ("layernorm", "batchnorm"):
+        assert cells(around, "relu6", norm="scale") == cells("batchnorm", "relu6")
 
 
 @pytest.mark.parametrize("device", DEVICES)

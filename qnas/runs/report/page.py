@@ -118,7 +118,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         "ms": format_ms,
         "count": format_count,
         "short": short_name,
-        "neuron": _neuron,
+        "words": _words,
         "layer": layer_text,
         "pretty": lambda content: json.dumps(content, indent=2),
     }
@@ -149,8 +149,8 @@ def _result(found: FoundArch, place: str, pending: Files) -> Mapping[str, Any] |
     return read_result(found.folder / place, found) if (found.folder / name).is_file() else None
 
 
-def _neuron(short: str) -> str:
-    """Return the neuron in a QuadraBlock's short name, "" for QuadraNet's and for other blocks."""
+def _words(short: str) -> str:
+    """Return the neuron, activation and norm in a QuadraBlock's short name, "" where none is told."""
     return " ".join(short.split()[2:]) if short.startswith("k") else ""
 
 
