@@ -91,7 +91,7 @@ def test_a_network_takes_the_sum_of_its_kernels(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_candidate_with_its_own_norm_and_activation_takes_what_it_takes_in_such_a_space(
+def test_a_candidate_with_its_own_norm_and_activation_takes_as_long_as_in_such_a_space(
     device: str,
 ) -> None:
     content = load_space("quadranet-small").written() | {"name": "mine"}
