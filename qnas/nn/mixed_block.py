@@ -306,9 +306,8 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
 def _can_be_nested(space: SearchSpace, candidate: Candidate) -> bool:
     """Whether it is a QuadraBlock with QuadraNet's neuron, layer normalisation and GELU."""
     words = space.settle(candidate)
-    return (candidate.block, *map(words.get, ("neuron", "norm", "act"))) == (
-        *("quadra", DEFAULT_NEURON, "layernorm", "gelu"),
-    )
+    nested = {"neuron": DEFAULT_NEURON, "norm": "layernorm", "act": "gelu"}
+    return candidate.block == "quadra" and words | nested == words
 
 
 class NestedChoice(SharedChoice):

@@ -364,9 +364,10 @@ class SearchSpace(FilePart):
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
         """Return the same space with another norm, which is that of all candidates but those without any."""
         content = self.written() | {"norm": norm}
-        for part, of in zip((content, *content["stages"]), (self, *self.stages), strict=True):
-            if of.candidates:
-                part["candidates"] = tuple(dict.fromkeys(c.with_spaces_norm for c in of.candidates))
+        content["candidates"] = _with_spaces_norm(self.candidates)
+        for part, stage in zip(content["stages"], self.stages, strict=True):
+            if stage.candidates:
+                part["candidates"] = _with_spaces_norm(stage.candidates)
         return SearchSpace.model_validate(content)
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
@@ -388,6 +389,11 @@ class SearchSpace(FilePart):
     def written(self) -> dict[str, Any]:
         """Return the content of the space's file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _with_spaces_norm(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return candidates without layer or batch norms of their own, each once."""
+    return tuple(dict.fromkeys(candidate.with_spaces_norm for candidate in candidates))
 
 
 def make_space(

@@ -77,11 +77,14 @@ def test_batch_norm_is_shown_to_be_cheaper_where_layer_norm_is_not_free(name: st
 
 @pytest.mark.parametrize("name", device_names())
 def test_batch_norms_take_the_place_of_the_layer_norms_that_candidates_chose(name: str) -> None:
-    quadra = {"block": "quadra", "kernel": 3, "expansion": 2}
+    quadra: dict[str, Any] = {"block": "quadra", "kernel": 3, "expansion": 2}
     stages = {"stages": [{"channels": 8, "positions": 3, "stride": 1}]}
     device = load_device(name)
     plain = load_table(device, with_candidates([quadra], norm="batchnorm", **stages))
-    chosen = [{**quadra, "norm": ["space", "batchnorm", "scale"]}, {"block": "identity"}]
+    chosen: list[dict[str, Any]] = [
+        {**quadra, "norm": ["space", "batchnorm", "scale"]},
+        {"block": "identity"},
+    ]
     arch = Arch(("quadra_k3_e2", "quadra_k3_e2_batchnorm", "identity"))
     prediction = predict_arch(DEVICE, device, with_candidates(chosen, **stages), arch)
     assert prediction.batchnorm_ms == pytest.approx(plain.fixed_ms + 2 * plain.ms[0][0], abs=3e-6)

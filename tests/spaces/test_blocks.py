@@ -152,11 +152,12 @@ def test_a_registered_block_may_leave_its_norm_and_activation_to_the_candidate()
     words: dict[str, Any] = {"act": ("space", "relu"), "norm": ("space", "layernorm", "scale")}
     register_block("normed", parameters=words)(normed)
     place = Place(8, 8, 1, 9, "batchnorm", "gelu")
-    for given, ops in (
+    cases: list[tuple[dict[str, Any], list[str]]] = [
         ({}, ["conv", "batchnorm", "gelu"]),
         ({"norm": "scale"}, ["conv", "layerscale", "gelu"]),
         ({"norm": "layernorm", "act": "relu"}, ["conv", "layernorm", "relu"]),
-    ):
+    ]
+    for given, ops in cases:
         block = make_block("1.1", "normed", place, **given)
         assert [layer.op for layer in block.layers] == ops
         assert block.place is not None

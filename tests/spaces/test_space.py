@@ -167,10 +167,11 @@ def test_the_word_space_leaves_names_and_digests_as_they_were_before_there_was_a
     # as in every arch.json until then
     assert load_space("union-mobile").digest == "4985fe6c8e2129f1"
     assert load_space("quadranet-mobile").digest == "21c1377ff60809a5"
+    words: dict[str, Any] = {"norm": "space", "act": "space"}
     for block in ("quadra", "star", "mbconv"):
         silent, named = (
-            space(**{**NORMED, "norm": "batchnorm", "candidates": [{"block": block, **K3E2, **words}]})
-            for words in ({}, {"norm": "space", "act": "space"})
+            space(**{**NORMED, "norm": "batchnorm", "candidates": [{"block": block, **K3E2, **given}]})
+            for given in (dict[str, Any](), words)
         )
         assert named.digest == silent.digest
         assert named.positions[0].names == (f"{block}_k3_e2",)
