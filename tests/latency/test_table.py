@@ -95,19 +95,20 @@ def test_a_candidate_with_its_own_norm_and_activation_takes_as_long_as_in_such_a
     device: str,
 ) -> None:
     content = load_space("quadranet-small").written() | {"name": "mine"}
-    sizes = {"block": "quadra", "kernel": [3, 7], "expansion": 2}
+    sizes: dict[str, Any] = {"block": "quadra", "kernel": [3, 7], "expansion": 2}
     model = load_device(device)
 
-    def cells(norm: str, activation: str, **words: str) -> tuple[tuple[Cell, ...], ...]:
-        around = {"norm": norm, "activation": activation, "candidates": [{**sizes, **words}]}
-        return compute_table(model, parse_space(json.dumps(content | around), "mine.yaml")).cells
+    def cells(around: tuple[str, str], own: dict[str, str] | None = None) -> tuple[tuple[Cell, ...], ...]:
+        around_it = {"norm": around[0], "activation": around[1], "candidates": [sizes | (own or {})]}
+        return compute_table(model, parse_space(json.dumps(content | around_it), "mine.yaml")).cells
 
     for norm, activation in itertools.product(("layernorm", "batchnorm"), ("gelu", "relu6")):
         other = "batchnorm" if norm == "layernorm" else "layernorm"
-        assert cells(other, "hswish", norm=norm, act=activation) == cells(norm, activation)
+        own = {"norm": norm, "act": activation}
+        assert cells((other, "hswish"), own) == cells((norm, activation))
     # a scale folds like a batch norm, whatever is around
     for around in ("layernorm", "batchnorm"):
-        assert cells(around, "relu6", norm="scale") == cells("batchnorm", "relu6")
+        assert cells((around, "relu6"), {"norm": "scale"}) == cells(("batchnorm", "relu6"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,9 +23,9 @@ def fold_quadratic_norms(network: nn.Module) -> None:
     The clip behind it stays, and so do norms without a convolution to fold into (`Neuron.folds`).
     """
     for block in network.modules():
-        if not isinstance(block, QuadraBlock) or not isinstance(block.norm1, nn.BatchNorm2d):
+        norm = getattr(block, "norm1", None) if isinstance(block, QuadraBlock) else None
+        if not isinstance(block, QuadraBlock) or not isinstance(norm, nn.BatchNorm2d):
             continue
-        norm = block.norm1
         convolutions = [block.convolution(role) for role in NEURONS[block.neuron].folds]
         if not convolutions:
             continue
