@@ -322,8 +322,8 @@ def _parameters(
     for parameter, allowed in values.items():
         if parameter == "norm" and SPACES_OWN in allowed:
             if unknown := {*allowed} - {SPACES_OWN, SCALE, *NORMS}:
-                words = f"{', '.join(NORMS)} or {SCALE}"
-                problems.append(f"norm: expected words of {words}, got {quoted(min(unknown, key=str))}")
+                known = f"{', '.join(NORMS)} or {SCALE}"
+                problems.append(f"norm: expected words of {known}, got {quoted(min(unknown, key=str))}")
         elif parameter in reserved:
             problems.append(f"a parameter cannot be called {parameter}")
         numbers = [v for v in allowed if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
