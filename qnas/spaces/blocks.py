@@ -176,7 +176,7 @@ class Block:
     def at(self, place: Place, parameters: Mapping[str, Value]) -> Place:
         """Return a place with the candidate's own norm and activation."""
         names = [p.name for p in self.parameters if self._is_spaces(p.name, SPACES_OWN)]
-        return place.own(**{name: str(parameters[name]) for name in names})
+        return place.own(**{name: str(parameters.get(name, SPACES_OWN)) for name in names})
 
     def _is_spaces(self, name: str, value: Value) -> bool:
         """Whether a parameter stands for the norm or activation of the space, or of the candidate."""
