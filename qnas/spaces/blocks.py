@@ -415,7 +415,8 @@ def module_of(
             ) from error
     if not callable(make):
         raise SpaceError(f"block {block.name}: its module is {quoted(make)}, expected a class or a function")
-    known = {**parameters, **asdict(block.at(place, parameters))}
+    place = block.at(place, parameters)
+    known = {**asdict(place), **parameters, "norm": place.norm}  # not the word of the candidate
     wanted = _arguments_of(f"block {block.name}", make)
     needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if unknown := ", ".join(a.name for a in needed if a.name not in known):
