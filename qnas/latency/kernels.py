@@ -62,9 +62,14 @@ SAME_AS = {
     "other": "elementwise",
 }
 
-_FOLDS: dict[tuple[str, ...], str] = {(kind, "batchnorm"): kind for kind in ("conv", "dwconv", "gconv")}
+_FOLDS: dict[tuple[str, ...], str] = {
+    **{(kind, "batchnorm"): kind for kind in ("conv", "dwconv", "gconv")},
+    # a learned scale folds likewise; behind what cannot take it up, it is a product with a constant
+    **{(kind, "layerscale"): kind for kind in ("conv", "dwconv")},
+    ("layerscale",): "scale",
+}
 _CHAINS: dict[tuple[str, ...], str] = {
-    **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},
+    **{(*fold, "relu"): kind for fold, kind in _FOLDS.items()},  # also of a layerscale alone
     **{(kind, "relu"): kind for kind in ("conv", "dwconv", "gconv", "linear", "batchnorm", "mul", "scale")},
     ("add", "relu"): "addrelu",
     ("add_scalar", "relu", "mul", "mul_scalar"): "hswish",
@@ -93,6 +98,7 @@ _COMPILED = ("inductor", "triton")  # with chains of elementwise operators
 POINTWISE: dict[str, int] = {
     **dict.fromkeys(("batchnorm", "relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "elementwise"), 0),
     **dict.fromkeys(("swish", "hswish", "gelu", "square", "scale", "shift", "add_scalar", "mul_scalar"), 0),
+    "layerscale": 0,
     **dict.fromkeys(("add", "mul", "sub"), 1),
 }
 _ACTIVATIONS = ("relu", "leakyrelu", "clip", "sigmoid", "hsigmoid", "swish", "hswish", "gelu")

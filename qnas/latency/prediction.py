@@ -23,7 +23,7 @@ from qnas.latency.onnx.networks import OnnxNetwork
 from qnas.latency.onnx.onnx_operator import NAMED, OnnxOperator
 from qnas.latency.table import LatencyTable
 from qnas.spaces.arch import Arch
-from qnas.spaces.lower import lower
+from qnas.spaces.lower import layers_of, lower
 from qnas.spaces.space import SearchSpace
 
 # Sources of latencies.
@@ -31,6 +31,7 @@ DEVICE = "device"
 NN_METER = "nn-meter"
 # Kinds of parts that rest on measurements; the others make coverage less than 1.
 FROM_MEASUREMENTS = ("measured", "fitted", "direct")
+ENOUGH_MEASURED = 0.8  # the coverage below which a latency is said to be mostly an estimate of some kernels
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Prediction:
     coverage: float  # share of the latency that rests on measurements
     margin: float  # share by which a measurement may exceed the prediction; 0 if unknown
     parts: tuple[Part, ...]
-    batchnorm_ms: float | None = None  # the same choices with batch instead of layer normalisation
+    batchnorm_ms: float | None = None  # the same choices with batch norms; None if no layer norm is there
     note: str = ""  # on the sources of the parts
     per_image: str = ""  # of a throughput device: "an image at batch 256"
     interval: Interval | None = None  # of a measurement; None where the device has no errors to tell from
@@ -88,6 +89,16 @@ class Prediction:
         return facts | {"dearest": [vars(layer) for layer in self.layers[:dearest]]}
 
 
+def estimated_ms(parts: Iterable[Part]) -> dict[str, float]:
+    """Return the milliseconds that no measurement backs, by kind of kernel (else by block), most first."""
+    found: dict[str, float] = {}
+    for part in parts:
+        if part.kind not in FROM_MEASUREMENTS:
+            kind = (part.what or part.name).partition(",")[0].partition(" ")[0]  # as `describe_kernel` begins
+            found[kind] = found.get(kind, 0.0) + part.latency_ms
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def check_source(latency: str) -> None:
     """Raise UsageError for an unknown source of latencies."""
     if latency not in (DEVICE, NN_METER):
@@ -109,15 +120,8 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
     """Predict a network of a space. Raises TableError as `table_from`."""
     table = table_from(latency, device, space)
     indices = arch.indices(space)
-    if latency == NN_METER:
-        parts = _parts(nn_meter.predict_rows(device, lower(space, arch)))
-    elif device.prices_kernels:
-        parts = _parts(predict_blocks(device, lower(space, arch)))
-    else:
-        parts = _table_parts(table, space, arch)
-    batchnorm_ms = None
-    if space.norm != "batchnorm" and device.prices_kernels:
-        batchnorm_ms = table_from(latency, device, space.with_norm("batchnorm")).latency_ms(indices)
+    parts = arch_parts(latency, device, table, space, arch)
+    batchnorm_ms = _with_batch_norms(latency, device, space, arch) if device.prices_kernels else None
     latency_ms = table.latency_ms(indices)
     kernels = (kernel for block in lower(space, arch) for kernel in fuse(block.layers, device.fusion))
     return Prediction(
@@ -132,6 +136,27 @@ def predict_arch(latency: str, device: Device, space: SearchSpace, arch: Arch) -
         interval=table.interval(indices),
         energy_mj=network_mj(device, kernels, latency_ms),
     )
+
+
+def arch_parts(
+    latency: str, device: Device, table: LatencyTable, space: SearchSpace, arch: Arch
+) -> list[Part]:
+    """Return the kernels of a network of a space, or its blocks on a device with tables alone."""
+    if latency == NN_METER:
+        return _parts(nn_meter.predict_rows(device, lower(space, arch)))
+    if device.prices_kernels:
+        return _parts(predict_blocks(device, lower(space, arch)))
+    return _table_parts(table, space, arch)
+
+
+def _with_batch_norms(latency: str, device: Device, space: SearchSpace, arch: Arch) -> float | None:
+    """Return the latency of the same choices with batch norms; None for a network without layer norms."""
+    if all(layer.op != "layernorm" for layer in layers_of(lower(space, arch))):
+        return None
+    other = space.with_norm("batchnorm")
+    chosen = (p.candidate(name) for p, name in zip(space.positions, arch.choices, strict=True))
+    choices = Arch(tuple(candidate.with_spaces_norm.name for candidate in chosen))
+    return table_from(latency, device, other).latency_ms(choices.indices(other))
 
 
 def source_note(latency: str, device: Device, space: SearchSpace, arch: Arch) -> str:

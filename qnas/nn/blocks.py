@@ -20,8 +20,8 @@ from qnas.nn.kernels.pointwise import channel_half
 from qnas.nn.neurons import run_neuron
 from qnas.nn.padding import SameConv2d
 from qnas.nn.wired_blocks import MBConvBlock, StarBlock
-from qnas.spaces.blocks import BLOCKS, SPACES_OWN, Place, mbconv_layers, module_of, quadra_layers, star_layers
-from qnas.spaces.layer import LayerSpec
+from qnas.spaces.blocks import BLOCKS, Place, mbconv_layers, module_of, quadra_layers, star_layers
+from qnas.spaces.layer import LAYERSCALE, LayerSpec
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.neurons import DEFAULT_NEURON, NEURONS
 
@@ -86,6 +86,18 @@ def _mean(values: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+class LayerScale(nn.Module):
+    """A learned factor of each channel (CaiT, arXiv 2103.17239), which starts small."""
+
+    def __init__(self, channels: int, start: float = 0.1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (B, C, H, W) and keep the shape."""
+        return x * self.weight.view(-1, 1, 1)
+
+
 class GlobalAveragePool(nn.Module):
     """The mean over the positions of a map."""
 
@@ -130,7 +142,7 @@ def _depthwise(spec: LayerSpec) -> nn.Module:
     return conv
 
 
-CLIP_RANGE = (-6.0, 6.0)  # of a mixer's output with batch normalisation; `qnas.spaces.blocks` explains why
+CLIP_RANGE = (-6.0, 6.0)  # of a mixer's output without layer normalisation; `qnas.spaces.blocks` explains why
 
 EPS = {"layernorm": 1e-6, "batchnorm": 1e-5}  # of norms, where the space states none
 
@@ -146,6 +158,7 @@ MODULES: dict[str, Callable[[LayerSpec], nn.Module]] = {
     "linear": lambda spec: nn.Linear(spec.c_in, spec.c_out, bias=spec.bias),
     "layernorm": lambda spec: ChannelLayerNorm(spec.c_out, eps=_eps(spec)),
     "batchnorm": lambda spec: BatchNorm2d(spec.c_out, eps=_eps(spec)),
+    "layerscale": lambda spec: LayerScale(spec.c_out),
     "gelu": lambda _: nn.GELU(),
     "relu": lambda _: nn.ReLU(),
     "relu6": lambda _: nn.ReLU6(),
@@ -202,9 +215,11 @@ class QuadraBlock(nn.Module):
     conv_b: nn.Conv2d
     conv_c: nn.Conv2d
     conv_s: nn.Conv2d
-    norm1: nn.Module
+    norm1: nn.Module  # both with layer or batch normalisation
     norm2: nn.Module
-    clip: nn.Module  # after the norm of a mixer with products and batch normalisation
+    scale1: nn.Module  # both without
+    scale2: nn.Module
+    clip: nn.Module  # after the norm or scale of a mixer with products, without layer normalisation
     expand: nn.Conv2d
     act: nn.Module
     project: nn.Conv2d
@@ -228,6 +243,7 @@ class QuadraBlock(nn.Module):
         self.neuron = neuron
         self.roles = NEURONS[neuron].roles
         self.is_pre_norm = norm == "layernorm"
+        self.is_scaled = norm == LAYERSCALE
         self.has_clip = "clip" in self._modules
         self.has_kernels = self.is_pre_norm and activation == "gelu"
         with torch.no_grad():
@@ -267,10 +283,11 @@ class QuadraBlock(nn.Module):
             x = x + self.mix(self.norm1(x))
             hidden = self.expand(self.norm2(x))
         else:
-            mixed = self.norm1(self.mix(x))
+            mixed = self.scale1(self.mix(x)) if self.is_scaled else self.norm1(self.mix(x))
             x = x + (self.clip(mixed) if self.has_clip else mixed)
-            hidden = self.norm2(self.expand(x))
-        y: Tensor = x + self.project(self.act(hidden))
+            hidden = self.expand(x) if self.is_scaled else self.norm2(self.expand(x))
+        added = self.project(self.act(hidden))
+        y: Tensor = x + (self.scale2(added) if self.is_scaled else added)
         return y
 
     def halves(self) -> tuple[MixerTensors, ChannelTensors, float]:
@@ -308,7 +325,6 @@ def inverted_residual(
     expansion: int,
     neuron: str = "linear",
     attention: str = "none",
-    act: str = SPACES_OWN,
     *,
     activation: str = "relu6",
     padding: str = "symmetric",
@@ -319,7 +335,7 @@ def inverted_residual(
     The second factor of a factored neuron starts around 1, so that the product starts with its linear part.
     """
     place = Place(c_in, c_out, stride, 1, "batchnorm", activation, padding, norm_eps)
-    layers = place.settled(mbconv_layers(place, kernel, expansion, neuron, attention, act))
+    layers = place.settled(mbconv_layers(place, kernel, expansion, neuron, attention))
     if (neuron, attention) == ("linear", "none"):
         return InvertedResidual(layers)
     block = MBConvBlock(_submodules(layers), is_residual=layers[-1].op == "add")

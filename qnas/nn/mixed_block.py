@@ -37,6 +37,7 @@ from qnas.nn.modes import WeightsMode
 from qnas.nn.slices import Borrower
 from qnas.spaces.blocks import BLOCKS
 from qnas.spaces.lower import BlockSpec, Slot, fill
+from qnas.spaces.neurons import DEFAULT_NEURON
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
 
@@ -203,15 +204,10 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     if len(candidates) == 1:
         return Grid((1,), (1,), ((0, 0),))
     blocks = [c for c in candidates if c.block != "identity"]
-    are_quadra = all(c.kind == "quadra" for c in blocks)
+    are_quadra = len({c.kind for c in blocks}) == 1 and _can_be_nested(space, blocks[0])
     sizes = [(c.sizes["kernel"], c.sizes["expansion"]) if are_quadra else (1, 1) for c in blocks]
     kernels, expansions = (tuple(sorted({size[i] for size in sizes})) for i in (0, 1))
-    if (
-        not are_quadra
-        or (space.norm, space.activation) != ("layernorm", "gelu")
-        or len(blocks) != len(kernels) * len(expansions)
-        or not blocks
-    ):
+    if not are_quadra or len(blocks) != len(kernels) * len(expansions) or not blocks:
         raise UsageError(
             f"position {position.name} of space {space.name} cannot have nested weights: its candidates "
             f"({', '.join(position.names)}; {space.norm}, {space.activation}) are not all combinations of "
@@ -227,6 +223,13 @@ def grid_of(space: SearchSpace, position: Position) -> Grid:
     return Grid(kernels, expansions, places)
 
 
+def _can_be_nested(space: SearchSpace, candidate: Candidate) -> bool:
+    """Whether it is a QuadraBlock with QuadraNet's neuron, layer normalisation and GELU."""
+    words = space.settle(candidate)
+    nested = {"neuron": DEFAULT_NEURON, "norm": "layernorm", "act": "gelu"}
+    return candidate.block == "quadra" and words | nested == words
+
+
 class NestedChoice(SharedChoice):
     """Shared weights with candidates that form a grid and can all run in one pass."""
 
@@ -236,7 +239,7 @@ class NestedChoice(SharedChoice):
 
     def run_mixture(self, x: Tensor, route: FactoredMixture) -> Tensor:
         """Run the relaxed block: (B, C, H, W) -> (B, C, H, W)."""
-        block = cast(QuadraBlock, self.shared["quadra"])
+        block = cast(QuadraBlock, next(iter(self.shared.values())))  # of the only kind
         mixer, channels, eps = block.halves()
         kernels, expansions, share = (
             shares.to(block.expand.weight) for shares in (route.kernels, route.expansions, route.block)

@@ -3,10 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qnas.common.errors import abbreviate
 from qnas.common.units import format_count, format_mj, format_ms, format_per_image, format_rate
 from qnas.latency.device import Figures, load_device
 from qnas.latency.intervals import describe_interval
-from qnas.latency.prediction import Prediction, source_note
+from qnas.latency.prediction import (
+    ENOUGH_MEASURED,
+    Part,
+    Prediction,
+    arch_parts,
+    estimated_ms,
+    source_note,
+)
 from qnas.runs.text import ROOMY, columns, field, table_rows, wrapped
 from qnas.solver.limits import ENERGY, ENERGY_UNIT, Limits
 from qnas.spaces.arch import Arch
@@ -35,7 +43,18 @@ def describe_predictions(predictions: Sequence[Prediction], dearest: int) -> str
             lines.append(wrapped(f"{begin}{layer.what}  ({layer.kind})", "", " " * indent))
         if p.note:
             lines.append(field("  note", p.note))
+        if p.coverage < ENOUGH_MEASURED:
+            lines.append(field("  warning", few_measured(p.device, p.coverage, p.parts, p.latency_ms)))
     return "\n".join(lines)
+
+
+def few_measured(device: str, coverage: float, parts: Iterable[Part], latency_ms: float) -> str:
+    """Say that too little of a latency rests on measured kernels, and which kernels are estimates."""
+    shares = [f"{kind} ({ms / latency_ms:.0%})" for kind, ms in estimated_ms(parts).items()]
+    return (
+        f"{coverage:.0%} of the latency on {device} rests on measured kernels, less than "
+        f"{ENOUGH_MEASURED:.0%}; estimates: {abbreviate(shares)}"
+    )
 
 
 def figures_facts(figures: Figures) -> dict[str, float | int | None]:
@@ -78,6 +97,9 @@ def latency_lines(
         yield field("", f"interval {interval}{kept}")
         if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
+        if (coverage := table.coverage(indices)) < ENOUGH_MEASURED:
+            parts = arch_parts(latency, load_device(name), table, space, arch)
+            yield field("warning", few_measured(table.device, coverage, parts, latency_ms))
 
 
 def energy_lines(limits: Limits, indices: Sequence[int]) -> Iterator[str]:

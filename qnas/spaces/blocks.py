@@ -10,12 +10,20 @@ is impossible before a padded convolution. It therefore follows the quadratic su
 folding into W_a, W_c and a bias) and the first pointwise convolution. After the neurons type3, type4 and
 factored, no layer can absorb the shift, so it stays a separate operator.
 
+Without a norm (`scale`), each half of a QuadraBlock ends with a learned scale of its channels:
+`x + clip(s1 . qconv(x))`, then `x + s2 . PW2(act(PW1(x)))`. The scales start small, as those of LayerScale
+(CaiT, arXiv 2103.17239): a new block is close to identity, and the map that leaves a deep stage is about as
+large as the map that enters it, which a norm would see to otherwise. There are no statistics, and the scales
+fold into the convolutions, except behind a square (type3), which has no negative values to give. The norms of
+the stem, the transitions and the head stay.
+
 The clip to [-6, 6] is needed since with batch normalisation, nothing else bounds what a block multiplies. In
 evaluation, a norm is a constant scale and shift, so a network of d blocks that square their inputs is a
 polynomial of degree 2^d: it overflows at more contrast or at another resolution than in training. With the
 clip, a mixer adds at most 6 to its input. The bound is that of ReLU6, six standard deviations where the
-norm's scale is 1. It costs an elementwise pass that is not fused. Layer normalisation bounds the input of
-the product itself, and the linear neuron multiplies nothing, so neither needs a clip.
+norm's scale is 1. It costs an elementwise pass that is not fused. A learned scale is a constant in training
+too, and needs it all the more. Layer normalisation bounds the input of the product itself, and the linear
+neuron multiplies nothing, so neither needs a clip.
 
 Star blocks and inverted residuals of factored neurons need none with ReLU6. It bounds one factor of a star
 block, so that the product grows no faster than the other factor, which is linear in the input: the network
@@ -35,8 +43,8 @@ from typing import Any, TypeVar
 
 from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import QnasError, SpaceError, abbreviate, nearest, one_line
-from qnas.spaces.layer import OPS, LayerSpec
-from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, check_free
+from qnas.spaces.layer import ACTIVATIONS, LAYERSCALE, NORMS, OPS, LayerSpec
+from qnas.spaces.neurons import DEFAULT_NEURON, NAME, NEURONS, SCALE, SPACES_OWN, check_free
 
 Value = int | str  # of a parameter
 Layers = tuple[LayerSpec, ...]
@@ -45,7 +53,10 @@ Definition = TypeVar("Definition", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Place:
-    """The surroundings of a candidate's block: its shape and the space's conventions."""
+    """The surroundings of a candidate's block: its shape and the space's conventions.
+
+    `norm` and `activation` are the candidate's own where it has some (`Block.at`).
+    """
 
     c_in: int
     c_out: int
@@ -60,6 +71,11 @@ class Place:
     def keeps_shape(self) -> bool:
         """Whether input and output have the same shape."""
         return self.c_in == self.c_out and self.stride == 1
+
+    def own(self, *, norm: str = SPACES_OWN, act: str = SPACES_OWN) -> "Place":
+        """Return the place with a candidate's own norm and activation, where these words are no `space`."""
+        operator = {SPACES_OWN: self.norm, SCALE: LAYERSCALE}.get(norm, norm)
+        return replace(self, norm=operator, activation=self.activation if act == SPACES_OWN else act)
 
     def settled(self, layers: Layers) -> Layers:
         """Return layers with the space's padding and epsilon, which the functions of blocks leave out."""
@@ -152,6 +168,21 @@ class Block:
         if missing := sorted(p.name for p in self.parameters if p.default is None and p.name not in given):
             yield None, f"{self.name} needs {' and '.join(missing)}"
 
+    def settle(self, parameters: Mapping[str, Value], norm: str, activation: str) -> dict[str, Value]:
+        """Return parameters with the space's norm and activation where the candidate has none of its own."""
+        of_space = {"norm": norm, "act": activation}
+        return {name: of_space[name] if self._is_spaces(name, v) else v for name, v in parameters.items()}
+
+    def at(self, place: Place, parameters: Mapping[str, Value]) -> Place:
+        """Return a place with the candidate's own norm and activation."""
+        names = [p.name for p in self.parameters if self._is_spaces(p.name, SPACES_OWN)]
+        return place.own(**{name: str(parameters.get(name, SPACES_OWN)) for name in names})
+
+    def _is_spaces(self, name: str, value: Value) -> bool:
+        """Whether a parameter stands for the norm or activation of the space, or of the candidate."""
+        parameter = self.parameter(name) if name in ("norm", "act") else None
+        return parameter is not None and value == SPACES_OWN and SPACES_OWN in parameter.values
+
     def kind(self, parameters: Mapping[str, Value]) -> str:
         """Return the name of the candidates whose weights may be slices of each other's.
 
@@ -175,6 +206,7 @@ class Block:
 
     def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
         """Return the layers of the block. Raises SpaceError where they do not fit the place."""
+        place = self.at(place, parameters)
         try:
             layers = self.layers(place, **parameters)
             problem = (
@@ -232,6 +264,9 @@ def register_block(
     are a slice of the largest's, the centre of kernels and the leading channels. If it names all whole-number
     parameters, the block works with weights="shared", otherwise only with weights="independent".
 
+    Parameters `norm` and `act` with the word "space" among their values choose the norm and the activation of
+    the candidate: those of the `Place` are then its own.
+
     Raises UsageError for an argument of another type, SpaceError where the name is taken or the parts do not
     fit each other.
 
@@ -285,7 +320,11 @@ def _parameters(
     problems += [f"sliced: no parameter {each}" for each in sliced if each not in values]
     reserved = {"block", *(field.name for field in fields(Place))}
     for parameter, allowed in values.items():
-        if parameter in reserved:
+        if parameter == "norm" and SPACES_OWN in allowed:
+            if unknown := {*allowed} - {SPACES_OWN, SCALE, *NORMS}:
+                known = f"{', '.join(NORMS)} or {SCALE}"
+                problems.append(f"norm: expected words of {known}, got {quoted(min(unknown, key=str))}")
+        elif parameter in reserved:
             problems.append(f"a parameter cannot be called {parameter}")
         numbers = [v for v in allowed if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
         words = [v for v in allowed if isinstance(v, str) and NAME.fullmatch(v)]
@@ -294,13 +333,16 @@ def _parameters(
             problems.append(f"{parameter}: expected {expected}")
         elif words and parameter in sliced:
             problems.append(f"sliced: {parameter} has words as values, which have no largest")
-    all_words = [v for allowed in values.values() for v in allowed if isinstance(v, str)]
+    defaults = {a.name: None if a.default is a.empty else a.default for a in arguments}
+    # defaults are not named
+    all_words = [
+        v for p, allowed in values.items() for v in allowed if isinstance(v, str) and v != defaults.get(p)
+    ]
     if len(set(all_words)) < len(all_words):
         problems.append("two parameters have a word in common, so that names would be ambiguous")
     if problems:
         raise SpaceError(f"{where}: {abbreviate(problems, '; ')}")
     letters = [parameter[0] for parameter in values]
-    defaults = {a.name: None if a.default is a.empty else a.default for a in arguments}
     made: list[Parameter] = []
     for parameter, allowed in values.items():
         prefix = parameter[0] if letters.count(parameter[0]) == 1 else parameter
@@ -328,6 +370,7 @@ def _check_block(block: Block) -> None:
     norms = ("batchnorm",) if block.needs_batchnorm else ("batchnorm", "layernorm")
     ordered = {p.name: sorted(p.values, key=str if p.is_word else int) for p in block.parameters}
     corners = [{name: values[i] for name, values in ordered.items()} for i in (0, -1)]
+    corners += [{**corners[0], "norm": word} for word in ordered.get("norm", ())]
     for shape, norm, parameters in product(_TRIED, norms, corners):
         place = Place(*shape, norm=norm, activation="relu")
         if block.keeps_shape and not place.keeps_shape:
@@ -372,7 +415,8 @@ def module_of(
             ) from error
     if not callable(make):
         raise SpaceError(f"block {block.name}: its module is {quoted(make)}, expected a class or a function")
-    known = {**asdict(place), **parameters}
+    place = block.at(place, parameters)
+    known = {**asdict(place), **parameters, "norm": place.norm}  # not the word of the candidate
     wanted = _arguments_of(f"block {block.name}", make)
     needed = [a for a in wanted if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if unknown := ", ".join(a.name for a in needed if a.name not in known):
@@ -392,33 +436,53 @@ def _pads_same(place: Place) -> bool:
 
 @register_block(
     "quadra",
-    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17), "neuron": NEURONS.keys()},
+    parameters={
+        "kernel": range(1, 32, 2),
+        "expansion": range(1, 17),
+        "neuron": NEURONS.keys(),
+        "act": (SPACES_OWN, *ACTIVATIONS),
+        "norm": (SPACES_OWN, *NORMS, SCALE),
+    },
     sliced=("kernel", "expansion"),
     module="qnas.nn.blocks:QuadraBlock",
 )
-def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAULT_NEURON) -> Layers:
+def quadra_layers(
+    place: Place,
+    kernel: int,
+    expansion: int,
+    neuron: str = DEFAULT_NEURON,
+    act: str = SPACES_OWN,
+    norm: str = SPACES_OWN,
+) -> Layers:
     """Return the layers of a QuadraBlock: depthwise mixer of a neuron, then pointwise expansion."""
     assert place.keeps_shape
+    place = place.own(norm=norm, act=act)
     c, hidden, px = place.c_in, expansion * place.c_in, place.resolution_px
     norm, pre_norm = place.norm, place.norm == "layernorm"
+    clip = (LayerSpec("clip", "clip", px, c, c),) if NEURONS[neuron].multiplies else ()
     biases = NEURONS[neuron].convolution_biases(norm)
     mixer = [
         LayerSpec(role, op, px, c, c, *((kernel, 1, biases[role]) if role in biases else ()))
         for role, op in NEURONS[neuron].layers.items()
     ]
-    expand = LayerSpec("expand", "conv", px, c, hidden, bias=pre_norm)
-    act = LayerSpec("act", place.activation, px, hidden, hidden)
+    expand = LayerSpec("expand", "conv", px, c, hidden, bias=norm != "batchnorm")
+    activation = LayerSpec("act", place.activation, px, hidden, hidden)
     project = LayerSpec("project", "conv", px, hidden, c, bias=True)
     if pre_norm:
         mixer = [LayerSpec("norm1", norm, px, c, c), *mixer]
-        pointwise = [LayerSpec("norm2", norm, px, c, c), expand, act, project]
+        pointwise = [LayerSpec("norm2", norm, px, c, c), expand, activation, project]
+    elif norm == LAYERSCALE:
+        # behind the convolution that it folds into, where it runs once folded
+        at = max((i + 1 for i, s in enumerate(mixer) if s.role in NEURONS[neuron].scaled), default=len(mixer))
+        mixer.insert(at, LayerSpec("scale1", norm, px, c, c))
+        mixer += clip
+        pointwise = [expand, activation, project, LayerSpec("scale2", norm, px, c, c)]
     else:
         # next to the convolution that it folds into, where it runs once folded
         at = len(mixer) - (mixer[-1].op == "add")
         mixer.insert(at, LayerSpec("norm1", norm, px, c, c))
-        if NEURONS[neuron].multiplies:
-            mixer.append(LayerSpec("clip", "clip", px, c, c))
-        pointwise = [expand, LayerSpec("norm2", norm, px, hidden, hidden), act, project]
+        mixer += clip
+        pointwise = [expand, LayerSpec("norm2", norm, px, hidden, hidden), activation, project]
     return (
         *mixer,
         LayerSpec("residual1", "add", px, c, c),
@@ -429,14 +493,28 @@ def quadra_layers(place: Place, kernel: int, expansion: int, neuron: str = DEFAU
 
 @register_block(
     "star",
-    parameters={"kernel": range(1, 32, 2), "expansion": range(1, 17), "mixers": ("double", "single")},
+    parameters={
+        "kernel": range(1, 32, 2),
+        "expansion": range(1, 17),
+        "mixers": ("double", "single"),
+        "act": (SPACES_OWN, *ACTIVATIONS),
+        "norm": (SPACES_OWN, "batchnorm"),
+    },
     sliced=("kernel", "expansion"),
     needs_batchnorm=True,
     module="qnas.nn.blocks:star_block",
 )
-def star_layers(place: Place, kernel: int, expansion: int, mixers: str = "double") -> Layers:
+def star_layers(
+    place: Place,
+    kernel: int,
+    expansion: int,
+    mixers: str = "double",
+    act: str = SPACES_OWN,
+    norm: str = SPACES_OWN,
+) -> Layers:
     """Return the layers of a star block (StarNet, arXiv 2403.19967), with its second depthwise or without."""
     assert place.keeps_shape
+    place = place.own(norm=norm, act=act)
     c, hidden, px, norm = place.c_in, expansion * place.c_in, place.resolution_px, place.norm
     clip = LayerSpec("clip", "clip", px, c, c)
     again = LayerSpec("depthwise2", "dwconv", px, c, c, kernel, bias=True)
@@ -467,9 +545,6 @@ def _squeeze_and_excitation(px: int, c: int) -> Layers:
     )
 
 
-SPACES_OWN = "space"  # as a candidate's activation: that of the space
-
-
 @register_block(
     "mbconv",
     parameters={
@@ -477,7 +552,8 @@ SPACES_OWN = "space"  # as a candidate's activation: that of the space
         "expansion": range(1, 17),
         "neuron": ("linear", "factored"),
         "attention": ("none", "se"),
-        "act": (SPACES_OWN, "gelu", "hswish", "relu", "relu6"),
+        "act": (SPACES_OWN, *ACTIVATIONS),
+        "norm": (SPACES_OWN, "batchnorm"),
     },
     sliced=("kernel", "expansion"),
     keeps_shape=False,
@@ -491,6 +567,7 @@ def mbconv_layers(
     neuron: str = "linear",
     attention: str = "none",
     act: str = SPACES_OWN,
+    norm: str = SPACES_OWN,
 ) -> Layers:
     """Return the layers of an inverted residual (MobileNetV2, arXiv 1801.04381).
 
@@ -498,8 +575,9 @@ def mbconv_layers(
     (W_a * x + b_a) . (W_b * x + b_b) once they are folded. `se` is the squeeze-and-excitation of MobileNetV3
     (arXiv 1905.02244), from a quarter of the hidden channels, rounded up to eights. `act` is the activation.
     """
+    place = place.own(norm=norm, act=act)
     c_in, c_out, px, norm = place.c_in, place.c_out, place.resolution_px, place.norm
-    activation = place.activation if act == SPACES_OWN else act
+    activation = place.activation
     hidden = expansion * c_in
     expand = (
         LayerSpec("expand", "conv", px, c_in, hidden),

@@ -62,8 +62,9 @@ class LayerSpec:
     @property
     def params(self) -> int:
         """Trained parameters, biases included."""
-        weights = OPS[self.op].weights(self)
-        return weights + self.c_out * (self.bias if weights else 2 * OPS[self.op].scales_and_shifts)
+        op = OPS[self.op]
+        weights = op.weights(self)
+        return weights + self.c_out * (self.bias if weights else 2 * op.scales_and_shifts + op.scales)
 
 
 def same_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -85,6 +86,7 @@ class Op(NamedTuple):
     weights: Callable[[LayerSpec], int] = lambda s: 0
     changes_channels: bool = False
     scales_and_shifts: bool = False  # by two parameters per channel
+    scales: bool = False  # by one parameter per channel
 
 
 OPS: dict[str, Op] = {
@@ -93,6 +95,7 @@ OPS: dict[str, Op] = {
     "linear": Op(lambda s: s.c_in * s.c_out, changes_channels=True),
     "layernorm": Op(scales_and_shifts=True),
     "batchnorm": Op(scales_and_shifts=True),
+    "layerscale": Op(scales=True),  # of each channel of a map by a learned number
     "gelu": Op(),
     "relu": Op(),
     "relu6": Op(),
@@ -105,3 +108,7 @@ OPS: dict[str, Op] = {
     "add": Op(),
     "gap": Op(),
 }
+
+NORMS = ("layernorm", "batchnorm")
+LAYERSCALE = "layerscale"  # in place of a norm
+ACTIVATIONS = ("gelu", "hswish", "relu", "relu6")

@@ -136,7 +136,8 @@ def make_block(name: str, block: str, place: Place, **parameters: Value) -> Bloc
     kind = BLOCKS[block]
     assert not list(kind.check(parameters)), parameters
     given = kind.complete(parameters)
-    return BlockSpec(name, kind.kind(given), kind.layers_at(place, given), block, place, given)
+    layers = kind.layers_at(place, given)
+    return BlockSpec(name, kind.kind(given), layers, block, kind.at(place, given), given)
 
 
 def fill(space: SearchSpace, slot: Slot, candidate: Candidate) -> BlockSpec:

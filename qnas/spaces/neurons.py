@@ -15,15 +15,19 @@ from typing import Any
 
 from qnas.common.arguments import check_arguments, quoted
 from qnas.common.errors import SpaceError, UsageError, abbreviate, nearest, one_line
-from qnas.spaces.layer import OPS
+from qnas.spaces.layer import ACTIVATIONS, NORMS, OPS
 
 Formula = Callable[..., Any]  # (x, *convolutions) -> y, all maps (B, C, H, W)
 CONVOLUTION = "dwconv"
 NAME = re.compile(r"[a-z][a-z0-9]{0,39}")  # of neurons, blocks, and words as values of a block's parameter
 _ELEMENTWISE = {op for op, costs in OPS.items() if not (costs.changes_channels or costs.scales_and_shifts)}
-_ELEMENTWISE -= {CONVOLUTION, "gap", "scale"}
+_ELEMENTWISE -= {CONVOLUTION, "gap", "scale", "layerscale"}
 # the layers of a QuadraBlock besides those of its neuron
 _TAKEN_ROLES = {"norm1", "norm2", "clip", "residual1", "residual2", "expand", "act", "project", "mixer"}
+_TAKEN_ROLES |= {"scale1", "scale2"}
+SPACES_OWN = "space"  # as a candidate's norm or activation: that of the space
+SCALE = "scale"  # as a candidate's norm: a learned scale of each channel, without statistics
+_TAKEN_NAMES = {SPACES_OWN, SCALE, *NORMS, *ACTIVATIONS}  # words of a QuadraBlock's other parameters
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,15 @@ class Neuron:
     quadratic: tuple[str, ...] | None = None
     # a batch norm folds into these, the shift as a bias into the last; without any, it stays
     folds: tuple[str, ...] = ()
+    # a scale without a shift folds into these, with their biases; None: the same as `folds`
+    scales: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise SpaceError(f"neuron {quoted(self.name)}: the name must be lower-case letters and digits")
         problems = []
+        if self.name in _TAKEN_NAMES:
+            problems.append("a norm or an activation has this name")
         if unknown := sorted({*self.layers.values()} - _ELEMENTWISE - {CONVOLUTION}):
             allowed = ", ".join([CONVOLUTION, *sorted(_ELEMENTWISE)])
             problems.append(f"unknown operator {', '.join(unknown)}, expected {allowed}")
@@ -61,7 +69,7 @@ class Neuron:
         if not roles:
             problems.append(f"its layers have no {CONVOLUTION}")
         named = (*self.biases, *self.start, *self.ones, *(self.zeros or ()), *(self.quadratic or ()))
-        named += (*self.folds, *([self.constant] if self.constant else []))
+        named += (*self.folds, *(self.scales or ()), *([self.constant] if self.constant else []))
         if absent := sorted({*named} - {*roles}):
             problems.append(f"no convolution {', '.join(absent)} among {', '.join(roles)}")
         arguments = [p for p in inspect.signature(self.formula).parameters.values() if p.default is p.empty]
@@ -81,6 +89,11 @@ class Neuron:
     def multiplies(self) -> bool:
         """Whether the neuron multiplies features, so that its output must be clipped behind a batch norm."""
         return not {"mul", "square"}.isdisjoint(self.layers.values())
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """The convolutions that a scale of the result folds into; without any, it stays."""
+        return self.folds if self.scales is None else self.scales
 
     def convolution_biases(self, norm: str) -> dict[str, bool]:
         """Return whether each convolution has a bias, in a block with this norm."""
@@ -176,6 +189,7 @@ _PRODUCT_START = (3 / 1.85) ** 0.25
     "type4",
     {"conv_a": "dwconv", "conv_b": "dwconv", "product": "mul"},
     start={"conv_a": _PRODUCT_START, "conv_b": _PRODUCT_START},
+    scales=("conv_a",),
 )
 def type4(x: Any, a: Any, b: Any) -> Any:
     """(W_a * x) . (W_b * x): the product of two depthwise convolutions."""
@@ -190,6 +204,7 @@ def type4(x: Any, a: Any, b: Any) -> Any:
     start={"conv_a": (1 + 1.85 / 3) ** -0.5},
     ones=("conv_b",),  # as in ReLinear: with b_b = 1, the product contains the linear part
     zeros=("conv_b",),
+    scales=("conv_a",),
 )
 def factored(x: Any, a: Any, b: Any) -> Any:
     """(W_a * x + b_a) . (W_b * x + b_b): quadratic and linear in two convolutions."""

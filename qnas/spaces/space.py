@@ -25,6 +25,8 @@ from qnas.common.documents import FilePart, describe_problems, read_mapping, to_
 from qnas.common.errors import SpaceError, nearest, one_line
 from qnas.common.resources import read_named, stems
 from qnas.spaces.blocks import BLOCKS, Block, Value
+from qnas.spaces.layer import NORMS
+from qnas.spaces.neurons import SPACES_OWN
 
 SCHEMA = "qnas.space/1"
 
@@ -106,6 +108,12 @@ class Candidate(FilePart):
     def sizes(self) -> dict[str, int]:
         """The parameters that are numbers, such as kernel and expansion."""
         return {name: value for name, value in self.parameters.items() if isinstance(value, int)}
+
+    @property
+    def with_spaces_norm(self) -> "Candidate":
+        """The same candidate without a layer or batch normalisation of its own."""
+        own = {"norm": SPACES_OWN} if self.parameters.get("norm") in NORMS else {}
+        return Candidate(block=self.block, **{**self.parameters, **own})
 
     def is_within(self, other: "Candidate") -> bool:
         """Return whether the other is of the same kind and no smaller in anything."""
@@ -274,10 +282,11 @@ class SearchSpace(FilePart):
             names = [c.name for c in candidates]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 problems.append(f"{where}: listed twice: {', '.join(twice)}")
+            problems += [f"{where}: {problem}" for problem in self._equal(candidates)]
             problems += [
                 f"{where}: {c.block} needs norm: batchnorm, got {self.norm}"
                 for c in candidates
-                if BLOCKS[c.block].needs_batchnorm and self.norm != "batchnorm"
+                if BLOCKS[c.block].needs_batchnorm and self.settle(c).get("norm", self.norm) != "batchnorm"
             ]
         problems += [
             f"position {p.name}: no candidate can go from {p.c_in} to {p.c_out} channels at stride {p.stride}"
@@ -287,6 +296,23 @@ class SearchSpace(FilePart):
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
         return self
+
+    def settle(self, candidate: Candidate) -> dict[str, Value]:
+        """Return a candidate's parameters with the space's norm and activation where it has no own."""
+        return BLOCKS[candidate.block].settle(candidate.parameters, self.norm, self.activation)
+
+    def _equal(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Return which candidates have other names and are the same block, by the space's own words."""
+        first: dict[tuple[object, ...], str] = {}
+        problems = []
+        for c in candidates:
+            known = first.setdefault((c.block, *self.settle(c).items()), c.name)
+            if known != c.name:
+                problems.append(
+                    f"{known} and {c.name} are the same block, as the space has norm: {self.norm} and "
+                    f"activation: {self.activation}"
+                )
+        return problems
 
     def _size_problem(self) -> str:
         """Return what is too much for a search, "" where nothing is."""
@@ -336,8 +362,13 @@ class SearchSpace(FilePart):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_norm(self, norm: Literal["layernorm", "batchnorm"]) -> "SearchSpace":
-        """Return the same space with another norm."""
-        return SearchSpace.model_validate(self.written() | {"norm": norm})
+        """Return the same space with another norm, which is that of all candidates but those without any."""
+        content = self.written() | {"norm": norm}
+        content["candidates"] = _with_spaces_norm(self.candidates)
+        for part, stage in zip(content["stages"], self.stages, strict=True):
+            if stage.candidates:
+                part["candidates"] = _with_spaces_norm(stage.candidates)
+        return SearchSpace.model_validate(content)
 
     def with_resolution(self, resolution_px: int) -> "SearchSpace":
         """Return the same space for images of another size: with the same weights and other latencies."""
@@ -358,6 +389,11 @@ class SearchSpace(FilePart):
     def written(self) -> dict[str, Any]:
         """Return the content of the space's file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _with_spaces_norm(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return candidates without layer or batch norms of their own, each once."""
+    return tuple(dict.fromkeys(candidate.with_spaces_norm for candidate in candidates))
 
 
 def make_space(

@@ -14,6 +14,7 @@ from qnas.data.image_data import sample_images
 from qnas.data.loading import load_data
 from qnas.data.sources import parse_data_spec
 from qnas.deploy.export.product import Product, RealImages
+from qnas.nn.blocks import LayerScale
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
 from qnas.spaces.lower import lower
@@ -94,6 +95,31 @@ def neural_space(norm: str) -> SearchSpace:
     return parse_space(json.dumps(content), "neurons.yaml")
 
 
+# QuadraBlocks with norms and activations of their own; the scale behind a square stays
+NORMED = tuple(
+    {"block": "quadra", "kernel": kernel, "expansion": 2, **words}
+    for kernel, words in (
+        (3, {"norm": "layernorm", "act": "relu6"}),
+        (5, {"norm": "batchnorm", "act": "hswish"}),
+        (3, {"norm": "scale"}),
+        (5, {"norm": "scale", "act": "relu6", "neuron": "linear"}),
+        (3, {"norm": "scale", "act": "relu6", "neuron": "factored"}),
+        (3, {"norm": "scale", "act": "relu", "neuron": "type3"}),
+        (3, {"norm": "batchnorm", "act": "relu6", "neuron": "factored"}),
+        (3, {"norm": "layernorm", "act": "hswish", "neuron": "fan"}),
+    )
+)
+
+
+def normed_product(norm: str) -> tuple[Product, SearchSpace, Arch]:
+    """Return an untrained network of QuadraBlocks with norms and activations of their own."""
+    content = neural_space(norm).written() | {"name": "normed", "candidates": NORMED}
+    content["stages"] = [{"channels": 8, "positions": len(NORMED), "stride": 1}]
+    space = parse_space(json.dumps(content), "normed.yaml")
+    arch = every_candidate(space)
+    return product_of(space, arch, space.input.resolution_px), space, arch
+
+
 # the blocks whose layers are no chain; the first stage with every activation that a candidate may choose
 WIRED = (
     *({"block": "star", "kernel": 3, "expansion": 3, "mixers": m} for m in ("double", "single")),
@@ -153,6 +179,8 @@ def settled(space: SearchSpace, arch: Arch) -> nn.Sequential:
             if isinstance(norm, nn.BatchNorm2d):  # equal scales would be written as one number
                 norm.weight.uniform_(0.5, 1.5)
                 norm.bias.normal_(0, 0.1)
+            elif isinstance(norm, LayerScale):
+                norm.weight.uniform_(-1.5, 1.5)
     return network.eval()
 
 

@@ -17,15 +17,15 @@ from qnas.deploy.export.product import Variant
 from qnas.nn.blocks import QuadraBlock, build_block, quadratic_weights, start_linear
 from qnas.nn.subnet import build_network
 from qnas.spaces.arch import make_arch
-from qnas.spaces.blocks import BLOCKS, Place
+from qnas.spaces.blocks import Place
 from qnas.spaces.lower import lower, make_block
 from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import parse_space
 
 
 def check_neuron(name: str, folder: Path) -> None:
-    """Check a neuron in blocks of both norms, its linear start, and a network of it as a file."""
-    for norm in ("layernorm", "batchnorm"):
+    """Check a neuron in blocks of each norm and of none, its linear start, and a network of it as a file."""
+    for norm in ("layernorm", "batchnorm", "scale"):
         _check_block(name, norm)
         _check_file(name, norm, folder / f"{norm}.py")
     _check_start(name)
@@ -41,8 +41,8 @@ def _randomised(module: nn.Module) -> nn.Module:
 
 
 def _block(name: str, norm: str) -> QuadraBlock:
-    place = Place(6, 6, 1, 9, norm, "gelu")
-    spec = make_block("1.1", "quadra", place, kernel=5, expansion=2, neuron=name)
+    place = Place(6, 6, 1, 9, "layernorm", "gelu")
+    spec = make_block("1.1", "quadra", place, kernel=5, expansion=2, neuron=name, norm=norm)
     block = build_block(spec)  # compares the parameters with the layers'
     assert isinstance(block, QuadraBlock)
     for layer in spec.layers:
@@ -72,6 +72,10 @@ def _check_block(name: str, norm: str) -> None:
         torch.testing.assert_close(block(3 * x), before, rtol=1e-9, atol=1e-9)
     if norm == "batchnorm":
         assert isinstance(block.norm1, nn.Identity) == bool(NEURONS[name].folds)
+        assert hasattr(block, "clip") == NEURONS[name].multiplies
+    if norm == "scale":
+        assert isinstance(block.scale1, nn.Identity) == bool(NEURONS[name].scaled)
+        assert isinstance(block.scale2, nn.Identity)
         assert hasattr(block, "clip") == NEURONS[name].multiplies
 
 
@@ -109,9 +113,12 @@ def _check_start(name: str) -> None:
 
 def _check_file(name: str, norm: str, path: Path) -> None:
     candidate = "{block: quadra, kernel: [3, 5], expansion: [2, 4]}"
-    text = TINY_SPACE.replace("norm: layernorm", f"norm: {norm}")
-    space = parse_space(text.replace(candidate, candidate.replace("{", f"{{neuron: {name}, ", 1)), "tiny")
-    chosen = BLOCKS["quadra"].candidate_name({"kernel": 5, "expansion": 2, "neuron": name})
+    own = "norm: scale, " if norm == "scale" else ""
+    text = TINY_SPACE if own else TINY_SPACE.replace("norm: layernorm", f"norm: {norm}")
+    words = f"{{neuron: {name}, {own}"
+    space = parse_space(text.replace(candidate, candidate.replace("{", words, 1)), "tiny")
+    chosen = space.positions[0].names[2]
+    assert chosen.startswith("quadra_k5_e2")
     arch = make_arch(space, (chosen, "identity", "quadra_k3_e2", "identity"))
     blocks = lower(space, arch, resolution_px=PX, classes=10)
     network = _randomised(build_network(blocks))

@@ -1,21 +1,30 @@
 """Predictions add up, and agree with the table."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import TableError
 from qnas.latency.device import Device, device_names, load_device, parse_device
-from qnas.latency.device_table import compute_table, load_table
-from qnas.latency.prediction import DEVICE, predict_arch
+from qnas.latency.device_table import compute_table, load_table, predict_blocks
+from qnas.latency.prediction import DEVICE, estimated_ms, predict_arch
 from qnas.latency.table import write_table
-from qnas.spaces.arch import arch_from_indices
-from qnas.spaces.lower import smallest_and_largest
-from qnas.spaces.space import SearchSpace, load_space
+from qnas.spaces.arch import Arch, arch_from_indices
+from qnas.spaces.lower import lower, smallest_and_largest
+from qnas.spaces.space import SearchSpace, load_space, parse_space
 
 OWN = """{"schema": "qnas.device/1", "name": "board", "title": "t", "runtime": "r", "precision": "float32",
  "batch": 1, "unit": "ms", "kind": "measured", "source": "s", "date": "2026-01-01"%s}"""
+
+
+def with_candidates(candidates: list[dict[str, Any]], **changes: Any) -> SearchSpace:
+    content = yaml.safe_load(TINY_SPACE) | {"candidates": candidates, **changes}
+    return parse_space(json.dumps(content), "tiny.yaml")
 
 
 def calibrated(device: Device, scale: float, offset_ms: float, margin: float) -> Device:
@@ -64,6 +73,41 @@ def test_batch_norm_is_shown_to_be_cheaper_where_layer_norm_is_not_free(name: st
     )
     already = predict_arch(DEVICE, device, with_bn, arch)
     assert already.batchnorm_ms is None
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_batch_norms_take_the_place_of_the_layer_norms_that_candidates_chose(name: str) -> None:
+    quadra: dict[str, Any] = {"block": "quadra", "kernel": 3, "expansion": 2}
+    stages = {"stages": [{"channels": 8, "positions": 3, "stride": 1}]}
+    device = load_device(name)
+    plain = load_table(device, with_candidates([quadra], norm="batchnorm", **stages))
+    chosen: list[dict[str, Any]] = [
+        {**quadra, "norm": ["space", "batchnorm", "scale"]},
+        {"block": "identity"},
+    ]
+    arch = Arch(("quadra_k3_e2", "quadra_k3_e2_batchnorm", "identity"))
+    prediction = predict_arch(DEVICE, device, with_candidates(chosen, **stages), arch)
+    assert prediction.batchnorm_ms == pytest.approx(plain.fixed_ms + 2 * plain.ms[0][0], abs=3e-6)
+    # in a space of batch norms, where layer norms are those of candidates alone
+    space = with_candidates([{**quadra, "norm": ["layernorm", "scale"]}], norm="batchnorm", **stages)
+    layer_norm, scale = "quadra_k3_e2_layernorm", "quadra_k3_e2_scale"
+    prediction = predict_arch(DEVICE, device, space, Arch((layer_norm, scale, scale)))
+    scales_ms = 2 * load_table(device, space).ms[0][1]
+    assert prediction.batchnorm_ms == pytest.approx(plain.fixed_ms + plain.ms[0][0] + scales_ms, abs=3e-6)
+    assert predict_arch(DEVICE, device, space, Arch((scale,) * 3)).batchnorm_ms is None
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_estimated_kernels_are_named_with_what_coverage_leaves_to_them(name: str) -> None:
+    space, device = load_space("quadranet-mobile"), load_device(name)
+    arch = arch_from_indices(space, (0,) * len(space.positions))
+    prediction = predict_arch(DEVICE, device, space, arch)
+    found = estimated_ms(prediction.parts)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    unknown = (1 - prediction.coverage) * prediction.latency_ms
+    assert sum(found.values()) == pytest.approx(unknown, abs=1e-6 * len(prediction.parts))
+    kinds = {row.kernel.kind for row in predict_blocks(device, lower(space, arch)) if row.kind == "estimated"}
+    assert found.keys() == kinds
 
 
 def test_a_device_without_a_model_shows_the_blocks_of_its_table(

@@ -1,6 +1,7 @@
 import csv
 import io
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def test_a_network_takes_the_sum_of_its_kernels(device: str, name: str) -> None:
         rounding = 1e-6 * (len(indices) + 10) / total
         assert table.coverage(indices) == pytest.approx(1 - estimated / total, abs=1e-4 + rounding)
         assert table.fastest_ms <= table.latency_ms(indices) <= table.slowest_ms
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_candidate_with_its_own_norm_and_activation_takes_as_long_as_in_such_a_space(
+    device: str,
+) -> None:
+    content = load_space("quadranet-small").written() | {"name": "mine"}
+    sizes: dict[str, Any] = {"block": "quadra", "kernel": [3, 7], "expansion": 2}
+    model = load_device(device)
+
+    def cells(around: tuple[str, str], own: dict[str, str] | None = None) -> tuple[tuple[Cell, ...], ...]:
+        around_it = {"norm": around[0], "activation": around[1], "candidates": [sizes | (own or {})]}
+        return compute_table(model, parse_space(json.dumps(content | around_it), "mine.yaml")).cells
+
+    for norm, activation in itertools.product(("layernorm", "batchnorm"), ("gelu", "relu6")):
+        other = "batchnorm" if norm == "layernorm" else "layernorm"
+        own = {"norm": norm, "act": activation}
+        assert cells((other, "hswish"), own) == cells((norm, activation))
+    # a scale folds like a batch norm, whatever is around
+    for around in ("layernorm", "batchnorm"):
+        assert cells((around, "relu6"), {"norm": "scale"}) == cells(("batchnorm", "relu6"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,6 +15,7 @@ from qnas.common.errors import SpaceError, UsageError
 from qnas.nn.blocks import (
     MODULES,
     ChannelLayerNorm,
+    LayerScale,
     QuadraBlock,
     build_block,
     quadratic_weights,
@@ -107,6 +108,41 @@ def test_a_block_with_batch_norm_folds_into_its_convolutions_and_clips_what_its_
     assert not any(name in w for name in ("conv_a.bias", "conv_b.bias", "conv_c.bias", "expand.bias"))
 
 
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_block_without_a_norm_is_two_scaled_halves_and_clips_what_a_product_adds(neuron: str) -> None:
+    place = Place(6, 6, 1, 9, "layernorm", "gelu")
+    spec = make_block("1.1", "quadra", place, kernel=5, expansion=2, neuron=neuron, norm="scale", act="relu6")
+    block = build_block(spec)  # compares the parameters with the layers'
+    assert isinstance(block, QuadraBlock)
+    assert torch.equal(cast(Tensor, block.scale1.weight), torch.full((6,), 0.1))  # close to identity at first
+    assert torch.equal(cast(Tensor, block.scale2.weight), torch.full((6,), 0.1))
+    randomise(block)
+    w, x = block.state_dict(), 30 * image(2, 6, 9, 8)
+    mixed = w["scale1.weight"][:, None, None] * block.mix(x)
+    assert float((mixed.abs() > 6).float().mean()) > 0.1
+    x1 = x + (mixed if neuron == "linear" else mixed.clamp(-6, 6))
+    hidden = F.relu6(conv(x1, w, "expand"))
+    expected = x1 + w["scale2.weight"][:, None, None] * conv(hidden, w, "project")
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert not any(name.startswith("norm") for name in w)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm", "scale"])
+@pytest.mark.parametrize("act", ["gelu", "relu6"])
+def test_a_candidate_with_its_own_words_is_the_block_of_a_space_with_these_words(norm: str, act: str) -> None:
+    sizes: dict[str, int | str] = {"kernel": 3, "expansion": 2}
+    words = {"norm": norm, "act": act}
+    other = "batchnorm" if norm == "layernorm" else "layernorm"
+    block = build_block(make_block("1.1", "quadra", Place(8, 8, 1, 9, other, "relu"), **sizes, **words))
+    asked = Place(8, 8, 1, 9, "layerscale" if norm == "scale" else norm, act)
+    expected = build_block(make_block("1.1", "quadra", asked, **sizes))
+    block.load_state_dict(expected.state_dict())
+    x = image(3, 8, 9, 9)
+    torch.testing.assert_close(block(x), expected(x))  # in training mode, by the fast kernels where they are
+    assert [str(part) for part in block.children()] == [str(part) for part in expected.children()]
+    assert cast(QuadraBlock, block).has_kernels == (words == {"norm": "layernorm", "act": "gelu"})
+
+
 def factored_and_stars(activation: str) -> SearchSpace:
     """Return a deep space of the blocks that multiply, one candidate a position."""
     space = load_space("quadranet-mobile-bn").to_yaml()
@@ -120,10 +156,18 @@ def factored_and_stars(activation: str) -> SearchSpace:
     return parse_space(json.dumps(content), "products.yaml")
 
 
+def without_norms() -> SearchSpace:
+    """Return the deep mobile space with learned scales in place of norms."""
+    content = load_space("quadranet-mobile-bn").written() | {"name": "scales"}
+    content["candidates"] = [{"block": "quadra", "kernel": 3, "expansion": 2, "norm": "scale"}]
+    return parse_space(json.dumps(content), "scales.yaml")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", ["quadranet-mobile-bn", "relu6", "gelu", "hswish"])
-def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(name: str, seed: int) -> None:
-    space = load_space(name) if name.startswith("quadranet") else factored_and_stars(name)
+@pytest.mark.parametrize("name", ["quadranet-mobile-bn", "relu6", "gelu", "hswish", "scale"])
+def test_a_network_without_layer_norm_stays_bounded_off_its_training_data(name: str, seed: int) -> None:
+    shipped = load_space if name.startswith("quadranet") else factored_and_stars
+    space = without_norms() if name == "scale" else shipped(name)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     arch = Arch(tuple(position.names[0] for position in space.positions))
@@ -132,6 +176,8 @@ def test_a_network_with_batch_norm_stays_bounded_off_its_training_distribution(n
         if isinstance(module, nn.BatchNorm2d):  # as after training: scales that have moved
             nn.init.uniform_(module.weight, 1, 2, generator=generator)
             nn.init.normal_(module.bias, std=0.1, generator=generator)
+        if isinstance(module, LayerScale):
+            nn.init.uniform_(module.weight, 0.2, 1, generator=generator)
     images = torch.randn(16, 3, 32, 32, generator=generator)
     elsewhere = {
         "twice the contrast": 2 * images,
@@ -279,7 +325,7 @@ def test_a_block_keeps_what_it_keeps_in_channels_last_memory(kind: str) -> None:
 
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_every_submodule_is_named_after_the_layer_that_it_computes(neuron: str) -> None:
-    for norm in ("layernorm", "batchnorm"):
+    for norm in ("layernorm", "batchnorm", "layerscale"):
         place = Place(8, 8, 1, 9, norm, "gelu")
         layers = quadra_layers(place, 3, 2, neuron)
         block = build_block(make_block("1.1", "quadra", place, kernel=3, expansion=2, neuron=neuron))

@@ -89,12 +89,18 @@ def with_registered_block(sliced: tuple[str, ...] = ("width",)) -> SearchSpace:
     return space_of("{block: gate, width: [2, 4], act: [relu, relu6]}")
 
 
+# the norm of the space is that of `space_of`, and its activation
+OF_WORDS = (
+    "{block: quadra, norm: [space, %s, scale], act: [space, hswish], kernel: [3, 5], expansion: [2, 3]}"
+)
 SPACES: dict[str, Callable[[], SearchSpace]] = {
     "registered": with_registered_block,
     "quadra": lambda: space_of(QUADRA),
     "quadra, batch norm": lambda: space_of(QUADRA, norm="batchnorm"),
     "neurons": lambda: space_of(NEURAL),
     "neurons, batch norm": lambda: space_of(NEURAL, norm="batchnorm"),
+    "norms and activations": lambda: space_of(OF_WORDS % "batchnorm"),
+    "norms and activations, batch norm": lambda: space_of(OF_WORDS % "layernorm", norm="batchnorm"),
     "two kinds": lambda: space_of(MIXED, norm="batchnorm"),
     "star": lambda: space_of(
         "{block: star, kernel: [3, 5], expansion: [2, 4], mixers: [double, single]}", norm="batchnorm"
@@ -361,13 +367,32 @@ def test_a_nested_mixture_of_one_candidate_is_that_candidate(
         space_of("{block: mbconv, kernel: [3, 5], expansion: 3}", norm="batchnorm"),
         space_of(NEURAL),
         space_of("{block: quadra, neuron: linear, kernel: [3, 5], expansion: [2, 4]}"),
+        space_of("{block: quadra, norm: batchnorm, kernel: [3, 5], expansion: [2, 4]}"),
+        space_of("{block: quadra, act: relu6, kernel: [3, 5], expansion: [2, 4]}"),
+        space_of("{block: quadra, norm: [space, scale], kernel: [3, 5], expansion: [2, 4]}"),
     ],
-    ids=["no grid", "batch norm", "mbconv", "neurons", "another neuron"],
+    ids=[
+        *("no grid", "batch norm", "mbconv", "neurons", "another neuron"),
+        *("own batch norm", "own activation", "two norms"),
+    ],
 )
 def test_what_cannot_be_nested_is_refused_with_the_fix(space: SearchSpace) -> None:
     with pytest.raises(UsageError, match=r"position 1\.1 of space small.*`weights='shared'` takes all"):
         make(space, "nested")
     make(space, "shared")
+
+
+def test_candidates_with_layer_norm_and_gelu_of_their_own_may_be_nested() -> None:
+    plain = space_of(QUADRA)
+    own = space_of(QUADRA.replace("{", "{norm: layernorm, act: gelu, "), norm="batchnorm")
+    choice, expected = make(own, "nested"), make(plain, "nested")
+    assert grid_of(own, own.positions[0]) == grid_of(plain, plain.positions[0])
+    state = choice.state_dict()
+    for key, tensor in expected.state_dict().items():
+        state[key.replace("shared.quadra.", "shared.quadra_gelu_layernorm.")].copy_(tensor)
+    route = FactoredMixture(torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.6, 0.4]), torch.tensor(0.9))
+    x = image(2, 6, 8, 8)
+    torch.testing.assert_close(choice(x, route), expected(x, route))
 
 
 def test_a_single_candidate_is_a_grid_whatever_it_is() -> None:
@@ -393,7 +418,9 @@ def test_neurons_share_weights_within_their_own_kind_only() -> None:
         assert used == {"_".join(name.split("_")[:1] + name.split("_")[3:])}
 
 
-@pytest.mark.parametrize("candidates", [MIXED, NEURAL], ids=["two kinds", "neurons"])
+@pytest.mark.parametrize(
+    "candidates", [MIXED, NEURAL, OF_WORDS % "layernorm"], ids=["two kinds", "neurons", "norms"]
+)
 @pytest.mark.parametrize("weights", ["shared", "independent"])
 def test_subnet_matches_supernet_where_a_position_has_several_kinds_of_block(
     candidates: str, weights: WeightsMode

@@ -102,6 +102,7 @@ def test_a_neuron_of_the_user_works_as_the_shipped_ones_do(tmp_path: Path) -> No
     [
         ("fan", {"conv_a": "dwconv"}, {}, "neuron fan: the name is taken"),
         ("My", {"conv_a": "dwconv"}, {}, "neuron 'My': the name must be lower-case letters and digits"),
+        ("relu6", {"conv_a": "dwconv"}, {}, "neuron relu6: a norm or an activation has this name"),
         ("my", {"a": "dwconv", "s": "softmax"}, {}, "neuron my: unknown operator softmax, expected dwconv, "),
         ("my", {"a": "dwconv", "act": "relu"}, {}, "neuron my: the block has a layer act already"),
         ("my", {"s": "square"}, {}, "neuron my: its layers have no dwconv; the formula takes 2 arguments"),

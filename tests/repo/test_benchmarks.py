@@ -30,6 +30,7 @@ import exact_layouts  # type: ignore[import-not-found]
 import exact_solve  # type: ignore[import-not-found]
 import experiments as ex  # type: ignore[import-not-found]
 import kind_ranks  # type: ignore[import-not-found]
+import measured_share  # type: ignore[import-not-found]
 import relinear  # type: ignore[import-not-found]
 import search_quality  # type: ignore[import-not-found]
 
@@ -508,3 +509,18 @@ def test_a_price_splits_off_what_is_estimated() -> None:
     total, estimated = a100_published.price(device, (conv, norm, conv))
     assert estimated == pytest.approx(device.kernel_ms(norm))
     assert total == pytest.approx(estimated + 2 * device.kernel_ms(Kernel("conv1x1", 14, 96, 192)))
+
+
+def test_the_measured_share_of_a_row_is_that_of_its_network_in_a_space_of_these_words() -> None:
+    row = ("quadranet-mobile-bn", "batchnorm", "relu6", True)
+    space = measured_share.space_of(*row)
+    assert (space.norm, space.activation) == ("batchnorm", "relu6")
+    words = {"", "gelu_layernorm", "scale"}
+    assert {"_".join(name.split("_")[3:]) for name in space.positions[0].names} == words
+    assert measured_share.space_of("union-mobile", "batchnorm", "relu6", False) == load_space("union-mobile")
+    _, took, macs, blocks, share, estimates = measured_share.row_of(load_device("vpu"), 30.0, *row)
+    assert 29.0 < float(took) <= 30.0
+    assert macs.endswith("M")
+    assert "quadra" in blocks
+    left = sum(float(each.split()[-1].rstrip("%")) for each in estimates.split(", "))
+    assert float(share.rstrip("%")) + left == pytest.approx(100, abs=0.3)

@@ -108,6 +108,18 @@ GATE: dict[str, Any] = {"parameters": {"width": (1, 2), "act": ("relu", "relu6")
             "block own: default of width: expected 2 or 3, got 1",
         ),
         ("own", chain, {**WIDTH, "sliced": ["depth"]}, "block own: sliced: no parameter depth"),
+        (
+            "own",
+            lambda place, norm="one": (),
+            {"parameters": {"norm": ("one", "two")}},
+            "block own: a parameter cannot be called norm",
+        ),
+        (
+            "own",
+            lambda place, norm="space": (),
+            {"parameters": {"norm": ("space", "two")}},
+            "block own: norm: expected words of layernorm, batchnorm or scale, got 'two'",
+        ),
         ("own", with_product, {}, "block own: layer product (mul) cannot be in a chain"),
         ("own", lambda place: chain(place)[:1], {"keeps_shape": False}, "block own: its layers go from 8 "),
         ("own", lambda place: chain(place)[5:6], {"keeps_shape": False}, "block own: its layers go from 8 "),
@@ -126,6 +138,33 @@ def test_a_registration_that_does_not_fit_is_refused(
     assert str(error.value).startswith(problem)
     assert "\n" not in str(error.value)
     assert before == BLOCKS
+
+
+def test_a_registered_block_may_leave_its_norm_and_activation_to_the_candidate() -> None:
+    def normed(place: Place, act: str = "space", norm: str = "space") -> tuple[LayerSpec, ...]:
+        c, px = place.c_in, place.resolution_px
+        return (
+            LayerSpec("conv", "conv", px, c, c),
+            LayerSpec("norm", place.norm, px, c, c),
+            LayerSpec("act", place.activation, px, c, c),
+        )
+
+    words: dict[str, Any] = {"act": ("space", "relu"), "norm": ("space", "layernorm", "scale")}
+    register_block("normed", parameters=words)(normed)
+    place = Place(8, 8, 1, 9, "batchnorm", "gelu")
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, ["conv", "batchnorm", "gelu"]),
+        ({"norm": "scale"}, ["conv", "layerscale", "gelu"]),
+        ({"norm": "layernorm", "act": "relu"}, ["conv", "layernorm", "relu"]),
+    ]
+    for given, ops in cases:
+        block = make_block("1.1", "normed", place, **given)
+        assert [layer.op for layer in block.layers] == ops
+        assert block.place is not None
+        assert [block.place.norm, block.place.activation] == ops[1:]
+    register_gate()  # whose `act` has no word for that of the space
+    block = make_block("1.1", "gate", place, width=2, act="relu6")
+    assert block.place == place
 
 
 def test_a_definition_can_be_registered_again_as_when_a_notebook_runs_its_cell() -> None:

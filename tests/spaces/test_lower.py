@@ -5,6 +5,7 @@ import pytest
 
 from qnas.common.errors import SpaceError
 from qnas.common.resources import stems
+from qnas.latency.kernels import FUSIONS, fuse
 from qnas.spaces.arch import Arch, only_arch, sample_arch
 from qnas.spaces.blocks import Place, quadra_layers
 from qnas.spaces.layer import LayerSpec
@@ -187,6 +188,33 @@ def test_a_batch_norm_follows_what_it_can_fold_into_and_a_clip_what_multiplies(n
     # a square or a product that comes last takes up no shift
     assert before.op == {"type3": "square", "type4": "mul", "factored": "mul"}.get(neuron, "dwconv")
     assert ("clip" in roles) == (neuron != "linear")
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_learned_scale_follows_what_it_folds_into_and_costs_a_number_a_channel(neuron: str) -> None:
+    c, k, e = 8, 5, 2
+    place = Place(c, c, 1, 9, "batchnorm", "gelu")
+    block, normed = (
+        make_block("1.1", "quadra", place, kernel=k, expansion=e, neuron=neuron, norm=norm)
+        for norm in ("scale", "batchnorm")
+    )
+    weights, biases, *_ = FORMULAS[neuron]
+    pointwise = 2 * e * c**2 + e * c + c  # both convolutions have a bias
+    assert count_params([block]) == weights * k**2 * c + biases * c + pointwise + 2 * c
+    assert count_macs([block]) == count_macs([normed])
+    roles = [layer.role for layer in block.layers]
+    before = block.layers[roles.index("scale1") - 1]
+    assert before.op == ("square" if neuron == "type3" else "dwconv")
+    assert roles[roles.index("scale2") - 1] == "project"
+    assert ("clip" in roles) == (neuron != "linear")
+    # as a batch norm does; and where a product takes up no shift, it takes up a scale
+    for fusion in FUSIONS:
+        kernels, others = ([kernel.kind for kernel in fuse(b.layers, fusion)] for b in (block, normed))
+        assert len(kernels) <= len(others)
+        assert "layerscale" not in kernels
+        if fusion == "edge":
+            assert ("scale" in kernels) == (neuron == "type3")
+            assert "batchnorm" not in kernels
 
 
 def test_counts_are_sums_over_positions() -> None:

@@ -10,7 +10,7 @@ from helpers.mutants import check_refusal
 from qnas.common.errors import SpaceError
 from qnas.common.resources import stems
 from qnas.spaces.arch import Arch
-from qnas.spaces.lower import layers_of, lower
+from qnas.spaces.lower import Slot, fill, layers_of, lower, skeleton
 from qnas.spaces.space import Candidate, SearchSpace, load_space, make_space, parse_space
 
 SHIPPED = list(stems("search_spaces", ".yaml"))
@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     ],
     "head": {"classes": 10},
 }
+K3E2: dict[str, Any] = {"kernel": 3, "expansion": 2}
 FOUR = ("mbconv_k3_e3", "mbconv_k3_e6", "mbconv_k5_e3", "mbconv_k5_e6")
 
 
@@ -118,6 +119,94 @@ def test_the_default_neuron_leaves_the_digest_as_it_was_before_there_were_neuron
     )
     silent = space(**{**NEURAL, "candidates": [{"block": "quadra", "kernel": 3, "expansion": 2}]})
     assert named.digest == silent.digest != other.digest
+
+
+NORMED: dict[str, Any] = {
+    **SMALL,
+    "transition": "conv",
+    "norm": "layernorm",
+    "activation": "gelu",
+    "candidates": [
+        {"block": "quadra", "norm": ["space", "batchnorm", "scale"], "act": ["space", "relu6"], **K3E2},
+        {"block": "star", "norm": "batchnorm", "act": "relu6", **K3E2},
+        {"block": "mbconv", "norm": "batchnorm", "act": "relu6", **K3E2},
+        {"block": "identity"},
+    ],
+}
+
+
+def test_a_candidates_own_norm_and_activation_show_in_its_name_and_in_its_layers() -> None:
+    found = space(**NORMED)
+    assert found.positions[0].names == (
+        "quadra_k3_e2",
+        "quadra_k3_e2_batchnorm",
+        "quadra_k3_e2_scale",
+        "quadra_k3_e2_relu6",
+        "quadra_k3_e2_relu6_batchnorm",
+        "quadra_k3_e2_relu6_scale",
+        "star_k3_e2_relu6_batchnorm",
+        "mbconv_k3_e2_relu6_batchnorm",
+        "identity",
+    )
+    again = parse_space(found.to_yaml(), "copy")
+    assert (again, again.digest) == (found, found.digest)
+    slot = next(part for part in skeleton(found) if isinstance(part, Slot))
+    words = {"batchnorm": "batchnorm", "scale": "layerscale"}
+    for candidate in found.positions[0].candidates[:-1]:
+        ops = {layer.op for layer in fill(found, slot, candidate).layers}
+        own = candidate.name.split("_")[3:]
+        norm = next((words[word] for word in own if word in words), "layernorm")
+        assert ops & {"layernorm", "batchnorm", "layerscale"} == {norm}, candidate.name
+        assert ops & {"gelu", "relu6"} == {"relu6" if "relu6" in own else "gelu"}, candidate.name
+    # the surroundings are the space's
+    fixed = {layer.op for part in skeleton(found) if not isinstance(part, Slot) for layer in part.layers}
+    assert fixed & {"layernorm", "batchnorm", "layerscale"} == {"layernorm"}
+
+
+def test_the_word_space_leaves_names_and_digests_as_they_were_before_there_was_a_choice() -> None:
+    # as in every arch.json until then
+    assert load_space("union-mobile").digest == "4985fe6c8e2129f1"
+    assert load_space("quadranet-mobile").digest == "21c1377ff60809a5"
+    words: dict[str, Any] = {"norm": "space", "act": "space"}
+    for block in ("quadra", "star", "mbconv"):
+        silent, named = (
+            space(**{**NORMED, "norm": "batchnorm", "candidates": [{"block": block, **K3E2, **given}]})
+            for given in (dict[str, Any](), words)
+        )
+        assert named.digest == silent.digest
+        assert named.positions[0].names == (f"{block}_k3_e2",)
+
+
+@pytest.mark.parametrize("block", ["quadra", "star", "mbconv"])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ({"act": ["space", "gelu"]}, "gelu"),
+        ({"act": ["hswish", "gelu", "space"]}, "gelu"),
+        ({"norm": ["space", "batchnorm"]}, "batchnorm"),
+    ],
+)
+def test_two_names_of_the_same_block_are_refused(block: str, words: dict[str, Any], name: str) -> None:
+    same = {"norm": "batchnorm", "candidates": [{"block": block, **K3E2, **words}]}
+    with pytest.raises(SpaceError) as error:
+        space(**{**NORMED, **same})
+    pair = (f"{block}_k3_e2", f"{block}_k3_e2_{name}")
+    first, second = pair if next(iter(words.values()))[0] == "space" else pair[::-1]
+    assert f"candidates: {first} and {second} are the same block, as the space has norm: batchnorm" in str(
+        error.value
+    )
+    # one of them alone is fine, and so are both where the space has other words
+    own = dict.fromkeys(words, name)
+    assert space(**{**NORMED, **same, "candidates": [{"block": block, **K3E2, **own}]})
+
+
+def test_a_space_with_another_norm_has_it_in_all_candidates_that_have_one() -> None:
+    other = space(**NORMED).with_norm("batchnorm")
+    assert other.positions[0].names == (
+        *("quadra_k3_e2", "quadra_k3_e2_scale", "quadra_k3_e2_relu6", "quadra_k3_e2_relu6_scale"),
+        *("star_k3_e2_relu6", "mbconv_k3_e2_relu6", "identity"),
+    )
+    assert other.norm == "batchnorm"
 
 
 def test_the_defaults_of_later_keys_leave_the_digest_as_it_was_before_there_were_any() -> None:

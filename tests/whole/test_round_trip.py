@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.command_line import joined
 from helpers.command_line import succeed as qnas
 from helpers.pictures import write_tar
 from helpers.tiny import TINY_SPACE
@@ -22,6 +23,7 @@ from qnas.deploy.export.formats import FORMATS, file_names
 from qnas.deploy.export.product import Variant
 from qnas.runs.names import EXPORT_FOLDER, PREDICTIONS_FILE, RESULT_FILE, SUBNET_FOLDER
 from qnas.runs.report.training import read_predictions
+from qnas.spaces.space import load_space
 
 pytest.importorskip("openvino")
 pytest.importorskip("timm")
@@ -191,3 +193,34 @@ def test_a_network_is_the_same_from_its_search_to_every_format(kind: str, tmp_pa
     assert len(card["files"]) == len(here) + 1
     for entry in card["files"].values():
         assert (entry["measured"] is None) == (entry["precision"] == "int8")
+
+
+@pytest.mark.slow
+def test_a_search_over_norms_and_activations_ends_in_files_that_compute_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "{block: quadra, norm: [space, batchnorm, scale], act: [space, relu6]"
+    own = f"{words}, kernel: [3, 5], expansion: 2}}"
+    space, folder, px = tmp_path / "tiny.yaml", tmp_path / "run", 16
+    text = TINY_SPACE.replace("{block: quadra, kernel: [3, 5], expansion: [2, 4]}", own)
+    text = text.replace("{block: quadra, kernel: 3, expansion: 2}", own)
+    assert text.count(own) == 2
+    space.write_text(text)
+    limits = ["--device", "vpu", "--budget", "2.4ms", "--space", str(space), "--resolution", str(px)]
+    few = ["--warmup-epochs", "1", "--epochs", "1", "--random-networks", "1", "-q"]
+    qnas("search", *limits, *few, "--out", folder)
+    printed = joined(capsys.readouterr().out)
+    arch = json.loads((folder / "arch.json").read_text(encoding="utf-8"))
+    found = load_space(folder / "space.yaml")
+    assert all(name in p.names for p, name in zip(found.positions, arch["choices"], strict=True))
+    assert ("less than 80%" in printed) == (arch["limits"][0]["coverage"] < 0.8)
+    qnas("explain", folder)
+    qnas("train-subnet", folder, "--resolution", str(px), "--epochs", "6", "--learning-rate", "1e-2", "-q")
+    qnas("export", folder, "--format", "onnx", "--format", "standalone")
+    trained = read_predictions(folder / SUBNET_FOLDER / PREDICTIONS_FILE)
+    data = load_data(parse_data_spec("digits"), resolution_px=px, quiet=True)
+    np.save(tmp_path / "images.npy", data.test.read(torch.arange(len(data.test))).contiguous().numpy())
+    for name in ("onnx", "standalone"):
+        file = folder / EXPORT_FOLDER / file_names(name, Variant())[0]
+        _, predicted = read_alone(name, file, tmp_path / "images.npy", tmp_path / f"{name}.npz")
+        np.testing.assert_array_equal(predicted, trained.predicted)

@@ -1,15 +1,17 @@
 """Folding of norms into the convolutions beside them, as for deployment.
 
-Batch norms are folded into the convolution before them, scale and shift of layer norms into the one behind.
+Batch norms and learned scales are folded into the convolution before them, scale and shift of layer norms
+into the one behind.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
+from qnas.nn.blocks import ChannelLayerNorm, LayerScale, QuadraBlock
 from qnas.nn.padding import SameConv2d
 from qnas.spaces.neurons import NEURONS
 
@@ -21,9 +23,9 @@ def fold_quadratic_norms(network: nn.Module) -> None:
     The clip behind it stays, and so do norms without a convolution to fold into (`Neuron.folds`).
     """
     for block in network.modules():
-        if not isinstance(block, QuadraBlock) or not isinstance(block.norm1, nn.BatchNorm2d):
+        norm = getattr(block, "norm1", None) if isinstance(block, QuadraBlock) else None
+        if not isinstance(block, QuadraBlock) or not isinstance(norm, nn.BatchNorm2d):
             continue
-        norm = block.norm1
         convolutions = [block.convolution(role) for role in NEURONS[block.neuron].folds]
         if not convolutions:
             continue
@@ -48,6 +50,7 @@ def fold_norms(module: nn.Module) -> None:
     module may run in any order, so there only norms that follow a convolution in a Sequential are folded.
     """
     fold_quadratic_norms(module)
+    fold_scales(module)
     for parent in module.modules():
         if not isinstance(parent, QuadraBlock | nn.Sequential):
             continue
@@ -62,6 +65,28 @@ def fold_norms(module: nn.Module) -> None:
             before = name, child
 
 
+@torch.no_grad()
+def fold_scales(network: nn.Module) -> None:
+    """Fold the learned scales of QuadraBlocks into their convolutions, in place.
+
+    s (A . B + C + t) = (sA) . B + sC + st. A scale stays behind a neuron without a convolution that could
+    take it up (`Neuron.scaled`): that of a square may be below zero.
+    """
+    for block in network.modules():
+        if not isinstance(block, QuadraBlock) or not block.is_scaled:
+            continue
+        mixers = [block.convolution(role) for role in NEURONS[block.neuron].scaled]
+        for name, convolutions in (("scale1", mixers), ("scale2", [block.project])):
+            scale = getattr(block, name)
+            if not isinstance(scale, LayerScale) or not convolutions:
+                continue
+            for conv in convolutions:
+                conv.weight *= scale.weight[:, None, None, None]
+                if conv.bias is not None:
+                    conv.bias *= scale.weight
+            setattr(block, name, nn.Identity())
+
+
 def fold_affine(module: nn.Module) -> None:
     """Fold each layer norm's scale and shift into the convolution or linear layer behind it, in place.
 
@@ -72,7 +97,9 @@ def fold_affine(module: nn.Module) -> None:
         if not isinstance(parent, QuadraBlock | nn.Sequential):
             continue
         children = list(parent.children())
-        pairs = [(parent.norm2, parent.expand)] if isinstance(parent, QuadraBlock) else pairwise(children)
+        pairs: Iterable[tuple[nn.Module, nn.Module]] = pairwise(children)
+        if isinstance(parent, QuadraBlock):
+            pairs = [(parent.norm2, parent.expand)] if parent.is_pre_norm else []
         for norm, layer in pairs:
             if isinstance(norm, ChannelLayerNorm) and isinstance(layer, nn.Linear | nn.Conv2d):
                 _fold_into(norm, layer)

@@ -117,12 +117,15 @@ def _plain_block(block: QuadraBlock) -> nn.Module:
     channels, expansion = block.project.out_channels, block.expand.out_channels // block.expand.in_channels
     written: nn.Module
     with torch.device("meta"):  # its own layers give way to the block's
+        clip = block.clip if block.has_clip else nn.Identity()
         if block.is_pre_norm:
             written = plain.QuadraBlock(channels, expansion, _Mixer(block), block.act)
+        elif block.is_scaled:
+            written = plain.QuadraBlockScaled(channels, expansion, _Mixer(block), clip, block.act)
         else:
-            clip = block.clip if block.has_clip else nn.Identity()
             written = plain.QuadraBlockBN(channels, expansion, _Mixer(block), clip, block.act)
-    for name in ("norm1", "norm2", "expand", "project"):
+    before = ("scale1", "scale2") if block.is_scaled else ("norm1", "norm2")
+    for name in (*before, "expand", "project"):
         setattr(written, name, getattr(block, name))
     return written.train(block.training)
 

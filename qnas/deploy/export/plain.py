@@ -8,7 +8,7 @@ so each class must be clear without the others.
 
 from torch import Tensor, nn
 
-from qnas.nn.blocks import ChannelLayerNorm
+from qnas.nn.blocks import ChannelLayerNorm, LayerScale
 
 
 class Residual(nn.Sequential):
@@ -83,4 +83,26 @@ class QuadraBlockBN(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.clip(self.norm1(self.mixer(x)))
         y: Tensor = x + self.project(self.act(self.norm2(self.expand(x))))
+        return y
+
+
+class QuadraBlockScaled(nn.Module):
+    """A QuadraBlock without norms: each half ends with a learned scale, and a clip bounds what multiplies."""
+
+    def __init__(
+        self, channels: int, expansion: int, mixer: nn.Module, clip: nn.Module, act: nn.Module
+    ) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.scale1 = LayerScale(channels)
+        self.clip = clip
+        self.expand = nn.Conv2d(channels, expansion * channels, 1)
+        self.act = act
+        self.project = nn.Conv2d(expansion * channels, channels, 1)
+        self.scale2 = LayerScale(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x + self.clip(self.scale1(self.mixer(x)))
+        y: Tensor = x + self.scale2(self.project(self.act(self.expand(x))))
         return y

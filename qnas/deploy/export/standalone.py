@@ -27,12 +27,13 @@ from qnas.nn.blocks import (
     BatchNorm2d,
     ChannelLayerNorm,
     GlobalAveragePool,
+    LayerScale,
     build_block,
 )
 from qnas.nn.padding import SameConv2d
 from qnas.nn.wired_blocks import MBConvBlock, StarBlock
 from qnas.spaces.blocks import BLOCKS, module_of
-from qnas.spaces.layer import LayerSpec
+from qnas.spaces.layer import LAYERSCALE, LayerSpec
 from qnas.spaces.lower import BlockSpec
 from qnas.spaces.neurons import NEURONS, Neuron
 
@@ -69,6 +70,7 @@ LAYERS: dict[str, Callable[[LayerSpec], str]] = {
     "linear": lambda spec: f"nn.Linear({spec.c_in}, {spec.c_out}{'' if spec.bias else ', bias=False'})",
     "layernorm": lambda spec: f"ChannelLayerNorm({spec.c_out}, eps={spec.eps or '1e-6'})",
     "batchnorm": _batch_norm,
+    "layerscale": lambda spec: f"LayerScale({spec.c_out})",
     "gelu": lambda _: "nn.GELU()",
     "relu": lambda _: "nn.ReLU()",
     "relu6": lambda _: "nn.ReLU6()",
@@ -127,11 +129,18 @@ def _quadra(block: BlockSpec) -> str:
         f"mixer=Mixer({', '.join(mixer)})",
         f"act={_layer(by_role['act'])}",
     ]
-    if place.norm == "batchnorm":
+    if place.norm != "layernorm":
         arguments.insert(3, f"clip={_layer(by_role['clip']) if 'clip' in by_role else 'nn.Identity()'}")
-    if place.norm_eps is not None:
+    if place.norm_eps is not None and place.norm != LAYERSCALE:
         arguments.append(f"eps={place.norm_eps}")
-    return _call("QuadraBlockBN" if place.norm == "batchnorm" else "QuadraBlock", arguments)
+    return _call(_QUADRA_BLOCKS[place.norm], arguments)
+
+
+_QUADRA_BLOCKS = {  # by norm
+    "layernorm": "QuadraBlock",
+    "batchnorm": "QuadraBlockBN",
+    LAYERSCALE: "QuadraBlockScaled",
+}
 
 
 def _neuron(block: BlockSpec) -> Neuron:
@@ -170,10 +179,12 @@ CLASSES = (
     SameConv2d,
     ChannelLayerNorm,
     GlobalAveragePool,
+    LayerScale,
     plain.Residual,
     plain.Mixer,
     plain.QuadraBlock,
     plain.QuadraBlockBN,
+    plain.QuadraBlockScaled,
     StarBlock,
     MBConvBlock,
 )

@@ -21,6 +21,7 @@ from qnas.common.errors import QnasWarning, first_line
 from qnas.common.files import write_text
 from qnas.common.text import escaped
 from qnas.common.units import format_count, format_mj, format_ms
+from qnas.latency.prediction import ENOUGH_MEASURED
 from qnas.runs import names
 from qnas.runs.documents import FamilyDocument, read_arch_facts, read_document, read_search_document
 from qnas.runs.folders import read_config
@@ -117,7 +118,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         "ms": format_ms,
         "count": format_count,
         "short": short_name,
-        "neuron": _neuron,
+        "words": _words,
         "layer": layer_text,
         "pretty": lambda content: json.dumps(content, indent=2),
     }
@@ -131,6 +132,7 @@ def build_page(folder: Path, pending: Files | None = None) -> str:
         documents=documents,
         space=space,
         device=first,
+        enough_measured=ENOUGH_MEASURED,
         blocks=block_rows(folder, space, arch, first, kernels),
         search=search_section(folder, document) if "search" in documents else None,
         training=training,
@@ -147,8 +149,8 @@ def _result(found: FoundArch, place: str, pending: Files) -> Mapping[str, Any] |
     return read_result(found.folder / place, found) if (found.folder / name).is_file() else None
 
 
-def _neuron(short: str) -> str:
-    """Return the neuron in a QuadraBlock's short name, "" for QuadraNet's and for other blocks."""
+def _words(short: str) -> str:
+    """Return the neuron, activation and norm in a QuadraBlock's short name, "" where none is told."""
     return " ".join(short.split()[2:]) if short.startswith("k") else ""
 
 

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from helpers.exported import digits, trained, wired_product
+from helpers.exported import digits, normed_product, trained, wired_product
 from torch import nn
 
 from qnas.deploy.export.folding import fold_norms
-from qnas.nn.blocks import QuadraBlock
+from qnas.nn.blocks import LayerScale, QuadraBlock
 from qnas.spaces.neurons import NEURONS
 
 
@@ -31,6 +31,22 @@ def test_folding_a_norm_changes_no_output(neuron: str) -> None:
     assert isinstance(block.norm1, nn.BatchNorm2d if stays else nn.Identity)
     assert isinstance(block.norm2, nn.Identity)
     assert neuron == "linear" or isinstance(block.clip, nn.Hardtanh)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_learned_scales_of_either_sign_fold_into_convolutions_and_their_biases(norm: str) -> None:
+    product, _, _ = normed_product(norm)
+    network = copy.deepcopy(product.network).double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+        scales = [module for module in network.modules() if isinstance(module, LayerScale)]
+        assert len(scales) == 8
+        assert all(bool((scale.weight < 0).any()) for scale in scales)
+        fold_norms(network)
+        torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+    left = [n for n, module in network.named_modules() if isinstance(module, LayerScale | nn.BatchNorm2d)]
+    assert left == ["1_6.scale1", "1_7.norm1"]  # behind a square, and a shift behind a product
 
 
 def test_all_norms_of_a_network_fold_away_and_change_no_output() -> None:

@@ -9,7 +9,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.exported import PX, digits, every_candidate, neural_space, trained, wired_space
+from helpers.exported import (
+    PX,
+    digits,
+    every_candidate,
+    neural_space,
+    normed_product,
+    trained,
+    wired_space,
+)
 from torch import Tensor, nn
 
 from qnas.common.errors import ExportError, UsageError
@@ -26,7 +34,7 @@ from qnas.deploy.export.lowering import (
 )
 from qnas.deploy.export.opset import OLDEST_OPSET, TRACED_OPSET, check_opset
 from qnas.deploy.export.tracing import check_form, trace_onnx
-from qnas.nn.blocks import ChannelLayerNorm
+from qnas.nn.blocks import ChannelLayerNorm, QuadraBlock
 from qnas.nn.subnet import build_subnet
 from qnas.spaces.arch import Arch
 
@@ -95,6 +103,15 @@ def test_every_form_of_blocks_that_are_no_chains_computes_the_same(activation: s
     assert norms == ["1_7.norm1"]  # behind the product of a factored QuadraBlock
     hard = any(isinstance(module, nn.Hardsigmoid) for module in lower.modules())
     assert hard == (forms.hard_swish == "operator")
+
+
+@pytest.mark.parametrize("forms", [OPERATORS, ARITHMETIC, CHANNELS_LAST, MYRIAD], ids=str)
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+def test_every_form_of_norms_that_candidates_chose_computes_the_same(norm: str, forms: Forms) -> None:
+    product, _, _ = normed_product(norm)
+    lower = lowered(product.network, forms)
+    assert difference(lower, product.network, torch.randn(3, 3, 32, 32)) < 1e-5
+    assert not any(isinstance(module, QuadraBlock) for module in lower.modules())
 
 
 @pytest.mark.parametrize("affine", [True, False])

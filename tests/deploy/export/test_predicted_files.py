@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers.exported import CHOICES, neural_product, product_of, trained, wired_product
+from helpers.exported import CHOICES, neural_product, normed_product, product_of, trained, wired_product
 from helpers.tiny import TINY_SPACE
 
 from qnas.common.errors import UsageError
@@ -125,6 +125,26 @@ def test_a_file_of_blocks_that_are_no_chains_takes_what_its_network_takes(
 ) -> None:
     product, space, arch = wired_product(activation)
     for path in written(product, name, tmp_path, precision):
+        check_file(path, product, space, arch)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("onnx", "layernorm"),
+        *(
+            pytest.param(name, norm, marks=SLOW)
+            for name in READ
+            for norm in ("layernorm", "batchnorm")
+            if (name, norm) != ("onnx", "layernorm")
+        ),
+    ],
+)
+def test_a_file_of_norms_that_candidates_chose_takes_what_its_network_takes(
+    name: str, norm: str, tmp_path: Path
+) -> None:
+    product, space, arch = normed_product(norm)
+    for path in written(product, name, tmp_path):
         check_file(path, product, space, arch)
 
 

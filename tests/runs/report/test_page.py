@@ -218,6 +218,8 @@ def test_every_searchable_space_has_its_page(name: str, tmp_path: Path) -> None:
     assert all(name in page.text for name in chosen)
     assert ("then the neuron" in page.text) == any("linear" in name for name in chosen)
     assert "held-out images chose another network" in page.text
+    coverage = json.loads((tmp_path / "arch.json").read_text())["limits"][0]["coverage"]
+    assert ("from measurements, less than 80%: see the sources" in page.text) == (coverage < 0.8)
 
 
 def test_what_a_run_holds_is_escaped(tiny_space: SearchSpace, tmp_path: Path) -> None:
