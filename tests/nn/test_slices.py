@@ -60,8 +60,11 @@ def test_a_network_at_any_widths_is_that_of_its_space_with_slices_for_weights(na
         (expected**2).sum().backward()
         torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
         # gradients and statistics are in the slices, and nowhere else
-        total = sum(float(p.grad.abs().sum()) for p in supernet.weights if p.grad is not None)
-        assert total == pytest.approx(sum(float(p.grad.abs().sum()) for p in alone.parameters()), rel=1e-4)
+        total, of_alone = (
+            sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None)
+            for module in (supernet, alone)
+        )
+        assert total == pytest.approx(of_alone, rel=1e-4)
         again = supernet.subnet(arch, CLASSES, space).state_dict()
         for key, tensor in alone.state_dict().items():
             torch.testing.assert_close(again[key], tensor)
@@ -87,9 +90,10 @@ def test_the_widest_network_runs_in_the_modules_themselves() -> None:
 
 
 def test_weights_of_several_widths_are_shared() -> None:
-    for weights in ("independent", "nested"):
+    modes: tuple[WeightsMode, ...] = ("independent", "nested")
+    for weights in modes:
         with pytest.raises(UsageError, match=f"`weights='{weights}'`: two-kinds has several widths"):
-            supernet_of(FAMILIES["layer norm, convolutions between"], weights)  # type: ignore[arg-type]
+            supernet_of(FAMILIES["layer norm, convolutions between"], weights)
     one = make_family(parse_space(TWO_KINDS, "t"), [16, 32])
     assert supernet_of(one, "independent").family is one
 

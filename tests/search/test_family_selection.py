@@ -230,7 +230,7 @@ def test_the_model_finds_what_a_resolution_adds() -> None:
     effects, found = fit_family_effects(space, networks, places, np.array(losses), np.array(groups))
     assert effects.explained > 0.95
     for px, nats in adds.items():
-        assert found[px] - found[24] == pytest.approx(nats, abs=0.03)
+        assert found.resolutions[px] - found.resolutions[24] == pytest.approx(nats, abs=0.03)
     blind = fit_effects(space, networks, np.array(losses), np.array(groups))
     assert blind.explained < 0.8
 
@@ -263,7 +263,7 @@ def test_each_drawn_network_is_measured_at_its_layout_beside_those_of_others(dig
         np.random.default_rng(0),
     )
     assert found is not None
-    effects, nats = found
+    effects, nats = found[0], found[1].resolutions
     assert effects.networks == 90
     assert all(pxs == {16, 24, 32} for pxs in together)
     assert nats[24] - nats[16] == pytest.approx(0.8, abs=0.05)
@@ -281,7 +281,7 @@ def test_the_derived_network_is_the_best_of_all_layouts_on_held_out_images(finis
     effects, nats = found
     assert effects == finished.selection.effects
     numbers = {entry["resolution_px"]: entry["number"] for entry in finished.document["spaces"]}
-    assert numbers == {px: -value for px, value in nats.items()}
+    assert numbers == {px: -value for px, value in nats.resolutions.items()}
     run = read_finished_run(finished.folder)
     assert run.family is not None
     solved = solve_family(FAMILY, run.family.scores(effects.scores), limits_of, 12)
