@@ -490,8 +490,10 @@ def test_each_budget_of_a_front_is_solved_over_all_layouts(
 ) -> None:
     # a larger resolution is worth something, so that several are on the front
     document = json.loads((changed / names.FAMILY_FILE).read_text())
-    for at, entry in enumerate(document["spaces"]):
-        entry["number"] = 0.2 * at
+    document["numbers"] = [
+        {"stage": 0, "value": entry["resolution_px"], "number": 0.2 * at}
+        for at, entry in enumerate(document["spaces"])
+    ]
     write_json(changed / names.FAMILY_FILE, document)
     run = read_finished_run(changed)
     assert run.family is not None

@@ -517,7 +517,7 @@ def simulated(
     capacity = (cells / cells.max(1, keepdim=True).values) ** 0.5
     gain = LOOK * capacity * (1 + torch.rand(len(cells), 1, generator=generator, dtype=torch.float64))
 
-    def task_loss(images: torch.Tensor, routes: list[Route]) -> torch.Tensor:
+    def task_loss(images: torch.Tensor, routes: list[Route], channels: None) -> torch.Tensor:
         noise = LOOK * torch.randn(gain.shape, generator=generator, dtype=torch.float64)
         if form == "exact":  # which mixes all, and has no noise of drawing
             p = log_probabilities(supernet.logits(searcher.state.temperature), supernet.mask).exp()

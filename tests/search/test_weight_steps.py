@@ -297,9 +297,9 @@ def test_the_classifier_is_trained_alone_at_first(digits: ImageData, monkeypatch
     ran: list[tuple[Route, ...]] = []
     forward = supernet.forward
 
-    def run(x: Tensor, routes: Any) -> Tensor:
+    def run(x: Tensor, routes: Any, channels: Any = None) -> Tensor:
         ran.append(tuple(routes))
-        return forward(x, routes)
+        return forward(x, routes, channels)
 
     monkeypatch.setattr(supernet, "forward", run)
     before = copy.deepcopy(supernet.state_dict())

@@ -128,14 +128,14 @@ def test_the_evaluator_of_a_layout_runs_its_networks(digits: ImageData) -> None:
         network = tuple(0 for _ in own.problem.space.positions)
         arch = arch_from_indices(own.problem.space, network)
         evaluator = evaluator_of(own)
-        built = supernet.subnet(arch, 10, each.space)
+        built = supernet.subnet(arch, 10, each.space).eval()
         count = sum(p.numel() for p in built.parameters())
         alone = sum(layer.params for block in lower(each.space, arch, classes=10) for layer in block.layers)
         assert count == alone
         images, labels = next(stream(digits.heldout, 8, 0, 0, augment=False, device=torch.device("cpu")))
         with batch_statistics(built), torch.no_grad():
             expected = torch.nn.functional.cross_entropy(
-                built.eval()(each.resized(images)), labels, reduction="none"
+                built(each.resized(images)), labels, reduction="none"
             )
         assert evaluator.build(arch).eval()(images).shape == (8, 10)
         found = evaluator.losses([network], images, labels)[0]
