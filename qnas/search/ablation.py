@@ -7,11 +7,16 @@ candidate's effect. Blocks are left out from the end of a stage, one more at a t
 block is worth most (`spaces.block_order`). What a layout adds is measured with the trained network itself, at
 each layout within the limits.
 
+A change of several sizes, such as kernel and expansion, counts as the sum of the changes of one size each,
+so that few are measured, on more images. Differences on some hundred images are noisy, and the solver picks
+those that look best. So what is known beforehand is imposed: nothing that was not trained is better than what
+was, and a smaller size costs no less than a larger one that is still below the network's own.
+
 Effects add up for the solver, which overstates or understates what several changes do together. A few
 networks drawn near the budget tell how well the sums predict their losses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +26,7 @@ from torch import Tensor
 from qnas.search.effects import TIE, Effects, Losses
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
-from qnas.spaces.space import SearchSpace
+from qnas.spaces.space import Candidate, Position, SearchSpace
 
 BATCHES = 4  # of images, at most, that each change is measured on
 CHECKED = 20  # drawn networks whose losses the sums of effects are compared with
@@ -39,16 +44,17 @@ class Change:
 def changes_of(space: SearchSpace, whole: CandidateIndices) -> tuple[list[Change], list[list[Change]]]:
     """Return the networks with one other block, and for each run of positions those with fewer blocks.
 
-    `whole` has a block at every position that may have one. The networks with fewer blocks of a run leave out
-    the last one, the last two and so on, as far as identities are candidates.
+    `whole` has a block at every position that may have one. Other blocks are those that no sum of changes of
+    one size stands for. The networks with fewer blocks of a run leave out the last one, the last two and so
+    on, as far as identities are candidates.
     """
     labels = block_labels(space)
     assert all(row[i] or not any(row) for row, i in zip(labels, whole, strict=True)), "blocks everywhere"
     exchanged = [
         Change(at, i, (*whole[:at], i, *whole[at + 1 :]))
-        for at, row in enumerate(labels)
+        for at, (position, row) in enumerate(zip(space.positions, labels, strict=True))
         for i, label in enumerate(row)
-        if label and i != whole[at]
+        if label and i != whole[at] and len(single_steps(position, whole[at], i)) == 1
     ]
     shortened = []
     for run in runs_of(labels):
@@ -60,6 +66,29 @@ def changes_of(space: SearchSpace, whole: CandidateIndices) -> tuple[list[Change
             own.append(Change(at, network[at], tuple(network)))
         shortened.append(own)
     return exchanged, shortened
+
+
+def single_steps(position: Position, own: int, other: int) -> list[int]:
+    """Return the candidates that differ from a position's own in one size, and together make the other.
+
+    Where there are none, the other itself.
+    """
+    first, last = position.candidates[own], position.candidates[other]
+    differing = differing_sizes(first, last)
+    places = {candidate: i for i, candidate in enumerate(position.candidates)}
+    steps = [
+        Candidate(block=first.block, **{**first.parameters, name: last.sizes[name]}) for name in differing
+    ]
+    if len(steps) < 2 or not all(step in places for step in steps):
+        return [other]
+    return [places[step] for step in steps]
+
+
+def differing_sizes(first: Candidate, last: Candidate) -> list[str]:
+    """Return the sizes in which two candidates of one kind differ; none for those of two kinds."""
+    if first.kind != last.kind:
+        return []
+    return [name for name, value in first.sizes.items() if value != last.sizes[name]]
 
 
 def count_changes(space: SearchSpace, whole: CandidateIndices) -> int:
@@ -86,18 +115,22 @@ def measure_changes(
     networks = [whole, *(c.network for c in exchanged), *(c.network for row in shortened for c in row)]
     found = dict(zip(networks, mean_losses(networks, losses, images_and_labels, on_measured), strict=True))
     base, labels = found[whole], block_labels(space)
-    nats = [[0.0] * len(position.candidates) for position in space.positions]
+    measured: list[dict[int, float]] = [{} for _ in space.positions]
     for change in exchanged:
-        nats[change.position][change.candidate] = found[change.network] - base
+        measured[change.position][change.candidate] = found[change.network] - base
+    nats = [
+        costs_of(position, own, costs, row)
+        for position, own, costs, row in zip(space.positions, whole, measured, labels, strict=True)
+    ]
     for row in shortened:
         before, costs = base, []
         for change in row:
             costs.append(found[change.network] - before)
             before = found[change.network]
         # from the last block to the first, each is worth no less than the one behind it
-        rising = isotonic_regression(costs) if costs else []
+        rising = np.maximum(isotonic_regression(costs), 0) if costs else []
         for place, (change, cost) in enumerate(zip(row, rising, strict=True)):
-            nats[change.position][change.candidate] = float(cost) + TIE * place
+            nats[change.position][change.candidate] = float(cost) + TIE * (place + 1)
     # by convention, candidates without layers have 0
     for own, of_labels in zip(nats, labels, strict=True):
         if 0 in of_labels and any(of_labels):
@@ -112,6 +145,32 @@ def measure_changes(
         left = (true - true.mean()) - (sums - sums.mean())
         explained = max(0.0, 1 - float(left @ left) / max(float(np.var(true) * len(true)), 1e-30))
     return Effects(scores, explained, len(networks) + len(checked))
+
+
+def costs_of(
+    position: Position, own: int, measured: Mapping[int, float], labels: Sequence[int]
+) -> list[float]:
+    """Return the nats that each block of a position costs in place of its own one, by measured changes.
+
+    None is below zero, and smaller sizes cost no less than larger ones below the network's own. A tie goes to
+    the own block. Candidates without layers have 0.
+    """
+    known = {i: max(0.0, value) for i, value in measured.items()}
+    first = position.candidates[own]
+    for name, value in first.sizes.items():
+        smaller = {
+            candidate.sizes[name]: i
+            for i, candidate in enumerate(position.candidates)
+            if i in known and differing_sizes(first, candidate) == [name] and candidate.sizes[name] < value
+        }
+        places = [smaller[size] for size in sorted(smaller, reverse=True)]
+        if places:
+            rising = isotonic_regression([known[i] for i in places])
+            known |= dict(zip(places, map(float, rising), strict=True))
+    return [
+        sum(known[step] + TIE for step in single_steps(position, own, i)) if label and i != own else 0.0
+        for i, label in enumerate(labels)
+    ]
 
 
 def mean_losses(

@@ -14,7 +14,7 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.pretrained.derivation import derived_space, own_arch
-from qnas.search.ablation import changes_of, count_changes, measure_changes
+from qnas.search.ablation import changes_of, costs_of, count_changes, measure_changes
 from qnas.search.evaluator import evaluator_of
 from qnas.search.family_selection import select_of_family
 from qnas.search.problem import FamilySearch
@@ -29,7 +29,7 @@ from qnas.spaces.space import SearchSpace, parse_space
 SPACE = parse_space(TINY_SPACE.replace("positions: 2", "positions: 3"), "t")
 WHOLE = smallest_and_largest(SPACE)[1].indices(SPACE)
 BATCHES = [(torch.zeros(4, 3, 8, 8), torch.zeros(4).long()), (torch.ones(2, 3, 8, 8), torch.zeros(2).long())]
-COSTS = {"quadra_k3_e2": 0.4, "quadra_k3_e4": 0.2, "quadra_k5_e2": 0.1, "quadra_k5_e4": 0.0}
+COSTS = {"quadra_k3_e2": 0.3, "quadra_k3_e4": 0.2, "quadra_k5_e2": 0.1, "quadra_k5_e4": 0.0}
 
 
 def known_losses(networks: list[tuple[int, ...]], images: Tensor, labels: Tensor) -> Tensor:
@@ -53,11 +53,15 @@ def test_changes_are_single_blocks_and_the_last_ones_of_a_stage() -> None:
         differing = [i for i, (a, b) in enumerate(zip(WHOLE, change.network, strict=True)) if a != b]
         assert differing == [change.position]
         assert SPACE.positions[change.position].names[change.candidate] != "identity"
-    assert len(exchanged) == 3 * 3  # the second stage has one kind of block
+    # in the first stage another kernel or another expansion; the second has one kind of block
+    assert [SPACE.positions[c.position].names[c.candidate] for c in exchanged] == [
+        "quadra_k3_e4",
+        "quadra_k5_e2",
+    ] * 3
     assert [[c.position for c in row] for row in shortened] == [[2, 1, 0], [5, 4, 3]]
     names = [[SPACE.positions[i].names[n] for i, n in enumerate(c.network)] for c in shortened[0]]
     assert [row.count("identity") for row in names] == [1, 2, 3]
-    assert count_changes(SPACE, WHOLE) == 9 + 6
+    assert count_changes(SPACE, WHOLE) == 6 + 6
 
 
 def test_effects_are_the_differences_to_the_trained_network() -> None:
@@ -72,8 +76,8 @@ def test_effects_are_the_differences_to_the_trained_network() -> None:
             cost = COSTS[name] if name != "identity" and position.stage == 0 else 0.0
             expected = 0.0 if name == "identity" else cost - left_out[place]
             assert value == pytest.approx(expected, abs=1e-5), (position.name, name)
-    assert found.networks == 16 + 20
-    assert sum(counted) == 16 * 2 + 20
+    assert found.networks == 13 + 20
+    assert sum(counted) == 13 * 2 + 20
     # the losses are sums, so the effects explain all of them
     assert found.explained == pytest.approx(1.0, abs=1e-4)
     assert measure_changes(SPACE, WHOLE, known_losses, BATCHES).explained == 0  # type: ignore[arg-type]
@@ -91,6 +95,30 @@ def test_a_block_further_back_is_worth_no_more() -> None:
         own = [row[0] for row, p in zip(found.nats, SPACE.positions, strict=True) if p.stage == stage]
         assert own == sorted(own)
         assert len(set(own)) == len(own)
+
+
+def test_what_looks_better_than_what_was_trained_counts_as_equal() -> None:
+    candidates = "  [{block: mbconv, kernel: [3, 5, 7], expansion: [2, 3, 4]}, {block: identity}]"
+    text = TINY_SPACE.replace("layernorm", "batchnorm").replace("gelu", "relu6")
+    text = text.replace(
+        "  - {block: quadra, kernel: [3, 5], expansion: [2, 4]}\n  - {block: identity}", candidates
+    )
+    position = parse_space(text, "t").positions[0]
+    own = position.names.index("mbconv_k5_e4")
+    measured = {"mbconv_k3_e4": -0.2, "mbconv_k7_e4": -0.1, "mbconv_k5_e3": 0.4, "mbconv_k5_e2": 0.2}
+    costs = costs_of(
+        position,
+        own,
+        {position.names.index(name): value for name, value in measured.items()},
+        [int(name != "identity") for name in position.names],
+    )
+    found = dict(zip(position.names, costs, strict=True))
+    assert found["mbconv_k5_e4"] == found["identity"] == 0
+    for name in ("mbconv_k3_e4", "mbconv_k7_e4"):
+        assert 0 < found[name] < 1e-5  # a tie goes to the own block
+    # expansion 2 costs no less than 3: both have the mean of what was measured
+    for name in ("mbconv_k5_e3", "mbconv_k5_e2", "mbconv_k3_e2", "mbconv_k7_e3"):
+        assert found[name] == pytest.approx(0.3, abs=1e-5)
 
 
 # ---- in a search
