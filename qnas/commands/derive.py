@@ -62,13 +62,14 @@ def derive(
 
 
 def _derived_lines(found: "Derivation", devices: list[str], latency: str, *, says_why: bool) -> Iterator[str]:
-    from qnas.runs.latency_text import describe_budgets, energy_lines, latency_lines
+    from qnas.runs.latency_text import describe_budgets, energy_lines, latency_lines, measured_lines
     from qnas.runs.network_text import choices_by_stage, size_line
     from qnas.runs.pretrained_text import pretrained_lines
 
     space, arch, limits = found.space, found.arch, found.limits
     yield from (choices_by_stage(space, arch), "")
     yield from latency_lines(limits, space, arch, latency, devices)
+    yield from measured_lines(limits, space, arch, latency, devices)
     yield from energy_lines(limits, arch.indices(space))
     yield field("size", size_line(space, limits, found.macs, found.params))
     yield from pretrained_lines(space, arch, found.document)

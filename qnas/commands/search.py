@@ -188,7 +188,7 @@ def _announce(started: "Started") -> None:
 def _lines(result: "SearchResult") -> Iterator[str]:
     from qnas.runs.family_text import family_lines
     from qnas.runs.finished_run import asked_devices
-    from qnas.runs.latency_text import energy_lines, latency_lines
+    from qnas.runs.latency_text import energy_lines, latency_lines, measured_lines
     from qnas.runs.network_text import choices_by_stage, size_line
     from qnas.runs.pretrained_text import pretrained_lines
 
@@ -196,12 +196,14 @@ def _lines(result: "SearchResult") -> Iterator[str]:
     yield from ("", choices_by_stage(space, arch), "")
     if run.family is not None:
         yield from family_lines(run.family)
-    yield from latency_lines(run.limits, space, arch, run.config["latency"], asked_devices(run))
+    asked = run.config["latency"], asked_devices(run)
+    yield from latency_lines(run.limits, space, arch, *asked)
     for limit, amount in zip(run.limits, run.found["expected"], strict=True):
         on = f" on {limit.name}" if limit.table is not None and len(run.limits) > 1 else ""
         on += f" at the upper end of {limit.confidence:.4g} intervals" if limit.confidence else ""
         off = f"{amount / limit.limit - 1:+.1%}"
         yield field("", f"expected of the architecture parameters: {limit.describe(amount)}{on}, {off}")
+    yield from measured_lines(run.limits, space, arch, *asked)
     yield from energy_lines(run.limits, arch.indices(space))
     yield field("size", size_line(space, run.limits, result.macs, result.params))
     yield from pretrained_lines(space, arch, result.document)

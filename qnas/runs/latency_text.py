@@ -97,9 +97,17 @@ def latency_lines(
         yield field("", f"interval {interval}{kept}")
         if note := source_note(latency, load_device(name), space, arch):
             yield field("", note)
+
+
+def measured_lines(
+    limits: Limits, space: SearchSpace, arch: Arch, latency: str, devices: Iterable[str]
+) -> Iterator[str]:
+    """Yield a warning for each device on which too little of a network's latency rests on measurements."""
+    tables, indices = [limit.table for limit in limits if limit.table is not None], arch.indices(space)
+    for table, name in zip(tables, devices, strict=True):
         if (coverage := table.coverage(indices)) < ENOUGH_MEASURED:
             parts = arch_parts(latency, load_device(name), table, space, arch)
-            yield field("warning", few_measured(table.device, coverage, parts, latency_ms))
+            yield field("warning", few_measured(table.device, coverage, parts, table.latency_ms(indices)))
 
 
 def energy_lines(limits: Limits, indices: Sequence[int]) -> Iterator[str]:

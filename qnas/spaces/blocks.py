@@ -202,7 +202,8 @@ class Block:
 
     def _words(self, parameters: Mapping[str, Value]) -> list[str]:
         words = [p for p in self.parameters if p.is_word]
-        return [str(parameters[p.name]) for p in words if parameters[p.name] != p.default]
+        given = ((p, parameters.get(p.name, p.default)) for p in words)
+        return [str(value) for p, value in given if value != p.default]
 
     def layers_at(self, place: Place, parameters: Mapping[str, Value]) -> Layers:
         """Return the layers of the block. Raises SpaceError where they do not fit the place."""

@@ -7,7 +7,7 @@ import pytest
 from qnas.latency.device import load_device
 from qnas.latency.device_table import load_table, predict_blocks
 from qnas.latency.prediction import DEVICE, predict_arch
-from qnas.runs.latency_text import describe_predictions, latency_lines
+from qnas.runs.latency_text import describe_predictions, measured_lines
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.lower import lower
@@ -23,7 +23,7 @@ def test_a_latency_of_which_a_fifth_was_never_measured_comes_with_a_warning(name
     arch = arch_from_indices(space, (0,) * len(space.positions))
     table = load_table(known, space)
     limits = (latency_limit(table, 1000.0),)
-    printed = " ".join("\n".join(latency_lines(limits, space, arch, DEVICE, [device])).split())
+    printed = " ".join("\n".join(measured_lines(limits, space, arch, DEVICE, [device])).split())
     predicted = " ".join(describe_predictions([predict_arch(DEVICE, known, space, arch)], 3).split())
     rows = predict_blocks(known, lower(space, arch))
     total_ms = known.network_ms + sum(row.latency_ms for row in rows)
