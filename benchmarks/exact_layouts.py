@@ -267,9 +267,11 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     titles = ["family, layouts", "way", "found nothing", "median gap", "largest gap", "median s", "longest s"]
     if options.write:
-        seeds = "" if options.seeds == 3 else f" --seeds {options.seeds}"
+        changed = {"seeds": options.seeds, "families": options.families}
+        default = {"seeds": 3, "families": len(FAMILIES)}
+        given = "".join(f" --{key} {value}" for key, value in changed.items() if value != default[key])
         text = (
-            f"## The exact solve over resolutions and widths\n\n`python benchmarks/exact_layouts.py{seeds} "
+            f"## The exact solve over resolutions and widths\n\n`python benchmarks/exact_layouts.py{given} "
             f"--write`, on one thread of {host.cpu_name()}; {TEXT}\n\n{markdown_table(titles, rows)}"
         )
         write_section(RESULTS, "exact_layouts", text)
