@@ -76,7 +76,9 @@ def family_lines(run: FamilyRun) -> Iterator[str]:
     shown = shown_layouts(run)
     for at in shown:
         entry = run.document["spaces"][at]
-        yield field(f"  {label_of(run, entry)}", layout_text(entry))
+        label, text = label_of(run, entry), layout_text(entry)
+        # with its widths, a layout is too long for the column of names
+        yield field("", f"{label}: {text}") if run.family.has_widths else field(f"  {label}", text)
     if rest := len(run.document["spaces"]) - len(shown):
         yield field("", f"{rest} other layouts have none of the best networks (family.json)")
 

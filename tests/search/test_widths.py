@@ -202,6 +202,7 @@ def test_the_run_is_one_in_the_space_of_the_chosen_layout(searched: tuple[Search
     explain(run)
     told = "\n".join(family_lines(run.family))
     assert f"{FAMILY.label_of(run.family.layout)}, of 12 of tiny" in told
+    assert f"{FAMILY.label_of(run.family.layout)}: trained at" in " ".join(told.split())
     page = write_report(folder).read_text(encoding="utf-8")
     assert "<th>channels</th>" in page
     assert "-".join(map(str, run.family.layout.channels)) in page
