@@ -81,7 +81,7 @@ def run_search(
     quadranet-mobile). With several input resolutions, `resolutions=[128, 160, 192, 224]` or a list in the
     file, the search chooses one of them too: the run is then one in the space at that resolution, and the
     others are in its family.json. So it does with `width_multipliers=[0.75, 1.0]`, multiples of each stage's
-    channels, or with lists of channels in the file; the weights are then shared. `budgets` maps devices, by
+    channels, or with lists of channels in the file, for shared weights alone. `budgets` maps devices, by
     name or as Device values, to latencies with units: `{"vpu": "30ms", "cpu": "20ms"}`;
     `max_params` and `max_macs` limit the network further ("2.5M"), and `max_energy` ("30mJ") its energy on
     each of the devices whose file states energies. A throughput device also takes "5000img/s". `data` is
@@ -146,8 +146,6 @@ def run_search(
         own = default_preset(kind_of(data), is_pretrained=pretrained is not None)
         config = SearchConfig.load(preset or own)
     config = config.override(settings | named(loss=loss, metric=metric))
-    if family.has_widths and settings.get("weights") is None and not former:
-        config = config.override({"weights": "shared"})  # the only ones that narrower networks have
     px = config.resolution_px or known.input.resolution_px
     if len(family) > 1:
         from qnas.search.sizes import check_sizes, least_trained_px

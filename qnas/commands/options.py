@@ -10,13 +10,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from qnas.commands import completion
 from qnas.common.errors import UsageError
 from qnas.common.progress import OnStderr
+
+Number = TypeVar("Number", int, float)
 
 # arguments with an option of another name
 OPTIONS = {
@@ -213,14 +215,7 @@ def whole_numbers(text: str | None, option: str) -> list[int] | None:
     >>> whole_numbers("128, 160", "--resolutions")
     [128, 160]
     """
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r:.60}: expected whole numbers: 128,160", param_hint=option
-        ) from None
+    return _listed(text, option, int, "whole numbers: 128,160")
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:
@@ -229,12 +224,19 @@ def numbers(text: str | None, option: str) -> list[float] | None:
     >>> numbers("0.75, 1", "--width-multipliers")
     [0.75, 1.0]
     """
+    return _listed(text, option, float, "numbers: 0.75,1")
+
+
+def _listed(
+    text: str | None, option: str, kind: Callable[[str], Number], expected: str
+) -> list[Number] | None:
+    """Return the parts of a list with commas as numbers, None without a list."""
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r:.60}: expected numbers: 0.75,1", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r:.60}: expected {expected}", param_hint=option) from None
 
 
 def show(content: Any, lines: Iterable[str], *, as_json: bool) -> None:

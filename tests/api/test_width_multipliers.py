@@ -37,7 +37,6 @@ def test_multipliers_make_widths_a_choice_and_are_recorded(file: Path, tmp_path:
     assert result.run.family.family.widths == ((8,), (16, 32))
     assert len(result.run.family.document["spaces"]) == 4
     assert result.config["width_multipliers"] == [1.0, 2.0]
-    assert result.config["search"]["weights"] == "shared"  # though it was not asked for
     assert "--width-multipliers 1,2" in search_command(result.config)
     assert result.latencies_ms["cortex-a76"] == qnas.predict(result, "cpu").latency_ms
     trained = qnas.train_subnet(result, data="digits", epochs=1, resolution_px=8)
