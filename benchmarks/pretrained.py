@@ -7,18 +7,20 @@ images are drawn, equally many of each class. The budget is half the latency of 
 at `--px`, by default that of its pretraining. Every arm has the same wall-clock time for what it trains:
 
 - searched: `qnas search --pretrained efficientnet-lite0` over resolutions from 4/7 to 6/7 of `--px`, and
-  `qnas train-subnet`, half of the time each;
-- searched, quadratic: the same in efficientnet-lite0-quadratic, which has quadratic candidates as well;
+  `qnas train-subnet`;
 - whole: EfficientNet-Lite0 itself, fine-tuned; it takes twice the budget;
 - smaller images: itself at the largest resolution (a multiple of 8) at which it is within the budget;
+- smaller images, quadratic: the same with a product of two convolutions in every block;
 - cut: at `--px`, its own kernels and blocks, with fewer hidden channels: of these, the network with the most
   MACs within the budget. Nobody searches;
 - from scratch: the searched network, with new weights and the recipe for photographs.
 
-Epochs are planned from some timed steps. What a search takes besides them shortens the training after it,
-and no other arm. While they train, networks are tested on every tenth test image, and afterwards on all of
-them. All arms of a seed have the same images. Each training is a line of results/pretrained.jsonl, so that a
-stopped run goes on. Nothing else may run on the machine meanwhile.
+Epochs are planned once for each question, with the first seed: nothing else may run on the machine until the
+plan is printed. Steps of the networks are timed in turn, and the first search is timed whole: what it takes
+besides its steps shortens the training after it, and no other arm. Later arms and seeds have the same epochs
+on any machine. While they train, networks are tested on one of TESTED test images, and afterwards on all of
+them. All arms of a seed have the same images. Plans and trainings are lines of results/pretrained.jsonl, so
+that a stopped run goes on.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,23 +60,24 @@ from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import solve
 from qnas.spaces.arch import Arch, arch_from_indices, make_arch
 from qnas.spaces.family import SpaceFamily, make_family
-from qnas.spaces.space import SearchSpace, load_space
+from qnas.spaces.space import Candidate, SearchSpace, load_space
 from qnas.training.loop import set_up_process
 from qnas.training.optimizer import make_optimizer, weight_step
-from qnas.training.scoring import classify
+from qnas.training.scoring import classify, images_at_once
 from qnas.training.supernet_weights import build_trained
 
 NETWORK, DEVICE = "efficientnet-lite0", "cpu"
-SPACES = {"searched": NETWORK, "searched, quadratic": f"{NETWORK}-quadratic"}
-ARMS = (*SPACES, "whole", "smaller images", "cut", "from scratch")
+QUADRATIC = f"{NETWORK}-quadratic"
+ARMS = ("searched", "whole", "smaller images", "smaller images, quadratic", "cut", "from scratch")
 BUDGET_SHARE = 0.5  # of the latency of the whole network
-SEARCH_SHARE = 0.5  # of the time of a searched network
-AFTER_STEPS = 1.25  # a search with its measurements and its ranking, in multiples of its steps
-PILOT_STEPS, WARM_UP_STEPS, BATCH = 6, 2, 64
+SEARCH_SHARE = 0.25  # of the time of a searched network, for the steps of its search
+PILOT_ROUNDS, PILOT_STEPS, WARM_UP_STEPS, BATCH = 3, 4, 2, 64
 PX_STEP = 8
 # the resolutions of a search: the lowest and the highest as shares of `--px`, and the step
 LOWEST, HIGHEST, RESOLUTION_STEP = 4 / 7, 6 / 7, 16
-TESTED = 10  # one of so many test images is tested on while networks train
+# of fewer images than these, the classifier learns alone at first: its own epochs are short then
+MANY_IMAGES = 20_000
+TESTED = 40  # one of so many test images is tested on while networks train
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,16 @@ class Question:
     px: int
     minutes: float
     threads: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The epochs of each arm: of its search, 0 for those without, and of its training."""
+
+    question: Question
+    epochs: Mapping[str, tuple[int, int]]
+    search_seconds: float  # the first search, whole
+    cpu: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,23 @@ class Answer:
     choices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Network:
+    """What an arm trains, and what it starts from."""
+
+    space: SearchSpace
+    arch: Arch
+    settings: Mapping[str, Any]
+    source: Any = None  # a finished search
+    searched: int = 0  # epochs
+    search_seconds: float = 0.0
+
+    @property
+    def latency_ms(self) -> float:
+        """The latency on the device."""
+        return latency_ms(self.space, self.arch)
+
+
 class Arms:
     """The arms of one question and seed; what has been trained is kept in folders of `work`."""
 
@@ -112,122 +143,145 @@ class Arms:
         low, high = (round(question.px * share / RESOLUTION_STEP) for share in (LOWEST, HIGHEST))
         self.resolutions = [RESOLUTION_STEP * number for number in range(low, high + 1)]
         self.space = space_at(NETWORK, question.px)
-        whole = own_arch(self.space, network_space(NETWORK))
-        self.whole, self.whole_ms = whole, latency_ms(self.space, whole)
-        self.budget_ms = BUDGET_SHARE * self.whole_ms
+        self.budget_ms = BUDGET_SHARE * Network(self.space, self.own(self.space), {}).latency_ms
 
-    def run(self, arm: str, searched: Answer | None) -> Answer:
-        """Train an arm from its start to its test accuracy; `searched` is the answer of the first one."""
-        if arm in SPACES:
-            return self._searched(arm)
+    def own(self, space: SearchSpace) -> Arch:
+        """Return the whole network in a space around it."""
+        return own_arch(space, network_space(NETWORK))
+
+    def plan(self, searched: Network) -> Plan:
+        """Plan the epochs of all arms by steps of their networks, which take turns."""
+        networks = {arm: self.network(arm, searched) for arm in ARMS}
+        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(PILOT_ROUNDS):
+            for arm, network in networks.items():
+                times[arm].append(epoch_seconds(network.space, network.arch, self.question.images))
+        epochs = {}
+        for arm, network in networks.items():
+            left = 60 * self.question.minutes - network.search_seconds
+            epochs[arm] = network.searched, max(1, round(left / statistics.median(times[arm])))
+        return Plan(self.question, epochs, searched.search_seconds, host.cpu_name())
+
+    def network(self, arm: str, searched: Network | None) -> Network:
+        """Return what an arm trains; `searched` is that of the first arm."""
+        if arm == "searched":
+            assert searched is not None
+            return searched
         if arm == "from scratch":
             assert searched is not None, "the arm `searched` comes first"
-            return self._trained(arm, self.space, make_arch(self.space, searched.choices), recipe="photos")
-        own = {
-            "whole": lambda: (self.space, self.whole),
-            "smaller images": self._smaller,
-            "cut": lambda: (self.space, cut_arch(self.space, self.whole, self.limits(self.space))),
-        }
-        return self._trained(arm, *own[arm](), pretrained=NETWORK)
+            return Network(searched.space, searched.arch, {"recipe": "photos"})
+        start = {"pretrained": NETWORK} | self._head_first()
+        if arm == "cut":
+            limits = self.limits(self.space)
+            return Network(self.space, cut_arch(self.space, self.own(self.space), limits), start)
+        if arm == "smaller images":
+            return self._largest_within(NETWORK, self.own, start)
+        if arm == "smaller images, quadratic":
+            return self._largest_within(QUADRATIC, lambda space: as_products(space, self.own(space)), start)
+        assert arm == "whole", arm
+        return Network(self.space, self.own(self.space), start)
+
+    def _head_first(self) -> dict[str, Any]:
+        return {"head_epochs": 0} if self.question.images >= MANY_IMAGES else {}
 
     def limits(self, space: SearchSpace) -> Limits:
         """Return the limit on the latency."""
         return (latency_limit(compute_table(load_device(DEVICE), space), self.budget_ms),)
 
-    def _smaller(self) -> tuple[SearchSpace, Arch]:
+    def _largest_within(
+        self, name: str, arch_in: Callable[[SearchSpace], Arch], settings: dict[str, Any]
+    ) -> Network:
         px = self.question.px
-        while latency_ms(space_at(NETWORK, px), self.whole) > self.budget_ms:
+        while True:
+            space = space_at(name, px)
+            network = Network(space, arch_in(space), settings)
+            if network.latency_ms <= self.budget_ms:
+                return network
             px -= PX_STEP
-        return space_at(NETWORK, px), self.whole
 
-    def _searched(self, arm: str) -> Answer:
-        question, folder = self.question, self.work / arm.replace(", ", "-")
-        space = space_at(SPACES[arm], question.px)
-        start = time.monotonic()
+    def search(self, epochs: int | None) -> Network:
+        """Search for this many epochs, or by the share of the time that searches have."""
+        question = self.question
         settings: dict[str, Any] = {"resolution_px": max(self.resolutions), "seed": self.seed}
-        epochs = self._search_epochs(make_family(space, self.resolutions), settings)
+        if epochs is None:
+            epochs = self._search_epochs(make_family(self.space, self.resolutions), settings)
+        start = time.monotonic()
         found = qnas.run_search(
-            space,
+            self.space,
             resolutions=self.resolutions,
             budgets={DEVICE: f"{self.budget_ms}ms"},
             data=self.data,
             pretrained=NETWORK,
-            out=folder,
+            out=self.work / "searched",
             force=True,
             random_networks=0,
             threads=question.threads,
-            warmup_epochs=epochs - epochs // 2,
-            search_epochs=max(1, epochs // 2),
+            warmup_epochs=epochs - 1,
+            search_epochs=1,
+            head_epochs=0 if question.images >= MANY_IMAGES else epochs // 3,
             **settings,
         )
-        spent = time.monotonic() - start
-        return self._trained(arm, found.space, found.arch, source=found, spent=spent, searched=epochs)
+        weights = {"weights": "supernet"} | self._head_first()
+        return Network(found.space, found.arch, weights, found, epochs, time.monotonic() - start)
 
     def _search_epochs(self, family: SpaceFamily, settings: dict[str, Any]) -> int:
-        """Return the epochs of a search that take its share of the time, by some steps of both phases."""
-        config = SearchConfig.load("pretrained").override(settings | {"warmup_epochs": 0})
+        """Return the epochs of a search that take its share of the time, by some of its steps."""
+        config = SearchConfig.load("pretrained").override(
+            settings | {"warmup_epochs": 1, "search_epochs": 1, "head_epochs": 0}
+        )
         data = qnas_images(self.data, family.largest)
         search = FamilySearch(family, self.limits, layouts_within(family, self.limits))
         limits = mean_limits([each.limits for each in search.within])
         network = load_pretrained(NETWORK)
         searcher = Searcher(family.largest, limits, data, config, family=search, pretrained=network)
-        steps = config.arch_every * PILOT_STEPS
-        for _ in range(config.arch_every):
+        for _ in range(WARM_UP_STEPS):
             searcher.step()
+        steps = PILOT_ROUNDS * PILOT_STEPS
         start = time.monotonic()
         for _ in range(steps):
             searcher.step()
         of_epoch = (time.monotonic() - start) / steps * searcher.schedule.steps_per_epoch
-        share = 60 * self.question.minutes * SEARCH_SHARE / AFTER_STEPS
-        return max(2, round(share / of_epoch))
+        return max(1, round(60 * self.question.minutes * SEARCH_SHARE / of_epoch))
 
-    def _trained(
-        self,
-        arm: str,
-        space: SearchSpace,
-        arch: Arch,
-        *,
-        source: Any = None,
-        spent: float = 0.0,
-        searched: int = 0,
-        **settings: Any,
-    ) -> Answer:
-        """Train a network in the time that is left."""
-        question, px = self.question, space.input.resolution_px
+    def train(self, arm: str, network: Network, epochs: int) -> Answer:
+        """Train a network, and return its accuracy on all test images."""
+        px = network.space.input.resolution_px
         start = time.monotonic()
-        left = 60 * question.minutes - spent
-        epochs = max(2, int(left / epoch_seconds(space, arch, question.images)))
         trained = qnas.train_subnet(
-            source or (space, arch),
+            network.source or (network.space, network.arch),
             data=self.data,
-            out=self.work / f"{arm.replace(', ', '-')}-trained",
+            out=self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-trained",
             force=True,
             epochs=epochs,
             resolution_px=px,
             seed=self.seed,
-            threads=question.threads,
-            **({"weights": "supernet"} if source is not None else {}),
-            **settings,
+            threads=self.question.threads,
+            **network.settings,
         )
-        seconds = spent + time.monotonic() - start
+        seconds = network.search_seconds + time.monotonic() - start
         answer = Answer(
-            question,
+            self.question,
             arm,
             self.seed,
             test_accuracy(trained.folder, self.full),
-            latency_ms(space, arch),
+            network.latency_ms,
             px,
-            int(count_limit(space, "macs", 1e12).amount(arch.indices(space))),
-            (searched, epochs),
+            int(count_limit(network.space, "macs", 1e12).amount(network.arch.indices(network.space))),
+            (network.searched, epochs),
             seconds,
-            arch.choices,
+            network.arch.choices,
         )
         print(
-            f"seed {self.seed}, {arm}: {trained.accuracy:.2%}, {answer.latency_ms:.2f} ms, "
-            f"{searched} + {epochs} epochs, {seconds / 60:.1f} min",
+            f"seed {self.seed}, {arm}: {answer.accuracy:.2%}, {answer.latency_ms:.2f} ms at {px} px, "
+            f"{network.searched} + {epochs} epochs, {seconds / 60:.1f} min",
             flush=True,
         )
         return answer
+
+    def searched_before(self, answer: Answer) -> Network:
+        """Return the network that an earlier run searched for and trained."""
+        space = space_at(NETWORK, answer.px)
+        return Network(space, make_arch(space, answer.choices), {})
 
 
 def space_at(name: str, px: int) -> SearchSpace:
@@ -239,6 +293,15 @@ def space_at(name: str, px: int) -> SearchSpace:
 def latency_ms(space: SearchSpace, arch: Arch) -> float:
     """Return a network's latency on the device."""
     return compute_table(load_device(DEVICE), space).latency_ms(arch.indices(space))
+
+
+def as_products(space: SearchSpace, whole: Arch) -> Arch:
+    """Return a network with a product of two convolutions in place of each depthwise convolution."""
+    found = []
+    for position, name in zip(space.positions, whole.choices, strict=True):
+        parameters = position.candidate(name).parameters | {"neuron": "factored"}
+        found.append(Candidate(block=position.candidate(name).block, **parameters).name)
+    return make_arch(space, tuple(found))
 
 
 def cut_arch(space: SearchSpace, whole: Arch, limits: Limits) -> Arch:
@@ -302,41 +365,48 @@ def test_accuracy(folder: Path, data: Path) -> float:
     found = find_arch(folder)
     images = qnas_images(f"imagefolder:{data}", found.space)
     network = build_trained(found, len(images.classes))
-    return classify(network, batches(images.test, 256, device=torch.device("cpu"))).score.accuracy
+    device = torch.device("cpu")
+    at_once = images_at_once(images.test, device)
+    return classify(network, batches(images.test, at_once, device=device)).score.accuracy
 
 
 class Answers:
-    """The lines of a file of results."""
+    """The lines of a file of results: plans and answers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def all(self) -> list[Answer]:
-        """Return what has been trained so far."""
+    def _lines(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return [line | {"question": Question(**line["question"])} for line in lines]
+
+    def all(self) -> list[Answer]:
+        """Return what has been trained so far."""
         return [
-            Answer(
-                **{
-                    **line,
-                    "question": Question(**line["question"]),
-                    "epochs": tuple(line["epochs"]),
-                    "choices": tuple(line["choices"]),
-                }
-            )
-            for line in lines
+            Answer(**line | {"epochs": tuple(line["epochs"]), "choices": tuple(line["choices"])})
+            for line in self._lines()
+            if "arm" in line
         ]
+
+    def plan(self, question: Question) -> Plan | None:
+        """Return the plan of a question, None if there is none yet."""
+        plans = [line for line in self._lines() if "arm" not in line and line["question"] == question]
+        if not plans:
+            return None
+        epochs = {arm: (searched, trained) for arm, (searched, trained) in plans[0]["epochs"].items()}
+        return Plan(**plans[0] | {"epochs": epochs})
 
     def find(self, question: Question, arm: str, seed: int) -> Answer | None:
         """Return an answer, None if it is not there."""
         wanted = question, arm, seed
         return next((a for a in self.all() if (a.question, a.arm, a.seed) == wanted), None)
 
-    def add(self, answer: Answer) -> None:
-        """Write an answer."""
+    def add(self, line: Answer | Plan) -> None:
+        """Write a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(answer)) + "\n")
+            file.write(json.dumps(asdict(line)) + "\n")
 
 
 def describe(question: Question, answers: list[Answer]) -> str:
@@ -373,7 +443,7 @@ def describe(question: Question, answers: list[Answer]) -> str:
         "MACs, M",
         "px",
         "epochs",
-        "minutes",
+        "minutes taken",
     ]
     table = markdown_table(titles, rows)
     options = f"--images {question.images} --minutes {question.minutes:g} --px {question.px}"
@@ -382,6 +452,27 @@ def describe(question: Question, answers: list[Answer]) -> str:
         f"### {question.images:,} training images, {question.minutes:g} minutes each\n\n"
         f"`{command}`, seeds {', '.join(map(str, seeds))}, {host.cpu_name()}.\n\n{table}"
     )
+
+
+def answer_arms(arms: Arms, wanted: Sequence[str], kept: Answers) -> None:
+    """Train the arms of a seed that have not been trained yet; the first one plans them all."""
+    question, seed = arms.question, arms.seed
+    plan = kept.plan(question)
+    before = kept.find(question, ARMS[0], seed)
+    if before is not None:
+        searched = arms.searched_before(before)
+    elif ARMS[0] in wanted:
+        searched = arms.search(None if plan is None else plan.epochs[ARMS[0]][0])
+    else:
+        searched = None
+    if plan is None:
+        assert searched is not None, "the arm `searched` comes first"
+        plan = arms.plan(searched)
+        kept.add(plan)
+        print(f"epochs of search and training: {dict(plan.epochs)}", flush=True)
+    for arm in wanted:
+        if kept.find(question, arm, seed) is None:
+            kept.add(arms.train(arm, arms.network(arm, searched), plan.epochs[arm][1]))
 
 
 def main() -> None:
@@ -403,11 +494,7 @@ def main() -> None:
     kept = Answers(options.out / "pretrained.jsonl")
     for seed in options.seeds:
         work = options.work / f"{question.images}-{question.minutes:g}-{question.px}-{seed}"
-        arms = Arms(question, seed, options.data, work)
-        for arm in options.arms:
-            searched = kept.find(question, ARMS[0], seed)
-            if kept.find(question, arm, seed) is None:
-                kept.add(arms.run(arm, searched))
+        answer_arms(Arms(question, seed, options.data, work), options.arms, kept)
     answers = kept.all()
     questions = list(dict.fromkeys(answer.question for answer in answers))
     text = "\n\n".join(describe(each, answers) for each in questions)

@@ -1,31 +1,37 @@
 """Effects of candidates by one change at a time, around the one network that a search has trained.
 
 Where weight steps train the whole network alone (`search.weight_steps`), networks drawn near the budget are
-far from what was trained: all are poor, and their losses say little about single candidates. Here the trained
-network is changed at one position at a time, and the difference of the losses on the same images is the
-candidate's effect. Blocks are left out from the end of a stage, one more at a time, since a stage's first
-block is worth most (`spaces.block_order`). What a layout adds is measured with the trained network itself, at
-each layout within the limits.
+far from what was trained: all are poor, and their losses say little about single candidates. Here the
+trained network is changed at one position at a time, and the difference of the losses on the same images is
+the candidate's effect. Blocks are left out from the end of a stage, one more at a time, since a stage's
+first block is worth most (`spaces.block_order`). What a layout adds is measured with the trained network
+itself, at each layout within the limits.
 
 A change of several sizes, such as kernel and expansion, counts as the sum of the changes of one size each,
 so that few are measured, on more images. Differences on some hundred images are noisy, and the solver picks
-those that look best. So what is known beforehand is imposed: nothing that was not trained is better than what
-was, and a smaller size costs no less than a larger one that is still below the network's own.
+those that look best. So what is known beforehand counts as well: smaller networks are worse
+(`search.smaller`), nothing that was not trained is better than what was, and a smaller size costs no less
+than a larger one that is still below the network's own.
 
 Effects add up for the solver, which overstates or understates what several changes do together. A few
 networks drawn near the budget tell how well the sums predict their losses.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import numpy as np
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from qnas.search.effects import TIE, Effects, Losses
+from qnas.search.smaller import Floats, assumed_costs, errors_of, expected_costs
 from qnas.solver.solve import CandidateIndices
+from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first, runs_of
+from qnas.spaces.lower import count_macs, lower
 from qnas.spaces.space import Candidate, Position, SearchSpace
 
 BATCHES = 4  # of images, at most, that each change is measured on
@@ -113,22 +119,25 @@ def measure_changes(
     """
     exchanged, shortened = changes_of(space, whole)
     networks = [whole, *(c.network for c in exchanged), *(c.network for row in shortened for c in row)]
-    found = dict(zip(networks, mean_losses(networks, losses, images_and_labels, on_measured), strict=True))
-    base, labels = found[whole], block_labels(space)
+    found = dict(zip(networks, image_losses(networks, losses, images_and_labels, on_measured), strict=True))
+    labels = block_labels(space)
     measured: list[dict[int, float]] = [{} for _ in space.positions]
+    of_kind: dict[str, list[Change]] = {}
     for change in exchanged:
-        measured[change.position][change.candidate] = found[change.network] - base
+        of_kind.setdefault(_kind_of_change(space, whole, change), []).append(change)
+    for changes in of_kind.values():
+        costs = _costs_between(space, [(whole, change.network) for change in changes], found)
+        for change, cost in zip(changes, costs, strict=True):
+            measured[change.position][change.candidate] = cost
     nats = [
-        costs_of(position, own, costs, row)
-        for position, own, costs, row in zip(space.positions, whole, measured, labels, strict=True)
+        costs_of(position, own, of_position, row)
+        for position, own, of_position, row in zip(space.positions, whole, measured, labels, strict=True)
     ]
+    pairs = [pair for row in shortened for pair in pairwise((whole, *(change.network for change in row)))]
+    of_blocks = iter(_costs_between(space, pairs, found))
     for row in shortened:
-        before, costs = base, []
-        for change in row:
-            costs.append(found[change.network] - before)
-            before = found[change.network]
         # from the last block to the first, each is worth no less than the one behind it
-        rising = np.maximum(isotonic_regression(costs), 0) if costs else []
+        rising = isotonic_regression(list(islice(of_blocks, len(row)))) if row else []
         for place, (change, cost) in enumerate(zip(row, rising, strict=True)):
             nats[change.position][change.candidate] = float(cost) + TIE * (place + 1)
     # by convention, candidates without layers have 0
@@ -140,11 +149,45 @@ def measure_changes(
     explained = 0.0
     if checked:
         checked = [place_blocks_first(labels, network) for network in checked]
-        true = np.array(mean_losses(checked, losses, images_and_labels[:1], on_measured))
+        true = image_losses(checked, losses, images_and_labels[:1], on_measured).mean(1)
         sums = np.array([sum(row[i] for row, i in zip(scores, n, strict=True)) for n in checked])
         left = (true - true.mean()) - (sums - sums.mean())
         explained = max(0.0, 1 - float(left @ left) / max(float(np.var(true) * len(true)), 1e-30))
     return Effects(scores, explained, len(networks) + len(checked))
+
+
+def _kind_of_change(space: SearchSpace, whole: CandidateIndices, change: Change) -> str:
+    """Return the size that a change is of; changes of another kind of block are one kind."""
+    candidates = space.positions[change.position].candidates
+    differing = differing_sizes(candidates[whole[change.position]], candidates[change.candidate])
+    return " ".join(differing)
+
+
+def _costs_between(
+    space: SearchSpace,
+    pairs: Sequence[tuple[CandidateIndices, CandidateIndices]],
+    found: Mapping[CandidateIndices, Floats],
+) -> list[float]:
+    """Return the nats that the second network of each pair costs beside the first, by losses of images.
+
+    The pairs are changes of one kind. One that saves no MACs costs what was measured, and no less than zero.
+    """
+    if not pairs:
+        return []
+    log_macs = {
+        network: math.log(count_macs(lower(space, arch_from_indices(space, network))))
+        for network in {network for pair in pairs for network in pair}
+    }
+    saved = np.array([log_macs[first] - log_macs[last] for first, last in pairs])
+    differences = np.stack([found[last] - found[first] for first, last in pairs])
+    measured, errors, smaller = differences.mean(1), errors_of(differences), saved > 0
+    loss = float(np.mean([found[first].mean() for first, _ in pairs]))
+    costs = np.maximum(measured, 0.0)
+    if smaller.any():
+        least = max(0.0, float(measured[smaller].mean()))
+        means = np.maximum(assumed_costs(loss, saved[smaller]), least)
+        costs[smaller] = expected_costs(measured[smaller], errors[smaller], means)
+    return [float(cost) for cost in costs]
 
 
 def costs_of(
@@ -173,18 +216,18 @@ def costs_of(
     ]
 
 
-def mean_losses(
+def image_losses(
     networks: Sequence[CandidateIndices],
     losses: Losses,
     images_and_labels: Sequence[tuple[Tensor, Tensor]],
     on_measured: Callable[[int], None] = lambda _: None,
-) -> list[float]:
-    """Return the mean loss of each network on all batches."""
-    total = np.zeros(len(networks))
-    count = 0
+) -> Floats:
+    """Return the loss of each network on each image of all batches, (networks, images)."""
+    parts = []
     for images, labels in images_and_labels:
-        for at, network in enumerate(networks):
-            total[at] += float(losses([network], images, labels).sum())
+        rows = []
+        for network in networks:
+            rows.append(losses([network], images, labels)[0].double().numpy())
             on_measured(1)
-        count += len(labels)
-    return [float(value) for value in total / count]
+        parts.append(np.stack(rows))
+    return np.concatenate(parts, axis=1)

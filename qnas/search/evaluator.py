@@ -24,7 +24,7 @@ from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.space import SearchSpace
 from qnas.training.acceleration import choose_acceleration
 from qnas.training.losses import LossFunction, Objective, saved_objective
-from qnas.training.scoring import Classified, batch_statistics, classify, recalibrate_on
+from qnas.training.scoring import Classified, batch_statistics, classify, images_at_once, recalibrate_on
 from qnas.training.supernet_weights import load_inherited
 
 
@@ -40,9 +40,13 @@ class Evaluator:
 
     def at_size(self, px: int) -> "Evaluator":
         """Return the evaluator whose networks see the same images at another size."""
+        last: tuple[Tensor, Tensor] | None = None  # many networks are measured on the same images
 
         def losses(networks: Sequence[CandidateIndices], images: Tensor, labels: Tensor) -> Tensor:
-            return self.losses(networks, resize(images, px), labels)
+            nonlocal last
+            if last is None or last[0] is not images:
+                last = images, resize(images, px)
+            return self.losses(networks, last[1], labels)
 
         return replace(self, build=lambda arch: Resized(self.build(arch), px), losses=losses)
 
@@ -50,7 +54,8 @@ class Evaluator:
         """Classify the images of a split with a network whose batch norms are measured on training images."""
         network = self.build(arch).to(self.device).eval()
         recalibrate_on(network, self.data.train, self.device)
-        return classify(network, batches(split, 256, device=self.device), self.objective.ranking_loss)
+        images = batches(split, images_at_once(split, self.device), device=self.device)
+        return classify(network, images, self.objective.ranking_loss)
 
 
 def evaluator_of(state: SearchState) -> Evaluator:

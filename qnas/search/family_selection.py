@@ -12,6 +12,7 @@ and widths get the numbers at which the best networks of all layouts score alike
 these numbers can, and the images decide.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -24,7 +25,7 @@ from qnas.common.progress import Display, silent
 from qnas.data.image_data import ImageData
 from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
-from qnas.search.ablation import mean_losses
+from qnas.search.ablation import image_losses
 from qnas.search.diversity import choose_diverse
 from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
 from qnas.search.evaluator import Evaluator, evaluator_of
@@ -43,13 +44,14 @@ from qnas.search.selection import (
     supernet_of,
     trained_px_of,
 )
+from qnas.search.smaller import expected_losses
 from qnas.search.state import SearchState
 from qnas.solver.layouts import FamilyNetwork, FamilyScores, FamilySolutions, solve_family
 from qnas.solver.solve import CandidateIndices, Scores, Solution, solve
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first
 from qnas.spaces.family import Layout
-from qnas.spaces.lower import count_params, lower
+from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
 from qnas.training.losses import LossFunction
@@ -153,11 +155,13 @@ def _effects_of_changes(
     if effects is None:
         return None
     whole, batches = whole_network(problem), measured_batches(problem, evaluators[at.layout])
-    nats = {
-        each.layout: mean_losses([whole], evaluators[each.layout].losses, batches, on_measured)[0]
-        for each in problem.layouts
-    }
-    return effects, fit_layout_numbers(nats)
+    losses, log_macs = [], []
+    for each in problem.layouts:
+        losses += list(image_losses([whole], evaluators[each.layout].losses, batches, on_measured))
+        log_macs.append(math.log(count_macs(lower(each.space, arch_from_indices(each.space, whole)))))
+    nats = expected_losses(np.stack(losses), np.array(log_macs)).tolist()
+    layouts = [each.layout for each in problem.layouts]
+    return effects, fit_layout_numbers(dict(zip(layouts, nats, strict=True)))
 
 
 def measure_family_effects(

@@ -57,10 +57,16 @@ from qnas.training.optimizer import (
 from qnas.training.processes import ALONE, World
 from qnas.training.recipe import Recipe, TrainConfig
 from qnas.training.saved_state import check_form, check_optimizer, check_unchanged
-from qnas.training.scoring import Classified, Score, classify, prediction_tensors, recalibrate_on
+from qnas.training.scoring import (
+    Classified,
+    Score,
+    classify,
+    images_at_once,
+    prediction_tensors,
+    recalibrate_on,
+)
 from qnas.training.supernet_weights import inherit, inherit_finalist
 
-TESTED_BATCH = 64  # test images at once; more would take gigabytes at 224 px
 SAMPLE_IMAGES = 16  # test images that are kept for checking an export
 REMEDY = (
     "A smaller `learning_rate`, more `warmup_epochs`, a smaller `gradient_clip` or `linear_start=True` (with "
@@ -229,7 +235,8 @@ class SubnetTrainer:
     def test(self) -> Classified:
         """Classify the test images, at the size of the last step."""
         self.result.eval()
-        images = batches(self.test_split, TESTED_BATCH, device=self.acceleration.device)
+        split, device = self.test_split, self.acceleration.device
+        images = batches(split, images_at_once(split, device), device=device)
         return classify(self.result, images, self.objective.ranking_loss)
 
     def summary(self, row: Mapping[str, float]) -> str:

@@ -14,16 +14,18 @@ from qnas.data.sources import parse_data_spec
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.nn.pretrained.derivation import derived_space, own_arch
-from qnas.search.ablation import changes_of, costs_of, count_changes, measure_changes
+from qnas.search.ablation import changes_of, costs_of, count_changes, image_losses, measure_changes
 from qnas.search.evaluator import evaluator_of
 from qnas.search.family_selection import select_of_family
 from qnas.search.problem import FamilySearch
 from qnas.search.searcher import Searcher
 from qnas.search.selection import effects_of, measured_batches, select
+from qnas.search.smaller import expected_losses
 from qnas.solver.layouts import layouts_within, mean_limits
 from qnas.solver.limits import Limits, latency_limit
+from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.family import make_family
-from qnas.spaces.lower import smallest_and_largest
+from qnas.spaces.lower import count_macs, lower, smallest_and_largest
 from qnas.spaces.space import SearchSpace, parse_space
 
 SPACE = parse_space(TINY_SPACE.replace("positions: 2", "positions: 3"), "t")
@@ -81,6 +83,25 @@ def test_effects_are_the_differences_to_the_trained_network() -> None:
     # the losses are sums, so the effects explain all of them
     assert found.explained == pytest.approx(1.0, abs=1e-4)
     assert measure_changes(SPACE, WHOLE, known_losses, BATCHES).explained == 0  # type: ignore[arg-type]
+
+
+def test_a_smaller_block_is_not_free_because_it_looks_so() -> None:
+    rng = np.random.default_rng(0)
+    noise: dict[tuple[int, ...], Tensor] = {}
+
+    def noisy(networks: list[tuple[int, ...]], images: Tensor, labels: Tensor) -> Tensor:
+        rows = [
+            noise.setdefault(network, torch.from_numpy(rng.normal(1, 0.3, len(labels))))
+            for network in networks
+        ]
+        return torch.stack(rows)
+
+    batch = torch.zeros(64, 3, 8, 8), torch.zeros(64).long()
+    found = measure_changes(SPACE, WHOLE, noisy, [batch])  # type: ignore[arg-type]
+    exchanged, shortened = changes_of(SPACE, WHOLE)
+    for change in (*exchanged, *(change for row in shortened for change in row)):
+        row, own = found.nats[change.position], WHOLE[change.position]
+        assert row[change.candidate] - row[own] > 1e-4
 
 
 def test_a_block_further_back_is_worth_no_more() -> None:
@@ -178,9 +199,13 @@ def test_layouts_are_measured_with_the_whole_network(digits: ImageData) -> None:
     px = {each.layout.resolution_px: each for each in searcher.problem.layouts}
     whole = own_arch(family.largest, network.space).indices(family.largest)
     batches = measured_batches(searcher.problem, evaluator_of(searcher.state))
-    losses = {
-        size: float(evaluator_of(searcher.state.at(px[size].layout)).losses([whole], *batches[0]).mean())
-        for size in px
-    }
+    losses, log_macs = [], []
+    for size in (24, 32):
+        own = searcher.state.at(px[size].layout)
+        losses += list(image_losses([whole], evaluator_of(own).losses, batches))
+        arch = arch_from_indices(own.problem.space, whole)
+        log_macs.append(np.log(count_macs(lower(own.problem.space, arch))))
+    small, large = expected_losses(np.stack(losses), np.array(log_macs))
+    assert small > large
     difference = found.scores.resolutions[24] - found.scores.resolutions[32]
-    assert difference == pytest.approx(losses[32] - losses[24], abs=1e-5)
+    assert difference == pytest.approx(large - small, abs=1e-5)

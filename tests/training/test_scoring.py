@@ -3,7 +3,18 @@ import torch
 from helpers.pretrained import built, tiny_network
 from torch import nn
 
-from qnas.training.scoring import recalibrate
+from qnas.data.image_data import Split
+from qnas.training.scoring import images_at_once, recalibrate
+
+
+@pytest.mark.parametrize(
+    ("px", "on_cpu"), [(28, 256), (64, 128), (96, 64), (128, 32), (160, 32), (224, 16), (512, 16)]
+)
+def test_large_images_are_classified_fewer_at_once_on_a_cpu(px: int, on_cpu: int) -> None:
+    images = torch.zeros(1, 3, px, px, dtype=torch.uint8)
+    split = Split("test", images, torch.zeros(1, dtype=torch.int64), (0.5,) * 3, (0.5,) * 3, flip=False)
+    assert images_at_once(split, torch.device("cpu")) == on_cpu
+    assert images_at_once(split, torch.device("cuda")) == 256
 
 
 @torch.no_grad()
