@@ -161,6 +161,7 @@ def run_search(
     from qnas.api import session
     from qnas.nn.pretrained.catalogue import load_pretrained
     from qnas.search.finalists import finalist_recipe, finalist_training
+    from qnas.search.paths import left_untrained
     from qnas.search.search_result import follow_search
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
@@ -201,6 +202,13 @@ def run_search(
             warnings.warn(
                 f"architecture steps take {arch_batch} images, not {batch_size}: there are "
                 f"{len(images.heldout)} held-out images",
+                QnasWarning,
+                stacklevel=2,
+            )
+        if config.weight_steps == "whole" and (untrained := left_untrained(searcher.problem)):
+            warnings.warn(
+                f"weight steps of the whole network train no {' or '.join(untrained)} blocks, so such "
+                "blocks are hardly ever chosen; `weight_steps=path` trains them too",
                 QnasWarning,
                 stacklevel=2,
             )

@@ -29,7 +29,7 @@ from qnas.nn.pretrained.derivation import own_indices
 from qnas.nn.supernet import LimitTensors
 from qnas.search.problem import Problem
 from qnas.solver.distributions import levelled, max_entropy_strengths
-from qnas.solver.kinds import kinds_of
+from qnas.solver.kinds import kinds_of, names_of
 from qnas.solver.solve import CandidateIndices
 from qnas.spaces.block_order import block_labels, take_first_places
 from qnas.spaces.lower import Slot, count_macs, fill, skeleton, smallest_and_largest
@@ -124,6 +124,13 @@ def whole_network(problem: Problem) -> CandidateIndices:
     if own and None not in own:
         return tuple(place for place in own if place is not None)
     return smallest_and_largest(space)[1].indices(space)
+
+
+def left_untrained(problem: Problem) -> tuple[str, ...]:
+    """Return the kinds of blocks that weight steps of the whole network train at none of their positions."""
+    kinds = kinds_of(problem.space)
+    trained = {row[i] for row, i in zip(kinds, whole_network(problem), strict=True)}
+    return tuple(name for name in names_of(kinds) if name not in trained)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from helpers.tiny import FEW
 
 import qnas
 from qnas.api import searching
-from qnas.common.errors import CheckpointError, Interrupted, UsageError
+from qnas.common.errors import CheckpointError, Interrupted, QnasWarning, UsageError
 from qnas.common.progress import Report
 from qnas.nn.pretrained import catalogue
 from qnas.nn.pretrained.derivation import derived_space, own_arch
@@ -110,6 +110,24 @@ def test_a_search_that_goes_on_needs_the_same_weights(
     (tmp_path / "run/arch.json").unlink()
     with pytest.raises(CheckpointError, match="sha256"):
         qnas.run_search(out=tmp_path / "run", resume=True)
+
+
+def test_blocks_that_stay_untrained_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    network = tiny_network()
+    know(monkeypatch, network)
+    products = derived_space(network.space, quadratic=True)
+
+    def stop(report: Report) -> None:
+        raise KeyboardInterrupt
+
+    for steps, is_named in (("whole", True), ("path", False)):
+        recwarn.clear()
+        with pytest.raises((Interrupted, KeyboardInterrupt)):
+            search(tmp_path / steps, space=products, weight_steps=steps, progress=stop)
+        found = [str(each.message) for each in recwarn if issubclass(each.category, QnasWarning)]
+        assert any("train no mbconv_factored blocks" in text for text in found) == is_named, found
 
 
 def test_another_space_must_fit(tmp_path: Path) -> None:
