@@ -1,0 +1,143 @@
+"""Families of blocks and pretrained networks in benchmarks/, without their trainings."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.places import ROOT
+
+from qnas.nn.pretrained.catalogue import network_space
+from qnas.nn.pretrained.derivation import own_arch
+from qnas.solver.kinds import kinds_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
+
+import pretrained  # type: ignore[import-not-found]
+import union_quality as union  # type: ignore[import-not-found]
+from experiments import WINDOW  # type: ignore[import-not-found]
+
+QUESTION = pretrained.Question(images=40, px=224, minutes=1.0, threads=1)
+
+# ---- families of blocks
+
+
+def test_families_have_the_candidates_of_their_kinds_and_the_union_has_all() -> None:
+    kinds = set(kinds_of(union.union())[0])
+    assert set(kinds_of(union.family_of("inverted"))[0]) == {"mbconv", ""}
+    assert set(kinds_of(union.family_of("quadratic"))[0]) == kinds - {"mbconv", "quadra_linear"}
+    for family in union.RANDOM:
+        assert union.family_of(family).stages == union.union().stages
+    assert union.family_of("inverted").digest != union.union().digest
+
+
+def test_random_networks_of_a_family_take_the_budget_in_the_union() -> None:
+    task = union.Task("cpu", 0.15, "digits")
+    table = union.table_of("cpu")
+    for family, count in union.RANDOM.items():
+        found = union.random_networks(task, family)
+        assert len(set(found)) == count
+        for arch in found:
+            latency_ms = table.latency_ms(arch.indices(union.union()))
+            assert WINDOW * task.budget_ms <= latency_ms <= task.budget_ms * (1 + 1e-9)
+            if family == "inverted":
+                assert all(name.startswith("mbconv") or name == "identity" for name in arch.choices)
+
+
+def test_other_devices_have_one_budget_on_the_first_data() -> None:
+    tasks = union.tasks_of(["cpu", "gpu"], ["a", "b"], [0.1, 0.2])
+    assert [(task.device, task.data, task.share) for task in tasks] == [
+        ("cpu", "a", 0.1),
+        ("cpu", "a", 0.2),
+        ("cpu", "b", 0.1),
+        ("cpu", "b", 0.2),
+        ("gpu", "a", 0.1),
+    ]
+
+
+def test_a_searched_network_of_the_usual_layout_is_one_of_the_union() -> None:
+    inverted = union.family_of("inverted")
+    row = {"of_space": inverted.to_yaml(), "choices": [p.names[0] for p in inverted.positions]}
+    space, arch = union.network_of(row)
+    assert space is union.union()
+    assert list(arch.choices) == row["choices"]
+    stages = tuple(stage.model_copy(update={"channels": stage.channels + 8}) for stage in inverted.stages)
+    wider = inverted.model_copy(update={"stages": stages})
+    space, _ = union.network_of(row | {"of_space": wider.to_yaml()})
+    assert [stage.channels for stage in space.stages] == [24, 40, 72]
+
+
+def test_gains_are_over_random_networks_of_the_union() -> None:
+    def of(kind: str, accuracy: float) -> object:
+        return union.Outcome(kind, accuracy, 1.0, 10**6, 10**3)
+
+    task = union.Task("cpu", 0.15, "digits:x")
+    found = [of("random union", 0.5), of("random union", 0.6), of("random inverted", 0.4)]
+    found += [of("searched union", 0.58), of("searched union", 0.62)]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in union.describe(task, found).splitlines()
+    ]
+    by_kind = {row[0]: row for row in lines if row}
+    assert by_kind["random union"][1:5] == ["2", "55.0 ± 7.1%", "+0.0", ""]
+    assert by_kind["random inverted"][3] == "-15.0"
+    assert by_kind["searched union"][3:5] == ["+5.0", "1, 2"]
+
+
+# ---- around a pretrained network
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 10), ("test", 80)):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                (folder / split / name / f"{number}.jpg").write_bytes(b"")
+    return pretrained.Arms(replace(QUESTION, images=8), 3, folder, folder / "work")
+
+
+def test_a_seed_draws_as_many_images_of_each_class_and_few_test_images(arms: pretrained.Arms) -> None:
+    folder = Path(arms.data.removeprefix("imagefolder:"))
+    assert [len(list((folder / "train" / name).iterdir())) for name in "ab"] == [4, 4]
+    assert [len(list((folder / "test" / name).iterdir())) for name in "ab"] == [2, 2]
+
+
+def test_arms_have_the_networks_that_they_are_named_for(arms: pretrained.Arms) -> None:
+    whole = arms.network("whole", None)
+    assert whole.latency_ms == pytest.approx(2 * arms.budget_ms)
+    own = whole.arch.choices
+    for name in ("smaller images", "smaller images, quadratic", "cut"):
+        assert arms.network(name, None).latency_ms <= arms.budget_ms
+    smaller = arms.network("smaller images", None)
+    assert smaller.arch.choices == own
+    larger = pretrained.space_at(pretrained.NETWORK, smaller.space.input.resolution_px + pretrained.PX_STEP)
+    assert pretrained.latency_ms(larger, whole.arch) > arms.budget_ms
+    products = arms.network("smaller images, quadratic", None)
+    assert products.space.input.resolution_px < smaller.space.input.resolution_px
+    assert [name.replace("_factored", "") for name in products.arch.choices] == list(own)
+    assert all("factored" in name for name in products.arch.choices)
+    cut = arms.network("cut", None)
+    assert cut.space.input.resolution_px == 224
+    assert cut.arch.choices != own == own_arch(cut.space, network_space(pretrained.NETWORK)).choices
+    scratch = arms.network("from scratch", cut)
+    assert (scratch.arch, dict(scratch.settings)) == (cut.arch, {"recipe": "photos"})
+    # many images need no epochs for the classifier alone
+    assert "head_epochs" not in cut.settings
+    assert arms.network("searched", cut) is cut
+
+
+def test_plans_and_answers_are_lines_of_one_file(tmp_path: Path) -> None:
+    kept = pretrained.Answers(tmp_path / "lines.jsonl")
+    assert kept.plan(QUESTION) is None
+    plan = pretrained.Plan(QUESTION, {"searched": (2, 3), "whole": (0, 4)}, 5.0, "a processor")
+    answer = pretrained.Answer(QUESTION, "whole", 1, 0.8, 2.0, 224, 10**6, (0, 4), 60.0, ("a", "b"))
+    kept.add(plan)
+    kept.add(answer)
+    kept.add(pretrained.Plan(QUESTION, {"searched": (9, 9)}, 5.0, "another"))
+    assert kept.plan(QUESTION) == plan
+    assert kept.plan(replace(QUESTION, images=41)) is None
+    assert kept.all() == [answer]
+    assert kept.find(QUESTION, "whole", 1) == answer
+    assert kept.find(QUESTION, "whole", 2) is None
+    assert "80.0%" in pretrained.describe(QUESTION, kept.all())
