@@ -133,14 +133,15 @@ class Candidate:
 
     name: str  # timm:NAME, or mobilenet_v2:WIDTH
     value: float  # the larger, the better: ImageNet top-1, or the width
-    predicted_ms: float = math.inf
+    predicted_ms: float | None = None
     measured_ms: float | None = None  # on this machine at the speed that it had when its model was fitted
     problem: str = ""  # why there are no latencies
 
     @property
     def latency_ms(self) -> float:
-        """What is held against a budget."""
-        return self.predicted_ms if self.measured_ms is None else self.measured_ms
+        """What is held against a budget: the measurement where there is one; infinite without any."""
+        known = self.predicted_ms if self.measured_ms is None else self.measured_ms
+        return math.inf if known is None else known
 
 
 class Images:
@@ -407,7 +408,7 @@ def timed_with_references(
 
 def best_within(candidates: Sequence[Candidate], budget_ms: float) -> Candidate | None:
     """Return the candidate of the highest value within a budget; None if none is."""
-    within = [each for each in candidates if each.latency_ms <= budget_ms]
+    within = [each for each in candidates if not each.problem and each.latency_ms <= budget_ms]
     return max(within, key=lambda each: (each.value, -each.latency_ms), default=None)
 
 
@@ -597,6 +598,7 @@ def build_arm(job: Job, arm: str, kept: Cache) -> tuple[nn.Module, float]:
     """Build the network of an arm, and return it with its predicted latency."""
     other = job.rivals.get(arm)
     if other is not None:
+        assert other.predicted_ms is not None, other
         return build_other(other.name, len(job.data.classes)), other.predicted_ms
     table = compute_table(load_device(job.device), job.space)
     if arm == "random":
@@ -738,7 +740,8 @@ def describe_question(question: Question, seeds: Sequence[int]) -> str:
     return (
         f"{SPACE} at {question.px} px; {question.images} training images of {STORED_PX} px, on which a "
         f"search has {warm_up_epochs(question)} + {question.search_epochs} epochs and a training "
-        f"{question.epochs}, by `cifar-short` without stochastic depth; accuracy on all test images; seeds {', '.join(map(str, seeds))}; {host.cpu_name()}, one thread. `searched` starts from the "
+        f"{question.epochs}, by `cifar-short` without stochastic depth; accuracy on all test images; "
+        f"seeds {', '.join(map(str, seeds))}; {host.cpu_name()}, one thread. `searched` starts from the "
         "supernet's weights, all others from new ones. `seconds`: trained for the processor seconds that the "
         "search and its training took."
     )
