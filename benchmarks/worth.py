@@ -200,7 +200,8 @@ class Job:
     @property
     def device(self) -> str:
         """The device by its name or file."""
-        return str(device_file(self.work)) if self.cell.device == "own" else self.cell.device
+        own = device_file(self.work, len(self.data.classes))
+        return str(own) if self.cell.device == "own" else self.cell.device
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -270,14 +271,14 @@ def space_for(classes: int) -> SearchSpace:
 # ---- devices and networks of other libraries
 
 
-def device_file(work: Path) -> Path:
-    """Return the file of this machine's model."""
-    return work / "own.json"
+def device_file(work: Path, classes: int) -> Path:
+    """Return the file of this machine's model, for networks of so many classes."""
+    return work / f"own-{classes}" / "own.json"
 
 
-def sample_file(work: Path) -> Path:
+def sample_file(work: Path, classes: int) -> Path:
     """Return the CSV of the networks to which this machine's model is fitted."""
-    return work / "sample" / CSV_FILE
+    return device_file(work, classes).parent / "sample" / CSV_FILE
 
 
 def known_device(name: str, classes: int, work: Path, kept: Cache) -> Device:
@@ -286,13 +287,14 @@ def known_device(name: str, classes: int, work: Path, kept: Cache) -> Device:
         return load_device(name)
     parts = {"part": "device", "cpu": host.cpu_name(), "px": PX, "networks": NETWORKS, "classes": classes}
     row = kept.get(parts) or kept.put(parts, fit_machine(space_for(classes), work))
-    write_text(device_file(work), row["device"])
-    return load_device(device_file(work))
+    file = device_file(work, classes)
+    write_text(file, row["device"])
+    return load_device(file)
 
 
 def fit_machine(space: SearchSpace, work: Path) -> dict[str, Any]:
     """Time networks of a space on this machine and fit its model to them."""
-    file = sample_file(work)
+    file = sample_file(work, space.head.classes)
     if not file.exists():
         networks = choose_networks(space, compute_table(load_device("cpu"), space), NETWORKS, 0)
         write_sample(space, networks, file.parent, kind=PLAIN, seed=0)
@@ -387,22 +389,27 @@ def price(
 def measured_at_fit(files: Mapping[str, Path], space: SearchSpace, work: Path) -> dict[str, float]:
     """Time files here, at the speed that the machine had when its model was fitted."""
     timings, speed = timed_with_references(files, space, work)
+    if speed is None:
+        raise SystemExit(
+            f"{sample_file(work, space.head.classes)}: no such file: use the former --work folder"
+        )
     return {name: ms / speed for name, ms in timings.items()}
 
 
 def timed_with_references(
     files: Mapping[str, Path], space: SearchSpace, work: Path
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], float | None]:
     """Time files, together with some to which the model was fitted.
 
-    Returns their milliseconds, and how many times as long the latter take as they did then; NaN without them.
+    Returns their milliseconds, and how many times as long the latter take as they did then; None without
+    them.
     """
-    csv = sample_file(work)
+    csv = sample_file(work, space.head.classes)
     rows = read_measured(csv, space)[:: NETWORKS // REFERENCES] if csv.is_file() else []
     references = {f"reference {row.name}": csv.parent / f"{row.name}.onnx" for row in rows}
     timings = time_files({**files, **references})
     ratios = [timings[f"reference {r.name}"].median_ms / r.latency_ms for r in rows if r.latency_ms]
-    speed = statistics.median(ratios) if ratios else float("nan")
+    speed = statistics.median(ratios) if ratios else None
     return {name: timings[name].median_ms for name in files}, speed
 
 
@@ -820,10 +827,9 @@ def rivals_line(job: Job) -> str:
 def describe_measuring(timed: Mapping[str, Any]) -> str:
     """Say how the machine was when latencies were measured."""
     told = f"Latencies were measured together in interleaved rounds ({timed['load']})."
-    speed = timed["speed"]
-    if speed != speed:  # NaN: no model of this machine
+    if timed["speed"] is None:
         return told
-    return f"{told} Networks of the fit then took {speed:.3f} of what they took for the fit."
+    return f"{told} Networks of the fit then took {timed['speed']:.3f} of what they took for the fit."
 
 
 @dataclass(frozen=True)
