@@ -244,3 +244,25 @@ def test_a_row_says_what_there_is_not() -> None:
     own = worth.cells_of(row("searched", 0.2, (0.5, 0.52)))
     assert own[2:] == ["51.0 ± 1.4%", "", "1.000", "1.000", "0.100", "0.000", "not readable"]
     assert len(cells) == len(own)
+
+
+@pytest.mark.slow
+def test_a_whole_run_says_all_and_does_nothing_twice(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "worth.py"), "--data", "digits", "--devices", "cpu"]
+    command += ["--images", "300", "--epochs", "1", "--search-epochs", "1"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+
+    def run() -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    printed = run()
+    lines = (tmp_path / "worth.jsonl").read_bytes()
+    for arm in ("searched", "searched, from scratch", "random"):
+        assert printed.count(f"\n| {arm} | ") == len(worth.SHARES), arm
+    assert printed.count("\n| scaled (mobilenet_v2:") == len(worth.SHARES)
+    assert "**For a user:** at equal latency" in printed
+    assert "Latencies were measured together" in printed
+    again = run()
+    assert again.startswith("## What a search is worth: digits")
+    assert printed.endswith(again)
+    assert (tmp_path / "worth.jsonl").read_bytes() == lines
