@@ -89,8 +89,8 @@ from qnas.training.subnet_trainer import SubnetTrainer
 
 DEVICES = ("cpu", "own")
 SHARES = (0.2, 0.35, 0.5)  # the budgets, of the way from the fastest to the slowest network
-# A quarter of the area that the default space is for would take a GPU. At 48 px its maps have 12, 6, 3 and 2
-# pixels, so that kernels still differ; at 32 px, half of its blocks would see a single place.
+# The 224 px of the default space would take a GPU. At 48 px its maps are 12, 6, 3 and 2 pixels wide, so that
+# kernels still differ; at 32 px, its last blocks would see a single place.
 PX, STORED_PX = 48, 32  # of the deployed networks; of the images as read, and of the search (preset `small`)
 NETWORKS, REFERENCES = 60, 10  # timed for the model of this machine, and of these, timed again later
 FRONT = {"cpu": "30ms"}  # public networks are from this front, which is about images of 224 px
@@ -729,7 +729,8 @@ def describe(jobs: Sequence[Job], kept: Cache, options: argparse.Namespace) -> s
     """Return the section of RESULTS.md."""
     question, rows = jobs[0].question, rows_of(jobs, kept)
     seeds = sorted({job.cell.seed for job in jobs})
-    parts = [f"## What a search is worth: {question.data}", describe_question(question, seeds)]
+    parts = [f"## What a search is worth: {question.data}", command_line(options)]
+    parts.append(describe_question(question, seeds))
     for device in dict.fromkeys(job.cell.device for job in jobs):
         parts += [f"### {device}", table_of([row for row in rows if row.device == device])]
         parts.append(describe_public(next(j for j in jobs if j.cell.device == device), kept))
@@ -740,6 +741,16 @@ def describe(jobs: Sequence[Job], kept: Cache, options: argparse.Namespace) -> s
     if timed:
         parts.append(describe_measuring(timed))
     return "\n\n".join([*filter(None, parts), verdict(rows)])
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """Return the command of a run, without the place of its data."""
+    kind, colon, _ = options.data.partition(":")
+    words = ["python benchmarks/worth.py", "--data", f"{kind}{colon}{'DIR' if colon else ''}"]
+    for name in ("seeds", "devices", "images", "epochs", "search_epochs"):
+        value = getattr(options, name)
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return f"`{' '.join(words)} --write`"
 
 
 def describe_question(question: Question, seeds: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """benchmarks/worth.py: what is compared with a search, and what its figures say."""
 
+import argparse
 import math
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_the_last_sentence_says_where_a_search_wins_and_where_it_loses() -> None
     assert "0.100 core-hours" in said
     assert "no spread is known" in said
     assert "not enough" in worth.verdict([row("searched", 0.2, (0.5,)), row("public", 0.2, ())])
+
+
+def test_the_command_of_a_run_names_all_that_its_figures_depend_on_but_no_folder() -> None:
+    options = argparse.Namespace(
+        data="cifar10:/a/b", seeds=[0, 1], devices=["own"], images=9, epochs=2, search_epochs=3, minutes=5.0
+    )
+    assert worth.command_line(options) == (
+        "`python benchmarks/worth.py --data cifar10:DIR --seeds 0 1 --devices own --images 9 --epochs 2 "
+        "--search-epochs 3 --write`"
+    )
+    assert "--data digits --seeds" in worth.command_line(
+        argparse.Namespace(**vars(options) | {"data": "digits"})
+    )
 
 
 def test_a_row_says_what_there_is_not() -> None:
