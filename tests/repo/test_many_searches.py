@@ -51,7 +51,7 @@ def made(place: Path, tiny_yaml: Path, epochs: int) -> Path:
 
 
 def printed(place: Path, submit: list[str]) -> list[str]:
-    """Run a command and return its lines, by way of a file: its jobs hold its output, so a pipe would wait."""
+    """Run a command and return its lines, through a file: its jobs hold its output, and a pipe would wait."""
     with (place / "printed.txt").open("w+") as file:
         subprocess.run(submit, stdout=file, stderr=subprocess.STDOUT, check=True)
         file.seek(0)
