@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qnas.data.decoding import MOST_THREADS
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.search.config import SearchConfig
@@ -170,7 +171,8 @@ def cores_line(costs: Costs, cluster: Cluster, row: Mapping[str, Any]) -> str:
     return (
         f"images: weight steps of a search take {wanted:,.0f} images/s; measured, {row['machine']}: one core "
         f"decodes {each:,.0f} JPEGs of {width} x {height} a second to {row['resolution_px']} px: "
-        f"**{wanted / each:.0f} cores** for {cluster.gpus} GPUs, if cores add up (assumed)"
+        f"**{wanted / each:.0f} cores** for {cluster.gpus} GPUs, if cores add up (assumed); qnas decodes "
+        f"with at most {MOST_THREADS} threads in each process, {cluster.gpus * MOST_THREADS} in all"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers.places import ROOT
 
+import qnas
 from qnas.runs.checkpoint import NEWEST
 from qnas.runs.names import ARCH_FILE, LOCK_FILE, METRICS_FILE
 
@@ -34,7 +35,7 @@ effect_networks: 0
 k_best: 2
 random_networks: 1
 """
-DEADLINE_S = 300
+DEADLINE_S = 1800  # of a busy machine
 
 
 def command(place: Path, *more: str) -> list[str]:
@@ -97,6 +98,27 @@ def test_a_grid_has_every_budget_of_every_device_with_every_seed(tmp_path: Path)
     folders = [out for out, *_ in found]
     assert len({*folders}) == 6
     assert all(out.parent == tmp_path for out in folders)
+
+
+def test_a_job_starts_goes_on_or_is_done_by_what_is_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[dict[str, Any]] = []
+    found = type("Found", (), {"latency_ms": 3.9, "accuracy": 0.5})
+    monkeypatch.setattr(qnas, "run_search", lambda **given: called.append(given))
+    monkeypatch.setattr(qnas, "load_run", lambda folder: found)
+    search, out = runpy.run_path(str(SCRIPT))["Search"](), tmp_path / "cpu-4ms-3"
+    task = (out, "cpu", "4ms", {"seed": 3})
+    search(*task)
+    out.mkdir()
+    (out / "config.json").touch()  # written first
+    again = search.checkpoint(*task)  # what runs when its time is up
+    assert again.args == task
+    assert again.result() == "cpu-4ms-3  3.900 ms  accuracy 50.0%"
+    (out / ARCH_FILE).touch()  # written last
+    search(*task)
+    common = {"budgets": {"cpu": "4ms"}, "out": out, "seed": 3}
+    assert called == [{**common, "resume": False}, {**common, "resume": True}]
 
 
 @pytest.mark.slow
