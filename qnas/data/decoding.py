@@ -29,6 +29,7 @@ PIXELS_LIMIT = 8192 * 8192  # of an image, which takes up to 1 GB to decode
 _LARGE_PIXELS = 25_000_000  # images from here on are decoded one at a time
 _ONE_LARGE = Lock()
 BATCHES_AHEAD = 2  # batches to decode ahead of the consumer
+MOST_THREADS = 8  # of a process, that decode
 _BRIGHT = 1 << 6  # a byte that is not reached if the upper two bits are not used
 _OUTSIDE = 1e-3  # rounding may put a float outside 0 to 1 by this much
 UNREADABLE = "cannot be read"  # start of a problem that may be temporary
@@ -215,7 +216,7 @@ def describe_type(value: Any) -> str:
 def in_threads(work: Callable[[Task], T], chunks: Iterable[Iterable[Task]]) -> Iterator[list[T]]:
     """Run tasks in threads ahead of the consumer. Yield each chunk's results, or raise its first error."""
     waiting: deque[list[Future[T]]] = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="decode")
     try:
         for chunk in chunks:
             waiting.append([pool.submit(work, task) for task in chunk])
