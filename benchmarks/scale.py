@@ -354,14 +354,7 @@ def step_cells(row: Row, base: str) -> Iterator[list[str]]:
 
 
 BASES = {"resolution": f"{PX} px", "width": "width x 1", "candidates": f"{min(CANDIDATES)} candidates"}
-TITLES = [
-    "variant",
-    "s a step",
-    "ratio",
-    "weight step, forward passes",
-    "arch. step, forward passes",
-    "parameters",
-]
+TITLES = ["variant", "s a step", "ratio", "weight step / forward", "arch. step / forward", "parameters"]
 
 
 def describe_steps(options: argparse.Namespace, known: Cache) -> str:
@@ -385,7 +378,7 @@ def describe_steps(options: argparse.Namespace, known: Cache) -> str:
 
 # options that the figures of a part depend on, with their defaults
 OWN_OPTIONS: dict[str, Row] = {
-    "steps": {"rounds": ROUNDS, "threads": 1, "torch_device": "cpu", "batch": BATCH},
+    "steps": {"spaces": SPACES, "rounds": ROUNDS, "threads": 1, "torch_device": "cpu", "batch": BATCH},
     "imagenet": {"gpus": Cluster.gpus, "efficiency": Cluster.efficiency, "gpu_batch": Cluster.batch},
 }
 
@@ -395,7 +388,8 @@ def command_line(part: str, options: argparse.Namespace) -> str:
     words = ["python benchmarks/scale.py", "--parts", part]
     for name, default in OWN_OPTIONS.get(part, {}).items():
         if (value := getattr(options, name)) != default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            given = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, given)]
     if part == "images" and options.million:
         words.append("--million")
     return " ".join([*words, "--write"])

@@ -66,7 +66,7 @@ def test_all_variants_of_a_round_run_the_same_paths(
 
     def noted(self: object, images: torch.Tensor, routes: list[object], *rest: object) -> torch.Tensor:
         ran.append((f"{images.shape[-1]} px", tuple(r for r in routes if isinstance(r, int))))
-        found: torch.Tensor = forward(self, images, routes, *rest)  # type: ignore[arg-type]
+        found: torch.Tensor = forward(self, images, routes, *rest)
         return found
 
     monkeypatch.setattr(type(searcher.state.supernet), "forward", noted)
