@@ -185,7 +185,7 @@ def write_images(data: ImageData, path: Path) -> None:
 
 
 def make_environment(peer: Peer, folder: Path, *, own_torch: bool) -> tuple[Path, str]:
-    """Return the Python of a peer's environment, which is made if needed, and pip's last error line if any."""
+    """Make a peer's environment where it is missing; return its Python, and pip's last error line if any."""
     if not peer.packages:
         return Path(sys.executable), ""
     python, done = folder / "bin" / "python", folder / "installed.json"
@@ -329,7 +329,8 @@ def user_lines(program: str) -> int:
     text = (CODE / program).read_text(encoding="utf-8")
     _, begin, rest = text.partition("# user code\n")
     code, end, _ = rest.partition("# end of user code\n")
-    assert begin and end, program
+    assert begin, program
+    assert end, program
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in code.splitlines())
 
 
@@ -605,6 +606,16 @@ def onnx_cell(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{right} of {len(rows)}, by `{written[0]['onnx_by']}`"
 
 
+def own_counts(rows: Sequence[Row]) -> str:
+    """Say how the tools' own counts of MACs, which their limits are in, compare with qnas's."""
+    texts = []
+    for row in rows:
+        ratios = [each["own_macs"] / each["macs"] for each in row.every if each.get("own_macs")]
+        if ratios and row.name != "qnas":
+            texts.append(f"{PEERS[row.name].what} counts {min(ratios):.3f} to {max(ratios):.3f} times")
+    return f" By their own counts, {listed(texts)} what qnas counts." if texts else ""
+
+
 def meaning(rows: Sequence[Row]) -> str:
     """Return one sentence on what the figures mean for a user of qnas, and where it loses."""
     by_name = {row.name: row for row in rows if row.every}
@@ -631,7 +642,9 @@ def meaning(rows: Sequence[Row]) -> str:
     clauses += [f"it is ahead of the best of them in {listed(wins)}"] if wins else []
     clauses += [f"it loses in {listed(losses)}"] if losses else []
     if chance := by_name.get(RANDOM):
-        clauses.append(f"random networks near the limit have {chance.accuracy:.1%}, qnas's {own.accuracy:.1%}")
+        clauses.append(
+            f"random networks near the limit have {chance.accuracy:.1%}, qnas's {own.accuracy:.1%}"
+        )
     return f"For a user: {'; '.join(clauses)}."
 
 
@@ -649,7 +662,9 @@ def describe(rows: Sequence[Row], setting: Setting, options: argparse.Namespace,
     length = setting.length
     name = setting.spec.partition(":")[0]
     given = "" if options.images is None else f" --images {options.images}"
-    shared = "each with its own torch" if setting.own_torch else "with this environment's torch where pip allows"
+    shared = (
+        "each with its own torch" if setting.own_torch else "with this environment's torch where pip allows"
+    )
     return (
         f"## qnas beside other tools, on {name}\n\n"
         f"`python benchmarks/peers.py --data {name}{':DIR' * (':' in setting.spec)}{given} --write`, one "
@@ -660,7 +675,7 @@ def describe(rows: Sequence[Row], setting: Setting, options: argparse.Namespace,
         f"{length.learning_rate:g}, architecture at {length.arch_learning_rate:g}; where a tool evaluates "
         f"networks after the training, {length.evaluations} of them. NNI's penalty has a scale of 1 and is "
         f"not tuned. Environments: {shared}. Networks trained alone: {recipe.images} images, {recipe.epochs} "
-        f"epochs.\n\n"
+        f"epochs.{own_counts(rows)}\n\n"
         f"{markdown_table(header, [cells(row, options.shares) for row in rows])}\n\n{meaning(rows)}"
     )
 

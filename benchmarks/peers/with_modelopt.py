@@ -1,5 +1,7 @@
 """The task with NVIDIA ModelOpt: AutoNAS, which slices the largest network's weights: peers.py runs it."""
 
+# isort: off
+
 from harness import Found, Task, Written, run
 
 # user code
@@ -65,7 +67,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.stem_norm(self.stem(x)))
-        for first, rest in zip(self.first, self.rest):
+        for first, rest in zip(self.first, self.rest, strict=True):
             x = rest(first(x))
         x = self.act(self.head_norm(self.expand_head(x)))
         return self.classifier(x.mean((2, 3)))
@@ -78,7 +80,7 @@ def choice(block: InvertedResidual) -> str:
 
 def choices(network: Network) -> list[str]:
     found = []
-    for first, rest, (_, count, _) in zip(network.first, network.rest, STAGES):
+    for first, rest, (_, count, _) in zip(network.first, network.rest, STAGES, strict=True):
         own = [choice(first)] if isinstance(first, InvertedResidual) else []
         own += [choice(block) for block in rest if isinstance(block, InvertedResidual)]
         found += own + ["identity"] * (count - len(own))
@@ -101,10 +103,8 @@ def search(task: Task) -> Found:
     weights, rest = task.folder / "supernet.pth", task.folder / "training.pth"
     network, epoch = Network(task.channels, task.stem_stride), 0
     is_resumed = task.resume and weights.exists() and rest.exists()
-    if is_resumed:
-        network = mto.restore(network, weights)
-    else:
-        network = mtn.convert(network, mode=[("autonas", RULES)])
+    made = mto.restore if is_resumed else mtn.convert
+    network = made(network, weights if is_resumed else [("autonas", RULES)])
     optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs)
     if is_resumed:

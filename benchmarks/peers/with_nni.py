@@ -1,5 +1,7 @@
 """The task with NNI's one-shot Proxyless, with its penalty on expected multiply-adds: peers.py runs it."""
 
+# isort: off
+
 from harness import Found, Task, Written, run
 
 # user code
