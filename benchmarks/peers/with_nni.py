@@ -5,13 +5,20 @@
 from harness import Found, Task, Written, run
 
 # user code
+import os
+
 import pytorch_lightning as pl
 import torch
 from nni.nas.evaluator.pytorch import Classification, DataLoader
+from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.profiler.pytorch.flops import FlopsProfiler
+from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import Proxyless
 from torch import Tensor, nn
+
+# this Lightning reads its checkpoints as torch did by default before 2.6
+os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
 STAGES = ((16, 2, 1), (32, 3, 2), (64, 3, 2))  # channels, positions, stride
 
@@ -68,6 +75,7 @@ class Space(ModelSpace):
 def search(task: Task) -> Found:
     pl.seed_everything(task.seed)
     space = Space(task.channels, task.stem_stride)
+    labels = [position.label for position in space.positions]
     dummy = torch.zeros(1, task.channels, task.px, task.px)
     profiler = FlopsProfiler(
         space, dummy, count_bias=False, count_normalization=False, count_activation=False
@@ -85,17 +93,17 @@ def search(task: Task) -> Found:
         logger=False,
         enable_progress_bar=False,
         callbacks=[pl.callbacks.ModelCheckpoint(task.folder, save_last=True, save_top_k=0)],
-        fit_kwargs={"ckpt_path": str(last)} if task.resume and last.exists() else {},
     )
+    if task.resume and last.exists():
+        evaluator.fit_kwargs["ckpt_path"] = str(last)
     strategy = Proxyless(
         arc_learning_rate=task.arch_learning_rate,
         warmup_epochs=task.warmup_epochs,
         penalty={"profiler": profiler, "baseline": task.max_macs, "scale": 1.0, "nonlinear": "positive"},
     )
-    strategy(space, evaluator)
+    strategy(RawFormatModelSpace(space, evaluator), SequentialExecutionEngine())
     best = next(strategy.list_models()).sample
-    choices = [best[f"position{i}"] for i in range(len(space.positions))]
-    return Found(choices, float(profiler.profile(best)), best)
+    return Found([best[label] for label in labels], float(profiler.profile(best)), best)
 
 
 def export(task: Task, found: Found) -> Written:
