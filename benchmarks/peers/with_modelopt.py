@@ -15,15 +15,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 STAGES = ((16, 2, 1), (32, 3, 2), (64, 3, 2))  # channels, positions, stride
+FIXED, HALVED = (1.0,), (0.5, 1.0)  # of the largest: the widths of stages, and expansions of 2 and 4
 RULES = {
     "nn.Conv2d": {
-        "*": {"channels_ratio": (1.0,), "kernel_size": (), "channel_divisor": 1},
-        "*.expand": {"channels_ratio": (0.5, 1.0), "kernel_size": (), "channel_divisor": 1},
-        "*.depthwise": {"channels_ratio": (0.5, 1.0), "kernel_size": (3, 5, 7), "channel_divisor": 1},
-        "*.project": {"channels_ratio": (0.5, 1.0), "kernel_size": (), "channel_divisor": 1},
+        "stem": {"channels_ratio": FIXED, "kernel_size": (), "channel_divisor": 1},
+        "expand_head": {"channels_ratio": FIXED, "kernel_size": (), "channel_divisor": 1},
+        "*.expand": {"channels_ratio": HALVED, "kernel_size": (), "channel_divisor": 1},
+        "*.depthwise": {"channels_ratio": HALVED, "kernel_size": (3, 5, 7), "channel_divisor": 1},
+        "*.project": {"channels_ratio": HALVED, "kernel_size": (), "channel_divisor": 1},
     },
-    "nn.BatchNorm2d": {"*": {"features_ratio": (0.5, 1.0), "feature_divisor": 1}},
-    "nn.Linear": {"*": {"features_ratio": (1.0,), "feature_divisor": 1}},
+    "nn.BatchNorm2d": {
+        "*.norm[12]": {"features_ratio": HALVED, "feature_divisor": 1},
+        "*norm3": {"features_ratio": FIXED, "feature_divisor": 1},
+        "*_norm": {"features_ratio": FIXED, "feature_divisor": 1},
+    },
+    "nn.Linear": {"*": {"features_ratio": FIXED, "feature_divisor": 1}},
     "nn.Sequential": {"*": {"min_depth": 0}},
 }
 

@@ -64,12 +64,11 @@ class Space(ModelSpace):
                 positions.append(LayerChoice(blocks, label=f"position{len(positions)}"))
                 c_in = c_out
         self.positions = nn.Sequential(*positions)
-        self.head = nn.Sequential(
-            conv(c_in, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
-        )
+        self.head = conv(c_in, 128, 1)
+        self.classifier = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.positions(self.stem(x)))
+        return self.classifier(self.head(self.positions(self.stem(x))).mean((2, 3)))
 
 
 def search(task: Task) -> Found:
