@@ -88,8 +88,8 @@ PEERS = {
     "qnas": Peer("qnas", program="with_qnas.py"),
     "nni": Peer(
         "NNI, one-shot Proxyless",
-        # nni 3.0 names neither; it breaks with later ones of both
-        ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1"),
+        # nni 3.0 names none of the others; this Lightning imports pkg_resources, which later setuptools lack
+        ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1", "setuptools<81"),
         "with_nni.py",
     ),
     "modelopt": Peer("NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt",), "with_modelopt.py"),
