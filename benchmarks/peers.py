@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -265,7 +264,7 @@ def run_program(
     if python != Path(sys.executable):
         environment.pop("PYTHONPATH", None)
     start = time.monotonic()
-    error = ""
+    error, peak_mb = "", 0.0
     with out.open("wb") as stdout, err.open("wb") as stderr:
         child = subprocess.Popen(
             [str(python), str(CODE / program), str(task)],
@@ -275,24 +274,20 @@ def run_program(
             cwd=task.parent,
         )
         try:
-            # not Popen's wait, which does not say how much memory the child took
-            while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+            while child.poll() is None:
+                peak_mb = max(peak_mb, peak_memory_mb(child.pid))
                 if kill_at_s is not None and processor_s(child.pid) >= kill_at_s:
-                    os.kill(child.pid, signal.SIGKILL)
+                    child.kill()
                 if time.monotonic() - start > most_s:
-                    os.kill(child.pid, signal.SIGKILL)
+                    child.kill()
                     error = f"killed after {most_s / 60:.0f} minutes"
                 time.sleep(POLL_S)
-        except BaseException:  # Ctrl-C too: no program is left running
-            os.kill(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-            child.returncode = -signal.SIGKILL
-            raise
-        _, status, usage = ended
-        child.returncode = os.waitstatus_to_exitcode(status)
+        finally:  # after Ctrl-C too: no program is left running
+            child.kill()
+            child.wait()
     if child.returncode and not error:
         error = last_line(err.read_text(encoding="utf-8", errors="replace")) or f"exit {child.returncode}"
-    return Ended(printed(out.read_text(encoding="utf-8", errors="replace")), usage.ru_maxrss / 1e3, error)
+    return Ended(printed(out.read_text(encoding="utf-8", errors="replace")), peak_mb, error)
 
 
 def processor_s(pid: int) -> float:
@@ -303,6 +298,18 @@ def processor_s(pid: int) -> float:
         return 0.0
     user, system = stat.rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory_mb(pid: int) -> float:
+    """Return the peak of a process's resident memory so far; 0 once it has ended.
+
+    Not what wait4 and getrusage say: that begins with the memory of the process that started it.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def printed(text: str) -> tuple[Mapping[str, Any], ...]:

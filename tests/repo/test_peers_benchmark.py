@@ -130,7 +130,7 @@ def run_text(
 
 
 def test_a_program_answers_in_json_among_other_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "print('[1]')\nprint('{\"found\": 3}')\nprint('by the way')\nx = bytearray(80_000_000)"
+    text = "print('[1]')\nprint('{\"found\": 3}')\nprint('by the way')\nx = bytearray(80_000_000)\nimport time\ntime.sleep(0.5)"
     ended = run_text(text, tmp_path, monkeypatch)
     assert ended.value("found") == 3
     assert ended.value("written") is None
