@@ -130,7 +130,8 @@ def run_text(
 
 
 def test_a_program_answers_in_json_among_other_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "print('[1]')\nprint('{\"found\": 3}')\nprint('by the way')\nx = bytearray(80_000_000)\nimport time\ntime.sleep(0.5)"
+    text = "import time\nprint('[1]')\nprint('{\"found\": 3}')\nprint('by the way')\n"
+    text += "x = bytearray(80_000_000)\ntime.sleep(0.5)  # so that its memory is seen"
     ended = run_text(text, tmp_path, monkeypatch)
     assert ended.value("found") == 3
     assert ended.value("written") is None
