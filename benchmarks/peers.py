@@ -87,11 +87,12 @@ PEERS = {
     "qnas": Peer("qnas", program="with_qnas.py"),
     "nni": Peer(
         "NNI, one-shot Proxyless",
-        # nni 3.0 names none of the others; this Lightning imports pkg_resources, which later setuptools lack
-        ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1", "setuptools<81"),
+        # nni 3.0 names none of the others; this Lightning imports pkg_resources, which later setuptools lack,
+        # and np.Inf, which later numpy lacks
+        ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1", "setuptools<81", "numpy<2"),
         "with_nni.py",
     ),
-    "modelopt": Peer("NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt",), "with_modelopt.py"),
+    "modelopt": Peer("NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt", "requests"), "with_modelopt.py"),
     "archai": Peer("Archai", ("archai==1.0.0",)),
     "plinio": Peer("PLiNIO", ("plinio",)),
     "naslib": Peer("NASLib", ("naslib",)),

@@ -13,12 +13,15 @@ from nni.nas.evaluator.pytorch import Classification, DataLoader
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.nn.pytorch import LayerChoice, ModelSpace
 from nni.nas.profiler.pytorch.flops import FlopsProfiler
+from nni.nas.profiler.pytorch.utils import register_shape_inference_formula
 from nni.nas.space import RawFormatModelSpace
 from nni.nas.strategy import Proxyless
 from torch import Tensor, nn
 
 # this Lightning reads its checkpoints as torch did by default before 2.6
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+# its count of multiply-adds follows shapes through the modules that it knows
+register_shape_inference_formula(nn.ReLU6, lambda module, x: x.real_shape)
 
 STAGES = ((16, 2, 1), (32, 3, 2), (64, 3, 2))  # channels, positions, stride
 
