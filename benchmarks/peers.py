@@ -92,7 +92,10 @@ PEERS = {
         ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1", "setuptools<81", "numpy<2"),
         "with_nni.py",
     ),
-    "modelopt": Peer("NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt", "requests"), "with_modelopt.py"),
+    # it imports requests and huggingface_hub, and requires neither
+    "modelopt": Peer(
+        "NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt", "requests", "huggingface_hub"), "with_modelopt.py"
+    ),
     "archai": Peer("Archai", ("archai==1.0.0",)),
     "plinio": Peer("PLiNIO", ("plinio",)),
     "naslib": Peer("NASLib", ("naslib",)),
