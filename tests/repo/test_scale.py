@@ -155,8 +155,8 @@ def test_a_set_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: 
         assert start["held_bytes"] >= 0
     assert len(scale.image_cells(row)) == 9
     assert scale.image_row(task, tmp_path / "work", scale.Cache(tmp_path / "scale.jsonl")) == row
-    broken = scale.image_row({**task, "images": 100}, tmp_path / "work", known)  # too few for a batch
-    assert "128" in broken["error"]
+    broken = scale.image_row({**task, "images": 100}, tmp_path / "work", known)  # too few of each class
+    assert "expected at least 3" in broken["error"]
     assert len(scale.image_cells(broken)) == 9
 
 
