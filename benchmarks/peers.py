@@ -18,7 +18,7 @@ epochs of its own supernet, and its user code is what stands between two comment
 A tool that cannot be installed, or that stops with an error, has a row with its last line. `random` are
 networks drawn from the upper tenth below each limit. Environments lie in --work and are made once. They
 reuse the torch of this environment where a tool's versions allow it; --own-torch installs it anew, some 6 GB
-a tool. A stopped run continues. Digits take some 25 minutes on two cores.
+a tool. A stopped run continues. How long a whole run takes has not been measured.
 """
 
 import argparse

@@ -20,7 +20,7 @@ images      Sets of 10,000, 100,000, and with --million 1,000,000 small JPEGs (i
 imagenet    The arithmetic of projection.py for --gpus GPUs: what is measured, predicted and assumed.
 
 Each measurement is a line of results/scale.jsonl, and is reused, so that a stopped run continues. Everything
-without --million takes about ten minutes on two idle cores; steps and processes are most of them.
+without --million should take some ten minutes on two idle cores, which has not been measured.
 """
 
 import argparse

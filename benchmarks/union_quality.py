@@ -18,7 +18,7 @@ trained alone with one recipe and one seed; the seeds of the table are those of 
 Epochs of searches are planned from some timed steps, in processor time of one thread, which other programs
 hardly change. Every training and search is a line in results/, so that a stopped run goes on. --devices,
 --data, --seeds and --parts select what is run, and --write writes all that is known to RESULTS.md. On one
-thread, a data set at both budgets takes some three hours.
+thread, a data set at both budgets should take some three hours, which has not been measured.
 """
 
 import argparse

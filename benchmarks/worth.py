@@ -24,7 +24,7 @@ has a readable counter.
 
 Each result is a line of results/worth.jsonl, so that a stopped run continues; --minutes starts nothing new
 after that time. One process with one thread works on each budget, --processes of them at once. An hour of two
-idle cores does one seed of one data set. The device is fitted and the latencies are measured when no other
+idle cores should do one seed of one data set, which has not been measured. The device is fitted and the latencies are measured when no other
 process of the run works, and nothing else should then run on the machine. Sizes, shares and the choice of
 networks were fixed before any accuracy was known.
 """

@@ -2,9 +2,9 @@
 
 Single changes of a network are measured on some hundred images. The differences of the losses are then as
 large as their errors, and the solver takes those that look best: sizes that seem to cost nothing. But
-smaller networks are worse ones. In general, the loss grows with about the 0.2nd power of the MACs that are
-saved: MobileNetV2's published accuracies, from 71.8% at 224 px and 300M MACs to 60.3% at 96 px and 56M
-(arXiv 1801.04381, and its reference implementation), have errors in proportion to MACs^-0.2.
+smaller networks are worse ones. In general, the loss is about in proportion to MACs^-0.2: so are the errors
+of MobileNetV2's published accuracies, from 71.8% at 224 px and 300M MACs to 60.3% at 96 px and 56M
+(arXiv 1801.04381, and its reference implementation).
 
 So before it is measured, what a change costs is assumed to be exponentially distributed, with the mean of
 that law or, if it is greater, the mean of all that was measured for changes of its kind: kernels cost more
