@@ -23,10 +23,10 @@ blocks that they do not have. Energy is processor seconds, and watt-hours of the
 has a readable counter.
 
 Each result is a line of results/worth.jsonl, so that a stopped run continues; --minutes starts nothing new
-after that time. One process with one thread works on each budget, --processes of them at once. An hour of two
-idle cores should do one seed of one data set, which has not been measured. The device is fitted and the latencies are measured when no other
-process of the run works, and nothing else should then run on the machine. Sizes, shares and the choice of
-networks were fixed before any accuracy was known.
+after that time. One process with one thread works on each budget, --processes of them at once. An hour of
+two idle cores should do one seed of one data set, which has not been measured. The device is fitted and the
+latencies are measured when no other process of the run works, and nothing else should then run on the
+machine. Sizes, shares and the choice of networks were fixed before any accuracy was known.
 """
 
 import argparse
