@@ -10,10 +10,14 @@ from helpers.places import ROOT
 from qnas.nn.pretrained.catalogue import network_space
 from qnas.nn.pretrained.derivation import own_arch
 from qnas.solver.kinds import kinds_of
+from qnas.spaces.arch import make_arch
+from qnas.spaces.lower import count_macs, lower
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import families  # type: ignore[import-not-found]
 import pretrained  # type: ignore[import-not-found]
+import table_three  # type: ignore[import-not-found]
 import union_quality as union  # type: ignore[import-not-found]
 from experiments import WINDOW  # type: ignore[import-not-found]
 
@@ -23,22 +27,30 @@ QUESTION = pretrained.Question(images=40, px=224, minutes=1.0, threads=1)
 
 
 def test_families_have_the_candidates_of_their_kinds_and_the_union_has_all() -> None:
-    kinds = set(kinds_of(union.union())[0])
-    assert set(kinds_of(union.family_of("inverted"))[0]) == {"mbconv", ""}
-    assert set(kinds_of(union.family_of("quadratic"))[0]) == kinds - {"mbconv", "quadra_linear"}
-    for family in union.RANDOM:
-        assert union.family_of(family).stages == union.union().stages
-    assert union.family_of("inverted").digest != union.union().digest
+    of_tiny = families.union_of(families.TINY)
+    kinds = set(kinds_of(of_tiny)[0])
+    assert set(kinds_of(families.family_of(families.TINY, "inverted"))[0]) == {"mbconv", ""}
+    quadratic = families.family_of(families.TINY, "quadratic")
+    assert set(kinds_of(quadratic)[0]) == kinds - {"mbconv", "quadra_linear"}
+    assert quadratic.stages == of_tiny.stages
+    assert quadratic.digest != of_tiny.digest
+    assert families.family_of(families.TINY, families.UNION) is of_tiny
+    # where stages have candidates of their own, those are of the family too
+    mobile = kinds_of(families.family_of(families.MOBILE, "quadratic"))
+    assert [set(row) for row in mobile[:2]] == [{"star", ""}, kinds - {"mbconv", "quadra_linear"}]
+    inverted = families.family_of(families.MOBILE, "inverted")
+    assert {name for row in kinds_of(inverted) for name in row} == {"mbconv", ""}
+    assert inverted.positions[0].names == ("mbconv_k3_e1", "mbconv_k3_e3", "identity")
 
 
 def test_random_networks_of_a_family_take_the_budget_in_the_union() -> None:
-    task = union.Task("cpu", 0.15, "digits")
-    table = union.table_of("cpu")
+    task = families.Task("cpu", 0.15, "digits")
+    table = families.table_of(families.TINY, "cpu")
     for family, count in union.RANDOM.items():
-        found = union.random_networks(task, family)
+        found = families.random_networks(task, family, count)
         assert len(set(found)) == count
         for arch in found:
-            latency_ms = table.latency_ms(arch.indices(union.union()))
+            latency_ms = table.latency_ms(arch.indices(families.union_of(families.TINY)))
             assert WINDOW * task.budget_ms <= latency_ms <= task.budget_ms * (1 + 1e-9)
             if family == "inverted":
                 assert all(name.startswith("mbconv") or name == "identity" for name in arch.choices)
@@ -46,7 +58,7 @@ def test_random_networks_of_a_family_take_the_budget_in_the_union() -> None:
 
 def test_other_devices_have_one_budget_on_the_first_data() -> None:
     tasks = union.tasks_of(["cpu", "gpu"], ["a", "b"], [0.1, 0.2])
-    assert [(task.device, task.data, task.share) for task in tasks] == [
+    assert [(task.device, task.data, task.budget) for task in tasks] == [
         ("cpu", "a", 0.1),
         ("cpu", "a", 0.2),
         ("cpu", "b", 0.1),
@@ -56,14 +68,14 @@ def test_other_devices_have_one_budget_on_the_first_data() -> None:
 
 
 def test_a_searched_network_of_the_usual_layout_is_one_of_the_union() -> None:
-    inverted = union.family_of("inverted")
+    inverted = families.family_of(families.TINY, "inverted")
     row = {"of_space": inverted.to_yaml(), "choices": [p.names[0] for p in inverted.positions]}
-    space, arch = union.network_of(row)
-    assert space is union.union()
+    space, arch = families.network_of(families.TINY, row)
+    assert space is families.union_of(families.TINY)
     assert list(arch.choices) == row["choices"]
     stages = tuple(stage.model_copy(update={"channels": stage.channels + 8}) for stage in inverted.stages)
     wider = inverted.model_copy(update={"stages": stages})
-    space, _ = union.network_of(row | {"of_space": wider.to_yaml()})
+    space, _ = families.network_of(families.TINY, row | {"of_space": wider.to_yaml()})
     assert [stage.channels for stage in space.stages] == [24, 40, 72]
 
 
@@ -71,7 +83,7 @@ def test_gains_are_over_random_networks_of_the_union() -> None:
     def of(kind: str, accuracy: float) -> object:
         return union.Outcome(kind, accuracy, 1.0, 10**6, 10**3)
 
-    task = union.Task("cpu", 0.15, "digits:x")
+    task = families.Task("cpu", 0.15, "digits:x")
     found = [of("random union", 0.5), of("random union", 0.6), of("random inverted", 0.4)]
     found += [of("searched union", 0.58), of("searched union", 0.62)]
     lines = [
@@ -81,6 +93,34 @@ def test_gains_are_over_random_networks_of_the_union() -> None:
     assert by_kind["random union"][1:5] == ["2", "55.0 ± 7.1%", "+0.0", ""]
     assert by_kind["random inverted"][3] == "-15.0"
     assert by_kind["searched union"][3:5] == ["+5.0", "1, 2"]
+
+
+def test_a_table_of_one_latency_has_means_and_the_papers_rows() -> None:
+    task = families.Task("vpu", "30ms", "digits:x", families.MOBILE)
+    assert task.budget_ms == 30.0
+    space = families.union_of(families.MOBILE)
+    small, large = (
+        make_arch(space, tuple(position.names[at] for position in space.positions)) for at in (0, 1)
+    )
+    macs = [count_macs(lower(space, arch)) for arch in (small, large)]
+    arms = {
+        "inverted": [table_three.Found(small, 0.5), table_three.Found(large, 0.7)],
+        "quadratic": [table_three.Found(large, 0.9)],
+        "union": [],
+    }
+    text = table_three.describe(task, arms)
+    rows = {
+        row[0]: row
+        for row in ([c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines())
+        if row
+    }
+    assert list(rows)[2:] == ["inverted", "quadratic", "ProxylessNAS, paper", "QuadraNet, paper"]
+    assert rows["inverted"][1] == f"{sum(macs) / 2e6:.0f}"
+    for device, cell in zip(("cpu", "vpu", "gpu"), rows["quadratic"][3:6], strict=True):
+        own_ms = families.table_of(families.MOBILE, device).latency_ms(large.indices(space))
+        assert float(cell) == pytest.approx(own_ms, abs=0.005)
+    assert rows["inverted"][6].startswith("60.0 ± 14.1%")
+    assert "+30.0 points beside inverted residuals (paper: +0.5); `quadratic` is ahead" in text
 
 
 # ---- around a pretrained network
