@@ -5,8 +5,8 @@
 For each budget (BUDGETS), networks of union-mobile at 224 px are searched for among quadratic blocks, among
 inverted residuals, and among both (families.py), with `qnas search --finalists` in the same processor time.
 Budgets and latencies are those at 224 px. Supernets, finalists and networks are trained on images of 48 px,
-which two cores can do. What is best there need not be best on ImageNet, where the networks of the paper, whose
-rows stand beside ours, were trained for 300 epochs.
+which two cores can do. What is best there need not be best on ImageNet. The rows of the paper, which trained
+for 300 epochs there, stand beside ours.
 
 By table `gpu`, which is TensorRT at batch 1, the paper's 3 ms on the GPU hold every network of this space.
 The budget there is two thirds of the range, as one of those on the CPU.

@@ -63,7 +63,7 @@ def test_other_devices_have_one_budget_on_the_first_data() -> None:
         ("cpu", "a", 0.2),
         ("cpu", "b", 0.1),
         ("cpu", "b", 0.2),
-        ("gpu", "a", 0.1),
+        ("gpu", "a", 0.2),
     ]
 
 
@@ -93,6 +93,20 @@ def test_gains_are_over_random_networks_of_the_union() -> None:
     assert by_kind["random union"][1:5] == ["2", "55.0 ± 7.1%", "+0.0", ""]
     assert by_kind["random inverted"][3] == "-15.0"
     assert by_kind["searched union"][3:5] == ["+5.0", "1, 2"]
+
+
+def test_parts_of_a_latency_add_up_to_it() -> None:
+    task = families.Task("cpu", 0.15, "digits:x")
+    rows = [line.split("|")[1:-1] for line in union.describe_parts(task).splitlines()[2:]]
+    by_family = {row[0].strip(): [float(cell) for cell in row[1:]] for row in rows}
+    for family, count in union.RANDOM.items():
+        space, table = families.union_of(task.scale), families.table_of(task.scale, "cpu")
+        archs = families.random_networks(task, family, count)
+        _, macs, *parts = by_family[f"random {family}"]
+        assert sum(parts) == pytest.approx(
+            sum(table.latency_ms(arch.indices(space)) for arch in archs) / count, abs=0.003
+        )
+        assert macs == pytest.approx(sum(count_macs(lower(space, a)) for a in archs) / count / 1e6, abs=0.06)
 
 
 def test_a_table_of_one_latency_has_means_and_the_papers_rows() -> None:
