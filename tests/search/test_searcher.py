@@ -470,7 +470,7 @@ SEARCHABLE = [name for name in stems("search_spaces", ".yaml") if not load_space
 # nested weights are those of QuadraNet's neuron with layer normalisation
 NOT_NESTED = (
     *("efficientnet-lite0", "efficientnet-lite0-quadratic", "proxyless-mobile", "quadranet-mobile-bn"),
-    *("quadranet-small-mixed", "union-mobile"),
+    *("quadranet-small-mixed", "union-mobile", "union-small"),
 )
 FORMS: dict[str, dict[str, str]] = {
     "two-path": {},
