@@ -15,6 +15,8 @@ _LAYER_FACTS = (
     *("role", "op", "resolution_px", "out_px", "c_in", "c_out", "kernel", "stride", "params", "macs"),
 )
 
+MOST_REPEATED = 8  # candidates that each stage lists again
+
 
 def choices_by_stage(space: SearchSpace, arch: Arch) -> str:
     """Format the chosen candidates, with one or more lines per stage."""
@@ -124,6 +126,7 @@ def describe_space(space: SearchSpace) -> str:
             f"{space.stem.channels} channels, {space.norm}, {space.activation}"
         ),
     ]
+    listed: dict[tuple[str, ...], int] = {}  # candidates, with the first stage that has them
     for i, stage in enumerate(space.stages):
         positions = [p for p in space.positions if p.stage == i]
         lines.append(
@@ -132,8 +135,11 @@ def describe_space(space: SearchSpace) -> str:
             )
         )
         for names in dict.fromkeys(p.names for p in positions):
+            first = listed.setdefault(names, i)
             # indented lines, without line breaks in a name
             whole = ", ".join(short_name(name).replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+            if first < i and len(names) > MOST_REPEATED:
+                whole = f"the {len(names)} candidates of stage {first + 1}"
             lines.append(wrapped(whole, "    ", "    "))
     head = f"{space.head.channels} channels, " if space.head.channels else ""
     lines.append(f"  head: {head}{space.head.classes} classes")

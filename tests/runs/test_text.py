@@ -49,6 +49,16 @@ def test_what_is_drawn_of_a_space_fits_a_terminal_and_breaks_no_name(
         )
 
 
+def test_a_long_list_of_candidates_is_written_once() -> None:
+    space = load_space("union-mobile")
+    lines = describe_space(space).splitlines()
+    assert sum(short_name("star_k5_e4") in line.replace("\N{NO-BREAK SPACE}", " ") for line in lines) == 1
+    at = lines.index("    the 31 candidates of stage 2")
+    assert lines[at - 1] == "  stage 3: 40 channels, 4 positions, stride 2"
+    assert sum("of stage 2" in line for line in lines) == 5
+    assert "candidates of stage" not in describe_space(load_space("quadranet-small"))
+
+
 def test_a_network_names_the_neuron_of_each_block() -> None:
     space = neural_space("layernorm")
     arch = arch_from_indices(space, tuple(range(len(space.positions))))
