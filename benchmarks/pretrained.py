@@ -18,7 +18,8 @@ at `--px`, by default that of its pretraining. Every arm has the same wall-clock
 Epochs are planned once for each question, with the first seed: nothing else may run on the machine until the
 plan is printed. Steps of the networks are timed in turn, and the first search is timed whole: what it takes
 besides its steps shortens the training after it, and no other arm. Later arms and seeds have the same epochs
-on any machine. While they train, networks are tested on one of TESTED test images, and afterwards on all of
+on any machine: `--run-threads 1` runs them on one thread, so that several processes, of different seeds, take
+the place of one. While they train, networks are tested on one of TESTED test images, and afterwards on all of
 them. All arms of a seed have the same images. Plans and trainings are lines of results/pretrained.jsonl, so
 that a stopped run goes on.
 """
@@ -136,10 +137,11 @@ class Network:
 class Arms:
     """The arms of one question and seed; what has been trained is kept in folders of `work`."""
 
-    def __init__(self, question: Question, seed: int, full: Path, work: Path) -> None:
+    def __init__(self, question: Question, seed: int, full: Path, work: Path, threads: int) -> None:
         data = draw_folder(full, question.images, seed, work / "data")
         self.full = full
         self.question, self.seed, self.data, self.work = question, seed, f"imagefolder:{data}", work
+        self.threads = threads
         low, high = (round(question.px * share / RESOLUTION_STEP) for share in (LOWEST, HIGHEST))
         self.resolutions = [RESOLUTION_STEP * number for number in range(low, high + 1)]
         self.space = space_at(NETWORK, question.px)
@@ -215,7 +217,7 @@ class Arms:
             out=self.work / "searched",
             force=True,
             random_networks=0,
-            threads=question.threads,
+            threads=self.threads,
             warmup_epochs=epochs - 1,
             search_epochs=1,
             head_epochs=0 if question.images >= MANY_IMAGES else epochs // 3,
@@ -255,7 +257,7 @@ class Arms:
             epochs=epochs,
             resolution_px=px,
             seed=self.seed,
-            threads=self.question.threads,
+            threads=self.threads,
             **network.settings,
         )
         seconds = network.search_seconds + time.monotonic() - start
@@ -429,10 +431,9 @@ def describe(question: Question, answers: list[Answer]) -> str:
                 f"{statistics.fmean(a.latency_ms for a in found):.1f}",
                 f"{statistics.fmean(a.macs for a in found) / 1e6:.0f}",
                 str(found[0].px),
-                ", ".join(
-                    f"{a.epochs[0]} + {a.epochs[1]}" if a.epochs[0] else str(a.epochs[1]) for a in found
-                ),
-                f"{statistics.fmean(a.seconds for a in found) / 60:.1f}",
+                f"{found[0].epochs[0]} + {found[0].epochs[1]}"
+                if found[0].epochs[0]
+                else str(found[0].epochs[1]),
             ]
         )
     titles = [
@@ -443,7 +444,6 @@ def describe(question: Question, answers: list[Answer]) -> str:
         "MACs, M",
         "px",
         "epochs",
-        "minutes taken",
     ]
     table = markdown_table(titles, rows)
     options = f"--images {question.images} --minutes {question.minutes:g} --px {question.px}"
@@ -484,17 +484,21 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run-threads", type=int, help="of this process, once epochs are planned")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qnas-pretrained")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
     options = parser.parse_args()
-    set_up_process(threads=options.threads)
     question = Question(options.images, options.px, options.minutes, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     kept = Answers(options.out / "pretrained.jsonl")
+    threads = options.run_threads or options.threads
+    if threads != options.threads and kept.plan(question) is None:
+        parser.error(f"--run-threads {threads}: epochs are planned first, with all {options.threads} threads")
+    set_up_process(threads)
     for seed in options.seeds:
         work = options.work / f"{question.images}-{question.minutes:g}-{question.px}-{seed}"
-        answer_arms(Arms(question, seed, options.data, work), options.arms, kept)
+        answer_arms(Arms(question, seed, options.data, work, threads), options.arms, kept)
     answers = kept.all()
     questions = list(dict.fromkeys(answer.question for answer in answers))
     text = "\n\n".join(describe(each, answers) for each in questions)

@@ -148,7 +148,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> object:
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 (folder / split / name / f"{number}.jpg").write_bytes(b"")
-    return pretrained.Arms(replace(QUESTION, images=8), 3, folder, folder / "work")
+    return pretrained.Arms(replace(QUESTION, images=8), 3, folder, folder / "work", 1)
 
 
 def test_a_seed_draws_as_many_images_of_each_class_and_few_test_images(arms: pretrained.Arms) -> None:
