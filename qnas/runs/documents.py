@@ -212,6 +212,7 @@ class Certificate(Document):
     slowest_ms: Amount
     # those among whose networks the rank and the bound hold; absent: among all networks
     kinds: Annotated[list[Name], Field(min_length=1, max_length=MOST_CELLS)] = ABSENT
+    stages: Annotated[list[Ordinal], Field(min_length=1, max_length=MOST_CELLS)] = ABSENT
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -371,6 +372,7 @@ class FinalistEntry(Document):
     rank: Ordinal
     solved: Ordinal
     kinds: Annotated[list[Name], Field(max_length=MOST_CELLS)]
+    stages: Annotated[list[Ordinal], Field(min_length=1, max_length=MOST_CELLS)] = ABSENT
     heldout_accuracies: list[Share]
     heldout_balanced_accuracies: list[Share]
     heldout_losses: list[Loss]

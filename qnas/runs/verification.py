@@ -411,6 +411,7 @@ def check_finalists(
         ("rank", winner["rank"], certificate["rank"]),
         ("space", winner.get("space", space.name), space.name),
         ("kinds", winner["kinds"], certificate.get("kinds", [])),
+        ("stages", winner.get("stages", []), certificate.get("stages", [])),
         ("number", winner["number"], chosen["number"]),
         ("heldout_accuracies", winner["heldout_accuracies"][-1], chosen["heldout_accuracy"]),
         ("weights_sha256", finalists["weights_sha256"], chosen["weights_sha256"]),
@@ -478,6 +479,9 @@ def check_certificate(
     kinds = tuple(certificate.get("kinds", ()))
     if unknown := set(kinds) - set(names_of(kinds_of(space))):
         raise ArchError(f"{path}: certificate.kinds: the space has no {', '.join(sorted(unknown))}")
+    stages = tuple(certificate.get("stages", ()))
+    if max(stages, default=0) > len(space.stages):
+        raise ArchError(f"{path}: certificate.stages: the space has only {len(space.stages)}")
     rank, score, bound = (certificate[key] for key in ("rank", "score", "score_bound"))
     own = math.fsum(row[i] for row, i in zip(scores, indices, strict=True))
     _compare(f"{path}: certificate.score", score, own, 1e-9)
@@ -492,13 +496,13 @@ def check_certificate(
         for each in limits
     )
     try:
-        solutions = solve_best(space, scores, wider, 1 if is_rounded else rank, kinds)
+        solutions = solve_best(space, scores, wider, 1 if is_rounded else rank, kinds, stages)
     except InfeasibleBudgetError as cause:
         raise ArchError(f"{path}: {cause}") from cause
     proven = solutions[0].score
     if bound > proven + slack:  # a bound that is not met depends on the number of networks solved for
         solved = min(certificate["solved"], most_solved)
-        proven = solve_best(space, scores, wider, solved, kinds)[0].bound
+        proven = solve_best(space, scores, wider, solved, kinds, stages)[0].bound
     if not (is_rounded and own - slack <= bound <= proven + slack):
         _compare(f"{path}: certificate.score_bound", bound, proven, slack)
     better = sum(solution.score > own + slack for solution in solutions)

@@ -1,10 +1,12 @@
-"""A diverse set of good networks: the best, the best of each kind of block, and others far from these.
+"""A diverse set of good networks: the best, the best of some kinds and stages, and others far from these.
 
-The k best networks within a budget differ in a block or two, and where the supernet favours a kind of block,
-all of them are of that kind. The pool therefore also has the best networks of each kind alone, which are
-solved for with the same proof. From the pool, networks are taken one by one, each the farthest from those
-taken before (greedy k-centre: Gonzalez, 1985), first among the best of each kind and then among those
-that use most of the budget: a network of little latency is far from all others, and seldom good.
+The k best networks within a budget differ in a block or two. Where the supernet favours a kind of block, all
+of them are of that kind, and where it thinks little of blocks in a stage, none of them has one there. So the
+pool also has, solved for with the same proof, the best networks of each kind alone, the best with a block in
+each stage, and the best of each kind with blocks in all stages. From the pool, networks are taken one by one,
+each the farthest from those taken before (greedy k-centre: Gonzalez, 1985), first among the best of each of
+these and then among those that use most of the budget: a network of little latency is far from all others,
+and seldom good.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +21,7 @@ from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
 from qnas.spaces.block_order import Labels, block_labels
 from qnas.spaces.space import SearchSpace
 
-OF_A_KIND = 40  # networks that are solved for of each kind
+OF_EACH = 40  # networks that are solved for of each kind and stage
 WINDOW = 0.7  # share of the largest use of the limits in the pool that networks have at least
 KIND_WEIGHT = 2.0  # of the kinds of blocks, against that of the depth and that of each parameter
 
@@ -43,21 +45,20 @@ def choose_diverse(
     limits.
     """
     best = list(solve_best(space, scores, limits, solved))
-    of_kinds = []
-    kinds = names_of(kinds_of(space))
-    for kind in kinds if len(kinds) > 1 else ():
+    of_each = []
+    for kinds, stages in parts_of(space):
         try:
-            of_kinds.append(solve_best(space, scores, limits, min(solved, OF_A_KIND), (kind,)))
+            of_each.append(solve_best(space, scores, limits, min(solved, OF_EACH), kinds, stages))
         except InfeasibleBudgetError:
-            continue  # no network of this kind alone is within the limits
+            continue  # no network of this kind alone, or with blocks there, is within the limits
     if first is not None:
         best.sort(key=lambda solution: solution.indices != first)
         assert best[0].indices == first, "not one of the best"
     labels = block_labels(space)
-    pool = _different(labels, [*best, *(each for own in of_kinds for each in own)], without)
+    pool = _different(labels, [*best, *(each for own in of_each for each in own)], without)
     if not pool:
         return ()
-    leading = {_sequence(labels, own[0].indices) for own in of_kinds}
+    leading = {_sequence(labels, own[0].indices) for own in of_each}
     far = features(space, [solution.indices for solution in pool])
     fills = [_fill(solution) for solution in pool]
     taken: list[int] = []
@@ -68,6 +69,24 @@ def choose_diverse(
     ):
         taken = farthest(far, among, count, taken)
     return tuple(pool[i] for i in taken)
+
+
+def parts_of(space: SearchSpace) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Return the kinds and the stages, from 1, whose best networks are among the pool, as for `solve_best`.
+
+    They are each kind alone, each stage that can be without blocks, and each kind with all these stages.
+    """
+    kinds = kinds_of(space)
+    of_kind = [(name,) for name in names_of(kinds)]
+    firsts = {p.stage: row for p, row in reversed(list(zip(space.positions, kinds, strict=True)))}
+    open_stages = tuple(stage + 1 for stage, row in sorted(firsts.items()) if "" in row and any(row))
+    alone: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+    if len(of_kind) > 1:
+        alone += [(each, ()) for each in of_kind]
+    alone += [((), (stage,)) for stage in open_stages]
+    if len(open_stages) > 1:
+        alone += [(each if len(of_kind) > 1 else (), open_stages) for each in of_kind]
+    return alone
 
 
 def _fill(solution: Solution) -> float:

@@ -542,6 +542,7 @@ def finals_document(
                 "rank": each.solution.rank,
                 "solved": each.solution.solved,
                 "kinds": list(each.solution.kinds),
+                **({"stages": list(each.solution.stages)} if each.solution.stages else {}),
                 "heldout_accuracies": each.accuracies,
                 "heldout_balanced_accuracies": each.balanced_accuracies,
                 "heldout_losses": each.losses,

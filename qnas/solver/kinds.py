@@ -44,6 +44,24 @@ def places_of(kinds: Kinds, allowed: Sequence[str]) -> tuple[tuple[int, ...], ..
     return tuple(places or tuple(range(len(row))) for places, row in zip(kept, kinds, strict=True))
 
 
+def places_with_blocks(
+    space: SearchSpace, places: Sequence[Sequence[int]], stages: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Leave out of these candidates the identity at the first position of each of these stages, from 1.
+
+    A stage that has blocks has them there in one of its placements. Where nothing else is left at a position,
+    all its candidates stay.
+    """
+    firsts = {
+        stage: position for position, stage in reversed(list(enumerate(p.stage + 1 for p in space.positions)))
+    }
+    kinds = kinds_of(space)
+    found = [tuple(row) for row in places]
+    for at in (firsts[stage] for stage in stages):
+        found[at] = tuple(j for j in found[at] if kinds[at][j]) or found[at]
+    return tuple(found)
+
+
 def take(rows: Sequence[Sequence[Value]], places: Sequence[Sequence[int]]) -> tuple[tuple[Value, ...], ...]:
     """Return the entries of these candidates only, by position."""
     return tuple(tuple(row[j] for j in own) for row, own in zip(rows, places, strict=True))

@@ -15,7 +15,7 @@ import numpy as np
 
 from qnas.common.errors import ArchError, InfeasibleBudgetError
 from qnas.latency.intervals import Interval
-from qnas.solver.kinds import kinds_of, places_of, take
+from qnas.solver.kinds import kinds_of, names_of, places_of, places_with_blocks, take
 from qnas.solver.knapsack import k_best
 from qnas.solver.limits import Limit, Limits, check_limits, count_limit
 from qnas.spaces.arch import arch_document, arch_from_indices
@@ -43,6 +43,7 @@ class Solution:
     solved: int = 1  # number of solutions, this one included
     # the kinds of blocks among whose networks the bound and the rank hold; none: among all networks
     kinds: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()  # likewise, from 1: those that have a block in each of these networks
 
     @property
     def latency_ms(self) -> float:
@@ -74,19 +75,22 @@ def solve_best(
     limits: Limits,
     k: int = K_BEST,
     kinds: tuple[str, ...] = (),
+    stages: tuple[int, ...] = (),
     floor: float = -math.inf,
 ) -> tuple[Solution, ...]:
     """Return the k best networks within all limits, best first, or fewer if there are fewer.
 
     All are different: placements of identities that give the same network count once, with the best
     score. With `kinds`, they are the best among the networks whose blocks are of these kinds, wherever a
-    position has a candidate of them or an identity (`kinds.places_of`). Networks that score less than
-    `floor` may be missing. Raises InfeasibleBudgetError when there is none.
+    position has a candidate of them or an identity (`kinds.places_of`); with `stages`, counted from 1, among
+    those that have a block in each of these. Networks that score less than `floor` may be missing. Raises
+    InfeasibleBudgetError when there is none.
     """
     labels = block_labels(space)
-    if not kinds:
+    if not kinds and not stages:
         return _solutions(scores, limits, k, labels, floor)
-    places = places_of(kinds_of(space), kinds)
+    every = kinds_of(space)
+    places = places_with_blocks(space, places_of(every, kinds or names_of(every)), stages)
     fewer = tuple(replace(limit, cells=take(limit.cells, places)) for limit in limits)
     found = _solutions(take(scores, places), fewer, k, take(labels, places), floor)
     return tuple(
@@ -95,6 +99,7 @@ def solve_best(
             indices=tuple(own[i] for own, i in zip(places, each.indices, strict=True)),
             limits=limits,
             kinds=kinds,
+            stages=stages,
         )
         for each in found
     )
@@ -172,7 +177,8 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
     The prediction is the sum of the certificate's `fixed_ms` and `position_ms` and at most `limit_ms`, the
     budget over 1 + margin. These are for the first device; `limits` has the same for each limit: `amount`,
     the sum of `fixed` and `positions`, is at most `limit`. With a confidence, these are upper ends. Of a
-    network that is the best of some kinds of blocks only, the certificate names them (`kinds`).
+    network that is the best only of some kinds of blocks, or of those with blocks in some stages, the
+    certificate names these (`kinds`, `stages`).
     """
     arch = arch_from_indices(space, solution.indices)
     blocks = lower(space, arch)
@@ -203,6 +209,7 @@ def solution_document(space: SearchSpace, solution: Solution, details: Mapping[s
                 "fastest_ms": limit.least,
                 "slowest_ms": limit.most,
                 **({"kinds": list(solution.kinds)} if solution.kinds else {}),
+                **({"stages": list(solution.stages)} if solution.stages else {}),
             },
             **details,
         },

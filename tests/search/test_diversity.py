@@ -9,7 +9,7 @@ from helpers.tiny import TWO_KINDS
 
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.search.diversity import choose_diverse, farthest, features
+from qnas.search.diversity import choose_diverse, farthest, features, parts_of
 from qnas.solver.kinds import count_blocks, kinds_of
 from qnas.solver.limits import Limits, count_limit, latency_limit
 from qnas.solver.solve import Scores, solve_best
@@ -83,10 +83,48 @@ def test_where_the_scores_favour_one_kind_the_best_of_the_others_is_there(kind: 
     for each in found:
         assert all(limit.amount(each.indices) <= limit.limit for limit in limits)
         assert each.bound >= each.score - 1e-9
-        again = solve_best(space, scores, limits, each.solved, each.kinds)[each.rank - 1]
+        again = solve_best(space, scores, limits, each.solved, each.kinds, each.stages)[each.rank - 1]
         assert again == each
     chosen = [each.indices for each in found]
     assert apart(space, chosen) > 2 * apart(space, [each.indices for each in best[:6]])
+
+
+def test_where_the_scores_think_little_of_a_stage_networks_with_blocks_there_are_among_them() -> None:
+    space, limits = SMALL, limits_of(SMALL)
+    first = [position.stage == 0 for position in space.positions]
+    scores = tuple(
+        tuple(0.0 if not name else -0.2 if is_first else score for name, score in zip(*rows, strict=True))
+        for is_first, *rows in zip(first, kinds_of(space), scores_that_favour(space, "quadra"), strict=True)
+    )
+
+    def blocks(network: tuple[int, ...]) -> int:
+        """The number of blocks in the first stage."""
+        return sum(bool(row[i]) for row, i, own in zip(kinds_of(space), network, first, strict=True) if own)
+
+    assert not any(blocks(each.indices) for each in solve_best(space, scores, limits, 10))
+    found = choose_diverse(space, scores, limits, 6, 10)
+    there = [each for each in found if blocks(each.indices)]
+    assert len(there) >= 2
+    assert all(1 in each.stages for each in there)
+    for each in there:
+        again = solve_best(space, scores, limits, each.solved, each.kinds, each.stages)[each.rank - 1]
+        assert again == each
+
+
+def test_the_parts_of_a_space_are_its_kinds_and_the_stages_that_can_be_empty() -> None:
+    of_two = parts_of(parse_space(TWO_KINDS, "two-kinds.yaml"))
+    linear, quadratic = ("quadra_linear",), ("quadra",)
+    assert of_two == [
+        (linear, ()),
+        (quadratic, ()),
+        ((), (1,)),
+        ((), (2,)),
+        (linear, (1, 2)),
+        (quadratic, (1, 2)),
+    ]
+    # one kind, and stages that begin with a block
+    assert parts_of(load_space("quadranet-small")) == [((), (1,)), ((), (2,)), ((), (3,)), ((), (1, 2, 3))]
+    assert parts_of(load_space("proxyless-mobile")) == []
 
 
 def test_the_given_network_comes_first_and_known_ones_are_left_out() -> None:

@@ -10,7 +10,7 @@ from helpers.tiny import TWO_KINDS
 from qnas.common.errors import InfeasibleBudgetError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
-from qnas.solver.kinds import corrected, count_blocks, kinds_of, names_of, places_of
+from qnas.solver.kinds import corrected, count_blocks, kinds_of, names_of, places_of, places_with_blocks
 from qnas.solver.limits import Limits, latency_limit
 from qnas.solver.solve import Scores, solution_document, solve_best
 from qnas.spaces.space import SearchSpace, parse_space
@@ -73,6 +73,52 @@ def test_the_best_of_a_kind_are_those_of_all_networks_of_the_kind(
         assert (each.rank, each.kinds, each.limits) == (rank, (kind,), limits)
     assert solution_document(space, found[0], {})["certificate"]["kinds"] == [kind]
     assert "kinds" not in solution_document(space, solve_best(space, scores, limits, 1)[0], {})["certificate"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stages", [(1,), (2,), (1, 2)])
+def test_the_best_with_blocks_in_stages_are_those_of_all_such_networks(
+    seed: int, stages: tuple[int, ...], space: SearchSpace
+) -> None:
+    # a block lowers the score wherever it stands, so that the best of all has none
+    scores = tuple(
+        tuple(score - 5 * bool(kind) for score, kind in zip(*rows, strict=True))
+        for rows in zip(some_scores(space, seed), kinds_of(space), strict=True)
+    )
+    limits = half(space)
+    firsts = [2 * (stage - 1) for stage in stages]  # two positions each
+
+    def score(network: tuple[int, ...]) -> float:
+        return math.fsum(row[i] for row, i in zip(scores, network, strict=True))
+
+    own = [
+        network
+        for network in all_networks(space)
+        if all(kinds_of(space)[at][network[at]] for at in firsts)
+        and limits[0].amount(network) <= limits[0].limit
+    ]
+    found = solve_best(space, scores, limits, 5, (), stages)
+    assert found[0].score == found[0].bound == pytest.approx(max(map(score, own)))
+    assert {each.indices for each in found} <= set(own)
+    assert [each.stages for each in found] == [stages] * 5
+    assert solution_document(space, found[0], {})["certificate"]["stages"] == list(stages)
+    (best,) = solve_best(space, scores, limits, 1)
+    assert not any(row[i] for row, i in zip(kinds_of(space), best.indices, strict=True))
+    assert "stages" not in solution_document(space, best, {})["certificate"]
+    of_kind = solve_best(space, scores, limits, 1, ("quadra",), stages)[0]
+    assert of_one_kind(space, of_kind.indices, "quadra")
+    assert of_kind.indices in own
+
+
+def test_a_stage_that_always_has_a_block_keeps_its_candidates(space: SearchSpace) -> None:
+    every = tuple(tuple(range(len(row))) for row in kinds_of(space))
+    none = space.positions[2].names.index("identity")
+    assert places_with_blocks(space, every, ()) == every
+    found = places_with_blocks(space, every, (2,))
+    assert found[2] == tuple(i for i in every[2] if i != none)
+    assert (*found[:2], *found[3:]) == (*every[:2], *every[3:])
+    only_none = (*every[:2], (none,), every[3])
+    assert places_with_blocks(space, only_none, (1, 2))[2] == (none,)
 
 
 def test_a_position_without_the_kind_keeps_its_candidates() -> None:
