@@ -1,18 +1,22 @@
 """The choice of different networks: kinds of blocks, depth, kernels and expansion."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.networks import same_network
 from helpers.tiny import TWO_KINDS
 
+from qnas.common.errors import ArchError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
+from qnas.runs.verification import check_certificate
 from qnas.search.diversity import choose_diverse, farthest, features, parts_of
 from qnas.solver.kinds import count_blocks, kinds_of
 from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.solver.solve import Scores, solve_best
+from qnas.solver.solve import Scores, solution_document, solve_best
+from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space, parse_space
 
 SMALL = load_space("quadranet-small-mixed")
@@ -154,3 +158,23 @@ def test_networks_that_use_little_of_the_budget_are_taken_last() -> None:
     assert choose_diverse(space, scores, limits, 3, 10_000, without=known) == ()
     # but for the best and those of a kind, which come first
     assert small[3:] == sorted(small[3:])
+
+
+def test_a_certificate_holds_among_the_networks_that_it_names(tmp_path: Path) -> None:
+    space, limits = SMALL, limits_of(SMALL)
+    scores = tuple(
+        tuple(score if not name else -0.2 for name, score in zip(*rows, strict=True))
+        for rows in zip(kinds_of(space), scores_that_favour(space, "quadra"), strict=True)
+    )
+    (found, *_) = solve_best(space, scores, limits, 3, (), (1, 3))
+    arch, path = arch_from_indices(space, found.indices), tmp_path / "arch.json"
+    document = solution_document(space, found, {})
+    check_certificate(document, space, arch, limits, scores, 3, path)
+    for stages, said in (
+        ([1], "score_bound is"),  # a network without the other block scores more
+        ([1, 2, 3], "score_bound is"),
+        ([4], "certificate.stages: the space has only 3"),
+    ):
+        document["certificate"]["stages"] = stages
+        with pytest.raises(ArchError, match=said):
+            check_certificate(document, space, arch, limits, scores, 3, path)
