@@ -141,7 +141,8 @@ class Searcher:
     def _arch_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Move the architecture parameters; return the loss of the task and the accuracies on the batch."""
         problem, state = self.problem, self.state
-        supernet = state.supernet.train()
+        state.train()
+        supernet = state.supernet
         config, limits, world = problem.config, problem.limit_tensors, problem.world
         channels = None
         if (layout := problem.draw_layout(state.generator)) is not None:

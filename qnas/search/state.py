@@ -89,6 +89,11 @@ class SearchState:
         found.problem = self.problem.at(layout)
         return found
 
+    def train(self) -> None:
+        """Set the supernet to training, if it is not: a walk over its modules takes a tenth of a step."""
+        if not self.supernet.training:
+            self.supernet.train()
+
     @property
     def temperature(self) -> float:
         """The divisor of the architecture parameters at this step."""

@@ -65,7 +65,7 @@ class WeightSteps:
         images: (B, channels, H, W), labels: (B,), of this process's part of a batch. Both losses are means.
         """
         state, config = self.state, self.state.problem.config
-        state.supernet.train()
+        state.train()
         even, channels = self._even_logits, None
         if (layout := state.problem.draw_layout(state.generator)) is not None:
             images, even, channels = layout.resized(images), self._even(layout), layout.channels
