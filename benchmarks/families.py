@@ -7,14 +7,16 @@ A union space holds inverted residuals, star blocks and QuadraBlocks side by sid
 - union: all of them.
 
 Networks of all families are networks of the union too, and are trained alone with one recipe and one seed. A
-search of any family has the same processor time of one thread, which other programs hardly change: its epochs
-are planned from some timed steps. Trainings and searches are lines of results.
+search of any family has about the same processor time of one thread, which other programs hardly change: the
+epochs of its supernet are planned from some timed steps, and its finalists are trained as networks alone are.
+Trainings and searches are lines of results.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ FAMILIES = {"inverted": ("mbconv",), "quadratic": ("mbconv_factored", "star", "q
 UNION, BASE = "union", "inverted"
 LAYOUTS, ALONE = "union, layouts", "union, supernet alone"  # searches of the union
 WIDTHS, RESOLUTIONS = (0.75, 1.0, 1.25), (0.75, 1.0, 1.25)  # multipliers of LAYOUTS
-FINALISTS = 6
+SUPERNET_SHARE = 1 / 3  # of a search's time where there are finalists, which take about the rest
 WARM_UP_SHARE = 0.4  # of a supernet's epochs
 RECIPE = Recipe(images=20_000, epochs=9, learning_rate=2e-3)
 TRAINING_SEED = 0
@@ -66,14 +68,16 @@ class Scale:
     deployed_px: int
     trained_px: int
     seconds: float  # of a search: processor time
+    finalists: int
 
     def here(self, px: int) -> int:
         """Return the size of images here of networks that are deployed at `px`."""
         return self.trained_px * px // self.deployed_px
 
 
-TINY = Scale("tiny", deployed_px=96, trained_px=TRAINED_PX, seconds=300.0)
-MOBILE = Scale("mobile", deployed_px=224, trained_px=48, seconds=1200.0)  # the last maps have 2 x 2 pixels
+TINY = Scale("tiny", deployed_px=96, trained_px=TRAINED_PX, seconds=450.0, finalists=12)
+# the last maps have 2 x 2 pixels
+MOBILE = Scale("mobile", deployed_px=224, trained_px=48, seconds=2400.0, finalists=6)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def search_parts(task: Task, arm: str, seed: int) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "seconds": task.scale.seconds,
-        "finalists": 0 if arm == ALONE else FINALISTS,
+        "finalists": 0 if arm == ALONE else [task.scale.finalists, RECIPE.epochs],
         "layouts": [WIDTHS, _resolutions(task.scale)] if arm == LAYOUTS else [],
     }
 
@@ -214,13 +218,15 @@ def search(task: Task, arm: str, seed: int, searched: Cache) -> dict[str, Any]:
     family = arm if arm in FAMILIES else UNION
     px = scale.here(max(_resolutions(scale))) if arm == LAYOUTS else scale.trained_px
     config = base_config("shared", seed).override({"resolution_px": scale.trained_px})
-    epochs = planned_epochs(task, family, config, scale.seconds if arm == ALONE else scale.seconds / 2)
+    share = 1.0 if arm == ALONE else SUPERNET_SHARE
+    epochs = planned_epochs(task, family, config, share * scale.seconds)
     settings: dict[str, Any] = {
         "warmup_epochs": epochs[0],
         "search_epochs": epochs[1],
-        "finalists": parts["finalists"],
         "resolution_px": px,
     }
+    if arm != ALONE:
+        settings |= {"finalists": scale.finalists, "finalist_epochs": RECIPE.epochs}
     if arm == LAYOUTS:
         settings |= {"width_multipliers": WIDTHS, "resolutions": _resolutions(scale)}
     fixed = {
@@ -229,6 +235,8 @@ def search(task: Task, arm: str, seed: int, searched: Cache) -> dict[str, Any]:
     }
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
+        if arm != ALONE:
+            settings["finalist_recipe"] = recipe_file(Path(folder), px)
         found = qnas.run_search(
             family_of(scale, family),
             {task.device: f"{task.budget_ms}ms"},
@@ -251,6 +259,15 @@ def search(task: Task, arm: str, seed: int, searched: Cache) -> dict[str, Any]:
     name = task.data.partition(":")[0]
     print(f"{name} {task.device} {arm}, seed {seed}: {epochs} in {spent:.0f} s", flush=True)
     return searched.put(parts, facts)
+
+
+def recipe_file(folder: Path, px: int) -> str:
+    """Write the recipe of trainings alone as a file for finalists, at a size of images; return its path."""
+    content = asdict(RECIPE) | {"schema": "qnas.recipe/1", "resolution_px": px}
+    del content["images"]
+    path = folder / "alone.yaml"
+    path.write_text(json.dumps(content))
+    return str(path)
 
 
 def planned_epochs(task: Task, family: str, config: SearchConfig, seconds: float) -> tuple[int, int]:
