@@ -147,8 +147,8 @@ HEAD = f"""## QuadraNet's table III: networks searched for at one latency
 
 `python benchmarks/table_three.py --data cifar10:DIR --write`. Networks of union-mobile, with latencies at
 {MOBILE.deployed_px} px by the tables; searches of about {MOBILE.seconds:.0f} s of processor time and
-trainings at {MOBILE.trained_px} px. {describe_recipe(RECIPE)} The paper's rows are ImageNet's, and its milliseconds other
-devices' than those of our tables."""
+trainings at {MOBILE.trained_px} px. {describe_recipe(RECIPE)} The paper's rows are ImageNet's, and its
+milliseconds other devices' than those of our tables."""
 
 
 def main() -> None:
