@@ -200,7 +200,7 @@ def search_parts(task: Task, arm: str, seed: int) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "seconds": task.scale.seconds,
-        "finalists": 0 if arm == ALONE else [task.scale.finalists, RECIPE.epochs],
+        "finalists": 0 if arm == ALONE else [task.scale.finalists, RECIPE.epochs, "scratch"],
         "layouts": [WIDTHS, _resolutions(task.scale)] if arm == LAYOUTS else [],
     }
 
@@ -226,7 +226,11 @@ def search(task: Task, arm: str, seed: int, searched: Cache) -> dict[str, Any]:
         "resolution_px": px,
     }
     if arm != ALONE:
-        settings |= {"finalists": scale.finalists, "finalist_epochs": RECIPE.epochs}
+        settings |= {
+            "finalists": scale.finalists,
+            "finalist_epochs": RECIPE.epochs,
+            "finalists_from": "scratch",  # as networks alone are trained
+        }
     if arm == LAYOUTS:
         settings |= {"width_multipliers": WIDTHS, "resolutions": _resolutions(scale)}
     fixed = {
