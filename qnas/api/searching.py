@@ -1,7 +1,7 @@
 """A search from Python: from a space, budgets and images to a network within the budgets."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qnas.api.session import Progress
     from qnas.data.image_data import ImageData
     from qnas.data.loading import GivenData
-    from qnas.search.problem import FamilySearch
+    from qnas.search.problem import FamilySearch, Problem
     from qnas.training.losses import LossFunction, Metric
     from qnas.training.recipe import TrainConfig
 
@@ -138,30 +138,23 @@ def run_search(
     from qnas.data.loading import kind_of, reopen
 
     data = reopen(data, former, DATA)
+    replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
     if former and preset is None:
-        replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
         kept = {key: value for key, value in former["search"].items() if key not in replaced}
         config = SearchConfig.check(kept, f"{out}: search")
     else:
         own = default_preset(kind_of(data), is_pretrained=pretrained is not None)
         config = SearchConfig.load(preset or own)
     config = config.override(settings | named(loss=loss, metric=metric))
-    px = config.resolution_px or known.input.resolution_px
-    if len(family) > 1:
-        from qnas.search.sizes import check_sizes, least_trained_px
-
-        if settings.get("resolution_px") is None and not former:  # of the preset: as much larger as is needed
-            px = max(px, least_trained_px(known, family.resolutions_px))
-        check_sizes(known, family.resolutions_px, px)
+    is_free = settings.get("resolution_px") is None and not former
+    px = _trained_px(config, family, is_free=is_free)
     config = config.override({"resolution_px": px})
     is_default = not former and (preset is None or str(preset) in stems(SearchConfig.FOLDER, ".yaml"))
-    check_resolution(known, px)
     broken = former.get("max_broken") if max_broken is None else max_broken
 
     from qnas.api import session
     from qnas.nn.pretrained.catalogue import load_pretrained
     from qnas.search.finalists import finalist_recipe, finalist_training
-    from qnas.search.paths import left_untrained
     from qnas.search.search_result import follow_search
     from qnas.search.search_result import run_search as search_in_folder
     from qnas.search.searcher import Searcher
@@ -189,53 +182,28 @@ def run_search(
         config = config.override({"batch_size": batch_size})
         objective = session.objective_of(config, loss, metric, images.train.labels, images)
         searcher = Searcher(known, limits, images, config, world, objective, over_layouts, start)
-        arch_batch = searcher.problem.arch_batch_size
         finalists = (
             None if recipe is None else finalist_training(config, recipe, known, len(images.train), world)
         )
         if finalists is not None and over_layouts is not None:
+            from qnas.search.sizes import check_sizes
+
             check_sizes(known, family.resolutions_px, finalists.resolution_px)
         if not world.is_main:  # takes the same steps, writes nothing
             follow_search(searcher, finalists=finalists, resume=resume)
             raise SystemExit
-        if arch_batch < batch_size:
-            warnings.warn(
-                f"architecture steps take {arch_batch} images, not {batch_size}: there are "
-                f"{len(images.heldout)} held-out images",
-                QnasWarning,
-                stacklevel=2,
-            )
-        if config.weight_steps == "whole" and (untrained := left_untrained(searcher.problem)):
-            warnings.warn(
-                f"weight steps of the whole network train no {' or '.join(untrained)} blocks, so such "
-                "blocks are hardly ever chosen; `weight_steps=path` trains them too",
-                QnasWarning,
-                stacklevel=2,
-            )
+        for text in _warnings_of(searcher.problem):
+            warnings.warn(text, QnasWarning, stacklevel=2)
         within = over_layouts.within if over_layouts is not None else ()
         of_family = family if within else None
         on_start(Started(known, limits, images, folder, finalists, of_family, within))
-        entries = asked.entries(limits)
-        request = {
-            "command": "search",
-            "device": entries[0]["device"],
-            "latency": source,
-            "budget": entries[0]["budget"],
-            "budget_ms": limits[0].budget,
-            "limits": entries,
-            "space": known.name if isinstance(given, SearchSpace | SpaceFamily) else str(given),
-            "space_digest": known.digest,
+        request = _request(asked, limits, source, given, family) | {
             **({} if start is None else {"pretrained": start.record()}),
-            "table_digest": entries[0]["table_digest"],
             **session.record_images(data, images, broken),
-            **({"arch_batch_size": arch_batch} if arch_batch < batch_size else {}),
             "versions": session.versions(),
         }
-        if within:  # what is of one layout follows from the choice of it
-            request = {key: value for key, value in request.items() if key not in OF_ONE_LAYOUT} | {
-                "limits": [{k: v for k, v in entry.items() if k not in OF_ONE_LAYOUT} for entry in entries],
-                "family_digest": family.digest,
-            }
+        if (arch_batch := searcher.problem.arch_batch_size) < batch_size:
+            request |= {"arch_batch_size": arch_batch}
         if within or resolutions is not None or "resolutions_px" in former:
             request |= {"resolutions_px": list(family.resolutions_px)}
         if multipliers is not None:
@@ -250,6 +218,66 @@ def run_search(
             display=display,
         )
     return SearchResult.load(folder)
+
+
+def _trained_px(config: SearchConfig, family: SpaceFamily, *, is_free: bool) -> int:
+    """Return the size of the training images; one that is free is raised to what all resolutions need.
+
+    Raises SpaceError where the space has no networks for it.
+    """
+    largest = family.largest
+    px = config.resolution_px or largest.input.resolution_px
+    if len(family) > 1:
+        from qnas.search.sizes import check_sizes, least_trained_px
+
+        if is_free:
+            px = max(px, least_trained_px(largest, family.resolutions_px))
+        check_sizes(largest, family.resolutions_px, px)
+    check_resolution(largest, px)
+    return px
+
+
+def _warnings_of(problem: "Problem") -> Iterator[str]:
+    """Yield what a user should know of a search before it trains."""
+    from qnas.search.paths import left_untrained
+
+    if problem.arch_batch_size < problem.batch_size:
+        yield (
+            f"architecture steps take {problem.arch_batch_size} images, not {problem.batch_size}: there are "
+            f"{len(problem.data.heldout)} held-out images"
+        )
+    if problem.config.weight_steps == "whole" and (untrained := left_untrained(problem)):
+        yield (
+            f"weight steps of the whole network train no {' or '.join(untrained)} blocks, so such "
+            "blocks are hardly ever chosen; `weight_steps=path` trains them too"
+        )
+
+
+def _request(
+    asked: AskedLimits,
+    limits: Limits,
+    source: str,
+    given: str | Path | SearchSpace | SpaceFamily,
+    family: SpaceFamily,
+) -> dict[str, Any]:
+    """Return what config.json says of the limits and the space; of a family, what all its layouts share."""
+    known, entries = family.largest, asked.entries(limits)
+    request = {
+        "command": "search",
+        "device": entries[0]["device"],
+        "latency": source,
+        "budget": entries[0]["budget"],
+        "budget_ms": limits[0].budget,
+        "limits": entries,
+        "space": known.name if isinstance(given, SearchSpace | SpaceFamily) else str(given),
+        "space_digest": known.digest,
+        "table_digest": entries[0]["table_digest"],
+    }
+    if len(family) == 1:
+        return request
+    shared = [{key: each[key] for key in each if key not in OF_ONE_LAYOUT} for each in entries]
+    request = {key: value for key, value in request.items() if key not in OF_ONE_LAYOUT}
+    return request | {"limits": shared, "family_digest": family.digest}
 
 
 def _over_layouts(family: SpaceFamily, asked: AskedLimits, source: str) -> "FamilySearch":
