@@ -101,7 +101,8 @@ class Task:
 @cache
 def union_of(scale: Scale) -> SearchSpace:
     """Return the union space, with latencies at its size of deployment."""
-    return tiny_space("union-tiny", scale.deployed_px) if scale == TINY else load_space("union-mobile")
+    name = f"union-{scale.name}"
+    return tiny_space(name, scale.deployed_px) if scale.name == TINY.name else load_space(name)
 
 
 @cache

@@ -141,7 +141,30 @@ def describe(task: Task, found: Sequence[Outcome]) -> str:
     ]
     name = task.data.partition(":")[0]
     title = f"### {name}, {task.device}, {task.budget_ms:.3f} ms ({task.budget:g} of the range)"
-    return f"{title}\n\n{markdown_table(header, rows)}"
+    return "\n\n".join([title, markdown_table(header, rows), *verdict(found)])
+
+
+def verdict(found: Sequence[Outcome]) -> list[str]:
+    """Say in a sentence what the table means for a user; nothing where there is nothing to compare."""
+    by_kind: dict[str, list[float]] = {}
+    for each in found:
+        by_kind.setdefault(each.kind, []).append(each.accuracy)
+    means = {kind: 100 * fmean(accuracies) for kind, accuracies in by_kind.items()}
+    parts = []
+    if {"random quadratic", "random inverted"} <= means.keys():
+        ahead = means["random quadratic"] - means["random inverted"]
+        parts.append(f"random quadratic networks are {ahead:+.1f} points beside random inverted residuals")
+    searched = {family: means.get(f"searched {family}") for family in ("quadratic", "inverted", UNION)}
+    if (of_union := searched.pop(UNION)) is not None:
+        if f"random {UNION}" in means:
+            parts.append(
+                f"a search of the union gains {of_union - means[f'random {UNION}']:+.1f} over random ones"
+            )
+        known = {family: mean for family, mean in searched.items() if mean is not None}
+        if known:
+            better = max(known, key=lambda family: known[family])
+            parts.append(f"it ends {of_union - known[better]:+.1f} beside one of the {better} blocks alone")
+    return [f"For a user: {', and '.join(parts)}."] if parts else []
 
 
 PARTS = {

@@ -15,11 +15,12 @@ from qnas.spaces.lower import count_macs, lower
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import experiments  # type: ignore[import-not-found]
 import families  # type: ignore[import-not-found]
 import pretrained  # type: ignore[import-not-found]
 import table_three  # type: ignore[import-not-found]
 import union_quality as union  # type: ignore[import-not-found]
-from experiments import WINDOW  # type: ignore[import-not-found]
+from experiments import WINDOW
 
 QUESTION = pretrained.Question(images=40, px=224, minutes=1.0, threads=1)
 
@@ -79,6 +80,35 @@ def test_a_searched_network_of_the_usual_layout_is_one_of_the_union() -> None:
     assert [stage.channels for stage in space.stages] == [24, 40, 72]
 
 
+@pytest.mark.parametrize("arm", ["inverted", families.ALONE, families.LAYOUTS])
+def test_a_search_is_a_line_with_its_network_and_its_time(
+    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "RECIPE", replace(families.RECIPE, images=200, epochs=2))
+    monkeypatch.setattr(experiments, "PILOT_STEPS", 1)
+    families.images_of.cache_clear()
+    small = replace(families.TINY, seconds=0.1, finalists=2)
+    task = families.Task("cpu", 0.3, "digits", small)
+    searched = experiments.Cache(tmp_path / "searches.jsonl")
+    row = families.search(task, arm, 0, searched)
+    assert families.search(task, arm, 0, searched) is row
+    assert families.search_parts(task, arm, 1) != {
+        key: row[key] for key in families.search_parts(task, arm, 0)
+    }
+    assert row["latency_ms"] <= task.budget_ms
+    assert row["epochs"] == (1, 1)
+    assert row["spent_s"] > 0
+    space, arch = families.network_of(small, row)
+    if arm == "inverted":
+        assert all(name.startswith("mbconv") or name == "identity" for name in arch.choices)
+    trained = experiments.Cache(tmp_path / "trainings.jsonl")
+    (found,) = [families.train(task, space, arch, trained)]
+    parts = families.parts_of(task, space, arch)
+    assert trained.get(parts) is found
+    assert parts.get("px", 32) == 32 * space.input.resolution_px // 96
+    families.images_of.cache_clear()
+
+
 def test_gains_are_over_random_networks_of_the_union() -> None:
     def of(kind: str, accuracy: float) -> object:
         return union.Outcome(kind, accuracy, 1.0, 10**6, 10**3)
@@ -93,6 +123,15 @@ def test_gains_are_over_random_networks_of_the_union() -> None:
     assert by_kind["random union"][1:5] == ["2", "55.0 ± 7.1%", "+0.0", ""]
     assert by_kind["random inverted"][3] == "-15.0"
     assert by_kind["searched union"][3:5] == ["+5.0", "1, 2"]
+    text = union.describe(task, [*found, of("searched inverted", 0.65), of("searched quadratic", 0.3)])
+    assert text.endswith(
+        "For a user: a search of the union gains +5.0 over random ones, and it ends -5.0 beside one of the "
+        "inverted blocks alone."
+    )
+    assert union.verdict([of("random quadratic", 0.4), of("random inverted", 0.5)]) == [
+        "For a user: random quadratic networks are -10.0 points beside random inverted residuals."
+    ]
+    assert union.verdict(found[:2]) == []
 
 
 def test_parts_of_a_latency_add_up_to_it() -> None:
