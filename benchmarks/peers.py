@@ -96,7 +96,7 @@ PEERS = {
     "modelopt": Peer(
         "NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt", "requests", "huggingface_hub"), "with_modelopt.py"
     ),
-    "archai": Peer("Archai", ("archai==1.0.0",)),
+    "archai": Peer("Archai, evolutionary Pareto search", ("archai==1.0.0",), "with_archai.py"),
     "plinio": Peer("PLiNIO", ("plinio",)),
     "naslib": Peer("NASLib", ("naslib",)),
 }
@@ -707,6 +707,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=OUT / "peers.jsonl")
     parser.add_argument("--write", action="store_true", help=f"write the table into {RESULTS.name}")
     options = parser.parse_args()
+    options.work = options.work.resolve()  # programs run in folders of their own
     torch.set_num_threads(1)
     name, _, folder = options.data.partition(":")
     if folder and not Path(folder).is_dir():

@@ -6,6 +6,10 @@ from harness import Found, Task, Written, run
 import qnas
 
 
+def datasets(task: Task) -> qnas.Datasets:
+    return qnas.Datasets(task.images("train"), task.images("heldout"), task.images("test"), flip=False)
+
+
 def search(task: Task) -> Found:
     space = qnas.make_space(
         "peers",
@@ -26,7 +30,7 @@ def search(task: Task) -> Found:
         space,
         {"cpu": "10s"},
         max_macs=task.max_macs,
-        data=qnas.Datasets(task.images("train"), task.images("heldout"), task.images("test"), flip=False),
+        data=datasets(task),
         out=task.folder / "run",
         resume=task.resume,
         resolution_px=task.px,
@@ -41,8 +45,8 @@ def search(task: Task) -> Found:
 
 
 def export(task: Task, found: Found) -> Written:
-    trained = qnas.train_subnet(found.keep, epochs=1, force=True)
-    files = qnas.export(trained, formats=["onnx"], force=True)
+    trained = qnas.train_subnet(found.keep, data=datasets(task), epochs=1, force=True)
+    files = qnas.export(trained, formats=["onnx"], data=datasets(task), force=True)
     return Written(files[0], "qnas.export", trained.build())
 
 
