@@ -92,9 +92,11 @@ PEERS = {
         ("nni==3.0", "pytorch_lightning==1.9.5", "torchmetrics<1", "setuptools<81", "numpy<2"),
         "with_nni.py",
     ),
-    # it imports requests and huggingface_hub, and requires neither
+    # it imports requests, huggingface_hub and torchprofile, and requires none of them
     "modelopt": Peer(
-        "NVIDIA ModelOpt, AutoNAS", ("nvidia-modelopt", "requests", "huggingface_hub"), "with_modelopt.py"
+        "NVIDIA ModelOpt, AutoNAS",
+        ("nvidia-modelopt", "requests", "huggingface_hub", "torchprofile==0.0.4"),
+        "with_modelopt.py",
     ),
     "archai": Peer("Archai, evolutionary Pareto search", ("archai==1.0.0",), "with_archai.py"),
     "plinio": Peer("PLiNIO", ("plinio",)),
