@@ -132,9 +132,9 @@ def search(task: Task) -> Found:
         mto.save(network, weights)
         state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "epoch": epoch}
         torch.save(state | {"torch": torch.get_rng_state(), "python": random.getstate()}, rest)
-    network, best = mtn.search(
+    network, stats = mtn.search(
         network,
-        constraints={"flops": task.max_macs},
+        constraints={"flops": 2 * task.max_macs},  # two for a multiply-add
         dummy_input=torch.zeros(1, task.channels, task.px, task.px),
         config={
             "num_iters": task.evaluations,
@@ -148,8 +148,8 @@ def search(task: Task) -> Found:
             "verbose": False,
         },
     )
-    network = mtn.export(network)
-    return Found(choices(network), best["constraints"]["flops"], network)
+    # the search has made the network that it found of the supernet
+    return Found(choices(network), stats["best"]["constraints"]["flops"] / 2, network)
 
 
 def export(task: Task, found: Found) -> Written:
