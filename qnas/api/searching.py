@@ -138,8 +138,8 @@ def run_search(
     from qnas.data.loading import kind_of, reopen
 
     data = reopen(data, former, DATA)
-    replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
     if former and preset is None:
+        replaced = {key for key, part in (("loss", loss), ("metric", metric)) if callable(part)}
         kept = {key: value for key, value in former["search"].items() if key not in replaced}
         config = SearchConfig.check(kept, f"{out}: search")
     else:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnas.common.errors import InfeasibleBudgetError
-from qnas.solver.kinds import count_blocks, kinds_of, names_of
+from qnas.solver.kinds import count_blocks, first_positions, kinds_of, names_of
 from qnas.solver.limits import Limits
 from qnas.solver.solve import CandidateIndices, Scores, Solution, solve_best
 from qnas.spaces.block_order import Labels, block_labels
@@ -78,8 +78,8 @@ def parts_of(space: SearchSpace) -> list[tuple[tuple[str, ...], tuple[int, ...]]
     """
     kinds = kinds_of(space)
     of_kind = [(name,) for name in names_of(kinds)]
-    firsts = {p.stage: row for p, row in reversed(list(zip(space.positions, kinds, strict=True)))}
-    open_stages = tuple(stage + 1 for stage, row in sorted(firsts.items()) if "" in row and any(row))
+    firsts = first_positions(space).items()
+    open_stages = tuple(stage for stage, at in firsts if "" in kinds[at] and any(kinds[at]))
     alone: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
     if len(of_kind) > 1:
         alone += [(each, ()) for each in of_kind]

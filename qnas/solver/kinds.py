@@ -44,6 +44,14 @@ def places_of(kinds: Kinds, allowed: Sequence[str]) -> tuple[tuple[int, ...], ..
     return tuple(places or tuple(range(len(row))) for places, row in zip(kept, kinds, strict=True))
 
 
+def first_positions(space: SearchSpace) -> dict[int, int]:
+    """Return the number of the first position of each stage, by the stage, from 1."""
+    found: dict[int, int] = {}
+    for number, position in enumerate(space.positions):
+        found.setdefault(position.stage + 1, number)
+    return found
+
+
 def places_with_blocks(
     space: SearchSpace, places: Sequence[Sequence[int]], stages: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
@@ -52,10 +60,7 @@ def places_with_blocks(
     A stage that has blocks has them there in one of its placements. Where nothing else is left at a position,
     all its candidates stay.
     """
-    firsts = {
-        stage: position for position, stage in reversed(list(enumerate(p.stage + 1 for p in space.positions)))
-    }
-    kinds = kinds_of(space)
+    kinds, firsts = kinds_of(space), first_positions(space)
     found = [tuple(row) for row in places]
     for at in (firsts[stage] for stage in stages):
         found[at] = tuple(j for j in found[at] if kinds[at][j]) or found[at]
