@@ -68,7 +68,7 @@ from qnas.training.loop import set_up_process
 from qnas.training.processes import World, joined, world_of_environment
 
 PARTS = ("steps", "processes", "images", "imagenet")
-SPACES = ("quadranet-mobile", "union-mobile")  # the first is the default of a search
+SPACES = ("union-mobile", "quadranet-mobile")  # the first is the default of a search
 RESOLUTIONS = (64, 96, 128, 160, 224)  # px
 WIDTHS = (0.5, 0.75, 1.0, 1.5)
 CANDIDATES = {7: (2, 4), 13: (1, 2, 4, 6), 25: tuple(range(1, 9)), 49: tuple(range(1, 17))}  # expansions

@@ -64,10 +64,10 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 
 import qnas
-from qnas.api.searching import SPACE
 from qnas.common import host
 from qnas.common.errors import QnasError
 from qnas.common.files import write_bytes, write_text
+from qnas.common.resources import DEFAULT_SPACE
 from qnas.data.batches import batches
 from qnas.data.image_data import ImageData, Split
 from qnas.data.loading import load_data
@@ -265,7 +265,7 @@ def main() -> None:
 
 def space_for(classes: int) -> SearchSpace:
     """Return the default space at PX with so many classes."""
-    return load_space(f"{SPACE}-{PX}px").with_classes(classes)
+    return load_space(f"{DEFAULT_SPACE}-{PX}px").with_classes(classes)
 
 
 # ---- devices and networks of other libraries
@@ -756,8 +756,8 @@ def command_line(options: argparse.Namespace) -> str:
 def describe_question(question: Question, seeds: Sequence[int]) -> str:
     """Describe how the networks were searched and trained."""
     return (
-        f"{SPACE} at {question.px} px; {question.images} training images of {STORED_PX} px, on which a "
-        f"search has {warm_up_epochs(question)} + {question.search_epochs} epochs and a training "
+        f"{DEFAULT_SPACE} at {question.px} px; {question.images} training images of {STORED_PX} px, on which "
+        f"a search has {warm_up_epochs(question)} + {question.search_epochs} epochs and a training "
         f"{question.epochs}, by `cifar-short` without stochastic depth; accuracy on all test images; "
         f"seeds {', '.join(map(str, seeds))}; {host.cpu_name()}, one thread. `searched` starts from the "
         "supernet's weights, all others from new ones. `seconds`: trained for the processor seconds that the "

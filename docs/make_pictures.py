@@ -56,7 +56,7 @@ def make_pictures(run: Path | None, out: Path) -> None:
     """Write run-page.png and pareto-front.png."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder) / "quadranet-mobile-vpu-30ms"
+        work = Path(folder) / "union-mobile-vpu-30ms"
         if run is None:
             for words in DEMO:
                 run_qnas(*words, work)

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", action="append", required=True, metavar="DEVICE=BUDGET[,BUDGET...]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--space", default="quadranet-mobile")
+    parser.add_argument("--space", help="by name or as a YAML file; default: that of qnas search")
     parser.add_argument("--data", default="digits", help="as in qnas search; the same path on every machine")
     parser.add_argument("--preset", help="of search settings, by name or as a YAML file")
     parser.add_argument("--cluster", choices=["slurm", "local", "debug"], help="default: what there is")

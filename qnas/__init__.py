@@ -2,7 +2,7 @@
 
     import qnas
 
-    result = qnas.run_search("quadranet-mobile", budgets={"vpu": "30ms"}, data="digits")
+    result = qnas.run_search("union-mobile", budgets={"vpu": "30ms"}, data="digits")
     trained = qnas.train_subnet(result)
     qnas.export(trained, formats=["onnx"])
 

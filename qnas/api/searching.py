@@ -10,7 +10,7 @@ from qnas.api.limits import AskedLimits, Budgets, limits_once, named
 from qnas.api.results import SearchResult
 from qnas.common.arguments import check_arguments
 from qnas.common.errors import CheckpointError, InfeasibleBudgetError, QnasWarning, TableError, UsageError
-from qnas.common.resources import stems
+from qnas.common.resources import DEFAULT_SPACE, stems
 from qnas.latency.prediction import DEVICE
 from qnas.nn.pretrained.catalogue import network_space, space_around
 from qnas.nn.pretrained.derivation import check_fits
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qnas.training.losses import LossFunction, Metric
     from qnas.training.recipe import TrainConfig
 
-SPACE, DATA = "quadranet-mobile", "digits"  # the defaults
+DATA = "digits"  # the default
 OF_ONE_LAYOUT = ("space_digest", "table_digest", "cells_digest")  # keys of a config.json
 
 
@@ -78,7 +78,7 @@ def run_search(
     """Search for the best network of a space within latency budgets, and return it with its certificate.
 
     `space` is a shipped space by name, a YAML file, a SearchSpace or a SpaceFamily (default:
-    quadranet-mobile). With several input resolutions, `resolutions=[128, 160, 192, 224]` or a list in the
+    union-mobile). With several input resolutions, `resolutions=[128, 160, 192, 224]` or a list in the
     file, the search chooses one of them too: the run is then one in the space at that resolution, and the
     others are in its family.json. So it does with `width_multipliers=[0.75, 1.0]`, multiples of each stage's
     channels, or with lists of channels in the file, for shared weights alone. `budgets` maps devices, by
@@ -115,7 +115,7 @@ def run_search(
     former = _former(out) if resume else {}
     if pretrained is None and "pretrained" in former:
         pretrained = str(former["pretrained"]["name"])
-    around = SPACE if pretrained is None or former else space_around(pretrained)
+    around = DEFAULT_SPACE if pretrained is None or former else space_around(pretrained)
     given = former.get("space", around) if space is None else space
     multipliers = former.get("width_multipliers") if width_multipliers is None else width_multipliers
     family = _family(

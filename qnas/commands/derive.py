@@ -37,7 +37,7 @@ def derive(
     The scores are those of the search: the further a budget is from the searched one, the more a new
     search would gain.
 
-    Example: qnas derive runs/quadranet-mobile-vpu-30ms --device cpu --budget 60ms
+    Example: qnas derive runs/union-mobile-vpu-30ms --device cpu --budget 60ms
     """
     from qnas.api.deriving import derive as derive_network
 
@@ -114,7 +114,7 @@ def pareto(
     Writes pareto.csv, pareto.json and pareto.png, and without --out also the run's page. The search's limits
     on parameters, MACs and energy still apply.
 
-    Example: qnas pareto runs/quadranet-mobile-vpu-30ms --device cpu,vpu,gpu
+    Example: qnas pareto runs/union-mobile-vpu-30ms --device cpu,vpu,gpu
     """
     from qnas.api.deriving import pareto as solve_fronts
     from qnas.runs.run_text import describe_fronts

@@ -71,7 +71,7 @@ def predict(
 ) -> None:
     """Predict a network's latency on the known devices, and list its slowest parts.
 
-    Example: qnas predict runs/quadranet-mobile-vpu-30ms --device all
+    Example: qnas predict runs/union-mobile-vpu-30ms --device all
     """
     from qnas.api.predicting import read_any
     from qnas.latency.device import device_names, load_device

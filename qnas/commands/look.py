@@ -14,7 +14,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 
     Needs only the run's folder.
 
-    Example: qnas explain runs/quadranet-mobile-vpu-30ms
+    Example: qnas explain runs/union-mobile-vpu-30ms
     """
     from qnas.runs.explain import explain as explain_run
     from qnas.runs.family_text import family_lines
@@ -43,7 +43,7 @@ def explain(source: Run = None, as_json: Json = False) -> None:
 def report(source: Run = None, as_json: Json = False) -> None:
     """Write a run's page, report.html, again, as search and train-subnet do at their end.
 
-    Example: qnas report runs/quadranet-mobile-vpu-30ms
+    Example: qnas report runs/union-mobile-vpu-30ms
     """
     from qnas.runs.report.page import write_report
 
@@ -54,7 +54,7 @@ def report(source: Run = None, as_json: Json = False) -> None:
 def tensorboard(source: Run = None, as_json: Json = False) -> None:
     """Write a run's metrics as event files for TensorBoard, also while it runs.
 
-    Example: qnas tensorboard runs/quadranet-mobile-vpu-30ms
+    Example: qnas tensorboard runs/union-mobile-vpu-30ms
     """
     from qnas.runs.tensorboard import write_events
 
@@ -72,7 +72,7 @@ def compare(
 ) -> None:
     """Show runs side by side: choices, latency on every known device, accuracy with intervals.
 
-    Example: qnas compare runs/quadranet-mobile-vpu-30ms runs/quadranet-mobile-vpu-30ms-2
+    Example: qnas compare runs/union-mobile-vpu-30ms runs/union-mobile-vpu-30ms-2
     """
     from qnas.runs.compare import compare as compare_runs
     from qnas.runs.run_text import describe_comparison

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qnas.commands import completion
 from qnas.commands.options import Force, Json, Quiet, Threads, choice, option, show
+from qnas.common.resources import DEFAULT_SPACE
 from qnas.common.units import format_ms
 from qnas.runs.text import field, next_command
 
@@ -17,9 +18,7 @@ _BIASED = 0.05  # sums of blocks with a larger bias need a correction
 
 
 def profile(
-    space: Annotated[
-        str, option("A space by name or path.", complete=completion.spaces)
-    ] = "quadranet-mobile",
+    space: Annotated[str, option("A space by name or path.", complete=completion.spaces)] = DEFAULT_SPACE,
     runtime: Annotated[str, choice("torch", "onnxruntime", "openvino")] = "onnxruntime",
     device_name: Annotated[str | None, option("Name of the device file.  [default: local-RUNTIME]")] = None,
     target: Annotated[

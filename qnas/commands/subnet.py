@@ -108,7 +108,7 @@ def train_subnet(
 ) -> None:
     """Train a derived network, from the supernet's weights or from scratch.
 
-    Example: qnas train-subnet runs/quadranet-mobile-vpu-30ms --recipe finetune --epochs 60
+    Example: qnas train-subnet runs/union-mobile-vpu-30ms --recipe finetune --epochs 60
     """
     from qnas.api.training import train_subnet as train
     from qnas.runs.documents import SpeedDocument, read_document
@@ -252,7 +252,7 @@ def export(
     Without a format, the devices of the search decide: vpu for a Myriad X, tflite for phones, torch and onnx
     for an NVIDIA GPU. In place of one that cannot be written here, onnx is written, and the command says so.
 
-    Example: qnas export runs/quadranet-mobile-vpu-30ms --format onnx --format standalone
+    Example: qnas export runs/union-mobile-vpu-30ms --format onnx --format standalone
     """
     from qnas.api.exporting import export as export_files
 

@@ -14,6 +14,7 @@ from qnas.common.errors import QnasError, nearest, one_line
 from qnas.common.reading import YAML_CHARACTERS, is_file, read_text
 
 YAML_BYTES = 4 * YAML_CHARACTERS
+DEFAULT_SPACE = "union-mobile"  # what is searched, and profiled, where no space is named
 
 
 def shipped(folder: str) -> Traversable:

@@ -208,12 +208,9 @@ def describe_comparison(comparison: Comparison, strong: Callable[[str], str] = s
         lines.append(field("", f"{' and '.join(names)} are the same network"))
     if not c.positions:
         lines += ["", "choices are not compared, since the runs are of different spaces"]
-    of_a_table = max(1, round((columns() - 20) / 10))  # 6 in 80 columns
-    for start in range(0, len(c.runs), of_a_table):
-        runs = c.runs[start : start + of_a_table]
-        if c.positions:
-            lines += ["", *_choice_lines(c, runs, strong)]
-        lines += ["", _latency_table(runs)]
+    if c.positions:
+        lines += ["", _choice_tables(c, strong)]
+    lines += ["", _latency_table(c.runs)]
     rows = [
         (
             run.label,
@@ -241,15 +238,20 @@ def _accuracy_cells(measured: MeasuredAccuracy | None) -> tuple[str, str]:
     return accuracy_text(measured.accuracy, measured.low, measured.high), balanced
 
 
-def _choice_lines(c: Comparison, runs: Sequence[Contestant], strong: Callable[[str], str]) -> Iterator[str]:
+def _choice_tables(c: Comparison, strong: Callable[[str], str]) -> str:
     rows = [
-        ("*" if differs else "", name, *(short_name(run.choices[at]) for run in runs))
+        ("*" if differs else "", name, *(short_name(run.choices[at]) for run in c.runs))
         for at, (name, differs) in enumerate(zip(c.positions, c.differ, strict=True))
     ]
-    labels = (run.label for run in runs)
-    header, *table = table_rows(("", "position", *labels), rows, keys=len(runs) + 2).split("\n")
-    yield header
-    yield from (strong(line) if differs else line for line, differs in zip(table, c.differ, strict=True))
+    tables = table_rows(("", "position", *(run.label for run in c.runs)), rows, keys=2).split("\n\n")
+    highlighted = (False, *c.differ)  # not the header
+    return "\n\n".join(
+        "\n".join(
+            strong(line) if differs else line
+            for line, differs in zip(table.split("\n"), highlighted, strict=True)
+        )
+        for table in tables
+    )
 
 
 def _latency_table(runs: Sequence[Contestant]) -> str:

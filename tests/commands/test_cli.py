@@ -370,7 +370,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["--device", "vpu", "--budget", "-5ms"], ["above zero"]),
         (["--device", "vpu", "--budget", "0ms"], ["above zero"]),
         (["--device", "vpu", "--budget", "5 minutes"], ["unknown unit 'minutes'"]),
-        (["--device", "vpu", "--budget", "1ms"], ["no network of quadranet-mobile", "the fastest takes 11."]),
+        (["--device", "vpu", "--budget", "1ms"], ["no network of union-mobile", "the fastest takes 2."]),
         (["--device", "vpu", "--budget", "30ms", "--data", "imagenet:x"], ["imagenet", "imagefolder"]),
         (["--device", "vpu", "--budget", "30ms", "--data", "cifar10"], ["cifar10:DIR"]),
         (["--device", "vpu", "--budget", "30ms", "--data", "imagefolder:nowhere"], ["nowhere"]),

@@ -14,7 +14,7 @@ from helpers.tiny import TINY_SPACE
 from qnas.nn.kernels import native
 from qnas.spaces.space import load_space
 
-RUN = "runs/quadranet-mobile-vpu-30ms-adreno-630-20ms"
+RUN = "runs/union-mobile-vpu-30ms-adreno-630-20ms"
 SMALL = "--epochs 1 --resolution 8"
 
 # each command with what it is run with; those that take longer come in the order in which they build on
@@ -62,7 +62,7 @@ class Said:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two finished searches, measured networks, nn-Meter's predictors and a space."""
     place = tmp_path_factory.mktemp("every")
-    mobile = load_space("quadranet-mobile")
+    mobile = load_space("union-mobile")
     for number, name in enumerate((RUN, f"{RUN}-2")):
         make_record(place / name, mobile, seed=number, share=0.3, rank=5, devices=("vpu", "adreno-630"))
         row = {"step": 1, "loss": 2.0}

@@ -99,8 +99,8 @@ def test_the_python_of_a_page_runs_with_its_searches(page: str, monkeypatch: pyt
     monkeypatch.setattr(qnas, "run_search", _quickly(qnas.run_search, **search, **small))
     monkeypatch.setattr(qnas, "train_subnet", _quickly(qnas.train_subnet, epochs=1, **small))
     monkeypatch.setattr(qnas, "pareto", _quickly(qnas.pareto, points=2, k_best=1))
-    if "runs/quadranet-mobile-vpu-30ms" in "".join(blocks(page, "python")):
-        found = qnas.run_search(budgets={"vpu": "30ms"}, data="digits", out="runs/quadranet-mobile-vpu-30ms")
+    if "runs/union-mobile-vpu-30ms" in "".join(blocks(page, "python")):
+        found = qnas.run_search(budgets={"vpu": "30ms"}, data="digits", out="runs/union-mobile-vpu-30ms")
         qnas.train_subnet(found)
     _run(page, blocks(page, "python"))
 
