@@ -192,8 +192,8 @@ def test_costs_follow_from_a_forward_pass_and_launches_bound_small_batches(tmp_p
     gpu.write_text(json.dumps({"device": "NVIDIA X", "batch": 64, "networks": [network]}))
     costs = projection.derived_costs(row_of("a CPU", 0.1, 0.3, 0.8, 8), gpu)
     share, launch_s = (
-        projection.relative_ms("quadranet-mobile"),
-        projection.launch_seconds("quadranet-mobile"),
+        projection.relative_ms(scale.SPACES[0]),
+        projection.launch_seconds(scale.SPACES[0]),
     )
     assert costs.weight.image_s == pytest.approx(3 * share / 1000)
     assert costs.arch.image_s == pytest.approx(8 * share / 1000)
