@@ -370,3 +370,14 @@ def test_a_pretrained_search_goes_on_to_the_bit(digits: ImageData, monkeypatch: 
     assert all(math.isfinite(loss) for loss in expected)
     for name, tensor in searcher.state.supernet.state_dict().items():
         assert torch.equal(tensor, twin.state.supernet.state_dict()[name]), name
+
+
+def test_steps_train_a_supernet_that_was_last_evaluated(
+    digits: ImageData, batch: tuple[Tensor, Tensor]
+) -> None:
+    searcher = searcher_of(digits, QUICK.override({"threads": 1}))
+    supernet = searcher.state.supernet
+    for step in (searcher._weight_step, searcher._arch_step):
+        supernet.eval()
+        step(*batch)
+        assert all(module.training for module in supernet.modules())
