@@ -32,7 +32,13 @@ from qnas.spaces.neurons import NEURONS
 from qnas.spaces.space import SearchSpace, load_space, make_space
 from qnas.training.loop import set_up_process
 
-MOBILE = ("quadranet-mobile", "quadranet-mobile-bn", "proxyless-mobile", "efficientnet-lite0-quadratic")
+MOBILE = (
+    "union-mobile",
+    "quadranet-mobile",
+    "quadranet-mobile-bn",
+    "proxyless-mobile",
+    "efficientnet-lite0-quadratic",
+)
 MOBILE_PX = 64  # of images in training and in the files: the operators are those of 224 px
 NEURON_PX = 32
 SEED = 0
