@@ -546,6 +546,7 @@ def search(job: Job) -> dict[str, Any]:
             budgets={job.device: f"{cell.budget_ms}ms"},
             data=given,
             preset="small",
+            finalist_recipe="cifar-short",
             out=folder,
             force=True,
             warmup_epochs=warm_up_epochs(question),

@@ -161,9 +161,14 @@ class SearchConfig(SettingsFile):
     sampler: settings.SamplerField = "shuffled"
 
     def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A shorter warm-up has fewer epochs for the classifier alone."""
+        """A shorter warm-up has fewer epochs for the classifier alone; no finalists have no settings."""
+        implied: dict[str, Any] = {}
         most = given.get("warmup_epochs")
-        return {"head_epochs": most} if isinstance(most, int) and 0 <= most < self.head_epochs else {}
+        if isinstance(most, int) and 0 <= most < self.head_epochs:
+            implied["head_epochs"] = most
+        if given.get("finalists") == 0:
+            implied |= {name: type(self).model_fields[name].default for name in FINALISTS}
+        return implied
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -276,7 +276,10 @@ RUN_PAGES = [page for page in PAGES if re.fullmatch(r"README\.md|docs/(guides/)?
 CONSOLE = ("qnas search --device vpu --budget 30ms", "qnas train-subnet", "qnas export")
 
 # what makes commands of the pages quick, and what it leaves open: pattern, replacement
-QUICK = "--warmup-epochs 1 --epochs 1 --batch-size 16 --effect-networks 0 --k-best 2 --random-networks 1"
+QUICK = (
+    "--warmup-epochs 1 --epochs 1 --batch-size 16 --effect-networks 0 --k-best 2 --random-networks 1 "
+    "--finalists 0"
+)
 SMALL = (
     (r"\bqnas search", rf"\g<0> --resolution 32 {QUICK}"),
     (r"^((?!.*--data).*\bqnas search)", r"\1 --data imagefolder:digits"),

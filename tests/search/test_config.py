@@ -5,7 +5,7 @@ import pytest
 from qnas.common.errors import UsageError
 from qnas.common.resources import stems
 from qnas.data.sources import KINDS
-from qnas.search.config import PRESET_OF_DATA, SearchConfig, default_preset
+from qnas.search.config import FINALISTS, PRESET_OF_DATA, SearchConfig, default_preset
 
 SHORTEST = """\
 schema: qnas.search-preset/1
@@ -117,6 +117,15 @@ def test_a_shorter_warm_up_has_fewer_epochs_for_the_classifier_alone() -> None:
     assert preset.override({"warmup_epochs": 3}).head_epochs == 2
     with pytest.raises(UsageError, match=r"`head_epochs=2`: expected at most"):
         preset.override({"warmup_epochs": 1, "head_epochs": 2})
+
+
+def test_without_the_finalists_of_a_preset_their_settings_are_gone() -> None:
+    preset = SearchConfig.load("small")
+    assert preset.finalists
+    assert preset.changed(FINALISTS) != preset.override({"finalists": 2}).changed(FINALISTS) != ""
+    assert preset.override({"finalists": 0}).changed(FINALISTS) == ""
+    with pytest.raises(UsageError, match="there are no finalists"):
+        preset.override({"finalists": 0, "finalist_epochs": 3})
 
 
 @pytest.mark.parametrize("kind", KINDS)
