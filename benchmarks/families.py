@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from experiments import (
     TRAINED_PX,
@@ -47,6 +48,7 @@ from qnas.search.config import SearchConfig
 from qnas.solver.kinds import kinds_of
 from qnas.solver.limits import latency_limit
 from qnas.spaces.arch import Arch, make_arch
+from qnas.spaces.family import make_family, multiplied_widths
 from qnas.spaces.space import Candidate, SearchSpace, load_space, parse_space
 
 FAMILIES = {"inverted": ("mbconv",), "quadratic": ("mbconv_factored", "star", "quadra_factored")}
@@ -136,11 +138,26 @@ def table_of(scale: Scale, device: str, family: str = UNION) -> LatencyTable:
     return compute_table(load_device(device), family_of(scale, family))
 
 
-def random_networks(task: Task, family: str, count: int) -> list[Arch]:
-    """Return random networks of a family that take the budget, in the union."""
-    space, table = family_of(task.scale, family), table_of(task.scale, task.device, family)
-    found = rivals(space, table, task.budget_ms, 0, count)
-    return [make_arch(union_of(task.scale), arch.choices) for arch in found]
+def random_networks(task: Task, family: str, count: int) -> list[tuple[SearchSpace, Arch]]:
+    """Return random networks of a family that take the budget, each with its space.
+
+    They are networks of the union; those of LAYOUTS are of random layouts, each in the union there.
+    """
+    union = union_of(task.scale)
+    if family != LAYOUTS:
+        table = table_of(task.scale, task.device, family)
+        found = rivals(family_of(task.scale, family), table, task.budget_ms, 0, count)
+        return [(union, make_arch(union, arch.choices)) for arch in found]
+    layouts = make_family(union, _resolutions(task.scale), multiplied_widths(union, WIDTHS))
+    networks = []
+    for seed, at in enumerate(np.random.default_rng(0).permutation(len(layouts))):
+        space = layouts.at(list(layouts.layouts())[at])
+        table = compute_table(load_device(task.device), space)
+        if table.fastest_ms <= task.budget_ms <= table.slowest_ms:
+            networks += [(space, arch) for arch in rivals(space, table, task.budget_ms, seed, 1)]
+        if len(networks) == count:
+            break
+    return networks
 
 
 # ---- data

@@ -45,7 +45,6 @@ from families import (
     search,
     search_parts,
     train,
-    union_of,
 )
 
 from qnas.common import host
@@ -61,7 +60,7 @@ DEVICES = ("cpu", "vpu", "gpu")
 # that it matters which. On other devices than the first, the last one alone: on gpu, where few blocks fit, no
 # inverted residuals take the other.
 SHARES = (0.15, 0.3)
-RANDOM = {UNION: 10, "quadratic": 5, "inverted": 5}  # networks
+RANDOM = {UNION: 10, "quadratic": 5, "inverted": 5, LAYOUTS: 10}  # networks
 SEARCHES = ("inverted", "quadratic", UNION, ALONE, LAYOUTS)
 SEEDS, OTHERS_SEEDS = (0, 1, 2), (0,)
 
@@ -83,11 +82,10 @@ class Outcome:
 
 def outcomes(task: Task, searched: Cache, trained: Cache) -> Iterator[Outcome]:
     """Yield what is known of a task: random networks first."""
-    union = union_of(task.scale)
     networks: list[tuple[str, float | None, SearchSpace, Arch]] = [
-        (f"random {family}", None, union, arch)
+        (f"random {family}", None, space, arch)
         for family, count in RANDOM.items()
-        for arch in random_networks(task, family, count)
+        for space, arch in random_networks(task, family, count)
     ]
     for arm in SEARCHES:
         for seed in SEEDS:
@@ -176,12 +174,12 @@ PARTS = {
 
 def describe_parts(task: Task) -> str:
     """Return a table of where the milliseconds of the random networks of each family go: means."""
-    device, space = load_device(task.device), union_of(task.scale)
+    device = load_device(task.device)
     rows = []
     for family, count in RANDOM.items():
         spent: Counter[str] = Counter()
         blocks = macs = 0
-        for arch in random_networks(task, family, count):
+        for space, arch in random_networks(task, family, count):
             lowered = lower(space, arch)
             macs += count_macs(lowered)
             blocks += sum(choice != "identity" for choice in arch.choices)
@@ -229,8 +227,8 @@ def main() -> None:
     for task in tasks:
         if "random" in options.parts:
             for family, count in RANDOM.items():
-                for arch in random_networks(task, family, count):
-                    train(task, union_of(task.scale), arch, trained)
+                for space, arch in random_networks(task, family, count):
+                    train(task, space, arch, trained)
         if "searches" in options.parts:
             for seed in options.seeds if task.device == DEVICES[0] else OTHERS_SEEDS:
                 for arm in options.arms:
