@@ -7,9 +7,13 @@ each stage, and the best of each kind with blocks in all stages. From the pool, 
 each the farthest from those taken before (greedy k-centre: Gonzalez, 1985), first among the best of each of
 these and then among those that use most of the budget: a network of little latency is far from all others,
 and seldom good.
+
+Several layouts of a family have a pool each. The best of a kind or stage is then that over all of them, and
+the best network of each layout is among the first, too.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,52 +30,86 @@ WINDOW = 0.7  # share of the largest use of the limits in the pool that networks
 KIND_WEIGHT = 2.0  # of the kinds of blocks, against that of the depth and that of each parameter
 
 Floats = NDArray[np.float64]
+Part = tuple[tuple[str, ...], tuple[int, ...]]  # kinds and stages, as of `solve_best`
 
 
-def choose_diverse(
+@dataclass(frozen=True)
+class Pool:
+    """Different networks of a space to choose among, the best first."""
+
+    networks: tuple[Solution, ...]
+    points: Floats  # (networks, F): what they differ in, see `features`
+    leaders: Mapping[Part, int]  # of each kind and stage, by its place in `networks`
+
+
+def pool_of(
     space: SearchSpace,
     scores: Scores,
     limits: Limits,
-    count: int,
     solved: int,
     *,
     first: CandidateIndices | None = None,
     without: Collection[CandidateIndices] = (),
-) -> tuple[Solution, ...]:
-    """Return up to `count` networks within the limits, different ones, in the order in which they are taken.
+) -> Pool:
+    """Return the `solved` best networks within the limits, and the best of each kind and stage.
 
     The first is `first`, which must be among the `solved` best, or else the best by score. Networks
     equal to one of `without` are left out. Raises InfeasibleBudgetError where no network is within the
     limits.
     """
     best = list(solve_best(space, scores, limits, solved))
-    of_each = []
-    for kinds, stages in parts_of(space):
+    of_each: dict[Part, tuple[Solution, ...]] = {}
+    for part in parts_of(space):
         try:
-            of_each.append(solve_best(space, scores, limits, min(solved, OF_EACH), kinds, stages))
+            of_each[part] = solve_best(space, scores, limits, min(solved, OF_EACH), *part)
         except InfeasibleBudgetError:
             continue  # no network of this kind alone, or with blocks there, is within the limits
     if first is not None:
         best.sort(key=lambda solution: solution.indices != first)
         assert best[0].indices == first, "not one of the best"
     labels = block_labels(space)
-    pool = _different(labels, [*best, *(each for own in of_each for each in own)], without)
-    if not pool:
-        return ()
-    leading = {_sequence(labels, own[0].indices) for own in of_each}
-    far = features(space, [solution.indices for solution in pool])
-    fills = [_fill(solution) for solution in pool]
+    pool = _different(labels, [*best, *(each for own in of_each.values() for each in own)], without)
+    places = {_sequence(labels, each.indices): place for place, each in enumerate(pool)}
+    leaders = {part: places.get(_sequence(labels, own[0].indices)) for part, own in of_each.items()}
+    return Pool(
+        tuple(pool),
+        features(space, [solution.indices for solution in pool]) if pool else np.empty((0, 0)),
+        {part: place for part, place in leaders.items() if place is not None},
+    )
+
+
+def choose_diverse(
+    pools: Sequence[Pool], count: int, constants: Sequence[float] = (0.0,)
+) -> list[tuple[int, Solution]]:
+    """Return up to `count` different networks, each with the number of its pool, in the order they are taken.
+
+    The first is the first one of the first pool. Points of all pools have the same coordinates; `constants`
+    are what each pool adds to the scores of its networks.
+    """
+    every = [(number, each) for number, pool in enumerate(pools) for each in pool.networks]
+    if not every:
+        return []
+    starts = np.cumsum([0, *(len(pool.networks) for pool in pools)]).tolist()
+    leading: dict[Part, tuple[float, int]] = {}  # over all pools: the score, and the place in `every`
+    for start, pool, constant in zip(starts, pools, constants, strict=False):
+        for part, place in pool.leaders.items():
+            found = (constant + pool.networks[place].score, -(start + place))
+            leading[part] = max(found, leading.get(part, found))
+    firsts = {start for start, pool in zip(starts, pools, strict=False) if pool.networks}
+    firsts |= {-place for _, place in leading.values()}
+    fills = [_fill(solution) for _, solution in every]
+    points = np.concatenate([pool.points for pool in pools if pool.networks])
     taken: list[int] = []
     for among in (
-        [i for i, each in enumerate(pool) if i == 0 or _sequence(labels, each.indices) in leading],
+        sorted(firsts),
         [i for i, fill in enumerate(fills) if fill >= WINDOW * max(fills)],
-        range(len(pool)),  # only if there are no others
+        range(len(every)),  # only if there are no others
     ):
-        taken = farthest(far, among, count, taken)
-    return tuple(pool[i] for i in taken)
+        taken = farthest(points, among, count, taken)
+    return [every[i] for i in taken]
 
 
-def parts_of(space: SearchSpace) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+def parts_of(space: SearchSpace) -> list[Part]:
     """Return the kinds and the stages, from 1, whose best networks are among the pool, as for `solve_best`.
 
     They are each kind alone, each stage that can be without blocks, and each kind with all these stages.
@@ -80,7 +118,7 @@ def parts_of(space: SearchSpace) -> list[tuple[tuple[str, ...], tuple[int, ...]]
     of_kind = [(name,) for name in names_of(kinds)]
     firsts = first_positions(space).items()
     open_stages = tuple(stage for stage, at in firsts if "" in kinds[at] and any(kinds[at]))
-    alone: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+    alone: list[Part] = []
     if len(of_kind) > 1:
         alone += [(each, ()) for each in of_kind]
     alone += [((), (stage,)) for stage in open_stages]

@@ -26,7 +26,7 @@ from qnas.data.image_data import ImageData
 from qnas.data.loading import GivenData
 from qnas.runs.finished_run import FinishedRun, check_rankable
 from qnas.search.ablation import image_losses
-from qnas.search.diversity import choose_diverse
+from qnas.search.diversity import choose_diverse, pool_of
 from qnas.search.effects import IMAGES, TOGETHER, Effects, Losses, draw_networks, fit_family_effects
 from qnas.search.evaluator import Evaluator, evaluator_of
 from qnas.search.layout_numbers import LayoutNumbers, fit_layout_numbers
@@ -50,7 +50,7 @@ from qnas.solver.layouts import FamilyNetwork, FamilyScores, FamilySolutions, so
 from qnas.solver.solve import CandidateIndices, Scores, Solution, solve
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first
-from qnas.spaces.family import Layout
+from qnas.spaces.family import Layout, SpaceFamily
 from qnas.spaces.lower import count_macs, count_params, lower
 from qnas.spaces.space import SearchSpace
 from qnas.training.loop import stream
@@ -298,34 +298,36 @@ def choose_over_layouts(
     solved: int,
     known: Sequence[tuple[Layout, CandidateIndices]],
 ) -> tuple[tuple[Layout, Solution], ...]:
-    """Return up to `count` diverse networks over the layouts.
+    """Return up to `count` diverse networks over the layouts, as `choose_diverse` does.
 
-    The layouts of the `solved` best networks of the family take turns, the one of the best network first;
-    each gives networks as `choose_diverse` does. Up to half of the networks are the best of other layouts,
-    those of the highest bounds: a supernet that is trained for minutes may be wrong about a resolution too.
-    `rows` are the candidates' scores. `known` networks are left out; without any, the first of the ranking
-    comes first.
+    They are of the layouts of the `solved` best networks of the family, of at most `count`, and of half as
+    many others, those of the highest bounds: a supernet that is trained for minutes may be wrong about a
+    resolution or a width too. `rows` are the candidates' scores. `known` networks are left out; without any,
+    the first of the ranking comes first.
     """
     family = problem.family
     assert family is not None
     scores = replace(selection.scores, candidates=lambda space: rows)
     found = solve_family(family.family, scores, family.limits_of, solved)
     first = None if known else selection.ranking[0]
-    layouts = list(
-        dict.fromkeys([*([first.layout] if first else []), *(each.layout for each in found.networks)])
-    )
-    others_within = {each.layout for each in family.within} - set(layouts)
-    rest = [each for each in found.verdicts if each.layout in others_within]
-    rest.sort(key=lambda verdict: -verdict.bound)
-
-    def pool(layout: Layout, most: int) -> list[tuple[Layout, Solution]]:
+    leading = [*([first.layout] if first else []), *(each.layout for each in found.networks)]
+    others = {each.layout for each in family.within} - set(leading)
+    rest = sorted((each for each in found.verdicts if each.layout in others), key=lambda each: -each.bound)
+    layouts = list(dict.fromkeys(leading))[:count] + [each.layout for each in rest[: count // 2]]
+    pools = []
+    for layout in layouts:
         own = problem.at(layout)
         leads = first.ranked.solution.indices if first and layout == first.layout else None
         without = [network for of, network in known if of == layout]
-        chosen = choose_diverse(own.space, rows, own.limits, most, solved, first=leads, without=without)
-        return [(layout, each) for each in chosen]
+        pool = pool_of(own.space, rows, own.limits, solved, first=leads, without=without)
+        at = np.tile(_coordinates(family.family, layout), (len(pool.networks), 1))
+        pools.append(replace(pool, points=np.hstack([pool.points, at])))
+    chosen = choose_diverse(pools, count, [scores.constant(layout) for layout in layouts])
+    return tuple((layouts[number], each) for number, each in chosen)
 
-    others = [each for verdict in rest[: count // 2] for each in pool(verdict.layout, 1)]
-    pools = [pool(layout, count) for layout in layouts]
-    in_turn = [each for places in zip_longest(*pools) for each in places if each is not None]
-    return (*in_turn[: count - len(others)], *others)
+
+def _coordinates(family: SpaceFamily, layout: Layout) -> list[float]:
+    """Return the features of a layout: its resolution and widths, as shares of the largest."""
+    stages = len(family.widths)
+    widths = (c / max(row) / stages for c, row in zip(layout.channels, family.widths, strict=True))
+    return [layout.resolution_px / max(family.resolutions_px), *widths]

@@ -45,7 +45,7 @@ from qnas.nn.subnet import build_subnet
 from qnas.runs import names
 from qnas.runs.tensors import save_tensors
 from qnas.search.config import SearchConfig
-from qnas.search.diversity import choose_diverse
+from qnas.search.diversity import choose_diverse, pool_of
 from qnas.search.effects import STRENGTHS
 from qnas.search.family_selection import FamilySelection, choose_over_layouts
 from qnas.search.halving import Rung, best_first, plan_rungs
@@ -381,16 +381,15 @@ def _choose(
         rows = corrected(selection.scores.candidates(problem.space), kinds, biases)
         before = [(each.layout, each.solution.indices) for each in known]
         return choose_over_layouts(problem, selection, rows, count, solved, before)
-    found = choose_diverse(
+    pool = pool_of(
         problem.space,
         corrected(selection.scores, kinds, biases),
         problem.limits,
-        count,
         solved,
         first=None if known else selection.ranking[0].solution.indices,
         without=[finalist.solution.indices for finalist in known],
     )
-    return tuple((problem.layout, each) for each in found)
+    return tuple((problem.layout, each) for _, each in choose_diverse([pool], count))
 
 
 def _train(trainer: FinalistTrainer, epochs: int, folder: Path, problem: Problem, display: Display) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from qnas.common.errors import ArchError
 from qnas.latency.device import load_device
 from qnas.latency.device_table import compute_table
 from qnas.runs.verification import check_certificate
-from qnas.search.diversity import choose_diverse, farthest, features, parts_of
+from qnas.search.diversity import choose_diverse, farthest, features, parts_of, pool_of
 from qnas.solver.kinds import count_blocks, kinds_of
 from qnas.solver.limits import Limits, count_limit, latency_limit
-from qnas.solver.solve import Scores, solution_document, solve_best
+from qnas.solver.solve import Scores, Solution, solution_document, solve_best
 from qnas.spaces.arch import arch_from_indices
 from qnas.spaces.space import SearchSpace, load_space, parse_space
 
@@ -71,6 +72,14 @@ def test_networks_differ_by_kind_depth_and_kernel_but_not_by_the_place_of_an_ide
     assert np.abs(points[3] - points[4]).sum() > 0
 
 
+def diverse(
+    space: SearchSpace, scores: Scores, limits: Limits, count: int, solved: int, **of_pool: Any
+) -> list[Solution]:
+    """Choose networks of a single pool."""
+    pool = pool_of(space, scores, limits, solved, **of_pool)
+    return [each for _, each in choose_diverse([pool], count)]
+
+
 @pytest.mark.parametrize("kind", ["quadra", "quadra_linear"])
 def test_where_the_scores_favour_one_kind_the_best_of_the_others_is_there(kind: str) -> None:
     space, limits = SMALL, limits_of(SMALL)
@@ -78,7 +87,7 @@ def test_where_the_scores_favour_one_kind_the_best_of_the_others_is_there(kind: 
     best = solve_best(space, scores, limits, 60)
     kinds = kinds_of(space)
     assert all(count_blocks(kinds, each.indices)[kind] >= 4 for each in best)
-    found = choose_diverse(space, scores, limits, 6, 60)
+    found = diverse(space, scores, limits, 6, 60)
     assert len({each.indices for each in found}) == 6
     assert found[0] == best[0]
     other = {"quadra": "quadra_linear", "quadra_linear": "quadra"}[kind]
@@ -106,7 +115,7 @@ def test_where_the_scores_think_little_of_a_stage_networks_with_blocks_there_are
         return sum(bool(row[i]) for row, i, own in zip(kinds_of(space), network, first, strict=True) if own)
 
     assert not any(blocks(each.indices) for each in solve_best(space, scores, limits, 10))
-    found = choose_diverse(space, scores, limits, 6, 10)
+    found = diverse(space, scores, limits, 6, 10)
     there = [each for each in found if blocks(each.indices)]
     assert len(there) >= 2
     assert all(1 in each.stages for each in there)
@@ -135,10 +144,10 @@ def test_the_given_network_comes_first_and_known_ones_are_left_out() -> None:
     space, limits = SMALL, limits_of(SMALL)
     scores = scores_that_favour(space, "quadra")
     best = solve_best(space, scores, limits, 30)
-    found = choose_diverse(space, scores, limits, 4, 30, first=best[7].indices)
+    found = diverse(space, scores, limits, 4, 30, first=best[7].indices)
     assert found[0] == best[7]
     known = [each.indices for each in found]
-    more = choose_diverse(space, scores, limits, 4, 30, without=known)
+    more = diverse(space, scores, limits, 4, 30, without=known)
     assert len(more) == 4
     for each in more:
         assert same_network(space, each.indices) not in [same_network(space, other) for other in known]
@@ -149,13 +158,13 @@ def test_networks_that_use_little_of_the_budget_are_taken_last() -> None:
     table = compute_table(load_device("vpu"), space)
     limits = (latency_limit(table, table.slowest_ms),)
     scores = scores_that_favour(space, "quadra")
-    every = choose_diverse(space, scores, limits, 10_000, 10_000)
+    every = diverse(space, scores, limits, 10_000, 10_000)
     distinct = len(solve_best(space, scores, limits, 10_000))
     assert len(every) == distinct
     fills = [limits[0].amount(each.indices) / limits[0].limit for each in every]
     small = [fill < 0.7 * max(fills) for fill in fills]
     known = [each.indices for each in every]
-    assert choose_diverse(space, scores, limits, 3, 10_000, without=known) == ()
+    assert diverse(space, scores, limits, 3, 10_000, without=known) == []
     # but for the best and those of a kind, which come first
     assert small[3:] == sorted(small[3:])
 
@@ -178,3 +187,17 @@ def test_a_certificate_holds_among_the_networks_that_it_names(tmp_path: Path) ->
         document["certificate"]["stages"] = stages
         with pytest.raises(ArchError, match=said):
             check_certificate(document, space, arch, limits, scores, 3, path)
+
+
+@pytest.mark.parametrize("constant", [-100.0, 100.0])
+def test_of_several_pools_the_best_of_a_kind_or_stage_is_that_over_all(constant: float) -> None:
+    space, limits = SMALL, limits_of(SMALL)
+    pools = [
+        pool_of(space, scores_that_favour(space, kind), limits, 20) for kind in ("quadra", "quadra_linear")
+    ]
+    better = int(constant > 0)
+    leaders = {(better, pools[better].networks[place]) for place in pools[better].leaders.values()}
+    firsts = {(number, pool.networks[0]) for number, pool in enumerate(pools)}
+    chosen = choose_diverse(pools, len(leaders | firsts), [0.0, constant])
+    assert chosen[0] == (0, pools[0].networks[0])
+    assert set(chosen) == leaders | firsts
