@@ -127,8 +127,8 @@ def test_gains_are_over_random_networks_of_the_union() -> None:
     assert by_kind["searched union"][3:5] == ["+5.0", "1, 2"]
     text = union.describe(task, [*found, of("searched inverted", 0.65), of("searched quadratic", 0.3)])
     assert text.endswith(
-        "For a user: a search of the union gains +5.0 over random ones, and it ends -5.0 beside one of the "
-        "inverted blocks alone."
+        "For a user: a search of the union gains +5.0 over random ones, of which the best of 2 is +5.0 from "
+        "their mean, and it ends -5.0 beside one of the inverted blocks alone."
     )
     assert union.verdict([of("random quadratic", 0.4), of("random inverted", 0.5)]) == [
         "For a user: random quadratic networks are -10.0 points beside random inverted residuals."
