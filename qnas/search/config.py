@@ -161,13 +161,15 @@ class SearchConfig(SettingsFile):
     sampler: settings.SamplerField = "shuffled"
 
     def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A shorter warm-up has fewer epochs for the classifier alone; no finalists have no settings."""
+        """Return what goes with a shorter warm-up, without finalists, and without paths."""
         implied: dict[str, Any] = {}
         most = given.get("warmup_epochs")
         if isinstance(most, int) and 0 <= most < self.head_epochs:
             implied["head_epochs"] = most
         if given.get("finalists") == 0:
             implied |= {name: type(self).model_fields[name].default for name in FINALISTS}
+        if given.get("nested_weight_steps") == "mixture" and self.paths == "fair":
+            implied["paths"] = "even"  # there are no paths
         return implied
 
     @model_validator(mode="after")

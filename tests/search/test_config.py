@@ -128,6 +128,15 @@ def test_without_the_finalists_of_a_preset_their_settings_are_gone() -> None:
         preset.override({"finalists": 0, "finalist_epochs": 3})
 
 
+def test_a_whole_mixture_leaves_the_fair_paths_of_a_preset() -> None:
+    preset = SearchConfig.load("small")
+    assert preset.paths == "fair"
+    mixture = {"weights": "nested", "nested_weight_steps": "mixture"}
+    assert preset.override(mixture).paths == "even"
+    with pytest.raises(UsageError, match="`paths='fair'`: there are no paths"):
+        preset.override(mixture | {"paths": "fair"})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pretrained_weights_have_a_preset_of_their_own(kind: str) -> None:
     assert default_preset(kind, is_pretrained=True) == "pretrained"
