@@ -281,8 +281,8 @@ QUICK = (
     "--finalists 0"
 )
 SMALL = (
-    (r"\bqnas search", rf"\g<0> --resolution 32 {QUICK}"),
-    (r"^((?!.*--data).*\bqnas search)", r"\1 --data imagefolder:digits"),
+    (r"\bqnas(\.commands)? search", rf"\g<0> --resolution 32 {QUICK}"),
+    (r"^((?!.*--data).*\bqnas(\.commands)? search)", r"\1 --data imagefolder:digits"),
     ("^qnas train-subnet", "qnas train-subnet --resolution 32 --epochs 1 --batch-size 16 --force"),
     ("--epochs 60", ""),
     ("--resolution 128", "--resolution 32"),
