@@ -242,7 +242,7 @@ def search(task: Task, arm: str, seed: int, searched: Cache) -> dict[str, Any]:
         "warmup_epochs": epochs[0],
         "search_epochs": epochs[1],
         "resolution_px": px,
-        "paths": "even",
+        "paths": "even",  # as all searches in results/ have them; presets draw them fairly
     }
     if arm != ALONE:
         settings |= {
