@@ -761,8 +761,8 @@ def describe_question(question: Question, seeds: Sequence[int]) -> str:
         f"a search has {warm_up_epochs(question)} + {question.search_epochs} epochs and a training "
         f"{question.epochs}, by `cifar-short` without stochastic depth; accuracy on all test images; "
         f"seeds {', '.join(map(str, seeds))}; {host.cpu_name()}, one thread. `searched` goes on from "
-        "the weights of its finalist, all others start from new ones. `seconds`: trained for the processor seconds that the "
-        "search and its training took."
+        "the weights of its finalist, all others start from new ones. `seconds`: trained for the processor "
+        "seconds that the search and its training took."
     )
 
 
