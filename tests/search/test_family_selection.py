@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ from qnas.runs.explain import explain
 from qnas.runs.finished_run import read_finished_run, verify_certificate
 from qnas.runs.found_arch import find_arch
 from qnas.runs.run_text import describe_fronts
+from qnas.search.diversity import parts_of
 from qnas.search.effects import fit_effects, fit_family_effects
 from qnas.search.evaluator import evaluator_of
 from qnas.search.family_selection import (
+    choose_over_layouts,
     effects_of_family,
     measure_family_effects,
     rank_layouts,
     screen_layouts,
+    select_of_family,
 )
 from qnas.search.finalists import finalist_training
 from qnas.search.problem import FamilySearch
@@ -45,6 +48,7 @@ from qnas.search.searcher import Searcher
 from qnas.search.selection import Selection
 from qnas.solver.layouts import layouts_within, mean_limits, solve_family
 from qnas.solver.limits import Limits, count_limit, latency_limit
+from qnas.solver.solve import solve_best
 from qnas.spaces.arch import Arch, arch_from_indices
 from qnas.spaces.block_order import block_labels, place_blocks_first
 from qnas.spaces.family import Layout, SpaceFamily, make_family
@@ -539,6 +543,29 @@ def test_networks_of_a_front_are_ranked_at_their_own_sizes(finished: Finished, t
 
 
 # ---- finalists
+
+
+def test_finalists_over_layouts_are_the_best_of_each_stage_and_of_each_layout(finished: Finished) -> None:
+    selection = select_of_family(finished.searcher.state)
+    # as a supernet that favours a resolution: the best of each stage are there
+    smallest, favoured, largest = FAMILY.layouts()
+    scores = replace(selection.scores, resolutions={favoured.resolution_px: 100.0})
+    rows = scores.candidates(FAMILY.largest)
+    worst = solve_best(FAMILY.at(favoured), rows, limits_of(FAMILY.at(favoured)), 1000)[-1].indices
+    known = [(favoured, worst)]
+    chosen = choose_over_layouts(
+        finished.searcher.problem, replace(selection, scores=scores), rows, 8, 12, known
+    )
+    assert len(chosen) == 8
+
+    def best(layout: Layout, *part: Any) -> tuple[Layout, tuple[int, ...]]:
+        space = FAMILY.at(layout)
+        return layout, solve_best(space, rows, limits_of(space), 1, *part)[0].indices
+
+    networks = [(layout, each.indices) for layout, each in chosen]
+    assert networks[0] == best(favoured)
+    assert {best(layout) for layout in (smallest, largest)} < set(networks)
+    assert {best(favoured, *part) for part in parts_of(FAMILY.largest)} < set(networks)
 
 
 @pytest.mark.slow
