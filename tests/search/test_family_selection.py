@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -565,7 +566,12 @@ def test_finalists_over_layouts_are_the_best_of_each_stage_and_of_each_layout(fi
     networks = [(layout, each.indices) for layout, each in chosen]
     assert networks[0] == best(favoured)
     assert {best(layout) for layout in (smallest, largest)} < set(networks)
-    assert {best(favoured, *part) for part in parts_of(FAMILY.largest)} < set(networks)
+    of_parts = set()
+    for part in parts_of(FAMILY.largest):
+        with suppress(InfeasibleBudgetError):  # no network with blocks there is within the limits
+            of_parts.add(best(favoured, *part))
+    assert len(of_parts) > 1
+    assert of_parts < set(networks)
 
 
 @pytest.mark.slow
