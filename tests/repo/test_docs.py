@@ -286,6 +286,7 @@ SMALL = (
     ("^qnas train-subnet", "qnas train-subnet --resolution 32 --epochs 1 --batch-size 16 --force"),
     ("--epochs 60", ""),
     ("--resolution 128", "--resolution 32"),
+    ("--resolutions 128,160,192,224", r"\g<0> --resolution 64"),  # the smallest has 37 px
     ("^qnas export", "qnas export --images 20 --force"),
     ("int8 --resolution 224", "int8 --resolution 32"),
     ("--resolution 224 --force", r"\g<0> --allow-drop"),
